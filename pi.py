@@ -30,10 +30,10 @@ def chudnovsky(first: int, last: int) -> tuple[int, int, int]:
 
 def quarter_pi(places: int) -> int:
     """pi/4 cut after `places` decimal places, as an integer (785 for 3 places)."""
-    one = 10 ** (places + GUARD_DIGITS)
+    one: int = 10 ** (places + GUARD_DIGITS)
     _, q, r = chudnovsky(1, places // DIGITS_PER_TERM + 3)
-    pi = 426880 * isqrt(10005 * one * one) * q // (13591409 * q + r)
-    return pi // 4 // 10**GUARD_DIGITS
+    pi: int = 426880 * isqrt(10005 * one * one) * q // (13591409 * q + r)
+    return pi // (4 * 10**GUARD_DIGITS)
 
 
 def pi_text(places: int) -> str:

@@ -1,0 +1,58 @@
+# testcloud: targets for its developers. `make test` needs only Python and pyzmq; whatever is
+# missing is set up in .venv. SPDX-License-Identifier: MIT
+
+PYTHON ?= python3
+VENV = .venv
+# the interpreter that has pyzmq: the system's if it does, else the one of .venv
+RUN = $$($(PYTHON) -c 'import zmq, sys; print(sys.executable)' 2>/dev/null || echo $(VENV)/bin/python)
+LINT = ruff==0.14.6 mypy==1.18.2 coverage==7.11.3
+RULES = E,F,W,I,B,UP,C4,SIM,RET,PIE,PLE
+
+.PHONY: test check cover demo soak toc version clean setup tools
+
+test: setup
+	$(RUN) -m unittest -q test_testcloud
+
+setup:
+	@$(PYTHON) -c 'import zmq' 2>/dev/null || $(VENV)/bin/python -c 'import zmq' 2>/dev/null || { \
+	  echo "pyzmq is missing: installing it into $(VENV)"; \
+	  { $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q 'pyzmq>=24'; } || { \
+	  echo "could not: install pyzmq yourself, e.g. 'apt install python3-zmq' or" \
+	       "'apt install python3-venv' and try again" >&2; exit 1; }; }
+
+tools:
+	@$(VENV)/bin/python -c 'import ruff, mypy, coverage, zmq' 2>/dev/null || { \
+	  $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q 'pyzmq>=24' $(LINT); }
+
+check: tools
+	$(VENV)/bin/python -m ruff check --isolated --line-length 100 --target-version py39 \
+	  --select $(RULES) --ignore UP006,UP035,UP045,UP007,B006,B008,SIM115 \
+	  testcloud.py test_testcloud.py pi.py
+	$(VENV)/bin/python -m mypy --strict --no-error-summary --cache-dir $(VENV)/mypy testcloud.py pi.py
+
+cover: setup tools
+	$(VENV)/bin/python -m coverage run --data-file $(VENV)/coverage -m unittest -q test_testcloud
+	$(VENV)/bin/python -m coverage report --data-file $(VENV)/coverage -m --include testcloud.py
+
+# more simulated worlds than `make test` has time for: make soak SEEDS=10000
+SEEDS ?= 5000
+soak: setup
+	SIM_SEEDS=$(SEEDS) $(RUN) -m unittest -v test_testcloud.SimulationTest
+
+# a broker, two workers and a client that computes pi, as real processes
+demo: setup
+	@export PYTHONUNBUFFERED=1 dir=$$(mktemp -d) run=$(RUN); \
+	$$run testcloud.py broker --clients ipc://$$dir/clients --workers ipc://$$dir/workers & b=$$!; \
+	$$run testcloud.py worker --connect ipc://$$dir/workers & w=$$!; \
+	$$run testcloud.py worker --connect ipc://$$dir/workers & v=$$!; \
+	trap 'kill $$w $$v $$b 2>/dev/null; wait; rm -r $$dir' EXIT; \
+	seq 5 | awk '{print "./pi.py " $$1}' | $$run testcloud.py client --wait 30 --connect ipc://$$dir/clients
+
+toc:
+	@grep -n '^# === ' testcloud.py test_testcloud.py
+
+version:
+	@$(PYTHON) testcloud.py --version
+
+clean:
+	rm -rf $(VENV) __pycache__ .mypy_cache .ruff_cache

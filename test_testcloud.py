@@ -1,0 +1,2006 @@
+#!/usr/bin/env python3
+"""Tests of testcloud, in the order of the program: python test_testcloud.py [NAME ...]
+
+SIM_SEEDS=N sets how many simulated runs there are, SIM_SEED=N runs only that one and
+prints its story.
+"""
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections import Counter, deque
+from unittest import mock
+
+import testcloud as tc
+from testcloud import BROKER, CLIENTS, WORKERS
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(HERE, "testcloud.py")
+PATIENCE = 60.0  # seconds a test waits for what must happen; far more than it takes
+
+
+# === Helpers ==========================================================================
+
+
+class FakeOutput:
+    """An output that is only bytes."""
+
+    def __init__(self, data=b""):
+        self.data = data
+        self.size = len(data)
+
+    def read(self, offset, size):
+        return self.data[offset:offset + size]
+
+    def close(self):
+        self.data = None
+
+
+def ending(exitcode=0, output=b"", **more):
+    return tc.Ending(exitcode, 1.5, 1700000000.0, FakeOutput(output), **more)
+
+
+def check_broker(broker):
+    """All indexes of a broker agree with each other."""
+    for client in broker.clients.values():
+        for id, task in client.tasks.items():
+            assert task.client is client and task.id == id
+            assert task.state != tc.GONE
+            assert (task.state == tc.LIMBO) == (task.key in broker.limbo), task.key
+            if task.worker is not None:
+                assert task.worker.tasks[task.key] is task
+            else:
+                assert task.state in (tc.LIMBO, tc.WAITING) or task.result, task.state
+            if task.state == tc.WAITING:
+                assert task in client.waiting and client.in_turn
+        assert client.in_turn == (client in broker.turns)
+        assert client in broker.clients_seen
+        if client.link == CLIENTS and client.peer is not None:
+            assert broker.run_of[client.peer] == client.run
+    for peer, run in broker.run_of.items():
+        assert broker.clients[run].peer == peer
+    known = set(broker.workers.values()) | set(broker.named.values())
+    assert set(broker.workers_seen) == known
+    for worker in known:
+        assert worker.busy == sum(t.state in tc.BUSY for t in worker.tasks.values())
+        for key, task in worker.tasks.items():
+            assert task.key == key and task.worker is worker
+            assert broker.clients[task.client.run].tasks[task.id] is task
+        assert (worker.peer is None) == (worker.name in broker.away), worker.name
+        ranked = [row for row in broker.ranking if row[3] is worker and row[2] == worker.stamp]
+        assert len(ranked) == (worker.free() > 0), (worker.name, worker.free(), ranked)
+        assert not ranked or ranked[0][1] == -worker.free()
+    for peer, worker in broker.workers.items():
+        assert worker.peer == peer
+    assert broker.slots == sum(worker.slots for worker in broker.workers.values())
+    for row in broker.limbo.values():
+        assert row.state == tc.LIMBO
+
+
+# === Messages =========================================================================
+
+
+class MessagesTest(unittest.TestCase):
+    EXAMPLES = {
+        "{": {"cmd": "pi 2", "cwd": "/tmp", "id": 1, "attempt": 1, "again": True},
+        "HELLO": {"run": "a1", "join": 1, "unreported": [1, 2]},
+        "READY": {"name": "w", "slots": 2, "weight": -5, "running": [["a", 1, 1]], "held": [],
+                  "below": ["x"], "join": 3, "depth": 1},
+        "OK": {"broker": "b", "join": 1, "workers": 2, "slots": 4, "above": []},
+        "WHO": {},
+        "QUEUED": {"tasks": [[1, 1]], "worker": "w"},
+        "RESULT": {"id": 1, "attempt": 1, "exitcode": 3, "stdout": "☃\n\udcff", "time": 1.5},
+        "LOST": {"tasks": [[1, 1]], "why": "gone", "crashed": True},
+        "DONE": {"tasks": [[1, 1], [2, 1]]},
+        "CANCEL": {"tasks": []},
+        "FETCH": {"id": 1, "attempt": 1, "offset": 0, "size": 10},
+        "CHUNK": {"id": 1, "attempt": 1, "offset": 0},
+        "RESEND": {"tasks": [[1, 1]]},
+        "BYE": {},
+        "ERROR": {"message": "x", "reason": "y"},
+    }
+
+    def test_every_message_survives_the_wire(self):
+        self.assertEqual(set(self.EXAMPLES), set(tc.MESSAGES))
+        for verb, fields in self.EXAMPLES.items():
+            line = tc.encode(verb, fields)
+            self.assertNotIn(b"\n", line)
+            line.decode("utf-8")
+            self.assertEqual(tc.decode(line), (verb, fields))
+
+    def test_bare_verbs(self):
+        self.assertEqual(tc.encode("READY"), b"READY")
+        self.assertEqual(tc.decode(b"READY"), ("READY", {}))
+
+    def test_any_bytes_survive(self):
+        for data in (bytes(range(256)), "☃é\u2028".encode(), b"\xed\xb3\xbf", b"\xff\xfe\x00"):
+            line = tc.encode("RESULT", {"exitcode": 0, "stdout": tc.to_text(data)})
+            self.assertEqual(tc.to_bytes(tc.decode(line)[1]["stdout"]), data)
+            self.assertEqual(tc.to_bytes(json.loads(line[7:])["stdout"]), data)
+
+    def test_a_text_that_stands_for_no_bytes_is_still_written(self):
+        self.assertEqual(tc.to_bytes("a\ud800"), b"a\xed\xa0\x80")
+
+    MALFORMED = [
+        b"NOPE", b"ready", b"READY{}", b"{", b"{]", b'{"cmd":1}', b"{}", b'["cmd"]', b"\xff\xfe",
+        b"QUEUED [", b"QUEUED 5", b'QUEUED {"tasks":5}', b'QUEUED {"tasks":[[1]]}',
+        b'QUEUED {"tasks":[[1,"2"]]}', b'QUEUED {"tasks":[[-1,2]]}', b'RESULT {}', b"RESULT",
+        b'RESULT {"exitcode":"0"}', b'RESULT {"exitcode":true}', b'RESULT {"exitcode":1.5}',
+        b'RESULT {"exitcode":0,"time":NaN}', b'RESULT {"exitcode":0,"time":-1}',
+        b'RESULT {"exitcode":0,"stdout":5}', b'RESULT {"exitcode":99999999999}',
+        b'HELLO {}', b'HELLO {"run":"a","unreported":[1.5]}', b'READY {"slots":-1}',
+        b'READY {"weight":"5"}', b'READY {"running":[["a",1]]}', b'READY {"below":[1]}',
+        b'DONE {}', b'LOST {"tasks":[]}', b'FETCH {"id":1}', b'READY {"slots":9007199254740993}',
+        b'READY {"name":"\xff"}', b"HELLO " + b"[" * 100000,
+        b'READY {"slots":1' + b"0" * 9999 + b"}",
+        b"\x00" * 1000, b"{" * 5000,
+    ]
+
+    def test_malformed_lines_raise_a_protocol_error_of_one_line(self):
+        for line in self.MALFORMED:
+            with self.subTest(line=line[:40]), self.assertRaises(tc.ProtocolError) as caught:
+                tc.decode(line)
+            self.assertNotIn("\n", str(caught.exception))
+            self.assertLess(len(str(caught.exception)), 200)
+
+    def test_unknown_fields_are_allowed(self):
+        self.assertEqual(tc.decode(b'READY {"colour":"red"}'), ("READY", {"colour": "red"}))
+
+    def test_printable_shows_no_control_characters(self):
+        self.assertEqual(tc.printable(b"a\x1b[31m\n\xff"), "a\\x1b[31m\\n\ufffd")
+        self.assertEqual(tc.printable("x" * 100, 5), "xxxxx...")
+
+
+# === Machines: a broker with people around it, by story ===============================
+
+
+class Desk:
+    """A broker on its own; the tests speak for its peers and read its answers. All that
+    the broker says is read line by line; quiet() fails if anything was not expected."""
+
+    def __init__(self, chained=False, **times):
+        self.now = 0.0
+        self.broker = tc.Broker("b1", tc.Times(**times), chained, self.now)
+        self.letters = []
+        self.logs = []
+
+    def tell(self, link, peer, line, token="", data=b""):
+        line = line if isinstance(line, bytes) else line.encode()
+        self.broker.receive(link, peer, token, line, data, self.now)
+        self.collect()
+
+    def client(self, peer, line, token=""):
+        self.tell(CLIENTS, peer, line, token)
+
+    def worker(self, peer, line, token=""):
+        self.tell(WORKERS, peer, line, token)
+
+    def collect(self):
+        check_broker(self.broker)
+        frames, effects = self.broker.take()
+        for frame in frames:
+            for line in frame.body.split(b"\n"):
+                verb, fields = tc.decode(line)
+                self.letters.append((frame.link, frame.peer, frame.token, verb, fields, line))
+        self.logs += [e for e in effects if isinstance(e, tc.Log)]
+        self.effects = [e for e in effects if not isinstance(e, tc.Log)]
+
+    def wait(self, seconds):
+        """Let time pass, calling tick() when it is due."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = max(self.now, min(end, self.broker.deadline()))
+            self.broker.tick(self.now)
+            self.collect()
+            if self.broker.deadline() <= self.now < end:
+                raise AssertionError("the broker spins")
+
+    def gone(self, link, peer):
+        self.broker.disconnected(link, peer, self.now)
+        self.collect()
+
+    def expect(self, peer, verb, token=None, **fields):
+        """The first unread message to this peer is this one; its line."""
+        for letter in self.letters:
+            if letter[1] == peer:
+                self.letters.remove(letter)
+                _, _, got_token, got_verb, got, line = letter
+                assert got_verb == verb, f"{got_verb} {got} instead of {verb}"
+                assert token is None or got_token == token, got_token
+                for name, value in fields.items():
+                    assert got.get(name) == value, f"{name}: {got}"
+                return got_token, line
+        raise AssertionError(f"no {verb} for {peer!r}: {self.letters}")
+
+    def quiet(self):
+        assert not self.letters, self.letters
+
+    def join(self, peer, slots=1, name=None, **fields):
+        fields = dict({"name": name or peer.decode(), "slots": slots, "join": 1, "running": [],
+                       "held": []}, **fields)
+        self.worker(peer, tc.encode("READY", fields))
+        self.expect(peer, "OK", join=1)
+
+    def hello(self, peer, run, unreported=(), join=1):
+        self.client(peer, tc.encode("HELLO", {"run": run, "join": join,
+                                              "unreported": list(unreported)}))
+        self.expect(peer, "OK", join=join)
+
+    def submit(self, peer, *ids, attempt=1, **more):
+        for id in ids:
+            self.client(peer, tc.encode("{", dict(
+                {"id": id, "attempt": attempt, "cmd": f"c{id}"}, **more)))
+
+    def takes(self, worker, run, id, attempt=1):
+        """The worker is given this command and confirms it."""
+        self.expect(worker, "{", token=run, id=id, attempt=attempt)
+        self.worker(worker, tc.encode("QUEUED", {"tasks": [[id, attempt]]}), run)
+
+    def ends(self, worker, run, id, attempt=1, **more):
+        self.worker(worker, tc.encode("RESULT", dict(
+            {"id": id, "attempt": attempt, "exitcode": 0, "stdout": "", "time": 1, "size": 0},
+            **more)), run)
+
+
+class BrokerTest(unittest.TestCase):
+    def setUp(self):
+        self.desk = Desk()
+
+    def test_a_command_goes_to_a_worker_and_its_result_comes_back(self):
+        d = self.desk
+        d.join(b"w", slots=2)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], worker="w")
+        d.ends(b"w", "r1", 1, stdout="x")
+        d.expect(b"c", "RESULT", id=1, stdout="x")
+        d.client(b"c", 'DONE {"tasks":[[1,1]]}')
+        d.expect(b"w", "DONE", token="r1", tasks=[[1, 1]])
+        d.quiet()
+        self.assertFalse(d.broker.clients["r1"].tasks)
+
+    def test_commands_wait_for_a_worker(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2)
+        d.quiet()
+        d.join(b"w", slots=1)
+        d.expect(b"c", "OK", slots=1)
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.ends(b"w", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.takes(b"w", "r1", 2)
+
+    def test_clients_take_turns(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.hello(b"d", "r2")
+        d.submit(b"c", *range(1, 100))
+        d.submit(b"d", 1, 2)
+        d.join(b"w", slots=4)
+        got = [(m[2], m[4]["id"]) for m in d.letters if m[1] == b"w"]
+        self.assertEqual(sorted(got), [("r1", 1), ("r1", 2), ("r2", 1), ("r2", 2)])
+
+    def test_higher_weight_first_then_most_free_slots(self):
+        d = self.desk
+        d.join(b"a", slots=2)
+        d.join(b"b", slots=3)
+        d.join(b"h", slots=1, weight=5)
+        d.hello(b"c", "r1")
+        order = []
+        for id in range(1, 7):
+            d.submit(b"c", id)
+            order += [m[1] for m in d.letters if m[3] == "{"]
+            d.letters.clear()
+        self.assertEqual(order[:2], [b"h", b"b"])
+        self.assertEqual(Counter(order), {b"h": 1, b"b": 3, b"a": 2})
+
+    def test_unconfirmed_command_goes_to_another_worker(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"w", "{")
+        d.join(b"v", slots=1)
+        d.wait(5.0)
+        d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
+        d.expect(b"c", "LOST", tasks=[[1, 1]], crashed=False, worker="w")
+        d.submit(b"c", 1, attempt=2, avoid="w")
+        d.takes(b"v", "r1", 1, 2)
+        d.expect(b"c", "QUEUED", tasks=[[1, 2]])
+        d.ends(b"w", "r1", 1)  # too late: changes nothing
+        d.quiet()
+        d.ends(b"v", "r1", 1, 2)
+        d.expect(b"c", "RESULT", attempt=2)
+
+    def test_a_retry_waits_rather_than_go_to_the_worker_to_be_avoided(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.join(b"v", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        busy = d.letters[0][1]
+        other = {b"w": b"v", b"v": b"w"}[busy]
+        d.takes(busy, "r1", 1)
+        d.letters.clear()
+        d.submit(b"c", 2, attempt=2, avoid=other.decode())
+        d.quiet()
+        d.ends(busy, "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.expect(busy, "{", id=2)
+
+    def test_silent_worker_expires_and_its_commands_are_lost(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.wait(9.0)
+        d.quiet()
+        d.wait(1.0)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], crashed=True)
+        d.expect(b"c", "OK", slots=0)
+        d.quiet()
+        self.assertFalse(d.broker.workers or d.broker.named)
+
+    def test_ready_keeps_a_worker_and_is_answered_with_ok(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        for _ in range(20):
+            d.wait(2.0)
+            d.worker(b"w", 'READY {"name":"w","slots":1}')
+            d.expect(b"w", "OK", broker="b1", slots=1)
+        d.quiet()
+
+    def test_broken_connection_is_a_lost_worker_only_after_a_grace(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.gone(WORKERS, b"w")
+        d.expect(b"c", "OK", slots=0)
+        d.wait(0.9)
+        d.quiet()
+        d.wait(0.1)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], crashed=True)
+
+    def test_worker_that_comes_back_in_time_keeps_what_it_runs(self):
+        d = self.desk
+        d.join(b"w", slots=3)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3)
+        d.takes(b"w", "r1", 1)
+        d.takes(b"w", "r1", 2)
+        d.gone(WORKERS, b"w")
+        d.letters.clear()
+        # 1 runs, 2 has ended meanwhile, 3 has never arrived
+        d.join(b"w2", slots=3, name="w", running=[["r1", 1, 1]], held=[["r1", 2, 1]])
+        d.expect(b"w2", "RESEND", token="r1", tasks=[[2, 1]])
+        d.expect(b"c", "LOST", tasks=[[3, 1]], crashed=False)
+        d.expect(b"c", "OK")
+        d.ends(b"w2", "r1", 2)
+        d.expect(b"c", "RESULT", id=2)
+        d.quiet()
+
+    def test_client_that_comes_back_gets_what_it_missed(self):
+        d = self.desk
+        d.join(b"w", slots=4)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3)
+        for id in (1, 2, 3):
+            d.takes(b"w", "r1", id)
+        d.ends(b"w", "r1", 1)
+        d.ends(b"w", "r1", 2)
+        d.letters.clear()
+        d.gone(CLIENTS, b"c")
+        d.ends(b"w", "r1", 3)
+        d.quiet()
+        d.hello(b"c2", "r1", unreported=[2, 3], join=2)  # 1 has been reported
+        d.expect(b"w", "DONE", tasks=[[1, 1]])
+        d.submit(b"c2", 2, 3, again=True)
+        d.expect(b"w", "RESEND", tasks=[[2, 1]])
+        d.expect(b"w", "RESEND", tasks=[[3, 1]])
+        d.quiet()
+
+    def test_silent_client_loses_its_lease(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2)
+        d.takes(b"w", "r1", 1)
+        d.letters.clear()
+        for _ in range(15):
+            d.wait(2.0)
+            d.worker(b"w", 'READY {"name":"w","slots":1}')
+            d.expect(b"w", "CANCEL", tasks=[[1, 1]]) if d.now >= 30 else None
+            d.expect(b"w", "OK")
+        d.quiet()
+        self.assertFalse(d.broker.clients or d.broker.run_of)
+
+    def test_client_bye_cancels_everything(self):
+        d = self.desk
+        d.join(b"w", slots=2)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3)
+        d.takes(b"w", "r1", 1)
+        d.takes(b"w", "r1", 2)
+        d.ends(b"w", "r1", 2)
+        d.letters.clear()
+        d.client(b"c", "BYE")
+        said = {(m[3], tuple(map(tuple, m[4]["tasks"]))) for m in d.letters}
+        self.assertIn(("DONE", ((2, 1),)), said)
+        self.assertTrue(any(verb == "CANCEL" and (1, 1) in tasks for verb, tasks in said))
+        self.assertFalse(d.broker.clients)
+
+    def test_cancel_is_answered_when_the_worker_has_stopped(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2)
+        d.takes(b"w", "r1", 1)
+        d.letters.clear()
+        d.client(b"c", "CANCEL")
+        d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
+        d.expect(b"c", "LOST", tasks=[[2, 1]], why="cancelled")
+        d.quiet()
+        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
+        d.expect(b"c", "LOST", tasks=[[1, 1]])
+        d.quiet()
+
+    def test_after_a_restart_running_commands_are_adopted(self):
+        d = self.desk  # a new broker, with clients and workers of a time before
+        d.hello(b"c", "r1", unreported=[1, 2, 3, 4])
+        d.submit(b"c", 1, 2, again=True, had="w")
+        d.submit(b"c", 3, again=True)
+        d.submit(b"c", 4)
+        d.quiet()
+        d.join(b"w", slots=4, running=[["r1", 1, 1]], held=[["r1", 2, 1]])
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], worker="w")
+        d.expect(b"w", "RESEND", tasks=[[2, 1]])
+        d.expect(b"w", "{", id=4)
+        d.expect(b"c", "QUEUED", tasks=[[2, 1]])
+        d.expect(b"c", "OK")
+        d.quiet()
+        d.wait(2.0)  # nobody has it
+        d.expect(b"c", "LOST", tasks=[[3, 1]], crashed=False)
+
+    def test_after_a_restart_workers_may_come_first(self):
+        d = self.desk
+        d.join(b"w", slots=4, running=[["r1", 1, 1], ["r1", 2, 1]], held=[["r1", 3, 1]])
+        d.expect(b"w", "RESEND", tasks=[[3, 1]])
+        d.hello(b"c", "r1", unreported=[1, 3])
+        d.expect(b"w", "CANCEL", tasks=[[2, 1]])
+        d.submit(b"c", 1, 3, again=True)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]])
+        d.expect(b"c", "QUEUED", tasks=[[3, 1]])
+        d.ends(b"w", "r1", 3)
+        d.expect(b"c", "RESULT", id=3)
+        d.quiet()
+
+    def test_results_of_a_client_that_never_comes_are_given_up_after_its_lease(self):
+        d = self.desk
+        d.join(b"w", slots=4, held=[["r1", 3, 1]])
+        d.expect(b"w", "RESEND")
+        for _ in range(16):
+            d.wait(2.0)
+            d.worker(b"w", 'READY {"name":"w","slots":4}')
+        verbs = [m[3] for m in d.letters if m[3] != "OK"]
+        self.assertEqual(verbs, ["CANCEL"])
+        self.assertFalse(d.broker.clients)
+
+    def test_an_attempt_that_runs_elsewhere_is_cancelled_at_the_late_comer(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, attempt=2)
+        d.takes(b"w", "r1", 1, 2)
+        d.letters.clear()
+        d.join(b"v", slots=1, running=[["r1", 1, 1]])
+        d.expect(b"v", "CANCEL", tasks=[[1, 1]])
+        d.quiet()
+
+    def test_unknown_peers_are_asked_who_they_are(self):
+        d = self.desk
+        d.client(b"c", '{"cmd":"x","id":1,"attempt":1}')
+        d.expect(b"c", "WHO")
+        d.worker(b"w", 'RESULT {"id":1,"attempt":1,"exitcode":0}', "r1")
+        d.expect(b"w", "WHO")
+        d.worker(b"w", 'READY {"name":"w","slots":1}')
+        d.expect(b"w", "WHO")
+        d.client(b"c", 'HELLO {"run":"r1"}')
+        d.expect(b"c", "WHO")
+        d.quiet()
+        self.assertFalse(d.broker.clients or d.broker.workers)
+
+    def test_fetch_and_chunk_go_only_between_the_two_concerned(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.join(b"evil", slots=1, weight=-1)
+        d.hello(b"c", "r1")
+        d.hello(b"e", "r2")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.ends(b"w", "r1", 1, size=100000)
+        d.letters.clear()
+        fetch = 'FETCH {"id":1,"attempt":1,"offset":0,"size":10}'
+        d.client(b"e", fetch)
+        d.quiet()
+        d.client(b"c", fetch)
+        d.expect(b"w", "FETCH", token="r1")
+        chunk = b'CHUNK {"id":1,"attempt":1,"offset":0}'
+        d.tell(WORKERS, b"evil", chunk, "r1", b"forged")
+        d.quiet()
+        d.ends(b"evil", "r1", 1, stdout="forged")
+        d.quiet()
+        d.broker.receive(WORKERS, b"w", "r1", chunk, b"0123456789", d.now)
+        frames, _ = d.broker.take()
+        self.assertEqual(frames, [tc.Frame(CLIENTS, b"c", "", chunk, b"0123456789")])
+
+    def test_memory_of_peers_long_gone_is_freed(self):
+        d = self.desk
+        for n in range(200):
+            d.join(b"w%d" % n, slots=2)
+            d.hello(b"c%d" % n, f"r{n}")
+            d.submit(b"c%d" % n, 1)
+            d.client(b"p%d" % n, '{"cmd":"x"}')
+            d.gone(CLIENTS, b"p%d" % n)
+            d.wait(0.5)
+        d.wait(3600)
+        b = d.broker
+        left = [b.clients, b.run_of, b.workers, b.named, b.limbo, b.away, b.workers_seen,
+                b.clients_seen, b.unconfirmed]
+        self.assertEqual([len(index) for index in left], [0] * len(left))
+        self.assertLess(len(b.ranking), 100)
+
+
+class PlainPeersTest(unittest.TestCase):
+    """Peers that know the seed's README only."""
+
+    def setUp(self):
+        self.desk = Desk()
+
+    def test_the_conversation_of_the_seed(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        _, line = d.expect(b"W", "OK")
+        self.assertEqual(line, b"OK")
+        d.client(b"C", '{"cmd":"pi 2", "odd":1}')
+        token, line = d.expect(b"W", "{")
+        self.assertEqual(line, b'{"cmd":"pi 2", "odd":1}')
+        self.assertTrue(token)
+        d.worker(b"W", b"QUEUED " + line, token)
+        _, line = d.expect(b"C", "QUEUED", cmd="pi 2")
+        self.assertEqual(line, b'QUEUED {"cmd":"pi 2", "odd":1}')
+        d.worker(b"W", 'RESULT {"cmd":"pi 2","exitcode":0,"stdout":"3.12\\n","time":13.95}', token)
+        d.expect(b"C", "RESULT", cmd="pi 2", exitcode=0, stdout="3.12\n", time=13.95)
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        d.quiet()
+
+    def test_two_equal_commands_are_two(self):
+        d = self.desk
+        d.join(b"w", slots=2)
+        for _ in range(2):
+            d.client(b"C", '{"cmd":"x"}')
+        got = [m for m in d.letters if m[3] == "{"]
+        self.assertEqual(len({m[4]["id"] for m in got}), 2)
+        d.letters.clear()
+        for _, _, run, _, fields, _ in got:
+            d.worker(b"w", tc.encode("QUEUED", {"tasks": [[fields["id"], 1]]}), run)
+            d.ends(b"w", run, fields["id"], stdout="o")
+        self.assertEqual([m[3] for m in d.letters if m[1] == b"C"],
+                         ["QUEUED", "RESULT", "QUEUED", "RESULT"])
+        self.assertEqual([m[3] for m in d.letters if m[1] == b"w"], ["DONE", "DONE"])
+
+    def test_a_plain_worker_has_one_slot_and_is_free_only_after_ready(self):
+        d = self.desk
+        d.worker(b"W", 'READY {"weight": 5}')
+        d.expect(b"W", "OK")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2)
+        token, _ = d.expect(b"W", "{", id=1)
+        for _ in range(3):
+            d.worker(b"W", "READY")  # only refreshes it
+            d.expect(b"W", "OK")
+        d.worker(b"W", 'QUEUED {"cmd":"c1"}', token)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]])
+        d.worker(b"W", 'RESULT {"cmd":"c1","exitcode":3,"stdout":"o","time":1}', token)
+        d.expect(b"c", "RESULT", id=1, attempt=1, exitcode=3, stdout="o")
+        d.quiet()
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK") if d.letters[0][3] == "OK" else None
+        d.expect(b"W", "{", id=2)
+
+    def test_a_running_plain_worker_is_silent_and_does_not_expire(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.client(b"C", '{"cmd":"x"}')
+        d.expect(b"W", "OK")
+        token, _ = d.expect(b"W", "{")
+        d.worker(b"W", 'QUEUED {"cmd":"x"}', token)
+        d.expect(b"C", "QUEUED")
+        d.wait(3600)
+        d.quiet()
+        d.worker(b"W", 'RESULT {"cmd":"x","exitcode":0,"stdout":"","time":1}', token)
+        d.expect(b"C", "RESULT")
+
+    def test_an_idle_plain_worker_expires_unless_it_says_ready(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.wait(9)
+        d.worker(b"W", "READY")
+        d.wait(9)
+        self.assertTrue(d.broker.workers)
+        d.wait(1)
+        self.assertFalse(d.broker.workers)
+
+    def test_unconfirmed_command_of_a_plain_client_is_tried_elsewhere(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        d.client(b"C", '{"cmd":"x"}')
+        token, _ = d.expect(b"W", "{")
+        d.worker(b"V", "READY")
+        d.expect(b"V", "OK")
+        d.wait(5)
+        token2, _ = d.expect(b"V", "{")
+        self.assertNotEqual(token, token2)
+        d.worker(b"W", 'RESULT {"cmd":"x","exitcode":0,"stdout":"late","time":1}', token)
+        d.expect(b"W", "ERROR")
+        d.worker(b"V", 'RESULT {"cmd":"x","exitcode":0,"stdout":"good","time":1}', token2)
+        d.expect(b"C", "RESULT", stdout="good")
+        d.quiet()
+
+    def test_lost_workers_are_retried_until_the_command_is_poison(self):
+        d = self.desk
+        d.client(b"C", '{"cmd":"x"}')
+        for n in range(tc.CRASH_LIMIT):
+            peer = b"W%d" % n
+            d.worker(peer, "READY")
+            d.expect(peer, "OK")
+            token, _ = d.expect(peer, "{")
+            d.worker(peer, 'QUEUED {"cmd":"x"}', token)
+            d.expect(b"C", "QUEUED")
+            d.gone(WORKERS, peer)
+        _, line = d.expect(b"C", "RESULT", cmd="x", exitcode=tc.NOT_RUN)
+        self.assertIn(b"3 workers", line)
+        d.quiet()
+
+    def test_large_output_is_cut_with_a_mark(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.client(b"C", '{"cmd":"x"}')
+        run, line = d.expect(b"w", "{", cut=tc.PLAIN_INLINE)
+        d.worker(b"w", tc.encode("RESULT", {"id": 1, "attempt": 1, "exitcode": 0, "time": 1,
+                                            "stdout": "abc", "size": 1000}), run)
+        _, line = d.expect(b"C", "RESULT")
+        stdout = json.loads(line[7:])["stdout"]
+        self.assertTrue(stdout.startswith("abc\n[testcloud: "), stdout)
+        self.assertIn("3 of 1000 bytes", stdout)
+
+    def test_a_plain_client_that_leaves_is_forgotten(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.client(b"C", '{"cmd":"x"}')
+        d.client(b"C", '{"cmd":"y"}')
+        d.gone(CLIENTS, b"C")
+        d.expect(b"w", "{")
+        d.expect(b"w", "CANCEL")
+        self.assertFalse(d.broker.clients)
+
+
+class MisbehavingPeersTest(unittest.TestCase):
+    """Whatever a peer says, in whatever state, nobody else notices."""
+
+    def test_malformed_lines_get_an_error_and_change_nothing(self):
+        d = Desk()
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.logs.clear()
+        for line in MessagesTest.MALFORMED:
+            for link, peer in ((CLIENTS, b"c"), (WORKERS, b"w"), (CLIENTS, b"x"), (WORKERS, b"y")):
+                d.tell(link, peer, line)
+                d.expect(peer, "ERROR")
+                d.quiet()
+                self.assertEqual(len(d.logs), 1)
+                d.logs.clear()
+        self.assertEqual((len(d.broker.clients), len(d.broker.workers)), (1, 1))
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+
+    def test_an_error_is_never_answered(self):
+        d = Desk()
+        for line in (b"ERROR", b"ERROR {}", b"ERROR {", b'ERROR {"reason":5}'):
+            d.tell(CLIENTS, b"x", line)
+            d.tell(WORKERS, b"x", line)
+        d.quiet()
+
+    def test_every_message_from_anybody_at_any_time(self):
+        """Random true and half-true messages from strangers beside a good client's run."""
+        for seed in range(150):
+            r = random.Random(seed)
+            d = Desk()
+            d.join(b"good", slots=2)
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1, 2, 3, 4)
+            served = []
+            for _ in range(60):
+                link = r.choice([CLIENTS, WORKERS])
+                peer = r.choice([b"x", b"y", b"z"])
+                token = r.choice(["", "r1", "r2", "nonsense", "plain.b1.1", "plain.b1.1 1 1"])
+                verb, fields = r.choice(list(MessagesTest.EXAMPLES.items()))
+                fields = dict(fields)
+                for name in list(fields):
+                    if r.random() < 0.2:
+                        del fields[name]
+                if "run" in fields:
+                    fields["run"] = r.choice(["r1", "r2", "plain.b1.1", "", "é"])
+                    if fields["run"] == "r1":
+                        continue  # who knows the run's name is its client: names are secret
+                if r.random() < 0.1:
+                    fields[r.choice(["id", "tasks", "name", "run"])] = r.choice([1, "", None, []])
+                d.tell(link, peer, tc.encode(verb, fields), token)
+                if r.random() < 0.1:
+                    d.gone(link, peer)
+                for letter in list(d.letters):
+                    if letter[1] == b"good" and letter[3] == "{":
+                        served.append((letter[2], letter[4]["id"]))
+                        d.ends(b"good", letter[2], letter[4]["id"], letter[4]["attempt"])
+                        d.client(b"c", tc.encode("DONE", {"tasks": [[letter[4]["id"], 1]]}))
+                d.letters = [m for m in d.letters if m[1] == b"c"]
+            results = [m[4]["id"] for m in d.letters if m[3] == "RESULT"]
+            strangers = {i for (run, i) in served if run == "r1"}
+            self.assertEqual(sorted(results), sorted(strangers), seed)
+
+
+class ChainTest(unittest.TestCase):
+    """A broker that is a worker to the broker above it."""
+
+    def setUp(self):
+        self.desk = d = Desk(chained=True)
+        d.broker.connected(BROKER, 0.0)
+        d.collect()
+        d.expect(b"", "READY", name="b1", slots=0, join=1, below=["b1"], depth=1)
+        d.tell(BROKER, b"", 'OK {"join":1,"broker":"b0","above":["b0"]}')
+
+    def test_it_announces_the_sum_of_slots_and_the_highest_weight(self):
+        d = self.desk
+        d.join(b"w", slots=2, weight=1)
+        d.expect(b"", "READY", slots=2, weight=1)
+        d.join(b"v", slots=3, weight=7)
+        d.expect(b"", "READY", slots=5, weight=7)
+        d.gone(WORKERS, b"v")
+        d.expect(b"", "READY", slots=2, weight=1)
+        d.quiet()
+
+    def test_commands_come_from_above_and_results_go_there(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.expect(b"", "READY")
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":4}', "up")
+        d.expect(b"", "QUEUED", token="up", tasks=[[1, 4]])
+        d.takes(b"w", "up", 1, 4)
+        d.ends(b"w", "up", 1, 4, stdout="o")
+        d.expect(b"", "RESULT", token="up", id=1, attempt=4, stdout="o")
+        d.tell(BROKER, b"", 'DONE {"tasks":[[1,4]]}', "up")
+        d.expect(b"w", "DONE", token="up")
+        d.quiet()
+        self.assertFalse(d.broker.clients["up"].tasks)
+
+    def test_a_lost_worker_is_reported_upwards(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"w", "up", 1)
+        d.letters.clear()
+        d.gone(WORKERS, b"w")
+        d.expect(b"", "READY", slots=0)
+        d.wait(1.0)
+        d.expect(b"", "LOST", token="up", tasks=[[1, 1]], crashed=True)
+
+    def test_a_loop_is_refused(self):
+        for tell in (lambda d: d.tell(BROKER, b"", 'OK {"above":["b0","b1"]}'),
+                     lambda d: d.worker(b"w", 'READY {"name":"b9","join":1,"below":["b9","b1"]}')):
+            d = Desk(chained=True)
+            tell(d)
+            self.assertEqual(d.effects, [tc.Exit(2)])
+            self.assertFalse(d.broker.workers)
+
+    def test_a_chain_that_is_too_deep_is_refused(self):
+        d = self.desk
+        d.worker(b"w", 'READY {"name":"b9","join":1,"slots":1,"below":["b9"],"depth":7}')
+        d.expect(b"w", "ERROR")
+        self.assertFalse(d.broker.workers)
+
+    def test_what_its_workers_have_for_a_broker_above_is_announced(self):
+        d = self.desk
+        d.join(b"w", slots=2, running=[["up", 1, 1]], held=[["up", 2, 1]])
+        _, line = d.expect(b"", "READY", running=[["up", 1, 1], ["up", 2, 1]])
+        d.expect(b"w", "RESEND", tasks=[[2, 1]])
+
+
+# === Simulation =======================================================================
+#
+# Brokers, workers and clients of the real program in one simulated world: a clock, a
+# network and a supply of faults, all drawn from one seed. While faults happen, safety is
+# checked after each event; then the world is healed, and everything must finish. A run
+# with the same seed is the same run.
+
+SIM_INLINE = 60  # bytes, instead of INLINE: so that fetching is common
+SIM_CHUNK = 25
+SIM_HEAL = 45.0  # seconds of faults
+SIM_END = 300.0  # by then all must be done
+
+
+class Actor:
+    """A machine in the simulated world."""
+
+    def __init__(self, name):
+        self.name = name
+        self.machine = None  # while it is alive
+        self.generation = 0  # of its machine
+        self.paused_until = 0.0
+        self.inbox = []  # what happened to it while it was paused
+        self.wire = None  # to its broker
+        self.peers = {}  # (link, peer) > Wire, if it is a broker
+        self.wants = None  # (broker's Actor, link) it connects to
+        self.exited = None
+
+
+class Wire:
+    """A connection: from a member to one link of a broker."""
+
+    def __init__(self, member, hub, link, peer):
+        self.member, self.hub, self.link, self.peer = member, hub, link, peer
+        self.open = True
+        self.swallow = [False, False]  # upwards, downwards: a link that loses all silently
+        self.flying = [deque(), deque()]  # frames under way
+        self.last = [0.0, 0.0]  # when the last of them arrives
+
+
+class World:
+    """One simulated run."""
+
+    def __init__(self, seed, faults=None, story=False):
+        self.r = random.Random(seed)
+        self.seed = seed
+        self.now = 0.0
+        self.events = []  # heap of (time, number, function)
+        self.number = 0
+        self.story = [] if story else None
+        self.trace = hashlib.sha1()
+        self.seen = Counter()  # interesting things that did happen
+        self.actors = {}
+        self.serial = 0
+        self.starts = Counter()  # (run, id) > executions begun
+        self.live = {}  # (actor, generation, key) > event cancelled flag
+        self.expected = {}  # (run, id) > (exitcode, output)
+        self.reports = {}  # (run, id) > times
+        self.fetched = {}
+        self.healed = False
+        self.faults = faults
+        self.times = tc.Times()
+        self.build()
+
+    # --- the world's laws
+
+    def say(self, *words):
+        self.trace.update(repr((round(self.now, 6), words)).encode())
+        if self.story is not None:
+            self.story.append(f"{self.now:9.4f} " + " ".join(map(str, words)))
+
+    def at(self, when, function):
+        self.number += 1
+        heapq.heappush(self.events, (max(when, self.now), self.number, function))
+
+    def after(self, delay, function):
+        self.at(self.now + delay, function)
+
+    def do(self, actor, generation, function):
+        """Let something happen to an actor: now, or when its pause ends."""
+        if actor.machine is None or actor.generation != generation:
+            return
+        if actor.paused_until > self.now:
+            actor.inbox.append((generation, function))
+            return
+        function(actor.machine)
+        self.settle(actor)
+
+    def settle(self, actor):
+        """Carry out what an actor's machine wants, and wake it when it is due."""
+        while actor.machine is not None:
+            frames, effects = actor.machine.take()
+            if not frames and not effects:
+                break
+            for frame in frames:
+                self.send(actor, frame)
+            for effect in effects:
+                self.carry_out(actor, effect)
+        machine = actor.machine
+        if machine is None:
+            return
+        if isinstance(machine, tc.Broker):
+            check_broker(machine)
+        due = machine.deadline()
+        if due < 1e9:
+            self.at(due + 1e-6, lambda g=actor.generation: self.tick(actor, g))
+
+    def tick(self, actor, generation):
+        if actor.machine is not None and actor.generation == generation \
+                and actor.paused_until <= self.now and actor.machine.deadline() <= self.now:
+            self.do(actor, generation, lambda m: m.tick(self.now))
+
+    def send(self, actor, frame):
+        self.say(actor.name, ">", frame.link, frame.peer.decode(), frame.token, frame.body[:150])
+        if frame.link == BROKER:
+            if actor.wire is not None and actor.wire.open:
+                self.fly(actor.wire, 0, frame)
+            return
+        wire = actor.peers.get((frame.link, frame.peer))
+        if wire is None or not wire.open:
+            generation = actor.generation
+            self.after(0, lambda: self.do(actor, generation, lambda m: m.disconnected(
+                frame.link, frame.peer, self.now)))
+        else:
+            self.fly(wire, 1, frame)
+
+    def fly(self, wire, way, frame):
+        if wire.swallow[way]:
+            self.seen["swallowed"] += 1
+            return
+        delay = self.r.choice([0.0005, 0.002, 0.02, self.r.random() * 0.3])
+        wire.last[way] = max(wire.last[way], self.now + delay)
+        wire.flying[way].append(frame)
+        actor = wire.hub if way == 0 else wire.member
+        generation = actor.generation
+        self.at(wire.last[way], lambda: self.land(wire, way, frame, actor, generation))
+
+    def land(self, wire, way, frame, actor, generation):
+        if frame not in wire.flying[way]:
+            return  # lost when the wire was cut
+        wire.flying[way].remove(frame)
+        link, peer = (wire.link, wire.peer) if way == 0 else (BROKER, b"")
+        if not wire.open and way == 1:
+            return  # a DEALER that lost its connection hears nothing more from it
+        self.seen["late"] += not wire.open
+        self.do(actor, generation, lambda m: m.receive(
+            link, peer, frame.token, frame.body, frame.data, self.now))
+
+    def connect(self, member):
+        """A member's socket tries to connect to its broker."""
+        generation = member.generation
+        if member.machine is None or member.wants is None:
+            return
+        hub, link = member.wants
+        if hub.machine is None:
+            self.after(0.1 + self.r.random(), lambda: member.generation == generation
+                       and member.wire is None and self.connect(member))
+            return
+        self.serial += 1
+        wire = member.wire = Wire(member, hub, link, b"p%d" % self.serial)
+        hub.peers[link, wire.peer] = wire
+        self.after(0.001, lambda: wire.open and self.do(member, generation,
+                                                        lambda m: m.connected(BROKER, self.now)))
+
+    def cut(self, wire, tell_hub=True, tell_member=True):
+        """Break a connection; what is under way is lost from some point on."""
+        if wire is None or not wire.open:
+            return
+        wire.open = False
+        for way in (0, 1):
+            keep = self.r.randint(0, len(wire.flying[way]))
+            while len(wire.flying[way]) > keep:
+                wire.flying[way].pop()
+        hub, member = wire.hub, wire.member
+        hub_generation, generation = hub.generation, member.generation
+        if tell_hub:
+            self.after(self.r.random() * 0.2, lambda: self.do(hub, hub_generation, lambda m: (
+                hub.peers.pop((wire.link, wire.peer), None),
+                m.disconnected(wire.link, wire.peer, self.now))))
+        if member.wire is wire:
+            member.wire = None
+            if tell_member:
+                self.do(member, generation, lambda m: m.disconnected(BROKER, b"", self.now))
+            self.after(self.r.random() * 1.0, lambda: member.generation == generation
+                       and member.wire is None and self.connect(member))
+
+    def carry_out(self, actor, effect):
+        kind, generation = type(effect), actor.generation
+        if kind is tc.Reconnect:
+            self.seen["reconnect"] += 1
+            if actor.wire is not None:
+                self.cut(actor.wire, tell_member=False)
+            elif actor.machine is not None:
+                self.connect(actor)
+        elif kind is tc.Start:
+            self.start(actor, effect.job)
+        elif kind is tc.Kill:
+            key = (actor.name, generation, effect.job.key)
+            if key in self.live and (effect.hard or self.r.random() < 0.8):
+                job, token = self.live.pop(key)
+                self.finish(actor, generation, job, 143)
+        elif kind is tc.Store:
+            known = self.fetched.get(actor.name, b"")
+            self.fetched[actor.name] = known[:effect.offset] + effect.data
+        elif kind is tc.Report:
+            self.report(actor, effect)
+        elif kind is tc.Exit:
+            self.say(actor.name, "exits", effect.status)
+            actor.exited = effect.status
+            self.stop(actor)
+
+    def start(self, actor, job):
+        run, id, attempt = job.key
+        self.starts[run, id] += 1
+        self.say(actor.name, "starts", job.key)
+        self.seen["restarted"] += self.starts[run, id] > 1
+        assert actor.machine.running <= actor.machine.slots
+        key = (actor.name, actor.generation, job.key)
+        assert key not in self.live
+        token = object()
+        self.live[key] = (job, token)
+        generation = actor.generation
+
+        def end():
+            if self.live.get(key, (None, None))[1] is token:
+                del self.live[key]
+                self.finish(actor, generation, job, None)
+        self.after(self.r.choice([0.01, 0.3, 2.0, 8.0]) * self.r.random(), end)
+
+    def finish(self, actor, generation, job, code):
+        """A process has ended; its worker hears of it as soon as it listens."""
+        right = self.expected.get(job.key[:2], (0, b""))
+        exitcode, output = right if code is None else (code, b"killed")
+        self.do(actor, generation, lambda m: m.finished(job, ending(exitcode, output), self.now))
+
+    def report(self, actor, effect):
+        key = (actor.machine.run, effect.entry.id)
+        self.reports[key] = self.reports.get(key, 0) + 1
+        self.say(actor.name, "reports", key)
+        assert self.reports[key] == 1, f"{key} is reported twice"
+        output = self.fetched.get(actor.name) if effect.output is None else effect.output
+        self.seen["fetched"] += effect.output is None
+        if "reason" in effect.result:
+            self.seen["poison"] += 1
+            assert self.starts[key] >= tc.CRASH_LIMIT, key
+        else:
+            assert (effect.result["exitcode"], output) == self.expected[key], key
+            assert self.starts[key] >= 1
+
+    # --- who lives in it
+
+    def build(self):
+        r = self.r
+        depth = r.choice([1, 1, 1, 2, 3])
+        brokers = [self.add(f"b{n}") for n in range(depth)]
+        for upper, lower in zip(brokers, brokers[1:]):
+            lower.wants = (upper, WORKERS)
+        for n in range(r.randint(1, 4)):
+            hub = brokers[-1] if n == 0 else r.choice(brokers)
+            self.add(f"w{n}", (hub, WORKERS)).slots = r.randint(1, 4)
+        for n in range(r.randint(1, 3)):
+            client = self.add(f"c{n}", (r.choice(brokers[:1] * 3 + brokers), CLIENTS))
+            client.count = r.randint(1, 25)
+        for actor in self.actors.values():
+            self.after(r.random() * r.choice([0.1, 5.0]), lambda a=actor: self.begin(a))
+
+    def add(self, name, wants=None):
+        actor = self.actors[name] = Actor(name)
+        actor.wants = wants
+        return actor
+
+    def begin(self, actor):
+        """Start an actor's process, for the first time or anew."""
+        if actor.machine is not None or actor.exited is not None:
+            return
+        actor.generation += 1
+        actor.paused_until, actor.inbox, actor.peers, actor.wire = 0.0, [], {}, None
+        name = f"{actor.name}.{actor.generation}"
+        self.say(name, "begins")
+        if actor.name[0] == "b":
+            actor.machine = tc.Broker(name, self.times, actor.wants is not None, self.now)
+        elif actor.name[0] == "w":
+            actor.machine = tc.Worker(name, actor.slots, times=self.times)
+        else:
+            actor.machine = tc.Client("run" + actor.name, self.times)
+            for _ in range(actor.count):
+                self.after(self.r.random() * 20, lambda: self.add_command(actor))
+            self.at(self.now + 20, lambda: self.do(actor, actor.generation,
+                                                   lambda m: m.end_input(self.now)))
+        self.connect(actor)
+        self.settle(actor)
+
+    def add_command(self, actor):
+        def add(machine):
+            if machine.input_ended:
+                return
+            size = self.r.choice([0, 10, 59, 61, 200])
+            machine.add("cmd", "/")
+            self.expected[machine.run, machine.total] = (
+                self.r.choice([0, 0, 1]), os.urandom(0) + bytes(self.r.choices(b"ab\xff", k=size)))
+            machine.now = self.now
+            machine.settle()
+        self.do(actor, actor.generation, add)
+
+    def stop(self, actor):
+        """An actor's process is gone, and with a worker what it ran."""
+        actor.machine = None
+        for key in [key for key in self.live if key[0] == actor.name]:
+            del self.live[key]
+        if actor.wire is not None:
+            wire, actor.wire = actor.wire, None
+            self.cut(wire)
+        for wire in list(actor.peers.values()):
+            self.cut(wire)
+
+    # --- faults
+
+    def misfortune(self):
+        """Something bad happens, and another thing is on its way."""
+        if self.healed:
+            return
+        r = self.r
+        actor = r.choice(list(self.actors.values()))
+        kinds = ["crash", "pause", "cut", "cut", "swallow"]
+        kind = r.choice(self.faults or kinds)
+        if kind == "crash broker":
+            kind, actor = "crash", self.actors["b0"]
+        if actor.machine is None:
+            pass
+        elif kind == "crash" and actor.name[0] != "c":
+            self.say(actor.name, "crashes")
+            self.seen["crash " + actor.name[0]] += 1
+            self.stop(actor)
+            down = r.choice([0.01, 1.0, 5.0]) * r.random()
+            if self.faults and "crash broker" in self.faults:
+                down = min(down, 2.0)
+            self.after(down, lambda: self.begin(actor))
+        elif kind == "pause":
+            self.seen["pause"] += 1
+            self.pause(actor, r.choice([0.5, 5.0, 15.0, 35.0]) * r.random())
+        elif kind == "cut" and actor.wire is not None:
+            self.seen["cut"] += 1
+            self.say(actor.name, "is cut off")
+            self.cut(actor.wire)
+        elif kind == "swallow" and actor.wire is not None:
+            self.say(actor.name, "speaks into the void")
+            self.seen["swallow"] += 1
+            actor.wire.swallow = r.choice([[True, True], [True, False], [False, True]])
+        elif kind == "interrupt" and actor.name[0] == "c":
+            self.seen["interrupt"] += 1
+            self.do(actor, actor.generation, lambda m: m.cancel(130, self.now))
+        self.after(r.expovariate(1 / 3.0), self.misfortune)
+
+    def pause(self, actor, duration):
+        actor.paused_until = self.now + duration
+        generation = actor.generation
+        self.say(actor.name, "is paused for", duration)
+
+        def resume():
+            if actor.generation != generation or actor.paused_until > self.now:
+                return
+            self.say(actor.name, "goes on")
+            inbox, actor.inbox = actor.inbox, []
+            for then, function in inbox:
+                self.do(actor, then, function)
+            self.do(actor, generation, lambda m: m.tick(self.now))
+        self.after(duration, resume)
+
+    def heal(self):
+        """No more faults; what is dead is started again."""
+        self.healed = True
+        self.say("heals")
+        for actor in self.actors.values():
+            if actor.machine is None:
+                self.begin(actor)
+            elif actor.wire is not None and any(actor.wire.swallow):
+                self.cut(actor.wire)
+
+    # --- the run
+
+    def run(self):
+        if self.faults != []:
+            self.after(self.r.random() * 5, self.misfortune)
+        self.at(SIM_HEAL, self.heal)
+        clients = [actor for actor in self.actors.values() if actor.name[0] == "c"]
+        steps = 0
+        while self.events and not all(c.exited is not None for c in clients):
+            self.now, _, function = heapq.heappop(self.events)
+            assert self.now < SIM_END, "not all was done in time: " + self.complaint()
+            function()
+            steps += 1
+            assert steps < 300000, "too many events"
+        for actor in clients:
+            assert actor.exited is not None, "a client is stuck"
+        self.check_end()
+        return self
+
+    def complaint(self):
+        return "; ".join(f"{a.name}: {len(a.machine.window)} unreported, joined "
+                         f"{a.machine.session.joined}" for a in self.actors.values()
+                         if a.name[0] == "c" and a.machine is not None)
+
+    def check_end(self):
+        missing = set(self.expected) - set(self.reports)
+        if "interrupt" not in (self.faults or ()):
+            assert not missing, f"never reported: {missing}"
+        self.seen["commands"] += len(self.reports)
+        # with all clients gone, nothing is kept and nothing runs after a while
+        end = self.now + 150
+        while self.events and self.events[0][0] < end:
+            self.now, _, function = heapq.heappop(self.events)
+            function()
+        assert not self.live, f"still running: {list(self.live)}"
+        for actor in self.actors.values():
+            if isinstance(actor.machine, tc.Broker):
+                assert not actor.machine.clients, f"{actor.name} remembers clients"
+            if isinstance(actor.machine, tc.Worker):
+                assert not actor.machine.jobs, f"{actor.name} holds results"
+
+
+class SimulationTest(unittest.TestCase):
+    SEEDS = int(os.environ.get("SIM_SEEDS", "150"))
+    FAILED_ONCE = []  # seeds of the default mix of faults that found a bug
+
+    def setUp(self):
+        for name, value in (("INLINE", SIM_INLINE), ("CHUNK_SIZE", SIM_CHUNK)):
+            patch = mock.patch.object(tc, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def world(self, seed, faults=None):
+        try:
+            return World(seed, faults).run()
+        except Exception as error:
+            world = World(seed, faults, story=True)
+            with contextlib.suppress(Exception):
+                world.run()
+            path = os.path.join(tempfile.gettempdir(), f"testcloud-story-{seed}.txt")
+            with open(path, "w") as file:
+                file.write("\n".join(world.story))
+            raise AssertionError(f"seed {seed} {faults or ''}: {type(error).__name__}: {error} "
+                                 f"(story in {path})") from error
+
+    def worlds(self, faults, seeds):
+        seen = Counter()
+        for seed in seeds:
+            seen.update(self.world(seed, faults).seen)
+        return seen
+
+    def test_same_seed_same_story(self):
+        for seed in range(5):
+            one, two = World(seed).run(), World(seed).run()
+            self.assertEqual(one.trace.hexdigest(), two.trace.hexdigest())
+
+    def test_without_faults_every_command_starts_once(self):
+        for seed in range(self.SEEDS // 5):
+            world = self.world(seed, [])
+            self.assertEqual(set(world.starts.values()), {1}, seed)
+
+    def test_broker_restarts_run_nothing_twice(self):
+        seen = Counter()
+        for seed in range(self.SEEDS // 2):
+            world = self.world(seed, ["crash broker"])
+            twice = [key for key, n in world.starts.items() if n > 1]
+            self.assertFalse(twice, f"seed {seed}")
+            seen.update(world.seen)
+        self.assertGreater(seen["crash b"], self.SEEDS // 2)
+
+    def test_all_faults(self):
+        if os.environ.get("SIM_SEED"):
+            seeds = [int(os.environ["SIM_SEED"])]
+        else:
+            fresh = random.randrange(10**9)
+            seeds = self.FAILED_ONCE + [fresh + n for n in range(self.SEEDS)]
+        seen = self.worlds(None, seeds)
+        if len(seeds) > 50:
+            for thing in ("crash b", "crash w", "pause", "cut", "swallow", "swallowed", "late",
+                          "fetched", "reconnect", "restarted"):
+                self.assertGreater(seen[thing], 0, thing)
+
+    def test_interrupted_clients(self):
+        seen = self.worlds(["interrupt", "crash", "cut", "pause"], range(self.SEEDS // 3))
+        self.assertGreater(seen["interrupt"], 0)
+
+
+# === Worker ===========================================================================
+
+
+class Bench:
+    """A member machine (worker or client) on its own; the tests speak for its broker."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.now = 0.0
+        self.lines = []
+        self.effects = []
+        self.bulk = []
+        machine.connected(BROKER, self.now)
+        self.collect()
+
+    def collect(self):
+        frames, effects = self.machine.take()
+        for frame in frames:
+            if frame.data:
+                self.bulk.append(frame)
+                continue
+            for line in frame.body.split(b"\n"):
+                self.lines.append((frame.token, *tc.decode(line)))
+        self.effects += [effect for effect in effects if not isinstance(effect, tc.Log)]
+
+    def hear(self, line, token="", data=b""):
+        line = line if isinstance(line, bytes) else line.encode()
+        self.machine.receive(BROKER, b"", token, line, data, self.now)
+        self.collect()
+
+    def wait(self, seconds):
+        end = self.now + seconds
+        while self.now < end:
+            self.now = max(self.now, min(end, self.machine.deadline()))
+            self.machine.tick(self.now)
+            self.collect()
+            if any(isinstance(effect, tc.Exit) for effect in self.effects):
+                return
+            assert self.machine.deadline() > self.now, "it spins"
+
+    def expect(self, verb, **fields):
+        _, got_verb, got = self.lines.pop(0)
+        assert got_verb == verb, f"{got_verb} {got} instead of {verb}"
+        for name, value in fields.items():
+            assert got.get(name) == value, f"{name}: {got}"
+        return got
+
+    def effect(self, kind):
+        found = self.effects.pop(0)
+        assert isinstance(found, kind), found
+        return found
+
+    def quiet(self):
+        assert not self.lines and not self.effects, (self.lines, self.effects)
+
+
+class WorkerTest(unittest.TestCase):
+    def setUp(self):
+        self.worker = tc.Worker("w1", slots=2, weight=3, host="h")
+        self.bench = b = Bench(self.worker)
+        b.expect("READY", name="w1", slots=2, weight=3, running=[], held=[], join=1)
+        b.hear('OK {"join":1}')
+
+    def give(self, id, attempt=1, **more):
+        self.bench.hear(tc.encode("{", dict({"id": id, "attempt": attempt, "cmd": f"c{id}"},
+                                            **more)), "r")
+
+    def test_runs_a_command_and_holds_its_result_until_done(self):
+        b = self.bench
+        self.give(1, cwd="/x")
+        b.expect("QUEUED", tasks=[[1, 1]])
+        job = b.effect(tc.Start).job
+        self.assertEqual((job.cmd, job.cwd), ("c1", "/x"))
+        self.worker.finished(job, ending(3, b"out"), 1.0)
+        b.collect()
+        b.expect("RESULT", id=1, attempt=1, exitcode=3, stdout="out", time=1.5, size=3, worker="h")
+        b.hear('RESEND {"tasks":[[1,1]]}', "r")
+        b.expect("RESULT", id=1)
+        b.hear('DONE {"tasks":[[1,1]]}', "r")
+        b.quiet()
+        self.assertFalse(self.worker.jobs)
+
+    def test_accepts_more_than_its_slots_but_runs_no_more(self):
+        b = self.bench
+        for id in (1, 2, 3):
+            self.give(id)
+            b.expect("QUEUED")
+        first = b.effect(tc.Start).job
+        b.effect(tc.Start)
+        b.quiet()
+        self.worker.finished(first, ending(), 1.0)
+        b.collect()
+        self.assertEqual(b.effect(tc.Start).job.cmd, "c3")
+
+    def test_the_same_command_twice_is_run_once(self):
+        b = self.bench
+        self.give(1)
+        self.give(1)
+        b.expect("QUEUED")
+        b.expect("QUEUED")
+        b.effect(tc.Start)
+        b.quiet()
+
+    def test_cancel_kills_first_gently_then_hard_and_ends_with_lost(self):
+        b = self.bench
+        self.give(1)
+        job = b.effect(tc.Start).job
+        b.lines.clear()
+        b.hear("CANCEL", "r")
+        self.assertEqual(b.effect(tc.Kill), tc.Kill(job, False))
+        b.wait(1.9)
+        self.assertFalse(b.effects)
+        b.wait(0.2)
+        self.assertEqual(b.effect(tc.Kill), tc.Kill(job, True))
+        b.lines.clear()
+        self.worker.finished(job, ending(143), b.now)
+        b.collect()
+        b.expect("LOST", tasks=[[1, 1]])
+        b.quiet()
+        self.assertFalse(self.worker.jobs)
+
+    def test_ready_at_quiet_times_and_a_new_socket_when_ok_stays_away(self):
+        b = self.bench
+        b.wait(2.0)
+        b.expect("READY", name="w1", join=None)
+        b.hear("OK")
+        for _ in range(5):
+            b.wait(2.0)
+            b.expect("READY", join=None)
+        b.wait(2.0)
+        b.effect(tc.Reconnect)
+        b.expect("READY", join=2)
+        b.effects.clear()
+        b.hear('OK {"join":1}')  # an answer to an earlier greeting
+        self.assertFalse(self.worker.session.joined)
+        b.hear('OK {"join":2}')
+        self.assertTrue(self.worker.session.joined)
+
+    def test_while_joining_commands_are_not_accepted(self):
+        b = self.bench
+        b.hear("WHO")
+        b.expect("READY", join=2)
+        self.give(1)
+        b.quiet()
+        b.hear('OK {"join":2}')
+        self.give(1)
+        b.expect("QUEUED")
+
+    def test_what_ends_while_there_is_no_broker_is_told_later(self):
+        b = self.bench
+        self.give(1)
+        self.give(2)
+        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        b.lines.clear()
+        self.worker.disconnected(BROKER, b"", b.now)
+        self.worker.finished(jobs[0], ending(), b.now)
+        self.worker.connected(BROKER, b.now)
+        b.collect()
+        b.expect("READY", join=2, running=[["r", 2, 1]], held=[["r", 1, 1]])
+        self.worker.finished(jobs[1], ending(), b.now)
+        b.collect()
+        b.quiet()
+        b.hear('OK {"join":2}')
+        b.expect("RESULT", id=2)
+        b.quiet()
+
+    def test_large_output_is_fetched(self):
+        b = self.bench
+        data = bytes(range(256)) * 1000
+        self.give(1)
+        job = b.effect(tc.Start).job
+        b.lines.clear()
+        self.worker.finished(job, ending(0, data), 1.0)
+        b.collect()
+        result = b.expect("RESULT", size=len(data))
+        self.assertNotIn("stdout", result)
+        b.hear('FETCH {"id":1,"attempt":1,"offset":100,"size":5000}', "r")
+        self.assertEqual(b.bulk[0].data, data[100:5100])
+        b.hear('FETCH {"id":9,"attempt":1,"offset":100,"size":5000}', "r")
+        b.expect("LOST", tasks=[[9, 1]])
+
+    def test_plain_clients_get_a_cut_output_inline(self):
+        b = self.bench
+        self.give(1, cut=100)
+        job = b.effect(tc.Start).job
+        b.lines.clear()
+        self.worker.finished(job, ending(0, b"x" * 1000), 1.0)
+        b.collect()
+        b.expect("RESULT", size=1000, stdout="x" * 100)
+
+    def test_stop_hands_back_what_has_not_started_and_leaves(self):
+        b = self.bench
+        for id in (1, 2, 3):
+            self.give(id)
+        b.lines.clear()
+        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        self.worker.stop(143, b.now)
+        b.collect()
+        b.expect("READY", slots=0)
+        b.expect("LOST", tasks=[[3, 1]])
+        b.effect(tc.Kill)
+        b.effect(tc.Kill)
+        for job in jobs:
+            self.worker.finished(job, ending(143), b.now)
+        b.collect()
+        self.assertEqual([verb for _, verb, _ in b.lines], ["LOST", "LOST", "BYE"])
+        self.assertEqual(b.effect(tc.Exit).status, 143)
+
+    def test_says_what_it_waits_for_and_gives_up(self):
+        worker = tc.Worker("w", 1, wait=5.0, address="tcp://x:1")
+        b = Bench(worker)
+        worker.disconnected(BROKER, b"", 0.0)
+        b.wait(1.0)
+        self.assertIn("no broker at tcp://x:1", b.effect(tc.Notice).text)
+        b.wait(3.0)
+        self.assertFalse(b.effects)
+        worker.connected(BROKER, b.now)
+        b.wait(1.0)
+        self.assertIn("does not answer", b.effect(tc.Notice).text)
+        b.wait(0.1)
+        self.assertIn("gave up", b.effect(tc.Notice).text)
+        self.assertEqual(b.effect(tc.Exit).status, 3)
+
+
+# === Running commands =================================================================
+
+
+class RunnerTest(unittest.TestCase):
+    def setUp(self):
+        self.endings = {}
+        self.ended = threading.Condition()
+        self.runner = tc.Runner(4, self.tell)
+        self.addCleanup(self.runner.close)
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.dir)
+
+    def tell(self, job, ending):
+        with self.ended:
+            self.endings[job.key] = ending
+            self.ended.notify_all()
+
+    def start(self, cmd, cwd=None):
+        job = tc.Job(("r", id(cmd), 1), cmd, cwd, 0)
+        self.runner.start(job)
+        return job
+
+    def result(self, job):
+        with self.ended:
+            ok = self.ended.wait_for(lambda: job.key in self.endings, PATIENCE)
+        self.assertTrue(ok, f"{job.cmd} does not end")
+        return self.endings[job.key]
+
+    def run_one(self, cmd, cwd=None):
+        ending = self.result(self.start(cmd, cwd))
+        return ending.exitcode, ending.output.read(0, ending.output.size)
+
+    def wait_for_file(self, name):
+        path, end = os.path.join(self.dir, name), time.monotonic() + PATIENCE
+        while not (os.path.exists(path) and os.path.getsize(path)):
+            self.assertLess(time.monotonic(), end, f"no {name}")
+            time.sleep(0.005)
+        with open(path) as file:
+            return file.read().strip()
+
+    def assert_gone(self, pid):
+        end = time.monotonic() + PATIENCE
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < end:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return  # killed; its reaping is init's business
+            time.sleep(0.005)
+        self.assertFalse(os.path.exists(f"/proc/{pid}"), f"process {pid} survives")
+
+    def test_output_and_exit_code(self):
+        self.assertEqual(self.run_one("echo out; echo err >&2; echo out; exit 3"),
+                         (3, b"out\nerr\nout\n"))
+        self.assertEqual(self.run_one("true"), (0, b""))
+        self.assertEqual(self.run_one("printf 'a\\377b'"), (0, b"a\xffb"))
+        self.assertEqual(self.run_one("cat"), (0, b""))
+        self.assertEqual(self.run_one("pwd", "/"), (0, b"/\n"))
+        self.assertEqual(self.run_one("echo a > /dev/stdout; echo b"), (0, b"a\nb\n"))
+        self.assertEqual(self.run_one("no-such-program-anywhere")[0], 127)
+
+    def test_killed_by_a_signal(self):
+        ending = self.result(self.start("kill -9 $$"))
+        self.assertEqual((ending.exitcode, ending.signal), (137, 9))
+
+    def test_time_is_in_milliseconds(self):
+        ending = self.result(self.start("sleep 0.2"))
+        self.assertGreater(ending.time, 200)
+        self.assertLess(abs(ending.started - time.time()), 3600)
+
+    def test_large_output_is_whole(self):
+        code, data = self.run_one("head -c 3000000 /dev/zero | tr '\\0' x; echo end")
+        self.assertEqual((code, len(data), data[-5:]), (0, 3000004, b"xend\n"))
+
+    def test_what_cannot_be_started_fails_with_a_reason(self):
+        ending = self.result(self.start("true", "/no/such/dir"))
+        self.assertEqual(ending.exitcode, tc.NOT_RUN)
+        self.assertIn("/no/such/dir", ending.reason)
+        ending = self.result(self.start("echo a\0b"))
+        self.assertEqual(ending.exitcode, tc.NOT_RUN)
+        self.assertIn("null byte", ending.reason)
+        ending = self.result(self.start("true " + "x" * 5_000_000))
+        self.assertEqual(ending.exitcode, tc.NOT_RUN)
+        self.assertIn("too long", ending.reason)
+
+    def test_a_command_ends_with_its_leader(self):
+        began = time.monotonic()
+        code, data = self.run_one(f"sleep 1000 & echo $! > {self.dir}/pid; echo done")
+        self.assertEqual((code, data), (0, b"done\n"))
+        self.assertLess(time.monotonic() - began, 500)
+        self.assert_gone(self.wait_for_file("pid"))
+
+    def test_without_pidfd_the_same(self):
+        with mock.patch.object(tc, "pidfd", lambda pid: -1):
+            self.assertEqual(self.run_one("echo a; exit 3"), (3, b"a\n"))
+            self.assertEqual(self.run_one("sleep 1000 & echo b"), (0, b"b\n"))
+            with mock.patch.object(tc.os, "waitid", create=True):
+                del tc.os.waitid
+                self.assertEqual(self.run_one("echo c; exit 4"), (4, b"c\n"))
+
+    def test_kill_reaches_the_whole_group(self):
+        job = self.start(f"sleep 1000 & echo $! > {self.dir}/pid; wait")
+        child = self.wait_for_file("pid")
+        self.runner.kill(job, False)
+        self.assertEqual(self.result(job).signal, signal.SIGTERM)
+        self.assert_gone(child)
+
+    def test_kill_hard_reaches_who_ignores_sigterm_and_who_is_stopped(self):
+        job = self.start(f"trap '' TERM; echo $$ > {self.dir}/pid; while :; do sleep 1000; done")
+        self.wait_for_file("pid")
+        self.runner.kill(job, False)
+        self.runner.kill(job, True)
+        self.assertEqual(self.result(job).signal, signal.SIGKILL)
+        job = self.start(f"echo $$ > {self.dir}/pid2; kill -STOP $$; sleep 1000")
+        self.wait_for_file("pid2")
+        self.runner.kill(job, False)
+        self.assertEqual(self.result(job).signal, signal.SIGTERM)
+
+    def test_kill_before_the_process_is_there(self):
+        job = tc.Job(("r", 1, 1), "sleep 1000", None, 0)
+        self.runner.kill(job, True)
+        self.runner.start(job)
+        self.assertEqual(self.result(job).signal, signal.SIGKILL)
+
+    def test_close_kills_what_runs(self):
+        self.start(f"echo $$ > {self.dir}/pid; sleep 1000")
+        pid = self.wait_for_file("pid")
+        self.runner.close()
+        self.assert_gone(pid)
+
+    def test_full_disk_is_a_failed_command(self):
+        with mock.patch.object(tc.Output, "write", side_effect=OSError(28, "No space left")):
+            ending = self.result(self.start("echo x; echo y"))
+        self.assertEqual(ending.exitcode, tc.NOT_RUN)
+        self.assertIn("No space left", ending.reason)
+
+    def test_usable_cpus(self):
+        self.assertGreaterEqual(tc.usable_cpus(), 1)
+        self.assertLessEqual(tc.usable_cpus(), os.cpu_count())
+
+    def test_cgroup_quotas(self):
+        def put(path, text):
+            path = os.path.join(self.dir, path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(text)
+            return path
+        own = put("own", "0::/a/b\n1:name=systemd:/x\n4:cpu,cpuacct:/c\n")
+        put("fs/a/cpu.max", "250000 100000\n")
+        put("fs/a/b/cpu.max", "max 100000\n")
+        put("fs/cpu,cpuacct/c/cpu.cfs_quota_us", "300000\n")
+        put("fs/cpu,cpuacct/c/cpu.cfs_period_us", "100000\n")
+        put("fs/cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
+        put("fs/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
+        self.assertEqual(tc.cgroup_quotas(os.path.join(self.dir, "fs"), own), [2.5, 3.0])
+        self.assertEqual(tc.cgroup_quotas("/nowhere", "/nowhere"), [])
+
+
+# === Client ===========================================================================
+
+
+class ClientTest(unittest.TestCase):
+    def setUp(self):
+        self.client = tc.Client("r1", address="tcp://b:1")
+        self.bench = b = Bench(self.client)
+        b.expect("HELLO", run="r1", join=1, unreported=[])
+
+    def join(self, number=1, slots=2, workers=1):
+        self.bench.hear(tc.encode("OK", {"join": number, "slots": slots, "workers": workers}))
+
+    def add(self, *cmds, end=False):
+        for cmd in cmds:
+            self.client.add(cmd, "/d")
+        self.client.settle()
+        if end:
+            self.client.end_input(self.bench.now)
+        self.bench.collect()
+
+    def result(self, id, attempt=1, exitcode=0, **more):
+        self.bench.hear(tc.encode("RESULT", dict(
+            {"id": id, "attempt": attempt, "exitcode": exitcode, "stdout": "", "size": 0,
+             "time": 1}, **more)))
+
+    def test_a_run(self):
+        b = self.bench
+        self.add("a", "b", end=True)
+        b.quiet()
+        self.join()
+        self.assertEqual(b.effect(tc.Released).commands, 2)
+        b.expect("{", id=1, attempt=1, cmd="a", cwd="/d", again=None)
+        b.expect("{", id=2)
+        b.hear('QUEUED {"tasks":[[1,1],[2,1]],"worker":"w"}')
+        self.result(2, stdout="x", size=1)
+        report = b.effect(tc.Report)
+        self.assertEqual((report.entry.cmd, report.output), ("b", b"x"))
+        b.expect("DONE", tasks=[[2, 1]])
+        self.result(1, exitcode=5)
+        b.effect(tc.Report)
+        b.expect("DONE", tasks=[[1, 1]])
+        b.expect("BYE")
+        self.assertEqual(b.effect(tc.Exit).status, 1)
+        b.quiet()
+
+    def test_input_that_goes_on_is_sent_as_it_comes(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        self.assertIsNone(b.effect(tc.Released).commands)
+        b.expect("{", id=1)
+        self.result(1)
+        b.effect(tc.Report)
+        b.expect("DONE")
+        b.quiet()
+
+    def test_no_commands_no_wait(self):
+        self.client.end_input(0.0)
+        self.bench.collect()
+        self.assertEqual(self.bench.effect(tc.Exit).status, 0)
+
+    def test_the_window_bounds_what_is_at_the_broker(self):
+        b = self.bench
+        with mock.patch.object(tc, "WINDOW", 3):
+            self.join()
+            self.add(*"abcdef")
+            self.assertEqual(len(b.lines), 3)
+            b.lines.clear()
+            self.result(2)
+            b.expect("DONE")
+            b.expect("{", id=4)
+
+    def test_after_a_new_broker_all_unreported_is_submitted_again(self):
+        b = self.bench
+        self.join()
+        self.add("a", "b", "c", end=True)
+        b.hear('QUEUED {"tasks":[[1,1],[2,1]],"worker":"w"}')
+        self.result(2)
+        b.lines.clear()
+        b.effects.clear()
+        self.client.disconnected(BROKER, b"", b.now)
+        self.client.connected(BROKER, b.now)
+        b.collect()
+        b.expect("HELLO", join=2, unreported=[1, 3])
+        self.join(2)
+        b.expect("{", id=1, attempt=1, again=True, had="w")
+        b.expect("{", id=3, attempt=1, again=True, had=None)
+        b.quiet()
+
+    def test_lost_attempt_is_followed_by_the_next(self):
+        b = self.bench
+        self.join()
+        self.add("a", end=True)
+        b.lines.clear()
+        b.effects.clear()
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone","crashed":true,"worker":"w"}')
+        b.expect("{", id=1, attempt=2, avoid="w", again=None)
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone","crashed":true,"worker":"w"}')  # again: stale
+        self.result(1, attempt=1)  # late: changes nothing, and need not be held any longer
+        b.expect("DONE", tasks=[[1, 1]])
+        b.quiet()
+        for attempt in (2, 3):
+            b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"gone","crashed":true}}')
+        b.expect("{", attempt=3)
+        report = b.effect(tc.Report)
+        self.assertEqual(report.result["exitcode"], tc.NOT_RUN)
+        self.assertIn("3 workers", report.result["reason"])
+
+    def test_large_output_is_fetched_in_order_and_again_if_chunks_stay_away(self):
+        b = self.bench
+        size = 6 * tc.CHUNK_SIZE + 5
+        self.join()
+        self.add("a", end=True)
+        b.lines.clear()
+        b.effects.clear()
+        self.result(1, size=size)
+        asked = [b.expect("FETCH", id=1)["offset"] for _ in range(tc.FETCH_AHEAD)]
+        self.assertEqual(asked, [n * tc.CHUNK_SIZE for n in range(tc.FETCH_AHEAD)])
+        chunk = b"x" * tc.CHUNK_SIZE
+        b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{tc.CHUNK_SIZE}}}', data=chunk)
+        b.quiet()  # not its turn
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=chunk)
+        self.assertEqual(b.effect(tc.Store).offset, 0)
+        b.expect("FETCH", offset=4 * tc.CHUNK_SIZE)
+        b.hear("OK")
+        b.wait(4.1)
+        lines = [line for line in b.lines if line[1] == "FETCH"]
+        self.assertEqual(lines[0][2]["offset"], tc.CHUNK_SIZE)
+        b.effects.clear()
+        for n in range(1, 7):
+            data = chunk if n < 6 else b"12345"
+            b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{n * tc.CHUNK_SIZE}}}', data=data)
+            b.effect(tc.Store)
+        self.assertIsNone(b.effect(tc.Report).output)
+        self.assertEqual(b.effect(tc.Exit).status, 0)
+
+    def test_a_result_whose_output_is_lost_half_way_is_run_again(self):
+        b = self.bench
+        self.join()
+        self.add("a", end=True)
+        self.result(1, size=tc.CHUNK_SIZE + 1)
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"x" * tc.CHUNK_SIZE)
+        b.lines.clear()
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone"}')
+        b.expect("{", id=1, attempt=2)
+        b.effects.clear()
+        self.result(1, attempt=2, stdout="new", size=3)
+        self.assertEqual(b.effect(tc.Report).output, b"new")
+
+    def test_interrupt_cancels_and_counts(self):
+        b = self.bench
+        window = mock.patch.object(tc, "WINDOW", 3)
+        window.start()
+        self.addCleanup(window.stop)
+        self.join()
+        self.add(*"abcd", end=True)
+        b.hear('QUEUED {"tasks":[[1,1],[2,1]],"worker":"w"}')
+        b.lines.clear()
+        b.effects.clear()
+        self.client.cancel(130, b.now)
+        b.collect()
+        b.expect("CANCEL")
+        self.result(1)
+        b.effect(tc.Report)
+        b.hear('LOST {"tasks":[[2,1],[3,1]],"why":"cancelled"}')
+        self.assertEqual(b.effect(tc.Exit).status, 130)
+        self.assertEqual((self.client.reported, self.client.stopped, self.client.never_ran),
+                         (1, 1, 2))
+
+    def test_interrupt_does_not_wait_for_ever_and_a_second_one_not_at_all(self):
+        for again in (False, True):
+            self.setUp()
+            b = self.bench
+            self.join()
+            self.add("a")
+            self.client.cancel(130, b.now)
+            b.effects.clear()
+            if again:
+                self.client.cancel(130, b.now)
+                b.collect()
+            else:
+                b.wait(4.1)
+            self.assertIn(tc.Exit(130), b.effects)
+
+    def test_says_what_it_waits_for(self):
+        b = self.bench
+        self.client.disconnected(BROKER, b"", 0.0)
+        b.wait(1.0)
+        self.assertIn("no broker at tcp://b:1", b.effect(tc.Notice).text)
+        self.client.connected(BROKER, b.now)
+        b.lines.clear()
+        b.collect()
+        self.join(b.lines[-1][2]["join"], slots=0, workers=0)
+        b.wait(0.1)
+        self.assertIn("over", b.effect(tc.Notice).text)
+        self.add("a")
+        b.effects.clear()
+        b.wait(1.0)
+        self.assertIn("no worker", b.effect(tc.Notice).text)
+        b.hear('OK {"slots":2,"workers":1}')
+        b.wait(1.0)
+        self.assertIn("busy", b.effect(tc.Notice).text)
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.wait(1.0)
+        self.assertIn("over", b.effect(tc.Notice).text)
+        b.wait(0.5)
+        self.assertFalse(b.effects)
+
+
+# === Reporting ========================================================================
+
+SEED_OUTPUTS = ["2.8", "3.12", "3.140", "3.1412", "3.14156"]
+
+
+def naive_hash(results):
+    """The seed's hash, as its own words define it, for (cmd, exitcode, output)."""
+    total = b"Array"
+    for cmd, code, output in sorted(results):
+        total = hashlib.sha1(total + cmd + b"%d" % code + output).hexdigest().encode()
+    return total.decode()
+
+
+class ReportingTest(unittest.TestCase):
+    def report(self, cmd, exitcode=0, output=b"", reporter=None, **result):
+        entry = tc.Entry(1, cmd, "/")
+        self.reporter.report(tc.Report(entry, dict(
+            {"exitcode": exitcode, "time": 8.14}, **result), output))
+
+    def text(self, **options):
+        self.out = io.BytesIO()
+        self.reporter = tc.Reporter(self.out, **options)
+        return self.out
+
+    def test_the_hash_of_the_seeds_example(self):
+        tally = tc.Tally()
+        for n in (3, 1, 5, 2, 4):
+            tally.add(f"bin/pi {n}".encode(), 0, SEED_OUTPUTS[n - 1].encode() + b"\n")
+        self.assertEqual(tally.hash(), "24aa911ac6e5f453c2ca1fa3cd8fe3ad2d6b1f43")
+
+    def test_the_hash_does_not_depend_on_the_order(self):
+        r = random.Random(1)
+        results = [(r.choice([b"a", b"b", b"\xff", b"aa"]), r.choice([0, 1, 2, 10]),
+                    bytes(r.choices(b"xy", k=r.choice([0, 1, 2, 3])))) for _ in range(300)]
+        with mock.patch.object(tc, "COPY", 2):  # bytes, so that outputs come in pieces
+            for _ in range(3):
+                r.shuffle(results)
+                tally = tc.Tally()
+                for cmd, code, output in results:
+                    if r.random() < 0.3 and output:
+                        for at in range(len(output)):
+                            tally.store(at, output[at:at + 1])
+                        output = None
+                    tally.add(cmd, code, output)
+                self.assertEqual(tally.hash(), naive_hash(results))
+
+    def test_an_output_that_was_stored_in_part_and_given_up_leaves_no_trace(self):
+        tally = tc.Tally()
+        tally.store(0, b"abc")
+        tally.store(3, b"def")
+        tally.store(0, b"xy")
+        record = tally.add(b"c", 0, None)
+        self.assertEqual(b"".join(tally.parts(record)), b"xy")
+
+    def test_the_transcript(self):
+        out = self.text()
+        self.reporter.released(tc.Released(5))
+        self.report("bin/pi 1", output=b"2.8\n")
+        self.report("x", 3, b"no newline", time=10.0)
+        self.report("y", 0, b"")
+        self.report("z", 126, b"", reason="no such directory")
+        self.reporter.summary()
+        text = out.getvalue().decode()
+        self.assertTrue(text.startswith(
+            "Releasing the hounds: 5 commands to execute\n"
+            "OK! bin/pi 1 ⌚8.14ms\n2.8\n\n"
+            "FAIL(3) x ⌚10.00ms\nno newline\n\n"
+            "OK! y ⌚8.14ms\n\n"
+            "FAIL(126) z ⌚8.14ms\ntestcloud: no such directory\n\n"
+            "Some commands failed :(\n"), text)
+        self.assertRegex(text, r"Ran 4 commands in ⌚\d+\.\d\ds, result hash is [0-9a-f]{40}\n$")
+
+    def test_brief_fail_only_slow_and_colour(self):
+        out = self.text(brief=True, fail_only=True, slow=5.0, colour=True)
+        self.report("good", output=b"shown?")
+        self.report("bad", 1, b"shown?")
+        self.assertEqual(out.getvalue().decode(), "\033[1;91mFAIL(1) \033[0m\033[31mbad \033[0m"
+                                                  "\033[4;31m⌚8.14ms\033[0m\n")
+        self.reporter.summary()
+        self.assertIn("\033[4;31mSome commands failed", out.getvalue().decode())
+
+    def test_bytes_are_passed_on_as_they_are(self):
+        out = self.text()
+        self.report("printf '\udcff'", output=b"\xff\x00\n")
+        self.assertEqual(out.getvalue(), "OK! printf '".encode() + b"\xff' \xe2\x8c\x9a8.14ms\n"
+                                         b"\xff\x00\n\n")
+
+
+if __name__ == "__main__":
+    unittest.main()

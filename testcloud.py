@@ -1,0 +1,3281 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pyzmq>=24"]
+# ///
+"""testcloud: run a pile of shell commands on many machines, bring every result back.
+
+Three commands make a cloud; each may run on a machine of its own:
+
+    python testcloud.py broker                             one, in the middle
+    python testcloud.py worker --connect HOST              one on each machine that helps
+    seq 5 | awk '{print "./pi.py " $1}' | python testcloud.py client --connect HOST
+
+The client sends its commands, one a line, to the broker; the broker gives them to
+workers that have a free slot; results go back the same way. Without --connect everything
+happens on this machine. `client --local` needs neither broker nor worker. The options of
+each role: testcloud.py ROLE --help.
+
+Exit status of the client
+    0  every command was run and exited with 0
+    1  some command failed
+    2  wrong usage
+    3  not everything could be run: no broker, no worker, or pyzmq is missing
+    130  interrupted with Ctrl-C      143  ended by SIGTERM
+A broker or worker exits with 0 (or 130, 143) when it is told to stop, 2 on wrong usage
+or a loop of brokers, and 3 when it cannot listen or (with --wait) finds no broker.
+
+Protocol
+    ZeroMQ over TCP. The broker binds a ROUTER for clients (port 2224) and one for workers
+    (port 2225); clients and workers connect a DEALER. A body is UTF-8 text of one or more
+    lines `VERB {json}`; a line that begins with { is a command. Frames between client and
+    broker are [body], between broker and worker ["", token, body], where the token names
+    the client's run. A CHUNK is alone in its body and has its bytes in a frame after it.
+    Bytes that are no UTF-8 stand in JSON as lone surrogates U+DC80 to U+DCFF (PEP 383).
+
+    {        client > broker > worker   run this command: cmd, cwd; id and attempt
+    HELLO    client > broker            who I am: run; to (re)join: what is unreported
+    READY    worker > broker            who I am: name, slots; to (re)join: what I have
+    OK       broker > client, worker    I heard HELLO or READY; workers, slots
+    WHO      broker > client, worker    I do not know you (any more): join again
+    QUEUED   worker > broker > client   the worker has accepted the command
+    RESULT   worker > broker > client   the command has ended: exitcode, stdout, time (ms)
+    LOST     worker > broker > client   this attempt will bring no result
+    DONE     client > broker > worker   I have the result, forget it
+    CANCEL   client > broker > worker   stop and forget; without tasks: all of the run
+    FETCH    client > broker > worker   send me a part of this large output
+    CHUNK    worker > broker > client   a part of a large output
+    RESEND   broker > worker            tell me again how this task stands
+    BYE      client, worker > broker    I am leaving
+    ERROR    any > any                  what was wrong with your message; changes nothing
+
+    A plain client only sends {"cmd": ...} (and cwd) and is answered with QUEUED and RESULT.
+    A plain worker says READY, takes one command, and answers QUEUED, RESULT and READY with
+    the token it was given. Plain peers need nothing else.
+
+Tasks (one attempt of one command, as its broker sees it)
+    LIMBO      > RUNNING DELIVERED GONE                    resubmitted to a new broker
+    WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
+    ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
+    RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
+    DELIVERED  > DELIVERED GONE                            RESULT passed on, DONE not yet here
+
+Promises
+    A client reports every command exactly once. A command is started again only when the
+    worker that had it is gone, or silent for too long. The broker keeps nothing on disk:
+    after a restart clients and workers tell it all it must know.
+"""
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import heapq
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import select
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import OrderedDict, deque
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
+
+if TYPE_CHECKING:
+    import zmq
+
+__version__ = "0.1.0"
+
+# === Names and numbers ================================================================
+#
+# The names that both ends of the wire must agree on, and every number of the program with
+# the reason for it. Times are seconds. Those in Times can be set on the command line of
+# the role that uses them.
+
+Seconds = float
+Peer = bytes  # a connection's routing id at a ROUTER; b"" on a DEALER
+Run = str  # names one client's run for all brokers and workers: the token on the wire
+Key = Tuple[Run, int, int]  # (run, id, attempt): one attempt of one command
+Fields = Dict[str, Any]  # the decoded JSON of a line
+
+CLIENTS = "clients"  # a broker's link to its clients
+WORKERS = "workers"  # a broker's link to its workers
+BROKER = "broker"  # the link of a client, a worker or a chained broker to its broker
+
+CLIENT_PORT = 2224  # the seed's
+WORKER_PORT = 2225
+PLAIN = "plain."  # a run that begins so belongs to a plain client, and ends with its broker
+
+INLINE = 64 * 1024  # bytes of output inside a RESULT; more is fetched
+PLAIN_INLINE = 256 * 1024  # the same for plain clients, who cannot fetch; the rest is cut
+CHUNK_SIZE = 256 * 1024  # bytes in a CHUNK: large enough for speed, small beside a heartbeat
+FETCH_AHEAD = 4  # chunks under way for one client: hides the round trip
+BATCH_BYTES = 256 * 1024  # a body is closed past this, to stay far below MAX_FRAME
+MAX_FRAME = 4 * 1024 * 1024  # a larger frame is refused by libzmq, with its connection;
+#   a PLAIN_INLINE of control characters takes six bytes each in JSON
+MAX_FRAMES = 8  # frames a peer may send in one message
+WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
+READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
+MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
+DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
+NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
+RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
+#   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
+
+
+class Times(NamedTuple):
+    """The times of the protocol, in seconds."""
+
+    ready_interval: Seconds = 2.0  # READY and HELLO: 2,000 workers make 1,000 messages a second
+    missed_oks: int = 4  # as many unanswered, and the connection is taken for dead
+    queued_timeout: Seconds = 5.0  # a worker's loop that is silent so long is stuck or stopped
+    worker_expiry: Seconds = 10.0  # longer than missed_oks * ready_interval: it tries first
+    client_lease: Seconds = 30.0  # a laptop's short sleep is survived, a killed client is not
+    lost_grace: Seconds = 1.0  # a broken connection is usually back after RECONNECT
+    kill_grace: Seconds = 2.0  # between SIGTERM and SIGKILL
+
+
+# === Messages =========================================================================
+#
+# One table says which verbs there are, who may say them and what their fields must be.
+# decode() checks a line against it, so that the machines see well-formed messages only;
+# it is the one place where a peer's mistake raises.
+
+
+class ProtocolError(Exception):
+    """A peer's line that is no message of ours; the text says what is wrong with it."""
+
+
+def to_text(data: bytes) -> str:
+    """Any bytes as text, so that to_bytes() gives the same bytes back."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def to_bytes(text: str) -> bytes:
+    """The bytes of a text, whether from to_text() or from a peer's JSON."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        return text.encode("utf-8", "surrogatepass")
+
+
+def count(value: Any) -> bool:
+    """a whole number from 0 to 2**53"""  # as far as all JSON readers agree
+    return type(value) is int and 0 <= value <= 2**53
+
+
+def integer(value: Any) -> bool:
+    """a whole number of 32 bits"""
+    return type(value) is int and -(2**31) <= value < 2**31
+
+
+def number(value: Any) -> bool:
+    """a number, 0 or more"""
+    return type(value) in (int, float) and 0 <= value < 1e18
+
+
+def text(value: Any) -> bool:
+    """a text"""
+    return type(value) is str
+
+
+def flag(value: Any) -> bool:
+    """true or false"""
+    return type(value) is bool
+
+
+def counts(value: Any) -> bool:
+    """a list of whole numbers"""
+    return type(value) is list and all(map(count, value))
+
+
+def texts(value: Any) -> bool:
+    """a list of texts"""
+    return type(value) is list and all(map(text, value))
+
+
+def pairs(value: Any) -> bool:
+    """a list of [id, attempt]"""
+    return type(value) is list and all(counts(row) and len(row) == 2 for row in value)
+
+
+def triples(value: Any) -> bool:
+    """a list of [run, id, attempt]"""
+    return type(value) is list and all(
+        type(row) is list and len(row) == 3 and text(row[0]) and counts(row[1:]) for row in value)
+
+
+Check = Callable[[Any], bool]
+
+
+class Spec(NamedTuple):
+    """A row of MESSAGES: a verb's way through the cloud, and its fields."""
+
+    way: str
+    needs: Dict[str, Check]
+    may_have: Dict[str, Check]
+
+
+COMMAND = "{"  # the verb of a line that is a command
+
+MESSAGES: Dict[str, Spec] = {
+    COMMAND: Spec("client > broker > worker", {"cmd": text}, {
+        "cwd": text, "id": count, "attempt": count,
+        "again": flag,  # submitted before: a worker may already have it
+        "had": text, "avoid": text,  # names of workers
+        "cut": count}),  # send at most so many bytes of output, inline
+    "HELLO": Spec("client > broker", {"run": text}, {
+        "join": count, "unreported": counts, "version": text, "host": text}),
+    "READY": Spec("worker > broker", {}, {
+        "name": text, "join": count, "slots": count, "weight": integer, "running": triples,
+        "held": triples, "version": text, "host": text,
+        "below": texts,  # the brokers of this subtree, if it is a chained broker
+        "depth": count}),  # how many of them stand in its longest chain
+    "OK": Spec("broker > client, worker", {}, {
+        "broker": text, "join": count, "workers": count, "slots": count, "above": texts}),
+    "WHO": Spec("broker > client, worker", {}, {}),
+    "QUEUED": Spec("worker > broker > client", {}, {
+        "cmd": text, "tasks": pairs, "worker": text}),
+    "RESULT": Spec("worker > broker > client", {"exitcode": integer}, {
+        "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
+        "started": number, "size": count, "worker": text, "signal": count, "reason": text}),
+    "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
+        "crashed": flag, "worker": text}),
+    "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
+    "CANCEL": Spec("client > broker > worker", {}, {"tasks": pairs}),
+    "FETCH": Spec("client > broker > worker", {
+        "id": count, "attempt": count, "offset": count, "size": count}, {}),
+    "CHUNK": Spec("worker > broker > client", {"id": count, "attempt": count, "offset": count}, {}),
+    "RESEND": Spec("broker > worker", {"tasks": pairs}, {}),
+    "BYE": Spec("client, worker > broker", {}, {}),
+    "ERROR": Spec("any > any", {}, {"message": text, "reason": text}),
+}
+
+
+class Message(NamedTuple):
+    """A line as a machine gets it, with where it came from."""
+
+    link: str
+    peer: Peer
+    token: Run
+    verb: str
+    fields: Fields
+    line: bytes
+    data: bytes  # the bytes of a CHUNK
+
+
+def refuse_constant(name: str) -> None:
+    """NaN and Infinity are Python's idea of JSON, nobody else's."""
+    raise ValueError(name + " is no JSON")
+
+
+dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+dump_ascii = json.JSONEncoder(separators=(",", ":")).encode
+load = json.JSONDecoder(parse_constant=refuse_constant).decode
+
+
+def encode(verb: str, fields: Optional[Fields] = None) -> bytes:
+    """A line: the verb and its fields, without a newline in it or after it."""
+    if fields is None:
+        return verb.encode()
+    try:
+        body = dump(fields).encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8 are written as escapes
+        body = dump_ascii(fields).encode()
+    return body if verb == COMMAND else verb.encode() + b" " + body
+
+
+def decode(line: bytes) -> Tuple[str, Fields]:
+    """A line's verb and fields, checked against MESSAGES. Raises ProtocolError."""
+    if line[:1] == b"{":
+        verb, body = COMMAND, line
+    else:
+        head, _, body = line.partition(b" ")
+        verb = head.decode("ascii", "replace")
+    spec = MESSAGES.get(verb)
+    if spec is None or (verb == COMMAND and line[:1] != b"{"):
+        raise ProtocolError("unknown verb")
+    fields: Any = {}
+    if body:
+        try:
+            fields = load(body.decode())
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"{verb} without valid JSON: {str(error)[:80]}") from None
+    if type(fields) is not dict:
+        raise ProtocolError(f"{verb} needs a JSON object")
+    for name, check in spec.needs.items():
+        if name not in fields or not check(fields[name]):
+            raise ProtocolError(f"{verb} needs {name!r}: {check.__doc__}")
+    for name, check in spec.may_have.items():
+        if name in fields and not check(fields[name]):
+            raise ProtocolError(f"{verb} wants {name!r} to be {check.__doc__}")
+    return verb, fields
+
+
+def printable(value: Union[str, bytes], limit: int = 80) -> str:
+    """What a peer sent, safe to show on one line of a terminal or log."""
+    shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    cut = shown[:limit] + ("..." if len(shown) > limit else "")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+# === Machines =========================================================================
+#
+# Broker, worker and client are machines without I/O. A machine is told what happened
+# (receive, connected, disconnected, tick) and at what time; what it wants sent collects
+# in its outbox, what else it wants done in its effects, and the loop at the end of this
+# file takes both. Lines for the same receiver leave in one body: that batching, and not
+# any cleverness, is what makes the program fast.
+
+
+class Frame(NamedTuple):
+    """A body to be sent: over which link, to whom, for which run."""
+
+    link: str
+    peer: Peer
+    token: Run
+    body: bytes
+    data: bytes
+
+
+class Log(NamedTuple):
+    """Effect: a line for the operator's log."""
+
+    level: int
+    text: str
+
+
+class Notice(NamedTuple):
+    """Effect: a line for the person at the terminal, on stderr."""
+
+    text: str
+
+
+class Reconnect(NamedTuple):
+    """Effect: close this link's socket and connect a new one."""
+
+    link: str
+
+
+class Exit(NamedTuple):
+    """Effect: end the program with this status."""
+
+    status: int
+
+
+class Machine:
+    """What broker, worker and client share: lines in, lines out, one table of handlers."""
+
+    # (link, verb) > the name of the method that handles it
+    HANDLERS: Dict[Tuple[str, str], str] = {}
+
+    def __init__(self) -> None:
+        self.outbox: Dict[Tuple[str, Peer, Run], List[bytes]] = {}  # lines by receiver
+        self.bulk: List[Frame] = []  # CHUNKs: sent by themselves, after the lines
+        self.effects: List[Any] = []
+        self.now: Seconds = 0.0  # the time of the event in hand
+
+    def say(self, link: str, peer: Peer, token: Run, verb: str,
+            fields: Optional[Fields] = None) -> None:
+        self.pass_on(link, peer, token, encode(verb, fields))
+
+    def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
+        self.outbox.setdefault((link, peer, token), []).append(line)
+
+    def log(self, level: int, message: str) -> None:
+        self.effects.append(Log(level, message))
+
+    def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: bytes,
+                now: Seconds) -> None:
+        """Handle each line of a body. A bad line is answered with ERROR and changes nothing."""
+        self.now = now
+        self.heard(link, peer)
+        for line in body.split(b"\n"):
+            if not line:
+                continue
+            try:
+                verb, fields = decode(line)
+                name = self.HANDLERS.get((link, verb))
+                if name is None:
+                    raise ProtocolError(f"{verb} is not for here")
+                if self.accepts(link, verb):
+                    getattr(self, name)(Message(link, peer, token, verb, fields, line, data))
+            except ProtocolError as error:
+                self.complain(link, peer, token, line, str(error))
+        self.settle()
+
+    def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
+        """Answer a bad message with ERROR; one that is itself an ERROR only with a log line."""
+        self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+        if not line.startswith(b"ERROR"):
+            self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
+
+    def observe(self, watch: Watch, cause: str) -> None:
+        """Have the watch look at what is waited for now, and tell what it has to say."""
+        notice = watch.see(cause, self.now)
+        if notice:
+            self.effects.append(Notice(notice))
+
+    def on_error(self, message: Message) -> None:
+        reason = printable(message.fields.get("reason", ""), 200)
+        about = printable(message.fields.get("message", ""))
+        self.log(logging.WARNING, f"peer on {message.link} complains: {reason}: {about}")
+
+    def take(self) -> Tuple[List[Frame], List[Any]]:
+        """All that is to be sent and done now; the machine forgets it."""
+        frames: List[Frame] = []
+        for (link, peer, token), lines in self.outbox.items():
+            size, batch = 0, []  # type: int, List[bytes]
+            for line in lines:
+                if batch and size + len(line) > BATCH_BYTES:
+                    frames.append(Frame(link, peer, token, b"\n".join(batch), b""))
+                    size, batch = 0, []
+                size += len(line)
+                batch.append(line)
+            frames.append(Frame(link, peer, token, b"\n".join(batch), b""))
+        frames += self.bulk
+        effects, self.effects = self.effects, []
+        self.outbox, self.bulk = {}, []
+        return frames, effects
+
+    # What a machine may want to do at these moments:
+
+    def heard(self, link: str, peer: Peer) -> None:
+        """Something came from this peer: it lives."""
+
+    def accepts(self, link: str, verb: str) -> bool:
+        """Whether to listen to this verb now; what is not accepted is dropped silently."""
+        return True
+
+    def settle(self) -> None:
+        """All lines of a body, or a tick, have been handled."""
+
+    def connected(self, link: str, now: Seconds) -> None:
+        """The link to the broker is up."""
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        """This connection is gone for certain."""
+
+    def tick(self, now: Seconds) -> None:
+        """Do what is due at this time."""
+
+    def deadline(self) -> Seconds:
+        """When tick() must be called next, at the latest."""
+        return math.inf
+
+
+class Session:
+    """One peer's conversation with its broker: join, stay in touch, join again.
+
+    To join is to say who we are and all that we have (the owner's greeting), under a new
+    number. Only an OK with that number ends joining, so that nothing which the broker sent
+    before it heard us can be taken for an answer. We join again when the connection is new,
+    when the broker says WHO, and on a new socket when it stays silent.
+    """
+
+    def __init__(self, owner: Machine, verb: str, greeting: Callable[[bool], Fields],
+                 times: Times) -> None:
+        self.owner = owner
+        self.verb = verb  # HELLO or READY
+        self.greeting = greeting
+        self.times = times
+        self.up = False  # the connection, as far as we were told
+        self.joined = False
+        self.number = 0  # of the last attempt to join
+        self.unanswered = 0  # greetings since anything was heard
+        self.next_greeting: Seconds = 0.0
+        self.announced: Fields = {}  # what we said when we joined, to tell what changed since
+
+    def greet(self, now: Seconds) -> None:
+        fields = self.greeting(not self.joined)
+        if not self.joined:
+            self.number += 1
+            fields["join"] = self.number
+            self.announced = fields
+        self.owner.say(BROKER, b"", "", self.verb, fields)
+        self.unanswered += 1
+        self.next_greeting = now + self.times.ready_interval
+
+    def join(self, now: Seconds) -> None:
+        self.joined = False
+        self.greet(now)
+
+    def connected(self, now: Seconds) -> None:
+        self.up = True
+        self.unanswered = 0
+        self.join(now)
+
+    def disconnected(self) -> None:
+        self.up = False
+        self.joined = False
+
+    def heard(self) -> None:
+        self.unanswered = 0
+
+    def accepts(self, verb: str) -> bool:
+        """While we join, the broker's records of us and ours may differ, and only what ends
+        that counts; what else it sends it will find missing and take back."""
+        return self.joined or verb in ("OK", "WHO", "ERROR")
+
+    def ok(self, fields: Fields) -> bool:
+        """An OK has come; true if it makes us joined."""
+        if self.joined or fields.get("join") != self.number:
+            return False
+        self.joined = self.up = True
+        return True
+
+    def tick(self, now: Seconds) -> None:
+        if now < self.next_greeting:
+            return
+        if self.unanswered > self.times.missed_oks:
+            self.unanswered = 0
+            self.disconnected()
+            self.owner.effects.append(Reconnect(BROKER))
+        self.greet(now)
+
+
+class Watch:
+    """Says what is being waited for, once per cause, and when it is over; knows the limit."""
+
+    def __init__(self, limit: Seconds = math.inf) -> None:
+        self.limit = limit
+        self.cause = ""  # what is waited for now, "" for nothing
+        self.since: Seconds = 0.0  # this cause began
+        self.began: Seconds = 0.0  # waiting began, for whatever causes
+        self.said = ""  # the cause that was told last
+
+    def see(self, cause: str, now: Seconds) -> str:
+        """Look at the present cause; a line to be told now, or ""."""
+        if cause != self.cause:
+            if not self.cause:
+                self.began = now
+            self.cause, self.since = cause, now
+        if not cause and self.said:
+            self.said = ""
+            return "the wait is over, going on"
+        if cause and cause != self.said and now >= self.since + NOTICE_DELAY:
+            self.said = cause
+            return cause
+        return ""
+
+    def given_up(self, now: Seconds) -> bool:
+        return bool(self.cause) and now >= self.began + self.limit
+
+    def deadline(self) -> Seconds:
+        if not self.cause:
+            return math.inf
+        notice = self.since + NOTICE_DELAY if self.said != self.cause else math.inf
+        return min(notice, self.began + self.limit)
+
+
+# === Tasks ============================================================================
+#
+# What a broker remembers: a Task per attempt that a client wants and has not finished
+# with, a ClientLink per run, a WorkerLink per worker. Broker.move() is the one place that
+# changes a task's state, and with it every index that depends on the state.
+
+LIMBO, WAITING, ASSIGNED = "LIMBO", "WAITING", "ASSIGNED"
+RUNNING, DELIVERED, GONE = "RUNNING", "DELIVERED", "GONE"
+
+MOVES: Dict[str, Tuple[str, ...]] = {
+    LIMBO: (RUNNING, DELIVERED, GONE),
+    WAITING: (ASSIGNED, RUNNING, DELIVERED, GONE),
+    ASSIGNED: (WAITING, RUNNING, DELIVERED, GONE),
+    RUNNING: (WAITING, RUNNING, DELIVERED, GONE),
+    DELIVERED: (DELIVERED, GONE),
+    GONE: (),
+}
+BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot
+
+
+class ClientLink:
+    """A run: its client, and the tasks it wants."""
+
+    __slots__ = ("run", "link", "peer", "tasks", "waiting", "in_turn", "claimed",
+                 "last_id")
+
+    def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
+        self.run = run
+        self.link = link  # CLIENTS, or BROKER for a run of the broker above us
+        self.peer = peer  # None while it is away
+        self.tasks: Dict[int, Task] = {}  # by id
+        self.waiting: Deque[Task] = deque()  # to be assigned; those not WAITING are skipped
+        self.in_turn = False  # stands in Broker.turns
+        self.claimed = peer is not None  # False: only workers have spoken of it so far
+        self.last_id = 0  # of a plain client's commands, which we number
+
+    @property
+    def plain(self) -> bool:
+        return self.run.startswith(PLAIN)
+
+
+class WorkerLink:
+    """A worker (or a chained broker), and the tasks it has."""
+
+    __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
+                 "ready", "stamp", "token")
+
+    def __init__(self, peer: Peer, name: str, plain: bool) -> None:
+        self.peer: Optional[Peer] = peer  # None while its connection is broken
+        self.name = name  # its incarnation
+        self.plain = plain
+        self.slots = 1
+        self.weight = 0
+        self.below: List[str] = []  # names of the brokers of its subtree, itself included
+        self.depth = 0  # how many of them stand in its longest chain
+        self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
+        self.busy = 0  # how many of them take a slot
+        self.ready = False  # may be given commands
+        self.stamp = 0  # of its valid entry in Broker.ranking
+        self.token = ""  # a plain worker's: names its task
+
+    def free(self) -> int:
+        return self.slots - self.busy if self.ready and self.peer is not None else 0
+
+
+class Task:
+    """One attempt of one command."""
+
+    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "had", "until",
+                 "crashes", "result")
+
+    def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
+        self.client = client
+        self.id = id
+        self.attempt = attempt
+        self.state = WAITING
+        self.line = line  # as the client sent it; b"" if we know it only from its worker
+        self.worker: Optional[WorkerLink] = None  # in ASSIGNED, RUNNING and DELIVERED
+        self.avoid = ""  # name of the worker that did not work out last time
+        self.had = ""  # in LIMBO: name of the worker that was last known to have it
+        self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
+        self.crashes = 0  # workers lost while running it (for plain clients; others count)
+        self.result = b""  # a plain worker's RESULT, which only we have
+
+    @property
+    def key(self) -> Key:
+        return (self.client.run, self.id, self.attempt)
+
+
+# === Broker ===========================================================================
+#
+# The broker gives waiting commands to free workers and passes answers back. Clients own
+# their commands: when an attempt is lost, the broker tells the client (LOST) and forgets
+# it, and the client decides about another. Only for plain clients, who know no LOST, does
+# the broker act as the owner. All it knows can be rebuilt from what clients and workers say
+# when they join. Towards a broker above it, it is a worker with the slots of all its own
+# workers, and the runs it gets from there are clients to it.
+
+CRASH_LIMIT = 3  # workers lost while running one command: it is poison, not unlucky
+
+
+class Broker(Machine):
+    """The scheduler. Its links are CLIENTS, WORKERS and, if it is chained, BROKER."""
+
+    def __init__(self, name: str, times: Times = Times(), chained: bool = False,
+                 now: Seconds = 0.0) -> None:
+        super().__init__()
+        self.name = name  # this incarnation
+        self.times = times
+        self.started = now
+        self.clients: Dict[Run, ClientLink] = {}
+        self.run_of: Dict[Peer, Run] = {}  # connected clients
+        self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
+        self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or not
+        self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
+        self.ranking: List[Tuple[int, int, int, WorkerLink]] = []  # heap: best worker first
+        self.stamps = 0  # counts entries of the ranking
+        self.slots = 0  # of all connected workers
+        self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
+        self.limbo: Dict[Key, Task] = {}
+        self.away: Dict[str, Seconds] = {}  # workers with a broken connection: until when
+        # last sign of life of each, the longest silent first
+        self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
+        self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
+        self.plain_runs = 0
+        self.session = Session(self, "READY", self.greeting, times) if chained else None
+        self.watch = Watch()
+        self.above: List[str] = []  # the brokers above us, nearest first
+        self.told = (0, 0)  # slots and weight, as the broker above was told
+        self.was_empty = True  # no slots, as clients were told
+        self.crew_changed = False  # slots or weights, since the last settle()
+
+    # --- who is there: clients
+
+    def heard(self, link: str, peer: Peer) -> None:
+        if link == CLIENTS and peer in self.run_of:
+            self.see(self.clients_seen, self.clients[self.run_of[peer]])
+        elif link == WORKERS and peer in self.workers:
+            self.see(self.workers_seen, self.workers[peer])
+        elif link == BROKER and self.session:
+            self.session.heard()
+
+    def see(self, seen: OrderedDict[Any, Seconds], who: Any) -> None:
+        seen[who] = self.now
+        seen.move_to_end(who)
+
+    def require_client(self, run: Run, link: str, peer: Optional[Peer]) -> ClientLink:
+        """The run's client; a new one if there is none yet."""
+        client = self.clients.get(run)
+        if client is None:
+            client = self.clients[run] = ClientLink(run, link, peer)
+        elif not client.claimed and peer is not None:
+            client.link, client.peer, client.claimed = link, peer, True
+        self.see(self.clients_seen, client)
+        return client
+
+    def client_of(self, message: Message) -> Optional[ClientLink]:
+        """Who said this; a peer that we do not know is asked to join, and gets None."""
+        if message.link == BROKER:
+            if message.token not in self.clients and message.verb != COMMAND:
+                return None
+            client = self.require_client(message.token, BROKER, b"")
+            return client if client.link == BROKER else None
+        run = self.run_of.get(message.peer)
+        if run is None:
+            self.say(CLIENTS, message.peer, "", "WHO")
+            return None
+        return self.clients[run]
+
+    def on_hello(self, message: Message) -> None:
+        run, peer = message.fields["run"], message.peer
+        if run.startswith(PLAIN) or not run or not run.isalnum():
+            raise ProtocolError("HELLO wants 'run' to be letters and digits")
+        known = self.run_of.get(peer)
+        if "join" not in message.fields:  # still here
+            if known != run:
+                self.say(CLIENTS, peer, "", "WHO")
+            else:
+                self.say(CLIENTS, peer, "", "OK", self.state_of_cloud())
+            return
+        if known is not None and known != run:
+            raise ProtocolError("HELLO from a peer that is another run already")
+        client = self.require_client(run, CLIENTS, peer)
+        if client.link == CLIENTS and client.peer is not None and client.peer != peer:
+            self.run_of.pop(client.peer, None)
+        client.link, client.peer = CLIENTS, peer  # whatever a broker above may have thought
+        self.run_of[peer] = run
+        if known is None:
+            self.log(logging.INFO, f"client {printable(message.fields.get('host', ''))} joined")
+        wanted = set(message.fields.get("unreported", ()))
+        self.drop([task for id, task in client.tasks.items() if id not in wanted])
+        self.say(CLIENTS, peer, "", "OK", dict(self.state_of_cloud(), join=message.fields["join"]))
+
+    def state_of_cloud(self) -> Fields:
+        return {"broker": self.name, "workers": len(self.workers), "slots": self.slots}
+
+    def on_client_bye(self, message: Message) -> None:
+        run = self.run_of.get(message.peer)
+        if run is not None:
+            self.forget_client(self.clients[run], "left")
+
+    def forget_client(self, client: ClientLink, why: str) -> None:
+        """The run is over: stop what runs for it, and drop every trace of it."""
+        self.drop(list(client.tasks.values()))
+        self.clients_seen.pop(client, None)
+        self.clients.pop(client.run, None)
+        if client.link == CLIENTS:
+            if client.peer is not None:
+                self.run_of.pop(client.peer, None)
+            self.log(logging.INFO, f"client {why}")
+
+    # --- who is there: workers
+
+    def on_ready(self, message: Message) -> None:
+        peer, fields = message.peer, message.fields
+        worker = self.workers.get(peer)
+        if "name" not in fields:
+            self.on_plain_ready(message, worker)
+        elif self.name in fields.get("below", ()):
+            self.refuse_loop()
+        elif fields.get("depth", 0) + len(self.above) + 1 > MAX_DEPTH:
+            raise ProtocolError(f"chain of more than {MAX_DEPTH} brokers")
+        elif "join" in fields:
+            self.join_worker(message)
+        elif worker is None or worker.name != fields["name"]:
+            self.say(WORKERS, peer, "", "WHO")
+        else:
+            self.update_worker(worker, fields)
+            self.say(WORKERS, peer, "", "OK", self.state_for_worker())
+
+    def refuse_loop(self) -> None:
+        """We have met ourselves above or below: whoever chained us made a mistake."""
+        self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
+                                "correct --upstream")
+        self.effects.append(Exit(2))
+
+    def state_for_worker(self) -> Fields:
+        return dict(self.state_of_cloud(), above=[self.name] + self.above)
+
+    def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
+        if worker is None:
+            worker = self.workers[message.peer] = WorkerLink(
+                message.peer, printable(message.peer), True)
+            self.heard(WORKERS, message.peer)
+            self.log(logging.INFO, f"plain worker {worker.name} joined")
+            self.slots += 1
+            self.crew_changed = True
+        elif not worker.plain:
+            raise ProtocolError("READY needs the name given before")
+        worker.weight = message.fields.get("weight", worker.weight)
+        if not worker.tasks:  # otherwise it has not seen its command yet, or is running it
+            worker.ready = True
+        self.rank(worker)
+        self.say(WORKERS, message.peer, "", "OK")
+
+    def update_worker(self, worker: WorkerLink, fields: Fields) -> None:
+        slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
+        self.crew_changed |= (slots, weight) != (worker.slots, worker.weight)
+        self.slots += slots - worker.slots
+        worker.slots, worker.weight = slots, weight
+        worker.below = fields.get("below", worker.below)
+        worker.depth = fields.get("depth", worker.depth)
+        worker.ready = True
+        self.rank(worker)
+
+    def join_worker(self, message: Message) -> None:
+        """A worker tells all that it has; make our records agree with that."""
+        peer, name = message.peer, message.fields["name"]
+        known = self.workers.get(peer)
+        if known is not None and known.name != name:
+            raise ProtocolError("READY with a name other than before")
+        worker = self.named.get(name)
+        if worker is None:
+            worker = self.named[name] = WorkerLink(peer, name, False)
+            self.log(logging.INFO, f"worker {printable(name)} joined")
+            self.slots += worker.slots
+        elif worker.peer is None:
+            self.away.pop(name, None)
+            self.slots += worker.slots
+        else:
+            self.workers.pop(worker.peer, None)
+        worker.peer = peer
+        self.workers[peer] = worker
+        self.crew_changed = True
+        self.heard(WORKERS, peer)
+        self.update_worker(worker, message.fields)
+        self.say(WORKERS, peer, "", "OK",
+                 dict(self.state_for_worker(), join=message.fields["join"]))
+        self.reconcile(worker, message.fields)
+
+    def reconcile(self, worker: WorkerLink, fields: Fields) -> None:
+        running = {tuple(row) for row in fields.get("running", ())}
+        held = {tuple(row) for row in fields.get("held", ())}
+        lost = [task for key, task in worker.tasks.items()
+                if key not in running and key not in held]
+        lost += [task for key, task in self.limbo.items()
+                 if task.had == worker.name and key not in running and key not in held]
+        for task in lost:
+            self.lose(task, "was never started", False)
+        cancel: Dict[Run, List[List[int]]] = {}
+        resend: Dict[Run, List[List[int]]] = {}
+        for key in sorted(running | held):
+            if self.adopt(worker, key, RUNNING) is None:
+                cancel.setdefault(key[0], []).append([key[1], key[2]])
+            elif key in held:
+                resend.setdefault(key[0], []).append([key[1], key[2]])
+        for verb, wanted in (("CANCEL", cancel), ("RESEND", resend)):
+            for run, tasks in wanted.items():
+                self.say(WORKERS, worker.peer or b"", run, verb, {"tasks": tasks})
+        if self.session and self.session.joined and (running or held):
+            self.session.join(self.now)  # the broker above may be looking for these
+
+    def adopt(self, worker: WorkerLink, key: Key, state: str) -> Optional[Task]:
+        """Believe a worker that it has this attempt; None if it is not wanted there."""
+        run, id, attempt = key
+        if run.startswith(PLAIN) and run not in self.clients:
+            return None
+        client = self.clients.get(run)
+        if client is None:  # of a time before us: its client may still come back
+            client = self.require_client(run, BROKER if self.session else CLIENTS, None)
+        task = client.tasks.get(id)
+        if task is None:
+            task = client.tasks[id] = Task(client, id, attempt, b"")
+        if task.attempt != attempt:
+            return None
+        if task.worker is worker and task.state == DELIVERED:
+            return task
+        if task.worker is worker or task.worker is None or task.worker.peer is None:
+            fresh = task.state != RUNNING
+            if task.state != DELIVERED or task.worker is not worker:
+                self.move(task, DELIVERED if task.state == DELIVERED else state, worker)
+            if fresh:
+                self.tell_queued(task)
+            return task
+        return None
+
+    def on_worker_bye(self, message: Message) -> None:
+        worker = self.workers.get(message.peer)
+        if worker is not None:
+            self.forget_worker(worker, "left", False)
+
+    def forget_worker(self, worker: WorkerLink, why: str, crashed: bool) -> None:
+        """The worker is no more; what it had is lost."""
+        self.cut_off(worker)
+        if not worker.plain:
+            self.named.pop(worker.name, None)
+            self.away.pop(worker.name, None)
+        self.workers_seen.pop(worker, None)
+        self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
+        for task in list(worker.tasks.values()):
+            self.lose(task, f"worker {printable(worker.name)} {why}",
+                      crashed and task.state == RUNNING)
+
+    def cut_off(self, worker: WorkerLink) -> None:
+        """Its connection is of no use any more."""
+        if worker.peer is not None:
+            self.workers.pop(worker.peer, None)
+            self.slots -= worker.slots
+            self.crew_changed = True
+            worker.peer = None
+            self.rank(worker)
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        if link == BROKER and self.session:
+            self.session.disconnected()
+        elif link == CLIENTS and peer in self.run_of:
+            client = self.clients[self.run_of.pop(peer)]
+            client.peer = None
+            if client.plain:
+                self.forget_client(client, "left")
+        elif link == WORKERS and peer in self.workers:
+            worker = self.workers[peer]
+            if worker.plain:
+                self.forget_worker(worker, "is gone", True)
+            else:  # it may only have lost its connection, and be back in a moment
+                self.cut_off(worker)
+                grace = self.times.worker_expiry if worker.below else self.times.lost_grace
+                self.away[worker.name] = now + grace
+        self.settle()
+
+    # --- commands, from clients and from the broker above
+
+    def on_command(self, message: Message) -> None:
+        if message.link == CLIENTS and message.peer not in self.run_of:
+            if "id" in message.fields:
+                self.say(CLIENTS, message.peer, "", "WHO")
+                return
+            self.add_plain_client(message.peer)
+        client = self.client_of(message)
+        if client is None:
+            return
+        if client.plain:
+            client.last_id += 1
+            self.queue(Task(client, client.last_id, 1, message.line))
+            return
+        if "id" not in message.fields or "attempt" not in message.fields:
+            raise ProtocolError("a command needs 'id' and 'attempt'")
+        id, attempt = message.fields["id"], message.fields["attempt"]
+        known = client.tasks.get(id)
+        if known is not None and known.attempt == attempt:
+            self.remind(known)
+            return
+        if known is not None:  # its owner has given up the older attempt
+            self.drop([known])
+        task = Task(client, id, attempt, message.line)
+        task.avoid = message.fields.get("avoid", "")
+        if client.link == BROKER:
+            self.say(BROKER, b"", client.run, "QUEUED", {"tasks": [[id, attempt]],
+                                                         "worker": self.name})
+        self.queue(task, message.fields)
+
+    def add_plain_client(self, peer: Peer) -> None:
+        self.plain_runs += 1
+        run = f"{PLAIN}{self.name}.{self.plain_runs}"
+        self.require_client(run, CLIENTS, peer)
+        self.run_of[peer] = run
+        self.log(logging.INFO, f"plain client {printable(peer)} joined")
+
+    def queue(self, task: Task, fields: Fields = {}) -> None:
+        """A new task: to the end of its client's queue, or into limbo, where a command of the
+        time before our start waits for the worker that may have it."""
+        client = task.client
+        client.tasks[task.id] = task
+        if fields.get("again") and client.link == CLIENTS:
+            task.had = fields.get("had", "")
+            patience = self.times.worker_expiry if task.had else self.times.ready_interval
+            task.until = self.started + patience
+            if task.had in self.named:
+                self.lose(task, "was never started", False)
+                return
+            if self.now < task.until:
+                task.state = LIMBO
+                self.limbo[task.key] = task
+                return
+        if fields.get("again") or task.attempt > 1:
+            client.waiting.appendleft(task)
+        else:
+            client.waiting.append(task)
+        self.take_turn(client)
+
+    def take_turn(self, client: ClientLink) -> None:
+        if not client.in_turn:
+            client.in_turn = True
+            self.turns.append(client)
+
+    def remind(self, task: Task) -> None:
+        """The client asks for a task that we know: tell it how things stand."""
+        if task.state == RUNNING:
+            self.tell_queued(task)
+        elif task.state == DELIVERED and task.result:
+            self.tell_line(task, task.result)
+        elif task.state == DELIVERED and task.worker and task.worker.peer is not None:
+            self.say(WORKERS, task.worker.peer, task.client.run, "RESEND",
+                     {"tasks": [[task.id, task.attempt]]})
+
+    def tasks_of(self, client: ClientLink, rows: List[List[int]]) -> List[Task]:
+        """The client's tasks that match these [id, attempt], each once; others are passed over."""
+        wanted = {id: attempt for id, attempt in rows if id in client.tasks}
+        return [client.tasks[id] for id, attempt in wanted.items()
+                if client.tasks[id].attempt == attempt]
+
+    def asked_for(self, message: Message, rows: List[List[int]]) -> List[Task]:
+        """The tasks that the message asks something of. Those that we do not have (any more)
+        are LOST to the broker above; a client needs no answer, it knows better."""
+        client = self.client_of(message)
+        found = self.tasks_of(client, rows) if client else []
+        if message.link == BROKER and len(found) < len(rows):
+            have = [[task.id, task.attempt] for task in found]
+            self.say(BROKER, b"", message.token, "LOST", {
+                "tasks": [row for row in rows if row not in have], "why": "unknown"})
+        return found
+
+    def on_done(self, message: Message) -> None:
+        client = self.client_of(message)
+        if client is not None:
+            self.drop(self.tasks_of(client, message.fields["tasks"]))
+
+    def on_cancel(self, message: Message) -> None:
+        """Stop these tasks, or all: each is answered with LOST when it has stopped."""
+        client = self.client_of(message)
+        rows = message.fields.get("tasks")
+        if rows is None:
+            tasks = list(client.tasks.values()) if client and not client.plain else []
+        else:
+            tasks = self.asked_for(message, rows)
+        stops: Dict[Tuple[Peer, Run], List[List[int]]] = {}
+        for task in tasks:
+            worker = task.worker
+            if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
+                stops.setdefault((worker.peer, task.client.run), []).append(
+                    [task.id, task.attempt])
+            else:
+                self.tell(task, "LOST", {"tasks": [[task.id, task.attempt]], "why": "cancelled"})
+                self.drop([task])
+        for (peer, run), wanted in stops.items():
+            self.say(WORKERS, peer, run, "CANCEL", {"tasks": wanted})
+
+    def drop(self, tasks: List[Task]) -> None:
+        """Nobody wants these any more: forget them, and let their workers do so too."""
+        words: Dict[Tuple[Peer, Run, str], List[List[int]]] = {}
+        for task in tasks:
+            worker = task.worker
+            if worker is not None and worker.peer is not None and not worker.plain:
+                verb = "DONE" if task.state == DELIVERED else "CANCEL"
+                words.setdefault((worker.peer, task.client.run, verb), []).append(
+                    [task.id, task.attempt])
+            self.move(task, GONE)
+        for (peer, run, verb), wanted in words.items():
+            self.say(WORKERS, peer, run, verb, {"tasks": wanted})
+
+    def on_fetch(self, message: Message) -> None:
+        for task in self.asked_for(message, [[message.fields["id"], message.fields["attempt"]]]):
+            if task.state == DELIVERED and task.worker and task.worker.peer is not None:
+                self.pass_on(WORKERS, task.worker.peer, task.client.run, message.line)
+
+    # --- assigning
+
+    def move(self, task: Task, state: str, worker: Optional[WorkerLink] = None) -> None:
+        """Change a task's state, and all indexes with it. `worker` goes with the states in
+        which a worker has the task."""
+        assert state in MOVES[task.state], (task.key, task.state, state)
+        old, key = task.worker, task.key
+        if old is not None:
+            old.tasks.pop(key, None)
+            old.busy -= task.state in BUSY
+            if old is not worker:
+                old.token = ""
+        if task.state == LIMBO:
+            self.limbo.pop(key, None)
+        task.state, task.worker = state, worker
+        if worker is not None:
+            worker.tasks[key] = task
+            worker.busy += state in BUSY
+            self.rank(worker)
+        if old is not None and old is not worker:
+            self.rank(old)
+        if state == GONE:
+            task.client.tasks.pop(task.id, None)
+
+    def rank(self, worker: WorkerLink) -> None:
+        """Enter the worker into the ranking as it is now; its older entries become void."""
+        self.stamps += 1
+        worker.stamp = self.stamps
+        free = worker.free()
+        if free > 0:
+            heapq.heappush(self.ranking, (-worker.weight, -free, self.stamps, worker))
+            if len(self.ranking) > 2 * len(self.workers) + 64:  # mostly void: sweep
+                self.ranking = [row for row in self.ranking if row[2] == row[3].stamp]
+                heapq.heapify(self.ranking)
+
+    def best_worker(self, avoid: str) -> Optional[WorkerLink]:
+        """The free worker of highest weight and most free slots; the one to avoid only if
+        it is the only one."""
+        avoided = None
+        best = None
+        while self.ranking and best is None:
+            row = self.ranking[0]
+            if row[2] != row[3].stamp:
+                heapq.heappop(self.ranking)
+            elif row[3].name == avoid and avoided is None:
+                avoided = heapq.heappop(self.ranking)
+            else:
+                best = row[3]
+        if avoided is not None:
+            heapq.heappush(self.ranking, avoided)
+            if best is None and len(self.workers) == 1:
+                best = avoided[3]
+        return best
+
+    def dispatch(self) -> None:
+        """Give waiting tasks to free workers, one client after the other."""
+        blocked = 0  # clients in a row whose next task finds no worker
+        while self.turns and blocked < len(self.turns):
+            client = self.turns[0]
+            while client.waiting and client.waiting[0].state != WAITING:
+                client.waiting.popleft()
+            if not client.waiting:
+                self.turns.popleft()
+                client.in_turn = False
+                continue
+            worker = self.best_worker(client.waiting[0].avoid)
+            if worker is not None:
+                self.assign(client.waiting.popleft(), worker)
+                blocked = 0
+            elif not self.ranking:
+                return
+            else:
+                blocked += 1
+            self.turns.rotate(-1)
+
+    def assign(self, task: Task, worker: WorkerLink) -> None:
+        self.move(task, ASSIGNED, worker)
+        task.until = self.now + self.times.queued_timeout
+        self.unconfirmed.append((task, task.until))
+        run, peer = task.client.run, worker.peer or b""
+        if worker.plain:
+            worker.ready = False
+            worker.token = f"{run} {task.id} {task.attempt}"
+            self.pass_on(WORKERS, peer, worker.token, task.line)
+        elif task.client.plain:  # our workers want id and attempt: put them in front
+            head = b'{"id":%d,"attempt":%d,"cut":%d,' % (task.id, task.attempt, PLAIN_INLINE)
+            self.pass_on(WORKERS, peer, run, head + task.line.lstrip()[1:])
+        else:
+            self.pass_on(WORKERS, peer, run, task.line)
+
+    # --- answers, from workers
+
+    def worker_of(self, message: Message) -> Optional[WorkerLink]:
+        worker = self.workers.get(message.peer)
+        if worker is None and not {"id", "tasks"} & set(message.fields):
+            raise ProtocolError("say READY first")
+        if worker is None:
+            self.say(WORKERS, message.peer, "", "WHO")
+        return worker
+
+    def tasks_at(self, worker: WorkerLink, message: Message) -> List[Task]:
+        """The tasks of this worker that the message is about. Those that it does not have
+        (any more) are passed over: a stale attempt changes nothing."""
+        if worker.plain:
+            if not worker.token or message.token != worker.token:
+                raise ProtocolError("not the token of a command that you have")
+            return list(worker.tasks.values())
+        fields = message.fields
+        rows = fields.get("tasks")
+        if rows is None:
+            if "id" not in fields or "attempt" not in fields:
+                raise ProtocolError(f"{message.verb} needs 'id' and 'attempt'")
+            rows = [[fields["id"], fields["attempt"]]]
+        keys = dict.fromkeys((message.token, id, attempt) for id, attempt in rows)
+        return [worker.tasks[key] for key in keys if key in worker.tasks]
+
+    def on_queued(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        if worker is None:
+            return
+        for task in self.tasks_at(worker, message):
+            if task.state == ASSIGNED:
+                self.move(task, RUNNING, worker)
+                self.tell_queued(task)
+
+    def tell_queued(self, task: Task) -> None:
+        """Tell the owner that a worker has its command. The broker above knows already."""
+        if task.client.plain:
+            self.tell_line(task, b"QUEUED " + task.line)
+        elif task.client.link == CLIENTS:
+            self.tell(task, "QUEUED", {"tasks": [[task.id, task.attempt]],
+                                       "worker": task.worker.name if task.worker else ""})
+
+    def tell(self, task: Task, verb: str, fields: Fields) -> None:
+        self.tell_line(task, encode(verb, fields))
+
+    def tell_line(self, task: Task, line: bytes) -> None:
+        """Say something to a task's owner, if it is there: it will ask when it is back."""
+        client = task.client
+        if client.link == BROKER:
+            if self.session and self.session.joined:
+                self.pass_on(BROKER, b"", client.run, line)
+        elif client.peer is not None:
+            self.pass_on(CLIENTS, client.peer, "", line)
+
+    def on_result(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        if worker is None:
+            return
+        for task in self.tasks_at(worker, message):
+            if task.client.plain:
+                self.move(task, DELIVERED, worker)
+                self.tell(task, "RESULT", plain_result(task, message.fields))
+                self.drop([task])
+            elif worker.plain:  # it does not hold its results, so we do
+                task.result = encode("RESULT", dict(
+                    message.fields, id=task.id, attempt=task.attempt, worker=worker.name))
+                self.move(task, DELIVERED, None)
+                self.tell_line(task, task.result)
+            else:
+                self.move(task, DELIVERED, worker)
+                self.tell_line(task, message.line)
+
+    def on_chunk(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        if worker is None:
+            return
+        for task in self.tasks_at(worker, message):
+            client = task.client
+            if client.peer is not None:
+                token = client.run if client.link == BROKER else ""
+                self.bulk.append(Frame(client.link, client.peer, token, message.line,
+                                       message.data))
+
+    def on_lost(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        if worker is None:
+            return
+        for task in self.tasks_at(worker, message):
+            self.lose(task, printable(message.fields["why"]), message.fields.get("crashed", False))
+
+    def lose(self, task: Task, why: str, crashed: bool) -> None:
+        """This attempt will bring no result. Its owner decides what follows; for a plain
+        client we are the owner."""
+        worker = task.worker
+        if task.client.plain and task.state in BUSY:
+            self.try_again(task, why, crashed)
+            return
+        self.tell(task, "LOST", {"tasks": [[task.id, task.attempt]], "why": why,
+                                 "crashed": crashed, "worker": worker.name if worker else ""})
+        self.move(task, GONE)
+
+    def try_again(self, task: Task, why: str, crashed: bool) -> None:
+        worker = task.worker
+        task.crashes += crashed
+        if task.crashes >= CRASH_LIMIT:
+            self.tell(task, "RESULT", plain_result(task, {
+                "exitcode": NOT_RUN, "time": 0.0,
+                "reason": f"was running on {task.crashes} workers that were lost; {why}"}))
+            self.drop([task])
+            return
+        self.move(task, WAITING)
+        task.attempt += 1
+        task.avoid = worker.name if worker else ""
+        task.client.waiting.appendleft(task)
+        self.take_turn(task.client)
+
+    # --- time
+
+    def settle(self) -> None:
+        self.dispatch()
+        while self.unconfirmed and not self.still_unconfirmed(*self.unconfirmed[0]):
+            self.unconfirmed.popleft()
+        if self.crew_changed:
+            self.crew_changed = False
+            self.announce_crew()
+        self.observe(self.watch, self.waits_for())
+
+    def announce_crew(self) -> None:
+        """Slots or weights have changed: tell those for whom it matters."""
+        if self.session and self.session.joined and self.told != (self.slots, self.weight()):
+            self.session.greet(self.now)
+        if self.was_empty != (self.slots == 0):
+            self.was_empty = not self.was_empty
+            for peer, run in self.run_of.items():
+                if not run.startswith(PLAIN):
+                    self.say(CLIENTS, peer, "", "OK", self.state_of_cloud())
+
+    def weight(self) -> int:
+        return max((worker.weight for worker in self.workers.values()), default=0)
+
+    def still_unconfirmed(self, task: Task, until: Seconds) -> bool:
+        return task.state == ASSIGNED and task.until == until
+
+    def tick(self, now: Seconds) -> None:
+        self.now = now
+        self.expire_silent()
+        for name in [name for name, until in self.away.items() if until <= now]:
+            self.forget_worker(self.named[name], "is gone", True)
+        while self.unconfirmed and self.unconfirmed[0][1] <= now:
+            task, until = self.unconfirmed.popleft()
+            if self.still_unconfirmed(task, until):
+                self.give_up_waiting(task)
+        for task in [task for task in self.limbo.values() if task.until <= now]:
+            self.lose(task, "the worker that had it did not come back", bool(task.had))
+        if self.session:
+            self.session.tick(now)
+        self.settle()
+
+    def waits_for(self) -> str:
+        if not self.session or self.session.joined:
+            return ""
+        return "waiting for the broker above" + ("" if self.session.up else ": not there (yet)")
+
+    def give_up_waiting(self, task: Task) -> None:
+        """No QUEUED in time: take the task back; nothing more for this worker until it speaks."""
+        worker = task.worker
+        assert worker is not None
+        worker.ready = False
+        why = f"worker {printable(worker.name)} did not confirm it"
+        self.log(logging.WARNING, why)
+        if worker.peer is not None and not worker.plain:
+            self.say(WORKERS, worker.peer, task.client.run, "CANCEL",
+                     {"tasks": [[task.id, task.attempt]]})
+        self.lose(task, why, False)
+
+    def expire_silent(self) -> None:
+        """Forget who has been silent for too long."""
+        silence = "has been silent for too long"
+        for worker in self.silent(self.workers_seen, self.times.worker_expiry):
+            if worker.plain and worker.tasks:  # it cannot speak while it runs
+                self.see(self.workers_seen, worker)
+            else:
+                self.forget_worker(worker, silence, True)
+        for client in self.silent(self.clients_seen, self.times.client_lease):
+            above = client.link == BROKER and client.tasks and self.session \
+                and self.session.joined
+            if above or (client.plain and client.peer is not None):  # these have no heartbeat
+                self.see(self.clients_seen, client)
+            else:
+                self.forget_client(client, silence)
+
+    def silent(self, seen: OrderedDict[Any, Seconds], patience: Seconds) -> List[Any]:
+        """Those who gave no sign of life for this long."""
+        found = []
+        for who, when in seen.items():
+            if when + patience > self.now:
+                break
+            found.append(who)
+        return found
+
+    def deadline(self) -> Seconds:
+        due = list(self.away.values()) + [task.until for task in self.limbo.values()]
+        for seen, patience in ((self.workers_seen, self.times.worker_expiry),
+                               (self.clients_seen, self.times.client_lease)):
+            due += [when + patience for when in itertools.islice(seen.values(), 1)]
+        if self.unconfirmed:
+            due.append(self.unconfirmed[0][1])
+        if self.session:
+            due += [self.session.next_greeting, self.watch.deadline()]
+        return min(due, default=math.inf)
+
+    # --- the broker above
+
+    def accepts(self, link: str, verb: str) -> bool:
+        return link != BROKER or (self.session is not None and self.session.accepts(verb))
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.now = now
+        if self.session:
+            self.session.connected(now)
+        self.settle()
+
+    def greeting(self, joining: bool) -> Fields:
+        self.told = (self.slots, self.weight())
+        workers = self.workers.values()
+        below = sorted({name for worker in workers for name in worker.below})
+        fields: Fields = {"name": self.name, "slots": self.slots, "weight": self.told[1],
+                          "below": [self.name] + below, "version": __version__,
+                          "depth": 1 + max((worker.depth for worker in workers), default=0)}
+        if joining:
+            tasks = [task for client in self.clients.values() if not client.claimed
+                     or client.link == BROKER for task in client.tasks.values()]
+            fields["running"] = [list(t.key) for t in tasks if t.state != DELIVERED]
+            fields["held"] = [list(t.key) for t in tasks if t.state == DELIVERED]
+        return fields
+
+    def on_ok(self, message: Message) -> None:
+        self.above = message.fields.get("above", [])
+        if self.name in self.above:
+            self.refuse_loop()
+        elif self.session and self.session.ok(message.fields):
+            self.catch_up(self.session.announced)
+
+    def catch_up(self, announced: Fields) -> None:
+        """The broker above has taken note of what we announced; tell what changed since."""
+        for run, id, attempt in announced["running"] + announced["held"]:
+            client = self.clients.get(run)
+            task = client.tasks.get(id) if client else None
+            if task is None or task.attempt != attempt:
+                self.say(BROKER, b"", run, "LOST", {"tasks": [[id, attempt]],
+                                                    "why": "lost below a chained broker"})
+            elif task.state == DELIVERED and [run, id, attempt] in announced["running"]:
+                self.remind(task)
+        known = announced["running"] + announced["held"]
+        present = self.greeting(True)
+        if self.session and any(row not in known for row in present["running"] + present["held"]):
+            self.session.join(self.now)
+
+    def on_who(self, message: Message) -> None:
+        if self.session:
+            self.session.join(self.now)
+
+    def on_resend(self, message: Message) -> None:
+        for task in self.asked_for(message, message.fields["tasks"]):
+            self.remind(task)
+
+    HANDLERS = {
+        (CLIENTS, "HELLO"): "on_hello", (CLIENTS, COMMAND): "on_command",
+        (CLIENTS, "DONE"): "on_done", (CLIENTS, "CANCEL"): "on_cancel",
+        (CLIENTS, "FETCH"): "on_fetch", (CLIENTS, "BYE"): "on_client_bye",
+        (CLIENTS, "ERROR"): "on_error",
+        (WORKERS, "READY"): "on_ready", (WORKERS, "QUEUED"): "on_queued",
+        (WORKERS, "RESULT"): "on_result", (WORKERS, "LOST"): "on_lost",
+        (WORKERS, "CHUNK"): "on_chunk", (WORKERS, "BYE"): "on_worker_bye",
+        (WORKERS, "ERROR"): "on_error",
+        (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
+        (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
+        (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
+        (BROKER, "ERROR"): "on_error",
+    }
+
+
+def plain_result(task: Task, fields: Fields) -> Fields:
+    """A RESULT as plain clients know it, from any kind of worker's."""
+    stdout = fields.get("stdout", "")
+    size, sent = fields.get("size", 0), len(to_bytes(stdout))
+    if sent < size:
+        stdout += f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
+    if fields.get("reason"):
+        stdout += f"testcloud: {fields['reason']}\n"
+    return {"cmd": decode(task.line)[1]["cmd"], "exitcode": fields["exitcode"], "stdout": stdout,
+            "time": fields.get("time", 0.0)}
+
+
+# === Worker ===========================================================================
+#
+# The worker's bookkeeping: which commands it has accepted, which run, which results it
+# holds until their client has them. Every command that arrives is accepted at once
+# (QUEUED) and run as soon as a slot is free. The processes themselves belong to the
+# Runner: the machine asks with Start and Kill, and is told with finished().
+
+NOT_RUN = 126  # exit code of a command that could not be started, as of sh
+
+
+class Start(NamedTuple):
+    """Effect: run this command."""
+
+    job: Job
+
+
+class Kill(NamedTuple):
+    """Effect: stop this running command; first gently, then hard."""
+
+    job: Job
+    hard: bool
+
+
+class Output:
+    """What a command printed. Kept in memory while small, in an unlinked file beyond that."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=INLINE)
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.size += len(data)
+
+    def read(self, offset: int, size: int) -> bytes:
+        self.file.seek(offset)
+        return self.file.read(size)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Ending(NamedTuple):
+    """How a command ended, as the Runner tells it."""
+
+    exitcode: int
+    time: float  # ms
+    started: float  # seconds since 1970
+    output: Any  # an Output, or whatever has size, read() and close()
+    signal: int = 0  # that killed it
+    reason: str = ""  # why it could not be run
+
+
+class Job:
+    """A command that the worker has accepted."""
+
+    __slots__ = ("key", "cmd", "cwd", "cut", "state", "cancelled", "kill_at", "ending")
+
+    def __init__(self, key: Key, cmd: str, cwd: Optional[str], cut: int) -> None:
+        self.key = key
+        self.cmd = cmd
+        self.cwd = cwd
+        self.cut = cut  # 0, or how many bytes of output go inline and no others at all
+        self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
+        self.cancelled = False
+        self.kill_at: Seconds = math.inf  # when to kill hard
+        self.ending: Optional[Ending] = None  # in DELIVERED
+
+
+class Worker(Machine):
+    """A worker's bookkeeping. Its link is BROKER."""
+
+    def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
+                 times: Times = Times(), wait: Seconds = math.inf, address: str = "") -> None:
+        super().__init__()
+        self.name = name  # this incarnation
+        self.slots = slots
+        self.weight = weight
+        self.host = host
+        self.times = times
+        self.address = address  # for notices
+        self.jobs: Dict[Key, Job] = {}
+        self.waiting: Deque[Job] = deque()  # for a slot
+        self.running = 0
+        self.stopping: Optional[int] = None  # the exit status, once told to stop
+        self.stop_at: Seconds = math.inf  # when to leave in any case
+        self.left = False
+        self.session = Session(self, "READY", self.greeting, times)
+        self.watch = Watch(wait)
+
+    def greeting(self, joining: bool) -> Fields:
+        slots = 0 if self.stopping is not None else self.slots
+        fields: Fields = {"name": self.name, "slots": slots, "weight": self.weight}
+        if joining:
+            fields.update(host=self.host, version=__version__)
+            live = [job for job in self.jobs.values() if not job.cancelled]
+            fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]
+            fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
+        return fields
+
+    def heard(self, link: str, peer: Peer) -> None:
+        self.session.heard()
+
+    def accepts(self, link: str, verb: str) -> bool:
+        return self.session.accepts(verb)
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.now = now
+        self.session.connected(now)
+        self.settle()
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        self.session.disconnected()
+        self.settle()
+
+    def on_ok(self, message: Message) -> None:
+        if self.session.ok(message.fields):
+            self.log(logging.INFO, "joined the broker")
+            for run, id, attempt in self.session.announced["running"]:
+                job = self.jobs.get((run, id, attempt))
+                if job is None or job.state == DELIVERED:  # it has ended meanwhile
+                    self.tell_standing((run, id, attempt))
+
+    def on_who(self, message: Message) -> None:
+        self.session.join(self.now)
+
+    # --- commands
+
+    def on_command(self, message: Message) -> None:
+        fields = message.fields
+        if "id" not in fields or "attempt" not in fields:
+            raise ProtocolError("a command needs 'id' and 'attempt'")
+        key = (message.token, fields["id"], fields["attempt"])
+        if self.stopping is not None:
+            self.tell_lost(key, "worker is leaving", False)
+            return
+        if key not in self.jobs:
+            job = Job(key, fields["cmd"], fields.get("cwd"), fields.get("cut", 0))
+            self.jobs[key] = job
+            self.waiting.append(job)
+        self.tell_standing(key)
+
+    def tell_standing(self, key: Key) -> None:
+        """Say how a command stands: QUEUED, RESULT, or LOST if we do not have it."""
+        job = self.jobs.get(key)
+        if job is None or job.cancelled:
+            self.tell_lost(key, "unknown to the worker", False)
+        elif job.state == DELIVERED:
+            self.tell_result(job)
+        else:
+            self.say(BROKER, b"", key[0], "QUEUED", {"tasks": [[key[1], key[2]]]})
+
+    def tell_lost(self, key: Key, why: str, crashed: bool) -> None:
+        if self.session.joined:
+            self.say(BROKER, b"", key[0], "LOST", {
+                "tasks": [[key[1], key[2]]], "why": why, "crashed": crashed,
+                "worker": self.name})
+
+    def tell_result(self, job: Job) -> None:
+        run, id, attempt = job.key
+        ending = job.ending
+        assert ending is not None
+        fields = {"id": id, "attempt": attempt, "exitcode": ending.exitcode, "time": ending.time,
+                  "started": ending.started, "size": ending.output.size, "worker": self.host}
+        if ending.signal:
+            fields["signal"] = ending.signal
+        if ending.reason:
+            fields["reason"] = ending.reason
+        if ending.output.size <= (job.cut or INLINE):
+            fields["stdout"] = to_text(ending.output.read(0, ending.output.size))
+        elif job.cut:
+            fields["stdout"] = to_text(ending.output.read(0, job.cut))
+        self.say(BROKER, b"", run, "RESULT", fields)
+
+    def finished(self, job: Job, ending: Ending, now: Seconds) -> None:
+        """The Runner says that a command has ended."""
+        self.now = now
+        self.running -= 1
+        if job.cancelled:
+            ending.output.close()
+            self.forget(job)
+            self.tell_lost(job.key, "cancelled", False)
+        else:
+            job.state, job.ending = DELIVERED, ending
+            if self.session.joined:
+                self.tell_result(job)
+        self.settle()
+
+    def forget(self, job: Job) -> None:
+        job.state = GONE
+        self.jobs.pop(job.key, None)
+
+    def settle(self) -> None:
+        """Fill the slots; when stopping, leave once nothing is left."""
+        while self.running < self.slots and self.waiting:
+            job = self.waiting.popleft()
+            if job.state == WAITING:
+                job.state = RUNNING
+                self.running += 1
+                self.effects.append(Start(job))
+        if self.stopping is not None and not self.left:
+            wanted = self.running or (self.jobs and self.session.joined)
+            if not wanted or self.now >= self.stop_at:
+                self.leave()
+        self.observe(self.watch, self.waits_for())
+
+    def jobs_of(self, message: Message) -> List[Job]:
+        """The jobs that the message names; all of the run if it names none."""
+        rows = message.fields.get("tasks")
+        if rows is None:
+            return [job for key, job in self.jobs.items() if key[0] == message.token]
+        keys = [(message.token, id, attempt) for id, attempt in rows]
+        return [self.jobs[key] for key in keys if key in self.jobs]
+
+    def on_done(self, message: Message) -> None:
+        for job in self.jobs_of(message):
+            if job.state == DELIVERED and job.ending:
+                job.ending.output.close()
+                self.forget(job)
+
+    def on_cancel(self, message: Message) -> None:
+        for job in self.jobs_of(message):
+            self.stop_job(job, "cancelled")
+
+    def stop_job(self, job: Job, why: str) -> None:
+        """A job that waits or has ended is dropped, a running one killed: LOST follows when
+        it has ended."""
+        if job.state != RUNNING:
+            if job.ending:
+                job.ending.output.close()
+            self.forget(job)
+            self.tell_lost(job.key, why, False)
+        elif not job.cancelled:
+            job.cancelled = True
+            job.kill_at = self.now + self.times.kill_grace
+            self.effects.append(Kill(job, False))
+
+    def on_resend(self, message: Message) -> None:
+        for id, attempt in message.fields["tasks"]:
+            self.tell_standing((message.token, id, attempt))
+
+    def on_fetch(self, message: Message) -> None:
+        fields = message.fields
+        key = (message.token, fields["id"], fields["attempt"])
+        job = self.jobs.get(key)
+        if job is None or job.ending is None:
+            self.tell_lost(key, "unknown to the worker", False)
+            return
+        data = job.ending.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
+        line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": fields["offset"]})
+        self.bulk.append(Frame(BROKER, b"", key[0], line, data))
+
+    # --- time, and the end
+
+    def tick(self, now: Seconds) -> None:
+        self.now = now
+        self.session.tick(now)
+        for job in self.jobs.values():
+            if job.kill_at <= now:
+                job.kill_at = math.inf
+                self.effects.append(Kill(job, True))
+        self.settle()
+        if self.watch.given_up(now) and self.stopping is None:
+            self.effects.append(Notice("gave up " + self.watch.cause))
+            self.stop(3, now)
+
+    def waits_for(self) -> str:
+        if self.session.joined or self.stopping is not None:
+            return ""
+        return waiting_for_broker(self.session, self.address, "worker")
+
+    def deadline(self) -> Seconds:
+        kills = min((job.kill_at for job in self.jobs.values()), default=math.inf)
+        return min(self.session.next_greeting, kills, self.stop_at, self.watch.deadline())
+
+    def stop(self, status: int, now: Seconds) -> None:
+        """Leave: start nothing more, stop what runs, and wait a little for results to be
+        fetched. Told a second time: leave at once."""
+        self.now = now
+        if self.stopping is not None:
+            self.stop_at = now
+        else:
+            self.stopping = status
+            self.stop_at = now + 2 * self.times.kill_grace
+            if self.session.joined:
+                self.session.greet(now)
+            for job in list(self.jobs.values()):
+                if job.state != DELIVERED:
+                    self.stop_job(job, "worker was stopped")
+        self.settle()
+
+    def leave(self) -> None:
+        if self.session.joined:
+            self.say(BROKER, b"", "", "BYE")
+        self.effects.append(Exit(self.stopping or 0))
+        self.left, self.stop_at = True, math.inf
+
+    HANDLERS = {
+        (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
+        (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
+        (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
+        (BROKER, "ERROR"): "on_error",
+    }
+
+
+def waiting_for_broker(session: Session, address: str, role: str) -> str:
+    """Why a client or worker has not joined yet, and what to do about it."""
+    if session.up:
+        return (f"waiting for an answer: something listens at {address}, but it does not answer "
+                f"as a broker does to a {role}; is that the port for {role}s?")
+    return f"waiting: no broker at {address} (yet); start one with: testcloud.py broker"
+
+
+# === Running commands =================================================================
+#
+# The only place with processes, and the only one with threads: one per slot, each of them
+# waiting for the one command that it runs. They share nothing with the machines: a job
+# goes in by a queue, its Ending comes out through a callback that may be called in any
+# thread. Each command is the leader of a session and process group of its own, so that
+# it can be killed with its children.
+
+
+def pidfd(pid: int) -> int:
+    """A file descriptor that becomes readable when the process ends; -1 if there is none."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, an old kernel, or forbidden
+        return -1
+
+
+class Runner:
+    """Runs jobs in threads. `tell(job, ending)` is called for each, in its thread."""
+
+    def __init__(self, slots: int, tell: Callable[[Job, Ending], None]) -> None:
+        self.tell = tell
+        self.slots = slots
+        self.todo: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
+        self.threads: List[threading.Thread] = []
+        self.started = 0  # jobs, to know when one more thread is worth it
+        self.lock = threading.Lock()  # guards processes: nobody is signalled after the reaping
+        self.processes: Dict[Key, subprocess.Popen[bytes]] = {}
+        self.killed: Dict[Key, bool] = {}  # asked for before the process was there
+
+    def start(self, job: Job) -> None:
+        if len(self.threads) < self.slots:
+            thread = threading.Thread(target=self.work, daemon=True, name="slot")
+            self.threads.append(thread)
+            thread.start()
+        self.todo.put(job)
+
+    def kill(self, job: Job, hard: bool) -> None:
+        """Signal a job's process group: SIGTERM, or SIGKILL if hard. One whose process is
+        about to be started is killed as soon as it is there."""
+        with self.lock:
+            process = self.processes.get(job.key)
+            if process is None:
+                self.killed[job.key] = hard
+            else:
+                self.signal(process, hard)
+
+    def signal(self, process: subprocess.Popen[bytes], hard: bool) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL if hard else signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGCONT)  # a stopped group hears nothing else
+
+    def close(self) -> None:
+        """Kill all that still runs, and let the threads end."""
+        with self.lock:
+            for process in self.processes.values():
+                self.signal(process, True)
+        for _ in self.threads:
+            self.todo.put(None)
+        for thread in self.threads:
+            thread.join(1.0)
+
+    def work(self) -> None:
+        """A slot's thread."""
+        while True:
+            job = self.todo.get()
+            if job is None:
+                return
+            try:
+                ending = self.run(job)
+            except Exception as error:  # a bug of ours is that command's failure, with a reason
+                ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
+                                reason=f"testcloud failed to run it: {error!r}")
+            self.tell(job, ending)
+
+    def run(self, job: Job) -> Ending:
+        """Run a job's command to its end."""
+        output = Output()
+        wall, began = time.time(), time.monotonic()
+        try:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", to_bytes(job.cmd)], bufsize=0, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                cwd=None if job.cwd is None else to_bytes(job.cwd))
+        except (OSError, ValueError) as error:
+            return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error))
+        with self.lock:
+            self.processes[job.key] = process
+            if job.key in self.killed:
+                self.signal(process, self.killed.pop(job.key))
+        assert process.stdout is not None
+        with process.stdout:
+            reason = self.drain(process, process.stdout.fileno(), output)
+        with self.lock:
+            del self.processes[job.key]
+            self.killed.pop(job.key, None)
+            code = process.wait()
+        spent = (time.monotonic() - began) * 1000
+        if code < 0:
+            return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
+        return Ending(code if not reason else NOT_RUN, spent, wall, output, reason=reason)
+
+    def drain(self, process: subprocess.Popen[bytes], pipe: int, output: Output) -> str:
+        """Collect output until the leader has ended; then kill what it left in its group.
+        Returns what went wrong with the output, or ""."""
+        reason = ""
+        leader = pidfd(process.pid)
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        if leader >= 0:
+            poller.register(leader, select.POLLIN)
+        open_pipe, until = True, math.inf
+        while until == math.inf or (open_pipe and time.monotonic() < until):
+            if until < math.inf:
+                patience = max(0.0, until - time.monotonic()) * 1000
+            else:
+                patience = -1 if leader >= 0 else 20
+            events = dict(poller.poll(patience))
+            if pipe in events:
+                data = os.read(pipe, 65536)
+                if data and not reason:
+                    try:
+                        output.write(data)
+                    except OSError as error:  # go on reading: the command must not block
+                        reason = f"no room for its output on the worker: {error.strerror}"
+                elif not data:
+                    open_pipe = False
+                    poller.unregister(pipe)
+            if until == math.inf and self.ended(process, leader, events):
+                until = time.monotonic() + DRAIN_TIME
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if leader >= 0:
+                    poller.unregister(leader)
+                    os.close(leader)
+        return reason
+
+    def ended(self, process: subprocess.Popen[bytes], leader: int,
+              events: Dict[int, int]) -> bool:
+        """Whether the leader has ended. Where possible it is left a zombie, whose pid nobody
+        else can get, until its group has been killed."""
+        if leader >= 0:
+            return leader in events
+        if hasattr(os, "waitid"):
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, process.pid, how) is not None
+        return process.poll() is not None
+
+
+def reason_not_started(job: Job, error: Exception) -> str:
+    """Why a command could not be started, and what can be done about it."""
+    if isinstance(error, OSError):
+        if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
+            return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
+                    f"exist on the worker (see --cwd)")
+        return f"cannot start it: {error.strerror}"
+    return f"cannot start it: {error}"  # a NUL byte, for one
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: affinity, and the cgroup's quota."""
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cpus = os.cpu_count() or 1
+    return max(1, min([cpus] + [int(quota) for quota in cgroup_quotas()]))
+
+
+def cgroup_quotas(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> List[float]:
+    """The CPU quotas, in CPUs, of our cgroup and those above it (versions 2 and 1)."""
+    quotas = []
+    for line in read_text(own).splitlines():
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if kinds not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            continue
+        base = root if kinds == "" else os.path.join(root, kinds)
+        while True:
+            folder = os.path.join(base, path.strip("/"))
+            if kinds == "":
+                quota = read_text(os.path.join(folder, "cpu.max")).split()
+            else:
+                quota = [read_text(os.path.join(folder, "cpu.cfs_quota_us")).strip(),
+                         read_text(os.path.join(folder, "cpu.cfs_period_us")).strip()]
+            if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
+                quotas.append(int(quota[0]) / max(1, int(quota[1])))
+            if not path.strip("/"):
+                break
+            path = os.path.dirname(path.rstrip("/"))
+    return quotas
+
+
+def read_text(path: str) -> str:
+    """A small file's text, "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+# === Client ===========================================================================
+#
+# The client owns the commands. It has a window of them at the broker, and keeps each until
+# it has been reported; whatever happens to broker and workers, it submits again what is
+# unreported. An attempt that is lost is followed by the next. Results up to INLINE come with
+# the RESULT, larger outputs are fetched one at a time, a few chunks ahead.
+
+
+class Entry:
+    """A command that is in the client's hands: submitted, and not reported yet."""
+
+    __slots__ = ("id", "cmd", "cwd", "attempt", "crashes", "again", "worker", "avoid", "result",
+                 "asked", "got", "due")
+
+    def __init__(self, id: int, cmd: str, cwd: str) -> None:
+        self.id = id
+        self.cmd = cmd
+        self.cwd = cwd
+        self.attempt = 1
+        self.crashes = 0  # workers lost while running it
+        self.again = False  # this attempt has been submitted before
+        self.worker = ""  # that confirmed this attempt with QUEUED
+        self.avoid = ""  # the worker that lost the last one
+        self.result: Optional[Fields] = None  # while its output is being fetched
+        self.asked = self.got = 0  # bytes of its output
+        self.due: Seconds = math.inf  # when a chunk is overdue
+
+
+class Released(NamedTuple):
+    """Effect: the first command goes out, of so many (None: the input has not ended)."""
+
+    commands: Optional[int]
+
+
+class Store(NamedTuple):
+    """Effect: keep the next part of a large output. At offset 0 a new output begins."""
+
+    offset: int
+    data: bytes
+
+
+class Report(NamedTuple):
+    """Effect: report this result; `output` is None if it is what was stored."""
+
+    entry: Entry
+    result: Fields
+    output: Optional[bytes]
+
+
+class Client(Machine):
+    """A client's run. Its link is BROKER."""
+
+    def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
+                 address: str = "", host: str = "") -> None:
+        super().__init__()
+        self.run = run
+        self.times = times
+        self.address = address  # for notices
+        self.host = host
+        self.backlog: Deque[Entry] = deque()  # not submitted yet
+        self.window: Dict[int, Entry] = {}  # submitted
+        self.accepted = 0  # entries of the window that a worker has confirmed
+        self.fetching: Deque[Entry] = deque()  # the first one is being fetched
+        self.done: List[List[int]] = []  # [id, attempt] to be told DONE
+        self.total = self.reported = self.failed = 0
+        self.stopped = self.never_ran = 0  # cancelled commands
+        self.input_ended = False
+        self.released = False
+        self.status: Optional[int] = None  # the exit status, once the end is decided
+        self.leave_at: Seconds = math.inf
+        self.left = False
+        self.workers = self.slots = 0  # of the cloud, as the broker says
+        self.session = Session(self, "HELLO", self.greeting, times)
+        self.watch = Watch(wait)
+
+    def greeting(self, joining: bool) -> Fields:
+        fields: Fields = {"run": self.run}
+        if joining:
+            fields.update(unreported=list(self.window), host=self.host, version=__version__)
+        return fields
+
+    def heard(self, link: str, peer: Peer) -> None:
+        self.session.heard()
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.now = now
+        self.session.connected(now)
+        self.settle()
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        self.session.disconnected()
+        self.settle()
+
+    # --- commands out
+
+    def add(self, cmd: str, cwd: str) -> None:
+        """One more command. Call settle() after the last of a batch."""
+        self.total += 1
+        self.backlog.append(Entry(self.total, cmd, cwd))
+
+    def end_input(self, now: Seconds) -> None:
+        self.now = now
+        self.input_ended = True
+        self.settle()
+
+    def submit(self, entry: Entry) -> None:
+        fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd}
+        if entry.again:
+            fields["again"] = True
+            if entry.worker:
+                fields["had"] = entry.worker
+        if entry.avoid:
+            fields["avoid"] = entry.avoid
+        entry.again = True
+        self.say(BROKER, b"", "", COMMAND, fields)
+
+    def settle(self) -> None:
+        if self.done and self.session.joined:
+            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
+            self.done = []
+        if self.backlog and self.session.joined and not self.released:
+            self.released = True
+            self.effects.append(Released(self.total if self.input_ended else None))
+        while self.backlog and self.session.joined and len(self.window) < WINDOW:
+            entry = self.backlog.popleft()
+            self.window[entry.id] = entry
+            self.submit(entry)
+        if self.input_ended and not self.backlog and not self.window and not self.left:
+            self.leave(1 if self.failed else 0)
+        self.observe(self.watch, self.waits_for())
+
+    def leave(self, status: int) -> None:
+        """The end: all is reported, or the rest is given up."""
+        if self.session.joined:
+            self.say(BROKER, b"", "", "BYE")
+        self.left = True
+        self.effects.append(Exit(status if self.status is None else self.status))
+
+    def on_ok(self, message: Message) -> None:
+        self.workers = message.fields.get("workers", 0)
+        self.slots = message.fields.get("slots", 0)
+        if self.session.ok(message.fields):
+            for entry in self.window.values():
+                self.submit(entry)
+            self.fetch_again()
+            if self.status is not None:
+                self.say(BROKER, b"", "", "CANCEL")
+
+    def on_who(self, message: Message) -> None:
+        self.session.join(self.now)
+
+    # --- results in
+
+    def entry_of(self, id: int, attempt: int) -> Optional[Entry]:
+        entry = self.window.get(id)
+        return entry if entry is not None and entry.attempt == attempt else None
+
+    def confirm(self, entry: Entry, worker: str) -> None:
+        """Note which worker has the entry's attempt, "" for none."""
+        self.accepted += bool(worker) - bool(entry.worker)
+        entry.worker = worker
+
+    def on_queued(self, message: Message) -> None:
+        for id, attempt in message.fields.get("tasks", ()):
+            entry = self.entry_of(id, attempt)
+            if entry is not None:
+                self.confirm(entry, message.fields.get("worker") or "?")
+
+    def on_result(self, message: Message) -> None:
+        fields = message.fields
+        if "id" not in fields or "attempt" not in fields:
+            raise ProtocolError("RESULT needs 'id' and 'attempt'")
+        entry = self.entry_of(fields["id"], fields["attempt"])
+        if entry is None:  # reported before: our DONE was lost
+            self.done.append([fields["id"], fields["attempt"]])
+        elif entry.result is None:
+            output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
+            if len(output) < fields.get("size", 0):
+                entry.result = fields
+                self.fetching.append(entry)
+                self.fetch()
+            else:
+                self.report(entry, fields, output)
+
+    def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
+        self.confirm(entry, "")
+        del self.window[entry.id]
+        self.reported += 1
+        self.failed += result["exitcode"] != 0
+        self.done.append([entry.id, entry.attempt])
+        self.effects.append(Report(entry, result, output))
+
+    def fetch(self) -> None:
+        """Keep FETCH_AHEAD chunks of the first large output under way."""
+        if not self.fetching or not self.session.joined:
+            return
+        entry = self.fetching[0]
+        assert entry.result is not None
+        size = entry.result["size"]
+        while entry.asked < min(size, entry.got + FETCH_AHEAD * CHUNK_SIZE):
+            part = min(CHUNK_SIZE, size - entry.asked)
+            self.say(BROKER, b"", "", "FETCH", {
+                "id": entry.id, "attempt": entry.attempt, "offset": entry.asked, "size": part})
+            entry.asked += part
+        entry.due = self.now + 2 * self.times.ready_interval
+
+    def fetch_again(self) -> None:
+        """Chunks may have been lost: ask anew for what has not come."""
+        if self.fetching:
+            self.fetching[0].asked = self.fetching[0].got
+            self.fetch()
+
+    def on_chunk(self, message: Message) -> None:
+        fields = message.fields
+        entry = self.entry_of(fields["id"], fields["attempt"])
+        if entry is None or not self.fetching or self.fetching[0] is not entry \
+                or fields["offset"] != entry.got or not message.data:
+            return
+        assert entry.result is not None
+        self.effects.append(Store(entry.got, message.data))
+        entry.got += len(message.data)
+        if entry.got >= entry.result["size"]:
+            self.fetching.popleft()
+            self.report(entry, entry.result, None)
+        self.fetch()
+
+    def on_lost(self, message: Message) -> None:
+        fields = message.fields
+        for id, attempt in fields["tasks"]:
+            entry = self.entry_of(id, attempt)
+            if entry is not None:
+                self.lose(entry, printable(fields["why"], 200), fields.get("crashed", False),
+                          fields.get("worker", ""))
+
+    def lose(self, entry: Entry, why: str, crashed: bool, worker: str) -> None:
+        """The entry's attempt brings no result: try the next one, if that is wise."""
+        if entry.result is not None:
+            self.fetching.remove(entry)
+            entry.result = None
+            self.fetch()
+        entry.asked = entry.got = 0
+        entry.crashes += crashed
+        had_worker = bool(entry.worker)
+        self.confirm(entry, "")
+        if self.status is not None:
+            del self.window[entry.id]
+            self.stopped += had_worker
+            self.never_ran += not had_worker
+        elif entry.crashes >= CRASH_LIMIT:
+            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
+                                f"was running on {entry.crashes} workers that were lost: {why}"},
+                        b"")
+        else:
+            entry.attempt += 1
+            entry.again = False
+            entry.avoid = worker
+            if self.session.joined:
+                self.submit(entry)
+
+    # --- time, and the end
+
+    def tick(self, now: Seconds) -> None:
+        self.now = now
+        self.session.tick(now)
+        if self.fetching and self.fetching[0].due <= now:
+            self.fetch_again()
+            self.fetching[0].due = now + 2 * self.times.ready_interval
+        self.settle()
+        if self.watch.given_up(now) and not self.left:
+            self.effects.append(Notice("gave up " + self.watch.cause))
+            self.leave(3)
+        elif self.leave_at <= now and not self.left:
+            self.leave(3)
+
+    def waits_for(self) -> str:
+        if self.status is not None or self.left:
+            return ""
+        if not self.session.joined:
+            return waiting_for_broker(self.session, self.address, "client")
+        if self.window and not self.slots:
+            return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
+                    f"testcloud.py worker")
+        if self.window and not self.accepted and not self.fetching:
+            return f"waiting: all {self.slots} slots are busy with the commands of others"
+        return ""
+
+    def deadline(self) -> Seconds:
+        due = self.fetching[0].due if self.fetching else math.inf
+        return min(self.session.next_greeting, due, self.leave_at, self.watch.deadline())
+
+    def cancel(self, status: int, now: Seconds) -> None:
+        """Interrupted: stop everything everywhere, wait for that a little, then leave with
+        this status. A second time: leave at once."""
+        self.now = now
+        self.input_ended = True
+        self.never_ran += len(self.backlog)
+        self.backlog.clear()
+        if self.status is not None or not self.session.joined:
+            self.status = self.status or status
+            if not self.left:
+                self.leave(status)
+            return
+        self.status = status
+        self.leave_at = now + 2 * self.times.kill_grace
+        self.say(BROKER, b"", "", "CANCEL")
+        self.settle()
+
+    HANDLERS = {
+        (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, "QUEUED"): "on_queued",
+        (BROKER, "RESULT"): "on_result", (BROKER, "CHUNK"): "on_chunk",
+        (BROKER, "LOST"): "on_lost", (BROKER, "ERROR"): "on_error",
+    }
+
+
+# === Reporting ========================================================================
+#
+# What the person at the client's terminal sees: the seed's transcript on stdout, all that
+# concerns the run's own troubles on stderr. The outputs are kept in unlinked files until
+# the end, because the result hash takes the commands in byte order, not as they come.
+
+STYLES = {  # SGR codes of the seed's colours
+    "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "time": "37",
+    "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
+}
+COPY = 1024 * 1024  # bytes of an output in memory at once
+
+
+class Record(NamedTuple):
+    """What the result hash needs of a result."""
+
+    cmd: bytes
+    exitcode: int
+    file: int  # index into Tally.files
+    offset: int
+    size: int
+
+
+class Tally:
+    """The outputs of all results, and the seed's hash over them."""
+
+    def __init__(self) -> None:
+        self.records: List[Record] = []
+        # inline outputs and fetched ones: both kinds come in turns, each has to be in one piece
+        self.files: Tuple[IO[bytes], IO[bytes]] = (
+            tempfile.TemporaryFile(), tempfile.TemporaryFile())
+        self.ends = [0, 0]  # bytes of each file that belong to records
+        self.stored = 0  # bytes after that, of the output being fetched
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def store(self, offset: int, data: bytes) -> None:
+        """The next part of the output being fetched; offset 0 begins another."""
+        self.stored = offset + len(data)
+        self.files[1].seek(self.ends[1] + offset)
+        self.files[1].write(data)
+
+    def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> Record:
+        """A result with its output, or with what was stored if that is None."""
+        file, size = (1, self.stored) if output is None else (0, len(output))
+        if output:
+            self.files[0].seek(self.ends[0])
+            self.files[0].write(output)
+        record = Record(cmd, exitcode, file, self.ends[file], size)
+        self.ends[file] += size
+        self.stored = 0
+        self.records.append(record)
+        return record
+
+    def parts(self, record: Record) -> Iterator[bytes]:
+        """A record's output, piece by piece."""
+        file = self.files[record.file]
+        for at in range(0, record.size, COPY):
+            file.seek(record.offset + at)
+            yield file.read(min(COPY, record.size - at))
+
+    def compare(self, a: Record, b: Record) -> int:
+        """Which record's output comes first in byte order, -1, 0 or 1, as for sorting."""
+        for x, y in zip(self.parts(a), self.parts(b)):
+            if x != y:
+                return -1 if x < y else 1
+        return (a.size > b.size) - (a.size < b.size)
+
+    def hash(self) -> str:
+        """The seed's result hash: sha1 over the results in order of command, exit code and
+        output, each step over the hex text of the one before, the first over 'Array'."""
+        def head(record: Record) -> Tuple[bytes, int]:
+            return record.cmd, record.exitcode
+        total = "Array"
+        for _, same in itertools.groupby(sorted(self.records, key=head), key=head):
+            for record in sorted(same, key=functools.cmp_to_key(self.compare)):
+                sha = hashlib.sha1(total.encode() + record.cmd + b"%d" % record.exitcode)
+                for part in self.parts(record):
+                    sha.update(part)
+                total = sha.hexdigest()
+        return total
+
+
+class Reporter:
+    """Prints the transcript."""
+
+    def __init__(self, out: IO[bytes], colour: bool = False, brief: bool = False,
+                 fail_only: bool = False, slow: float = math.inf, verbose: bool = False) -> None:
+        self.out = out
+        self.colour = colour
+        self.brief = brief
+        self.fail_only = fail_only
+        self.slow = slow  # ms
+        self.verbose = verbose
+        self.tally = Tally()
+        self.failed = 0
+        self.began = time.monotonic()
+
+    def paint(self, style: str, text: str) -> str:
+        return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
+
+    def line(self, text: str) -> None:
+        self.out.write(to_bytes(text + "\n"))
+
+    def flush(self) -> None:
+        self.out.flush()
+
+    def released(self, effect: Released) -> None:
+        if effect.commands is None:
+            self.line("Releasing the hounds: commands to execute as they come")
+        else:
+            plural = "" if effect.commands == 1 else "s"
+            self.line(f"Releasing the hounds: {effect.commands} command{plural} to execute")
+
+    def store(self, effect: Store) -> None:
+        self.tally.store(effect.offset, effect.data)
+
+    def report(self, effect: Report) -> None:
+        """A result: its line and, unless told otherwise, its output."""
+        entry, result = effect.entry, effect.result
+        code, spent = result["exitcode"], result.get("time", 0.0)
+        record = self.tally.add(to_bytes(entry.cmd), code, effect.output)
+        self.failed += code != 0
+        if self.fail_only and code == 0:
+            return
+        verdict = self.paint("ok", "OK! ") if code == 0 else self.paint("fail", f"FAIL({code}) ")
+        name = self.paint("ok cmd" if code == 0 else "fail cmd", entry.cmd + " ")
+        took = self.paint("slow" if spent > self.slow else "time", f"⌚{spent:.2f}ms")
+        self.line(verdict + name + took)
+        if result.get("reason"):
+            self.line(f"testcloud: {printable(result['reason'], 1000)}")
+        if self.verbose:
+            self.flush()
+            complain(f"{printable(entry.cmd)} ran on {printable(result.get('worker', '?'))}, "
+                     f"attempt {entry.attempt}")
+        if not self.brief:
+            self.output(record)
+
+    def output(self, record: Record) -> None:
+        """The output as it is, ended with a newline if it has none, and an empty line."""
+        last = b"\n"
+        for part in self.tally.parts(record):
+            self.out.write(part)
+            last = part[-1:]
+        self.out.write(b"\n" if last == b"\n" else b"\n\n")
+
+    def summary(self) -> None:
+        spent = time.monotonic() - self.began
+        if self.failed:
+            self.line(self.paint("some failed", "Some commands failed :("))
+        else:
+            self.line(self.paint("all ok", "All commands successfully executed ☃"))
+        ran = len(self.tally.records)
+        self.line(f"Ran {ran} command{'' if ran == 1 else 's'} in ⌚{spent:.2f}s, "
+                  f"result hash is {self.tally.hash()}")
+
+
+def complain(text: str) -> None:
+    """One line to the person at the terminal."""
+    print(f"testcloud: {text}", file=sys.stderr, flush=True)
+
+
+# === Sockets ==========================================================================
+#
+# The one loop that moves bytes and time for all roles. A Node is a machine with its links
+# to others; a link is a ROUTER, a DEALER, or a short cut to another machine in the same
+# process. Threads reach the loop through post() only. No other part of the program knows
+# ZeroMQ or the clock.
+
+DRAIN = 500  # messages taken from one socket before timers and others get their turn
+RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
+
+
+class UsageError(Exception):
+    """The command line cannot be carried out as it is: exit status 2."""
+
+
+class SetupError(Exception):
+    """The program cannot start on this machine as it is: exit status 3."""
+
+
+def require_zmq() -> None:
+    """Import zmq: late, for --help and --local do without it."""
+    global zmq
+    try:
+        import zmq
+    except ImportError:
+        raise SetupError("Python's package pyzmq is missing: pip install pyzmq (or: apt install "
+                         "python3-zmq)") from None
+
+
+def parse_address(text: str, port: int) -> str:
+    """A ZeroMQ endpoint from what people write: tcp://host:port, host:port, host, ipc://path.
+
+    `port` stands in for one that is not given. Raises UsageError.
+    """
+    if text.startswith("ipc://") and len(text) > 6:
+        return text
+    host = text[6:] if text.startswith("tcp://") else text
+    number = str(port)
+    if host.startswith("["):
+        host, bracket, rest = host.partition("]")
+        host += bracket
+        number = rest[1:] if rest.startswith(":") else number + rest
+    elif ":" in host:
+        host, _, number = host.rpartition(":")
+    if not host or "/" in host or " " in host or host.count(":") and not host.startswith("["):
+        raise UsageError(f"cannot read address {text!r}: write tcp://host:port, host:port, host "
+                         f"or ipc://path")
+    if not (number.isascii() and number.isdigit() and int(number) < 65536):
+        raise UsageError(f"cannot read the port in {text!r}: it is a number from 0 to 65535")
+    return f"tcp://{host}:{int(number)}"
+
+
+def split_tcp(address: str) -> Tuple[str, int]:
+    """Host (without brackets) and port of a tcp endpoint."""
+    host, _, port = address[len("tcp://"):].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def resolve(address: str) -> str:
+    """The endpoint with its host name looked up, for binding. Raises SetupError."""
+    if not address.startswith("tcp://"):
+        return address
+    host, port = split_tcp(address)
+    if host == "*":
+        return address
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise SetupError(f"cannot find host {host!r} ({error}): check its name") from None
+    return f"tcp://[{place[0]}]:{port}" if family == socket.AF_INET6 else f"tcp://{place[0]}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach the (resolved) endpoint."""
+    return address.startswith(("ipc://", "tcp://127.", "tcp://[::1]"))
+
+
+def frames_of(frame: Frame) -> List[bytes]:
+    """The frames of a message, without routing id."""
+    parts = [b"", frame.token.encode(), frame.body] if frame.token else [frame.body]
+    return parts + [frame.data] if frame.data else parts
+
+
+def parse_frames(parts: List[bytes]) -> Optional[Tuple[Run, bytes, bytes]]:
+    """Token, body and data of a message's frames; None if there are too many."""
+    if len(parts) == 1:
+        return "", parts[0], b""
+    if parts[0] != b"":
+        return ("", parts[0], parts[1]) if len(parts) == 2 else None
+    if len(parts) == 2:
+        return "", parts[1], b""
+    if len(parts) > 4:
+        return None
+    token = parts[1].decode("ascii", "replace")
+    return token, parts[2], parts[3] if len(parts) == 4 else b""
+
+
+class Node:
+    """A machine with its links, and the functions that carry out its effects."""
+
+    def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], None]]) -> None:
+        self.machine = machine
+        self.links: Dict[str, Any] = {}
+        self.effects = effects
+
+
+class Loop:
+    """Waits for messages, timers and threads, and lets the machines work, until one exits."""
+
+    def __init__(self, sockets: bool) -> None:
+        if sockets:
+            require_zmq()
+        self.context: Any = zmq.Context() if sockets else None
+        self.poller: Any = zmq.Poller() if sockets else select.poll()
+        self.nodes: List[Node] = []
+        self.sockets: List[SocketLink] = []
+        self.posted: Deque[Callable[[Seconds], None]] = deque()
+        self.wake_in, self.wake_out = os.pipe()
+        os.set_blocking(self.wake_in, False)
+        os.set_blocking(self.wake_out, False)
+        self.poller.register(self.wake_in, select.POLLIN)
+        self.status: Optional[int] = None
+        self.between: List[Callable[[], None]] = []  # called once a round
+
+    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], None]]) -> Node:
+        node = Node(machine, {
+            Log: lambda effect: logging.log(effect.level, "%s", effect.text),
+            Notice: lambda effect: complain(effect.text),
+            Reconnect: lambda effect: node.links[effect.link].reset(),
+            Exit: self.exit, **effects})
+        self.nodes.append(node)
+        return node
+
+    def exit(self, effect: Exit) -> None:
+        if self.status is None:
+            self.status = effect.status
+
+    def post(self, function: Callable[[Seconds], None]) -> None:
+        """Have the loop call this with the time. For any thread, and for signal handlers."""
+        self.posted.append(function)
+        with contextlib.suppress(BlockingIOError):  # full: it is being woken anyway
+            os.write(self.wake_out, b"!")
+
+    def on_signals(self, handler: Callable[[int, Seconds], None]) -> None:
+        """Have the loop call handler(status, now) on Ctrl-C (130) and SIGTERM (143)."""
+        def caught(number: int, _: Any) -> None:
+            self.post(lambda now: handler(128 + number, now))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, caught)
+
+    def run(self) -> int:
+        """Until some machine exits; its status."""
+        while True:
+            self.flush()
+            if self.status is not None:
+                return self.status
+            self.wait()
+
+    def wait(self) -> None:
+        """One round: wait until something is due, and hand it to the machines."""
+        due = min([node.machine.deadline() for node in self.nodes]
+                  + [link.retry_at for link in self.sockets])
+        patience = None
+        if due < math.inf:
+            patience = max(0, math.ceil((due - time.monotonic()) * 1000))
+        ready = dict(self.poller.poll(patience))
+        if self.wake_in in ready:
+            os.read(self.wake_in, 4096)
+        now = time.monotonic()
+        while self.posted:
+            self.posted.popleft()(now)
+        for link in list(self.sockets):
+            if link.socket in ready or link.monitor in ready:
+                link.receive(now)
+            if link.retry_at <= now:
+                link.retry(now)
+        for node in self.nodes:
+            if node.machine.deadline() <= now:
+                node.machine.tick(now)
+        for function in self.between:
+            function()
+
+    def flush(self) -> None:
+        """Send and do all that the machines want, until they are quiet."""
+        busy = True
+        while busy:
+            busy = False
+            for node in self.nodes:
+                frames, effects = node.machine.take()
+                busy = busy or bool(frames or effects)
+                for frame in frames:
+                    node.links[frame.link].send(frame)
+                for effect in effects:
+                    node.effects[type(effect)](effect)
+
+    def close(self) -> None:
+        for link in self.sockets:
+            link.close(linger=1000)  # ms, for the last BYE
+        if self.context is not None:
+            self.context.term()
+
+
+class LocalLink:
+    """A link to another machine in this process."""
+
+    def __init__(self, other: Machine, other_link: str, peer: Peer) -> None:
+        self.other = other
+        self.other_link = other_link
+        self.peer = peer  # whom the other takes us for
+
+    def send(self, frame: Frame) -> None:
+        self.other.receive(self.other_link, self.peer, frame.token, frame.body, frame.data,
+                           time.monotonic())
+
+    def reset(self) -> None:
+        """A call cannot break."""
+
+
+class SocketLink:
+    """What ROUTER and DEALER links share: options, monitor, a queue for slow peers."""
+
+    def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
+        self.loop = loop
+        self.node = node
+        self.name = name
+        self.address = address
+        self.late: Dict[Peer, Deque[Frame]] = {}  # for peers whose queue in libzmq is full
+        self.retry_at: Seconds = math.inf
+        self.socket: Any = None
+        self.monitor: Any = None
+        node.links[name] = self
+        loop.sockets.append(self)
+
+    def open(self, kind: int, events: int) -> None:
+        self.socket = sock = self.loop.context.socket(kind)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+        sock.setsockopt(zmq.HANDSHAKE_IVL, 5000)  # ms; the default of 30 s hides a hang
+        sock.setsockopt(zmq.TCP_KEEPALIVE, 1)  # for connections of which one half is gone
+        sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+        sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+        if "[" in self.address:
+            sock.setsockopt(zmq.IPV6, 1)
+        self.monitor = sock.get_monitor_socket(events)
+        self.loop.poller.register(sock, zmq.POLLIN)
+        self.loop.poller.register(self.monitor, zmq.POLLIN)
+
+    def close(self, linger: int) -> None:
+        if self.socket is not None:
+            self.loop.poller.unregister(self.socket)
+            self.loop.poller.unregister(self.monitor)
+            self.socket.disable_monitor()
+            self.monitor.close(0)
+            self.socket.close(linger)
+            self.socket = None
+
+    def events(self) -> Iterator[Tuple[int, int]]:
+        """The monitor's (event, value) since the last time; value is mostly a descriptor."""
+        while True:
+            try:
+                parts = self.monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield struct.unpack("=hi", parts[0])
+
+    def rest(self, first: bytes) -> Optional[List[bytes]]:
+        """The frames of a message whose first has been read; None if there are too many."""
+        parts = [first]
+        while self.socket.getsockopt(zmq.RCVMORE):
+            part = self.socket.recv()
+            if len(parts) < MAX_FRAMES:
+                parts.append(part)
+        return parts if len(parts) < MAX_FRAMES else None
+
+    def hand_over(self, peer: Peer, parts: Optional[List[bytes]], now: Seconds) -> None:
+        parsed = parse_frames(parts) if parts else None
+        if parsed is None:
+            self.node.machine.complain(self.name, peer, "", b"", "too many frames")
+        else:
+            self.node.machine.receive(self.name, peer, *parsed, now)
+
+    def send(self, frame: Frame) -> None:
+        if frame.peer in self.late:
+            self.late[frame.peer].append(frame)
+        elif not self.send_now(frame):
+            self.late[frame.peer] = deque([frame])
+            self.retry_at = time.monotonic() + RETRY
+
+    def retry(self, now: Seconds) -> None:
+        """Try again to send to the slow. Their peers' windows bound what waits here."""
+        for peer, frames in list(self.late.items()):
+            while frames and self.send_now(frames[0]):
+                frames.popleft()
+            if not frames:
+                self.late.pop(peer, None)
+        self.retry_at = now + RETRY if self.late else math.inf
+
+    def send_now(self, frame: Frame) -> bool:
+        """Send, or drop what can never be sent; False if the peer's queue is full."""
+        raise NotImplementedError
+
+    def send_parts(self, parts: List[bytes]) -> None:
+        for part in parts[:-1]:
+            self.socket.send(part, zmq.SNDMORE | zmq.NOBLOCK)
+        self.socket.send(parts[-1], zmq.NOBLOCK)
+
+    def receive(self, now: Seconds) -> None:
+        raise NotImplementedError
+
+
+class RouterLink(SocketLink):
+    """A broker's link to its clients, or to its workers.
+
+    That a peer is gone shows in two ways: sending to it fails, or the monitor tells that
+    its connection's descriptor was closed. So we note the descriptor of every peer.
+    """
+
+    def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
+        super().__init__(loop, node, name, address)
+        self.peers: Dict[int, Peer] = {}  # by descriptor
+        self.known: Dict[Peer, int] = {}
+        self.reused: Dict[int, int] = {}  # descriptors: how many closings are known already
+        self.open(zmq.ROUTER, zmq.EVENT_DISCONNECTED)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.BACKLOG, 4096)
+        self.bind()
+
+    def bind(self) -> None:
+        place = resolve(self.address)
+        if place.startswith("ipc://") and self.somebody_listens(place[6:]):
+            raise SetupError(f"Address already in use: is another broker running on {place}?")
+        try:
+            self.socket.bind(place)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise SetupError(f"Address already in use: is another broker running on "
+                                 f"{self.address}?") from None
+            raise SetupError(f"cannot listen on {self.address} ({error.strerror}): is that an "
+                             f"address of this machine, and may you use it?") from None
+        self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+
+    def somebody_listens(self, path: str) -> bool:
+        """Whether an ipc path is in use: libzmq would take it from its owner."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except OSError:
+                return False
+            return True
+
+    def receive(self, now: Seconds) -> None:
+        for _ in range(DRAIN):
+            try:
+                peer = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if peer in self.known:
+                first = self.socket.recv()
+            else:
+                frame = self.socket.recv(copy=False)
+                self.meet(peer, frame, now)
+                first = frame.bytes
+            self.hand_over(peer, self.rest(first), now)
+        for _, descriptor in self.events():
+            self.closed(descriptor, now)
+
+    def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
+        """Note the descriptor of a new peer's connection."""
+        try:
+            descriptor = frame.get(zmq.SRCFD)
+        except zmq.ZMQError:
+            return
+        if descriptor in self.peers:  # that connection's end has not been told to us yet
+            self.closed(descriptor, now)
+            self.reused[descriptor] = self.reused.get(descriptor, 0) + 1
+        self.peers[descriptor] = peer
+        self.known[peer] = descriptor
+
+    def closed(self, descriptor: int, now: Seconds) -> None:
+        """The connection with this descriptor has ended."""
+        if self.reused.get(descriptor):
+            self.reused[descriptor] -= 1
+        elif descriptor in self.peers:
+            self.gone(self.peers[descriptor], now)
+
+    def gone(self, peer: Peer, now: Seconds) -> None:
+        self.peers.pop(self.known.pop(peer, -1), None)
+        self.late.pop(peer, None)
+        self.node.machine.disconnected(self.name, peer, now)
+
+    def send_now(self, frame: Frame) -> bool:
+        try:
+            self.send_parts([frame.peer] + frames_of(frame))
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self.gone(frame.peer, time.monotonic())
+        return True
+
+
+class DealerLink(SocketLink):
+    """The link of a client, a worker or a chained broker to its broker."""
+
+    def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
+        super().__init__(loop, node, name, address)
+        self.up = False
+        self.connect()
+
+    def connect(self) -> None:
+        self.open(zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a broker that is not there
+        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT[0])
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT[1])
+        try:
+            self.socket.connect(self.address)
+        except zmq.ZMQError as error:
+            raise SetupError(f"cannot connect to {self.address}: {error.strerror}") from None
+
+    def reset(self) -> None:
+        """A new socket: the old one's connection may be dead without knowing it."""
+        self.close(0)
+        self.up = False
+        self.late.clear()
+        self.connect()
+
+    def receive(self, now: Seconds) -> None:
+        for event, _ in self.events():
+            self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.late.clear()
+            if self.up:
+                self.node.machine.connected(self.name, now)
+            else:
+                self.node.machine.disconnected(self.name, b"", now)
+        for _ in range(DRAIN):
+            try:
+                first = self.socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.hand_over(b"", self.rest(first), now)
+
+    def send_now(self, frame: Frame) -> bool:
+        try:
+            self.send_parts(frames_of(frame))
+        except zmq.Again:
+            return not self.up  # without a connection it is dropped: we join again anyway
+        return True
+
+
+# === Command line =====================================================================
+#
+# One table of options for each role, and for each role a function that builds its loop
+# and runs it. main() turns what a user can cause into one line and an exit status.
+
+
+class Option(NamedTuple):
+    """A row of OPTIONS: what argparse's add_argument() is given."""
+
+    names: Tuple[str, ...]
+    settings: Dict[str, Any]
+
+
+def option(*names: str, **settings: Any) -> Option:
+    return Option(names, settings)
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def seconds(text: str) -> Seconds:
+    """For argparse: a number of seconds above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive number"  # how argparse calls them in its errors
+seconds.__name__ = "number of seconds"
+
+VERBOSE = option("-v", "--verbose", action="store_true", help="say more on stderr")
+WAIT = option("--wait", type=seconds, default=math.inf, metavar="SECONDS",
+              help="give up with exit status 3 when nothing was there for so long (default: never)")
+SLOTS = option("-j", "--slots", type=positive, default=0, metavar="N",
+               help="commands to run at once (default: the CPUs this process may use)")
+
+
+def time_option(name: str, help: str) -> Option:
+    """An option for a row of Times, with its default."""
+    default = Times._field_defaults[name]
+    return option("--" + name.replace("_", "-"), type=type(default) if name == "missed_oks" else
+                  seconds, default=default, metavar="N" if name == "missed_oks" else "SECONDS",
+                  help=f"{help} (default: {default})")
+
+
+READY_INTERVAL = time_option("ready_interval", "say that we are there this often")
+MISSED_OKS = time_option("missed_oks", "unanswered so often, take a new connection")
+KILL_GRACE = time_option("kill_grace", "between SIGTERM and SIGKILL for a command")
+
+OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
+    "broker": ("take commands from clients and give them to workers", [
+        option("--clients", default="127.0.0.1", metavar="ADDR",
+               help=f"listen here for clients (default: tcp://127.0.0.1:{CLIENT_PORT})"),
+        option("--workers", default="127.0.0.1", metavar="ADDR",
+               help=f"listen here for workers (default: tcp://127.0.0.1:{WORKER_PORT})"),
+        option("--upstream", metavar="ADDR",
+               help="join the broker at ADDR as a worker with all our workers' slots"),
+        VERBOSE,
+        time_option("queued_timeout", "a command not confirmed in time goes to another worker"),
+        time_option("worker_expiry", "forget a worker that was silent for so long"),
+        time_option("client_lease", "drop the commands of a client that was silent for so long"),
+        time_option("lost_grace", "a worker may take so long to connect again"),
+        READY_INTERVAL, MISSED_OKS]),
+    "worker": ("run commands for a broker", [
+        option("--connect", default="localhost", metavar="ADDR",
+               help=f"the broker (default: tcp://localhost:{WORKER_PORT})"),
+        SLOTS,
+        option("--weight", type=int, default=0, metavar="W",
+               help="workers of higher weight are used first (default: 0)"),
+        WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE]),
+    "client": ("run commands, one a line from stdin, and report their results", [
+        option("--connect", default="localhost", metavar="ADDR",
+               help=f"the broker (default: tcp://localhost:{CLIENT_PORT})"),
+        option("--local", action="store_true", help="run on this machine, without a broker"),
+        option("-j", "--slots", type=positive, default=0, metavar="N",
+               help="with --local: commands at once (default: the CPUs we may use)"),
+        option("-C", "--cwd", metavar="DIR",
+               help="directory to run in, on the worker (default: the current one)"),
+        option("-b", "--brief", action="store_true", help="leave the outputs out"),
+        option("-f", "--fail-only", action="store_true", help="show failures only"),
+        option("-s", "--slow", type=float, default=math.inf, metavar="MS",
+               help="underline what took longer than MS milliseconds"),
+        option("--color", choices=("auto", "always", "never"), default="auto",
+               help="auto: on a terminal, unless NO_COLOR is set (default)"),
+        WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE,
+        option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
+               help="a command for each line of stdin, which takes the place of {} (shell-"
+                    "quoted) or is appended; without a template each line is a whole command")]),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (see: testcloud.py --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="testcloud.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
+    roles = parser.add_subparsers(dest="role", metavar="broker | worker | client", required=True,
+                                  parser_class=Parser)
+    for role, (purpose, options) in OPTIONS.items():
+        part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".")
+        for row in options:
+            part.add_argument(*row.names, **row.settings)
+    return parser
+
+
+def times_from(settings: argparse.Namespace) -> Times:
+    """The Times that the command line gives; those it does not know keep their default."""
+    given = vars(settings)
+    return Times(**{name: given[name] for name in Times._fields if name in given})
+
+
+def incarnation() -> str:
+    """A name for this process that no other has, and a person can place."""
+    host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
+    return f"{host[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def announce(text: str) -> None:
+    """A line that scripts wait for."""
+    print(text, flush=True)
+
+
+def run_broker(settings: argparse.Namespace) -> int:
+    loop = Loop(sockets=True)
+    broker = Broker(incarnation(), times_from(settings), chained=bool(settings.upstream),
+                    now=time.monotonic())
+    node = loop.add(broker, {})
+    clients = RouterLink(loop, node, CLIENTS, parse_address(settings.clients, CLIENT_PORT))
+    workers = RouterLink(loop, node, WORKERS, parse_address(settings.workers, WORKER_PORT))
+    loop.on_signals(lambda status, now: loop.exit(Exit(status)))
+    announce(f"Listening for clients on {clients.address}")
+    announce(f"Listening for workers on {workers.address}")
+    for link in (clients, workers):
+        if not is_loopback(link.address):
+            complain(f"warning: {link.address} can be reached from the network, and whoever "
+                     f"reaches it can run commands on the workers; there are no keys yet")
+    if settings.upstream:
+        upstream = DealerLink(loop, node, BROKER, parse_address(settings.upstream, WORKER_PORT))
+        announce(f"Joining the broker at {upstream.address}")
+    try:
+        return loop.run()
+    finally:
+        loop.close()
+
+
+def attach_runner(loop: Loop, worker: Worker) -> Tuple[Node, Runner]:
+    """A node for the worker, with a Runner for its commands."""
+    def tell(job: Job, ending: Ending) -> None:
+        loop.post(lambda now: worker.finished(job, ending, now))
+    runner = Runner(worker.slots, tell)
+    node = loop.add(worker, {
+        Start: lambda effect: runner.start(effect.job),
+        Kill: lambda effect: runner.kill(effect.job, effect.hard)})
+    return node, runner
+
+
+def run_worker(settings: argparse.Namespace) -> int:
+    loop = Loop(sockets=True)
+    address = parse_address(settings.connect, WORKER_PORT)
+    worker = Worker(incarnation(), settings.slots or usable_cpus(), settings.weight,
+                    socket.gethostname(), times_from(settings), settings.wait, address)
+    node, runner = attach_runner(loop, worker)
+    DealerLink(loop, node, BROKER, address)
+    loop.on_signals(worker.stop)
+    announce(f"Connecting to {address} to run commands in {worker.slots} slot"
+             f"{'' if worker.slots == 1 else 's'}")
+    try:
+        return loop.run()
+    finally:
+        runner.close()
+        loop.close()
+
+
+def fill_template(template: List[str], line: str) -> str:
+    """The command for an input line: with a template, the line is its (quoted) argument."""
+    if not template:
+        return line
+    words, argument = " ".join(template), shlex.quote(line)
+    return words.replace("{}", argument) if "{}" in words else f"{words} {argument}"
+
+
+class Reader:
+    """Reads commands from stdin in a thread, not too far ahead of the client."""
+
+    def __init__(self, loop: Loop, client: Client, template: List[str], cwd: str) -> None:
+        self.loop = loop
+        self.client = client
+        self.template = template
+        self.cwd = cwd
+        self.lines: Deque[Optional[str]] = deque()  # read, not delivered; None is the end
+        self.posted = False  # deliver() will be called
+        self.room = threading.Event()  # set unless the client has enough
+        self.room.set()
+        loop.between.append(self.make_room)
+        threading.Thread(target=self.read, daemon=True, name="stdin").start()
+
+    def read(self) -> None:
+        try:
+            # not sys.stdin: its lock, held by this thread, would abort the exit of Python
+            with open(0, "rb", closefd=False) as stdin:
+                for line in stdin:
+                    text = to_text(line.rstrip(b"\r\n"))
+                    if text.strip():
+                        self.hand_over(text)
+                        self.room.wait()
+        except OSError as error:
+            complain(f"cannot read commands from stdin: {error.strerror}")
+        self.hand_over(None)
+
+    def hand_over(self, text: Optional[str]) -> None:
+        self.lines.append(text)
+        if len(self.lines) > READ_AHEAD:
+            self.room.clear()
+        if not self.posted:
+            self.posted = True
+            self.loop.post(self.deliver)
+
+    def deliver(self, now: Seconds) -> None:
+        self.posted = False
+        while self.lines:
+            text = self.lines.popleft()
+            if text is None:
+                self.client.end_input(now)
+            elif not self.client.input_ended:  # unless interrupted
+                self.client.add(fill_template(self.template, text), self.cwd)
+        self.client.now = now
+        self.client.settle()
+
+    def make_room(self) -> None:
+        if len(self.client.backlog) < READ_AHEAD:
+            self.room.set()
+        else:
+            self.room.clear()
+
+
+def run_locally(loop: Loop, client: Client, slots: int, times: Times) -> Runner:
+    """Put broker and worker into the client's own process."""
+    broker = Broker("local", times, now=time.monotonic())
+    worker = Worker("local", slots, host=socket.gethostname(), times=times)
+    node, runner = attach_runner(loop, worker)
+    node.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
+    hub = loop.add(broker, {})
+    hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
+    hub.links[CLIENTS] = LocalLink(client, BROKER, b"")
+    loop.nodes[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
+    loop.post(lambda now: worker.connected(BROKER, now))
+    loop.post(lambda now: client.connected(BROKER, now))
+    return runner
+
+
+def use_colour(choice: str) -> bool:
+    if choice == "auto":
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return choice == "always"
+
+
+def run_client(settings: argparse.Namespace) -> int:
+    loop = Loop(sockets=not settings.local)
+    times, slots = times_from(settings), settings.slots or usable_cpus()
+    address = "this machine" if settings.local else parse_address(settings.connect, CLIENT_PORT)
+    client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname())
+    reporter = Reporter(sys.stdout.buffer, use_colour(settings.color), settings.brief,
+                        settings.fail_only, settings.slow, settings.verbose)
+    node = loop.add(client, {Released: reporter.released, Store: reporter.store,
+                             Report: reporter.report})
+    loop.on_signals(client.cancel)
+    loop.between.append(reporter.flush)
+    template = settings.template[1:] if settings.template[:1] == ["--"] else settings.template
+    if sys.stdin is not None and sys.stdin.isatty():
+        complain("reading commands from the terminal, one a line; end with Ctrl-D")
+    Reader(loop, client, template, os.path.abspath(settings.cwd or os.getcwd()))
+    reporter.line(f"Connecting to {address}")
+    reporter.flush()
+    runner = None
+    if settings.local:
+        runner = run_locally(loop, client, slots, times)
+    else:
+        DealerLink(loop, node, BROKER, address)
+    try:
+        status = loop.run()
+        if status not in (0, 1):
+            say_what_is_missing(client, status)
+        reporter.summary()
+        reporter.flush()
+        return status
+    finally:
+        if runner is not None:
+            runner.close()
+        loop.close()
+
+
+def say_what_is_missing(client: Client, status: int) -> None:
+    """The run ended early: how much of it was done."""
+    unknown = len(client.window) + len(client.backlog)
+    complain(f"{'interrupted' if status > 128 else 'gave up'}: {client.reported} commands "
+             f"reported, {client.stopped} stopped, {client.never_ran} never ran"
+             + (f", {unknown} not run or unknown" if unknown else ""))
+
+
+RUN = {"broker": run_broker, "worker": run_worker, "client": run_client}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The program; returns its exit status."""
+    if os.name != "posix":
+        complain("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
+        return 3
+    try:
+        settings = build_parser().parse_args(argv)
+        level = logging.DEBUG if settings.verbose else logging.INFO
+        if settings.role == "client" and not settings.verbose:
+            level = logging.WARNING
+        logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s")
+        return RUN[settings.role](settings)
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    except SetupError as error:
+        complain(str(error))
+        return 3
+    except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())
