@@ -25,7 +25,7 @@ tools:
 	  $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q 'pyzmq>=24' $(LINT); }
 
 check: tools
-	$(VENV)/bin/python -m ruff check --isolated --line-length 100 --target-version py39 \
+	$(VENV)/bin/python -m ruff check --isolated --line-length 104 --target-version py39 \
 	  --select $(RULES) --ignore UP006,UP035,UP045,UP007,B006,B008,SIM115 \
 	  testcloud.py test_testcloud.py pi.py
 	$(VENV)/bin/python -m mypy --strict --no-error-summary --cache-dir $(VENV)/mypy testcloud.py pi.py

@@ -599,6 +599,15 @@ class PlainPeersTest(unittest.TestCase):
         d.expect(b"W", "OK")
         d.quiet()
 
+    def test_plain_peers_get_one_message_per_line(self):
+        d = self.desk
+        d.broker.receive(WORKERS, b"W", "", b"READY\nREADY", b"", 0.0)
+        d.broker.receive(CLIENTS, b"C", "", b'{"cmd":"a"}', b"", 0.0)
+        d.broker.receive(CLIENTS, b"C", "", b'{"odd":"a"}\nnonsense', b"", 0.0)
+        frames, _ = d.broker.take()
+        self.assertEqual([(f.peer, f.body[:6]) for f in frames], [
+            (b"W", b"OK"), (b"W", b"OK"), (b"W", b'{"cmd"'), (b"C", b"ERROR "), (b"C", b"ERROR ")])
+
     def test_two_equal_commands_are_two(self):
         d = self.desk
         d.join(b"w", slots=2)
@@ -2000,6 +2009,706 @@ class ReportingTest(unittest.TestCase):
         self.report("printf '\udcff'", output=b"\xff\x00\n")
         self.assertEqual(out.getvalue(), "OK! printf '".encode() + b"\xff' \xe2\x8c\x9a8.14ms\n"
                                          b"\xff\x00\n\n")
+
+
+# === Sockets ==========================================================================
+
+
+class SocketsTest(unittest.TestCase):
+    def test_addresses(self):
+        for text, expected in [
+                ("tcp://host:7", "tcp://host:7"), ("host:7", "tcp://host:7"),
+                ("host", "tcp://host:2224"), ("tcp://host", "tcp://host:2224"),
+                ("tcp://*:7", "tcp://*:7"), ("*", "tcp://*:2224"), ("*:0", "tcp://*:0"),
+                ("[::1]:7", "tcp://[::1]:7"), ("[::1]", "tcp://[::1]:2224"),
+                ("ipc:///tmp/x", "ipc:///tmp/x"), ("10.0.0.1:080", "tcp://10.0.0.1:80")]:
+            self.assertEqual(tc.parse_address(text, 2224), expected, text)
+
+    def test_addresses_that_are_none(self):
+        for text in ("", "tcp://", ":7", "host:", "host:x", "host:65536", "host:-1", "http://h:1",
+                     "a b", "::1", "ipc://", "[::1", "udp://h:1", "host:٣", "[::1]x"):
+            with self.subTest(text=text), self.assertRaises(tc.UsageError):
+                tc.parse_address(text, 2224)
+
+    def test_frames(self):
+        body, token = b"READY", "r1"
+        for parts, expected in [
+                ([body], ("", body, b"")), ([b"", body], ("", body, b"")),
+                ([b"", b"r1", body], (token, body, b"")), ([body, b"data"], ("", body, b"data")),
+                ([b"", b"r1", body, b"data"], (token, body, b"data")),
+                ([b"", b"", body], ("", body, b"")),
+                ([body, b"x", b"y"], None), ([b"", b"r1", body, b"d", b"e"], None)]:
+            self.assertEqual(tc.parse_frames(parts), expected)
+        for frame in (tc.Frame(WORKERS, b"p", "r1", body, b""), tc.Frame(CLIENTS, b"p", "", body, b""),
+                      tc.Frame(CLIENTS, b"p", "", body, b"d"),
+                      tc.Frame(WORKERS, b"p", "r1", body, b"d")):
+            self.assertEqual(tc.parse_frames(tc.frames_of(frame)), (frame.token, body, frame.data))
+
+    def test_loopback(self):
+        for address in ("tcp://127.0.0.1:5", "tcp://127.1.2.3:5", "tcp://[::1]:5", "ipc:///x"):
+            self.assertTrue(tc.is_loopback(address))
+        for address in ("tcp://0.0.0.0:5", "tcp://10.0.0.1:5", "tcp://[::]:5"):
+            self.assertFalse(tc.is_loopback(address))
+
+
+# === Command line =====================================================================
+
+
+class CommandLineTest(unittest.TestCase):
+    def parse(self, *argv):
+        return tc.build_parser().parse_args(argv)
+
+    def main(self, *argv):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = tc.main(list(argv))
+            except SystemExit as error:
+                status = error.code
+        return status, out.getvalue(), err.getvalue()
+
+    def test_settings(self):
+        settings = self.parse("client", "-b", "-j", "3", "-s", "5", "pytest", "-q", "{}")
+        self.assertEqual((settings.brief, settings.slots, settings.slow, settings.template),
+                         (True, 3, 5.0, ["pytest", "-q", "{}"]))
+        self.assertEqual(tc.times_from(self.parse("broker", "--worker-expiry", "3")).worker_expiry, 3)
+        self.assertEqual(tc.times_from(self.parse("worker")), tc.Times())
+
+    def test_every_time_can_be_set_where_it_is_used(self):
+        rows = {row.names[0][2:].replace("-", "_") for _, rows in tc.OPTIONS.values() for row in rows
+                if row.names[0].startswith("--")}
+        self.assertLessEqual(set(tc.Times._fields), rows)
+
+    def test_templates(self):
+        for template, line, command in [
+                ([], "echo  a", "echo  a"), (["wc", "-l"], "a b", "wc -l 'a b'"),
+                (["cp {} {}.bak"], "it's", "cp 'it'\"'\"'s' 'it'\"'\"'s'.bak"),
+                (["test", "{}", "-ef", "{}"], "x", "test x -ef x"), (["echo"], "$HOME", "echo '$HOME'")]:
+            self.assertEqual(tc.fill_template(template, line), command)
+
+    def test_wrong_usage_is_one_line_and_status_2(self):
+        for argv in ([], ["nonsense"], ["client", "--nonsense"], ["worker", "-j", "0"],
+                     ["worker", "-j", "x"], ["worker", "--connect", "a b"], ["broker", "--clients", "x:y"],
+                     ["client", "--color", "blue"], ["client", "--wait", "-1"],
+                     ["worker", "--weight", "heavy"]):
+            status, out, err = self.main(*argv)
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
+            self.assertTrue(err.startswith("testcloud: "), err)
+
+    def test_version_and_help(self):
+        self.assertEqual(self.main("--version")[:2], (0, f"testcloud {tc.__version__}\n"))
+        status, out, _ = self.main("--help")
+        self.assertEqual(status, 0)
+        self.assertIn(tc.__doc__.split("\n\n")[1], out)
+        for role in tc.OPTIONS:
+            self.assertEqual(self.main(role, "--help")[0], 0)
+
+    def test_colour(self):
+        with mock.patch.object(sys, "stdout", mock.Mock(isatty=lambda: True)):
+            with mock.patch.dict(os.environ, {"NO_COLOR": "1"}):
+                self.assertFalse(tc.use_colour("auto"))
+                self.assertTrue(tc.use_colour("always"))
+            with mock.patch.dict(os.environ, {"NO_COLOR": ""}):
+                self.assertTrue(tc.use_colour("auto"))
+                self.assertFalse(tc.use_colour("never"))
+
+
+# === Real processes ===================================================================
+#
+# Every test has a cloud of its own: processes on loopback, ports chosen by the system,
+# all of them ended (by their process id) when the test is over.
+
+
+class Cloud:
+    """Processes of testcloud, and raw sockets beside them."""
+
+    def __init__(self, test, script=SCRIPT):
+        self.test = test
+        self.script = script
+        self.dir = tempfile.mkdtemp(prefix="testcloud-")
+        test.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        self.processes = []
+        test.addCleanup(self.end)
+
+    def end(self):
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    pipe.close()
+
+    def start(self, *argv, **more):
+        log = open(os.path.join(self.dir, f"log-{len(self.processes)}"), "wb")  # noqa: SIM115
+        with log:
+            process = subprocess.Popen([sys.executable, self.script, *argv], cwd=self.dir,
+                                       stdout=subprocess.PIPE, stderr=log, **more)
+        process.log = log.name
+        self.processes.append(process)
+        return process
+
+    def err(self, process):
+        with open(process.log) as file:
+            return file.read()
+
+    def wait_for(self, condition, what):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.test.assertLess(time.monotonic(), end, f"{what} did not happen: "
+                                 + "; ".join(self.err(p)[-300:] for p in self.processes))
+            time.sleep(0.01)
+
+    def wait_for_log(self, process, text):
+        self.wait_for(lambda: text in self.err(process), repr(text))
+
+    def broker(self, clients="127.0.0.1:0", workers="127.0.0.1:0", *more):
+        process = self.start("broker", "--clients", clients, "--workers", workers, *more)
+        lines = [process.stdout.readline().decode() for _ in range(2)]
+        self.test.assertRegex(lines[0], "^Listening for clients on tcp://127.0.0.1:[0-9]+$")
+        self.test.assertRegex(lines[1], "^Listening for workers on tcp://127.0.0.1:[0-9]+$")
+        process.clients, process.workers = (line.split()[-1] for line in lines)
+        return process
+
+    def worker(self, broker, *more):
+        return self.start("worker", "--connect", getattr(broker, "workers", broker), *more)
+
+    def client(self, broker, commands, *more, wait=True):
+        process = self.start("client", "--connect", getattr(broker, "clients", broker), *more,
+                             stdin=subprocess.PIPE)
+        if commands is not None:
+            process.stdin.write("".join(f"{c}\n" for c in commands).encode())
+            process.stdin.close()
+            process.stdin = None
+        return self.finish(process) if wait else process
+
+    def finish(self, process):
+        out, _ = process.communicate(timeout=PATIENCE * 2)
+        return process.returncode, out.decode("utf-8", "surrogateescape")
+
+    def dealer(self, address, identity=None):
+        import zmq
+        context = zmq.Context()
+        sock = context.socket(zmq.DEALER)
+        if identity:
+            sock.setsockopt(zmq.ROUTING_ID, identity)
+        sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
+        sock.connect(address)
+        self.test.addCleanup(context.destroy, 0)
+        return sock
+
+
+def once_each(path, count):
+    """A file in which each command has written its number: none twice, none missing."""
+    with open(path) as file:
+        return Counter(file.read().split()) == Counter(str(n) for n in range(1, count + 1))
+
+
+class ProcessesTest(unittest.TestCase):
+    def setUp(self):
+        self.cloud = Cloud(self)
+
+    def test_the_example_of_the_seed(self):
+        shutil.copy(os.path.join(HERE, "pi.py"), self.cloud.dir)
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        commands = [f"{sys.executable} ./pi.py {n}" for n in range(1, 6)]
+        status, out = self.cloud.client(broker, commands)
+        self.assertEqual(status, 0, out)
+        lines = out.splitlines()
+        self.assertEqual(lines[0], f"Connecting to {broker.clients}")
+        self.assertEqual(lines[1], "Releasing the hounds: 5 commands to execute")
+        blocks = out.split("\n", 2)[2].split("\n\n")
+        self.assertEqual(len(blocks), 6)
+        got = {}
+        for block in blocks[:5]:
+            head, output = block.split("\n")
+            cmd = re.fullmatch(r"OK! (.*) ⌚\d+\.\d\dms", head).group(1)
+            got[cmd] = output
+        self.assertEqual(got, dict(zip(commands, SEED_OUTPUTS)))
+        wanted = naive_hash([(c.encode(), 0, o.encode() + b"\n") for c, o in got.items()])
+        self.assertRegex(blocks[5], "^All commands successfully executed ☃\n"
+                         f"Ran 5 commands in ⌚[0-9.]+s, result hash is {wanted}\n$")
+
+    def test_locally(self):
+        status, out = self.cloud.finish(self.local(["echo a", "exit 3", "pwd"], "-b"))
+        self.assertEqual(status, 1)
+        self.assertIn("FAIL(3) exit 3 ⌚", out)
+        self.assertIn("Some commands failed :(\nRan 3 commands in", out)
+
+    def local(self, commands, *options, **more):
+        process = self.cloud.start("client", "--local", *options, stdin=subprocess.PIPE, **more)
+        process.stdin.write("".join(f"{c}\n" for c in commands).encode())
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    def test_local_mode_needs_no_pyzmq(self):
+        env = dict(os.environ, PYTHONPATH=self.cloud.dir)
+        with open(os.path.join(self.cloud.dir, "zmq.py"), "w") as file:
+            file.write("raise ImportError('not here')")
+        status, _ = self.cloud.finish(self.local(["true"], env=env))
+        self.assertEqual(status, 0)
+        broker = self.cloud.start("broker", env=env)
+        self.assertEqual(broker.wait(PATIENCE), 3)
+        self.assertRegex(self.cloud.err(broker), "^testcloud: .*pip install pyzmq.*\n$")
+
+    def test_templates_cwd_blank_lines_and_odd_bytes(self):
+        process = self.local(["a b", "", "   ", "it's"], "-j", "1", "-C", "/", "printf '%s|' {}; pwd #")
+        status, out = self.cloud.finish(process)
+        self.assertEqual(status, 0)
+        self.assertIn("\na b|/\n", out)
+        self.assertIn("\nit's|/\n", out)
+        self.assertIn("Ran 2 commands", out)
+
+    def test_missing_directory_is_a_failed_command(self):
+        status, out = self.cloud.finish(self.local(["true"], "-C", "/no/such/place"))
+        self.assertEqual(status, 1)
+        self.assertRegex(out, "FAIL\\(126\\) true .*\ntestcloud: cannot enter directory /no/such/place: ")
+
+    def test_first_command_runs_before_the_input_ends(self):
+        for broker in (None, self.cloud.broker()):
+            if broker is None:
+                process = self.cloud.start("client", "--local", stdin=subprocess.PIPE)
+            else:
+                self.cloud.worker(broker)
+                process = self.cloud.client(broker, None, wait=False)
+            process.stdin.write(b"echo first\n")
+            process.stdin.flush()
+            lines = [process.stdout.readline() for _ in range(4)]
+            self.assertEqual(lines[1], b"Releasing the hounds: commands to execute as they come\n")
+            self.assertEqual(lines[3], b"first\n")
+            process.stdin.write(b"echo second")
+            status, out = self.cloud.finish(process)
+            self.assertEqual(status, 0)
+            self.assertIn("second\n\nAll commands", out)
+
+    def test_two_thousand_commands_over_three_workers(self):
+        broker = self.cloud.broker()
+        workers = [self.cloud.worker(broker, "-j", "2") for _ in range(3)]
+        for worker in workers:
+            self.cloud.wait_for_log(worker, "joined")
+        commands = [f"echo $((7 * {n}))" for n in range(2000)]
+        status, out = self.cloud.client(broker, commands)
+        self.assertEqual(status, 0)
+        found = re.findall(r"OK! echo \$\(\(7 \* (\d+)\)\) ⌚[\d.]+ms\n(\d+)\n\n", out)
+        self.assertEqual(sorted((int(n), int(x)) for n, x in found),
+                         [(n, 7 * n) for n in range(2000)])
+        wanted = naive_hash([(c.encode(), 0, b"%d\n" % (7 * n)) for n, c in enumerate(commands)])
+        self.assertIn(f"Ran 2000 commands in ⌚{out.rsplit('⌚', 1)[1].split('s,')[0]}s, "
+                      f"result hash is {wanted}\n", out)
+
+    def test_worker_and_client_before_the_broker(self):
+        probe = socket.socket()
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]  # nobody listens there yet
+        probe.close()
+        clients = f"ipc://{self.cloud.dir}/clients"
+        worker = self.cloud.worker(f"tcp://127.0.0.1:{port}")
+        client = self.cloud.client(clients, ["echo x"], wait=False)
+        for process in (worker, client):
+            self.cloud.wait_for_log(process, "waiting: no broker at")
+        self.cloud.start("broker", "--clients", clients, "--workers", f"127.0.0.1:{port}")
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+        self.assertEqual(self.cloud.err(client).count("waiting: no broker"), 1)
+        self.assertIn("the wait is over", self.cloud.err(client))
+
+    def test_without_worker_the_client_says_so_and_gives_up(self):
+        broker = self.cloud.broker()
+        client = self.cloud.client(broker, ["echo x"], "--wait", "1.5", wait=False)
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 3)
+        err = self.cloud.err(client)
+        self.assertIn("has no worker (yet); start one with: testcloud.py worker", err)
+        self.assertIn("gave up", err)
+
+    def test_broker_killed_and_restarted_runs_nothing_twice(self):
+        broker = self.cloud.broker()
+        for _ in range(2):
+            self.cloud.worker(broker, "-j", "2")
+        done = os.path.join(self.cloud.dir, "done")
+        commands = [f"sleep 0.0{n % 10}; echo {n} >> {done}; echo out {n}" for n in range(1, 301)]
+        client = self.cloud.client(broker, commands, wait=False)
+        for at in (50, 150):
+            self.cloud.wait_for(lambda at=at: os.path.exists(done)
+                                and os.path.getsize(done) > 4 * at, f"{at} commands")
+            broker.kill()
+            broker.wait()
+            broker = self.cloud.broker(broker.clients[6:], broker.workers[6:])
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 0)
+        self.assertEqual(sorted(map(int, re.findall(r"^out (\d+)$", out, re.M))),
+                         list(range(1, 301)))
+        self.assertTrue(once_each(done, 300))
+
+    def test_a_second_worker_joins_in_the_middle(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "1")
+        client = self.cloud.client(broker, ["echo $PPID; sleep 0.05"] * 40, "-v", wait=False)
+        self.cloud.wait_for(lambda: "ran on" in self.cloud.err(client), "a result")
+        second = self.cloud.worker(broker, "-j", "1")
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 0)
+        self.assertIn(f"\n{second.pid}\n", out)
+
+    def test_killed_worker_is_replaced(self):
+        broker = self.cloud.broker()
+        first = self.cloud.worker(broker, "-j", "1")
+        self.cloud.wait_for_log(first, "joined")
+        started = os.path.join(self.cloud.dir, "started")
+        client = self.cloud.client(broker, [f"echo x >> {started}; echo $PPID; sleep 0.5"], wait=False)
+        self.cloud.wait_for(lambda: os.path.exists(started), "the start")
+        second = self.cloud.worker(broker, "-j", "1")
+        first.kill()
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 0)
+        self.assertIn(f"\n{second.pid}\n", out)
+
+    def test_stopped_worker_does_not_confirm_and_is_bypassed(self):
+        broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--queued-timeout", "0.5")
+        first = self.cloud.worker(broker, "-j", "1", "--weight", "5")
+        self.cloud.wait_for_log(first, "joined")
+        second = self.cloud.worker(broker, "-j", "1")
+        self.cloud.wait_for_log(second, "joined")
+        first.send_signal(signal.SIGSTOP)
+        status, out = self.cloud.client(broker, ["echo $PPID"])
+        first.send_signal(signal.SIGCONT)
+        self.assertEqual(status, 0)
+        self.assertIn(f"\n{second.pid}\n", out)
+
+    def test_frozen_connection_gets_a_new_socket(self):
+        broker = self.cloud.broker()
+        proxy = Proxy(broker.workers)
+        self.addCleanup(proxy.close)
+        worker = self.cloud.worker(proxy.address, "-j", "1", "--ready-interval", "0.2",
+                                   "--missed-oks", "2")
+        self.cloud.wait_for_log(worker, "joined")
+        proxy.freeze()
+        self.cloud.wait_for(lambda: self.cloud.err(worker).count("joined") > 1, "a new connection")
+        self.assertEqual(self.cloud.client(broker, ["true"])[0], 0)
+
+    def test_large_and_binary_outputs_arrive_whole(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        size = 20_000_000
+        commands = [f"head -c {size} /dev/zero | tr '\\0' {c}; printf '\\377'" for c in "abc"]
+        process = self.cloud.client(broker, commands, wait=False)
+        out, _ = process.communicate(timeout=PATIENCE)
+        self.assertEqual(process.returncode, 0)
+        for c in b"abc":
+            self.assertIn(bytes([c]) * size + b"\xff\n\n", out)
+
+    def test_interrupted_client_stops_its_commands(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            pids = os.path.join(self.cloud.dir, f"pids-{status}")
+            client = self.cloud.client(broker, [f"echo $$ >> {pids}; exec sleep 1000"] * 5, wait=False)
+            self.cloud.wait_for(lambda pids=pids: os.path.exists(pids)
+                                and len(open(pids).read().split()) == 2, "two starts")
+            client.send_signal(number)
+            code, _ = self.cloud.finish(client)
+            self.assertEqual(code, status)
+            self.assertIn("interrupted: 0 commands reported, 2 stopped, 3 never ran",
+                          self.cloud.err(client))
+            with open(pids) as file:
+                for pid in file.read().split():
+                    self.cloud.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "end")
+
+    def test_stopped_worker_leaves_no_process_and_hands_its_commands_back(self):
+        broker = self.cloud.broker()
+        worker = self.cloud.worker(broker, "-j", "1")
+        pids = os.path.join(self.cloud.dir, "pids")
+        client = self.cloud.client(broker, [f"echo $$ >> {pids}; test -e ok || exec sleep 1000",
+                                            "true"], wait=False)
+        self.cloud.wait_for(lambda: os.path.exists(pids), "a start")
+        open(os.path.join(self.cloud.dir, "ok"), "w").close()
+        worker.terminate()
+        self.assertEqual(worker.wait(PATIENCE), 143)
+        with open(pids) as file:
+            self.assertFalse(os.path.exists(f"/proc/{file.read().strip()}"))
+        self.cloud.worker(broker, "-j", "1")
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+
+    def test_whoever_closes_our_stdout_ends_the_run(self):
+        client = self.local(["seq 100000"] * 20)
+        client.stdout.readline()
+        client.stdout.close()
+        client.stdout = None
+        self.assertEqual(client.wait(PATIENCE), 141)
+        self.assertEqual(self.cloud.err(client), "")
+
+    def test_address_in_use(self):
+        broker = self.cloud.broker()
+        for other in (self.cloud.start("broker", "--clients", broker.clients, "--workers", "*:0"),
+                      self.cloud.start("broker", "--clients", "127.0.0.1:0", "--workers",
+                                       broker.workers)):
+            self.assertEqual(other.wait(PATIENCE), 3)
+            self.assertRegex(self.cloud.err(other), "^testcloud: Address already in use: is another "
+                             "broker running on tcp://127.0.0.1:[0-9]+\\?\n$")
+        ipc = f"ipc://{self.cloud.dir}/c"
+        first = self.cloud.start("broker", "--clients", ipc, "--workers", "127.0.0.1:0")
+        self.assertIn(b"Listening", first.stdout.readline())
+        second = self.cloud.start("broker", "--clients", ipc, "--workers", "127.0.0.1:0")
+        self.assertEqual(second.wait(PATIENCE), 3)
+
+    def test_addresses_that_cannot_be_used(self):
+        for argv in (["broker", "--clients", "no.such.host.invalid:0"],
+                     ["broker", "--clients", "192.0.2.1:0"],
+                     ["broker", "--clients", "ipc:///no/such/dir/x"]):
+            process = self.cloud.start(*argv)
+            self.assertEqual(process.wait(PATIENCE), 3, argv)
+            self.assertRegex(self.cloud.err(process), "^testcloud: .*\n$")
+
+    def test_three_brokers_in_a_chain(self):
+        top = self.cloud.broker()
+        middle = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--upstream", top.workers)
+        bottom = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--upstream", middle.workers)
+        self.cloud.worker(bottom, "-j", "3")
+        self.cloud.worker(middle, "-j", "2")
+        status, out = self.cloud.client(top, [f"echo {n}; exit $(({n} % 2))" for n in range(50)]
+                                        + ["head -c 200000 /dev/zero | tr '\\0' x"])
+        self.assertEqual(status, 1)
+        self.assertIn("Ran 51 commands", out)
+        self.assertEqual(out.count("OK!"), 26)
+        self.assertIn("x" * 200000, out)
+        self.assertEqual(self.cloud.client(bottom, ["true"])[0], 0)  # it has clients of its own
+
+    def test_a_loop_of_brokers_is_refused(self):
+        one = self.cloud.broker()
+        two = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--upstream", one.workers)
+        self.cloud.wait_for(lambda: "worker" in self.cloud.err(one), "the join")
+        one.kill()
+        one.wait()
+        one = self.cloud.broker(one.clients[6:], one.workers[6:], "--upstream", two.workers)
+        self.cloud.wait_for(lambda: 2 in (one.poll(), two.poll()), "an end")
+        ended = one if one.poll() == 2 else two
+        self.assertIn("loop of brokers", self.cloud.err(ended))
+        itself = self.cloud.broker("127.0.0.1:0", one.workers[6:] if ended is one else
+                                   two.workers[6:], "--upstream", ended.workers)
+        self.assertEqual(itself.wait(PATIENCE), 2)
+
+
+class Proxy:
+    """A TCP proxy on loopback that can fall silent: frozen connections stay open, new ones
+    work."""
+
+    def __init__(self, target):
+        host, port = target[6:].rsplit(":", 1)
+        self.target = (host, int(port))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.pairs = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self.target)
+            pair = {"frozen": False, "sockets": (near, far)}
+            self.pairs.append(pair)
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self.pump, args=(a, b, pair), daemon=True).start()
+
+    def pump(self, a, b, pair):
+        with contextlib.suppress(OSError):
+            while True:
+                data = a.recv(65536)
+                if not data:
+                    b.shutdown(socket.SHUT_WR)
+                    return
+                if not pair["frozen"]:
+                    b.sendall(data)
+
+    def freeze(self):
+        for pair in self.pairs:
+            pair["frozen"] = True
+
+    def close(self):
+        self.listener.close()
+        for pair in self.pairs:
+            for one in pair["sockets"]:
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+                one.close()
+
+
+class RawPeersTest(unittest.TestCase):
+    """Raw pyzmq peers that know only the seed's README, against our broker and other half."""
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.broker = self.cloud.broker()
+
+    def test_raw_client_with_our_worker(self):
+        self.cloud.worker(self.broker, "-j", "2")
+        for identity in (None, b"host#client12", b"\xff\x01"):
+            client = self.cloud.dealer(self.broker.clients, identity)
+            for cmd in ("echo 3.12", "echo 3.12", "pwd"):
+                client.send(json.dumps({"cmd": cmd, "cwd": "/"}).encode())
+            got = [client.recv_multipart() for _ in range(6)]
+            self.assertTrue(all(len(parts) == 1 for parts in got))
+            lines = [parts[0].split(b" ", 1) for parts in got]
+            results = [json.loads(rest) for verb, rest in lines if verb == b"RESULT"]
+            queued = [json.loads(rest) for verb, rest in lines if verb == b"QUEUED"]
+            self.assertEqual(sorted(r["cmd"] for r in results), ["echo 3.12", "echo 3.12", "pwd"])
+            self.assertEqual(sorted(q["cmd"] for q in queued), ["echo 3.12", "echo 3.12", "pwd"])
+            for result in results:
+                self.assertEqual(result["exitcode"], 0)
+                self.assertGreater(result["time"], 0)
+                self.assertEqual(result["stdout"], "/\n" if result["cmd"] == "pwd" else "3.12\n")
+
+    def raw_worker(self, rounds, identity=None):
+        """Serve that many commands as the seed's worker does, in a thread."""
+        sock = self.cloud.dealer(self.broker.workers, identity)
+        served = []
+
+        def serve():
+            for _ in range(rounds):
+                sock.send(b"READY")
+                assert sock.recv_multipart() == [b"OK"]
+                empty, token, body = sock.recv_multipart()
+                assert empty == b""
+                request = json.loads(body)
+                served.append(request)
+                sock.send_multipart([b"", token, b"QUEUED " + body])
+                result = {"cmd": request["cmd"], "exitcode": 0, "time": 13.95,
+                          "stdout": request["cmd"].upper() + "\n"}
+                sock.send_multipart([b"", token, b"RESULT " + json.dumps(result).encode()])
+            sock.send(b"READY")
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        return thread, served
+
+    def test_raw_worker_with_our_client(self):
+        thread, served = self.raw_worker(4, b"host#worker7")
+        status, out = self.cloud.client(self.broker, ["a", "b", "a", "c"], "-C", "/x")
+        thread.join(PATIENCE)
+        self.assertEqual(status, 0)
+        self.assertEqual(out.count("OK! a ⌚13.95ms\nA\n\n"), 2)
+        self.assertEqual([r["cwd"] for r in served], ["/x"] * 4)
+
+    def test_raw_worker_with_raw_client(self):
+        thread, _ = self.raw_worker(3)
+        client = self.cloud.dealer(self.broker.clients)
+        for _ in range(3):
+            client.send(b'{"cmd":"pi 2"}')
+        got = [client.recv() for _ in range(6)]
+        thread.join(PATIENCE)
+        self.assertEqual(got.count(b'QUEUED {"cmd":"pi 2"}'), 3)
+        for line in got:
+            if line.startswith(b"RESULT"):
+                self.assertEqual(json.loads(line[7:]), {
+                    "cmd": "pi 2", "exitcode": 0, "stdout": "PI 2\n", "time": 13.95})
+
+    def test_killed_raw_worker_loses_its_command_to_another(self):
+        first = self.cloud.dealer(self.broker.workers)
+        first.send(b"READY")
+        first.recv()
+        client = self.cloud.dealer(self.broker.clients)
+        client.send(b'{"cmd":"echo hi"}')
+        _, token, body = first.recv_multipart()
+        first.send_multipart([b"", token, b"QUEUED " + body])
+        self.assertTrue(client.recv().startswith(b"QUEUED"))
+        first.close(0)
+        self.cloud.worker(self.broker)
+        while True:
+            line = client.recv()
+            if line.startswith(b"RESULT"):
+                break
+        self.assertEqual(json.loads(line[7:])["stdout"], "hi\n")
+
+    def test_noise_at_both_ports_disturbs_nobody(self):
+        self.cloud.worker(self.broker, "-j", "2")
+        done = os.path.join(self.cloud.dir, "done")
+        client = self.cloud.client(self.broker, [f"echo {n} >> {done}" for n in range(1, 201)],
+                                   wait=False)
+        r = random.Random(5)
+        for address in (self.broker.clients, self.broker.workers):
+            for _ in range(5):
+                peer = self.cloud.dealer(address)
+                for line in MessagesTest.MALFORMED:
+                    peer.send_multipart([b""] * r.randint(0, 3) + [line] * r.randint(1, 12))
+                peer.send(os.urandom(1_000_000))
+                peer.send_multipart([b"", b"r", b"x" * 1_000_000])
+                for _ in range(200):
+                    parts = [os.urandom(r.randint(0, 50)) for _ in range(r.randint(1, 6))]
+                    peer.send_multipart(parts)
+                for verb, fields in MessagesTest.EXAMPLES.items():
+                    peer.send_multipart([b"", b"0" * 32, tc.encode(verb, fields)])
+                    peer.send(tc.encode(verb, fields))
+                self.assertTrue(peer.poll(PATIENCE * 1000))  # it answers
+            with socket.create_connection(tc.split_tcp(address)) as raw:
+                raw.sendall(b"GET / HTTP/1.0\r\n\r\n" + os.urandom(1000))
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 0, out[-500:])
+        self.assertIn("Ran 200 commands", out)
+        self.assertTrue(once_each(done, 200))
+        self.assertIsNone(self.broker.poll())
+        self.assertNotIn("Traceback", self.cloud.err(self.broker))
+
+
+# === Documents ========================================================================
+
+
+class DocumentsTest(unittest.TestCase):
+    def test_the_manual_lists_every_message_with_its_way(self):
+        rows = re.findall(r"^    ([A-Z]+|\{) +(\S.*?)  +\S", tc.__doc__, re.M)
+        table = {verb: way for verb, way in rows if verb in tc.MESSAGES}
+        self.assertEqual(table, {verb: spec.way for verb, spec in tc.MESSAGES.items()})
+
+    def test_the_manual_draws_every_move_of_a_task(self):
+        rows = re.findall(r"^    ([A-Z]+) +> ([A-Z ]+[A-Z])  ", tc.__doc__, re.M)
+        self.assertEqual({state: tuple(after.split()) for state, after in rows},
+                         {state: after for state, after in tc.MOVES.items() if after})
+
+    def test_handlers_exist_for_what_comes_in(self):
+        for machine in (tc.Broker, tc.Worker, tc.Client):
+            for (_, verb), name in machine.HANDLERS.items():
+                self.assertIn(verb, tc.MESSAGES)
+                self.assertTrue(callable(getattr(machine, name)))
+
+    def test_the_manual_fits_a_terminal(self):
+        for line in tc.__doc__.splitlines():
+            self.assertLessEqual(len(line), 92, line)
+
+    def test_every_option_is_in_the_readme(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        for _, rows in tc.OPTIONS.values():
+            for row in rows:
+                if row.names[-1].startswith("--"):
+                    self.assertIn(row.names[-1], readme)
+
+    def test_the_commands_of_the_readme_run(self):
+        """Its first example, typed into a shell in a directory with only the two scripts."""
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        block = re.search(r"```sh\n(python3 testcloud\.py broker &\n.*?)```", readme, re.S).group(1)
+        cloud = Cloud(self)
+        for name in ("testcloud.py", "pi.py"):
+            shutil.copy(os.path.join(HERE, name), cloud.dir)
+        ipc = {"broker": f"broker --clients ipc://{cloud.dir}/c --workers ipc://{cloud.dir}/w",
+               "worker": f"worker --connect ipc://{cloud.dir}/w",
+               "client": f"client --connect ipc://{cloud.dir}/c"}
+        for role, call in ipc.items():  # the default ports may be in use
+            block = block.replace(f"testcloud.py {role}", f"testcloud.py {call}")
+        block = block.replace("python3", sys.executable) + "\nkill %1 %2; wait\n"
+        done = subprocess.run(["bash", "-mc", block], cwd=cloud.dir, timeout=PATIENCE,
+                              capture_output=True, text=True)
+        self.assertIn("Ran 5 commands", done.stdout)
+        self.assertIn("OK! ./pi.py 5", done.stdout)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ Tasks (one attempt of one command, as its broker sees it)
     WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
     ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
     RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
-    DELIVERED  > DELIVERED GONE                            RESULT passed on, DONE not yet here
+    DELIVERED  > DELIVERED GONE                            RESULT passed on, no DONE yet
 
 Promises
     A client reports every command exactly once. A command is started again only when the
@@ -451,9 +451,10 @@ class Machine:
         """All that is to be sent and done now; the machine forgets it."""
         frames: List[Frame] = []
         for (link, peer, token), lines in self.outbox.items():
+            limit = BATCH_BYTES if self.knows_batches(link, peer) else 0
             size, batch = 0, []  # type: int, List[bytes]
             for line in lines:
-                if batch and size + len(line) > BATCH_BYTES:
+                if batch and size + len(line) > limit:
                     frames.append(Frame(link, peer, token, b"\n".join(batch), b""))
                     size, batch = 0, []
                 size += len(line)
@@ -463,6 +464,10 @@ class Machine:
         effects, self.effects = self.effects, []
         self.outbox, self.bulk = {}, []
         return frames, effects
+
+    def knows_batches(self, link: str, peer: Peer) -> bool:
+        """Whether this peer can read a body of several lines. Plain ones cannot."""
+        return True
 
     # What a machine may want to do at these moments:
 
@@ -829,6 +834,11 @@ class Broker(Machine):
         self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
                                 "correct --upstream")
         self.effects.append(Exit(2))
+
+    def knows_batches(self, link: str, peer: Peer) -> bool:
+        if link == CLIENTS:
+            return not self.run_of.get(peer, PLAIN).startswith(PLAIN)
+        return link == BROKER or peer in self.workers and not self.workers[peer].plain
 
     def state_for_worker(self) -> Fields:
         return dict(self.state_of_cloud(), above=[self.name] + self.above)
@@ -2529,7 +2539,7 @@ def parse_address(text: str, port: int) -> str:
     number = str(port)
     if host.startswith("["):
         host, bracket, rest = host.partition("]")
-        host += bracket
+        host += bracket or " "  # a space is refused below
         number = rest[1:] if rest.startswith(":") else number + rest
     elif ":" in host:
         host, _, number = host.rpartition(":")
