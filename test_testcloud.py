@@ -2083,12 +2083,14 @@ class CommandLineTest(unittest.TestCase):
         for template, line, command in [
                 ([], "echo  a", "echo  a"), (["wc", "-l"], "a b", "wc -l 'a b'"),
                 (["cp {} {}.bak"], "it's", "cp 'it'\"'\"'s' 'it'\"'\"'s'.bak"),
-                (["test", "{}", "-ef", "{}"], "x", "test x -ef x"), (["echo"], "$HOME", "echo '$HOME'")]:
+                (["test", "{}", "-ef", "{}"], "x", "test x -ef x"),
+                (["echo"], "$HOME", "echo '$HOME'")]:
             self.assertEqual(tc.fill_template(template, line), command)
 
     def test_wrong_usage_is_one_line_and_status_2(self):
         for argv in ([], ["nonsense"], ["client", "--nonsense"], ["worker", "-j", "0"],
-                     ["worker", "-j", "x"], ["worker", "--connect", "a b"], ["broker", "--clients", "x:y"],
+                     ["worker", "-j", "x"], ["worker", "--connect", "a b"],
+                     ["broker", "--clients", "x:y"], ["broker", "--upstream", "x:y"],
                      ["client", "--color", "blue"], ["client", "--wait", "-1"],
                      ["worker", "--weight", "heavy"]):
             status, out, err = self.main(*argv)
@@ -2272,7 +2274,8 @@ class ProcessesTest(unittest.TestCase):
     def test_missing_directory_is_a_failed_command(self):
         status, out = self.cloud.finish(self.local(["true"], "-C", "/no/such/place"))
         self.assertEqual(status, 1)
-        self.assertRegex(out, "FAIL\\(126\\) true .*\ntestcloud: cannot enter directory /no/such/place: ")
+        self.assertRegex(out, "FAIL\\(126\\) true .*\n"
+                         "testcloud: cannot enter directory /no/such/place: ")
 
     def test_first_command_runs_before_the_input_ends(self):
         for broker in (None, self.cloud.broker()):

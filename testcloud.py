@@ -2639,7 +2639,7 @@ class Loop:
     def post(self, function: Callable[[Seconds], None]) -> None:
         """Have the loop call this with the time. For any thread, and for signal handlers."""
         self.posted.append(function)
-        with contextlib.suppress(BlockingIOError):  # full: it is being woken anyway
+        with contextlib.suppress(OSError):  # full: it is being woken anyway; or closed
             os.write(self.wake_out, b"!")
 
     def on_signals(self, handler: Callable[[int, Seconds], None]) -> None:
@@ -2699,6 +2699,8 @@ class Loop:
             link.close(linger=1000)  # ms, for the last BYE
         if self.context is not None:
             self.context.term()
+        os.close(self.wake_in)
+        os.close(self.wake_out)
 
 
 class LocalLink:
@@ -3085,26 +3087,25 @@ def announce(text: str) -> None:
 
 
 def run_broker(settings: argparse.Namespace) -> int:
-    loop = Loop(sockets=True)
-    broker = Broker(incarnation(), times_from(settings), chained=bool(settings.upstream),
-                    now=time.monotonic())
-    node = loop.add(broker, {})
-    clients = RouterLink(loop, node, CLIENTS, parse_address(settings.clients, CLIENT_PORT))
-    workers = RouterLink(loop, node, WORKERS, parse_address(settings.workers, WORKER_PORT))
-    loop.on_signals(lambda status, now: loop.exit(Exit(status)))
-    announce(f"Listening for clients on {clients.address}")
-    announce(f"Listening for workers on {workers.address}")
-    for link in (clients, workers):
-        if not is_loopback(link.address):
-            complain(f"warning: {link.address} can be reached from the network, and whoever "
-                     f"reaches it can run commands on the workers; there are no keys yet")
-    if settings.upstream:
-        upstream = DealerLink(loop, node, BROKER, parse_address(settings.upstream, WORKER_PORT))
-        announce(f"Joining the broker at {upstream.address}")
-    try:
+    places = (parse_address(settings.clients, CLIENT_PORT),
+              parse_address(settings.workers, WORKER_PORT))
+    upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
+    with contextlib.closing(Loop(sockets=True)) as loop:
+        broker = Broker(incarnation(), times_from(settings), bool(upstream), time.monotonic())
+        node = loop.add(broker, {})
+        clients = RouterLink(loop, node, CLIENTS, places[0])
+        workers = RouterLink(loop, node, WORKERS, places[1])
+        loop.on_signals(lambda status, now: loop.exit(Exit(status)))
+        announce(f"Listening for clients on {clients.address}")
+        announce(f"Listening for workers on {workers.address}")
+        for link in (clients, workers):
+            if not is_loopback(link.address):
+                complain(f"warning: {link.address} can be reached from the network, and whoever "
+                         f"reaches it can run commands on the workers; there are no keys yet")
+        if upstream:
+            DealerLink(loop, node, BROKER, upstream)
+            announce(f"Joining the broker at {upstream}")
         return loop.run()
-    finally:
-        loop.close()
 
 
 def attach_runner(loop: Loop, worker: Worker) -> Tuple[Node, Runner]:
@@ -3119,20 +3120,18 @@ def attach_runner(loop: Loop, worker: Worker) -> Tuple[Node, Runner]:
 
 
 def run_worker(settings: argparse.Namespace) -> int:
-    loop = Loop(sockets=True)
     address = parse_address(settings.connect, WORKER_PORT)
+    resolve(address)
     worker = Worker(incarnation(), settings.slots or usable_cpus(), settings.weight,
                     socket.gethostname(), times_from(settings), settings.wait, address)
-    node, runner = attach_runner(loop, worker)
-    DealerLink(loop, node, BROKER, address)
-    loop.on_signals(worker.stop)
-    announce(f"Connecting to {address} to run commands in {worker.slots} slot"
-             f"{'' if worker.slots == 1 else 's'}")
-    try:
-        return loop.run()
-    finally:
-        runner.close()
-        loop.close()
+    with contextlib.closing(Loop(sockets=True)) as loop:
+        node, runner = attach_runner(loop, worker)
+        DealerLink(loop, node, BROKER, address)
+        loop.on_signals(worker.stop)
+        announce(f"Connecting to {address} to run commands in {worker.slots} slot"
+                 f"{'' if worker.slots == 1 else 's'}")
+        with contextlib.closing(runner):
+            return loop.run()
 
 
 def fill_template(template: List[str], line: str) -> str:
@@ -3219,38 +3218,40 @@ def use_colour(choice: str) -> bool:
 
 
 def run_client(settings: argparse.Namespace) -> int:
-    loop = Loop(sockets=not settings.local)
     times, slots = times_from(settings), settings.slots or usable_cpus()
     address = "this machine" if settings.local else parse_address(settings.connect, CLIENT_PORT)
+    if not settings.local:
+        resolve(address)
     client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname())
     reporter = Reporter(sys.stdout.buffer, use_colour(settings.color), settings.brief,
                         settings.fail_only, settings.slow, settings.verbose)
-    node = loop.add(client, {Released: reporter.released, Store: reporter.store,
-                             Report: reporter.report})
-    loop.on_signals(client.cancel)
-    loop.between.append(reporter.flush)
     template = settings.template[1:] if settings.template[:1] == ["--"] else settings.template
-    if sys.stdin is not None and sys.stdin.isatty():
-        complain("reading commands from the terminal, one a line; end with Ctrl-D")
-    Reader(loop, client, template, os.path.abspath(settings.cwd or os.getcwd()))
-    reporter.line(f"Connecting to {address}")
-    reporter.flush()
-    runner = None
-    if settings.local:
-        runner = run_locally(loop, client, slots, times)
-    else:
-        DealerLink(loop, node, BROKER, address)
-    try:
-        status = loop.run()
-        if status not in (0, 1):
-            say_what_is_missing(client, status)
-        reporter.summary()
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
+        node = loop.add(client, {Released: reporter.released, Store: reporter.store,
+                                 Report: reporter.report})
+        loop.on_signals(client.cancel)
+        loop.between.append(reporter.flush)
+        if sys.stdin is not None and sys.stdin.isatty():
+            complain("reading commands from the terminal, one a line; end with Ctrl-D")
+        Reader(loop, client, template, os.path.abspath(settings.cwd or os.getcwd()))
+        reporter.line(f"Connecting to {address}")
         reporter.flush()
-        return status
-    finally:
-        if runner is not None:
-            runner.close()
-        loop.close()
+        if settings.local:
+            stack.enter_context(contextlib.closing(run_locally(loop, client, slots, times)))
+        else:
+            DealerLink(loop, node, BROKER, address)
+        try:
+            status = loop.run()
+            if status not in (0, 1):
+                say_what_is_missing(client, status)
+            reporter.summary()
+            reporter.flush()
+            return status
+        except BrokenPipeError:  # nobody reads our results any more: stop the commands
+            client.leave(141)
+            loop.flush()
+            raise
 
 
 def say_what_is_missing(client: Client, status: int) -> None:
