@@ -33,7 +33,8 @@ def quarter_pi(places: int) -> int:
     one: int = 10 ** (places + GUARD_DIGITS)
     _, q, r = chudnovsky(1, places // DIGITS_PER_TERM + 3)
     pi: int = 426880 * isqrt(10005 * one * one) * q // (13591409 * q + r)
-    return pi // (4 * 10**GUARD_DIGITS)
+    guard: int = 10**GUARD_DIGITS
+    return pi // (4 * guard)
 
 
 def pi_text(places: int) -> str:

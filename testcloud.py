@@ -2565,7 +2565,9 @@ def resolve(address: str) -> str:
     if host == "*":
         return address
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # IPv4 first, as libzmq does when it connects, or localhost would be two places
+        family, _, _, _, place = min(found, key=lambda row: row[0] != socket.AF_INET)
     except OSError as error:
         raise SetupError(f"cannot find host {host!r} ({error}): check its name") from None
     return f"tcp://[{place[0]}]:{port}" if family == socket.AF_INET6 else f"tcp://{place[0]}:{port}"
