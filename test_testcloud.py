@@ -1571,6 +1571,7 @@ class RunnerTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.dir)
 
     def tell(self, job, ending):
+        self.addCleanup(ending.output.close)
         with self.ended:
             self.endings[job.key] = ending
             self.ended.notify_all()
@@ -1942,13 +1943,19 @@ class ReportingTest(unittest.TestCase):
         self.reporter.report(tc.Report(entry, dict(
             {"exitcode": exitcode, "time": 8.14}, **result), output))
 
+    def tally(self):
+        tally = tc.Tally()
+        self.addCleanup(tally.close)
+        return tally
+
     def text(self, **options):
         self.out = io.BytesIO()
         self.reporter = tc.Reporter(self.out, **options)
+        self.addCleanup(self.reporter.tally.close)
         return self.out
 
     def test_the_hash_of_the_seeds_example(self):
-        tally = tc.Tally()
+        tally = self.tally()
         for n in (3, 1, 5, 2, 4):
             tally.add(f"bin/pi {n}".encode(), 0, SEED_OUTPUTS[n - 1].encode() + b"\n")
         self.assertEqual(tally.hash(), "24aa911ac6e5f453c2ca1fa3cd8fe3ad2d6b1f43")
@@ -1960,7 +1967,7 @@ class ReportingTest(unittest.TestCase):
         with mock.patch.object(tc, "COPY", 2):  # bytes, so that outputs come in pieces
             for _ in range(3):
                 r.shuffle(results)
-                tally = tc.Tally()
+                tally = self.tally()
                 for cmd, code, output in results:
                     if r.random() < 0.3 and output:
                         for at in range(len(output)):
@@ -1970,7 +1977,7 @@ class ReportingTest(unittest.TestCase):
                 self.assertEqual(tally.hash(), naive_hash(results))
 
     def test_an_output_that_was_stored_in_part_and_given_up_leaves_no_trace(self):
-        tally = tc.Tally()
+        tally = self.tally()
         tally.store(0, b"abc")
         tally.store(3, b"def")
         tally.store(0, b"xy")
@@ -2204,7 +2211,8 @@ class Cloud:
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
         sock.connect(address)
-        self.test.addCleanup(context.destroy, 0)
+        self.test.addCleanup(context.term)
+        self.test.addCleanup(sock.close, 0)
         return sock
 
 

@@ -2304,7 +2304,8 @@ class Client(Machine):
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
         if self.window and not self.accepted and not self.fetching:
-            return f"waiting: all {self.slots} slots are busy with the commands of others"
+            return (f"waiting for a free slot: all {self.slots} are busy with the commands of "
+                    f"others, or the broker has just been started")
         return ""
 
     def deadline(self) -> Seconds:
@@ -2992,7 +2993,8 @@ seconds.__name__ = "number of seconds"
 
 VERBOSE = option("-v", "--verbose", action="store_true", help="say more on stderr")
 WAIT = option("--wait", type=seconds, default=math.inf, metavar="SECONDS",
-              help="give up with exit status 3 when nothing was there for so long (default: never)")
+              help="give up with exit status 3 after waiting so long for a broker, a worker or a "
+                   "free slot (default: never)")
 SLOTS = option("-j", "--slots", type=positive, default=0, metavar="N",
                help="commands to run at once (default: the CPUs this process may use)")
 
