@@ -146,7 +146,9 @@ class MessagesTest(unittest.TestCase):
         b'RESULT {"exitcode":0,"stdout":5}', b'RESULT {"exitcode":99999999999}',
         b'HELLO {}', b'HELLO {"run":"a","unreported":[1.5]}', b'READY {"slots":-1}',
         b'READY {"weight":"5"}', b'READY {"running":[["a",1]]}', b'READY {"below":[1]}',
-        b'DONE {}', b'LOST {"tasks":[]}', b'FETCH {"id":1}', b'READY {"slots":9007199254740993}',
+        b'HELLO {"run":""}', b'HELLO {"run":"\xc3\xa9"}',
+        b'READY {"held":[["\\ud800",1,1]]}', b'DONE {}', b'LOST {"tasks":[]}',
+        b'FETCH {"id":1}', b'READY {"slots":9007199254740993}',
         b'READY {"name":"\xff"}', b"HELLO " + b"[" * 100000,
         b'READY {"slots":1' + b"0" * 9999 + b"}",
         b"\x00" * 1000, b"{" * 5000,
@@ -708,6 +710,23 @@ class PlainPeersTest(unittest.TestCase):
         stdout = json.loads(line[7:])["stdout"]
         self.assertTrue(stdout.startswith("abc\n[testcloud: "), stdout)
         self.assertIn("3 of 1000 bytes", stdout)
+
+    def test_messages_too_large_for_the_wire_are_not_passed_on(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.hello(b"c", "r1")
+        d.client(b"C", tc.encode("{", {"cmd": "x" * 3 * tc.MAX_COMMAND}))
+        d.expect(b"C", "ERROR")
+        for peer in (b"C", b"c"):
+            d.submit(b"c", 1) if peer == b"c" else d.client(b"C", '{"cmd":"x"}')
+            d.expect(b"W", "OK")
+            token, _ = d.expect(b"W", "{")
+            d.worker(b"W", tc.encode("RESULT", {"exitcode": 3, "time": 1, "stdout": "\udcff" * 400000}),
+                     token)
+            _, line = d.expect(peer, "RESULT", exitcode=3)
+            self.assertLess(len(line), tc.MAX_FRAME // 2)
+            self.assertIn(f"cut after {tc.PLAIN_INLINE} of 400000 bytes", line.decode())
+            d.worker(b"W", "READY")
 
     def test_a_plain_client_that_leaves_is_forgotten(self):
         d = self.desk
@@ -1771,6 +1790,14 @@ class ClientTest(unittest.TestCase):
         b.expect("DONE")
         b.quiet()
 
+    def test_a_command_too_long_for_the_wire_fails_at_once(self):
+        b = self.bench
+        self.join()
+        self.add("x" * (tc.MAX_COMMAND + 1), "a", end=True)
+        b.effect(tc.Released)
+        self.assertIn("at most", b.effect(tc.Report).result["reason"])
+        b.expect("{", id=2)
+
     def test_no_commands_no_wait(self):
         self.client.end_input(0.0)
         self.bench.collect()
@@ -1784,8 +1811,8 @@ class ClientTest(unittest.TestCase):
             self.assertEqual(len(b.lines), 3)
             b.lines.clear()
             self.result(2)
-            b.expect("DONE")
             b.expect("{", id=4)
+            b.expect("DONE")
 
     def test_after_a_new_broker_all_unreported_is_submitted_again(self):
         b = self.bench
@@ -2447,6 +2474,20 @@ class ProcessesTest(unittest.TestCase):
             self.assertFalse(os.path.exists(f"/proc/{file.read().strip()}"))
         self.cloud.worker(broker, "-j", "1")
         self.assertEqual(self.cloud.finish(client)[0], 0)
+
+    def test_a_blocked_stdout_does_not_expire_the_local_worker(self):
+        loop = tc.Loop(sockets=False)
+        self.addCleanup(loop.close)
+        client = tc.Client("r1")
+        loop.add(client, {})
+        self.addCleanup(tc.run_locally(loop, client, 1, tc.Times()).close)
+        loop.flush()
+        loop.wait()
+        loop.flush()
+        broker = loop.nodes[2].machine
+        self.assertTrue(broker.workers and broker.clients)
+        broker.tick(time.monotonic() + 10000)  # nobody could say anything meanwhile
+        self.assertTrue(broker.workers and broker.clients)
 
     def test_whoever_closes_our_stdout_ends_the_run(self):
         client = self.local(["seq 100000"] * 20)

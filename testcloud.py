@@ -139,6 +139,8 @@ FETCH_AHEAD = 4  # chunks under way for one client: hides the round trip
 BATCH_BYTES = 256 * 1024  # a body is closed past this, to stay far below MAX_FRAME
 MAX_FRAME = 4 * 1024 * 1024  # a larger frame is refused by libzmq, with its connection;
 #   a PLAIN_INLINE of control characters takes six bytes each in JSON
+MAX_COMMAND = 512 * 1024  # bytes of a command with its directory; Linux takes 128 KiB of it
+MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLAIN_INLINE
 MAX_FRAMES = 8  # frames a peer may send in one message
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
@@ -205,6 +207,11 @@ def text(value: Any) -> bool:
     return type(value) is str
 
 
+def run_name(value: Any) -> bool:
+    """a run's name: up to 200 ASCII characters"""  # it becomes a token
+    return type(value) is str and value.isascii() and 0 < len(value) <= 200
+
+
 def flag(value: Any) -> bool:
     """true or false"""
     return type(value) is bool
@@ -228,7 +235,8 @@ def pairs(value: Any) -> bool:
 def triples(value: Any) -> bool:
     """a list of [run, id, attempt]"""
     return type(value) is list and all(
-        type(row) is list and len(row) == 3 and text(row[0]) and counts(row[1:]) for row in value)
+        type(row) is list and len(row) == 3 and run_name(row[0]) and counts(row[1:])
+        for row in value)
 
 
 Check = Callable[[Any], bool]
@@ -250,7 +258,7 @@ MESSAGES: Dict[str, Spec] = {
         "again": flag,  # submitted before: a worker may already have it
         "had": text, "avoid": text,  # names of workers
         "cut": count}),  # send at most so many bytes of output, inline
-    "HELLO": Spec("client > broker", {"run": text}, {
+    "HELLO": Spec("client > broker", {"run": run_name}, {
         "join": count, "unreported": counts, "version": text, "host": text}),
     "READY": Spec("worker > broker", {}, {
         "name": text, "join": count, "slots": count, "weight": integer, "running": triples,
@@ -770,7 +778,7 @@ class Broker(Machine):
 
     def on_hello(self, message: Message) -> None:
         run, peer = message.fields["run"], message.peer
-        if run.startswith(PLAIN) or not run or not run.isalnum():
+        if not run.isalnum():  # unlike a PLAIN one
             raise ProtocolError("HELLO wants 'run' to be letters and digits")
         known = self.run_of.get(peer)
         if "join" not in message.fields:  # still here
@@ -996,6 +1004,8 @@ class Broker(Machine):
         client = self.client_of(message)
         if client is None:
             return
+        if len(message.line) > 2 * MAX_COMMAND:  # room for id, attempt and escapes
+            raise ProtocolError(f"a command is at most {MAX_COMMAND} bytes")
         if client.plain:
             client.last_id += 1
             self.queue(Task(client, client.last_id, 1, message.line))
@@ -1270,13 +1280,20 @@ class Broker(Machine):
         if worker is None:
             return
         for task in self.tasks_at(worker, message):
+            fields = message.fields
+            if worker.plain and len(message.line) > MAX_RESULT:
+                whole = to_bytes(fields.get("stdout", ""))
+                fields = {"exitcode": fields["exitcode"], "time": fields.get("time", 0.0),
+                          "stdout": to_text(whole[:PLAIN_INLINE])
+                          + cut_mark(PLAIN_INLINE, len(whole))}
             if task.client.plain:
                 self.move(task, DELIVERED, worker)
-                self.tell(task, "RESULT", plain_result(task, message.fields))
+                self.tell(task, "RESULT", plain_result(task, fields))
                 self.drop([task])
             elif worker.plain:  # it does not hold its results, so we do
+                fields.pop("size", None)
                 task.result = encode("RESULT", dict(
-                    message.fields, id=task.id, attempt=task.attempt, worker=worker.name))
+                    fields, id=task.id, attempt=task.attempt, worker=worker.name))
                 self.move(task, DELIVERED, None)
                 self.tell_line(task, task.result)
             else:
@@ -1493,12 +1510,16 @@ class Broker(Machine):
     }
 
 
+def cut_mark(sent: int, size: int) -> str:
+    return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
+
+
 def plain_result(task: Task, fields: Fields) -> Fields:
     """A RESULT as plain clients know it, from any kind of worker's."""
     stdout = fields.get("stdout", "")
     size, sent = fields.get("size", 0), len(to_bytes(stdout))
     if sent < size:
-        stdout += f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
+        stdout += cut_mark(sent, size)
     if fields.get("reason"):
         stdout += f"testcloud: {fields['reason']}\n"
     return {"cmd": decode(task.line)[1]["cmd"], "exitcode": fields["exitcode"], "stdout": stdout,
@@ -2138,16 +2159,20 @@ class Client(Machine):
         self.say(BROKER, b"", "", COMMAND, fields)
 
     def settle(self) -> None:
-        if self.done and self.session.joined:
-            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
-            self.done = []
         if self.backlog and self.session.joined and not self.released:
             self.released = True
             self.effects.append(Released(self.total if self.input_ended else None))
         while self.backlog and self.session.joined and len(self.window) < WINDOW:
             entry = self.backlog.popleft()
             self.window[entry.id] = entry
-            self.submit(entry)
+            if len(to_bytes(entry.cmd + entry.cwd)) > MAX_COMMAND:
+                self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
+                                    f"a command is at most {MAX_COMMAND} bytes"}, b"")
+            else:
+                self.submit(entry)
+        if self.done and self.session.joined:
+            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
+            self.done = []
         if self.input_ended and not self.backlog and not self.window and not self.left:
             self.leave(1 if self.failed else 0)
         self.observe(self.watch, self.waits_for())
@@ -2507,7 +2532,7 @@ def complain(text: str) -> None:
 # process. Threads reach the loop through post() only. No other part of the program knows
 # ZeroMQ or the clock.
 
-DRAIN = 500  # messages taken from one socket before timers and others get their turn
+DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 
 
@@ -2868,6 +2893,9 @@ class RouterLink(SocketLink):
                 self.meet(peer, frame, now)
                 first = frame.bytes
             self.hand_over(peer, self.rest(first), now)
+        self.note_closed(now)
+
+    def note_closed(self, now: Seconds) -> None:
         for _, descriptor in self.events():
             self.closed(descriptor, now)
 
@@ -2903,7 +2931,9 @@ class RouterLink(SocketLink):
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            self.gone(frame.peer, time.monotonic())
+            now = time.monotonic()
+            self.note_closed(now)  # the monitor may know more exactly whose connection it was
+            self.gone(frame.peer, now)
         return True
 
 
@@ -3202,7 +3232,9 @@ class Reader:
 
 def run_locally(loop: Loop, client: Client, slots: int, times: Times) -> Runner:
     """Put broker and worker into the client's own process."""
-    broker = Broker("local", times, now=time.monotonic())
+    patient = times._replace(queued_timeout=math.inf, worker_expiry=math.inf,
+                             client_lease=math.inf)  # a blocked stdout stops all three alike
+    broker = Broker("local", patient, now=time.monotonic())
     worker = Worker("local", slots, host=socket.gethostname(), times=times)
     node, runner = attach_runner(loop, worker)
     node.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
