@@ -2367,6 +2367,17 @@ class ProcessesTest(unittest.TestCase):
         err = self.cloud.err(client)
         self.assertIn("has no worker (yet); start one with: testcloud.py worker", err)
         self.assertIn("gave up", err)
+        self.assertNotIn("is over", err)
+        self.assertIn("Not all commands were executed :(\nRan 0 commands in", out)
+
+    def test_the_wrong_port_is_named_once(self):
+        broker = self.cloud.broker()
+        client = self.cloud.client(broker.workers, ["true"], "--ready-interval", "0.1", "--wait", "1.5",
+                                   wait=False)
+        self.assertEqual(self.cloud.finish(client)[0], 3)
+        err = self.cloud.err(client)
+        self.assertIn("is that the port for clients?", err)
+        self.assertEqual(err.count("complains"), 1)
 
     def test_broker_killed_and_restarted_runs_nothing_twice(self):
         broker = self.cloud.broker()

@@ -408,6 +408,7 @@ class Machine:
         self.bulk: List[Frame] = []  # CHUNKs: sent by themselves, after the lines
         self.effects: List[Any] = []
         self.now: Seconds = 0.0  # the time of the event in hand
+        self.last_complaint = ""  # the reason in the last ERROR that we got
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
             fields: Optional[Fields] = None) -> None:
@@ -431,7 +432,7 @@ class Machine:
                 verb, fields = decode(line)
                 name = self.HANDLERS.get((link, verb))
                 if name is None:
-                    raise ProtocolError(f"{verb} is not for here")
+                    raise ProtocolError(f"{verb} is not understood on the link to {link}")
                 if self.accepts(link, verb):
                     getattr(self, name)(Message(link, peer, token, verb, fields, line, data))
             except ProtocolError as error:
@@ -453,7 +454,9 @@ class Machine:
     def on_error(self, message: Message) -> None:
         reason = printable(message.fields.get("reason", ""), 200)
         about = printable(message.fields.get("message", ""))
-        self.log(logging.WARNING, f"peer on {message.link} complains: {reason}: {about}")
+        level = logging.DEBUG if reason == self.last_complaint else logging.WARNING
+        self.last_complaint = reason  # told once, not at every heartbeat
+        self.log(level, f"peer on {message.link} complains: {reason}: {about}")
 
     def take(self) -> Tuple[List[Frame], List[Any]]:
         """All that is to be sent and done now; the machine forgets it."""
@@ -1731,7 +1734,8 @@ class Worker(Machine):
             wanted = self.running or (self.jobs and self.session.joined)
             if not wanted or self.now >= self.stop_at:
                 self.leave()
-        self.observe(self.watch, self.waits_for())
+        if self.stopping is None:
+            self.observe(self.watch, self.waits_for())
 
     def jobs_of(self, message: Message) -> List[Job]:
         """The jobs that the message names; all of the run if it names none."""
@@ -1794,7 +1798,7 @@ class Worker(Machine):
             self.stop(3, now)
 
     def waits_for(self) -> str:
-        if self.session.joined or self.stopping is not None:
+        if self.session.joined:
             return ""
         return waiting_for_broker(self.session, self.address, "worker")
 
@@ -1810,6 +1814,7 @@ class Worker(Machine):
             self.stop_at = now
         else:
             self.stopping = status
+            self.watch = Watch()  # from now on we wait for nothing
             self.stop_at = now + 2 * self.times.kill_grace
             if self.session.joined:
                 self.session.greet(now)
@@ -2175,7 +2180,8 @@ class Client(Machine):
             self.done = []
         if self.input_ended and not self.backlog and not self.window and not self.left:
             self.leave(1 if self.failed else 0)
-        self.observe(self.watch, self.waits_for())
+        if self.status is None and not self.left:
+            self.observe(self.watch, self.waits_for())
 
     def leave(self, status: int) -> None:
         """The end: all is reported, or the rest is given up."""
@@ -2321,8 +2327,6 @@ class Client(Machine):
             self.leave(3)
 
     def waits_for(self) -> str:
-        if self.status is not None or self.left:
-            return ""
         if not self.session.joined:
             return waiting_for_broker(self.session, self.address, "client")
         if self.window and not self.slots:
@@ -2350,6 +2354,7 @@ class Client(Machine):
                 self.leave(status)
             return
         self.status = status
+        self.watch = Watch()  # from now on we wait for nothing
         self.leave_at = now + 2 * self.times.kill_grace
         self.say(BROKER, b"", "", "CANCEL")
         self.settle()
@@ -2509,9 +2514,11 @@ class Reporter:
             last = part[-1:]
         self.out.write(b"\n" if last == b"\n" else b"\n\n")
 
-    def summary(self) -> None:
+    def summary(self, complete: bool = True) -> None:
         spent = time.monotonic() - self.began
-        if self.failed:
+        if not complete:
+            self.line(self.paint("some failed", "Not all commands were executed :("))
+        elif self.failed:
             self.line(self.paint("some failed", "Some commands failed :("))
         else:
             self.line(self.paint("all ok", "All commands successfully executed ☃"))
@@ -3281,7 +3288,7 @@ def run_client(settings: argparse.Namespace) -> int:
             status = loop.run()
             if status not in (0, 1):
                 say_what_is_missing(client, status)
-            reporter.summary()
+            reporter.summary(complete=status in (0, 1))
             reporter.flush()
             return status
         except BrokenPipeError:  # nobody reads our results any more: stop the commands
