@@ -605,7 +605,8 @@ class PlainPeersTest(unittest.TestCase):
         d = self.desk
         d.broker.receive(WORKERS, b"W", "", b"READY\nREADY", b"", 0.0)
         d.broker.receive(CLIENTS, b"C", "", b'{"cmd":"a"}', b"", 0.0)
-        d.broker.receive(CLIENTS, b"C", "", b'{"odd":"a"}\nnonsense', b"", 0.0)
+        d.broker.receive(CLIENTS, b"C", "", b'{"odd":"a"}', b"", 0.0)
+        d.broker.receive(CLIENTS, b"C", "", b"nonsense", b"", 0.0)
         frames, _ = d.broker.take()
         self.assertEqual([(f.peer, f.body[:6]) for f in frames], [
             (b"W", b"OK"), (b"W", b"OK"), (b"W", b'{"cmd"'), (b"C", b"ERROR "), (b"C", b"ERROR ")])
@@ -757,6 +758,13 @@ class MisbehavingPeersTest(unittest.TestCase):
         self.assertEqual((len(d.broker.clients), len(d.broker.workers)), (1, 1))
         d.submit(b"c", 1)
         d.takes(b"w", "r1", 1)
+
+    def test_a_body_of_noise_gets_one_answer_and_one_log_line(self):
+        d = Desk()
+        d.client(b"x", b"noise\n" * 10000)
+        d.expect(b"x", "ERROR")
+        d.quiet()
+        self.assertEqual(len(d.logs), 1)
 
     def test_an_error_is_never_answered(self):
         d = Desk()
@@ -2056,11 +2064,15 @@ class SocketsTest(unittest.TestCase):
                 ("tcp://*:7", "tcp://*:7"), ("*", "tcp://*:2224"), ("*:0", "tcp://*:0"),
                 ("[::1]:7", "tcp://[::1]:7"), ("[::1]", "tcp://[::1]:2224"),
                 ("ipc:///tmp/x", "ipc:///tmp/x"), ("10.0.0.1:080", "tcp://10.0.0.1:80")]:
-            self.assertEqual(tc.parse_address(text, 2224), expected, text)
+            self.assertEqual(tc.parse_address(text, 2224, listen=True), expected, text)
+        self.assertEqual(tc.parse_address("host", 2225), "tcp://host:2225")
 
     def test_addresses_that_are_none(self):
         for text in ("", "tcp://", ":7", "host:", "host:x", "host:65536", "host:-1", "http://h:1",
                      "a b", "::1", "ipc://", "[::1", "udp://h:1", "host:٣", "[::1]x"):
+            with self.subTest(text=text), self.assertRaises(tc.UsageError):
+                tc.parse_address(text, 2224, listen=True)
+        for text in ("*", "*:5", "host:0", "ipc://" + "x" * 200):
             with self.subTest(text=text), self.assertRaises(tc.UsageError):
                 tc.parse_address(text, 2224)
 
@@ -2126,7 +2138,9 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "-j", "x"], ["worker", "--connect", "a b"],
                      ["broker", "--clients", "x:y"], ["broker", "--upstream", "x:y"],
                      ["client", "--color", "blue"], ["client", "--wait", "-1"],
-                     ["worker", "--weight", "heavy"]):
+                     ["worker", "--weight", "heavy"], ["worker", "--weight", "1" + "0" * 12],
+                     ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
+                     ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
             self.assertTrue(err.startswith("testcloud: "), err)
@@ -2508,6 +2522,32 @@ class ProcessesTest(unittest.TestCase):
         self.assertEqual(client.wait(PATIENCE), 141)
         self.assertEqual(self.cloud.err(client), "")
 
+    def test_closing_our_stdout_stops_the_commands_on_the_workers(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        pid = os.path.join(self.cloud.dir, "pid")
+        client = self.cloud.client(broker, [f"echo $$ > {pid}; exec sleep 1000", "sleep 0.2; seq 9"],
+                                   wait=False)
+        self.cloud.wait_for(lambda: tc.read_text(pid).strip(), "a start")
+        client.stdout.close()
+        client.stdout = None
+        self.assertEqual(client.wait(PATIENCE), 141)
+        self.cloud.wait_for(lambda: not os.path.exists("/proc/" + tc.read_text(pid).strip()), "end")
+        self.assertNotIn("silent", self.cloud.err(broker))
+
+    def test_a_full_disk_or_no_stdout_or_directory_is_one_line(self):
+        run = f"{sys.executable} {SCRIPT} client --local"
+        for command, status, text in [
+                (f"echo 'seq 9' | {run} > /dev/full", 3, "cannot write the results"),
+                (f"ulimit -f 1; echo 'seq 9999' | {run}", 3, "cannot write the results"),
+                (f"echo true | {run} >&-", 3, "stdout is closed"),
+                (f"mkdir gone; cd gone; rmdir ../gone; echo true | {run}", 2, "with --cwd")]:
+            done = subprocess.run(["bash", "-c", command], cwd=self.cloud.dir, capture_output=True,
+                                  text=True, timeout=PATIENCE)
+            self.assertEqual(done.returncode, status, (command, done.stderr))
+            self.assertRegex(done.stderr, "^testcloud: .*\n$")
+            self.assertIn(text, done.stderr)
+
     def test_address_in_use(self):
         broker = self.cloud.broker()
         for other in (self.cloud.start("broker", "--clients", broker.clients, "--workers", "*:0"),
@@ -2521,6 +2561,9 @@ class ProcessesTest(unittest.TestCase):
         self.assertIn(b"Listening", first.stdout.readline())
         second = self.cloud.start("broker", "--clients", ipc, "--workers", "127.0.0.1:0")
         self.assertEqual(second.wait(PATIENCE), 3)
+        first.terminate()
+        first.wait(PATIENCE)
+        self.assertFalse(os.path.exists(ipc[6:]))
 
     def test_addresses_that_cannot_be_used(self):
         for argv in (["broker", "--clients", "no.such.host.invalid:0"],

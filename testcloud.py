@@ -422,9 +422,11 @@ class Machine:
 
     def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: bytes,
                 now: Seconds) -> None:
-        """Handle each line of a body. A bad line is answered with ERROR and changes nothing."""
+        """Handle each line of a body. A bad line changes nothing; the first one of a body is
+        answered with ERROR."""
         self.now = now
         self.heard(link, peer)
+        bad = False
         for line in body.split(b"\n"):
             if not line:
                 continue
@@ -436,7 +438,9 @@ class Machine:
                 if self.accepts(link, verb):
                     getattr(self, name)(Message(link, peer, token, verb, fields, line, data))
             except ProtocolError as error:
-                self.complain(link, peer, token, line, str(error))
+                if not bad:
+                    self.complain(link, peer, token, line, str(error))
+                bad = True
         self.settle()
 
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
@@ -2523,8 +2527,8 @@ class Reporter:
         else:
             self.line(self.paint("all ok", "All commands successfully executed ☃"))
         ran = len(self.tally.records)
-        self.line(f"Ran {ran} command{'' if ran == 1 else 's'} in ⌚{spent:.2f}s, "
-                  f"result hash is {self.tally.hash()}")
+        self.line(f"Ran {ran} command{'' if ran == 1 else 's'} in ⌚{spent:.2f}s, result hash "
+                  f"{'' if complete else 'of these '}is {self.tally.hash()}")
 
 
 def complain(text: str) -> None:
@@ -2539,6 +2543,7 @@ def complain(text: str) -> None:
 # process. Threads reach the loop through post() only. No other part of the program knows
 # ZeroMQ or the clock.
 
+IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 
@@ -2561,12 +2566,15 @@ def require_zmq() -> None:
                          "python3-zmq)") from None
 
 
-def parse_address(text: str, port: int) -> str:
+def parse_address(text: str, port: int, listen: bool = False) -> str:
     """A ZeroMQ endpoint from what people write: tcp://host:port, host:port, host, ipc://path.
 
-    `port` stands in for one that is not given. Raises UsageError.
+    `port` stands in for one that is not given; only to listen may the host be * and the port
+    0. Raises UsageError.
     """
-    if text.startswith("ipc://") and len(text) > 6:
+    if text.startswith("ipc://"):
+        if not 6 < len(os.fsencode(text)) <= 6 + IPC_PATH_MAX:
+            raise UsageError(f"cannot use {text!r}: the path has 1 to {IPC_PATH_MAX} bytes")
         return text
     host = text[6:] if text.startswith("tcp://") else text
     number = str(port)
@@ -2581,6 +2589,9 @@ def parse_address(text: str, port: int) -> str:
                          f"or ipc://path")
     if not (number.isascii() and number.isdigit() and int(number) < 65536):
         raise UsageError(f"cannot read the port in {text!r}: it is a number from 0 to 65535")
+    if not listen and (host == "*" or int(number) == 0):
+        raise UsageError(f"cannot connect to {text!r}: give the host and port of a broker (* and "
+                         f"port 0 are for listening)")
     return f"tcp://{host}:{int(number)}"
 
 
@@ -2874,9 +2885,17 @@ class RouterLink(SocketLink):
             if error.errno == errno.EADDRINUSE:
                 raise SetupError(f"Address already in use: is another broker running on "
                                  f"{self.address}?") from None
-            raise SetupError(f"cannot listen on {self.address} ({error.strerror}): is that an "
-                             f"address of this machine, and may you use it?") from None
+            fix = ("does the directory exist, and may you write there?" if "ipc:" in place
+                   else "is that an address of this machine, and may you use it?")
+            raise SetupError(f"cannot listen on {self.address} ({os.strerror(error.errno or 0)}): "
+                             + fix) from None
         self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+
+    def close(self, linger: int) -> None:
+        super().close(linger)
+        if self.address.startswith("ipc://"):  # libzmq leaves it there
+            with contextlib.suppress(OSError):
+                os.unlink(self.address[6:])
 
     def somebody_listens(self, path: str) -> bool:
         """Whether an ipc path is in use: libzmq would take it from its owner."""
@@ -2960,7 +2979,8 @@ class DealerLink(SocketLink):
         try:
             self.socket.connect(self.address)
         except zmq.ZMQError as error:
-            raise SetupError(f"cannot connect to {self.address}: {error.strerror}") from None
+            raise SetupError(f"cannot connect to {self.address} ({os.strerror(error.errno or 0)}): is "
+                             f"that the address of a broker?") from None
 
     def reset(self) -> None:
         """A new socket: the old one's connection may be dead without knowing it."""
@@ -3025,6 +3045,24 @@ def seconds(text: str) -> Seconds:
     return value
 
 
+def milliseconds(text: str) -> float:
+    """For argparse: a number of milliseconds, 0 or more."""
+    value = float(text)
+    if not value >= 0:
+        raise ValueError
+    return value
+
+
+def weight(text: str) -> int:
+    """For argparse: a weight that fits into READY."""
+    value = int(text)
+    if not integer(value):
+        raise ValueError
+    return value
+
+
+milliseconds.__name__ = "number of milliseconds"
+weight.__name__ = "weight"
 positive.__name__ = "positive number"  # how argparse calls them in its errors
 seconds.__name__ = "number of seconds"
 
@@ -3039,8 +3077,8 @@ SLOTS = option("-j", "--slots", type=positive, default=0, metavar="N",
 def time_option(name: str, help: str) -> Option:
     """An option for a row of Times, with its default."""
     default = Times._field_defaults[name]
-    return option("--" + name.replace("_", "-"), type=type(default) if name == "missed_oks" else
-                  seconds, default=default, metavar="N" if name == "missed_oks" else "SECONDS",
+    kind, metavar = (positive, "N") if name == "missed_oks" else (seconds, "SECONDS")
+    return option("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar,
                   help=f"{help} (default: {default})")
 
 
@@ -3066,7 +3104,7 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
         option("--connect", default="localhost", metavar="ADDR",
                help=f"the broker (default: tcp://localhost:{WORKER_PORT})"),
         SLOTS,
-        option("--weight", type=int, default=0, metavar="W",
+        option("--weight", type=weight, default=0, metavar="W",
                help="workers of higher weight are used first (default: 0)"),
         WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE]),
     "client": ("run commands, one a line from stdin, and report their results", [
@@ -3079,7 +3117,7 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
                help="directory to run in, on the worker (default: the current one)"),
         option("-b", "--brief", action="store_true", help="leave the outputs out"),
         option("-f", "--fail-only", action="store_true", help="show failures only"),
-        option("-s", "--slow", type=float, default=math.inf, metavar="MS",
+        option("-s", "--slow", type=milliseconds, default=math.inf, metavar="MS",
                help="underline what took longer than MS milliseconds"),
         option("--color", choices=("auto", "always", "never"), default="auto",
                help="auto: on a terminal, unless NO_COLOR is set (default)"),
@@ -3128,8 +3166,8 @@ def announce(text: str) -> None:
 
 
 def run_broker(settings: argparse.Namespace) -> int:
-    places = (parse_address(settings.clients, CLIENT_PORT),
-              parse_address(settings.workers, WORKER_PORT))
+    places = (parse_address(settings.clients, CLIENT_PORT, listen=True),
+              parse_address(settings.workers, WORKER_PORT, listen=True))
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
     with contextlib.closing(Loop(sockets=True)) as loop:
         broker = Broker(incarnation(), times_from(settings), bool(upstream), time.monotonic())
@@ -3265,6 +3303,8 @@ def run_client(settings: argparse.Namespace) -> int:
     address = "this machine" if settings.local else parse_address(settings.connect, CLIENT_PORT)
     if not settings.local:
         resolve(address)
+    if sys.stdout is None:
+        raise SetupError("stdout is closed: there is nowhere to report to")
     client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname())
     reporter = Reporter(sys.stdout.buffer, use_colour(settings.color), settings.brief,
                         settings.fail_only, settings.slow, settings.verbose)
@@ -3277,24 +3317,43 @@ def run_client(settings: argparse.Namespace) -> int:
         loop.between.append(reporter.flush)
         if sys.stdin is not None and sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
-        Reader(loop, client, template, os.path.abspath(settings.cwd or os.getcwd()))
+        Reader(loop, client, template, working_directory(settings.cwd))
+        stack.enter_context(stopping_when_unheard(loop, client))
         reporter.line(f"Connecting to {address}")
         reporter.flush()
         if settings.local:
             stack.enter_context(contextlib.closing(run_locally(loop, client, slots, times)))
         else:
             DealerLink(loop, node, BROKER, address)
-        try:
-            status = loop.run()
-            if status not in (0, 1):
-                say_what_is_missing(client, status)
-            reporter.summary(complete=status in (0, 1))
-            reporter.flush()
-            return status
-        except BrokenPipeError:  # nobody reads our results any more: stop the commands
-            client.leave(141)
-            loop.flush()
+        status = loop.run()
+        if status not in (0, 1):
+            say_what_is_missing(client, status)
+        reporter.summary(complete=status in (0, 1))
+        reporter.flush()
+        return status
+
+
+@contextlib.contextmanager
+def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
+    """When results cannot be written any more, stop the run's commands before leaving."""
+    try:
+        yield
+    except OSError as error:
+        client.leave(3)
+        loop.flush()
+        if isinstance(error, BrokenPipeError):
             raise
+        raise SetupError(f"cannot write the results ({error.strerror}): is there room on the "
+                         f"disk, and in {tempfile.gettempdir()}?") from None
+
+
+def working_directory(given: Optional[str]) -> str:
+    """The absolute directory that the commands are to run in."""
+    try:
+        return os.path.abspath(given or os.getcwd())
+    except FileNotFoundError:
+        raise UsageError("the current directory does not exist any more: say where to run the "
+                         "commands with --cwd") from None
 
 
 def say_what_is_missing(client: Client, status: int) -> None:
@@ -3325,10 +3384,17 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
     except SetupError as error:
         complain(str(error))
+        discard_stdout()
         return 3
     except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_stdout()
         return 141
+
+
+def discard_stdout() -> None:
+    """What is still unwritten must not fail again when Python ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":
