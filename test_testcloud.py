@@ -68,7 +68,8 @@ def check_broker(broker):
             else:
                 assert task.state in (tc.LIMBO, tc.WAITING) or task.result, task.state
             if task.state == tc.WAITING:
-                assert task in client.waiting and client.in_turn
+                assert task in client.waiting or task in client.retries
+                assert client.in_turn
         assert client.in_turn == (client in broker.turns)
         assert client in broker.clients_seen
         if client.link == CLIENTS and client.peer is not None:
@@ -334,21 +335,24 @@ class BrokerTest(unittest.TestCase):
         d.ends(b"v", "r1", 1, 2)
         d.expect(b"c", "RESULT", attempt=2)
 
-    def test_a_retry_waits_rather_than_go_to_the_worker_to_be_avoided(self):
+    def test_a_retry_prefers_another_worker_but_does_not_wait_for_one(self):
         d = self.desk
-        d.join(b"w", slots=1)
+        d.join(b"w", slots=5)
         d.join(b"v", slots=1)
         d.hello(b"c", "r1")
-        d.submit(b"c", 1)
-        busy = d.letters[0][1]
-        other = {b"w": b"v", b"v": b"w"}[busy]
-        d.takes(busy, "r1", 1)
-        d.letters.clear()
-        d.submit(b"c", 2, attempt=2, avoid=other.decode())
-        d.quiet()
-        d.ends(busy, "r1", 1)
-        d.expect(b"c", "RESULT")
-        d.expect(busy, "{", id=2)
+        d.submit(b"c", 1, attempt=2, avoid="w")
+        d.takes(b"v", "r1", 1, 2)
+        d.submit(b"c", 2, attempt=2, avoid="w")
+        d.takes(b"w", "r1", 2, 2)
+
+    def test_retries_come_first_in_their_own_order(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.submit(b"c", 8, 9)
+        d.submit(b"c", 3, 4, 5, attempt=2)
+        d.join(b"w", slots=5)
+        got = [m[4]["id"] for m in d.letters if m[1] == b"w"]
+        self.assertEqual(got, [3, 4, 5, 8, 9])
 
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
@@ -700,6 +704,38 @@ class PlainPeersTest(unittest.TestCase):
         self.assertIn(b"3 workers", line)
         d.quiet()
 
+    def test_id_and_attempt_of_a_plain_client_mean_nothing(self):
+        d = self.desk
+        d.join(b"w", slots=5)
+        d.client(b"C", '{"cmd":"x"}')
+        d.client(b"C", '{"cmd":"y","id":7,"attempt":0,"cut":1}')
+        run, _ = d.expect(b"w", "{", cmd="x", id=1)
+        d.expect(b"w", "{", cmd="y", id=2, attempt=1, cut=tc.PLAIN_INLINE)
+        d.ends(b"w", run, 2, stdout="o")
+        d.expect(b"C", "RESULT", cmd="y", stdout="o")
+
+    def test_odd_fields_of_a_plain_workers_result_stop_there(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"W", "OK")
+        token, _ = d.expect(b"W", "{")
+        deep = "[" * 500 + "]" * 500
+        d.worker(b"W", '{"exitcode":0}', token)
+        d.expect(b"W", "ERROR")
+        d.worker(b"W", f'RESULT {{"exitcode":0,"stdout":"abc","size":99,"x":1e999,"y":{deep}}}', token)
+        _, line = d.expect(b"c", "RESULT", stdout="abc", size=None)
+        self.assertNotIn(b"Infinity", line)
+
+    def test_a_plain_worker_cannot_become_another(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        d.worker(b"W", 'READY {"name":"W","join":1}')
+        d.expect(b"W", "ERROR")
+        self.assertEqual(len(d.broker.workers), 1)
+
     def test_large_output_is_cut_with_a_mark(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -844,6 +880,18 @@ class ChainTest(unittest.TestCase):
         d.expect(b"w", "DONE", token="up")
         d.quiet()
         self.assertFalse(d.broker.clients["up"].tasks)
+
+    def test_the_plain_run_of_a_client_above_is_like_any_other(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.expect(b"", "READY")
+        run = "plain.b0.1"
+        d.tell(BROKER, b"", '{"cmd":"x","id":3,"attempt":2,"cut":10}', run)
+        d.expect(b"", "QUEUED", token=run, tasks=[[3, 2]])
+        d.takes(b"w", run, 3, 2)
+        d.ends(b"w", run, 3, 2, stdout="o")
+        d.expect(b"", "RESULT", token=run, id=3, attempt=2, stdout="o")
+        d.quiet()
 
     def test_a_lost_worker_is_reported_upwards(self):
         d = self.desk
@@ -1715,10 +1763,29 @@ class RunnerTest(unittest.TestCase):
         self.assert_gone(pid)
 
     def test_full_disk_is_a_failed_command(self):
-        with mock.patch.object(tc.Output, "write", side_effect=OSError(28, "No space left")):
-            ending = self.result(self.start("echo x; echo y"))
-        self.assertEqual(ending.exitcode, tc.NOT_RUN)
-        self.assertIn("No space left", ending.reason)
+        for limit in (0, 30000, 66000, 200000):
+            def room(output, file, data, limit=limit):
+                if file.tell() + len(data) > limit:
+                    raise OSError(28, "No space left on device")
+                file.write(data)
+            with mock.patch.object(tc.Output, "write_all", room):
+                ending = self.result(self.start(f"head -c 300000 /dev/zero; true {limit}"))
+            self.assertEqual(ending.exitcode, tc.NOT_RUN)
+            self.assertIn("No space left", ending.reason)
+            output = ending.output
+            self.assertEqual(len(output.read(0, 10**9)), output.size)
+            self.assertLessEqual(output.size, max(limit, tc.INLINE))
+
+    def test_outputs_around_the_limit_for_memory(self):
+        for size in (0, 1, tc.INLINE - 1, tc.INLINE, tc.INLINE + 1, 3 * tc.INLINE):
+            for step in (1000, 65536):
+                output, data = tc.Output(), os.urandom(size)
+                for at in range(0, size, step):
+                    output.write(data[at:at + step])
+                self.assertEqual((output.size, output.read(0, size + 5)), (size, data))
+                self.assertEqual(output.read(size // 2, 7), data[size // 2:size // 2 + 7])
+                self.assertEqual(output.read(size + 10, 7), b"")
+                output.close()
 
     def test_usable_cpus(self):
         self.assertGreaterEqual(tc.usable_cpus(), 1)
@@ -2541,6 +2608,7 @@ class ProcessesTest(unittest.TestCase):
                 (f"echo 'seq 9' | {run} > /dev/full", 3, "cannot write the results"),
                 (f"ulimit -f 1; echo 'seq 9999' | {run}", 3, "cannot write the results"),
                 (f"echo true | {run} >&-", 3, "stdout is closed"),
+                (f"{run} <&-", 2, "stdin is closed"),
                 (f"mkdir gone; cd gone; rmdir ../gone; echo true | {run}", 2, "with --cwd")]:
             done = subprocess.run(["bash", "-c", command], cwd=self.cloud.dir, capture_output=True,
                                   text=True, timeout=PATIENCE)
@@ -2572,6 +2640,16 @@ class ProcessesTest(unittest.TestCase):
             process = self.cloud.start(*argv)
             self.assertEqual(process.wait(PATIENCE), 3, argv)
             self.assertRegex(self.cloud.err(process), "^testcloud: .*\n$")
+
+    def test_a_raw_client_above_a_chain(self):
+        top = self.cloud.broker()
+        bottom = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--upstream", top.workers)
+        self.cloud.worker(bottom)
+        raw = self.cloud.dealer(top.clients)
+        raw.send(b'{"cmd":"echo hi"}')
+        self.assertEqual(raw.recv(), b'QUEUED {"cmd":"echo hi"}')
+        result = raw.recv()
+        self.assertEqual(json.loads(result[7:])["stdout"], "hi\n")
 
     def test_three_brokers_in_a_chain(self):
         top = self.cloud.broker()

@@ -21,8 +21,9 @@ Exit status of the client
     1  some command failed
     2  wrong usage
     3  not everything could be run: no broker, no worker, or pyzmq is missing
-    130  interrupted with Ctrl-C      143  ended by SIGTERM
-A broker or worker exits with 0 (or 130, 143) when it is told to stop, 2 on wrong usage
+    129, 130, 143  terminal closed, interrupted with Ctrl-C, ended by SIGTERM
+    141  nobody reads our stdout any more
+A broker or worker exits with 130, 143 or 129 when it is told to stop, 2 on wrong usage
 or a loop of brokers, and 3 when it cannot listen or (with --wait) finds no broker.
 
 Protocol
@@ -141,6 +142,7 @@ MAX_FRAME = 4 * 1024 * 1024  # a larger frame is refused by libzmq, with its con
 #   a PLAIN_INLINE of control characters takes six bytes each in JSON
 MAX_COMMAND = 512 * 1024  # bytes of a command with its directory; Linux takes 128 KiB of it
 MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLAIN_INLINE
+MAX_BAD_LINES = 100  # in one body; then the rest is noise as well
 MAX_FRAMES = 8  # frames a peer may send in one message
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
@@ -207,9 +209,14 @@ def text(value: Any) -> bool:
     return type(value) is str
 
 
-def run_name(value: Any) -> bool:
-    """a run's name: up to 200 ASCII characters"""  # it becomes a token
+def name(value: Any) -> bool:
+    """a name of 1 to 200 ASCII characters"""  # a run's becomes a token
     return type(value) is str and value.isascii() and 0 < len(value) <= 200
+
+
+def slot_count(value: Any) -> bool:
+    """a whole number up to 2**20"""  # so that the sum over many workers is a count
+    return count(value) and value <= 2**20
 
 
 def flag(value: Any) -> bool:
@@ -235,7 +242,7 @@ def pairs(value: Any) -> bool:
 def triples(value: Any) -> bool:
     """a list of [run, id, attempt]"""
     return type(value) is list and all(
-        type(row) is list and len(row) == 3 and run_name(row[0]) and counts(row[1:])
+        type(row) is list and len(row) == 3 and name(row[0]) and counts(row[1:])
         for row in value)
 
 
@@ -258,10 +265,10 @@ MESSAGES: Dict[str, Spec] = {
         "again": flag,  # submitted before: a worker may already have it
         "had": text, "avoid": text,  # names of workers
         "cut": count}),  # send at most so many bytes of output, inline
-    "HELLO": Spec("client > broker", {"run": run_name}, {
+    "HELLO": Spec("client > broker", {"run": name}, {
         "join": count, "unreported": counts, "version": text, "host": text}),
     "READY": Spec("worker > broker", {}, {
-        "name": text, "join": count, "slots": count, "weight": integer, "running": triples,
+        "name": name, "join": count, "slots": slot_count, "weight": integer, "running": triples,
         "held": triples, "version": text, "host": text,
         "below": texts,  # the brokers of this subtree, if it is a chained broker
         "depth": count}),  # how many of them stand in its longest chain
@@ -426,7 +433,7 @@ class Machine:
         answered with ERROR."""
         self.now = now
         self.heard(link, peer)
-        bad = False
+        bad = 0
         for line in body.split(b"\n"):
             if not line:
                 continue
@@ -438,9 +445,11 @@ class Machine:
                 if self.accepts(link, verb):
                     getattr(self, name)(Message(link, peer, token, verb, fields, line, data))
             except ProtocolError as error:
-                if not bad:
+                bad += 1
+                if bad == 1:
                     self.complain(link, peer, token, line, str(error))
-                bad = True
+                elif bad > MAX_BAD_LINES:
+                    break
         self.settle()
 
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
@@ -637,7 +646,8 @@ BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot
 class ClientLink:
     """A run: its client, and the tasks it wants."""
 
-    __slots__ = ("run", "link", "peer", "tasks", "waiting", "in_turn", "claimed",
+    __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
+                 "claimed",
                  "last_id")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
@@ -646,13 +656,23 @@ class ClientLink:
         self.peer = peer  # None while it is away
         self.tasks: Dict[int, Task] = {}  # by id
         self.waiting: Deque[Task] = deque()  # to be assigned; those not WAITING are skipped
+        self.retries: Deque[Task] = deque()  # the same, but before the others
         self.in_turn = False  # stands in Broker.turns
         self.claimed = peer is not None  # False: only workers have spoken of it so far
         self.last_id = 0  # of a plain client's commands, which we number
 
     @property
     def plain(self) -> bool:
-        return self.run.startswith(PLAIN)
+        return self.link == CLIENTS and self.run.startswith(PLAIN)
+
+    def next_task(self) -> Optional[Task]:
+        """The next task to be assigned, retries first."""
+        for tasks in (self.retries, self.waiting):
+            while tasks:
+                if tasks[0].state == WAITING:
+                    return tasks[0]
+                tasks.popleft()
+        return None
 
 
 class WorkerLink:
@@ -683,7 +703,7 @@ class Task:
     """One attempt of one command."""
 
     __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "had", "until",
-                 "crashes", "result")
+                 "crashes", "result", "plain")
 
     def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -697,6 +717,7 @@ class Task:
         self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
         self.crashes = 0  # workers lost while running it (for plain clients; others count)
         self.result = b""  # a plain worker's RESULT, which only we have
+        self.plain: Fields = {}  # cmd and cwd, if a plain client's
 
     @property
     def key(self) -> Key:
@@ -734,6 +755,7 @@ class Broker(Machine):
         self.slots = 0  # of all connected workers
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
         self.limbo: Dict[Key, Task] = {}
+        self.limbo_until: Seconds = math.inf  # when to look at it next
         self.away: Dict[str, Seconds] = {}  # workers with a broken connection: until when
         # last sign of life of each, the longest silent first
         self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
@@ -833,6 +855,8 @@ class Broker(Machine):
         if "name" not in fields:
             self.on_plain_ready(message, worker)
         elif self.name in fields.get("below", ()):
+            if self.session is None:
+                raise ProtocolError("we cannot be below you: we have no broker above us")
             self.refuse_loop()
         elif fields.get("depth", 0) + len(self.above) + 1 > MAX_DEPTH:
             raise ProtocolError(f"chain of more than {MAX_DEPTH} brokers")
@@ -888,7 +912,7 @@ class Broker(Machine):
         """A worker tells all that it has; make our records agree with that."""
         peer, name = message.peer, message.fields["name"]
         known = self.workers.get(peer)
-        if known is not None and known.name != name:
+        if known is not None and (known.plain or known.name != name):
             raise ProtocolError("READY with a name other than before")
         worker = self.named.get(name)
         if worker is None:
@@ -921,7 +945,7 @@ class Broker(Machine):
         cancel: Dict[Run, List[List[int]]] = {}
         resend: Dict[Run, List[List[int]]] = {}
         for key in sorted(running | held):
-            if self.adopt(worker, key, RUNNING) is None:
+            if self.adopt(worker, key) is None:
                 cancel.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
                 resend.setdefault(key[0], []).append([key[1], key[2]])
@@ -931,10 +955,10 @@ class Broker(Machine):
         if self.session and self.session.joined and (running or held):
             self.session.join(self.now)  # the broker above may be looking for these
 
-    def adopt(self, worker: WorkerLink, key: Key, state: str) -> Optional[Task]:
+    def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
         """Believe a worker that it has this attempt; None if it is not wanted there."""
         run, id, attempt = key
-        if run.startswith(PLAIN) and run not in self.clients:
+        if run.startswith(PLAIN) and run not in self.clients and not self.session:
             return None
         client = self.clients.get(run)
         if client is None:  # of a time before us: its client may still come back
@@ -949,7 +973,7 @@ class Broker(Machine):
         if task.worker is worker or task.worker is None or task.worker.peer is None:
             fresh = task.state != RUNNING
             if task.state != DELIVERED or task.worker is not worker:
-                self.move(task, DELIVERED if task.state == DELIVERED else state, worker)
+                self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
             if fresh:
                 self.tell_queued(task)
             return task
@@ -1015,7 +1039,9 @@ class Broker(Machine):
             raise ProtocolError(f"a command is at most {MAX_COMMAND} bytes")
         if client.plain:
             client.last_id += 1
-            self.queue(Task(client, client.last_id, 1, message.line))
+            task = Task(client, client.last_id, 1, message.line)
+            task.plain = {k: v for k, v in message.fields.items() if k in ("cmd", "cwd")}
+            self.queue(task)
             return
         if "id" not in message.fields or "attempt" not in message.fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
@@ -1055,9 +1081,10 @@ class Broker(Machine):
             if self.now < task.until:
                 task.state = LIMBO
                 self.limbo[task.key] = task
+                self.limbo_until = min(self.limbo_until, task.until)
                 return
         if fields.get("again") or task.attempt > 1:
-            client.waiting.appendleft(task)
+            client.retries.append(task)
         else:
             client.waiting.append(task)
         self.take_turn(client)
@@ -1174,7 +1201,7 @@ class Broker(Machine):
 
     def best_worker(self, avoid: str) -> Optional[WorkerLink]:
         """The free worker of highest weight and most free slots; the one to avoid only if
-        it is the only one."""
+        there is no other."""
         avoided = None
         best = None
         while self.ranking and best is None:
@@ -1187,29 +1214,22 @@ class Broker(Machine):
                 best = row[3]
         if avoided is not None:
             heapq.heappush(self.ranking, avoided)
-            if best is None and len(self.workers) == 1:
-                best = avoided[3]
+            best = best or avoided[3]
         return best
 
     def dispatch(self) -> None:
         """Give waiting tasks to free workers, one client after the other."""
-        blocked = 0  # clients in a row whose next task finds no worker
-        while self.turns and blocked < len(self.turns):
+        while self.turns:
             client = self.turns[0]
-            while client.waiting and client.waiting[0].state != WAITING:
-                client.waiting.popleft()
-            if not client.waiting:
+            task = client.next_task()
+            if task is None:
                 self.turns.popleft()
                 client.in_turn = False
                 continue
-            worker = self.best_worker(client.waiting[0].avoid)
-            if worker is not None:
-                self.assign(client.waiting.popleft(), worker)
-                blocked = 0
-            elif not self.ranking:
+            worker = self.best_worker(task.avoid)
+            if worker is None:
                 return
-            else:
-                blocked += 1
+            self.assign(task, worker)
             self.turns.rotate(-1)
 
     def assign(self, task: Task, worker: WorkerLink) -> None:
@@ -1221,9 +1241,9 @@ class Broker(Machine):
             worker.ready = False
             worker.token = f"{run} {task.id} {task.attempt}"
             self.pass_on(WORKERS, peer, worker.token, task.line)
-        elif task.client.plain:  # our workers want id and attempt: put them in front
-            head = b'{"id":%d,"attempt":%d,"cut":%d,' % (task.id, task.attempt, PLAIN_INLINE)
-            self.pass_on(WORKERS, peer, run, head + task.line.lstrip()[1:])
+        elif task.client.plain:  # our workers want id and attempt
+            self.say(WORKERS, peer, run, COMMAND, dict(
+                task.plain, id=task.id, attempt=task.attempt, cut=PLAIN_INLINE))
         else:
             self.pass_on(WORKERS, peer, run, task.line)
 
@@ -1288,17 +1308,18 @@ class Broker(Machine):
             return
         for task in self.tasks_at(worker, message):
             fields = message.fields
-            if worker.plain and len(message.line) > MAX_RESULT:
-                whole = to_bytes(fields.get("stdout", ""))
+            if worker.plain:  # what else it may say is not for us to pass on
                 fields = {"exitcode": fields["exitcode"], "time": fields.get("time", 0.0),
-                          "stdout": to_text(whole[:PLAIN_INLINE])
-                          + cut_mark(PLAIN_INLINE, len(whole))}
+                          "stdout": fields.get("stdout", "")}
+            if worker.plain and len(message.line) > MAX_RESULT:
+                whole = to_bytes(fields["stdout"])
+                fields["stdout"] = (to_text(whole[:PLAIN_INLINE])
+                                    + cut_mark(PLAIN_INLINE, len(whole)))
             if task.client.plain:
                 self.move(task, DELIVERED, worker)
                 self.tell(task, "RESULT", plain_result(task, fields))
                 self.drop([task])
             elif worker.plain:  # it does not hold its results, so we do
-                fields.pop("size", None)
                 task.result = encode("RESULT", dict(
                     fields, id=task.id, attempt=task.attempt, worker=worker.name))
                 self.move(task, DELIVERED, None)
@@ -1348,7 +1369,7 @@ class Broker(Machine):
         self.move(task, WAITING)
         task.attempt += 1
         task.avoid = worker.name if worker else ""
-        task.client.waiting.appendleft(task)
+        task.client.retries.append(task)
         self.take_turn(task.client)
 
     # --- time
@@ -1387,8 +1408,10 @@ class Broker(Machine):
             task, until = self.unconfirmed.popleft()
             if self.still_unconfirmed(task, until):
                 self.give_up_waiting(task)
-        for task in [task for task in self.limbo.values() if task.until <= now]:
-            self.lose(task, "the worker that had it did not come back", bool(task.had))
+        if self.limbo_until <= now:
+            for task in [task for task in self.limbo.values() if task.until <= now]:
+                self.lose(task, "the worker that had it did not come back", bool(task.had))
+            self.limbo_until = min((t.until for t in self.limbo.values()), default=math.inf)
         if self.session:
             self.session.tick(now)
         self.settle()
@@ -1436,7 +1459,7 @@ class Broker(Machine):
         return found
 
     def deadline(self) -> Seconds:
-        due = list(self.away.values()) + [task.until for task in self.limbo.values()]
+        due = [self.limbo_until, *self.away.values()]
         for seen, patience in ((self.workers_seen, self.times.worker_expiry),
                                (self.clients_seen, self.times.client_lease)):
             due += [when + patience for when in itertools.islice(seen.values(), 1)]
@@ -1476,6 +1499,7 @@ class Broker(Machine):
         if self.name in self.above:
             self.refuse_loop()
         elif self.session and self.session.ok(message.fields):
+            self.crew_changed = True  # it may have, since we announced it
             self.catch_up(self.session.announced)
 
     def catch_up(self, announced: Fields) -> None:
@@ -1494,7 +1518,7 @@ class Broker(Machine):
             self.session.join(self.now)
 
     def on_who(self, message: Message) -> None:
-        if self.session:
+        if self.session and self.session.joined:
             self.session.join(self.now)
 
     def on_resend(self, message: Message) -> None:
@@ -1529,7 +1553,7 @@ def plain_result(task: Task, fields: Fields) -> Fields:
         stdout += cut_mark(sent, size)
     if fields.get("reason"):
         stdout += f"testcloud: {fields['reason']}\n"
-    return {"cmd": decode(task.line)[1]["cmd"], "exitcode": fields["exitcode"], "stdout": stdout,
+    return {"cmd": task.plain["cmd"], "exitcode": fields["exitcode"], "stdout": stdout,
             "time": fields.get("time", 0.0)}
 
 
@@ -1560,19 +1584,44 @@ class Output:
     """What a command printed. Kept in memory while small, in an unlinked file beyond that."""
 
     def __init__(self) -> None:
-        self.size = 0
-        self.file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=INLINE)
+        self.size = 0  # of what is safely kept
+        self.head = bytearray()  # all of it, until there is a file
+        self.file: Optional[IO[bytes]] = None
 
     def write(self, data: bytes) -> None:
-        self.file.write(data)
+        """Raises OSError when there is no room; what was kept before stays."""
+        if self.file is None and self.size + len(data) > INLINE:
+            # unbuffered: a full disk must show now, not when the result is read
+            file = tempfile.TemporaryFile(buffering=0)
+            try:
+                self.write_all(file, bytes(self.head))
+            except OSError:
+                file.close()
+                raise
+            self.file, self.head = file, bytearray()
+        if self.file is None:
+            self.head += data
+        else:
+            self.file.seek(self.size)
+            self.write_all(self.file, data)
         self.size += len(data)
 
+    def write_all(self, file: IO[bytes], data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest):]
+
     def read(self, offset: int, size: int) -> bytes:
+        """Up to that many bytes; fewer only at the end."""
+        size = max(0, min(size, self.size - offset))
+        if self.file is None:
+            return bytes(self.head[offset:offset + size])
         self.file.seek(offset)
         return self.file.read(size)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 class Ending(NamedTuple):
@@ -1589,7 +1638,7 @@ class Ending(NamedTuple):
 class Job:
     """A command that the worker has accepted."""
 
-    __slots__ = ("key", "cmd", "cwd", "cut", "state", "cancelled", "kill_at", "ending")
+    __slots__ = ("key", "cmd", "cwd", "cut", "state", "cancelled", "ending")
 
     def __init__(self, key: Key, cmd: str, cwd: Optional[str], cut: int) -> None:
         self.key = key
@@ -1598,7 +1647,6 @@ class Job:
         self.cut = cut  # 0, or how many bytes of output go inline and no others at all
         self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
         self.cancelled = False
-        self.kill_at: Seconds = math.inf  # when to kill hard
         self.ending: Optional[Ending] = None  # in DELIVERED
 
 
@@ -1617,6 +1665,7 @@ class Worker(Machine):
         self.jobs: Dict[Key, Job] = {}
         self.waiting: Deque[Job] = deque()  # for a slot
         self.running = 0
+        self.killing: Dict[Job, Seconds] = {}  # running jobs to be killed hard, and when
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
         self.left = False
@@ -1658,7 +1707,8 @@ class Worker(Machine):
                     self.tell_standing((run, id, attempt))
 
     def on_who(self, message: Message) -> None:
-        self.session.join(self.now)
+        if self.session.joined:
+            self.session.join(self.now)
 
     # --- commands
 
@@ -1712,6 +1762,7 @@ class Worker(Machine):
         """The Runner says that a command has ended."""
         self.now = now
         self.running -= 1
+        self.killing.pop(job, None)
         if job.cancelled:
             ending.output.close()
             self.forget(job)
@@ -1769,7 +1820,7 @@ class Worker(Machine):
             self.tell_lost(job.key, why, False)
         elif not job.cancelled:
             job.cancelled = True
-            job.kill_at = self.now + self.times.kill_grace
+            self.killing[job] = self.now + self.times.kill_grace
             self.effects.append(Kill(job, False))
 
     def on_resend(self, message: Message) -> None:
@@ -1792,10 +1843,9 @@ class Worker(Machine):
     def tick(self, now: Seconds) -> None:
         self.now = now
         self.session.tick(now)
-        for job in self.jobs.values():
-            if job.kill_at <= now:
-                job.kill_at = math.inf
-                self.effects.append(Kill(job, True))
+        for job in [job for job, when in self.killing.items() if when <= now]:
+            self.killing[job] = math.inf
+            self.effects.append(Kill(job, True))
         self.settle()
         if self.watch.given_up(now) and self.stopping is None:
             self.effects.append(Notice("gave up " + self.watch.cause))
@@ -1807,7 +1857,7 @@ class Worker(Machine):
         return waiting_for_broker(self.session, self.address, "worker")
 
     def deadline(self) -> Seconds:
-        kills = min((job.kill_at for job in self.jobs.values()), default=math.inf)
+        kills = min(self.killing.values(), default=math.inf)
         return min(self.session.next_greeting, kills, self.stop_at, self.watch.deadline())
 
     def stop(self, status: int, now: Seconds) -> None:
@@ -1940,12 +1990,13 @@ class Runner:
             if job.key in self.killed:
                 self.signal(process, self.killed.pop(job.key))
         assert process.stdout is not None
-        with process.stdout:
-            reason = self.drain(process, process.stdout.fileno(), output)
-        with self.lock:
-            del self.processes[job.key]
-            self.killed.pop(job.key, None)
-            code = process.wait()
+        try:
+            with process.stdout:
+                reason = self.drain(process, process.stdout.fileno(), output)
+        finally:
+            with self.lock:
+                del self.processes[job.key]
+                code = process.wait()
         spent = (time.monotonic() - began) * 1000
         if code < 0:
             return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
@@ -2205,7 +2256,8 @@ class Client(Machine):
                 self.say(BROKER, b"", "", "CANCEL")
 
     def on_who(self, message: Message) -> None:
-        self.session.join(self.now)
+        if self.session.joined:
+            self.session.join(self.now)
 
     # --- results in
 
@@ -2545,6 +2597,7 @@ def complain(text: str) -> None:
 
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
+MAX_LATE = 500  # frames kept for a peer that does not read, beside the 1,000 in libzmq
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 
 
@@ -2584,7 +2637,8 @@ def parse_address(text: str, port: int, listen: bool = False) -> str:
         number = rest[1:] if rest.startswith(":") else number + rest
     elif ":" in host:
         host, _, number = host.rpartition(":")
-    if not host or "/" in host or " " in host or host.count(":") and not host.startswith("["):
+    odd = not host.isascii() or "/" in host or " " in host
+    if not host or odd or ":" in host and not host.startswith("["):
         raise UsageError(f"cannot read address {text!r}: write tcp://host:port, host:port, host "
                          f"or ipc://path")
     if not (number.isascii() and number.isdigit() and int(number) < 65536):
@@ -2612,7 +2666,7 @@ def resolve(address: str) -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         # IPv4 first, as libzmq does when it connects, or localhost would be two places
         family, _, _, _, place = min(found, key=lambda row: row[0] != socket.AF_INET)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise SetupError(f"cannot find host {host!r} ({error}): check its name") from None
     return f"tcp://[{place[0]}]:{port}" if family == socket.AF_INET6 else f"tcp://{place[0]}:{port}"
 
@@ -2689,11 +2743,14 @@ class Loop:
             os.write(self.wake_out, b"!")
 
     def on_signals(self, handler: Callable[[int, Seconds], None]) -> None:
-        """Have the loop call handler(status, now) on Ctrl-C (130) and SIGTERM (143)."""
+        """Have the loop call handler(status, now) on Ctrl-C (130), SIGTERM (143), and when the
+        terminal is closed (129, unless under nohup)."""
         def caught(number: int, _: Any) -> None:
             self.post(lambda now: handler(128 + number, now))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, caught)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, caught)
 
     def run(self) -> int:
         """Until some machine exits; its status."""
@@ -2832,9 +2889,16 @@ class SocketLink:
     def send(self, frame: Frame) -> None:
         if frame.peer in self.late:
             self.late[frame.peer].append(frame)
+            if len(self.late[frame.peer]) > MAX_LATE:
+                self.give_up(frame.peer)
         elif not self.send_now(frame):
             self.late[frame.peer] = deque([frame])
             self.retry_at = time.monotonic() + RETRY
+
+    def give_up(self, peer: Peer) -> None:
+        """It does not read what we send: forget it; if it wakes up it will join again."""
+        del self.late[peer]
+        self.node.machine.disconnected(self.name, peer, time.monotonic())
 
     def retry(self, now: Seconds) -> None:
         """Try again to send to the slow. Their peers' windows bound what waits here."""
@@ -2932,7 +2996,7 @@ class RouterLink(SocketLink):
         except zmq.ZMQError:
             return
         if descriptor in self.peers:  # that connection's end has not been told to us yet
-            self.closed(descriptor, now)
+            self.gone(self.peers[descriptor], now)
             self.reused[descriptor] = self.reused.get(descriptor, 0) + 1
         self.peers[descriptor] = peer
         self.known[peer] = descriptor
@@ -3190,7 +3254,10 @@ def run_broker(settings: argparse.Namespace) -> int:
 def attach_runner(loop: Loop, worker: Worker) -> Tuple[Node, Runner]:
     """A node for the worker, with a Runner for its commands."""
     def tell(job: Job, ending: Ending) -> None:
-        loop.post(lambda now: worker.finished(job, ending, now))
+        def deliver(now: Seconds) -> None:
+            runner.killed.pop(job.key, None)
+            worker.finished(job, ending, now)
+        loop.post(deliver)
     runner = Runner(worker.slots, tell)
     node = loop.add(worker, {
         Start: lambda effect: runner.start(effect.job),
@@ -3247,6 +3314,7 @@ class Reader:
                         self.room.wait()
         except OSError as error:
             complain(f"cannot read commands from stdin: {error.strerror}")
+            self.loop.post(lambda now: self.client.cancel(3, now))
         self.hand_over(None)
 
     def hand_over(self, text: Optional[str]) -> None:
@@ -3303,6 +3371,8 @@ def run_client(settings: argparse.Namespace) -> int:
     address = "this machine" if settings.local else parse_address(settings.connect, CLIENT_PORT)
     if not settings.local:
         resolve(address)
+    if sys.stdin is None:
+        raise UsageError("stdin is closed: there are no commands to read")
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
     client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname())
@@ -3315,7 +3385,7 @@ def run_client(settings: argparse.Namespace) -> int:
                                  Report: reporter.report})
         loop.on_signals(client.cancel)
         loop.between.append(reporter.flush)
-        if sys.stdin is not None and sys.stdin.isatty():
+        if sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
         Reader(loop, client, template, working_directory(settings.cwd))
         stack.enter_context(stopping_when_unheard(loop, client))
@@ -3373,6 +3443,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         complain("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
         return 3
     try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
         settings = build_parser().parse_args(argv)
         level = logging.DEBUG if settings.verbose else logging.INFO
         if settings.role == "client" and not settings.verbose:
