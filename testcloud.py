@@ -623,6 +623,37 @@ class Watch:
         return min(notice, self.began + self.limit)
 
 
+class Member(Machine):
+    """What worker and client share: one link, BROKER, and a session on it."""
+
+    def __init__(self, verb: str, times: Times, wait: Seconds) -> None:
+        super().__init__()
+        self.times = times
+        self.session = Session(self, verb, self.greeting, times)
+        self.watch = Watch(wait)
+
+    def greeting(self, joining: bool) -> Fields:
+        """The fields of HELLO or READY; when joining, with all that we have."""
+        raise NotImplementedError
+
+    def heard(self, link: str, peer: Peer) -> None:
+        self.session.heard()
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.now = now
+        self.session.connected(now)
+        self.settle()
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        self.session.disconnected()
+        self.settle()
+
+    def on_who(self, message: Message) -> None:
+        if self.session.joined:
+            self.session.join(self.now)
+
+
 # === Tasks ============================================================================
 #
 # What a broker remembers: a Task per attempt that a client wants and has not finished
@@ -1650,17 +1681,16 @@ class Job:
         self.ending: Optional[Ending] = None  # in DELIVERED
 
 
-class Worker(Machine):
+class Worker(Member):
     """A worker's bookkeeping. Its link is BROKER."""
 
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
                  times: Times = Times(), wait: Seconds = math.inf, address: str = "") -> None:
-        super().__init__()
+        super().__init__("READY", times, wait)
         self.name = name  # this incarnation
         self.slots = slots
         self.weight = weight
         self.host = host
-        self.times = times
         self.address = address  # for notices
         self.jobs: Dict[Key, Job] = {}
         self.waiting: Deque[Job] = deque()  # for a slot
@@ -1669,8 +1699,6 @@ class Worker(Machine):
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
         self.left = False
-        self.session = Session(self, "READY", self.greeting, times)
-        self.watch = Watch(wait)
 
     def greeting(self, joining: bool) -> Fields:
         slots = 0 if self.stopping is not None else self.slots
@@ -1682,21 +1710,8 @@ class Worker(Machine):
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
         return fields
 
-    def heard(self, link: str, peer: Peer) -> None:
-        self.session.heard()
-
     def accepts(self, link: str, verb: str) -> bool:
         return self.session.accepts(verb)
-
-    def connected(self, link: str, now: Seconds) -> None:
-        self.now = now
-        self.session.connected(now)
-        self.settle()
-
-    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        self.now = now
-        self.session.disconnected()
-        self.settle()
 
     def on_ok(self, message: Message) -> None:
         if self.session.ok(message.fields):
@@ -1705,10 +1720,6 @@ class Worker(Machine):
                 job = self.jobs.get((run, id, attempt))
                 if job is None or job.state == DELIVERED:  # it has ended meanwhile
                     self.tell_standing((run, id, attempt))
-
-    def on_who(self, message: Message) -> None:
-        if self.session.joined:
-            self.session.join(self.now)
 
     # --- commands
 
@@ -2150,14 +2161,13 @@ class Report(NamedTuple):
     output: Optional[bytes]
 
 
-class Client(Machine):
+class Client(Member):
     """A client's run. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
                  address: str = "", host: str = "") -> None:
-        super().__init__()
+        super().__init__("HELLO", times, wait)
         self.run = run
-        self.times = times
         self.address = address  # for notices
         self.host = host
         self.backlog: Deque[Entry] = deque()  # not submitted yet
@@ -2173,27 +2183,12 @@ class Client(Machine):
         self.leave_at: Seconds = math.inf
         self.left = False
         self.workers = self.slots = 0  # of the cloud, as the broker says
-        self.session = Session(self, "HELLO", self.greeting, times)
-        self.watch = Watch(wait)
 
     def greeting(self, joining: bool) -> Fields:
         fields: Fields = {"run": self.run}
         if joining:
             fields.update(unreported=list(self.window), host=self.host, version=__version__)
         return fields
-
-    def heard(self, link: str, peer: Peer) -> None:
-        self.session.heard()
-
-    def connected(self, link: str, now: Seconds) -> None:
-        self.now = now
-        self.session.connected(now)
-        self.settle()
-
-    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        self.now = now
-        self.session.disconnected()
-        self.settle()
 
     # --- commands out
 
@@ -2254,10 +2249,6 @@ class Client(Machine):
             self.fetch_again()
             if self.status is not None:
                 self.say(BROKER, b"", "", "CANCEL")
-
-    def on_who(self, message: Message) -> None:
-        if self.session.joined:
-            self.session.join(self.now)
 
     # --- results in
 
