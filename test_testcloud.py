@@ -2795,6 +2795,29 @@ class RawPeersTest(unittest.TestCase):
                 self.assertEqual(json.loads(line[7:]), {
                     "cmd": "pi 2", "exitcode": 0, "stdout": "PI 2\n", "time": 13.95})
 
+    def test_a_routing_id_used_again_at_once_belongs_to_the_new_connection(self):
+        workers = [self.cloud.dealer(self.broker.workers, b"w") for _ in range(1)]
+        workers[0].send(b"READY")
+        workers[0].recv()
+        client = self.cloud.dealer(self.broker.clients, b"me")
+        client.send(b'{"cmd":"x"}')
+        token, body = workers[0].recv_multipart()[1:]
+        workers[0].send_multipart([b"", token, b"QUEUED " + body])
+        self.assertEqual(client.recv(), b'QUEUED {"cmd":"x"}')
+        workers.append(self.cloud.dealer(self.broker.workers, b"w"))  # the first is still there
+        workers[1].send(b"READY")
+        got = [workers[1].recv_multipart() for _ in range(2)]
+        token = next(parts[1] for parts in got if parts != [b"OK"])
+        workers[1].send_multipart([b"", token, b'RESULT {"cmd":"x","exitcode":0,"stdout":"2"}'])
+        self.assertEqual(json.loads(client.recv()[7:])["stdout"], "2")
+        again = self.cloud.dealer(self.broker.clients, b"me")
+        again.send(b'{"cmd":"y"}')
+        workers[1].send(b"READY")
+        self.assertEqual(workers[1].recv_multipart(), [b"OK"])
+        token, body = workers[1].recv_multipart()[1:]
+        workers[1].send_multipart([b"", token, b"QUEUED " + body])
+        self.assertEqual(again.recv(), b'QUEUED {"cmd":"y"}')
+
     def test_killed_raw_worker_loses_its_command_to_another(self):
         first = self.cloud.dealer(self.broker.workers)
         first.send(b"READY")

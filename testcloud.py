@@ -2917,7 +2917,9 @@ class RouterLink(SocketLink):
     """A broker's link to its clients, or to its workers.
 
     That a peer is gone shows in two ways: sending to it fails, or the monitor tells that
-    its connection's descriptor was closed. So we note the descriptor of every peer.
+    its connection's descriptor was closed. So we note the descriptor of every peer. A plain
+    peer may choose its own routing id, and come back with it before we know that its last
+    connection has ended: the new one takes over.
     """
 
     def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
@@ -2927,6 +2929,7 @@ class RouterLink(SocketLink):
         self.reused: Dict[int, int] = {}  # descriptors: how many closings are known already
         self.open(zmq.ROUTER, zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
         self.socket.setsockopt(zmq.BACKLOG, 4096)
         self.bind()
 
@@ -2967,7 +2970,7 @@ class RouterLink(SocketLink):
                 peer = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            if peer in self.known:
+            if peer in self.known and peer[:1] == b"\0":  # libzmq gave it: it is unique
                 first = self.socket.recv()
             else:
                 frame = self.socket.recv(copy=False)
@@ -2981,11 +2984,15 @@ class RouterLink(SocketLink):
             self.closed(descriptor, now)
 
     def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
-        """Note the descriptor of a new peer's connection."""
+        """Note the descriptor of a peer's connection, if it is new."""
         try:
             descriptor = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
             return
+        if self.known.get(peer) == descriptor:
+            return
+        if peer in self.known:  # another connection has taken over
+            self.gone(peer, now)
         if descriptor in self.peers:  # that connection's end has not been told to us yet
             self.gone(self.peers[descriptor], now)
             self.reused[descriptor] = self.reused.get(descriptor, 0) + 1
