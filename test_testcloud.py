@@ -354,6 +354,24 @@ class BrokerTest(unittest.TestCase):
         got = [m[4]["id"] for m in d.letters if m[1] == b"w"]
         self.assertEqual(got, [3, 4, 5, 8, 9])
 
+    def test_an_attempt_that_is_lost_while_it_is_submitted_again_is_not_run_again(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"w", "{")
+        d.client(b"c", 'HELLO {"run":"r1","join":2,"unreported":[1]}')
+        d.expect(b"c", "OK", join=2)
+        d.join(b"v", slots=1)
+        d.worker(b"w", "BYE")
+        d.expect(b"c", "LOST", tasks=[[1, 1]])
+        d.submit(b"c", 1, again=True)  # said before that LOST was heard
+        d.expect(b"c", "LOST", tasks=[[1, 1]])
+        d.quiet()
+        d.submit(b"c", 1, attempt=2)
+        d.takes(b"v", "r1", 1, 2)
+        self.assertFalse(d.broker.clients["r1"].lost)
+
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -1762,6 +1780,21 @@ class RunnerTest(unittest.TestCase):
         self.runner.close()
         self.assert_gone(pid)
 
+    def test_close_kills_what_is_just_being_started(self):
+        real, started = subprocess.Popen, []
+
+        def popen(*args, **settings):
+            started.append(real(*args, **settings))
+            closer.start()
+            while not self.runner.closing:
+                time.sleep(0.001)
+            return started[0]
+        closer = threading.Thread(target=self.runner.close)
+        with mock.patch.object(tc.subprocess, "Popen", popen):
+            job = self.start("sleep 1000")
+            self.assertEqual(self.result(job).signal, signal.SIGKILL)
+        closer.join(PATIENCE)
+
     def test_full_disk_is_a_failed_command(self):
         for limit in (0, 30000, 66000, 200000):
             def room(output, file, data, limit=limit):
@@ -2860,7 +2893,10 @@ class RawPeersTest(unittest.TestCase):
         status, out = self.cloud.finish(client)
         self.assertEqual(status, 0, out[-500:])
         self.assertIn("Ran 200 commands", out)
-        self.assertTrue(once_each(done, 200))
+        with open(done) as file:
+            times = Counter(file.read().split())
+        wrong = {n: times[str(n)] for n in range(1, 201) if times[str(n)] != 1}
+        self.assertFalse(wrong, self.cloud.err(self.broker)[-20000:] + self.cloud.err(client))
         self.assertIsNone(self.broker.poll())
         self.assertNotIn("Traceback", self.cloud.err(self.broker))
 

@@ -679,7 +679,7 @@ class ClientLink:
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
                  "claimed",
-                 "last_id")
+                 "lost", "last_id")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -690,6 +690,7 @@ class ClientLink:
         self.retries: Deque[Task] = deque()  # the same, but before the others
         self.in_turn = False  # stands in Broker.turns
         self.claimed = peer is not None  # False: only workers have spoken of it so far
+        self.lost: Dict[int, int] = {}  # by id: the last attempt that we called LOST
         self.last_id = 0  # of a plain client's commands, which we number
 
     @property
@@ -1081,6 +1082,10 @@ class Broker(Machine):
         if known is not None and known.attempt == attempt:
             self.remind(known)
             return
+        if client.lost.get(id, -1) >= attempt:  # submitted before our LOST was heard
+            self.say_lost(client, id, attempt, "lost before", False, "")
+            return
+        client.lost.pop(id, None)
         if known is not None:  # its owner has given up the older attempt
             self.drop([known])
         task = Task(client, id, attempt, message.line)
@@ -1172,7 +1177,7 @@ class Broker(Machine):
                 stops.setdefault((worker.peer, task.client.run), []).append(
                     [task.id, task.attempt])
             else:
-                self.tell(task, "LOST", {"tasks": [[task.id, task.attempt]], "why": "cancelled"})
+                self.say_lost(task.client, task.id, task.attempt, "cancelled", False, "")
                 self.drop([task])
         for (peer, run), wanted in stops.items():
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": wanted})
@@ -1325,8 +1330,10 @@ class Broker(Machine):
         self.tell_line(task, encode(verb, fields))
 
     def tell_line(self, task: Task, line: bytes) -> None:
-        """Say something to a task's owner, if it is there: it will ask when it is back."""
-        client = task.client
+        self.tell_client(task.client, line)
+
+    def tell_client(self, client: ClientLink, line: bytes) -> None:
+        """Say something to an owner of tasks, if it is there: it will ask when it is back."""
         if client.link == BROKER:
             if self.session and self.session.joined:
                 self.pass_on(BROKER, b"", client.run, line)
@@ -1384,9 +1391,16 @@ class Broker(Machine):
         if task.client.plain and task.state in BUSY:
             self.try_again(task, why, crashed)
             return
-        self.tell(task, "LOST", {"tasks": [[task.id, task.attempt]], "why": why,
-                                 "crashed": crashed, "worker": worker.name if worker else ""})
+        client = task.client
+        if client.link == CLIENTS:
+            client.lost[task.id] = task.attempt
+        self.say_lost(client, task.id, task.attempt, why, crashed, worker.name if worker else "")
         self.move(task, GONE)
+
+    def say_lost(self, client: ClientLink, id: int, attempt: int, why: str, crashed: bool,
+                 worker: str) -> None:
+        self.tell_client(client, encode("LOST", {"tasks": [[id, attempt]], "why": why,
+                                                 "crashed": crashed, "worker": worker}))
 
     def try_again(self, task: Task, why: str, crashed: bool) -> None:
         worker = task.worker
@@ -1938,6 +1952,7 @@ class Runner:
         self.started = 0  # jobs, to know when one more thread is worth it
         self.lock = threading.Lock()  # guards processes: nobody is signalled after the reaping
         self.processes: Dict[Key, subprocess.Popen[bytes]] = {}
+        self.closing = False  # what starts now is killed at once
         self.killed: Dict[Key, bool] = {}  # asked for before the process was there
 
     def start(self, job: Job) -> None:
@@ -1965,6 +1980,7 @@ class Runner:
     def close(self) -> None:
         """Kill all that still runs, and let the threads end."""
         with self.lock:
+            self.closing = True
             for process in self.processes.values():
                 self.signal(process, True)
         for _ in self.threads:
@@ -1998,8 +2014,8 @@ class Runner:
             return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error))
         with self.lock:
             self.processes[job.key] = process
-            if job.key in self.killed:
-                self.signal(process, self.killed.pop(job.key))
+            if self.closing or job.key in self.killed:
+                self.signal(process, self.closing or self.killed.pop(job.key))
         assert process.stdout is not None
         try:
             with process.stdout:
