@@ -372,6 +372,18 @@ class BrokerTest(unittest.TestCase):
         d.takes(b"v", "r1", 1, 2)
         self.assertFalse(d.broker.clients["r1"].lost)
 
+    def test_an_ok_does_not_overtake_commands_said_before_it(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        for number in (1, 2):  # both come in before anything goes out
+            d.broker.receive(WORKERS, b"w", "", tc.encode("READY", {
+                "name": "w", "slots": 1, "join": number, "running": [], "held": []}), b"", 0.0)
+        frames, _ = d.broker.take()
+        said = [tc.decode(frame.body) for frame in frames if frame.peer == b"w"]
+        self.assertEqual([(verb, fields.get("join")) for verb, fields in said],
+                         [("OK", 1), ("{", None), ("OK", 2)])
+
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
         d.join(b"w", slots=1)

@@ -404,6 +404,18 @@ class Exit(NamedTuple):
     status: int
 
 
+def bodies(lines: List[bytes], limit: int) -> Iterator[bytes]:
+    """The lines joined into bodies of about `limit` bytes, each of at least one line."""
+    size, batch = 0, []  # type: int, List[bytes]
+    for line in lines:
+        if batch and size + len(line) > limit:
+            yield b"\n".join(batch)
+            size, batch = 0, []
+        size += len(line)
+        batch.append(line)
+    yield b"\n".join(batch)
+
+
 class Machine:
     """What broker, worker and client share: lines in, lines out, one table of handlers."""
 
@@ -411,7 +423,9 @@ class Machine:
     HANDLERS: Dict[Tuple[str, str], str] = {}
 
     def __init__(self) -> None:
-        self.outbox: Dict[Tuple[str, Peer, Run], List[bytes]] = {}  # lines by receiver
+        # by receiver: batches of lines with the same token, in the order in which they were said,
+        # for an OK that ends joining must not overtake what was said before it
+        self.outbox: Dict[Tuple[str, Peer], List[Tuple[Run, List[bytes]]]] = {}
         self.bulk: List[Frame] = []  # CHUNKs: sent by themselves, after the lines
         self.effects: List[Any] = []
         self.now: Seconds = 0.0  # the time of the event in hand
@@ -422,7 +436,10 @@ class Machine:
         self.pass_on(link, peer, token, encode(verb, fields))
 
     def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
-        self.outbox.setdefault((link, peer, token), []).append(line)
+        batches = self.outbox.setdefault((link, peer), [])
+        if not batches or batches[-1][0] != token:
+            batches.append((token, []))
+        batches[-1][1].append(line)
 
     def log(self, level: int, message: str) -> None:
         self.effects.append(Log(level, message))
@@ -474,16 +491,10 @@ class Machine:
     def take(self) -> Tuple[List[Frame], List[Any]]:
         """All that is to be sent and done now; the machine forgets it."""
         frames: List[Frame] = []
-        for (link, peer, token), lines in self.outbox.items():
+        for (link, peer), batches in self.outbox.items():
             limit = BATCH_BYTES if self.knows_batches(link, peer) else 0
-            size, batch = 0, []  # type: int, List[bytes]
-            for line in lines:
-                if batch and size + len(line) > limit:
-                    frames.append(Frame(link, peer, token, b"\n".join(batch), b""))
-                    size, batch = 0, []
-                size += len(line)
-                batch.append(line)
-            frames.append(Frame(link, peer, token, b"\n".join(batch), b""))
+            for token, lines in batches:
+                frames += [Frame(link, peer, token, body, b"") for body in bodies(lines, limit)]
         frames += self.bulk
         effects, self.effects = self.effects, []
         self.outbox, self.bulk = {}, []
