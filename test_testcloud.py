@@ -897,6 +897,15 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "READY", slots=2, weight=1)
         d.quiet()
 
+    def test_slots_that_change_while_it_joins_are_told_at_once(self):
+        d = Desk(chained=True)
+        d.broker.connected(BROKER, 0.0)
+        d.collect()
+        d.expect(b"", "READY", slots=0, join=1)
+        d.join(b"w", slots=2)
+        d.tell(BROKER, b"", 'OK {"join":1,"broker":"b0","above":["b0"]}')
+        d.expect(b"", "READY", slots=2)
+
     def test_commands_come_from_above_and_results_go_there(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -2371,8 +2380,14 @@ class Cloud:
 
 def once_each(path, count):
     """A file in which each command has written its number: none twice, none missing."""
-    with open(path) as file:
-        return Counter(file.read().split()) == Counter(str(n) for n in range(1, count + 1))
+    return not wrong_times(path, count)
+
+
+def wrong_times(path, count):
+    """Of the numbers that commands have written to a file, those not there once: how often."""
+    times = Counter(tc.read_text(path).split())
+    wanted = [str(n) for n in range(1, count + 1)]
+    return {n: times[n] for n in {*times, *wanted} if times[n] != 1 or n not in wanted}
 
 
 class ProcessesTest(unittest.TestCase):
@@ -2741,9 +2756,9 @@ class Proxy:
         while True:
             try:
                 near, _ = self.listener.accept()
-            except OSError:
+                far = socket.create_connection(self.target)
+            except OSError:  # we, or the broker behind us, are being closed
                 return
-            far = socket.create_connection(self.target)
             pair = {"frozen": False, "sockets": (near, far)}
             self.pairs.append(pair)
             for a, b in ((near, far), (far, near)):
@@ -2841,7 +2856,7 @@ class RawPeersTest(unittest.TestCase):
                     "cmd": "pi 2", "exitcode": 0, "stdout": "PI 2\n", "time": 13.95})
 
     def test_a_routing_id_used_again_at_once_belongs_to_the_new_connection(self):
-        workers = [self.cloud.dealer(self.broker.workers, b"w") for _ in range(1)]
+        workers = [self.cloud.dealer(self.broker.workers, b"w")]
         workers[0].send(b"READY")
         workers[0].recv()
         client = self.cloud.dealer(self.broker.clients, b"me")
@@ -2905,10 +2920,8 @@ class RawPeersTest(unittest.TestCase):
         status, out = self.cloud.finish(client)
         self.assertEqual(status, 0, out[-500:])
         self.assertIn("Ran 200 commands", out)
-        with open(done) as file:
-            times = Counter(file.read().split())
-        wrong = {n: times[str(n)] for n in range(1, 201) if times[str(n)] != 1}
-        self.assertFalse(wrong, self.cloud.err(self.broker)[-20000:] + self.cloud.err(client))
+        self.assertFalse(wrong_times(done, 200),
+                         self.cloud.err(self.broker)[-20000:] + self.cloud.err(client))
         self.assertIsNone(self.broker.poll())
         self.assertNotIn("Traceback", self.cloud.err(self.broker))
 

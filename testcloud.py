@@ -334,7 +334,7 @@ def decode(line: bytes) -> Tuple[str, Fields]:
         head, _, body = line.partition(b" ")
         verb = head.decode("ascii", "replace")
     spec = MESSAGES.get(verb)
-    if spec is None or (verb == COMMAND and line[:1] != b"{"):
+    if spec is None:
         raise ProtocolError("unknown verb")
     fields: Any = {}
     if body:
@@ -689,8 +689,7 @@ class ClientLink:
     """A run: its client, and the tasks it wants."""
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
-                 "claimed",
-                 "lost", "last_id")
+                 "claimed", "lost", "last_id")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -979,23 +978,24 @@ class Broker(Machine):
     def reconcile(self, worker: WorkerLink, fields: Fields) -> None:
         running = {tuple(row) for row in fields.get("running", ())}
         held = {tuple(row) for row in fields.get("held", ())}
-        lost = [task for key, task in worker.tasks.items()
-                if key not in running and key not in held]
+        told = running | held
+        lost = [task for key, task in worker.tasks.items() if key not in told]
         lost += [task for key, task in self.limbo.items()
-                 if task.had == worker.name and key not in running and key not in held]
-        for task in lost:
-            self.lose(task, "was never started", False)
-        cancel: Dict[Run, List[List[int]]] = {}
-        resend: Dict[Run, List[List[int]]] = {}
-        for key in sorted(running | held):
-            if self.adopt(worker, key) is None:
-                cancel.setdefault(key[0], []).append([key[1], key[2]])
+                 if task.had == worker.name and key not in told]
+        for gone in lost:
+            self.lose(gone, "was never started", False)
+        unwanted: Dict[Run, List[List[int]]] = {}
+        resend = []
+        for key in sorted(told):
+            task = self.adopt(worker, key)
+            if task is None:
+                unwanted.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
-                resend.setdefault(key[0], []).append([key[1], key[2]])
-        for verb, wanted in (("CANCEL", cancel), ("RESEND", resend)):
-            for run, tasks in wanted.items():
-                self.say(WORKERS, worker.peer or b"", run, verb, {"tasks": tasks})
-        if self.session and self.session.joined and (running or held):
+                resend.append(("RESEND", task))
+        for run, tasks in unwanted.items():
+            self.say(WORKERS, worker.peer or b"", run, "CANCEL", {"tasks": tasks})
+        self.instruct(resend)
+        if self.session and self.session.joined and told:
             self.session.join(self.now)  # the broker above may be looking for these
 
     def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
@@ -1147,9 +1147,8 @@ class Broker(Machine):
             self.tell_queued(task)
         elif task.state == DELIVERED and task.result:
             self.tell_line(task, task.result)
-        elif task.state == DELIVERED and task.worker and task.worker.peer is not None:
-            self.say(WORKERS, task.worker.peer, task.client.run, "RESEND",
-                     {"tasks": [[task.id, task.attempt]]})
+        elif task.state == DELIVERED:
+            self.instruct([("RESEND", task)])
 
     def tasks_of(self, client: ClientLink, rows: List[List[int]]) -> List[Task]:
         """The client's tasks that match these [id, attempt], each once; others are passed over."""
@@ -1163,9 +1162,9 @@ class Broker(Machine):
         client = self.client_of(message)
         found = self.tasks_of(client, rows) if client else []
         if message.link == BROKER and len(found) < len(rows):
-            have = [[task.id, task.attempt] for task in found]
+            have = {(task.id, task.attempt) for task in found}
             self.say(BROKER, b"", message.token, "LOST", {
-                "tasks": [row for row in rows if row not in have], "why": "unknown"})
+                "tasks": [row for row in rows if tuple(row) not in have], "why": "unknown"})
         return found
 
     def on_done(self, message: Message) -> None:
@@ -1181,30 +1180,33 @@ class Broker(Machine):
             tasks = list(client.tasks.values()) if client and not client.plain else []
         else:
             tasks = self.asked_for(message, rows)
-        stops: Dict[Tuple[Peer, Run], List[List[int]]] = {}
+        stops = []
         for task in tasks:
             worker = task.worker
             if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
-                stops.setdefault((worker.peer, task.client.run), []).append(
-                    [task.id, task.attempt])
+                stops.append(("CANCEL", task))
             else:
                 self.say_lost(task.client, task.id, task.attempt, "cancelled", False, "")
                 self.drop([task])
-        for (peer, run), wanted in stops.items():
-            self.say(WORKERS, peer, run, "CANCEL", {"tasks": wanted})
+        self.instruct(stops)
 
     def drop(self, tasks: List[Task]) -> None:
         """Nobody wants these any more: forget them, and let their workers do so too."""
-        words: Dict[Tuple[Peer, Run, str], List[List[int]]] = {}
+        self.instruct([("DONE" if task.state == DELIVERED else "CANCEL", task) for task in tasks])
         for task in tasks:
+            self.move(task, GONE)
+
+    def instruct(self, orders: List[Tuple[str, Task]]) -> None:
+        """Say these verbs to the workers that have the tasks, in one line for each worker, run
+        and verb. Plain workers know no orders; those that are away will hear when they join."""
+        rows: Dict[Tuple[Peer, Run, str], List[List[int]]] = {}
+        for verb, task in orders:
             worker = task.worker
             if worker is not None and worker.peer is not None and not worker.plain:
-                verb = "DONE" if task.state == DELIVERED else "CANCEL"
-                words.setdefault((worker.peer, task.client.run, verb), []).append(
+                rows.setdefault((worker.peer, task.client.run, verb), []).append(
                     [task.id, task.attempt])
-            self.move(task, GONE)
-        for (peer, run, verb), wanted in words.items():
-            self.say(WORKERS, peer, run, verb, {"tasks": wanted})
+        for (peer, run, verb), tasks in rows.items():
+            self.say(WORKERS, peer, run, verb, {"tasks": tasks})
 
     def on_fetch(self, message: Message) -> None:
         for task in self.asked_for(message, [[message.fields["id"], message.fields["attempt"]]]):
@@ -1356,14 +1358,7 @@ class Broker(Machine):
         if worker is None:
             return
         for task in self.tasks_at(worker, message):
-            fields = message.fields
-            if worker.plain:  # what else it may say is not for us to pass on
-                fields = {"exitcode": fields["exitcode"], "time": fields.get("time", 0.0),
-                          "stdout": fields.get("stdout", "")}
-            if worker.plain and len(message.line) > MAX_RESULT:
-                whole = to_bytes(fields["stdout"])
-                fields["stdout"] = (to_text(whole[:PLAIN_INLINE])
-                                    + cut_mark(PLAIN_INLINE, len(whole)))
+            fields = plain_workers_fields(message) if worker.plain else message.fields
             if task.client.plain:
                 self.move(task, DELIVERED, worker)
                 self.tell(task, "RESULT", plain_result(task, fields))
@@ -1484,9 +1479,7 @@ class Broker(Machine):
         worker.ready = False
         why = f"worker {printable(worker.name)} did not confirm it"
         self.log(logging.WARNING, why)
-        if worker.peer is not None and not worker.plain:
-            self.say(WORKERS, worker.peer, task.client.run, "CANCEL",
-                     {"tasks": [[task.id, task.attempt]]})
+        self.instruct([("CANCEL", task)])
         self.lose(task, why, False)
 
     def expire_silent(self) -> None:
@@ -1544,11 +1537,16 @@ class Broker(Machine):
                           "below": [self.name] + below, "version": __version__,
                           "depth": 1 + max((worker.depth for worker in workers), default=0)}
         if joining:
-            tasks = [task for client in self.clients.values() if not client.claimed
-                     or client.link == BROKER for task in client.tasks.values()]
+            tasks = self.tasks_above()
             fields["running"] = [list(t.key) for t in tasks if t.state != DELIVERED]
             fields["held"] = [list(t.key) for t in tasks if t.state == DELIVERED]
         return fields
+
+    def tasks_above(self) -> List[Task]:
+        """The tasks that the broker above gave us, or may have given to one before us."""
+        return [task for client in self.clients.values()
+                if client.link == BROKER or not client.claimed
+                for task in client.tasks.values()]
 
     def on_ok(self, message: Message) -> None:
         self.above = message.fields.get("above", [])
@@ -1560,17 +1558,17 @@ class Broker(Machine):
 
     def catch_up(self, announced: Fields) -> None:
         """The broker above has taken note of what we announced; tell what changed since."""
-        for run, id, attempt in announced["running"] + announced["held"]:
-            client = self.clients.get(run)
-            task = client.tasks.get(id) if client else None
-            if task is None or task.attempt != attempt:
+        running = {tuple(row) for row in announced["running"]}
+        known = running | {tuple(row) for row in announced["held"]}
+        present = {task.key: task for task in self.tasks_above()}
+        for run, id, attempt in sorted(known):
+            task = present.get((run, id, attempt))
+            if task is None:
                 self.say(BROKER, b"", run, "LOST", {"tasks": [[id, attempt]],
                                                     "why": "lost below a chained broker"})
-            elif task.state == DELIVERED and [run, id, attempt] in announced["running"]:
+            elif task.state == DELIVERED and task.key in running:
                 self.remind(task)
-        known = announced["running"] + announced["held"]
-        present = self.greeting(True)
-        if self.session and any(row not in known for row in present["running"] + present["held"]):
+        if self.session and not known.issuperset(present):
             self.session.join(self.now)
 
     def on_who(self, message: Message) -> None:
@@ -1599,6 +1597,16 @@ class Broker(Machine):
 
 def cut_mark(sent: int, size: int) -> str:
     return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
+
+
+def plain_workers_fields(message: Message) -> Fields:
+    """What we pass on of a plain worker's RESULT: the fields of the seed, in bounds."""
+    fields = message.fields
+    stdout = fields.get("stdout", "")
+    if len(message.line) > MAX_RESULT:
+        whole = to_bytes(stdout)
+        stdout = to_text(whole[:PLAIN_INLINE]) + cut_mark(PLAIN_INLINE, len(whole))
+    return {"exitcode": fields["exitcode"], "time": fields.get("time", 0.0), "stdout": stdout}
 
 
 def plain_result(task: Task, fields: Fields) -> Fields:
@@ -1960,7 +1968,6 @@ class Runner:
         self.slots = slots
         self.todo: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
         self.threads: List[threading.Thread] = []
-        self.started = 0  # jobs, to know when one more thread is worth it
         self.lock = threading.Lock()  # guards processes: nobody is signalled after the reaping
         self.processes: Dict[Key, subprocess.Popen[bytes]] = {}
         self.closing = False  # what starts now is killed at once
@@ -2209,7 +2216,7 @@ class Client(Member):
         self.status: Optional[int] = None  # the exit status, once the end is decided
         self.leave_at: Seconds = math.inf
         self.left = False
-        self.workers = self.slots = 0  # of the cloud, as the broker says
+        self.slots = 0  # of the cloud, as the broker says
 
     def greeting(self, joining: bool) -> Fields:
         fields: Fields = {"run": self.run}
@@ -2268,7 +2275,6 @@ class Client(Member):
         self.effects.append(Exit(status if self.status is None else self.status))
 
     def on_ok(self, message: Message) -> None:
-        self.workers = message.fields.get("workers", 0)
         self.slots = message.fields.get("slots", 0)
         if self.session.ok(message.fields):
             for entry in self.window.values():
