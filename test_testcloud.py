@@ -1041,15 +1041,22 @@ class World:
     def after(self, delay, function):
         self.at(self.now + delay, function)
 
-    def do(self, actor, generation, function):
-        """Let something happen to an actor: now, or when its pause ends."""
+    def do(self, actor, generation, function, last=False):
+        """Let something happen to an actor: now, or when its pause ends. What it wants then is
+        carried out at once, or together with what follows, as in a busy loop."""
         if actor.machine is None or actor.generation != generation:
             return
         if actor.paused_until > self.now:
             actor.inbox.append((generation, function))
             return
         function(actor.machine)
-        self.settle(actor)
+        if isinstance(actor.machine, tc.Broker):
+            check_broker(actor.machine)
+        if last or self.r.random() < 0.7:
+            self.settle(actor)
+        else:
+            self.after(self.r.random() * 0.01, lambda: self.do(
+                actor, generation, lambda m: None, last=True))
 
     def settle(self, actor):
         """Carry out what an actor's machine wants, and wake it when it is due."""
@@ -1064,8 +1071,6 @@ class World:
         machine = actor.machine
         if machine is None:
             return
-        if isinstance(machine, tc.Broker):
-            check_broker(machine)
         due = machine.deadline()
         if due < 1e9:
             self.at(due + 1e-6, lambda g=actor.generation: self.tick(actor, g))
