@@ -1917,12 +1917,29 @@ class ClientTest(unittest.TestCase):
         b = self.bench
         self.join()
         self.add("a")
-        self.assertIsNone(b.effect(tc.Released).commands)
         b.expect("{", id=1)
+        b.quiet()
+        b.wait(tc.RELEASE_DELAY)
+        self.assertIsNone(b.effect(tc.Released).commands)
         self.result(1)
         b.effect(tc.Report)
         b.expect("DONE")
         b.quiet()
+
+    def test_the_number_of_commands_is_told_if_the_input_ends_soon(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        self.add("b", end=True)
+        self.assertEqual(b.effect(tc.Released).commands, 2)
+
+    def test_no_result_is_told_before_the_commands_are_announced(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        self.result(1)
+        self.assertIsNone(b.effect(tc.Released).commands)
+        b.effect(tc.Report)
 
     def test_a_command_too_long_for_the_wire_fails_at_once(self):
         b = self.bench
@@ -2072,7 +2089,8 @@ class ClientTest(unittest.TestCase):
         b.wait(0.1)
         self.assertIn("over", b.effect(tc.Notice).text)
         self.add("a")
-        b.effects.clear()
+        b.wait(0.1)
+        b.effect(tc.Released)
         b.wait(1.0)
         self.assertIn("no worker", b.effect(tc.Notice).text)
         b.hear('OK {"slots":2,"workers":1}')

@@ -148,6 +148,7 @@ WINDOW = 4096  # commands of one client at the broker at once: bounds the broker
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
+RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 #   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
@@ -2175,7 +2176,7 @@ class Entry:
 
 
 class Released(NamedTuple):
-    """Effect: the first command goes out, of so many (None: the input has not ended)."""
+    """Effect: commands have gone out, of so many (None: the input has not ended)."""
 
     commands: Optional[int]
 
@@ -2212,7 +2213,8 @@ class Client(Member):
         self.total = self.reported = self.failed = 0
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
-        self.released = False
+        self.released = False  # the commands have been announced
+        self.release_at: Seconds = math.inf  # when to do so at the latest
         self.status: Optional[int] = None  # the exit status, once the end is decided
         self.leave_at: Seconds = math.inf
         self.left = False
@@ -2248,9 +2250,8 @@ class Client(Member):
         self.say(BROKER, b"", "", COMMAND, fields)
 
     def settle(self) -> None:
-        if self.backlog and self.session.joined and not self.released:
-            self.released = True
-            self.effects.append(Released(self.total if self.input_ended else None))
+        if self.backlog and self.session.joined:
+            self.release_at = min(self.release_at, self.now + RELEASE_DELAY)
         while self.backlog and self.session.joined and len(self.window) < WINDOW:
             entry = self.backlog.popleft()
             self.window[entry.id] = entry
@@ -2259,6 +2260,8 @@ class Client(Member):
                                     f"a command is at most {MAX_COMMAND} bytes"}, b"")
             else:
                 self.submit(entry)
+        if self.release_at < math.inf and (self.input_ended or self.release_at <= self.now):
+            self.release()
         if self.done and self.session.joined:
             self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
             self.done = []
@@ -2266,6 +2269,12 @@ class Client(Member):
             self.leave(1 if self.failed else 0)
         if self.status is None and not self.left:
             self.observe(self.watch, self.waits_for())
+
+    def release(self) -> None:
+        """Announce the commands, once: as soon as their number is known, but in time."""
+        if not self.released:
+            self.released = True
+            self.effects.append(Released(self.total if self.input_ended else None))
 
     def leave(self, status: int) -> None:
         """The end: all is reported, or the rest is given up."""
@@ -2317,6 +2326,7 @@ class Client(Member):
                 self.report(entry, fields, output)
 
     def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
+        self.release()
         self.confirm(entry, "")
         del self.window[entry.id]
         self.reported += 1
@@ -2419,7 +2429,8 @@ class Client(Member):
 
     def deadline(self) -> Seconds:
         due = self.fetching[0].due if self.fetching else math.inf
-        return min(self.session.next_greeting, due, self.leave_at, self.watch.deadline())
+        release = math.inf if self.released else self.release_at
+        return min(self.session.next_greeting, due, release, self.leave_at, self.watch.deadline())
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
