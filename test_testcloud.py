@@ -2639,9 +2639,9 @@ class ProcessesTest(unittest.TestCase):
         broker = self.cloud.broker()
         worker = self.cloud.worker(broker, "-j", "1")
         pids = os.path.join(self.cloud.dir, "pids")
-        client = self.cloud.client(broker, [f"echo $$ >> {pids}; test -e ok || exec sleep 1000",
-                                            "true"], wait=False)
-        self.cloud.wait_for(lambda: os.path.exists(pids), "a start")
+        client = self.cloud.client(
+            broker, [f"test -e ok && exit; echo $$ >> {pids}; exec sleep 1000", "true"], wait=False)
+        self.cloud.wait_for(lambda: tc.read_text(pids).endswith("\n"), "a start")
         open(os.path.join(self.cloud.dir, "ok"), "w").close()
         worker.terminate()
         self.assertEqual(worker.wait(PATIENCE), 143)
