@@ -2374,6 +2374,12 @@ class Cloud:
     def worker(self, broker, *more):
         return self.start("worker", "--connect", getattr(broker, "workers", broker), *more)
 
+    def inner(self, process):
+        """The pid of the process that does the work, below its supervisor."""
+        pids = []
+        self.wait_for(lambda: pids.append(children_of(process.pid)) or pids[-1], "a child")
+        return pids[-1][0]
+
     def client(self, broker, commands, *more, wait=True):
         process = self.start("client", "--connect", getattr(broker, "clients", broker), *more,
                              stdin=subprocess.PIPE)
@@ -2399,6 +2405,16 @@ class Cloud:
         self.test.addCleanup(context.term)
         self.test.addCleanup(sock.close, 0)
         return sock
+
+
+def children_of(pid):
+    return [int(n) for n in tc.read_text(f"/proc/{pid}/task/{pid}/children").split()]
+
+
+def is_alive(pid):
+    """Whether there is such a process, and it is no zombie."""
+    state = tc.read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return bool(state) and state[0] != "Z"
 
 
 def once_each(path, count):
@@ -2570,7 +2586,7 @@ class ProcessesTest(unittest.TestCase):
         second = self.cloud.worker(broker, "-j", "1")
         status, out = self.cloud.finish(client)
         self.assertEqual(status, 0)
-        self.assertIn(f"\n{second.pid}\n", out)
+        self.assertIn(f"\n{self.cloud.inner(second)}\n", out)
 
     def test_killed_worker_is_replaced(self):
         broker = self.cloud.broker()
@@ -2583,7 +2599,7 @@ class ProcessesTest(unittest.TestCase):
         first.kill()
         status, out = self.cloud.finish(client)
         self.assertEqual(status, 0)
-        self.assertIn(f"\n{second.pid}\n", out)
+        self.assertIn(f"\n{self.cloud.inner(second)}\n", out)
 
     def test_stopped_worker_does_not_confirm_and_is_bypassed(self):
         broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--queued-timeout", "0.5")
@@ -2591,11 +2607,11 @@ class ProcessesTest(unittest.TestCase):
         self.cloud.wait_for_log(first, "joined")
         second = self.cloud.worker(broker, "-j", "1")
         self.cloud.wait_for_log(second, "joined")
-        first.send_signal(signal.SIGSTOP)
+        os.kill(self.cloud.inner(first), signal.SIGSTOP)
         status, out = self.cloud.client(broker, ["echo $PPID"])
-        first.send_signal(signal.SIGCONT)
+        os.kill(self.cloud.inner(first), signal.SIGCONT)
         self.assertEqual(status, 0)
-        self.assertIn(f"\n{second.pid}\n", out)
+        self.assertIn(f"\n{self.cloud.inner(second)}\n", out)
 
     def test_frozen_connection_gets_a_new_socket(self):
         broker = self.cloud.broker()
@@ -2655,7 +2671,7 @@ class ProcessesTest(unittest.TestCase):
         self.addCleanup(loop.close)
         client = tc.Client("r1")
         loop.add(client, {})
-        self.addCleanup(tc.run_locally(loop, client, 1, tc.Times()).close)
+        self.addCleanup(tc.run_locally(loop, client, 1, tc.Times(), False).close)
         loop.flush()
         loop.wait()
         loop.flush()
@@ -2761,6 +2777,128 @@ class ProcessesTest(unittest.TestCase):
         itself = self.cloud.broker("127.0.0.1:0", one.workers[6:] if ended is one else
                                    two.workers[6:], "--upstream", ended.workers)
         self.assertEqual(itself.wait(PATIENCE), 2)
+
+
+@unittest.skipUnless(os.path.exists(f"/proc/self/task/{os.getpid()}/children"), "not Linux")
+class NothingLeftBehindTest(unittest.TestCase):
+    """Whatever ends a command, a client or a worker: no process survives."""
+
+    # every way in which a process can leave its family, with its pid in a file
+    ESCAPES = """
+        sleep 1000 & echo $! >> {0}
+        (sleep 1000 & echo $! >> {0})
+        setsid sh -c 'echo $$ >> {0}; exec sleep 1000' &
+        (setsid sh -c '(sleep 1000 & echo $! >> {0}) & echo $$ >> {0}; exec sleep 1000' &)
+        (env -i setsid sh -c 'trap "" TERM HUP; echo $$ >> {0}; sleep 1000; sleep 1000' &)
+        while [ $(wc -l < {0}) -lt 6 ]; do sleep 0.01; done
+        """
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.pids = os.path.join(self.cloud.dir, "pids")
+        path = os.path.join(self.cloud.dir, "escape")
+        with open(path, "w") as file:
+            file.write(f": >> {self.pids}\n" + self.ESCAPES.format(self.pids))
+        self.escape = f"sh {path}"
+
+    def wait_for_escapes(self):
+        self.cloud.wait_for(lambda: len(tc.read_text(self.pids).split()) == 6, "six processes")
+
+    def assert_all_gone(self):
+        self.cloud.wait_for(lambda: not any(map(is_alive, self.left())), "the end of all")
+
+    def left(self):
+        pids = tc.read_text(self.pids).split()
+        self.assertEqual(len(pids), 6)
+        return pids
+
+    def run_on_worker(self, *commands, slots="1"):
+        broker = self.cloud.broker()
+        worker = self.cloud.worker(broker, "-j", slots)
+        return worker, self.cloud.client(broker, commands, wait=False)
+
+    def test_a_command_that_ends(self):
+        worker, client = self.run_on_worker(self.escape, "true")
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+        self.assertFalse(any(map(is_alive, self.left())))
+
+    def test_a_command_beside_others_that_go_on(self):
+        marked = self.escape.replace("sh ", "sed -i 's/env -i//' ", 1)  # without it who would know?
+        worker, client = self.run_on_worker(f"{marked}; {self.escape}", "cat fifo", slots="2")
+        os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
+        self.wait_for_escapes()
+        self.assert_all_gone()
+        with open(os.path.join(self.cloud.dir, "fifo"), "w") as file:
+            file.write("x")
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+
+    def test_a_stranger_is_killed_when_all_are_done_that_may_have_started_it(self):
+        worker, client = self.run_on_worker("echo a > fifo; sleep 0.5", f"cat fifo; {self.escape}",
+                                            slots="2")
+        os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+        self.assert_all_gone()
+
+    def test_a_cancelled_command(self):
+        worker, client = self.run_on_worker(f"{self.escape}; sleep 1000")
+        self.wait_for_escapes()
+        client.send_signal(signal.SIGINT)
+        self.assertEqual(self.cloud.finish(client)[0], 130)
+        self.assert_all_gone()
+
+    def test_a_terminated_worker(self):
+        worker, client = self.run_on_worker(f"{self.escape}; sleep 1000")
+        self.wait_for_escapes()
+        worker.terminate()
+        self.assertEqual(worker.wait(PATIENCE), 143)
+        self.assertFalse(any(map(is_alive, self.left())))
+
+    def test_a_killed_worker(self):
+        worker, client = self.run_on_worker(f"{self.escape}; sleep 1000")
+        self.wait_for_escapes()
+        os.kill(self.cloud.inner(worker), signal.SIGKILL)
+        self.assertEqual(worker.wait(PATIENCE), 137)
+        self.assertFalse(any(map(is_alive, self.left())))
+        self.assertIn("killed by signal 9", self.cloud.err(worker))
+
+    def test_a_killed_supervisor(self):
+        worker, client = self.run_on_worker(f"{self.escape}; sleep 1000")
+        self.wait_for_escapes()
+        inner = self.cloud.inner(worker)
+        worker.kill()
+        self.cloud.wait_for(lambda: not is_alive(inner), "the end of the worker")
+        self.assert_all_gone()
+
+    def test_locally(self):
+        for number, status in ((signal.SIGKILL, 137), (signal.SIGTERM, 143)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.pids)
+            client = self.cloud.start("client", "--local", stdin=subprocess.PIPE)
+            client.stdin.write(f"{self.escape}; sleep 1000\n".encode())
+            client.stdin.flush()
+            self.wait_for_escapes()
+            os.kill(self.cloud.inner(client), number)
+            self.assertEqual(client.wait(PATIENCE), status)
+            self.assertFalse(any(map(is_alive, self.left())))
+
+    def test_zombies_do_not_pile_up(self):
+        worker, client = self.run_on_worker(
+            "for i in 1 2 3 4 5 6 7 8; do (setsid true &); done; sleep 1000", "true", slots="1")
+        inner = self.cloud.inner(worker)
+        self.cloud.wait_for(lambda: len(children_of(inner)) > 3, "orphans")
+        self.cloud.wait_for(lambda: not children_of(inner), "their burial")
+
+    def test_a_signal_to_the_whole_group_counts_once(self):
+        broker = self.cloud.broker()
+        worker = self.cloud.start("worker", "--connect", broker.workers, "-j", "1",
+                                  "--kill-grace", "0.3", start_new_session=True)
+        flag = os.path.join(self.cloud.dir, "flag")
+        self.cloud.client(broker, [f"trap 'sleep 0.1; echo done > {flag}' TERM; echo up > {flag}; "
+                                   "sleep 1000 & wait"], wait=False)
+        self.cloud.wait_for(lambda: tc.read_text(flag) == "up\n", "the start")
+        os.killpg(worker.pid, signal.SIGINT)
+        self.assertEqual(worker.wait(PATIENCE), 130)
+        self.assertEqual(tc.read_text(flag), "done\n")  # was given its time
 
 
 class Proxy:

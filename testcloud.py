@@ -1950,7 +1950,14 @@ def waiting_for_broker(session: Session, address: str, role: str) -> str:
 # waiting for the one command that it runs. They share nothing with the machines: a job
 # goes in by a queue, its Ending comes out through a callback that may be called in any
 # thread. Each command is the leader of a session and process group of its own, so that
-# it can be killed with its children.
+# it can be killed with its children. Those that have moved to another session are found
+# when they lose their parent: Linux then gives them to us. And who runs commands is itself
+# the child of a supervisor, which kills what is left when its child has ended, even by
+# SIGKILL. Only if both are killed at once do commands survive.
+
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
+REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
 
 
 def pidfd(pid: int) -> int:
@@ -1961,22 +1968,125 @@ def pidfd(pid: int) -> int:
         return -1
 
 
-class Runner:
-    """Runs jobs in threads. `tell(job, ending)` is called for each, in its thread."""
+def adopt_orphans() -> bool:
+    """Have orphans among our descendants become our children; false where that is unknown."""
+    try:
+        import ctypes
+        known = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    except (ImportError, OSError, AttributeError):  # not Linux
+        return False
+    return known and os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
-    def __init__(self, slots: int, tell: Callable[[Job, Ending], None]) -> None:
+
+def children() -> List[int]:
+    """The pids of our main thread's children: those that it started itself, and orphans."""
+    return [int(pid) for pid in read_text(f"/proc/self/task/{os.getpid()}/children").split()]
+
+
+def started_at(pid: int) -> float:
+    """When a process was started, in the system's ticks; inf if it is gone."""
+    _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
+    return int(fields.split()[19]) if fields else math.inf
+
+
+def environment_of(pid: int) -> Dict[str, str]:
+    """The environment with which a process was started, as far as we may know it."""
+    rows = (row.partition("=") for row in read_text(f"/proc/{pid}/environ").split("\0"))
+    return {name: value for name, _, value in rows}
+
+
+def supervise(run: Callable[[int], int]) -> int:
+    """Call run(control) in a child process, wait for its end, and kill what it left behind.
+
+    A byte comes from the descriptor `control` for each signal that we are sent; its end means
+    that we are gone. Returns the child's exit status, or 128 + signal if it was killed. Where
+    the system does not give us orphans, run(-1) is called directly.
+    """
+    if not adopt_orphans():
+        complain("notice: this system cannot tell what has moved out of a command's process group: "
+                 "such processes may survive their command")
+        return run(-1)
+    control, signals = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(signals)
+        adopt_orphans()  # is not inherited
+        return run(control)
+    os.close(control)
+
+    def pass_on(number: int, _: Any) -> None:
+        with contextlib.suppress(OSError):  # it has just ended
+            os.write(signals, bytes([number]))
+    handle_signals(pass_on)
+    _, how = os.waitpid(child, 0)
+    stuck = bury_all()
+    if stuck:
+        complain(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
+    if os.WIFSIGNALED(how):
+        complain(f"process {child} was killed by signal {os.WTERMSIG(how)}: so were its commands")
+        return 128 + os.WTERMSIG(how)
+    return os.WEXITSTATUS(how)
+
+
+def bury_all() -> List[int]:
+    """Kill all our children, and theirs as they become ours; those that would not die."""
+    until = time.monotonic() + BURIAL
+    while True:
+        left = [pid for pid in children() if not bury(pid)]
+        if not left or time.monotonic() >= until:
+            return left
+        time.sleep(0.001)
+
+
+def bury(pid: int) -> bool:
+    """Kill a child of ours; whether it is gone, with no zombie left."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+    return reaped(pid)
+
+
+def reaped(pid: int) -> bool:
+    """Whether a child of ours has ended; then its zombie is gone as well."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def handle_signals(handler: Callable[[int, Any], None]) -> None:
+    """Have Python call this on Ctrl-C, SIGTERM, and SIGHUP unless under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handler)
+
+
+class Runner:
+    """Runs jobs in threads. `tell(job, ending)` is called for each, in its thread. With
+    `adopting`, the orphans of commands have become children of our main thread, which has no
+    others."""
+
+    def __init__(self, slots: int, tell: Callable[[Job, Ending], None], name: str = "",
+                 adopting: bool = False) -> None:
         self.tell = tell
         self.slots = slots
+        self.name = name  # the worker's
+        self.adopting = adopting
+        self.reap_at: Seconds = 0.0
+        self.stuck: List[int] = []  # orphans that cannot be killed
         self.todo: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
         self.threads: List[threading.Thread] = []
-        self.lock = threading.Lock()  # guards processes: nobody is signalled after the reaping
-        self.processes: Dict[Key, subprocess.Popen[bytes]] = {}
+        # guards processes, and whoever reaps: nobody is signalled after the reaping
+        self.lock = threading.Lock()
+        # of the commands that run; None while it is being started
+        self.processes: Dict[Key, Optional[subprocess.Popen[bytes]]] = {}
         self.closing = False  # what starts now is killed at once
         self.killed: Dict[Key, bool] = {}  # asked for before the process was there
 
     def start(self, job: Job) -> None:
         if len(self.threads) < self.slots:
-            thread = threading.Thread(target=self.work, daemon=True, name="slot")
+            thread = threading.Thread(target=self.work, daemon=True, name="slot",
+                                      args=(len(self.threads) + 1,))
             self.threads.append(thread)
             thread.start()
         self.todo.put(job)
@@ -2000,36 +2110,50 @@ class Runner:
         """Kill all that still runs, and let the threads end."""
         with self.lock:
             self.closing = True
-            for process in self.processes.values():
+            for process in filter(None, self.processes.values()):
                 self.signal(process, True)
         for _ in self.threads:
             self.todo.put(None)
         for thread in self.threads:
             thread.join(1.0)
+        if self.adopting:
+            bury_all()
 
-    def work(self) -> None:
-        """A slot's thread."""
+    def work(self, slot: int) -> None:
+        """A slot's thread; slots are numbered from 1."""
         while True:
             job = self.todo.get()
             if job is None:
                 return
             try:
-                ending = self.run(job)
+                ending = self.run(job, slot)
             except Exception as error:  # a bug of ours is that command's failure, with a reason
                 ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
                                 reason=f"testcloud failed to run it: {error!r}")
             self.tell(job, ending)
 
-    def run(self, job: Job) -> Ending:
+    def environment(self, job: Job, slot: int) -> Dict[str, str]:
+        """What a command's environment has in it, beside ours."""
+        run, id, attempt = job.key
+        return dict(os.environ, TESTCLOUD_RUN=run, TESTCLOUD_SEQ=str(id),
+                    TESTCLOUD_ATTEMPT=str(attempt), TESTCLOUD_SLOT=str(slot),
+                    TESTCLOUD_WORKER=self.name)
+
+    def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
         output = Output()
         wall, began = time.time(), time.monotonic()
+        with self.lock:
+            self.processes[job.key] = None
         try:
             process = subprocess.Popen(
                 ["/bin/sh", "-c", to_bytes(job.cmd)], bufsize=0, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=None if job.cwd is None else to_bytes(job.cwd))
+                cwd=None if job.cwd is None else to_bytes(job.cwd),
+                env=self.environment(job, slot))
         except (OSError, ValueError) as error:
+            with self.lock:
+                del self.processes[job.key]
             return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error))
         with self.lock:
             self.processes[job.key] = process
@@ -2038,19 +2162,62 @@ class Runner:
         assert process.stdout is not None
         try:
             with process.stdout:
-                reason = self.drain(process, process.stdout.fileno(), output)
+                reason = self.drain(job, process, process.stdout.fileno(), output)
         finally:
-            with self.lock:
-                del self.processes[job.key]
-                code = process.wait()
+            self.clear_up(job, process)
+            code = process.wait()
         spent = (time.monotonic() - began) * 1000
         if code < 0:
             return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
         return Ending(code if not reason else NOT_RUN, spent, wall, output, reason=reason)
 
-    def drain(self, process: subprocess.Popen[bytes], pipe: int, output: Output) -> str:
-        """Collect output until the leader has ended; then kill what it left in its group.
-        Returns what went wrong with the output, or ""."""
+    def clear_up(self, job: Job, process: subprocess.Popen[bytes]) -> None:
+        """The leader has ended (and is a zombie still, if possible): kill what it left behind."""
+        with self.lock:
+            if self.processes.pop(job.key, None) is None:
+                return
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        until = time.monotonic() + BURIAL
+        while self.sweep():
+            if time.monotonic() >= until:
+                self.stuck = self.sweep()
+                logging.warning("processes that cannot be killed: %s", self.stuck)
+                return
+            time.sleep(0.001)
+
+    def sweep(self) -> List[int]:
+        """Reap the orphans that have ended, and kill those whose command has ended; returns
+        the latter, for they take a moment to die and may have children."""
+        if not self.adopting:
+            return []
+        with self.lock:
+            orphans = [pid for pid in children() if not reaped(pid)]
+            strays = [pid for pid in orphans if self.is_stray(pid) and not bury(pid)]
+        return [pid for pid in strays if pid not in self.stuck]
+
+    def is_stray(self, pid: int) -> bool:
+        """Whether the command of this orphan has ended. If it has hidden from whom it comes:
+        whether all commands that ran when it was started have."""
+        mark = environment_of(pid)
+        if "TESTCLOUD_WORKER" in mark:
+            key = tuple(mark.get("TESTCLOUD_" + name) for name in ("RUN", "SEQ", "ATTEMPT"))
+            alive = [(run, str(id), str(attempt)) for run, id, attempt in self.processes]
+            return mark["TESTCLOUD_WORKER"] != self.name or key not in alive
+        began = started_at(pid)
+        return all(process is not None and started_at(process.pid) > began
+                   for process in self.processes.values())
+
+    def reap(self) -> None:
+        """Call this often: from time to time it looks after orphans."""
+        if time.monotonic() >= self.reap_at:
+            self.reap_at = time.monotonic() + REAP_INTERVAL
+            self.sweep()
+
+    def drain(self, job: Job, process: subprocess.Popen[bytes], pipe: int,
+              output: Output) -> str:
+        """Collect output until the leader has ended; then kill what it left behind. Returns
+        what went wrong with the output, or ""."""
         reason = ""
         leader = pidfd(process.pid)
         poller = select.poll()
@@ -2075,9 +2242,8 @@ class Runner:
                     open_pipe = False
                     poller.unregister(pipe)
             if until == math.inf and self.ended(process, leader, events):
+                self.clear_up(job, process)
                 until = time.monotonic() + DRAIN_TIME
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
                 if leader >= 0:
                     poller.unregister(leader)
                     os.close(leader)
@@ -2754,7 +2920,8 @@ class Loop:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.poller.register(self.wake_in, select.POLLIN)
+        self.files: Dict[int, Callable[[Seconds], None]] = {}  # called when one can be read
+        self.watch(self.wake_in, self.woken)
         self.status: Optional[int] = None
         self.between: List[Callable[[], None]] = []  # called once a round
 
@@ -2777,15 +2944,41 @@ class Loop:
         with contextlib.suppress(OSError):  # full: it is being woken anyway; or closed
             os.write(self.wake_out, b"!")
 
-    def on_signals(self, handler: Callable[[int, Seconds], None]) -> None:
+    def woken(self, now: Seconds) -> None:
+        os.read(self.wake_in, 4096)
+
+    def watch(self, file: int, function: Callable[[Seconds], None]) -> None:
+        """Call this with the time when the descriptor can be read."""
+        self.files[file] = function
+        self.poller.register(file, select.POLLIN)
+
+    def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
         """Have the loop call handler(status, now) on Ctrl-C (130), SIGTERM (143), and when the
-        terminal is closed (129, unless under nohup)."""
+        terminal is closed (129, unless under nohup).
+
+        With a supervisor, its `control` says what it was sent. A Ctrl-C in the terminal comes
+        to both of us, but must count only once: so it is the supervisor who counts."""
+        acted = 0
+        passed_on = itertools.count(1)
+
+        def act(number: int, nth: int, now: Seconds) -> None:
+            nonlocal acted
+            if nth > acted:
+                acted = nth
+                handler(128 + number, now)
+
         def caught(number: int, _: Any) -> None:
-            self.post(lambda now: handler(128 + number, now))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, caught)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, caught)
+            self.post(lambda now: act(number, 1 if control >= 0 else acted + 1, now))
+
+        def from_supervisor(now: Seconds) -> None:
+            numbers = os.read(control, 100)
+            for number in numbers:
+                act(number, next(passed_on), now)
+            if not numbers:
+                self.exit(Exit(128 + signal.SIGKILL))
+        handle_signals(caught)
+        if control >= 0:
+            self.watch(control, from_supervisor)
 
     def run(self) -> int:
         """Until some machine exits; its status."""
@@ -2803,9 +2996,10 @@ class Loop:
         if due < math.inf:
             patience = max(0, math.ceil((due - time.monotonic()) * 1000))
         ready = dict(self.poller.poll(patience))
-        if self.wake_in in ready:
-            os.read(self.wake_in, 4096)
         now = time.monotonic()
+        for file, reader in self.files.items():
+            if file in ready:
+                reader(now)
         while self.posted:
             self.posted.popleft()(now)
         for link in list(self.sockets):
@@ -3293,14 +3487,15 @@ def run_broker(settings: argparse.Namespace) -> int:
         return loop.run()
 
 
-def attach_runner(loop: Loop, worker: Worker) -> Tuple[Node, Runner]:
+def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Runner]:
     """A node for the worker, with a Runner for its commands."""
     def tell(job: Job, ending: Ending) -> None:
         def deliver(now: Seconds) -> None:
             runner.killed.pop(job.key, None)
             worker.finished(job, ending, now)
         loop.post(deliver)
-    runner = Runner(worker.slots, tell)
+    runner = Runner(worker.slots, tell, worker.name, adopting)
+    loop.between.append(runner.reap)
     node = loop.add(worker, {
         Start: lambda effect: runner.start(effect.job),
         Kill: lambda effect: runner.kill(effect.job, effect.hard)})
@@ -3310,12 +3505,17 @@ def attach_runner(loop: Loop, worker: Worker) -> Tuple[Node, Runner]:
 def run_worker(settings: argparse.Namespace) -> int:
     address = parse_address(settings.connect, WORKER_PORT)
     resolve(address)
+    return supervise(lambda control: work(settings, address, control))
+
+
+def work(settings: argparse.Namespace, address: str, control: int) -> int:
+    """What a worker does, below its supervisor."""
     worker = Worker(incarnation(), settings.slots or usable_cpus(), settings.weight,
                     socket.gethostname(), times_from(settings), settings.wait, address)
     with contextlib.closing(Loop(sockets=True)) as loop:
-        node, runner = attach_runner(loop, worker)
+        node, runner = attach_runner(loop, worker, control >= 0)
         DealerLink(loop, node, BROKER, address)
-        loop.on_signals(worker.stop)
+        loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {worker.slots} slot"
                  f"{'' if worker.slots == 1 else 's'}")
         with contextlib.closing(runner):
@@ -3385,13 +3585,13 @@ class Reader:
             self.room.clear()
 
 
-def run_locally(loop: Loop, client: Client, slots: int, times: Times) -> Runner:
+def run_locally(loop: Loop, client: Client, slots: int, times: Times, adopting: bool) -> Runner:
     """Put broker and worker into the client's own process."""
     patient = times._replace(queued_timeout=math.inf, worker_expiry=math.inf,
                              client_lease=math.inf)  # a blocked stdout stops all three alike
     broker = Broker("local", patient, now=time.monotonic())
-    worker = Worker("local", slots, host=socket.gethostname(), times=times)
-    node, runner = attach_runner(loop, worker)
+    worker = Worker(incarnation(), slots, host=socket.gethostname(), times=times)
+    node, runner = attach_runner(loop, worker, adopting)
     node.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     hub = loop.add(broker, {})
     hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
@@ -3409,10 +3609,16 @@ def use_colour(choice: str) -> bool:
 
 
 def run_client(settings: argparse.Namespace) -> int:
+    if settings.local:
+        return supervise(lambda control: submit(settings, "this machine", control))
+    address = parse_address(settings.connect, CLIENT_PORT)
+    resolve(address)
+    return submit(settings, address, -1)
+
+
+def submit(settings: argparse.Namespace, address: str, control: int) -> int:
+    """What a client does; below a supervisor if it runs the commands itself."""
     times, slots = times_from(settings), settings.slots or usable_cpus()
-    address = "this machine" if settings.local else parse_address(settings.connect, CLIENT_PORT)
-    if not settings.local:
-        resolve(address)
     if sys.stdin is None:
         raise UsageError("stdin is closed: there are no commands to read")
     if sys.stdout is None:
@@ -3425,7 +3631,7 @@ def run_client(settings: argparse.Namespace) -> int:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
         node = loop.add(client, {Released: reporter.released, Store: reporter.store,
                                  Report: reporter.report})
-        loop.on_signals(client.cancel)
+        loop.on_signals(client.cancel, control)
         loop.between.append(reporter.flush)
         if sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
@@ -3434,7 +3640,8 @@ def run_client(settings: argparse.Namespace) -> int:
         reporter.line(f"Connecting to {address}")
         reporter.flush()
         if settings.local:
-            stack.enter_context(contextlib.closing(run_locally(loop, client, slots, times)))
+            stack.enter_context(contextlib.closing(run_locally(
+                loop, client, slots, times, control >= 0)))
         else:
             DealerLink(loop, node, BROKER, address)
         status = loop.run()
@@ -3499,6 +3706,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         complain(str(error))
         discard_stdout()
         return 3
+    except KeyboardInterrupt:  # before there was anything to stop
+        return 130
     except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
         discard_stdout()
         return 141
