@@ -8,6 +8,7 @@ prints its story.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import heapq
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -107,7 +109,7 @@ class MessagesTest(unittest.TestCase):
         "WHO": {},
         "QUEUED": {"tasks": [[1, 1]], "worker": "w"},
         "RESULT": {"id": 1, "attempt": 1, "exitcode": 3, "stdout": "☃\n\udcff", "time": 1.5},
-        "LOST": {"tasks": [[1, 1]], "why": "gone", "crashed": True},
+        "LOST": {"tasks": [[1, 1]], "why": "gone", "fault": "crash"},
         "DONE": {"tasks": [[1, 1], [2, 1]]},
         "CANCEL": {"tasks": []},
         "FETCH": {"id": 1, "attempt": 1, "offset": 0, "size": 10},
@@ -326,7 +328,7 @@ class BrokerTest(unittest.TestCase):
         d.join(b"v", slots=1)
         d.wait(5.0)
         d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
-        d.expect(b"c", "LOST", tasks=[[1, 1]], crashed=False, worker="w")
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="", worker="w")
         d.submit(b"c", 1, attempt=2, avoid="w")
         d.takes(b"v", "r1", 1, 2)
         d.expect(b"c", "QUEUED", tasks=[[1, 2]])
@@ -344,6 +346,30 @@ class BrokerTest(unittest.TestCase):
         d.takes(b"v", "r1", 1, 2)
         d.submit(b"c", 2, attempt=2, avoid="w")
         d.takes(b"w", "r1", 2, 2)
+
+    def test_a_failed_command_waits_for_another_worker_if_there_is_one(self):
+        d = self.desk
+        d.join(b"w", slots=5)
+        d.join(b"v", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, attempt=2, avoid="w")
+        d.takes(b"v", "r1", 1, 2)
+        d.expect(b"c", "QUEUED")
+        d.submit(b"c", 2, attempt=2, avoid="w", elsewhere=True)
+        d.quiet()
+        d.submit(b"c", 3)  # does not wait for the one before it
+        d.takes(b"w", "r1", 3)
+        d.letters.clear()
+        d.ends(b"v", "r1", 1, 2)
+        d.expect(b"c", "RESULT")
+        d.takes(b"v", "r1", 2, 2)
+        d.client(b"c", 'DONE {"tasks":[[1,2]]}')
+        d.letters.clear()
+        d.submit(b"c", 4, attempt=2, avoid="w", elsewhere=True)
+        d.quiet()
+        d.worker(b"v", "BYE")
+        d.expect(b"c", "LOST", tasks=[[2, 2]])
+        d.takes(b"w", "r1", 4, 2)
 
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
@@ -394,7 +420,7 @@ class BrokerTest(unittest.TestCase):
         d.wait(9.0)
         d.quiet()
         d.wait(1.0)
-        d.expect(b"c", "LOST", tasks=[[1, 1]], crashed=True)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
         d.expect(b"c", "OK", slots=0)
         d.quiet()
         self.assertFalse(d.broker.workers or d.broker.named)
@@ -420,7 +446,7 @@ class BrokerTest(unittest.TestCase):
         d.wait(0.9)
         d.quiet()
         d.wait(0.1)
-        d.expect(b"c", "LOST", tasks=[[1, 1]], crashed=True)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
 
     def test_worker_that_comes_back_in_time_keeps_what_it_runs(self):
         d = self.desk
@@ -434,7 +460,7 @@ class BrokerTest(unittest.TestCase):
         # 1 runs, 2 has ended meanwhile, 3 has never arrived
         d.join(b"w2", slots=3, name="w", running=[["r1", 1, 1]], held=[["r1", 2, 1]])
         d.expect(b"w2", "RESEND", token="r1", tasks=[[2, 1]])
-        d.expect(b"c", "LOST", tasks=[[3, 1]], crashed=False)
+        d.expect(b"c", "LOST", tasks=[[3, 1]], fault="")
         d.expect(b"c", "OK")
         d.ends(b"w2", "r1", 2)
         d.expect(b"c", "RESULT", id=2)
@@ -520,7 +546,7 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"c", "OK")
         d.quiet()
         d.wait(2.0)  # nobody has it
-        d.expect(b"c", "LOST", tasks=[[3, 1]], crashed=False)
+        d.expect(b"c", "LOST", tasks=[[3, 1]], fault="")
 
     def test_after_a_restart_workers_may_come_first(self):
         d = self.desk
@@ -722,7 +748,7 @@ class PlainPeersTest(unittest.TestCase):
     def test_lost_workers_are_retried_until_the_command_is_poison(self):
         d = self.desk
         d.client(b"C", '{"cmd":"x"}')
-        for n in range(tc.CRASH_LIMIT):
+        for n in range(tc.Times().crash_limit):
             peer = b"W%d" % n
             d.worker(peer, "READY")
             d.expect(peer, "OK")
@@ -941,7 +967,7 @@ class ChainTest(unittest.TestCase):
         d.gone(WORKERS, b"w")
         d.expect(b"", "READY", slots=0)
         d.wait(1.0)
-        d.expect(b"", "LOST", token="up", tasks=[[1, 1]], crashed=True)
+        d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
 
     def test_a_loop_is_refused(self):
         for tell in (lambda d: d.tell(BROKER, b"", 'OK {"above":["b0","b1"]}'),
@@ -1212,7 +1238,7 @@ class World:
         self.seen["fetched"] += effect.output is None
         if "reason" in effect.result:
             self.seen["poison"] += 1
-            assert self.starts[key] >= tc.CRASH_LIMIT, key
+            assert self.starts[key] >= tc.Times().crash_limit, key
         else:
             assert (effect.result["exitcode"], output) == self.expected[key], key
             assert self.starts[key] >= 1
@@ -1528,7 +1554,8 @@ class WorkerTest(unittest.TestCase):
         self.assertEqual((job.cmd, job.cwd), ("c1", "/x"))
         self.worker.finished(job, ending(3, b"out"), 1.0)
         b.collect()
-        b.expect("RESULT", id=1, attempt=1, exitcode=3, stdout="out", time=1.5, size=3, worker="h")
+        b.expect("RESULT", id=1, attempt=1, exitcode=3, stdout="out", time=1.5, size=3, host="h",
+                 worker="w1")
         b.hear('RESEND {"tasks":[[1,1]]}', "r")
         b.expect("RESULT", id=1)
         b.hear('DONE {"tasks":[[1,1]]}', "r")
@@ -1643,6 +1670,79 @@ class WorkerTest(unittest.TestCase):
         b.collect()
         b.expect("RESULT", size=1000, stdout="x" * 100)
 
+    def test_a_command_that_runs_too_long_is_stopped_and_failed(self):
+        b = self.bench
+        self.give(1, timeout=30)
+        self.give(2, timeout=50)
+        b.lines.clear()
+        job = b.effect(tc.Start).job
+        b.effect(tc.Start)
+        for _ in range(29):
+            b.wait(1.0)
+            b.hear("OK")
+        self.assertFalse(b.effects)
+        b.wait(1.1)
+        self.assertEqual(b.effect(tc.Kill), tc.Kill(job, False))
+        b.wait(2.0)
+        self.assertEqual(b.effect(tc.Kill), tc.Kill(job, True))
+        b.lines.clear()
+        self.worker.finished(job, ending(137, b"so far", signal=9), b.now)
+        b.collect()
+        got = b.expect("RESULT", id=1, exitcode=tc.TIMED_OUT, signal=None, stdout="so far")
+        self.assertIn("after 30 seconds", got["reason"])
+
+    def test_a_timed_out_command_that_is_cancelled_is_lost(self):
+        b = self.bench
+        self.give(1, timeout=3)
+        job = b.effect(tc.Start).job
+        b.wait(3.1)
+        b.effect(tc.Kill)
+        b.hear('CANCEL {"tasks":[[1,1]]}', "r")
+        b.lines.clear()
+        self.worker.finished(job, ending(143), b.now)
+        b.collect()
+        b.expect("LOST", tasks=[[1, 1]], why="cancelled")
+        b.quiet()
+
+    def test_a_stopped_worker_gives_its_commands_time_to_drain(self):
+        worker = tc.Worker("w1", slots=2, drain=20.0)
+        b = Bench(worker)
+        b.hear('OK {"join":1}')
+        for id in (1, 2, 3):
+            b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c"}), "run")
+        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        b.lines.clear()
+        worker.stop(143, b.now)
+        b.collect()
+        b.expect("READY", slots=0)
+        b.expect("LOST", tasks=[[3, 1]], why=tc.LEAVING)
+        worker.finished(jobs[0], ending(0), b.now)
+        b.collect()
+        b.expect("RESULT", id=1, exitcode=0)
+        b.hear('DONE {"tasks":[[1,1]]}', "run")
+        for _ in range(19):
+            b.wait(1.0)
+            b.hear("OK")
+        self.assertFalse(b.effects)
+        b.wait(1.1)
+        b.effect(tc.Kill)
+        b.lines.clear()
+        worker.finished(jobs[1], ending(143), b.now)
+        b.collect()
+        b.expect("LOST", tasks=[[2, 1]], why=tc.LEAVING)
+        b.expect("BYE")
+        self.assertEqual(b.effect(tc.Exit).status, 143)
+
+    def test_what_could_not_be_started_for_want_of_something_is_handed_back(self):
+        b = self.bench
+        self.give(1)
+        b.lines.clear()
+        job = b.effect(tc.Start).job
+        self.worker.finished(job, ending(126, reason="no room", unable=True), b.now)
+        b.collect()
+        b.expect("LOST", tasks=[[1, 1]], why="no room", fault=tc.SPAWN)
+        b.quiet()
+
     def test_stop_hands_back_what_has_not_started_and_leaves(self):
         b = self.bench
         for id in (1, 2, 3):
@@ -1695,8 +1795,8 @@ class RunnerTest(unittest.TestCase):
             self.endings[job.key] = ending
             self.ended.notify_all()
 
-    def start(self, cmd, cwd=None):
-        job = tc.Job(("r", id(cmd), 1), cmd, cwd, 0)
+    def start(self, cmd, cwd=None, **more):
+        job = tc.Job(("r", id(cmd), 1), dict({"cmd": cmd, "cwd": cwd}, **more))
         self.runner.start(job)
         return job
 
@@ -1795,7 +1895,7 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.result(job).signal, signal.SIGTERM)
 
     def test_kill_before_the_process_is_there(self):
-        job = tc.Job(("r", 1, 1), "sleep 1000", None, 0)
+        job = tc.Job(("r", 1, 1), {"cmd": "sleep 1000"})
         self.runner.kill(job, True)
         self.runner.start(job)
         self.assertEqual(self.result(job).signal, signal.SIGKILL)
@@ -1834,6 +1934,36 @@ class RunnerTest(unittest.TestCase):
             output = ending.output
             self.assertEqual(len(output.read(0, 10**9)), output.size)
             self.assertLessEqual(output.size, max(limit, tc.INLINE))
+
+    def test_what_the_machine_lacks_for_a_moment_is_tried_again(self):
+        real, tries = subprocess.Popen, []
+
+        def popen(*args, **settings):
+            tries.append(1)
+            if len(tries) < 3:
+                raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+            return real(*args, **settings)
+        with mock.patch.object(tc.subprocess, "Popen", popen), \
+                mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
+            self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
+
+    def test_what_the_machine_lacks_for_long_is_handed_back(self):
+        for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            def popen(*args, number=number, **settings):
+                raise OSError(number, os.strerror(number))
+            with mock.patch.object(tc.subprocess, "Popen", popen), \
+                    mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
+                ending = self.result(self.start(f"echo {number}"))
+            self.assertTrue(ending.unable)
+            self.assertIn(os.strerror(number), ending.reason)
+
+    def test_a_limited_output_is_cut_with_a_mark_but_read_to_its_end(self):
+        for limit, size in ((10, 1000), (70000, 300000)):
+            ending = self.result(self.start(
+                f"head -c {size} /dev/zero; touch {self.dir}/ended", limit=limit))
+            output = ending.output.read(0, ending.output.size)
+            self.assertEqual(output, b"\0" * limit + tc.cut_mark(limit, size).encode())
+            self.assertTrue(os.path.exists(f"{self.dir}/ended"))
 
     def test_outputs_around_the_limit_for_memory(self):
         for size in (0, 1, tc.INLINE - 1, tc.INLINE, tc.INLINE + 1, 3 * tc.INLINE):
@@ -1988,18 +2118,49 @@ class ClientTest(unittest.TestCase):
         self.add("a", end=True)
         b.lines.clear()
         b.effects.clear()
-        b.hear('LOST {"tasks":[[1,1]],"why":"gone","crashed":true,"worker":"w"}')
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone","fault":"crash","worker":"w"}')
         b.expect("{", id=1, attempt=2, avoid="w", again=None)
-        b.hear('LOST {"tasks":[[1,1]],"why":"gone","crashed":true,"worker":"w"}')  # again: stale
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone","fault":"crash","worker":"w"}')  # again: stale
         self.result(1, attempt=1)  # late: changes nothing, and need not be held any longer
         b.expect("DONE", tasks=[[1, 1]])
         b.quiet()
         for attempt in (2, 3):
-            b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"gone","crashed":true}}')
+            b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"gone","fault":"crash"}}')
         b.expect("{", attempt=3)
         report = b.effect(tc.Report)
         self.assertEqual(report.result["exitcode"], tc.NOT_RUN)
         self.assertIn("3 workers", report.result["reason"])
+
+    def test_a_command_that_cannot_be_started_anywhere_has_failed(self):
+        b = self.bench
+        self.join()
+        self.add("a", end=True)
+        b.lines.clear()
+        b.effects.clear()
+        for attempt in range(1, tc.SPAWN_LIMIT + 1):
+            b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"no memory","fault":"spawn"}}')
+        self.assertIn("no memory", b.effect(tc.Report).result["reason"])
+
+    def test_a_failing_command_is_tried_elsewhere(self):
+        self.client.wishes = tc.Wishes(timeout=30, retries=2, max_output=100)
+        b = self.bench
+        self.join()
+        self.add("a", end=True)
+        b.effect(tc.Released)
+        b.expect("{", id=1, attempt=1, timeout=30, limit=100, avoid=None, elsewhere=None)
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        self.result(1, exitcode=3, worker="w", host="h", size=10**6)
+        b.expect("{", id=1, attempt=2, timeout=30, limit=100, avoid="w", elsewhere=True)
+        b.expect("DONE", tasks=[[1, 1]])
+        b.quiet()
+        self.result(1, exitcode=3, worker="w", host="h")  # late
+        b.expect("DONE", tasks=[[1, 1]])
+        self.result(1, attempt=2, exitcode=4, worker="v", host="i")
+        b.expect("{", id=1, attempt=3, avoid="v", elsewhere=True)
+        self.result(1, attempt=3, exitcode=5)
+        report = b.effect(tc.Report)
+        self.assertEqual(report.result["exitcode"], 5)
+        self.assertEqual(report.entry.failures, [(3, "h"), (4, "i")])
 
     def test_large_output_is_fetched_in_order_and_again_if_chunks_stay_away(self):
         b = self.bench
@@ -2269,6 +2430,13 @@ class CommandLineTest(unittest.TestCase):
                 if row.names[0].startswith("--")}
         self.assertLessEqual(set(tc.Times._fields), rows)
 
+    def test_units(self):
+        for text, wanted in (("500ms", 0.5), ("30s", 30), ("1.5", 1.5), ("5m", 300), ("2h", 7200),
+                             ("1d", 86400)):
+            self.assertEqual(self.parse("client", "--timeout", text).timeout, wanted)
+        for text, wanted in (("7", 7), ("64k", 65536), ("10M", 10 * 2**20), ("2G", 2**31)):
+            self.assertEqual(self.parse("client", "--max-output", text).max_output, wanted)
+
     def test_templates(self):
         for template, line, command in [
                 ([], "echo  a", "echo  a"), (["wc", "-l"], "a b", "wc -l 'a b'"),
@@ -2284,6 +2452,8 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--color", "blue"], ["client", "--wait", "-1"],
                      ["worker", "--weight", "heavy"], ["worker", "--weight", "1" + "0" * 12],
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
+                     ["client", "--timeout", "3x"], ["client", "--timeout", "s"],
+                     ["client", "--max-output", "0"], ["client", "--retries", "-1"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
@@ -2777,6 +2947,85 @@ class ProcessesTest(unittest.TestCase):
         itself = self.cloud.broker("127.0.0.1:0", one.workers[6:] if ended is one else
                                    two.workers[6:], "--upstream", ended.workers)
         self.assertEqual(itself.wait(PATIENCE), 2)
+
+
+class LimitsTest(unittest.TestCase):
+    """What the user may set for each command, and for the end of a worker."""
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+
+    def test_timeout(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        status, out = self.cloud.client(broker, ["echo a; sleep 1000", "echo b"], "--timeout", "300ms")
+        self.assertEqual(status, 1)
+        self.assertRegex(out, r"FAIL\(124\) echo a; sleep 1000 ⌚[0-9.]+ms\n"
+                              r"testcloud: stopped after 0.3 seconds \(see --timeout\)\na\n")
+        self.assertIn("OK! echo b", out)
+
+    def test_retries_go_to_another_worker(self):
+        broker = self.cloud.broker()
+        workers = [self.cloud.worker(broker, "-j", "2") for _ in range(2)]
+        for worker in workers:
+            self.cloud.wait_for_log(worker, "joined")
+        path = os.path.join(self.cloud.dir, "where")
+        fails_twice = f"echo $TESTCLOUD_WORKER >> {path}; [ $(wc -l < {path}) = 3 ]"
+        status, out = self.cloud.client(broker, [fails_twice, "exit 7", "true"], "--retries", "2")
+        self.assertEqual(status, 1)
+        one, two, three = tc.read_text(path).split()
+        self.assertEqual(one, three)
+        self.assertNotEqual(one, two)
+        self.assertRegex(out, r"OK! echo .*\ntestcloud: try 3; exit codes before: 1 on .*, 1 on .*\n")
+        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: try 3; exit codes before: 7 on ")
+        self.assertRegex(out, r"OK! true ⌚[0-9.]+ms\n\n")
+
+    def test_max_output(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        status, out = self.cloud.client(broker, ["seq 100000; touch ended"], "--max-output", "10")
+        self.assertEqual(status, 0)
+        self.assertIn("\n1\n2\n3\n4\n5\n\n[testcloud: output cut after 10 of 588895 bytes]\n", out)
+        self.assertTrue(os.path.exists(os.path.join(self.cloud.dir, "ended")))
+
+    def test_a_stopped_worker_drains(self):
+        broker = self.cloud.broker()
+        worker = self.cloud.worker(broker, "-j", "1", "--drain", "1000")
+        flag = os.path.join(self.cloud.dir, "flag")
+        client = self.cloud.client(broker, [f"echo up > {flag}; read x < fifo; echo $x",
+                                            f"echo second > {flag}"], wait=False)
+        os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
+        self.cloud.wait_for(lambda: tc.read_text(flag), "the start")
+        worker.terminate()
+        self.cloud.worker(broker, "-j", "1")
+        self.cloud.wait_for(lambda: tc.read_text(flag) == "second\n", "the second command")
+        with open(os.path.join(self.cloud.dir, "fifo"), "w") as fifo:
+            fifo.write("drained\n")
+        status, out = self.cloud.finish(client)
+        self.assertEqual((status, worker.wait(PATIENCE)), (0, 143))
+        self.assertIn("\ndrained\n", out)
+
+    def test_a_command_that_kills_its_workers_is_named(self):
+        broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--lost-grace", "0.1")
+        workers = [self.cloud.worker(broker, "-j", "1") for _ in range(3)]
+        for worker in workers:
+            self.cloud.wait_for_log(worker, "joined")
+        status, out = self.cloud.client(broker, ["kill -9 $PPID; sleep 1000", "true"],
+                                        "--crash-limit", "2")
+        self.assertEqual(status, 1)
+        self.assertRegex(out, r"FAIL\(126\) kill -9 .*\ntestcloud: was running on 2 workers that were "
+                              r"lost, and is suspected")
+        self.assertEqual(sum(worker.poll() is None for worker in workers), 1)
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "not Linux")
+    def test_a_worker_short_of_descriptors_hands_its_commands_back(self):
+        broker = self.cloud.broker()
+        poor = self.cloud.start("worker", "--connect", broker.workers, "-j", "30", "--weight", "5",
+                                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50)))
+        self.cloud.wait_for_log(poor, "joined")
+        self.cloud.worker(broker, "-j", "2")
+        status, out = self.cloud.client(broker, ["sleep 0.1; echo hi"] * 60)
+        self.assertEqual((status, out.count("OK! ")), (0, 60), out[-2000:])
 
 
 @unittest.skipUnless(os.path.exists(f"/proc/self/task/{os.getpid()}/children"), "not Linux")

@@ -147,6 +147,7 @@ MAX_FRAMES = 8  # frames a peer may send in one message
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
+SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
@@ -155,7 +156,7 @@ RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, firs
 
 
 class Times(NamedTuple):
-    """The times of the protocol, in seconds."""
+    """The times of the protocol, in seconds, and how often is too often."""
 
     ready_interval: Seconds = 2.0  # READY and HELLO: 2,000 workers make 1,000 messages a second
     missed_oks: int = 4  # as many unanswered, and the connection is taken for dead
@@ -164,6 +165,7 @@ class Times(NamedTuple):
     client_lease: Seconds = 30.0  # a laptop's short sleep is survived, a killed client is not
     lost_grace: Seconds = 1.0  # a broken connection is usually back after RECONNECT
     kill_grace: Seconds = 2.0  # between SIGTERM and SIGKILL
+    crash_limit: int = 3  # workers lost while running one command: it is poison, not unlucky
 
 
 # === Messages =========================================================================
@@ -265,6 +267,9 @@ MESSAGES: Dict[str, Spec] = {
         "cwd": text, "id": count, "attempt": count,
         "again": flag,  # submitted before: a worker may already have it
         "had": text, "avoid": text,  # names of workers
+        "elsewhere": flag,  # wait for another than the one to avoid, if there is one
+        "timeout": number,  # seconds to run; 0 for no limit
+        "limit": count,  # bytes of output to keep; 0 for all
         "cut": count}),  # send at most so many bytes of output, inline
     "HELLO": Spec("client > broker", {"run": name}, {
         "join": count, "unreported": counts, "version": text, "host": text}),
@@ -280,9 +285,10 @@ MESSAGES: Dict[str, Spec] = {
         "cmd": text, "tasks": pairs, "worker": text}),
     "RESULT": Spec("worker > broker > client", {"exitcode": integer}, {
         "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
-        "started": number, "size": count, "worker": text, "signal": count, "reason": text}),
+        "started": number, "size": count, "worker": text, "host": text, "signal": count,
+        "reason": text}),
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
-        "crashed": flag, "worker": text}),
+        "fault": text, "worker": text}),  # fault: CRASH, SPAWN or ""
     "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
     "CANCEL": Spec("client > broker > worker", {}, {"tasks": pairs}),
     "FETCH": Spec("client > broker > worker", {
@@ -708,14 +714,14 @@ class ClientLink:
     def plain(self) -> bool:
         return self.link == CLIENTS and self.run.startswith(PLAIN)
 
-    def next_task(self) -> Optional[Task]:
-        """The next task to be assigned, retries first."""
+    def next_tasks(self) -> List[Task]:
+        """What can be assigned next: the first of the retries, the first of the others."""
+        found = []
         for tasks in (self.retries, self.waiting):
-            while tasks:
-                if tasks[0].state == WAITING:
-                    return tasks[0]
+            while tasks and tasks[0].state != WAITING:
                 tasks.popleft()
-        return None
+            found += [tasks[0]] if tasks else []
+        return found
 
 
 class WorkerLink:
@@ -742,11 +748,35 @@ class WorkerLink:
         return self.slots - self.busy if self.ready and self.peer is not None else 0
 
 
+CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process
+
+
+class Faults:
+    """How often a command was lost by fault, and whether that is too often."""
+
+    __slots__ = ("crashes", "spawns")
+
+    def __init__(self) -> None:
+        self.crashes = 0  # workers that were lost while running it
+        self.spawns = 0  # tries to start it that failed for want of something on the machine
+
+    def count(self, fault: str, why: str, times: Times) -> str:
+        """Count a fault ("" is none); a reason if the command should be tried no more."""
+        self.crashes += fault == CRASH
+        self.spawns += fault == SPAWN
+        if self.crashes >= times.crash_limit:
+            return (f"was running on {self.crashes} workers that were lost, and is suspected to be "
+                    f"the cause; last: {why}")
+        if self.spawns >= SPAWN_LIMIT:
+            return f"could not be started, {self.spawns} times; last: {why}"
+        return ""
+
+
 class Task:
     """One attempt of one command."""
 
-    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "had", "until",
-                 "crashes", "result", "plain")
+    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "elsewhere", "had",
+                 "until", "faults", "result", "plain")
 
     def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -756,9 +786,10 @@ class Task:
         self.line = line  # as the client sent it; b"" if we know it only from its worker
         self.worker: Optional[WorkerLink] = None  # in ASSIGNED, RUNNING and DELIVERED
         self.avoid = ""  # name of the worker that did not work out last time
+        self.elsewhere = False  # wait for another one, if there is one
         self.had = ""  # in LIMBO: name of the worker that was last known to have it
         self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
-        self.crashes = 0  # workers lost while running it (for plain clients; others count)
+        self.faults = Faults()  # if a plain client's; others count themselves
         self.result = b""  # a plain worker's RESULT, which only we have
         self.plain: Fields = {}  # cmd and cwd, if a plain client's
 
@@ -775,9 +806,6 @@ class Task:
 # the broker act as the owner. All it knows can be rebuilt from what clients and workers say
 # when they join. Towards a broker above it, it is a worker with the slots of all its own
 # workers, and the runs it gets from there are clients to it.
-
-CRASH_LIMIT = 3  # workers lost while running one command: it is poison, not unlucky
-
 
 class Broker(Machine):
     """The scheduler. Its links are CLIENTS, WORKERS and, if it is chained, BROKER."""
@@ -984,7 +1012,7 @@ class Broker(Machine):
         lost += [task for key, task in self.limbo.items()
                  if task.had == worker.name and key not in told]
         for gone in lost:
-            self.lose(gone, "was never started", False)
+            self.lose(gone, "was never started")
         unwanted: Dict[Run, List[List[int]]] = {}
         resend = []
         for key in sorted(told):
@@ -1026,9 +1054,9 @@ class Broker(Machine):
     def on_worker_bye(self, message: Message) -> None:
         worker = self.workers.get(message.peer)
         if worker is not None:
-            self.forget_worker(worker, "left", False)
+            self.forget_worker(worker, "left", "")
 
-    def forget_worker(self, worker: WorkerLink, why: str, crashed: bool) -> None:
+    def forget_worker(self, worker: WorkerLink, why: str, fault: str) -> None:
         """The worker is no more; what it had is lost."""
         self.cut_off(worker)
         if not worker.plain:
@@ -1038,7 +1066,7 @@ class Broker(Machine):
         self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
             self.lose(task, f"worker {printable(worker.name)} {why}",
-                      crashed and task.state == RUNNING)
+                      fault if task.state == RUNNING else "")
 
     def cut_off(self, worker: WorkerLink) -> None:
         """Its connection is of no use any more."""
@@ -1061,7 +1089,7 @@ class Broker(Machine):
         elif link == WORKERS and peer in self.workers:
             worker = self.workers[peer]
             if worker.plain:
-                self.forget_worker(worker, "is gone", True)
+                self.forget_worker(worker, "is gone", CRASH)
             else:  # it may only have lost its connection, and be back in a moment
                 self.cut_off(worker)
                 grace = self.times.worker_expiry if worker.below else self.times.lost_grace
@@ -1095,13 +1123,14 @@ class Broker(Machine):
             self.remind(known)
             return
         if client.lost.get(id, -1) >= attempt:  # submitted before our LOST was heard
-            self.say_lost(client, id, attempt, "lost before", False, "")
+            self.say_lost(client, id, attempt, "lost before")
             return
         client.lost.pop(id, None)
         if known is not None:  # its owner has given up the older attempt
             self.drop([known])
         task = Task(client, id, attempt, message.line)
         task.avoid = message.fields.get("avoid", "")
+        task.elsewhere = message.fields.get("elsewhere", False)
         if client.link == BROKER:
             self.say(BROKER, b"", client.run, "QUEUED", {"tasks": [[id, attempt]],
                                                          "worker": self.name})
@@ -1124,7 +1153,7 @@ class Broker(Machine):
             patience = self.times.worker_expiry if task.had else self.times.ready_interval
             task.until = self.started + patience
             if task.had in self.named:
-                self.lose(task, "was never started", False)
+                self.lose(task, "was never started")
                 return
             if self.now < task.until:
                 task.state = LIMBO
@@ -1187,7 +1216,7 @@ class Broker(Machine):
             if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
                 stops.append(("CANCEL", task))
             else:
-                self.say_lost(task.client, task.id, task.attempt, "cancelled", False, "")
+                self.say_lost(task.client, task.id, task.attempt, "cancelled")
                 self.drop([task])
         self.instruct(stops)
 
@@ -1269,17 +1298,24 @@ class Broker(Machine):
 
     def dispatch(self) -> None:
         """Give waiting tasks to free workers, one client after the other."""
-        while self.turns:
+        passed_over = 0  # clients in a row whose tasks wait for other workers than those free
+        while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
-            task = client.next_task()
-            if task is None:
+            tasks = client.next_tasks()
+            if not tasks:
                 self.turns.popleft()
                 client.in_turn = False
                 continue
-            worker = self.best_worker(task.avoid)
-            if worker is None:
-                return
-            self.assign(task, worker)
+            passed_over += 1
+            for task in tasks:
+                worker = self.best_worker(task.avoid)
+                if worker is None:
+                    return
+                others = self.slots > worker.slots
+                if not (task.elsewhere and others and worker.name == task.avoid):
+                    self.assign(task, worker)
+                    passed_over = 0
+                    break
             self.turns.rotate(-1)
 
     def assign(self, task: Task, worker: WorkerLink) -> None:
@@ -1389,33 +1425,32 @@ class Broker(Machine):
         if worker is None:
             return
         for task in self.tasks_at(worker, message):
-            self.lose(task, printable(message.fields["why"]), message.fields.get("crashed", False))
+            self.lose(task, printable(message.fields["why"], 200), message.fields.get("fault", ""))
 
-    def lose(self, task: Task, why: str, crashed: bool) -> None:
+    def lose(self, task: Task, why: str, fault: str = "") -> None:
         """This attempt will bring no result. Its owner decides what follows; for a plain
         client we are the owner."""
         worker = task.worker
         if task.client.plain and task.state in BUSY:
-            self.try_again(task, why, crashed)
+            self.try_again(task, why, fault)
             return
         client = task.client
         if client.link == CLIENTS:
             client.lost[task.id] = task.attempt
-        self.say_lost(client, task.id, task.attempt, why, crashed, worker.name if worker else "")
+        self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "")
         self.move(task, GONE)
 
-    def say_lost(self, client: ClientLink, id: int, attempt: int, why: str, crashed: bool,
-                 worker: str) -> None:
+    def say_lost(self, client: ClientLink, id: int, attempt: int, why: str,
+                 fault: str = "", worker: str = "") -> None:
         self.tell_client(client, encode("LOST", {"tasks": [[id, attempt]], "why": why,
-                                                 "crashed": crashed, "worker": worker}))
+                                                 "fault": fault, "worker": worker}))
 
-    def try_again(self, task: Task, why: str, crashed: bool) -> None:
+    def try_again(self, task: Task, why: str, fault: str) -> None:
         worker = task.worker
-        task.crashes += crashed
-        if task.crashes >= CRASH_LIMIT:
+        verdict = task.faults.count(fault, why, self.times)
+        if verdict:
             self.tell(task, "RESULT", plain_result(task, {
-                "exitcode": NOT_RUN, "time": 0.0,
-                "reason": f"was running on {task.crashes} workers that were lost; {why}"}))
+                "exitcode": NOT_RUN, "time": 0.0, "reason": verdict}))
             self.drop([task])
             return
         self.move(task, WAITING)
@@ -1455,14 +1490,15 @@ class Broker(Machine):
         self.now = now
         self.expire_silent()
         for name in [name for name, until in self.away.items() if until <= now]:
-            self.forget_worker(self.named[name], "is gone", True)
+            self.forget_worker(self.named[name], "is gone", CRASH)
         while self.unconfirmed and self.unconfirmed[0][1] <= now:
             task, until = self.unconfirmed.popleft()
             if self.still_unconfirmed(task, until):
                 self.give_up_waiting(task)
         if self.limbo_until <= now:
             for task in [task for task in self.limbo.values() if task.until <= now]:
-                self.lose(task, "the worker that had it did not come back", bool(task.had))
+                self.lose(task, "the worker that had it did not come back",
+                          CRASH if task.had else "")
             self.limbo_until = min((t.until for t in self.limbo.values()), default=math.inf)
         if self.session:
             self.session.tick(now)
@@ -1481,7 +1517,7 @@ class Broker(Machine):
         why = f"worker {printable(worker.name)} did not confirm it"
         self.log(logging.WARNING, why)
         self.instruct([("CANCEL", task)])
-        self.lose(task, why, False)
+        self.lose(task, why)
 
     def expire_silent(self) -> None:
         """Forget who has been silent for too long."""
@@ -1490,7 +1526,7 @@ class Broker(Machine):
             if worker.plain and worker.tasks:  # it cannot speak while it runs
                 self.see(self.workers_seen, worker)
             else:
-                self.forget_worker(worker, silence, True)
+                self.forget_worker(worker, silence, CRASH)
         for client in self.silent(self.clients_seen, self.times.client_lease):
             above = client.link == BROKER and client.tasks and self.session \
                 and self.session.joined
@@ -1630,6 +1666,8 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 # Runner: the machine asks with Start and Kill, and is told with finished().
 
 NOT_RUN = 126  # exit code of a command that could not be started, as of sh
+TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
+LEAVING = "its worker was stopped"
 
 
 class Start(NamedTuple):
@@ -1646,15 +1684,37 @@ class Kill(NamedTuple):
 
 
 class Output:
-    """What a command printed. Kept in memory while small, in an unlinked file beyond that."""
+    """What a command printed. Kept in memory while small, in an unlinked file beyond that.
+    What comes after `limit` bytes is only counted; 0 is no limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit or sys.maxsize
+        self.lost = 0  # bytes beyond the limit
+        self.failure = ""  # why it could not be kept whole
         self.size = 0  # of what is safely kept
         self.head = bytearray()  # all of it, until there is a file
         self.file: Optional[IO[bytes]] = None
 
     def write(self, data: bytes) -> None:
-        """Raises OSError when there is no room; what was kept before stays."""
+        """Keep this. If there is no room for it, `failure` says so from then on, and what was
+        kept before stays."""
+        room = max(0, self.limit - self.size)
+        self.lost += max(0, len(data) - room)
+        self.keep(data[:room])
+
+    def end(self) -> None:
+        """Nothing more will be written: if something was cut off, say so at the end."""
+        if self.lost:
+            self.keep(to_bytes(cut_mark(self.size, self.size + self.lost)))
+
+    def keep(self, data: bytes) -> None:
+        try:
+            if data and not self.failure:
+                self.append(data)
+        except OSError as error:
+            self.failure = error.strerror or "error"
+
+    def append(self, data: bytes) -> None:
         if self.file is None and self.size + len(data) > INLINE:
             # unbuffered: a full disk must show now, not when the result is read
             file = tempfile.TemporaryFile(buffering=0)
@@ -1698,20 +1758,26 @@ class Ending(NamedTuple):
     output: Any  # an Output, or whatever has size, read() and close()
     signal: int = 0  # that killed it
     reason: str = ""  # why it could not be run
+    unable: bool = False  # the machine lacked something: another one may have it
 
 
 class Job:
     """A command that the worker has accepted."""
 
-    __slots__ = ("key", "cmd", "cwd", "cut", "state", "cancelled", "ending")
+    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "until", "killed",
+                 "cancelled", "ending")
 
-    def __init__(self, key: Key, cmd: str, cwd: Optional[str], cut: int) -> None:
+    def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
-        self.cmd = cmd
-        self.cwd = cwd
-        self.cut = cut  # 0, or how many bytes of output go inline and no others at all
+        self.cmd: str = fields["cmd"]
+        self.cwd: Optional[str] = fields.get("cwd")
+        self.timeout: Seconds = fields.get("timeout", 0)  # 0: none
+        self.limit: int = fields.get("limit", 0)  # bytes of output, 0: none
+        self.cut: int = fields.get("cut", 0)  # 0, or how many go inline and no others at all
         self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
-        self.cancelled = False
+        self.until: Seconds = math.inf  # when its timeout is over
+        self.killed = False  # was told to end
+        self.cancelled = ""  # why nobody wants its result
         self.ending: Optional[Ending] = None  # in DELIVERED
 
 
@@ -1719,8 +1785,10 @@ class Worker(Member):
     """A worker's bookkeeping. Its link is BROKER."""
 
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
-                 times: Times = Times(), wait: Seconds = math.inf, address: str = "") -> None:
+                 times: Times = Times(), wait: Seconds = math.inf, address: str = "",
+                 drain: Seconds = 0.0) -> None:
         super().__init__("READY", times, wait)
+        self.drain = drain  # what running commands get when the worker is stopped
         self.name = name  # this incarnation
         self.slots = slots
         self.weight = weight
@@ -1729,7 +1797,7 @@ class Worker(Member):
         self.jobs: Dict[Key, Job] = {}
         self.waiting: Deque[Job] = deque()  # for a slot
         self.running = 0
-        self.killing: Dict[Job, Seconds] = {}  # running jobs to be killed hard, and when
+        self.kills: Dict[Job, Seconds] = {}  # when to kill running jobs; if killed, to do it hard
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
         self.left = False
@@ -1763,10 +1831,10 @@ class Worker(Member):
             raise ProtocolError("a command needs 'id' and 'attempt'")
         key = (message.token, fields["id"], fields["attempt"])
         if self.stopping is not None:
-            self.tell_lost(key, "worker is leaving", False)
+            self.tell_lost(key, LEAVING)
             return
         if key not in self.jobs:
-            job = Job(key, fields["cmd"], fields.get("cwd"), fields.get("cut", 0))
+            job = Job(key, fields)
             self.jobs[key] = job
             self.waiting.append(job)
         self.tell_standing(key)
@@ -1775,24 +1843,24 @@ class Worker(Member):
         """Say how a command stands: QUEUED, RESULT, or LOST if we do not have it."""
         job = self.jobs.get(key)
         if job is None or job.cancelled:
-            self.tell_lost(key, "unknown to the worker", False)
+            self.tell_lost(key, "unknown to the worker")
         elif job.state == DELIVERED:
             self.tell_result(job)
         else:
             self.say(BROKER, b"", key[0], "QUEUED", {"tasks": [[key[1], key[2]]]})
 
-    def tell_lost(self, key: Key, why: str, crashed: bool) -> None:
+    def tell_lost(self, key: Key, why: str, fault: str = "") -> None:
         if self.session.joined:
             self.say(BROKER, b"", key[0], "LOST", {
-                "tasks": [[key[1], key[2]]], "why": why, "crashed": crashed,
-                "worker": self.name})
+                "tasks": [[key[1], key[2]]], "why": why, "fault": fault, "worker": self.name})
 
     def tell_result(self, job: Job) -> None:
         run, id, attempt = job.key
         ending = job.ending
         assert ending is not None
         fields = {"id": id, "attempt": attempt, "exitcode": ending.exitcode, "time": ending.time,
-                  "started": ending.started, "size": ending.output.size, "worker": self.host}
+                  "started": ending.started, "size": ending.output.size, "worker": self.name,
+                  "host": self.host}
         if ending.signal:
             fields["signal"] = ending.signal
         if ending.reason:
@@ -1807,12 +1875,15 @@ class Worker(Member):
         """The Runner says that a command has ended."""
         self.now = now
         self.running -= 1
-        self.killing.pop(job, None)
-        if job.cancelled:
+        self.kills.pop(job, None)
+        if job.cancelled or ending.unable:
             ending.output.close()
             self.forget(job)
-            self.tell_lost(job.key, "cancelled", False)
+            self.tell_lost(job.key, job.cancelled or ending.reason, "" if job.cancelled else SPAWN)
         else:
+            if job.killed:
+                ending = ending._replace(exitcode=TIMED_OUT, signal=0, reason=(
+                    f"stopped after {job.timeout:g} seconds (see --timeout)"))
             job.state, job.ending = DELIVERED, ending
             if self.session.joined:
                 self.tell_result(job)
@@ -1829,6 +1900,8 @@ class Worker(Member):
             if job.state == WAITING:
                 job.state = RUNNING
                 self.running += 1
+                if job.timeout:
+                    job.until = self.kills[job] = self.now + job.timeout
                 self.effects.append(Start(job))
         if self.stopping is not None and not self.left:
             wanted = self.running or (self.jobs and self.session.joined)
@@ -1862,10 +1935,16 @@ class Worker(Member):
             if job.ending:
                 job.ending.output.close()
             self.forget(job)
-            self.tell_lost(job.key, why, False)
-        elif not job.cancelled:
-            job.cancelled = True
-            self.killing[job] = self.now + self.times.kill_grace
+            self.tell_lost(job.key, why)
+        else:
+            job.cancelled = job.cancelled or why
+            self.kill(job)
+
+    def kill(self, job: Job) -> None:
+        """Tell a running job to end; kill it hard after a grace."""
+        if not job.killed:
+            job.killed = True
+            self.kills[job] = self.now + self.times.kill_grace
             self.effects.append(Kill(job, False))
 
     def on_resend(self, message: Message) -> None:
@@ -1877,7 +1956,7 @@ class Worker(Member):
         key = (message.token, fields["id"], fields["attempt"])
         job = self.jobs.get(key)
         if job is None or job.ending is None:
-            self.tell_lost(key, "unknown to the worker", False)
+            self.tell_lost(key, "unknown to the worker")
             return
         data = job.ending.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": fields["offset"]})
@@ -1888,9 +1967,14 @@ class Worker(Member):
     def tick(self, now: Seconds) -> None:
         self.now = now
         self.session.tick(now)
-        for job in [job for job, when in self.killing.items() if when <= now]:
-            self.killing[job] = math.inf
-            self.effects.append(Kill(job, True))
+        for job in [job for job, when in self.kills.items() if when <= now]:
+            if job.killed:
+                self.kills[job] = math.inf
+                self.effects.append(Kill(job, True))
+            elif job.until <= now:
+                self.kill(job)
+            else:
+                self.stop_job(job, LEAVING)
         self.settle()
         if self.watch.given_up(now) and self.stopping is None:
             self.effects.append(Notice("gave up " + self.watch.cause))
@@ -1902,24 +1986,26 @@ class Worker(Member):
         return waiting_for_broker(self.session, self.address, "worker")
 
     def deadline(self) -> Seconds:
-        kills = min(self.killing.values(), default=math.inf)
+        kills = min(self.kills.values(), default=math.inf)
         return min(self.session.next_greeting, kills, self.stop_at, self.watch.deadline())
 
     def stop(self, status: int, now: Seconds) -> None:
-        """Leave: start nothing more, stop what runs, and wait a little for results to be
-        fetched. Told a second time: leave at once."""
+        """Leave: start nothing more, stop what still runs after a time to drain, and wait a
+        little for results to be fetched. Told a second time: leave at once."""
         self.now = now
         if self.stopping is not None:
             self.stop_at = now
         else:
             self.stopping = status
             self.watch = Watch()  # from now on we wait for nothing
-            self.stop_at = now + 2 * self.times.kill_grace
+            self.stop_at = now + self.drain + 2 * self.times.kill_grace
             if self.session.joined:
                 self.session.greet(now)
             for job in list(self.jobs.values()):
-                if job.state != DELIVERED:
-                    self.stop_job(job, "worker was stopped")
+                if job.state == RUNNING and self.drain:
+                    self.kills[job] = min(self.kills.get(job, math.inf), now + self.drain)
+                elif job.state != DELIVERED:
+                    self.stop_job(job, LEAVING)
         self.settle()
 
     def leave(self) -> None:
@@ -1956,6 +2042,7 @@ def waiting_for_broker(session: Session, address: str, role: str) -> str:
 # SIGKILL. Only if both are killed at once do commands survive.
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
 BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
 
@@ -2141,20 +2228,17 @@ class Runner:
 
     def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
-        output = Output()
+        output = Output(job.limit)
         wall, began = time.time(), time.monotonic()
         with self.lock:
             self.processes[job.key] = None
         try:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", to_bytes(job.cmd)], bufsize=0, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                cwd=None if job.cwd is None else to_bytes(job.cwd),
-                env=self.environment(job, slot))
+            process = self.spawn(job, slot)
         except (OSError, ValueError) as error:
             with self.lock:
                 del self.processes[job.key]
-            return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error))
+            return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
+                          unable=is_passing(error))
         with self.lock:
             self.processes[job.key] = process
             if self.closing or job.key in self.killed:
@@ -2162,14 +2246,31 @@ class Runner:
         assert process.stdout is not None
         try:
             with process.stdout:
-                reason = self.drain(job, process, process.stdout.fileno(), output)
+                self.drain(job, process, process.stdout.fileno(), output)
         finally:
             self.clear_up(job, process)
             code = process.wait()
+        output.end()
+        reason = f"no room for its output on the worker: {output.failure}" if output.failure else ""
         spent = (time.monotonic() - began) * 1000
         if code < 0:
             return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
         return Ending(code if not reason else NOT_RUN, spent, wall, output, reason=reason)
+
+    def spawn(self, job: Job, slot: int) -> subprocess.Popen[bytes]:
+        """Start a job's command. What this machine lacks now it may have in a moment."""
+        for delay in SPAWN_DELAYS:
+            try:
+                return subprocess.Popen(
+                    ["/bin/sh", "-c", to_bytes(job.cmd)], bufsize=0, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                    cwd=None if job.cwd is None else to_bytes(job.cwd),
+                    env=self.environment(job, slot))
+            except OSError as error:
+                if not is_passing(error) or not delay or self.closing or job.key in self.killed:
+                    raise
+            time.sleep(delay)
+        raise AssertionError("the last delay is 0")
 
     def clear_up(self, job: Job, process: subprocess.Popen[bytes]) -> None:
         """The leader has ended (and is a zombie still, if possible): kill what it left behind."""
@@ -2215,10 +2316,8 @@ class Runner:
             self.sweep()
 
     def drain(self, job: Job, process: subprocess.Popen[bytes], pipe: int,
-              output: Output) -> str:
-        """Collect output until the leader has ended; then kill what it left behind. Returns
-        what went wrong with the output, or ""."""
-        reason = ""
+              output: Output) -> None:
+        """Collect output until the leader has ended; then kill what it left behind."""
         leader = pidfd(process.pid)
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
@@ -2233,12 +2332,9 @@ class Runner:
             events = dict(poller.poll(patience))
             if pipe in events:
                 data = os.read(pipe, 65536)
-                if data and not reason:
-                    try:
-                        output.write(data)
-                    except OSError as error:  # go on reading: the command must not block
-                        reason = f"no room for its output on the worker: {error.strerror}"
-                elif not data:
+                if data:
+                    output.write(data)
+                else:
                     open_pipe = False
                     poller.unregister(pipe)
             if until == math.inf and self.ended(process, leader, events):
@@ -2247,7 +2343,6 @@ class Runner:
                 if leader >= 0:
                     poller.unregister(leader)
                     os.close(leader)
-        return reason
 
     def ended(self, process: subprocess.Popen[bytes], leader: int,
               events: Dict[int, int]) -> bool:
@@ -2261,12 +2356,20 @@ class Runner:
         return process.poll() is not None
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether a command could not be started for want of something that comes and goes."""
+    return isinstance(error, OSError) and error.errno in (
+        errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
 def reason_not_started(job: Job, error: Exception) -> str:
     """Why a command could not be started, and what can be done about it."""
     if isinstance(error, OSError):
         if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
             return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
                     f"exist on the worker (see --cwd)")
+        if error.errno == errno.E2BIG:
+            return "cannot start it: the command and its environment are too long for the system"
         return f"cannot start it: {error.strerror}"
     return f"cannot start it: {error}"  # a NUL byte, for one
 
@@ -2324,18 +2427,19 @@ def read_text(path: str) -> str:
 class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
-    __slots__ = ("id", "cmd", "cwd", "attempt", "crashes", "again", "worker", "avoid", "result",
-                 "asked", "got", "due")
+    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "failures", "again", "worker", "avoid",
+                 "result", "asked", "got", "due")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
         self.cmd = cmd
         self.cwd = cwd
         self.attempt = 1
-        self.crashes = 0  # workers lost while running it
+        self.faults = Faults()
+        self.failures: List[Tuple[int, str]] = []  # exit code and host of tries before this one
         self.again = False  # this attempt has been submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
-        self.avoid = ""  # the worker that lost the last one
+        self.avoid = ""  # the worker that lost the last one, or where it failed
         self.result: Optional[Fields] = None  # while its output is being fetched
         self.asked = self.got = 0  # bytes of its output
         self.due: Seconds = math.inf  # when a chunk is overdue
@@ -2362,13 +2466,22 @@ class Report(NamedTuple):
     output: Optional[bytes]
 
 
+class Wishes(NamedTuple):
+    """What the user wants of each command."""
+
+    timeout: Seconds = 0  # to run; 0: no limit
+    retries: int = 0  # more tries if it fails
+    max_output: int = 0  # bytes of output to keep; 0: all
+
+
 class Client(Member):
     """A client's run. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
-                 address: str = "", host: str = "") -> None:
+                 address: str = "", host: str = "", wishes: Wishes = Wishes()) -> None:
         super().__init__("HELLO", times, wait)
         self.run = run
+        self.wishes = wishes
         self.address = address  # for notices
         self.host = host
         self.backlog: Deque[Entry] = deque()  # not submitted yet
@@ -2412,6 +2525,12 @@ class Client(Member):
                 fields["had"] = entry.worker
         if entry.avoid:
             fields["avoid"] = entry.avoid
+        if entry.failures:
+            fields["elsewhere"] = True
+        if self.wishes.timeout:
+            fields["timeout"] = self.wishes.timeout
+        if self.wishes.max_output:
+            fields["limit"] = self.wishes.max_output
         entry.again = True
         self.say(BROKER, b"", "", COMMAND, fields)
 
@@ -2482,6 +2601,9 @@ class Client(Member):
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None:  # reported before: our DONE was lost
             self.done.append([fields["id"], fields["attempt"]])
+        elif fields["exitcode"] and len(entry.failures) < self.wishes.retries \
+                and self.status is None:
+            self.try_elsewhere(entry, fields)
         elif entry.result is None:
             output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
             if len(output) < fields.get("size", 0):
@@ -2490,6 +2612,20 @@ class Client(Member):
                 self.fetch()
             else:
                 self.report(entry, fields, output)
+
+    def try_elsewhere(self, entry: Entry, fields: Fields) -> None:
+        """The command has failed, and the user wants another try."""
+        self.done.append([entry.id, entry.attempt])
+        entry.failures.append((fields["exitcode"], fields.get("host", "?")))
+        self.next_attempt(entry, fields.get("worker", ""))
+
+    def next_attempt(self, entry: Entry, avoid: str) -> None:
+        self.confirm(entry, "")
+        entry.attempt += 1
+        entry.again = False
+        entry.avoid = avoid
+        if self.session.joined:
+            self.submit(entry)
 
     def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
         self.release()
@@ -2539,33 +2675,26 @@ class Client(Member):
         for id, attempt in fields["tasks"]:
             entry = self.entry_of(id, attempt)
             if entry is not None:
-                self.lose(entry, printable(fields["why"], 200), fields.get("crashed", False),
+                self.lose(entry, printable(fields["why"], 200), fields.get("fault", ""),
                           fields.get("worker", ""))
 
-    def lose(self, entry: Entry, why: str, crashed: bool, worker: str) -> None:
+    def lose(self, entry: Entry, why: str, fault: str, worker: str) -> None:
         """The entry's attempt brings no result: try the next one, if that is wise."""
         if entry.result is not None:
             self.fetching.remove(entry)
             entry.result = None
             self.fetch()
         entry.asked = entry.got = 0
-        entry.crashes += crashed
-        had_worker = bool(entry.worker)
-        self.confirm(entry, "")
+        verdict = entry.faults.count(fault, why, self.times)
         if self.status is not None:
+            self.stopped += bool(entry.worker)
+            self.never_ran += not entry.worker
+            self.confirm(entry, "")
             del self.window[entry.id]
-            self.stopped += had_worker
-            self.never_ran += not had_worker
-        elif entry.crashes >= CRASH_LIMIT:
-            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
-                                f"was running on {entry.crashes} workers that were lost: {why}"},
-                        b"")
+        elif verdict:
+            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
         else:
-            entry.attempt += 1
-            entry.again = False
-            entry.avoid = worker
-            if self.session.joined:
-                self.submit(entry)
+            self.next_attempt(entry, worker)
 
     # --- time, and the end
 
@@ -2756,9 +2885,12 @@ class Reporter:
         self.line(verdict + name + took)
         if result.get("reason"):
             self.line(f"testcloud: {printable(result['reason'], 1000)}")
+        if entry.failures:
+            before = ", ".join(f"{code} on {printable(host)}" for code, host in entry.failures)
+            self.line(f"testcloud: try {len(entry.failures) + 1}; exit codes before: {before}")
         if self.verbose:
             self.flush()
-            complain(f"{printable(entry.cmd)} ran on {printable(result.get('worker', '?'))}, "
+            complain(f"{printable(entry.cmd)} ran on {printable(result.get('host', '?'))}, "
                      f"attempt {entry.attempt}")
         if not self.brief:
             self.output(record)
@@ -3338,8 +3470,10 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> Seconds:
-    """For argparse: a number of seconds above 0."""
-    value = float(text)
+    """For argparse: a number of seconds above 0, or one with the unit ms, s, m, h or d."""
+    number = text.rstrip("msdh")
+    factor = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[text[len(number):]]
+    value = float(number) * factor
     if not 0 < value < math.inf:
         raise ValueError
     return value
@@ -3361,6 +3495,22 @@ def weight(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """For argparse: a whole number, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def byte_count(text: str) -> int:
+    """For argparse: a number of bytes, 1 or more, with a unit of k, M or G if you like."""
+    factor = {"k": 2**10, "m": 2**20, "g": 2**30}.get(text[-1:].lower(), 1)
+    return positive(text[:-1] if factor > 1 else text) * factor
+
+
+natural.__name__ = "number"
+byte_count.__name__ = "number of bytes"
 milliseconds.__name__ = "number of milliseconds"
 weight.__name__ = "weight"
 positive.__name__ = "positive number"  # how argparse calls them in its errors
@@ -3377,13 +3527,15 @@ SLOTS = option("-j", "--slots", type=positive, default=0, metavar="N",
 def time_option(name: str, help: str) -> Option:
     """An option for a row of Times, with its default."""
     default = Times._field_defaults[name]
-    kind, metavar = (positive, "N") if name == "missed_oks" else (seconds, "SECONDS")
+    kind, metavar = (positive, "N") if isinstance(default, int) else (seconds, "SECONDS")
     return option("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar,
                   help=f"{help} (default: {default})")
 
 
 READY_INTERVAL = time_option("ready_interval", "say that we are there this often")
 MISSED_OKS = time_option("missed_oks", "unanswered so often, take a new connection")
+CRASH_LIMIT = time_option("crash_limit", "a command that ran on so many workers when they were "
+                          "lost has failed")
 KILL_GRACE = time_option("kill_grace", "between SIGTERM and SIGKILL for a command")
 
 OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
@@ -3399,13 +3551,15 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
         time_option("worker_expiry", "forget a worker that was silent for so long"),
         time_option("client_lease", "drop the commands of a client that was silent for so long"),
         time_option("lost_grace", "a worker may take so long to connect again"),
-        READY_INTERVAL, MISSED_OKS]),
+        CRASH_LIMIT, READY_INTERVAL, MISSED_OKS]),
     "worker": ("run commands for a broker", [
         option("--connect", default="localhost", metavar="ADDR",
                help=f"the broker (default: tcp://localhost:{WORKER_PORT})"),
         SLOTS,
         option("--weight", type=weight, default=0, metavar="W",
                help="workers of higher weight are used first (default: 0)"),
+        option("--drain", type=seconds, default=0.0, metavar="SECONDS",
+               help="when told to stop, give running commands so long to end (default: 0)"),
         WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE]),
     "client": ("run commands, one a line from stdin, and report their results", [
         option("--connect", default="localhost", metavar="ADDR",
@@ -3421,7 +3575,13 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
                help="underline what took longer than MS milliseconds"),
         option("--color", choices=("auto", "always", "never"), default="auto",
                help="auto: on a terminal, unless NO_COLOR is set (default)"),
-        WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE,
+        option("--timeout", type=seconds, default=0.0, metavar="SECONDS",
+               help="stop a command that runs longer, as failed (also: 500ms, 30s, 5m, 2h, 1d)"),
+        option("--retries", type=natural, default=0, metavar="N",
+               help="try a command that fails up to N more times, on another worker if there is one"),
+        option("--max-output", type=byte_count, default=0, metavar="SIZE",
+               help="keep so many bytes of each output (also: 64k, 10M, 2G; default: all)"),
+        WAIT, VERBOSE, CRASH_LIMIT, READY_INTERVAL, MISSED_OKS, KILL_GRACE,
         option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
                help="a command for each line of stdin, which takes the place of {} (shell-"
                     "quoted) or is appended; without a template each line is a whole command")]),
@@ -3511,7 +3671,8 @@ def run_worker(settings: argparse.Namespace) -> int:
 def work(settings: argparse.Namespace, address: str, control: int) -> int:
     """What a worker does, below its supervisor."""
     worker = Worker(incarnation(), settings.slots or usable_cpus(), settings.weight,
-                    socket.gethostname(), times_from(settings), settings.wait, address)
+                    socket.gethostname(), times_from(settings), settings.wait, address,
+                    settings.drain)
     with contextlib.closing(Loop(sockets=True)) as loop:
         node, runner = attach_runner(loop, worker, control >= 0)
         DealerLink(loop, node, BROKER, address)
@@ -3623,7 +3784,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         raise UsageError("stdin is closed: there are no commands to read")
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
-    client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname())
+    client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname(),
+                    Wishes(settings.timeout, settings.retries, settings.max_output))
     reporter = Reporter(sys.stdout.buffer, use_colour(settings.color), settings.brief,
                         settings.fail_only, settings.slow, settings.verbose)
     template = settings.template[1:] if settings.template[:1] == ["--"] else settings.template
