@@ -71,8 +71,9 @@ def check_broker(broker):
                 assert task.state in (tc.LIMBO, tc.WAITING) or task.result, task.state
             if task.state == tc.WAITING:
                 assert task in client.waiting or task in client.retries
-                assert client.in_turn
+                assert client.in_turn or client.owed >= tc.CREDIT
         assert client.in_turn == (client in broker.turns)
+        assert client.owed == sum(task.cost for task in client.tasks.values())
         assert client in broker.clients_seen
         if client.link == CLIENTS and client.peer is not None:
             assert broker.run_of[client.peer] == client.run
@@ -182,6 +183,7 @@ class Desk:
     def __init__(self, chained=False, **times):
         self.now = 0.0
         self.broker = tc.Broker("b1", tc.Times(**times), chained, self.now)
+        self.joins = 0  # numbers of READY and HELLO, for all peers
         self.letters = []
         self.logs = []
 
@@ -237,12 +239,14 @@ class Desk:
         assert not self.letters, self.letters
 
     def join(self, peer, slots=1, name=None, **fields):
-        fields = dict({"name": name or peer.decode(), "slots": slots, "join": 1, "running": [],
-                       "held": []}, **fields)
+        self.joins += 1
+        fields = dict({"name": name or peer.decode(), "slots": slots, "join": self.joins,
+                       "running": [], "held": []}, **fields)
         self.worker(peer, tc.encode("READY", fields))
-        self.expect(peer, "OK", join=1)
+        self.expect(peer, "OK", join=self.joins)
 
-    def hello(self, peer, run, unreported=(), join=1):
+    def hello(self, peer, run, unreported=()):
+        join = self.joins = self.joins + 1
         self.client(peer, tc.encode("HELLO", {"run": run, "join": join,
                                               "unreported": list(unreported)}))
         self.expect(peer, "OK", join=join)
@@ -386,8 +390,7 @@ class BrokerTest(unittest.TestCase):
         d.hello(b"c", "r1")
         d.submit(b"c", 1)
         d.expect(b"w", "{")
-        d.client(b"c", 'HELLO {"run":"r1","join":2,"unreported":[1]}')
-        d.expect(b"c", "OK", join=2)
+        d.hello(b"c", "r1", unreported=[1])
         d.join(b"v", slots=1)
         d.worker(b"w", "BYE")
         d.expect(b"c", "LOST", tasks=[[1, 1]])
@@ -448,6 +451,89 @@ class BrokerTest(unittest.TestCase):
         d.wait(0.1)
         d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
 
+    def test_a_join_that_was_under_way_for_long_changes_nothing(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.letters.clear()
+        d.worker(b"old", 'READY {"name":"w","slots":1,"join":1}')
+        d.client(b"older", 'HELLO {"run":"r1","join":1,"unreported":[]}')
+        d.quiet()
+        d.ends(b"w", "r1", 1)
+        d.expect(b"c", "RESULT", id=1)
+
+    def test_silence_while_we_were_stopped_is_not_held_against_anybody(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.join(b"v", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2)
+        d.expect(b"w", "{")
+        d.expect(b"v", "{")
+        d.gone(WORKERS, b"v")
+        d.letters.clear()
+        d.now += 1000.0
+        d.broker.overslept(1000.0)
+        d.broker.tick(d.now)
+        d.collect()
+        d.quiet()
+        d.wait(1.1)
+        d.expect(b"c", "LOST", tasks=[[2, 1]])
+        d.wait(4.0)
+        d.expect(b"c", "LOST", tasks=[[1, 1]])  # from now on it counts
+
+    def test_what_a_worker_runs_for_a_client_that_does_not_want_it_is_cancelled(self):
+        d = self.desk
+        d.hello(b"c", "r1", unreported=[5])
+        d.join(b"w", slots=2, running=[["r1", 5, 1], ["r1", 7, 1]])
+        d.expect(b"w", "CANCEL", token="r1", tasks=[[7, 1]])
+        d.expect(b"c", "QUEUED", tasks=[[5, 1]])
+
+    def test_what_a_worker_runs_for_a_client_that_has_left_is_cancelled(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.gone(WORKERS, b"w")
+        d.client(b"c", "BYE")
+        d.letters.clear()
+        d.join(b"w2", slots=1, name="w", running=[["r1", 1, 1]])
+        d.expect(b"w2", "CANCEL", token="r1", tasks=[[1, 1]])
+        d.hello(b"c3", "r1", unreported=[1])  # it had only been asleep
+        d.wait(70.0)
+        self.assertFalse(d.broker.departed or d.broker.clients)
+
+    def test_after_a_restart_the_later_attempt_counts(self):
+        d = self.desk
+        d.join(b"w", slots=1, running=[["r1", 1, 1]])
+        d.join(b"v", slots=1, running=[["r1", 1, 2]])
+        d.expect(b"w", "CANCEL", tasks=[[1, 1]])
+        d.quiet()
+        d.join(b"u", slots=1, running=[["r1", 1, 1]])
+        d.expect(b"u", "CANCEL", tasks=[[1, 1]])
+
+    def test_a_client_that_takes_no_results_gets_no_more_commands_run(self):
+        d = self.desk
+        with mock.patch.object(tc, "CREDIT", 1000):
+            d.join(b"w", slots=1)
+            d.hello(b"c", "r1")
+            d.submit(b"c", *range(1, 10))
+            for id in (1, 2, 3):
+                d.takes(b"w", "r1", id)
+                d.ends(b"w", "r1", id, stdout="x" * 400)
+            d.letters.clear()
+            d.hello(b"d", "r2")
+            d.submit(b"d", 1)
+            d.takes(b"w", "r2", 1)  # another client's are run
+            d.ends(b"w", "r2", 1)
+            d.letters.clear()
+            d.client(b"c", 'DONE {"tasks":[[1,1]]}')
+            d.expect(b"w", "DONE")
+            d.takes(b"w", "r1", 4)
+
     def test_worker_that_comes_back_in_time_keeps_what_it_runs(self):
         d = self.desk
         d.join(b"w", slots=3)
@@ -479,7 +565,7 @@ class BrokerTest(unittest.TestCase):
         d.gone(CLIENTS, b"c")
         d.ends(b"w", "r1", 3)
         d.quiet()
-        d.hello(b"c2", "r1", unreported=[2, 3], join=2)  # 1 has been reported
+        d.hello(b"c2", "r1", unreported=[2, 3])  # 1 has been reported
         d.expect(b"w", "DONE", tasks=[[1, 1]])
         d.submit(b"c2", 2, 3, again=True)
         d.expect(b"w", "RESEND", tasks=[[2, 1]])
@@ -717,6 +803,23 @@ class PlainPeersTest(unittest.TestCase):
         d.quiet()
         d.worker(b"W", 'RESULT {"cmd":"x","exitcode":0,"stdout":"","time":1}', token)
         d.expect(b"C", "RESULT")
+
+    def test_a_worker_that_comes_back_late_with_a_plain_clients_command_is_too_late(self):
+        d = self.desk
+        for name in (b"w", b"v"):
+            d.join(name, slots=1)
+            if name == b"w":
+                d.client(b"C", '{"cmd":"x"}')
+                run, _ = d.expect(b"w", "{")
+                d.worker(b"w", 'QUEUED {"tasks":[[1,1]]}', run)
+        d.gone(WORKERS, b"w")
+        d.wait(1.1)
+        d.takes(b"v", run, 1, 2)
+        d.ends(b"v", run, 1, 2)
+        d.letters.clear()
+        d.join(b"w2", slots=1, name="w", running=[[run, 1, 1], [run, 2, 1]])
+        d.expect(b"w2", "CANCEL", token=run, tasks=[[1, 1], [2, 1]])
+        d.quiet()
 
     def test_an_idle_plain_worker_expires_unless_it_says_ready(self):
         d = self.desk
@@ -970,12 +1073,35 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
 
     def test_a_loop_is_refused(self):
-        for tell in (lambda d: d.tell(BROKER, b"", 'OK {"above":["b0","b1"]}'),
-                     lambda d: d.worker(b"w", 'READY {"name":"b9","join":1,"below":["b9","b1"]}')):
-            d = Desk(chained=True)
-            tell(d)
-            self.assertEqual(d.effects, [tc.Exit(2)])
-            self.assertFalse(d.broker.workers)
+        d = Desk(chained=True)
+        d.tell(BROKER, b"", 'OK {"above":["b0","b1"]}')
+        self.assertEqual(d.effects, [tc.Exit(2)])
+
+    def test_the_commands_of_a_broker_above_are_kept_for_a_lease_after_it_was_heard(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"id":1,"attempt":1,"cmd":"x"}', "up")
+        d.takes(b"w", "up", 1)
+        for _ in range(14):
+            d.wait(2.0)
+            d.worker(b"w", 'READY {"name":"w"}')
+            d.tell(BROKER, b"", "OK")
+        d.wait(1.9)
+        d.tell(BROKER, b"", "OK")
+        d.worker(b"w", 'READY {"name":"w"}')
+        d.gone(BROKER, b"")
+        d.letters.clear()
+        for _ in range(13):
+            d.wait(2.0)
+            d.worker(b"w", 'READY {"name":"w"}')
+        self.assertNotIn("CANCEL", [m[3] for m in d.letters])
+
+    def test_who_claims_to_be_above_a_broker_is_told_who_is_and_not_let_in(self):
+        d = self.desk
+        d.worker(b"w", 'READY {"name":"b9","join":1,"below":["b9","b1"]}')
+        d.expect(b"w", "OK", above=["b1", "b0"], join=None)
+        self.assertFalse(d.broker.workers)
+        self.assertFalse(d.effects)
 
     def test_a_chain_that_is_too_deep_is_refused(self):
         d = self.desk
@@ -1611,12 +1737,43 @@ class WorkerTest(unittest.TestCase):
             b.expect("READY", join=None)
         b.wait(2.0)
         b.effect(tc.Reconnect)
+        self.assertFalse(b.lines)
+        self.worker.connected(BROKER, b.now)
+        b.collect()
         b.expect("READY", join=2)
         b.effects.clear()
         b.hear('OK {"join":1}')  # an answer to an earlier greeting
         self.assertFalse(self.worker.session.joined)
         b.hear('OK {"join":2}')
         self.assertTrue(self.worker.session.joined)
+
+    def test_it_speaks_as_often_as_the_broker_needs(self):
+        b = self.bench
+        b.hear('OK {"patience":0.9}')
+        b.wait(2.0)
+        b.lines.clear()
+        b.wait(0.31)
+        b.expect("READY")
+
+    def test_odd_fetches_do_no_harm(self):
+        b = self.bench
+        self.give(1)
+        self.give(2, cut=2**50)
+        output = tc.Output()
+        output.write(b"x" * (tc.INLINE + 1))
+        job, other = b.effect(tc.Start).job, b.effect(tc.Start).job
+        b.lines.clear()
+        self.worker.finished(job, ending(0)._replace(output=output), 1.0)
+        self.worker.finished(other, ending(0, b"\0" * tc.PLAIN_INLINE * 2), 1.0)
+        frames, _ = self.worker.take()
+        self.assertLess(max(len(frame.body) for frame in frames), tc.MAX_FRAME)
+        for offset in (tc.INLINE + 1, 2**44, 2**53):
+            b.hear(f'FETCH {{"id":1,"attempt":1,"offset":{offset},"size":10}}', "r")
+        self.assertFalse(b.bulk)
+        fetch = b'FETCH {"id":1,"attempt":1,"offset":0,"size":70000}'
+        b.hear(b"\n".join([fetch] * (tc.MAX_BULK + 100)), "r")
+        self.assertEqual(len(b.bulk), tc.MAX_BULK)
+        output.close()
 
     def test_while_joining_commands_are_not_accepted(self):
         b = self.bench
@@ -1921,6 +2078,16 @@ class RunnerTest(unittest.TestCase):
             self.assertEqual(self.result(job).signal, signal.SIGKILL)
         closer.join(PATIENCE)
 
+    def test_without_threads_commands_are_handed_back(self):
+        with mock.patch.object(tc.threading.Thread, "start", side_effect=RuntimeError("can't start")):
+            self.assertTrue(self.result(self.start("true")).unable)
+        self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
+
+    def test_what_was_written_before_the_end_is_read_however_late(self):
+        with mock.patch.object(tc, "DRAIN_TIME", -1):  # as if we had been stopped meanwhile
+            for size in (1, 60000):
+                self.assertEqual(self.run_one(f"head -c {size} /dev/zero"), (0, b"\0" * size))
+
     def test_full_disk_is_a_failed_command(self):
         for limit in (0, 30000, 66000, 200000):
             def room(output, file, data, limit=limit):
@@ -2074,10 +2241,21 @@ class ClientTest(unittest.TestCase):
     def test_a_command_too_long_for_the_wire_fails_at_once(self):
         b = self.bench
         self.join()
-        self.add("x" * (tc.MAX_COMMAND + 1), "a", end=True)
+        self.add("x" * (tc.MAX_COMMAND + 1), "\udcff" * 100_000, '"' * 300_000, "a", end=True)
         b.effect(tc.Released)
-        self.assertIn("at most", b.effect(tc.Report).result["reason"])
-        b.expect("{", id=2)
+        for _ in range(3):
+            self.assertIn("at most", b.effect(tc.Report).result["reason"])
+        b.expect("{", id=4)
+
+    def test_the_longest_commands_are_not_too_long_for_the_broker(self):
+        self.join()
+        self.add("x" * (tc.MAX_COMMAND - tc.OTHER_FIELDS - 30), end=True)
+        entry = self.client.window[1]
+        entry.avoid = entry.worker = "w" * 200
+        self.client.submit(entry)
+        frames, _ = self.client.take()
+        self.assertGreater(len(frames[0].body), tc.MAX_COMMAND - tc.OTHER_FIELDS)
+        self.assertLess(len(frames[0].body), tc.MAX_COMMAND)
 
     def test_no_commands_no_wait(self):
         self.client.end_input(0.0)
@@ -2898,6 +3076,7 @@ class ProcessesTest(unittest.TestCase):
         self.assertIn(b"Listening", first.stdout.readline())
         second = self.cloud.start("broker", "--clients", ipc, "--workers", "127.0.0.1:0")
         self.assertEqual(second.wait(PATIENCE), 3)
+        self.assertTrue(os.path.exists(ipc[6:]))  # it was not the second's to remove
         first.terminate()
         first.wait(PATIENCE)
         self.assertFalse(os.path.exists(ipc[6:]))
@@ -2918,6 +3097,7 @@ class ProcessesTest(unittest.TestCase):
         raw.send(b'{"cmd":"echo hi"}')
         self.assertEqual(raw.recv(), b'QUEUED {"cmd":"echo hi"}')
         result = raw.recv()
+        self.assertTrue(result.startswith(b"RESULT "), result)
         self.assertEqual(json.loads(result[7:])["stdout"], "hi\n")
 
     def test_three_brokers_in_a_chain(self):
@@ -3304,6 +3484,32 @@ class RawPeersTest(unittest.TestCase):
             if line.startswith(b"RESULT"):
                 break
         self.assertEqual(json.loads(line[7:])["stdout"], "hi\n")
+
+    def test_connections_that_say_nothing_are_not_mistaken_for_those_that_do(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "1")
+        host, port = broker.clients[6:].split(":")
+        done = threading.Event()
+
+        def probe():
+            while not done.is_set():
+                with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+                    pass
+        prober = threading.Thread(target=probe)
+        prober.start()
+        self.addCleanup(prober.join)
+        self.addCleanup(done.set)
+        import zmq
+        context = zmq.Context()
+        self.addCleanup(context.term)
+        for n in range(300):
+            with context.socket(zmq.DEALER) as raw:
+                raw.setsockopt(zmq.LINGER, 0)
+                raw.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
+                raw.connect(broker.clients)
+                raw.send(b'{"cmd":"true"}')
+                self.assertEqual(raw.recv()[:7], b"QUEUED ", n)
+                self.assertEqual(raw.recv()[:7], b"RESULT ", n)
 
     def test_noise_at_both_ports_disturbs_nobody(self):
         self.cloud.worker(self.broker, "-j", "2")

@@ -104,6 +104,7 @@ from typing import (
     List,
     NamedTuple,
     Optional,
+    Set,
     Tuple,
     Union,
 )
@@ -136,14 +137,18 @@ PLAIN = "plain."  # a run that begins so belongs to a plain client, and ends wit
 INLINE = 64 * 1024  # bytes of output inside a RESULT; more is fetched
 PLAIN_INLINE = 256 * 1024  # the same for plain clients, who cannot fetch; the rest is cut
 CHUNK_SIZE = 256 * 1024  # bytes in a CHUNK: large enough for speed, small beside a heartbeat
+MAX_BULK = 256  # chunks that a worker reads before it sends them
 FETCH_AHEAD = 4  # chunks under way for one client: hides the round trip
 BATCH_BYTES = 256 * 1024  # a body is closed past this, to stay far below MAX_FRAME
 MAX_FRAME = 4 * 1024 * 1024  # a larger frame is refused by libzmq, with its connection;
 #   a PLAIN_INLINE of control characters takes six bytes each in JSON
-MAX_COMMAND = 512 * 1024  # bytes of a command with its directory; Linux takes 128 KiB of it
+MAX_COMMAND = 512 * 1024  # bytes of a command's JSON; Linux takes 128 KiB of shell text
+OTHER_FIELDS = 2048  # bytes of it beside cmd and cwd: numbers, and names of workers
 MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLAIN_INLINE
 MAX_BAD_LINES = 100  # in one body; then the rest is noise as well
 MAX_FRAMES = 8  # frames a peer may send in one message
+CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfirmed
+SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
@@ -279,7 +284,8 @@ MESSAGES: Dict[str, Spec] = {
         "below": texts,  # the brokers of this subtree, if it is a chained broker
         "depth": count}),  # how many of them stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
-        "broker": text, "join": count, "workers": count, "slots": count, "above": texts}),
+        "broker": text, "join": count, "workers": count, "slots": count, "above": texts,
+        "patience": number}),  # seconds after which a silent peer is given up
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
         "cmd": text, "tasks": pairs, "worker": text}),
@@ -529,6 +535,9 @@ class Machine:
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
         """This connection is gone for certain."""
 
+    def overslept(self, gap: Seconds) -> None:
+        """The process was stopped, or busy, for so long after something was due."""
+
     def tick(self, now: Seconds) -> None:
         """Do what is due at this time."""
 
@@ -556,7 +565,9 @@ class Session:
         self.joined = False
         self.number = 0  # of the last attempt to join
         self.unanswered = 0  # greetings since anything was heard
+        self.interval = times.ready_interval
         self.next_greeting: Seconds = 0.0
+        self.heard_at: Seconds = -math.inf
         self.announced: Fields = {}  # what we said when we joined, to tell what changed since
 
     def greet(self, now: Seconds) -> None:
@@ -567,7 +578,7 @@ class Session:
             self.announced = fields
         self.owner.say(BROKER, b"", "", self.verb, fields)
         self.unanswered += 1
-        self.next_greeting = now + self.times.ready_interval
+        self.next_greeting = now + self.interval
 
     def join(self, now: Seconds) -> None:
         self.joined = False
@@ -582,8 +593,9 @@ class Session:
         self.up = False
         self.joined = False
 
-    def heard(self) -> None:
+    def heard(self, now: Seconds) -> None:
         self.unanswered = 0
+        self.heard_at = now
 
     def accepts(self, verb: str) -> bool:
         """While we join, the broker's records of us and ours may differ, and only what ends
@@ -592,7 +604,9 @@ class Session:
 
     def ok(self, fields: Fields) -> bool:
         """An OK has come; true if it makes us joined."""
-        if self.joined or fields.get("join") != self.number:
+        if "patience" in fields:  # of the broker: we must not be silent for longer
+            self.interval = min(self.times.ready_interval, fields["patience"] / 3)
+        if self.joined or not self.number or fields.get("join") != self.number:
             return False
         self.joined = self.up = True
         return True
@@ -604,7 +618,11 @@ class Session:
             self.unanswered = 0
             self.disconnected()
             self.owner.effects.append(Reconnect(BROKER))
-        self.greet(now)
+        if self.up:
+            self.greet(now)
+        else:  # a greeting might still be sent, and be heard after the one that follows connected()
+            self.unanswered += 1
+            self.next_greeting = now + self.interval
 
 
 class Watch:
@@ -655,7 +673,7 @@ class Member(Machine):
         raise NotImplementedError
 
     def heard(self, link: str, peer: Peer) -> None:
-        self.session.heard()
+        self.session.heard(self.now)
 
     def connected(self, link: str, now: Seconds) -> None:
         self.now = now
@@ -696,7 +714,7 @@ class ClientLink:
     """A run: its client, and the tasks it wants."""
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
-                 "claimed", "lost", "last_id")
+                 "claimed", "lost", "last_id", "announced", "join", "owed")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -709,10 +727,17 @@ class ClientLink:
         self.claimed = peer is not None  # False: only workers have spoken of it so far
         self.lost: Dict[int, int] = {}  # by id: the last attempt that we called LOST
         self.last_id = 0  # of a plain client's commands, which we number
+        self.join = 0  # number of its last HELLO that told what it has
+        self.owed = 0  # bytes of results that it got and has not confirmed with DONE
+        self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
 
     @property
     def plain(self) -> bool:
         return self.link == CLIENTS and self.run.startswith(PLAIN)
+
+    def may_want(self, id: int) -> bool:
+        """Whether a command that we do not know may still be submitted to us."""
+        return self.link == BROKER or not self.claimed or id in self.announced
 
     def next_tasks(self) -> List[Task]:
         """What can be assigned next: the first of the retries, the first of the others."""
@@ -728,7 +753,7 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "ready", "stamp", "token")
+                 "ready", "join", "stamp", "token")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -741,6 +766,7 @@ class WorkerLink:
         self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
         self.busy = 0  # how many of them take a slot
         self.ready = False  # may be given commands
+        self.join = 0  # number of its last READY that told what it has
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
 
@@ -776,7 +802,7 @@ class Task:
     """One attempt of one command."""
 
     __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "elsewhere", "had",
-                 "until", "faults", "result", "plain")
+                 "until", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -790,6 +816,7 @@ class Task:
         self.had = ""  # in LIMBO: name of the worker that was last known to have it
         self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
         self.faults = Faults()  # if a plain client's; others count themselves
+        self.cost = 0  # in DELIVERED: bytes that wait for its client
         self.result = b""  # a plain worker's RESULT, which only we have
         self.plain: Fields = {}  # cmd and cwd, if a plain client's
 
@@ -827,6 +854,8 @@ class Broker(Machine):
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
         self.limbo: Dict[Key, Task] = {}
         self.limbo_until: Seconds = math.inf  # when to look at it next
+        # runs that are over, until when: workers that were away may still have commands of them
+        self.departed: Dict[Run, Seconds] = {}
         self.away: Dict[str, Seconds] = {}  # workers with a broken connection: until when
         # last sign of life of each, the longest silent first
         self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
@@ -847,7 +876,7 @@ class Broker(Machine):
         elif link == WORKERS and peer in self.workers:
             self.see(self.workers_seen, self.workers[peer])
         elif link == BROKER and self.session:
-            self.session.heard()
+            self.session.heard(self.now)
 
     def see(self, seen: OrderedDict[Any, Seconds], who: Any) -> None:
         seen[who] = self.now
@@ -890,6 +919,9 @@ class Broker(Machine):
         if known is not None and known != run:
             raise ProtocolError("HELLO from a peer that is another run already")
         client = self.require_client(run, CLIENTS, peer)
+        if message.fields["join"] <= client.join:  # was under way for long, on an older connection
+            return
+        client.join = message.fields["join"]
         if client.link == CLIENTS and client.peer is not None and client.peer != peer:
             self.run_of.pop(client.peer, None)
         client.link, client.peer = CLIENTS, peer  # whatever a broker above may have thought
@@ -898,10 +930,14 @@ class Broker(Machine):
             self.log(logging.INFO, f"client {printable(message.fields.get('host', ''))} joined")
         wanted = set(message.fields.get("unreported", ()))
         self.drop([task for id, task in client.tasks.items() if id not in wanted])
+        client.announced = wanted.difference(client.tasks)
+        client.claimed = True
+        self.departed.pop(run, None)
         self.say(CLIENTS, peer, "", "OK", dict(self.state_of_cloud(), join=message.fields["join"]))
 
     def state_of_cloud(self) -> Fields:
-        return {"broker": self.name, "workers": len(self.workers), "slots": self.slots}
+        return {"broker": self.name, "workers": len(self.workers), "slots": self.slots,
+                "patience": self.times.client_lease}
 
     def on_client_bye(self, message: Message) -> None:
         run = self.run_of.get(message.peer)
@@ -916,6 +952,7 @@ class Broker(Machine):
         if client.link == CLIENTS:
             if client.peer is not None:
                 self.run_of.pop(client.peer, None)
+            self.departed[client.run] = self.now + self.times.client_lease
             self.log(logging.INFO, f"client {why}")
 
     # --- who is there: workers
@@ -928,7 +965,8 @@ class Broker(Machine):
         elif self.name in fields.get("below", ()):
             if self.session is None:
                 raise ProtocolError("we cannot be below you: we have no broker above us")
-            self.refuse_loop()
+            # it is not let in; if it is really above us, it will see that from this answer
+            self.say(WORKERS, peer, "", "OK", self.state_for_worker())
         elif fields.get("depth", 0) + len(self.above) + 1 > MAX_DEPTH:
             raise ProtocolError(f"chain of more than {MAX_DEPTH} brokers")
         elif "join" in fields:
@@ -940,7 +978,7 @@ class Broker(Machine):
             self.say(WORKERS, peer, "", "OK", self.state_for_worker())
 
     def refuse_loop(self) -> None:
-        """We have met ourselves above or below: whoever chained us made a mistake."""
+        """We have met ourselves above us: whoever chained us made a mistake."""
         self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
                                 "correct --upstream")
         self.effects.append(Exit(2))
@@ -951,7 +989,8 @@ class Broker(Machine):
         return link == BROKER or peer in self.workers and not self.workers[peer].plain
 
     def state_for_worker(self) -> Fields:
-        return dict(self.state_of_cloud(), above=[self.name] + self.above)
+        return dict(self.state_of_cloud(), above=[self.name] + self.above,
+                    patience=self.times.worker_expiry)
 
     def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
         if worker is None:
@@ -986,6 +1025,8 @@ class Broker(Machine):
         if known is not None and (known.plain or known.name != name):
             raise ProtocolError("READY with a name other than before")
         worker = self.named.get(name)
+        if worker is not None and message.fields["join"] <= worker.join:
+            return  # was under way for long, on an older connection
         if worker is None:
             worker = self.named[name] = WorkerLink(peer, name, False)
             self.log(logging.INFO, f"worker {printable(name)} joined")
@@ -995,7 +1036,7 @@ class Broker(Machine):
             self.slots += worker.slots
         else:
             self.workers.pop(worker.peer, None)
-        worker.peer = peer
+        worker.peer, worker.join = peer, message.fields["join"]
         self.workers[peer] = worker
         self.crew_changed = True
         self.heard(WORKERS, peer)
@@ -1030,26 +1071,30 @@ class Broker(Machine):
     def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
         """Believe a worker that it has this attempt; None if it is not wanted there."""
         run, id, attempt = key
-        if run.startswith(PLAIN) and run not in self.clients and not self.session:
-            return None
         client = self.clients.get(run)
-        if client is None:  # of a time before us: its client may still come back
+        if client is None:
+            if run in self.departed or (run.startswith(PLAIN) and not self.session):
+                return None
+            # of a time before us: its client may still come back
             client = self.require_client(run, BROKER if self.session else CLIENTS, None)
         task = client.tasks.get(id)
+        if task is not None and not task.line and task.attempt < attempt:
+            self.drop([task])  # both are of a time before us: the later one counts
+            task = None
         if task is None:
+            if not client.may_want(id):
+                return None
             task = client.tasks[id] = Task(client, id, attempt, b"")
-        if task.attempt != attempt:
+        holder = task.worker
+        if task.attempt != attempt or holder not in (None, worker) and holder and holder.peer:
             return None
         if task.worker is worker and task.state == DELIVERED:
             return task
-        if task.worker is worker or task.worker is None or task.worker.peer is None:
-            fresh = task.state != RUNNING
-            if task.state != DELIVERED or task.worker is not worker:
-                self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
-            if fresh:
-                self.tell_queued(task)
-            return task
-        return None
+        fresh = task.state != RUNNING
+        self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
+        if fresh:
+            self.tell_queued(task)
+        return task
 
     def on_worker_bye(self, message: Message) -> None:
         worker = self.workers.get(message.peer)
@@ -1107,8 +1152,8 @@ class Broker(Machine):
         client = self.client_of(message)
         if client is None:
             return
-        if len(message.line) > 2 * MAX_COMMAND:  # room for id, attempt and escapes
-            raise ProtocolError(f"a command is at most {MAX_COMMAND} bytes")
+        if len(message.line) > MAX_COMMAND:
+            raise ProtocolError(f"a command is at most {MAX_COMMAND} bytes of JSON")
         if client.plain:
             client.last_id += 1
             task = Task(client, client.last_id, 1, message.line)
@@ -1118,6 +1163,7 @@ class Broker(Machine):
         if "id" not in message.fields or "attempt" not in message.fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
         id, attempt = message.fields["id"], message.fields["attempt"]
+        client.announced.discard(id)
         known = client.tasks.get(id)
         if known is not None and known.attempt == attempt:
             self.remind(known)
@@ -1266,6 +1312,16 @@ class Broker(Machine):
             self.rank(old)
         if state == GONE:
             task.client.tasks.pop(task.id, None)
+            self.charge(task, 0)
+
+    def charge(self, task: Task, cost: int) -> None:
+        """A client that does not take its results gets no more commands run, so that they
+        fill neither our memory nor its workers' disks."""
+        client = task.client
+        client.owed += cost - task.cost
+        task.cost = cost
+        if client.waiting or client.retries:
+            self.take_turn(client)
 
     def rank(self, worker: WorkerLink) -> None:
         """Enter the worker into the ranking as it is now; its older entries become void."""
@@ -1302,7 +1358,7 @@ class Broker(Machine):
         while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
             tasks = client.next_tasks()
-            if not tasks:
+            if not tasks or client.owed >= CREDIT:
                 self.turns.popleft()
                 client.in_turn = False
                 continue
@@ -1404,9 +1460,12 @@ class Broker(Machine):
                 task.result = encode("RESULT", dict(
                     fields, id=task.id, attempt=task.attempt, worker=worker.name))
                 self.move(task, DELIVERED, None)
+                self.charge(task, len(task.result))
                 self.tell_line(task, task.result)
             else:
                 self.move(task, DELIVERED, worker)
+                spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
+                self.charge(task, len(message.line) + spooled)
                 self.tell_line(task, message.line)
 
     def on_chunk(self, message: Message) -> None:
@@ -1491,6 +1550,8 @@ class Broker(Machine):
         self.expire_silent()
         for name in [name for name, until in self.away.items() if until <= now]:
             self.forget_worker(self.named[name], "is gone", CRASH)
+        for run in [run for run, until in self.departed.items() if until <= now]:
+            del self.departed[run]
         while self.unconfirmed and self.unconfirmed[0][1] <= now:
             task, until = self.unconfirmed.popleft()
             if self.still_unconfirmed(task, until):
@@ -1529,11 +1590,27 @@ class Broker(Machine):
                 self.forget_worker(worker, silence, CRASH)
         for client in self.silent(self.clients_seen, self.times.client_lease):
             above = client.link == BROKER and client.tasks and self.session \
-                and self.session.joined
+                and self.session.heard_at + self.times.client_lease > self.now
             if above or (client.plain and client.peer is not None):  # these have no heartbeat
                 self.see(self.clients_seen, client)
             else:
                 self.forget_client(client, silence)
+
+    def overslept(self, gap: Seconds) -> None:
+        """The silence was ours, not theirs: all deadlines of others move."""
+        for worker in self.workers_seen:
+            self.workers_seen[worker] += gap
+        for client in self.clients_seen:
+            self.clients_seen[client] += gap
+        for name in self.away:
+            self.away[name] += gap
+        for task in [task for task, until in self.unconfirmed if self.still_unconfirmed(task, until)]:
+            task.until += gap
+        self.unconfirmed = deque((task, task.until) for task, until in self.unconfirmed
+                                 if self.still_unconfirmed(task, until + gap))
+        for task in self.limbo.values():
+            task.until += gap
+        self.limbo_until += gap
 
     def silent(self, seen: OrderedDict[Any, Seconds], patience: Seconds) -> List[Any]:
         """Those who gave no sign of life for this long."""
@@ -1546,6 +1623,7 @@ class Broker(Machine):
 
     def deadline(self) -> Seconds:
         due = [self.limbo_until, *self.away.values()]
+        due += itertools.islice(self.departed.values(), 1)
         for seen, patience in ((self.workers_seen, self.times.worker_expiry),
                                (self.clients_seen, self.times.client_lease)):
             due += [when + patience for when in itertools.islice(seen.values(), 1)]
@@ -1738,7 +1816,9 @@ class Output:
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to that many bytes; fewer only at the end."""
-        size = max(0, min(size, self.size - offset))
+        size = min(size, self.size - offset)
+        if size <= 0:
+            return b""
         if self.file is None:
             return bytes(self.head[offset:offset + size])
         self.file.seek(offset)
@@ -1773,7 +1853,8 @@ class Job:
         self.cwd: Optional[str] = fields.get("cwd")
         self.timeout: Seconds = fields.get("timeout", 0)  # 0: none
         self.limit: int = fields.get("limit", 0)  # bytes of output, 0: none
-        self.cut: int = fields.get("cut", 0)  # 0, or how many go inline and no others at all
+        # 0, or how many go inline and no others at all; they must fit in a frame
+        self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
         self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
         self.until: Seconds = math.inf  # when its timeout is over
         self.killed = False  # was told to end
@@ -1957,6 +2038,8 @@ class Worker(Member):
         job = self.jobs.get(key)
         if job is None or job.ending is None:
             self.tell_lost(key, "unknown to the worker")
+            return
+        if len(self.bulk) >= MAX_BULK:  # no client of ours asks for so much at once
             return
         data = job.ending.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": fields["offset"]})
@@ -2174,8 +2257,14 @@ class Runner:
         if len(self.threads) < self.slots:
             thread = threading.Thread(target=self.work, daemon=True, name="slot",
                                       args=(len(self.threads) + 1,))
-            self.threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+                self.threads.append(thread)
+            except RuntimeError as error:  # no more threads: those that there are must do
+                if not self.threads:
+                    self.tell(job, Ending(NOT_RUN, 0.0, time.time(), Output(), reason=str(error),
+                                          unable=True))
+                    return
         self.todo.put(job)
 
     def kill(self, job: Job, hard: bool) -> None:
@@ -2324,12 +2413,16 @@ class Runner:
         if leader >= 0:
             poller.register(leader, select.POLLIN)
         open_pipe, until = True, math.inf
-        while until == math.inf or (open_pipe and time.monotonic() < until):
+        late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
+        while until == math.inf or (open_pipe and late):
+            late -= time.monotonic() >= until
             if until < math.inf:
                 patience = max(0.0, until - time.monotonic()) * 1000
             else:
                 patience = -1 if leader >= 0 else 20
             events = dict(poller.poll(patience))
+            if not events and time.monotonic() >= until:
+                break
             if pipe in events:
                 data = os.read(pipe, 65536)
                 if data:
@@ -2540,9 +2633,9 @@ class Client(Member):
         while self.backlog and self.session.joined and len(self.window) < WINDOW:
             entry = self.backlog.popleft()
             self.window[entry.id] = entry
-            if len(to_bytes(entry.cmd + entry.cwd)) > MAX_COMMAND:
+            if len(encode("", {"cmd": entry.cmd, "cwd": entry.cwd})) > MAX_COMMAND - OTHER_FIELDS:
                 self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
-                                    f"a command is at most {MAX_COMMAND} bytes"}, b"")
+                                    f"a command is at most {MAX_COMMAND} bytes of JSON"}, b"")
             else:
                 self.submit(entry)
         if self.release_at < math.inf and (self.input_ended or self.release_at <= self.now):
@@ -2918,7 +3011,8 @@ class Reporter:
 
 def complain(text: str) -> None:
     """One line to the person at the terminal."""
-    print(f"testcloud: {text}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed: and print() would take stdout
+        print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
 # === Sockets ==========================================================================
@@ -2931,6 +3025,8 @@ def complain(text: str) -> None:
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 MAX_LATE = 500  # frames kept for a peer that does not read, beside the 1,000 in libzmq
+OVERSLEPT: Seconds = 1.0  # later than that we are not slow, but were stopped
+LONGEST_WAIT: Seconds = 3600.0  # for poll(), which counts milliseconds in 32 bits
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 
 
@@ -2958,10 +3054,15 @@ def parse_address(text: str, port: int, listen: bool = False) -> str:
     `port` stands in for one that is not given; only to listen may the host be * and the port
     0. Raises UsageError.
     """
+    if "\0" in text or to_bytes(text).decode(errors="replace") != text:
+        raise UsageError(f"cannot read address {printable(text)!r}: it is no UTF-8 text")
     if text.startswith("ipc://"):
         if not 6 < len(os.fsencode(text)) <= 6 + IPC_PATH_MAX:
             raise UsageError(f"cannot use {text!r}: the path has 1 to {IPC_PATH_MAX} bytes")
         return text
+    scheme, found, _ = text.partition("://")
+    if found and scheme != "tcp":
+        raise UsageError(f"cannot use {text!r}: an address begins with tcp:// or ipc://, or neither")
     host = text[6:] if text.startswith("tcp://") else text
     number = str(port)
     if host.startswith("["):
@@ -2973,7 +3074,7 @@ def parse_address(text: str, port: int, listen: bool = False) -> str:
     odd = not host.isascii() or "/" in host or " " in host
     if not host or odd or ":" in host and not host.startswith("["):
         raise UsageError(f"cannot read address {text!r}: write tcp://host:port, host:port, host "
-                         f"or ipc://path")
+                         f"or ipc://path; IPv6 as [::1]:port")
     if not (number.isascii() and number.isdigit() and int(number) < 65536):
         raise UsageError(f"cannot read the port in {text!r}: it is a number from 0 to 65535")
     if not listen and (host == "*" or int(number) == 0):
@@ -2989,7 +3090,7 @@ def split_tcp(address: str) -> Tuple[str, int]:
 
 
 def resolve(address: str) -> str:
-    """The endpoint with its host name looked up, for binding. Raises SetupError."""
+    """The endpoint with its host name looked up. Raises SetupError."""
     if not address.startswith("tcp://"):
         return address
     host, port = split_tcp(address)
@@ -3124,11 +3225,12 @@ class Loop:
         """One round: wait until something is due, and hand it to the machines."""
         due = min([node.machine.deadline() for node in self.nodes]
                   + [link.retry_at for link in self.sockets])
-        patience = None
-        if due < math.inf:
-            patience = max(0, math.ceil((due - time.monotonic()) * 1000))
+        patience = max(0, math.ceil(min(due - time.monotonic(), LONGEST_WAIT) * 1000))
         ready = dict(self.poller.poll(patience))
         now = time.monotonic()
+        if now > due + OVERSLEPT:
+            for node in self.nodes:
+                node.machine.overslept(now - due)
         for file, reader in self.files.items():
             if file in ready:
                 reader(now)
@@ -3199,6 +3301,7 @@ class SocketLink:
         loop.sockets.append(self)
 
     def open(self, kind: int, events: int) -> None:
+        ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
@@ -3207,7 +3310,7 @@ class SocketLink:
         sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
         sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
         sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-        if "[" in self.address:
+        if ipv6:
             sock.setsockopt(zmq.IPV6, 1)
         self.monitor = sock.get_monitor_socket(events)
         self.loop.poller.register(sock, zmq.POLLIN)
@@ -3287,17 +3390,20 @@ class RouterLink(SocketLink):
     """A broker's link to its clients, or to its workers.
 
     That a peer is gone shows in two ways: sending to it fails, or the monitor tells that
-    its connection's descriptor was closed. So we note the descriptor of every peer. A plain
-    peer may choose its own routing id, and come back with it before we know that its last
-    connection has ended: the new one takes over.
+    its connection's descriptor was closed. So we note the descriptor of every peer. The
+    monitor tells of openings and closings in their order, an opening always before the first
+    message, a closing mostly after the last: so it is read before the messages are, and
+    closings count after them. A plain peer may choose its own routing id, and come back with it before
+    we know that its last connection has ended: the new one takes over.
     """
 
     def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
         super().__init__(loop, node, name, address)
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
-        self.reused: Dict[int, int] = {}  # descriptors: how many closings are known already
-        self.open(zmq.ROUTER, zmq.EVENT_DISCONNECTED)
+        self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
+        self.bound = False
+        self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
         self.socket.setsockopt(zmq.BACKLOG, 4096)
@@ -3317,11 +3423,12 @@ class RouterLink(SocketLink):
                    else "is that an address of this machine, and may you use it?")
             raise SetupError(f"cannot listen on {self.address} ({os.strerror(error.errno or 0)}): "
                              + fix) from None
+        self.bound = True
         self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
 
     def close(self, linger: int) -> None:
         super().close(linger)
-        if self.address.startswith("ipc://"):  # libzmq leaves it there
+        if self.bound and self.address.startswith("ipc://"):  # libzmq leaves it there
             with contextlib.suppress(OSError):
                 os.unlink(self.address[6:])
 
@@ -3335,11 +3442,13 @@ class RouterLink(SocketLink):
             return True
 
     def receive(self, now: Seconds) -> None:
+        self.news += self.events()
         for _ in range(DRAIN):
             try:
                 peer = self.socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                break
+                self.act_on_news(now)
+                return
             if peer in self.known and peer[:1] == b"\0":  # libzmq gave it: it is unique
                 first = self.socket.recv()
             else:
@@ -3347,11 +3456,13 @@ class RouterLink(SocketLink):
                 self.meet(peer, frame, now)
                 first = frame.bytes
             self.hand_over(peer, self.rest(first), now)
-        self.note_closed(now)
 
-    def note_closed(self, now: Seconds) -> None:
-        for _, descriptor in self.events():
-            self.closed(descriptor, now)
+    def act_on_news(self, now: Seconds) -> None:
+        """All messages are read: those whose connection was closed are gone."""
+        news, self.news = self.news, []
+        for event, descriptor in news:
+            if event == zmq.EVENT_DISCONNECTED and descriptor in self.peers:
+                self.gone(self.peers[descriptor], now)
 
     def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
         """Note the descriptor of a peer's connection, if it is new."""
@@ -3363,18 +3474,15 @@ class RouterLink(SocketLink):
             return
         if peer in self.known:  # another connection has taken over
             self.gone(peer, now)
-        if descriptor in self.peers:  # that connection's end has not been told to us yet
+        if descriptor in self.peers:  # that of a connection that has ended
             self.gone(self.peers[descriptor], now)
-            self.reused[descriptor] = self.reused.get(descriptor, 0) + 1
+        self.news += self.events()
+        about = [at for at, (_, which) in enumerate(self.news) if which == descriptor]
+        opened = [at for at in about if self.news[at][0] == zmq.EVENT_ACCEPTED]
+        old = {at for at in about if opened and at <= opened[-1]}  # about connections before
+        self.news = [row for at, row in enumerate(self.news) if at not in old]
         self.peers[descriptor] = peer
         self.known[peer] = descriptor
-
-    def closed(self, descriptor: int, now: Seconds) -> None:
-        """The connection with this descriptor has ended."""
-        if self.reused.get(descriptor):
-            self.reused[descriptor] -= 1
-        elif descriptor in self.peers:
-            self.gone(self.peers[descriptor], now)
 
     def gone(self, peer: Peer, now: Seconds) -> None:
         self.peers.pop(self.known.pop(peer, -1), None)
@@ -3389,9 +3497,7 @@ class RouterLink(SocketLink):
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            now = time.monotonic()
-            self.note_closed(now)  # the monitor may know more exactly whose connection it was
-            self.gone(frame.peer, now)
+            self.gone(frame.peer, time.monotonic())
         return True
 
 
@@ -3621,8 +3727,13 @@ def incarnation() -> str:
 
 
 def announce(text: str) -> None:
-    """A line that scripts wait for."""
-    print(text, flush=True)
+    """A line that scripts wait for. Raises SetupError."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise SetupError(f"cannot write to stdout ({error.strerror})") from None
 
 
 def run_broker(settings: argparse.Namespace) -> int:
@@ -3748,8 +3859,8 @@ class Reader:
 
 def run_locally(loop: Loop, client: Client, slots: int, times: Times, adopting: bool) -> Runner:
     """Put broker and worker into the client's own process."""
-    patient = times._replace(queued_timeout=math.inf, worker_expiry=math.inf,
-                             client_lease=math.inf)  # a blocked stdout stops all three alike
+    ever = 1e9  # seconds: a stopped process stops all three alike
+    patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
     broker = Broker("local", patient, now=time.monotonic())
     worker = Worker(incarnation(), slots, host=socket.gethostname(), times=times)
     node, runner = attach_runner(loop, worker, adopting)
