@@ -100,6 +100,7 @@ from typing import (
     Callable,
     Deque,
     Dict,
+    Iterable,
     Iterator,
     List,
     NamedTuple,
@@ -154,6 +155,7 @@ READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
+LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
@@ -606,6 +608,7 @@ class Session:
         """An OK has come; true if it makes us joined."""
         if "patience" in fields:  # of the broker: we must not be silent for longer
             self.interval = min(self.times.ready_interval, fields["patience"] / 3)
+            self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
         if self.joined or not self.number or fields.get("join") != self.number:
             return False
         self.joined = self.up = True
@@ -2598,6 +2601,9 @@ class Client(Member):
             fields.update(unreported=list(self.window), host=self.host, version=__version__)
         return fields
 
+    def accepts(self, link: str, verb: str) -> bool:
+        return self.session.accepts(verb) and not self.left
+
     # --- commands out
 
     def add(self, cmd: str, cwd: str) -> None:
@@ -2793,6 +2799,8 @@ class Client(Member):
 
     def tick(self, now: Seconds) -> None:
         self.now = now
+        if self.left:
+            return
         self.session.tick(now)
         if self.fetching and self.fetching[0].due <= now:
             self.fetch_again()
@@ -2816,6 +2824,8 @@ class Client(Member):
         return ""
 
     def deadline(self) -> Seconds:
+        if self.left:
+            return math.inf
         due = self.fetching[0].due if self.fetching else math.inf
         release = math.inf if self.released else self.release_at
         return min(self.session.next_greeting, due, release, self.leave_at, self.watch.deadline())
@@ -2849,7 +2859,8 @@ class Client(Member):
 #
 # What the person at the client's terminal sees: the seed's transcript on stdout, all that
 # concerns the run's own troubles on stderr. The outputs are kept in unlinked files until
-# the end, because the result hash takes the commands in byte order, not as they come.
+# the end, because the result hash takes the commands in byte order, not as they come; and
+# because whoever reads our stdout may take its time: a thread of its own writes it.
 
 STYLES = {  # SGR codes of the seed's colours
     "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "time": "37",
@@ -2875,7 +2886,7 @@ class Tally:
         self.records: List[Record] = []
         # inline outputs and fetched ones: both kinds come in turns, each has to be in one piece
         self.files: Tuple[IO[bytes], IO[bytes]] = (
-            tempfile.TemporaryFile(), tempfile.TemporaryFile())
+            tempfile.TemporaryFile(buffering=0), tempfile.TemporaryFile(buffering=0))
         self.ends = [0, 0]  # bytes of each file that belong to records
         self.stored = 0  # bytes after that, of the output being fetched
 
@@ -2886,15 +2897,19 @@ class Tally:
     def store(self, offset: int, data: bytes) -> None:
         """The next part of the output being fetched; offset 0 begins another."""
         self.stored = offset + len(data)
-        self.files[1].seek(self.ends[1] + offset)
-        self.files[1].write(data)
+        self.put(1, self.ends[1] + offset, data)
+
+    def put(self, file: int, offset: int, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            done = os.pwrite(self.files[file].fileno(), rest, offset)
+            rest, offset = rest[done:], offset + done
 
     def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> Record:
         """A result with its output, or with what was stored if that is None."""
         file, size = (1, self.stored) if output is None else (0, len(output))
         if output:
-            self.files[0].seek(self.ends[0])
-            self.files[0].write(output)
+            self.put(0, self.ends[0], output)
         record = Record(cmd, exitcode, file, self.ends[file], size)
         self.ends[file] += size
         self.stored = 0
@@ -2902,11 +2917,10 @@ class Tally:
         return record
 
     def parts(self, record: Record) -> Iterator[bytes]:
-        """A record's output, piece by piece."""
-        file = self.files[record.file]
+        """A record's output, piece by piece. In any thread."""
+        file = self.files[record.file].fileno()
         for at in range(0, record.size, COPY):
-            file.seek(record.offset + at)
-            yield file.read(min(COPY, record.size - at))
+            yield os.pread(file, min(COPY, record.size - at), record.offset + at)
 
     def compare(self, a: Record, b: Record) -> int:
         """Which record's output comes first in byte order, -1, 0 or 1, as for sorting."""
@@ -2930,12 +2944,44 @@ class Tally:
         return total
 
 
-class Reporter:
-    """Prints the transcript."""
+class Writer:
+    """Writes the transcript to a descriptor, in a thread, for that may block for hours."""
 
-    def __init__(self, out: IO[bytes], colour: bool = False, brief: bool = False,
-                 fail_only: bool = False, slow: float = math.inf, verbose: bool = False) -> None:
-        self.out = out
+    def __init__(self, file: int, failed: Callable[[OSError], None]) -> None:
+        self.file = file
+        self.failed = failed  # called in the thread, as is what end() is given
+        self.ended: Callable[[], None] = lambda: None
+        self.items: queue.SimpleQueue[Optional[Iterable[bytes]]] = queue.SimpleQueue()
+        threading.Thread(target=self.write, daemon=True, name="stdout").start()
+
+    def put(self, item: Iterable[bytes]) -> None:
+        self.items.put(item)
+
+    def end(self, ended: Callable[[], None]) -> None:
+        """Nothing more will come; have this called when all is written."""
+        self.ended = ended
+        self.items.put(None)
+
+    def write(self) -> None:
+        try:
+            # not sys.stdout: its lock, held by this thread, would abort the exit of Python
+            with open(self.file, "wb", closefd=False) as out:
+                for item in iter(self.items.get, None):
+                    out.writelines(item)
+                    if self.items.empty():
+                        out.flush()
+            self.ended()
+        except OSError as error:
+            self.failed(error)
+
+
+class Reporter:
+    """Makes the transcript, in pieces for `put`: these are read later, in another thread."""
+
+    def __init__(self, put: Callable[[Iterable[bytes]], None], colour: bool = False,
+                 brief: bool = False, fail_only: bool = False, slow: float = math.inf,
+                 verbose: bool = False) -> None:
+        self.put = put
         self.colour = colour
         self.brief = brief
         self.fail_only = fail_only
@@ -2949,10 +2995,7 @@ class Reporter:
         return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
 
     def line(self, text: str) -> None:
-        self.out.write(to_bytes(text + "\n"))
-
-    def flush(self) -> None:
-        self.out.flush()
+        self.put([to_bytes(text + "\n")])
 
     def released(self, effect: Released) -> None:
         if effect.commands is None:
@@ -2982,19 +3025,18 @@ class Reporter:
             before = ", ".join(f"{code} on {printable(host)}" for code, host in entry.failures)
             self.line(f"testcloud: try {len(entry.failures) + 1}; exit codes before: {before}")
         if self.verbose:
-            self.flush()
             complain(f"{printable(entry.cmd)} ran on {printable(result.get('host', '?'))}, "
                      f"attempt {entry.attempt}")
         if not self.brief:
-            self.output(record)
+            self.put(self.output(record))
 
-    def output(self, record: Record) -> None:
+    def output(self, record: Record) -> Iterator[bytes]:
         """The output as it is, ended with a newline if it has none, and an empty line."""
         last = b"\n"
         for part in self.tally.parts(record):
-            self.out.write(part)
+            yield part
             last = part[-1:]
-        self.out.write(b"\n" if last == b"\n" else b"\n\n")
+        yield b"\n" if last == b"\n" else b"\n\n"
 
     def summary(self, complete: bool = True) -> None:
         spent = time.monotonic() - self.began
@@ -3897,21 +3939,27 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         raise SetupError("stdout is closed: there is nowhere to report to")
     client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname(),
                     Wishes(settings.timeout, settings.retries, settings.max_output))
-    reporter = Reporter(sys.stdout.buffer, use_colour(settings.color), settings.brief,
+    loop: Loop
+    writer = Writer(1, lambda error: loop.post(lambda now: fail(error)))
+    reporter = Reporter(writer.put, use_colour(settings.color), settings.brief,
                         settings.fail_only, settings.slow, settings.verbose)
     template = settings.template[1:] if settings.template[:1] == ["--"] else settings.template
+
+    def interrupt(status: int, now: Seconds) -> None:
+        if client.left:  # only the transcript is still being written
+            loop.exit(Exit(status))
+        else:
+            client.cancel(status, now)
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
         node = loop.add(client, {Released: reporter.released, Store: reporter.store,
                                  Report: reporter.report})
-        loop.on_signals(client.cancel, control)
-        loop.between.append(reporter.flush)
+        loop.on_signals(interrupt, control)
         if sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
         Reader(loop, client, template, working_directory(settings.cwd))
         stack.enter_context(stopping_when_unheard(loop, client))
         reporter.line(f"Connecting to {address}")
-        reporter.flush()
         if settings.local:
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
@@ -3921,8 +3969,19 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         if status not in (0, 1):
             say_what_is_missing(client, status)
         reporter.summary(complete=status in (0, 1))
-        reporter.flush()
-        return status
+        if status > 128:
+            written = threading.Event()
+            writer.end(written.set)
+            written.wait(LAST_WORDS)
+            return status
+        loop.status = None
+        writer.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
+        return loop.run()
+
+
+def fail(error: OSError) -> None:
+    """For the loop: what went wrong in another thread goes wrong here."""
+    raise error
 
 
 @contextlib.contextmanager
@@ -3931,7 +3990,8 @@ def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        client.leave(3)
+        if not client.left:
+            client.leave(3)
         loop.flush()
         if isinstance(error, BrokenPipeError):
             raise
