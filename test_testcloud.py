@@ -2686,6 +2686,19 @@ class Cloud:
             for pipe in (process.stdin, process.stdout):
                 if pipe:
                     pipe.close()
+        end = time.monotonic() + PATIENCE
+        while self.left_behind() and time.monotonic() < end:
+            time.sleep(0.01)
+        self.test.assertFalse(self.left_behind(), "processes that were left behind")
+
+    def left_behind(self):
+        """The pids of what runs in our directory."""
+        found = []
+        for entry in os.listdir("/proc") if os.path.exists("/proc/self/cwd") else ():
+            with contextlib.suppress(OSError):
+                if entry.isdigit() and os.readlink(f"/proc/{entry}/cwd") == self.dir:
+                    found.append(entry)
+        return found
 
     def start(self, *argv, **more):
         log = open(os.path.join(self.dir, f"log-{len(self.processes)}"), "wb")  # noqa: SIM115

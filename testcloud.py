@@ -2204,18 +2204,16 @@ def supervise(run: Callable[[int], int]) -> int:
 def bury_all() -> List[int]:
     """Kill all our children, and theirs as they become ours; those that would not die."""
     until = time.monotonic() + BURIAL
-    while True:
-        left = [pid for pid in children() if not bury(pid)]
-        if not left or time.monotonic() >= until:
-            return left
-        time.sleep(0.001)
-
-
-def bury(pid: int) -> bool:
-    """Kill a child of ours; whether it is gone, with no zombie left."""
-    with contextlib.suppress(OSError):
-        os.kill(pid, signal.SIGKILL)
-    return reaped(pid)
+    while time.monotonic() < until:
+        for pid in children():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
+        except ChildProcessError:  # none is left; that children() is empty would not say so
+            return []
+    return children()
 
 
 def reaped(pid: int) -> bool:
@@ -2381,12 +2379,15 @@ class Runner:
 
     def sweep(self) -> List[int]:
         """Reap the orphans that have ended, and kill those whose command has ended; returns
-        the latter, for they take a moment to die and may have children."""
+        the latter, for they take a moment to die and may leave orphans in their turn."""
         if not self.adopting:
             return []
         with self.lock:
             orphans = [pid for pid in children() if not reaped(pid)]
-            strays = [pid for pid in orphans if self.is_stray(pid) and not bury(pid)]
+            strays = [pid for pid in orphans if self.is_stray(pid)]
+            for pid in strays:
+                with contextlib.suppress(OSError):  # not ours to kill: it has become another user's
+                    os.kill(pid, signal.SIGKILL)
         return [pid for pid in strays if pid not in self.stuck]
 
     def is_stray(self, pid: int) -> bool:
