@@ -6,6 +6,7 @@ usage: pi.py N        (N: how many places, a positive integer)
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import os
 import sys
 from math import isqrt
 
@@ -44,7 +45,7 @@ def pi_text(places: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The program: 0 and pi on stdout, or 2 and one line on stderr."""
+    """The program: 0 and pi on stdout; 2 (wrong usage) or 1 and one line on stderr."""
     text = argv[1] if len(argv) == 2 else ""
     places = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     if places < 1:
@@ -52,7 +53,12 @@ def main(argv: list[str]) -> int:
         return 2
     if hasattr(sys, "set_int_max_str_digits"):  # Python's guard against long inputs
         sys.set_int_max_str_digits(0)
-    print(pi_text(places))
+    try:
+        print(pi_text(places), flush=True)
+    except OSError as error:
+        print(f"pi.py: cannot write the result: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for Python's own flush at the end
+        return 1
     return 0
 
 

@@ -692,6 +692,10 @@ class Member(Machine):
         if self.session.joined:
             self.session.join(self.now)
 
+    def on_error(self, message: Message) -> None:
+        if self.session.joined:  # otherwise the watch says what may be wrong, and what to do
+            super().on_error(message)
+
 
 # === Tasks ============================================================================
 #
@@ -2820,8 +2824,8 @@ class Client(Member):
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
         if self.window and not self.accepted and not self.fetching:
-            return (f"waiting for a free slot: all {self.slots} are busy with the commands of "
-                    f"others, or the broker has just been started")
+            return (f"waiting for a free slot: all {self.slots} are busy, or the broker has just been "
+                    f"started")
         return ""
 
     def deadline(self) -> Seconds:
@@ -3405,6 +3409,7 @@ class SocketLink:
     def give_up(self, peer: Peer) -> None:
         """It does not read what we send: forget it; if it wakes up it will join again."""
         del self.late[peer]
+        logging.info("a peer of the link to %s does not read what we send: forgotten", self.name)
         self.node.machine.disconnected(self.name, peer, time.monotonic())
 
     def retry(self, now: Seconds) -> None:
