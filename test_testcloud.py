@@ -1443,7 +1443,7 @@ class World:
             return
         r = self.r
         actor = r.choice(list(self.actors.values()))
-        kinds = ["crash", "pause", "cut", "cut", "swallow"]
+        kinds = ["crash", "pause", "cut", "cut", "swallow", "freeze"]
         kind = r.choice(self.faults or kinds)
         if kind == "crash broker":
             kind, actor = "crash", self.actors["b0"]
@@ -1468,6 +1468,11 @@ class World:
             self.say(actor.name, "speaks into the void")
             self.seen["swallow"] += 1
             actor.wire.swallow = r.choice([[True, True], [True, False], [False, True]])
+        elif kind == "freeze" and actor.wire is not None:
+            self.say(actor.name, "is cut off for a while, and then heard late")
+            self.seen["freeze"] += 1
+            for way in r.choice([[0, 1], [0], [1]]):
+                actor.wire.last[way] = max(actor.wire.last[way], self.now + r.random() * 40)
         elif kind == "interrupt" and actor.name[0] == "c":
             self.seen["interrupt"] += 1
             self.do(actor, actor.generation, lambda m: m.cancel(130, self.now))
@@ -1596,8 +1601,8 @@ class SimulationTest(unittest.TestCase):
             seeds = self.FAILED_ONCE + [fresh + n for n in range(self.SEEDS)]
         seen = self.worlds(None, seeds)
         if len(seeds) > 50:
-            for thing in ("crash b", "crash w", "pause", "cut", "swallow", "swallowed", "late",
-                          "fetched", "reconnect", "restarted"):
+            for thing in ("crash b", "crash w", "pause", "cut", "swallow", "swallowed", "freeze",
+                          "late", "fetched", "reconnect", "restarted"):
                 self.assertGreater(seen[thing], 0, thing)
 
     def test_interrupted_clients(self):
