@@ -428,6 +428,17 @@ class BrokerTest(unittest.TestCase):
         d.quiet()
         self.assertFalse(d.broker.workers or d.broker.named)
 
+    def test_a_worker_that_dies_before_it_confirms_may_have_been_killed_by_the_command(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"w", "{")
+        d.gone(WORKERS, b"w")
+        d.expect(b"c", "OK", slots=0)
+        d.wait(1.0)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
+
     def test_ready_keeps_a_worker_and_is_answered_with_ok(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -894,6 +905,18 @@ class PlainPeersTest(unittest.TestCase):
         d.worker(b"W", 'READY {"name":"W","join":1}')
         d.expect(b"W", "ERROR")
         self.assertEqual(len(d.broker.workers), 1)
+
+    def test_large_output_of_a_plain_worker_is_cut_with_a_mark_too(self):
+        for size in (tc.PLAIN_INLINE, tc.PLAIN_INLINE + 1000, tc.MAX_RESULT - 1000, tc.MAX_RESULT):
+            d = Desk()
+            d.worker(b"W", "READY")
+            d.expect(b"W", "OK")
+            d.client(b"C", '{"cmd":"x"}')
+            token, _ = d.expect(b"W", "{")
+            d.worker(b"W", tc.encode("RESULT", {"exitcode": 0, "stdout": "x" * size}), token)
+            stdout = json.loads(d.expect(b"C", "RESULT")[1][7:])["stdout"]
+            mark = tc.cut_mark(tc.PLAIN_INLINE, size) if size > tc.PLAIN_INLINE else ""
+            self.assertEqual(stdout, "x" * tc.PLAIN_INLINE + mark)
 
     def test_large_output_is_cut_with_a_mark(self):
         d = self.desk
@@ -1740,6 +1763,7 @@ class WorkerTest(unittest.TestCase):
         for _ in range(5):
             b.wait(2.0)
             b.expect("READY", join=None)
+        self.assertIn("does not answer", b.effect(tc.Notice).text)
         b.wait(2.0)
         b.effect(tc.Reconnect)
         self.assertFalse(b.lines)
@@ -2444,6 +2468,8 @@ class ClientTest(unittest.TestCase):
         self.assertIn("over", b.effect(tc.Notice).text)
         b.wait(0.5)
         self.assertFalse(b.effects)
+        b.wait(5.0)
+        self.assertIn("does not answer", b.effect(tc.Notice).text)
 
 
 # === Reporting ========================================================================
@@ -2611,6 +2637,12 @@ class CommandLineTest(unittest.TestCase):
         rows = {row.names[0][2:].replace("-", "_") for _, rows in tc.OPTIONS.values() for row in rows
                 if row.names[0].startswith("--")}
         self.assertLessEqual(set(tc.Times._fields), rows)
+
+    def test_of_lines_too_long_for_a_command_only_the_beginning_is_read(self):
+        limit = tc.MAX_COMMAND + 1
+        data = b"a\n" + b"b" * (3 * limit) + b"\n" + b"c" * (limit - 1) + b"\n" + b"d" * limit
+        self.assertEqual([(line[:1], len(line)) for line in tc.short_lines(io.BytesIO(data))],
+                         [(b"a", 2), (b"b", limit), (b"c", limit), (b"d", limit)])
 
     def test_units(self):
         for text, wanted in (("500ms", 0.5), ("30s", 30), ("1.5", 1.5), ("5m", 300), ("2h", 7200),
@@ -3137,6 +3169,12 @@ class ProcessesTest(unittest.TestCase):
         second = self.cloud.start("broker", "--clients", ipc, "--workers", "127.0.0.1:0")
         self.assertEqual(second.wait(PATIENCE), 3)
         self.assertTrue(os.path.exists(ipc[6:]))  # it was not the second's to remove
+        precious = os.path.join(self.cloud.dir, "precious")
+        open(precious, "w").close()
+        third = self.cloud.start("broker", "--clients", "ipc://" + precious, "--workers", "127.0.0.1:0")
+        self.assertEqual(third.wait(PATIENCE), 3)
+        self.assertIn("no socket", self.cloud.err(third))
+        self.assertTrue(os.path.exists(precious))
         first.terminate()
         first.wait(PATIENCE)
         self.assertFalse(os.path.exists(ipc[6:]))

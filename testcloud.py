@@ -85,6 +85,7 @@ import select
 import shlex
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -1118,7 +1119,7 @@ class Broker(Machine):
         self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
             self.lose(task, f"worker {printable(worker.name)} {why}",
-                      fault if task.state == RUNNING else "")
+                      fault if task.state in BUSY else "")  # it may have died too soon for QUEUED
 
     def cut_off(self, worker: WorkerLink) -> None:
         """Its connection is of no use any more."""
@@ -1734,7 +1735,11 @@ def plain_workers_fields(message: Message) -> Fields:
 def plain_result(task: Task, fields: Fields) -> Fields:
     """A RESULT as plain clients know it, from any kind of worker's."""
     stdout = fields.get("stdout", "")
-    size, sent = fields.get("size", 0), len(to_bytes(stdout))
+    whole = to_bytes(stdout)
+    size, sent = max(fields.get("size", 0), len(whole)), len(whole)
+    if sent > PLAIN_INLINE + 100:  # as much as a mark, which may be there already
+        sent = PLAIN_INLINE
+        stdout = to_text(whole[:sent])
     if sent < size:
         stdout += cut_mark(sent, size)
     if fields.get("reason"):
@@ -2072,7 +2077,7 @@ class Worker(Member):
 
     def waits_for(self) -> str:
         if self.session.joined:
-            return ""
+            return broker_is_silent(self.address) if self.session.unanswered > 1 else ""
         return waiting_for_broker(self.session, self.address, "worker")
 
     def deadline(self) -> Seconds:
@@ -2118,6 +2123,11 @@ def waiting_for_broker(session: Session, address: str, role: str) -> str:
         return (f"waiting for an answer: something listens at {address}, but it does not answer "
                 f"as a broker does to a {role}; is that the port for {role}s?")
     return f"waiting: no broker at {address} (yet); start one with: testcloud.py broker"
+
+
+def broker_is_silent(address: str) -> str:
+    """What to say of one that does not answer any more, although the connection stands."""
+    return f"waiting: the broker at {address} does not answer; is it stopped, or its machine busy?"
 
 
 # === Running commands =================================================================
@@ -2820,6 +2830,8 @@ class Client(Member):
     def waits_for(self) -> str:
         if not self.session.joined:
             return waiting_for_broker(self.session, self.address, "client")
+        if self.session.unanswered > 1:
+            return broker_is_silent(self.address)
         if self.window and not self.slots:
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
@@ -3459,6 +3471,8 @@ class RouterLink(SocketLink):
 
     def bind(self) -> None:
         place = resolve(self.address)
+        if place.startswith("ipc://") and self.is_no_socket(place[6:]):
+            raise SetupError(f"cannot listen on {place}: there is something else, which is no socket")
         if place.startswith("ipc://") and self.somebody_listens(place[6:]):
             raise SetupError(f"Address already in use: is another broker running on {place}?")
         try:
@@ -3479,6 +3493,13 @@ class RouterLink(SocketLink):
         if self.bound and self.address.startswith("ipc://"):  # libzmq leaves it there
             with contextlib.suppress(OSError):
                 os.unlink(self.address[6:])
+
+    def is_no_socket(self, path: str) -> bool:
+        """Whether libzmq would take another thing's place: it removes whatever is there."""
+        try:
+            return not stat.S_ISSOCK(os.stat(path).st_mode)
+        except OSError:
+            return False
 
     def somebody_listens(self, path: str) -> bool:
         """Whether an ipc path is in use: libzmq would take it from its owner."""
@@ -3850,6 +3871,17 @@ def fill_template(template: List[str], line: str) -> str:
     return words.replace("{}", argument) if "{}" in words else f"{words} {argument}"
 
 
+def short_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file. Of one that is too long for a command only the beginning is given,
+    which is too long as well."""
+    limit = MAX_COMMAND + 1
+    for line in iter(lambda: file.readline(limit), b""):
+        rest = line
+        while len(rest) == limit and not rest.endswith(b"\n"):
+            rest = file.readline(limit)
+        yield line
+
+
 class Reader:
     """Reads commands from stdin in a thread, not too far ahead of the client."""
 
@@ -3869,7 +3901,7 @@ class Reader:
         try:
             # not sys.stdin: its lock, held by this thread, would abort the exit of Python
             with open(0, "rb", closefd=False) as stdin:
-                for line in stdin:
+                for line in short_lines(stdin):
                     text = to_text(line.rstrip(b"\r\n"))
                     if text.strip():
                         self.hand_over(text)
