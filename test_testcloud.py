@@ -2603,6 +2603,17 @@ class SocketsTest(unittest.TestCase):
                       tc.Frame(WORKERS, b"p", "r1", body, b"d")):
             self.assertEqual(tc.parse_frames(tc.frames_of(frame)), (frame.token, body, frame.data))
 
+    def test_a_signal_just_before_the_waiting_ends_it(self):
+        """Its Python handler may run only after the waiting: the system itself must end it."""
+        for number in tc.signals_to_handle():
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        with contextlib.closing(tc.Loop(sockets=False)) as loop:
+            loop.on_signals(lambda status, now: None)
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+            signal.raise_signal(signal.SIGTERM)
+            loop.add(tc.Machine(), {})
+            loop.wait()  # with nothing due
+
     def test_loopback(self):
         for address in ("tcp://127.0.0.1:5", "tcp://127.1.2.3:5", "tcp://[::1]:5", "ipc:///x"):
             self.assertTrue(tc.is_loopback(address))

@@ -2194,18 +2194,24 @@ def supervise(run: Callable[[int], int]) -> int:
                  "such processes may survive their command")
         return run(-1)
     control, signals = os.pipe()
+    # handlers would come too late for a signal just before waitpid(); so we take them one by one
+    awaited = {signal.SIGCHLD, *signals_to_handle()}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(signals)
         adopt_orphans()  # is not inherited
         return run(control)
     os.close(control)
-
-    def pass_on(number: int, _: Any) -> None:
-        with contextlib.suppress(OSError):  # it has just ended
-            os.write(signals, bytes([number]))
-    handle_signals(pass_on)
-    _, how = os.waitpid(child, 0)
+    pid, how = 0, 0
+    while pid != child:
+        number = signal.sigwait(awaited)
+        if number == signal.SIGCHLD:
+            pid, how = os.waitpid(child, os.WNOHANG)
+        else:
+            with contextlib.suppress(OSError):  # it has just ended
+                os.write(signals, bytes([number]))
     stuck = bury_all()
     if stuck:
         complain(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
@@ -2238,12 +2244,10 @@ def reaped(pid: int) -> bool:
         return True
 
 
-def handle_signals(handler: Callable[[int, Any], None]) -> None:
-    """Have Python call this on Ctrl-C, SIGTERM, and SIGHUP unless under nohup."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, handler)
+def signals_to_handle() -> Set[int]:
+    """Those of Ctrl-C, of kill, and of a terminal that closes, unless under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {signal.SIGHUP})
 
 
 class Runner:
@@ -3268,7 +3272,10 @@ class Loop:
                 act(number, next(passed_on), now)
             if not numbers:
                 self.exit(Exit(128 + signal.SIGKILL))
-        handle_signals(caught)
+        for number in signals_to_handle():
+            signal.signal(number, caught)
+        # one that comes when we are about to wait must end the waiting
+        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         if control >= 0:
             self.watch(control, from_supervisor)
 
@@ -3324,6 +3331,8 @@ class Loop:
             link.close(linger=1000)  # ms, for the last BYE
         if self.context is not None:
             self.context.term()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
         os.close(self.wake_in)
         os.close(self.wake_out)
 
