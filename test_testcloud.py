@@ -1193,6 +1193,9 @@ class World:
         self.actors = {}
         self.serial = 0
         self.starts = Counter()  # (run, id) > executions begun
+        self.attempts = set()  # (run, id, attempt) of all of them
+        self.given = Counter()  # (run, id) > how often a broker gave it to a worker
+        self.forgotten = set()  # runs whose lease a broker has ended
         self.live = {}  # (actor, generation, key) > event cancelled flag
         self.expected = {}  # (run, id) > (exitcode, output)
         self.reports = {}  # (run, id) > times
@@ -1224,9 +1227,13 @@ class World:
         if actor.paused_until > self.now:
             actor.inbox.append((generation, function))
             return
+        known = list(getattr(actor.machine, "clients", ()))
         function(actor.machine)
         if isinstance(actor.machine, tc.Broker):
             check_broker(actor.machine)
+            for run in set(known) - set(actor.machine.clients):
+                self.seen["forgotten"] += 1
+                self.forgotten.add(run)
         if last or self.r.random() < 0.7:
             self.settle(actor)
         else:
@@ -1261,6 +1268,9 @@ class World:
             if actor.wire is not None and actor.wire.open:
                 self.fly(actor.wire, 0, frame)
             return
+        for line in frame.body.split(b"\n") if frame.link == WORKERS else ():
+            if line.startswith(b"{"):
+                self.given[frame.token, tc.decode(line)[1]["id"]] += 1
         wire = actor.peers.get((frame.link, frame.peer))
         if wire is None or not wire.open:
             generation = actor.generation
@@ -1358,6 +1368,8 @@ class World:
         run, id, attempt = job.key
         self.starts[run, id] += 1
         self.say(actor.name, "starts", job.key)
+        assert job.key not in self.attempts or run in self.forgotten, f"{job.key} starts twice"
+        self.attempts.add(job.key)
         self.seen["restarted"] += self.starts[run, id] > 1
         assert actor.machine.running <= actor.machine.slots
         key = (actor.name, actor.generation, job.key)
@@ -1387,7 +1399,7 @@ class World:
         self.seen["fetched"] += effect.output is None
         if "reason" in effect.result:
             self.seen["poison"] += 1
-            assert self.starts[key] >= tc.Times().crash_limit, key
+            assert self.given[key] >= tc.Times().crash_limit, key
         else:
             assert (effect.result["exitcode"], output) == self.expected[key], key
             assert self.starts[key] >= 1
@@ -3302,8 +3314,8 @@ class LimitsTest(unittest.TestCase):
         status, out = self.cloud.client(broker, ["kill -9 $PPID; sleep 1000", "true"],
                                         "--crash-limit", "2")
         self.assertEqual(status, 1)
-        self.assertRegex(out, r"FAIL\(126\) kill -9 .*\ntestcloud: was running on 2 workers that were "
-                              r"lost, and is suspected")
+        self.assertRegex(out, r"FAIL\(126\) kill -9 .*\ntestcloud: 2 workers were lost while "
+                              r"they had it, and it is suspected")
         self.assertEqual(sum(worker.poll() is None for worker in workers), 1)
 
     @unittest.skipUnless(hasattr(os, "sched_getaffinity"), "not Linux")

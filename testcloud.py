@@ -173,7 +173,7 @@ class Times(NamedTuple):
     client_lease: Seconds = 30.0  # a laptop's short sleep is survived, a killed client is not
     lost_grace: Seconds = 1.0  # a broken connection is usually back after RECONNECT
     kill_grace: Seconds = 2.0  # between SIGTERM and SIGKILL
-    crash_limit: int = 3  # workers lost while running one command: it is poison, not unlucky
+    crash_limit: int = 3  # workers lost while they had one command: it is poison, not unlucky
 
 
 # === Messages =========================================================================
@@ -791,7 +791,7 @@ class Faults:
     __slots__ = ("crashes", "spawns")
 
     def __init__(self) -> None:
-        self.crashes = 0  # workers that were lost while running it
+        self.crashes = 0  # workers that were lost while they had it
         self.spawns = 0  # tries to start it that failed for want of something on the machine
 
     def count(self, fault: str, why: str, times: Times) -> str:
@@ -799,7 +799,7 @@ class Faults:
         self.crashes += fault == CRASH
         self.spawns += fault == SPAWN
         if self.crashes >= times.crash_limit:
-            return (f"was running on {self.crashes} workers that were lost, and is suspected to be "
+            return (f"{self.crashes} workers were lost while they had it, and it is suspected to be "
                     f"the cause; last: {why}")
         if self.spawns >= SPAWN_LIMIT:
             return f"could not be started, {self.spawns} times; last: {why}"
