@@ -1165,6 +1165,14 @@ class Actor:
         self.peers = {}  # (link, peer) > Wire, if it is a broker
         self.wants = None  # (broker's Actor, link) it connects to
         self.exited = None
+        self.rate = 1.0  # of its clock, seconds a second
+        self.offset = 0.0  # and what that shows when the world begins
+
+    def clock(self, now):
+        return self.offset + now * self.rate
+
+    def world_time(self, shown):
+        return (shown - self.offset) / self.rate
 
 
 class Wire:
@@ -1255,12 +1263,13 @@ class World:
             return
         due = machine.deadline()
         if due < 1e9:
-            self.at(due + 1e-6, lambda g=actor.generation: self.tick(actor, g))
+            self.at(actor.world_time(due) + 1e-6, lambda g=actor.generation: self.tick(actor, g))
 
     def tick(self, actor, generation):
         if actor.machine is not None and actor.generation == generation \
-                and actor.paused_until <= self.now and actor.machine.deadline() <= self.now:
-            self.do(actor, generation, lambda m: m.tick(self.now))
+                and actor.paused_until <= self.now \
+                and actor.machine.deadline() <= actor.clock(self.now):
+            self.do(actor, generation, lambda m: m.tick(actor.clock(self.now)))
 
     def send(self, actor, frame):
         self.say(actor.name, ">", frame.link, frame.peer.decode(), frame.token, frame.body[:150])
@@ -1275,7 +1284,7 @@ class World:
         if wire is None or not wire.open:
             generation = actor.generation
             self.after(0, lambda: self.do(actor, generation, lambda m: m.disconnected(
-                frame.link, frame.peer, self.now)))
+                frame.link, frame.peer, actor.clock(self.now))))
         else:
             self.fly(wire, 1, frame)
 
@@ -1299,7 +1308,7 @@ class World:
             return  # a DEALER that lost its connection hears nothing more from it
         self.seen["late"] += not wire.open
         self.do(actor, generation, lambda m: m.receive(
-            link, peer, frame.token, frame.body, frame.data, self.now))
+            link, peer, frame.token, frame.body, frame.data, actor.clock(self.now)))
 
     def connect(self, member):
         """A member's socket tries to connect to its broker."""
@@ -1315,7 +1324,8 @@ class World:
         wire = member.wire = Wire(member, hub, link, b"p%d" % self.serial)
         hub.peers[link, wire.peer] = wire
         self.after(0.001, lambda: wire.open and self.do(member, generation,
-                                                        lambda m: m.connected(BROKER, self.now)))
+                                                        lambda m: m.connected(
+                                                            BROKER, member.clock(self.now))))
 
     def cut(self, wire, tell_hub=True, tell_member=True):
         """Break a connection; what is under way is lost from some point on."""
@@ -1331,11 +1341,12 @@ class World:
         if tell_hub:
             self.after(self.r.random() * 0.2, lambda: self.do(hub, hub_generation, lambda m: (
                 hub.peers.pop((wire.link, wire.peer), None),
-                m.disconnected(wire.link, wire.peer, self.now))))
+                m.disconnected(wire.link, wire.peer, hub.clock(self.now)))))
         if member.wire is wire:
             member.wire = None
             if tell_member:
-                self.do(member, generation, lambda m: m.disconnected(BROKER, b"", self.now))
+                self.do(member, generation, lambda m: m.disconnected(
+                    BROKER, b"", member.clock(self.now)))
             self.after(self.r.random() * 1.0, lambda: member.generation == generation
                        and member.wire is None and self.connect(member))
 
@@ -1388,7 +1399,8 @@ class World:
         """A process has ended; its worker hears of it as soon as it listens."""
         right = self.expected.get(job.key[:2], (0, b""))
         exitcode, output = right if code is None else (code, b"killed")
-        self.do(actor, generation, lambda m: m.finished(job, ending(exitcode, output), self.now))
+        self.do(actor, generation, lambda m: m.finished(job, ending(exitcode, output),
+                                                       actor.clock(self.now)))
 
     def report(self, actor, effect):
         key = (actor.machine.run, effect.entry.id)
@@ -1418,7 +1430,10 @@ class World:
         for n in range(r.randint(1, 3)):
             client = self.add(f"c{n}", (r.choice(brokers[:1] * 3 + brokers), CLIENTS))
             client.count = r.randint(1, 25)
+        skewed = self.faults is None and r.random() < 0.5
         for actor in self.actors.values():
+            if skewed:
+                actor.rate, actor.offset = r.uniform(0.8, 1.2), r.uniform(0, 1e6)
             self.after(r.random() * r.choice([0.1, 5.0]), lambda a=actor: self.begin(a))
 
     def add(self, name, wants=None):
@@ -1435,7 +1450,8 @@ class World:
         name = f"{actor.name}.{actor.generation}"
         self.say(name, "begins")
         if actor.name[0] == "b":
-            actor.machine = tc.Broker(name, self.times, actor.wants is not None, self.now)
+            actor.machine = tc.Broker(name, self.times, actor.wants is not None,
+                                      actor.clock(self.now))
         elif actor.name[0] == "w":
             actor.machine = tc.Worker(name, actor.slots, times=self.times)
         else:
@@ -1443,7 +1459,8 @@ class World:
             for _ in range(actor.count):
                 self.after(self.r.random() * 20, lambda: self.add_command(actor))
             self.at(self.now + 20, lambda: self.do(actor, actor.generation,
-                                                   lambda m: m.end_input(self.now)))
+                                                   lambda m: m.end_input(
+                                                       actor.clock(self.now))))
         self.connect(actor)
         self.settle(actor)
 
@@ -1455,7 +1472,7 @@ class World:
             machine.add("cmd", "/")
             self.expected[machine.run, machine.total] = (
                 self.r.choice([0, 0, 1]), os.urandom(0) + bytes(self.r.choices(b"ab\xff", k=size)))
-            machine.now = self.now
+            machine.now = actor.clock(self.now)
             machine.settle()
         self.do(actor, actor.generation, add)
 
@@ -1510,7 +1527,7 @@ class World:
                 actor.wire.last[way] = max(actor.wire.last[way], self.now + r.random() * 40)
         elif kind == "interrupt" and actor.name[0] == "c":
             self.seen["interrupt"] += 1
-            self.do(actor, actor.generation, lambda m: m.cancel(130, self.now))
+            self.do(actor, actor.generation, lambda m: m.cancel(130, actor.clock(self.now)))
         self.after(r.expovariate(1 / 3.0), self.misfortune)
 
     def pause(self, actor, duration):
@@ -1525,7 +1542,7 @@ class World:
             inbox, actor.inbox = actor.inbox, []
             for then, function in inbox:
                 self.do(actor, then, function)
-            self.do(actor, generation, lambda m: m.tick(self.now))
+            self.do(actor, generation, lambda m: m.tick(actor.clock(self.now)))
         self.after(duration, resume)
 
     def heal(self):
