@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 from collections import Counter, deque
 from unittest import mock
@@ -1203,7 +1204,7 @@ class World:
         self.starts = Counter()  # (run, id) > executions begun
         self.attempts = set()  # (run, id, attempt) of all of them
         self.given = Counter()  # (run, id) > how often a broker gave it to a worker
-        self.forgotten = set()  # runs whose lease a broker has ended
+        self.forgotten = set()  # runs whose lease a broker has ended, or that it took with it
         self.live = {}  # (actor, generation, key) > event cancelled flag
         self.expected = {}  # (run, id) > (exitcode, output)
         self.reports = {}  # (run, id) > times
@@ -1504,6 +1505,7 @@ class World:
         elif kind == "crash" and actor.name[0] != "c":
             self.say(actor.name, "crashes")
             self.seen["crash " + actor.name[0]] += 1
+            self.forgotten.update(getattr(actor.machine, "clients", ()))
             self.stop(actor)
             down = r.choice([0.01, 1.0, 5.0]) * r.random()
             if self.faults and "crash broker" in self.faults:
@@ -1656,6 +1658,48 @@ class SimulationTest(unittest.TestCase):
             for thing in ("crash b", "crash w", "pause", "cut", "swallow", "swallowed", "freeze",
                           "late", "fetched", "reconnect", "restarted"):
                 self.assertGreater(seen[thing], 0, thing)
+
+    # what could be broken in the program, as text to be replaced; each must make a world fail
+    MUTANTS = (
+        ("a lost command is not tried again",
+         "            self.next_attempt(entry, worker)\n\n", "            pass\n\n"),
+        ("a reported command is not remembered", "        if entry is None:  # reported before",
+         "        if entry is None and self.window:  # reported before"),
+        ("a lost worker's commands are forgotten",
+         "        for task in list(worker.tasks.values()):\n            self.lose(",
+         "        for task in ():\n            self.lose("),
+        ("a worker drops results that it has told",
+         "            if self.session.joined:\n                self.tell_result(job)\n",
+         "            if self.session.joined:\n                self.tell_result(job)\n"
+         "                self.forget(job)\n"),
+        ("a joining worker does not tell what it runs",
+         'fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]',
+         'fields["running"] = []'),
+        ("a joining client submits nothing again",
+         "            for entry in self.window.values():\n                self.submit(entry)\n", ""),
+        ("silent clients are kept for ever", "            else:\n                self.forget_client("
+         "client, silence)", "            else:\n                self.see(self.clients_seen, client)"),
+    )
+
+    def test_the_simulation_finds_what_is_broken(self):
+        with open(SCRIPT) as file:
+            source = file.read()
+        for name, old, new in self.MUTANTS:
+            with self.subTest(name):
+                self.assertEqual(source.count(old), 1, "the text to be replaced")
+                mutant = types.ModuleType("testcloud")
+                with mock.patch.dict(sys.modules, testcloud=mutant):
+                    exec(compile(source.replace(old, new), SCRIPT, "exec"), mutant.__dict__)
+                mutant.INLINE, mutant.CHUNK_SIZE = SIM_INLINE, SIM_CHUNK
+                with mock.patch.dict(globals(), tc=mutant):
+                    self.assertTrue(any(map(self.fails, range(300))), "no seed found it")
+
+    def fails(self, seed):
+        try:
+            World(seed).run()
+            return False
+        except Exception:
+            return True
 
     def test_interrupted_clients(self):
         seen = self.worlds(["interrupt", "crash", "cut", "pause"], range(self.SEEDS // 3))
