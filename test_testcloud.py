@@ -2698,6 +2698,16 @@ class SocketsTest(unittest.TestCase):
 
 
 class CommandLineTest(unittest.TestCase):
+    def test_interrupted_while_its_modules_are_imported(self):
+        directory = tempfile.mkdtemp(prefix="testcloud-")
+        self.addCleanup(shutil.rmtree, directory)
+        shutil.copy(SCRIPT, directory)
+        with open(os.path.join(directory, "argparse.py"), "w") as file:
+            file.write("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
+        done = subprocess.run([sys.executable, os.path.join(directory, "testcloud.py"), "worker"],
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (-signal.SIGINT, b""))
+
     def parse(self, *argv):
         return tc.build_parser().parse_args(argv)
 

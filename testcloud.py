@@ -69,6 +69,12 @@ Promises
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
+
+# ruff: noqa: E402
 import argparse
 import contextlib
 import errno
@@ -83,7 +89,6 @@ import os
 import queue
 import select
 import shlex
-import signal
 import socket
 import stat
 import struct
@@ -4086,8 +4091,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         complain(str(error))
         discard_stdout()
         return 3
-    except KeyboardInterrupt:  # before there was anything to stop
-        return 130
     except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
         discard_stdout()
         return 141
