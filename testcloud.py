@@ -738,7 +738,7 @@ class ClientLink:
         self.retries: Deque[Task] = deque()  # the same, but before the others
         self.in_turn = False  # stands in Broker.turns
         self.claimed = peer is not None  # False: only workers have spoken of it so far
-        self.lost: Dict[int, int] = {}  # by id: the last attempt that we called LOST
+        self.lost: Dict[int, Tuple[int, str]] = {}  # by id: the last attempt called LOST; its fault
         self.last_id = 0  # of a plain client's commands, which we number
         self.join = 0  # number of its last HELLO that told what it has
         self.owed = 0  # bytes of results that it got and has not confirmed with DONE
@@ -1178,11 +1178,13 @@ class Broker(Machine):
         id, attempt = message.fields["id"], message.fields["attempt"]
         client.announced.discard(id)
         known = client.tasks.get(id)
-        if known is not None and known.attempt == attempt:
-            self.remind(known)
+        if known is not None and known.attempt >= attempt:
+            if known.attempt == attempt:  # otherwise it was under way for long
+                self.remind(known)
             return
-        if client.lost.get(id, -1) >= attempt:  # submitted before our LOST was heard
-            self.say_lost(client, id, attempt, "lost before")
+        lost, fault = client.lost.get(id, (-1, ""))
+        if lost >= attempt:  # submitted before our LOST was heard
+            self.say_lost(client, id, attempt, "lost before", fault if lost == attempt else "")
             return
         client.lost.pop(id, None)
         if known is not None:  # its owner has given up the older attempt
@@ -1508,7 +1510,7 @@ class Broker(Machine):
             return
         client = task.client
         if client.link == CLIENTS:
-            client.lost[task.id] = task.attempt
+            client.lost[task.id] = (task.attempt, fault)
         self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "")
         self.move(task, GONE)
 
@@ -2724,17 +2726,21 @@ class Client(Member):
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None:  # reported before: our DONE was lost
             self.done.append([fields["id"], fields["attempt"]])
-        elif fields["exitcode"] and len(entry.failures) < self.wishes.retries \
-                and self.status is None:
+        elif entry.result != fields:  # otherwise it is told again, while we fetch its output
+            self.stop_fetching(entry)  # of the time before our lease ended; it ran again since
+            self.take_result(entry, fields)
+
+    def take_result(self, entry: Entry, fields: Fields) -> None:
+        if fields["exitcode"] and len(entry.failures) < self.wishes.retries and self.status is None:
             self.try_elsewhere(entry, fields)
-        elif entry.result is None:
-            output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
-            if len(output) < fields.get("size", 0):
-                entry.result = fields
-                self.fetching.append(entry)
-                self.fetch()
-            else:
-                self.report(entry, fields, output)
+            return
+        output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
+        if len(output) < fields.get("size", 0):
+            entry.result = fields
+            self.fetching.append(entry)
+            self.fetch()
+        else:
+            self.report(entry, fields, output)
 
     def try_elsewhere(self, entry: Entry, fields: Fields) -> None:
         """The command has failed, and the user wants another try."""
@@ -2773,6 +2779,14 @@ class Client(Member):
             entry.asked += part
         entry.due = self.now + 2 * self.times.ready_interval
 
+    def stop_fetching(self, entry: Entry) -> None:
+        """The result whose output we may be fetching does not count any more."""
+        if entry.result is not None:
+            self.fetching.remove(entry)
+            entry.result = None
+            entry.asked = entry.got = 0
+            self.fetch()
+
     def fetch_again(self) -> None:
         """Chunks may have been lost: ask anew for what has not come."""
         if self.fetching:
@@ -2803,11 +2817,7 @@ class Client(Member):
 
     def lose(self, entry: Entry, why: str, fault: str, worker: str) -> None:
         """The entry's attempt brings no result: try the next one, if that is wise."""
-        if entry.result is not None:
-            self.fetching.remove(entry)
-            entry.result = None
-            self.fetch()
-        entry.asked = entry.got = 0
+        self.stop_fetching(entry)
         verdict = entry.faults.count(fault, why, self.times)
         if self.status is not None:
             self.stopped += bool(entry.worker)
