@@ -1121,6 +1121,23 @@ class ChainTest(unittest.TestCase):
         d.wait(1.0)
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
 
+    def test_a_worker_lost_while_the_broker_above_is_away_is_reported_when_it_is_back(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"w", "up", 1)
+        d.gone(BROKER, b"")
+        d.gone(WORKERS, b"w")
+        d.wait(1.0)
+        d.letters.clear()
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=2)
+        d.tell(BROKER, b"", 'OK {"join":2,"broker":"b0","above":["b0"]}')
+        d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
+        d.quiet()
+        self.assertFalse(d.broker.untold)
+
     def test_a_loop_is_refused(self):
         d = Desk(chained=True)
         d.tell(BROKER, b"", 'OK {"above":["b0","b1"]}')
@@ -1934,6 +1951,18 @@ class SimulationTest(unittest.TestCase):
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
                 "forgotten", "stale result", "held results announced", *tc.MESSAGES)
+
+    def test_a_command_that_kills_its_workers_is_given_up(self):
+        for faults in ([], ["crash broker"]):
+            for seed in range(self.SEEDS // 5):
+                world = World(seed, faults)
+                for actor in world.actors.values():
+                    actor.commands[:1] = [cmd + " poison" for cmd in actor.commands[:1]]
+                world.run()
+                poison = [n for cmd, n in world.starts.items() if cmd.endswith("poison")]
+                # a broker may die with what it alone knew of a fault
+                limit = world.times.crash_limit + world.seen["crash broker"]
+                self.assertTrue(poison and max(poison) <= limit, f"seed {seed}: {poison}")
 
     def test_lines_that_come_twice_and_out_of_turn(self):
         seen = self.worlds(self.ADVERSITY, range(self.SEEDS // 5), adversary=True)

@@ -877,6 +877,7 @@ class Broker(Machine):
         self.session = Session(self, "READY", self.greeting, times) if chained else None
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
+        self.untold: Dict[Key, Fields] = {}  # LOST, while the broker above could not hear it
         self.told = (0, 0)  # slots and weight, as the broker above was told
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
@@ -1516,8 +1517,11 @@ class Broker(Machine):
 
     def say_lost(self, client: ClientLink, id: int, attempt: int, why: str,
                  fault: str = "", worker: str = "") -> None:
-        self.tell_client(client, encode("LOST", {"tasks": [[id, attempt]], "why": why,
-                                                 "fault": fault, "worker": worker}))
+        fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker}
+        if client.link == BROKER and self.session and not self.session.joined:
+            self.untold[client.run, id, attempt] = fields
+        else:
+            self.tell_client(client, encode("LOST", fields))
 
     def try_again(self, task: Task, why: str, fault: str) -> None:
         worker = task.worker
@@ -1668,8 +1672,12 @@ class Broker(Machine):
                           "depth": 1 + max((worker.depth for worker in workers), default=0)}
         if joining:
             tasks = self.tasks_above()
-            fields["running"] = [list(t.key) for t in tasks if t.state != DELIVERED]
+            running = [t.key for t in tasks if t.state != DELIVERED]
             fields["held"] = [list(t.key) for t in tasks if t.state == DELIVERED]
+            # what was lost meanwhile is still announced, so that its LOST is heard
+            present = {t.key for t in tasks}
+            running += [key for key in self.untold if key not in present]
+            fields["running"] = [list(key) for key in running]
         return fields
 
     def tasks_above(self) -> List[Task]:
@@ -1694,10 +1702,11 @@ class Broker(Machine):
         for run, id, attempt in sorted(known):
             task = present.get((run, id, attempt))
             if task is None:
-                self.say(BROKER, b"", run, "LOST", {"tasks": [[id, attempt]],
-                                                    "why": "lost below a chained broker"})
+                self.say(BROKER, b"", run, "LOST", self.untold.get((run, id, attempt), {
+                    "tasks": [[id, attempt]], "why": "lost below a chained broker"}))
             elif task.state == DELIVERED and task.key in running:
                 self.remind(task)
+        self.untold.clear()
         if self.session and not known.issuperset(present):
             self.session.join(self.now)
 
