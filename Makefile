@@ -8,7 +8,7 @@ RUN = $$($(PYTHON) -c 'import zmq, sys; print(sys.executable)' 2>/dev/null || ec
 LINT = ruff==0.14.6 mypy==1.18.2 coverage==7.11.3
 RULES = E,F,W,I,B,UP,C4,SIM,RET,PIE,PLE
 
-.PHONY: test check cover demo soak toc version clean setup tools
+.PHONY: test check cover demo soak chaos toc version clean setup tools
 
 test: setup
 	$(RUN) -m unittest -q test_testcloud
@@ -34,10 +34,15 @@ cover: setup tools
 	$(VENV)/bin/python -m coverage run --data-file $(VENV)/coverage -m unittest -q test_testcloud
 	$(VENV)/bin/python -m coverage report --data-file $(VENV)/coverage -m --include testcloud.py
 
-# more simulated worlds than `make test` has time for: make soak SEEDS=10000
-SEEDS ?= 5000
+# simulated worlds for as long as you like: make soak MINUTES=60
+MINUTES ?= 10
 soak: setup
-	SIM_SEEDS=$(SEEDS) $(RUN) -m unittest -v test_testcloud.SimulationTest
+	$(RUN) test_testcloud.py soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# a long run while real processes are killed, stopped and cut off: make chaos SEED=7
+COMMANDS ?= 2000
+chaos: setup
+	$(RUN) test_testcloud.py chaos --commands $(COMMANDS) $(if $(SEED),--seed $(SEED))
 
 # a broker, two workers and a client that computes pi, as real processes
 demo: setup

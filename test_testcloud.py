@@ -2,16 +2,20 @@
 """Tests of testcloud, in the order of the program: python test_testcloud.py [NAME ...]
 
 SIM_SEEDS=N sets how many simulated runs there are, SIM_SEED=N runs only that one and
-prints its story.
+prints its story. What takes longer: python test_testcloud.py soak|chaos --help.
 """
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +25,7 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1896,6 +1901,8 @@ class SimulationTest(unittest.TestCase):
     SEEDS = int(os.environ.get("SIM_SEEDS", "150"))
     FAILED_ONCE = []  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
+    KINDS = ((None, False), (ADVERSITY, True), (("crash broker",), False),
+             (("interrupt", "crash", "cut_wire", "pause"), False))  # of worlds
 
     def world(self, seed, faults=None, adversary=False):
         try:
@@ -3467,7 +3474,7 @@ class ProcessesTest(unittest.TestCase):
         worker = self.cloud.worker(proxy.address, "-j", "1", "--ready-interval", "0.2",
                                    "--missed-oks", "2")
         self.cloud.wait_for_log(worker, "joined")
-        proxy.freeze()
+        proxy.swallow()
         self.cloud.wait_for(lambda: self.cloud.err(worker).count("joined") > 1, "a new connection")
         self.assertEqual(self.cloud.client(broker, ["true"])[0], 0)
 
@@ -3864,8 +3871,8 @@ class NothingLeftBehindTest(unittest.TestCase):
 
 
 class Proxy:
-    """A TCP proxy on loopback that can fall silent: frozen connections stay open, new ones
-    work."""
+    """A TCP proxy on loopback whose connections can fall silent, lose what is sent, or break.
+    What it does to connections it does to those that there are; new ones work."""
 
     def __init__(self, target):
         host, port = target[6:].rsplit(":", 1)
@@ -3879,35 +3886,68 @@ class Proxy:
         while True:
             try:
                 near, _ = self.listener.accept()
-                far = socket.create_connection(self.target)
-            except OSError:  # we, or the broker behind us, are being closed
+            except OSError:  # we are being closed
                 return
-            pair = {"frozen": False, "sockets": (near, far)}
-            self.pairs.append(pair)
+            try:
+                far = socket.create_connection(self.target)
+            except OSError:  # the broker is not there now
+                near.close()
+                continue
+            pair = types.SimpleNamespace(sockets=(near, far), deaf=False, going=threading.Event(),
+                                         over=False, pumps=[])
+            pair.going.set()
             for a, b in ((near, far), (far, near)):
-                threading.Thread(target=self.pump, args=(a, b, pair), daemon=True).start()
+                pair.pumps.append(threading.Thread(target=self.pump, args=(a, b, pair), daemon=True))
+                pair.pumps[-1].start()
+            self.pairs.append(pair)
 
     def pump(self, a, b, pair):
         with contextlib.suppress(OSError):
-            while True:
+            while not pair.over:
                 data = a.recv(65536)
+                pair.going.wait()
+                if pair.over:
+                    return
                 if not data:
                     b.shutdown(socket.SHUT_WR)
                     return
-                if not pair["frozen"]:
+                if not pair.deaf:
                     b.sendall(data)
 
-    def freeze(self):
+    def swallow(self):
+        """Lose all that is sent from now on, and do not tell."""
         for pair in self.pairs:
-            pair["frozen"] = True
+            pair.deaf = True
+
+    def freeze(self):
+        """Keep what is sent back until thaw()."""
+        for pair in self.pairs:
+            pair.going.clear()
+
+    def thaw(self):
+        for pair in self.pairs:
+            pair.going.set()
+
+    def cut(self):
+        """Break all connections with a reset, and lose what was under way."""
+        pairs, self.pairs = self.pairs, []
+        for pair in pairs:
+            pair.over = True
+            pair.going.set()
+            for one in pair.sockets:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RD)  # wakes its pump, and says nothing to the peer
+            for pump in pair.pumps:  # lest it reads from another file of the same number
+                pump.join(1)
+            for one in pair.sockets:
+                one.close()
 
     def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self.listener.close()
-        for pair in self.pairs:
-            for one in pair["sockets"]:
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
-                one.close()
+        self.cut()
 
 
 class RawPeersTest(unittest.TestCase):
@@ -4075,6 +4115,282 @@ class RawPeersTest(unittest.TestCase):
         self.assertNotIn("Traceback", self.cloud.err(self.broker))
 
 
+# === Chaos ============================================================================
+#
+# What the simulation cannot show: real processes, killed and stopped and cut off from each
+# other as a seed has it, while a run goes on. Whatever happens is noted in the order in which
+# it happens in one file, the ledger: a start by the command itself, the loss of a worker just
+# before we cause it. So it can be told of each start whether it was allowed. (The same seed
+# is the same schedule, but hardly the same run: processes have their own pace.)
+
+
+class Place:
+    """Where trouble may strike: a process, and the proxy through which it is connected."""
+
+    def __init__(self, role, proxy=None):
+        self.role = role
+        self.proxy = proxy
+        self.process = None
+        self.at_rest = True  # no trouble now, and none a moment ago
+
+
+class Chaos:
+    """One run. A command may start again only if the worker that started it last has been lost:
+    we have ended it, or kept it silent for LONG. Nothing else is an excuse, neither what happens
+    to broker and client nor a SHORT silence of the worker. How many commands go with a worker
+    is not bounded by its slots: those whose results it held, as the client was away, go as well."""
+
+    EXPIRY = 4.0
+    BROKER = ("--worker-expiry", str(EXPIRY), "--lost-grace", "2", "--ready-interval", "2.5")
+    MEMBER = ("--ready-interval", "0.5")
+    SHORT = (0.1, 0.6)  # seconds: with a second to reconnect, less than any patience of BROKER
+    LONG = (1.1 * EXPIRY, 1.5 * EXPIRY)
+    ANY = (0.1, 3.0)  # for what loses no command however long it takes, up to the client's lease
+    # between troubles in one place: two short ones must not make a long one; and as a new broker
+    # has to wait for its workers, nothing would ever run if it were struck more often
+    REST = {"worker": 1.5, "client": 1.5, "broker": 5.0}
+    GAP = (0.05, 0.45)  # between troubles anywhere
+    WORKERS = 4
+    SECONDS = 300  # of trouble, at most
+    PEAK = 150 * 1024  # KiB of memory that no process may exceed
+
+    def __init__(self, test, commands, seed):
+        self.test = test
+        self.r = random.Random(seed)
+        self.cloud = Cloud(test)
+        self.ledger = os.path.join(self.cloud.dir, "ledger")
+        self.commands = dict(self.command(n) for n in range(1, commands + 1))
+        self.due = []  # heap of (time, number, function): what ends the troubles there are
+        self.faults = Counter()
+        self.story = []  # the same, one by one
+        self.peaks = Counter()  # KiB, by role
+        self.out = ""
+        self.broker = Place("broker")
+        self.start(self.broker)
+        self.client, *self.workers = (
+            Place(role, Proxy(address)) for role, address in
+            [("client", self.broker.process.clients)]
+            + [("worker", self.broker.process.workers)] * self.WORKERS)
+        for place in (self.client, *self.workers):
+            test.addCleanup(place.proxy.close)
+        test.addCleanup(self.heal)
+
+    def command(self, n):
+        """A command, with its exit code and output: most are short, some have their habits."""
+        parts, code, output = [f"echo {n} $PPID >> ledger"], 0, b""
+        if self.r.random() < 0.5:  # if it is killed in its sleep, so must be what it has started
+            parts += ["(setsid sleep 1000 &)", f"sleep {self.r.uniform(0, 0.3):.3f}"]
+        if self.r.random() < 0.03:  # so much has to be fetched, in one part or in three
+            last = self.r.choice((20_000, 100_000))
+            parts.append(f"seq {last}")
+            output = b"".join(b"%d\n" % i for i in range(1, last + 1))
+        if self.r.random() < 0.1:
+            code = self.r.randint(1, 9)
+            parts.append(f"exit {code}")
+        return "; ".join(parts), (code, output)
+
+    # --- the run
+
+    def run(self):
+        for place in self.workers:
+            self.start(place)
+        self.client.process = client = self.cloud.client(
+            self.client.proxy.address, self.commands, "-b", "--crash-limit", "1000", *self.MEMBER,
+            wait=False)
+        reader = threading.Thread(target=self.read, args=(client.stdout,))
+        reader.start()
+        end = time.monotonic() + self.SECONDS
+        while self.started() < 0.9 * len(self.commands) and time.monotonic() < end \
+                and client.poll() is None:
+            self.heal(time.monotonic())
+            self.trouble()
+            self.sample()
+            time.sleep(self.r.uniform(*self.GAP))
+        self.heal()
+        self.cloud.wait_for(lambda: self.sample() or client.poll() is not None, "the client's end")
+        reader.join()
+        self.cloud.wait_for(lambda: not self.strays(), "the end of all that the commands started")
+
+    def read(self, file):
+        self.out = file.read().decode()
+
+    def started(self):
+        return len({line.split()[0] for line in tc.read_text(self.ledger).splitlines()})
+
+    def sample(self):
+        """Note how much memory each process has needed so far."""
+        for place in (self.broker, self.client, *self.workers):
+            for pid in (place.process.pid, *children_of(place.process.pid)):
+                found = re.search(r"VmHWM:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))
+                if found:
+                    self.peaks[place.role] = max(self.peaks[place.role], int(found[1]))
+
+    def strays(self):
+        """What runs in our directory beside the cloud itself."""
+        ours = [place.process.pid for place in (self.broker, *self.workers)]
+        inner = [pid for parent in ours for pid in children_of(parent)]
+        return set(map(int, self.cloud.left_behind())).difference(ours, inner)
+
+    # --- troubles: each begins when it is called, and returns how it ends and how long it takes
+
+    def trouble(self):
+        name = self.r.choice(list(self.FAULTS))
+        roles, begin = self.FAULTS[name]
+        places = [place for place in (self.broker, self.client, *self.workers)
+                  if place.role in roles and place.at_rest]
+        if places:
+            place = self.r.choice(places)
+            place.at_rest = False
+            self.faults[name] += 1
+            at, pid = time.time(), place.process.pid
+            end, duration = begin(self, place)
+            self.story.append(f"\n{at % 60:06.3f} {name}: {place.role} {pid}, {duration:.2f} s")
+            until, number = time.monotonic() + duration, len(self.story)
+            heapq.heappush(self.due, (until, number, end))
+            heapq.heappush(self.due, (until + self.REST[place.role], number,
+                                      functools.partial(setattr, place, "at_rest", True)))
+
+    def heal(self, now=math.inf):
+        while self.due and self.due[0][0] <= now:
+            heapq.heappop(self.due)[2]()
+
+    def lose(self, place):
+        """From now on the commands of this worker may be started elsewhere."""
+        with open(self.ledger, "a") as file:
+            file.write(f"lost {self.cloud.inner(place.process)}\n")
+
+    def duration(self, place):
+        """How long to disturb someone: a worker briefly, or now and then so long that it is lost."""
+        if place.role == "worker" and self.r.random() < 0.2:
+            self.lose(place)
+            return self.r.uniform(*self.LONG)
+        return self.r.uniform(*(self.SHORT if place.role == "worker" else self.ANY))
+
+    def start(self, place):
+        old = place.process
+        if old:
+            old.wait(PATIENCE)
+        if place.role == "worker":
+            place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER)
+        else:
+            where = (old.clients[6:], old.workers[6:]) if old else ("127.0.0.1:0", "127.0.0.1:0")
+            place.process = self.cloud.broker(*where, *self.BROKER)
+
+    def kill(self, place, number=signal.SIGKILL):
+        if place.role == "worker":
+            self.lose(place)
+        place.process.send_signal(number)
+        return functools.partial(self.start, place), self.r.uniform(*self.SHORT)
+
+    def terminate(self, place):
+        return self.kill(place, signal.SIGTERM)
+
+    def kill_inner(self, place):
+        self.lose(place)
+        os.kill(self.cloud.inner(place.process), signal.SIGKILL)
+        return functools.partial(self.start, place), self.r.uniform(*self.SHORT)
+
+    def stop(self, place):
+        duration, send = self.duration(place), place.process.send_signal
+        if place.role == "worker":
+            send = functools.partial(os.kill, self.cloud.inner(place.process))
+        send(signal.SIGSTOP)
+        return functools.partial(send, signal.SIGCONT), duration
+
+    def freeze(self, place):
+        duration = self.duration(place)
+        place.proxy.freeze()
+        return place.proxy.thaw, duration
+
+    def swallow(self, place):
+        duration = self.duration(place)
+        place.proxy.swallow()
+        return place.proxy.cut, duration
+
+    def cut(self, place):
+        place.proxy.cut()
+        return place.proxy.cut, self.r.uniform(*self.SHORT)
+
+    FAULTS = {  # name > roles that it may befall, how it begins
+        "worker killed": (["worker"], kill),
+        "its child killed": (["worker"], kill_inner),
+        "worker terminated": (["worker"], terminate),
+        "worker stopped": (["worker"], stop),
+        "broker killed": (["broker"], kill),
+        "broker stopped": (["broker"], stop),
+        "client stopped": (["client"], stop),
+        "link frozen": (["worker", "client"], freeze),
+        "link swallows": (["worker", "client"], swallow),
+        "link cut": (["worker", "client"], cut),
+    }
+
+    # --- the accounting
+
+    def starts(self):
+        """From the ledger: how often each command was started, and the starts that were wrong: a
+        command may start again only if the worker that started it last has been lost."""
+        times, wrong, last, lost = Counter(), [], {}, set()
+        for line in tc.read_text(self.ledger).splitlines():
+            what, pid = line.split()
+            if what == "lost":
+                lost.add(pid)
+                continue
+            times[what] += 1
+            if last.get(what, pid) not in lost and times[what] > 1:
+                wrong.append(f"command {what} was started by worker {pid}, but {last[what]} had it")
+            last[what] = pid
+        return times, wrong
+
+    def findings(self):
+        """All that is not as promised, a line each."""
+        times, found = self.starts()
+        count = len(self.commands)
+        found += [f"command {n} was not started" for n in range(1, count + 1) if not times[str(n)]]
+        wanted = Counter(f"FAIL({code}) {cmd}" if code else f"OK! {cmd}"
+                         for cmd, (code, _) in self.commands.items())
+        got = Counter(re.findall(r"^((?:OK!|FAIL\(\d+\)) .*) ⌚[\d.]+ms$", self.out, re.M))
+        found += [f"not reported: {line}" for line in wanted - got]
+        found += [f"should not be reported: {line}" for line in got - wanted]
+        hash = naive_hash([(cmd.encode(), *ending) for cmd, ending in self.commands.items()])
+        end = rf"^Ran {count} commands in ⌚[\d.]+s, result hash is {hash}$"
+        if not re.search(end, self.out, re.M):
+            found.append(f"the transcript ends with {self.out[-200:]!r}")
+        return found + [f"{role} needed {peak} KiB" for role, peak in self.peaks.items()
+                        if peak > self.PEAK]
+
+    def logs(self):
+        """The last troubles, and what the client and the last processes said last."""
+        last = dict.fromkeys([self.client.process, *self.cloud.processes[-12:]])
+        return "".join(self.story[-20:]) + "".join(
+            f"\n--- {' '.join(p.args[2:5])} (pid {p.pid})\n{self.cloud.err(p)[-1500:]}"
+            for p in last if p)
+
+    def table(self):
+        again = sum(n > 1 for n in self.starts()[0].values())
+        rows = [("commands", len(self.commands)), ("started more than once", again),
+                *self.faults.most_common(),
+                *((f"peak MB of {role}", round(peak / 1024)) for role, peak in self.peaks.items())]
+        return dict(rows)
+
+
+class ChaosTest(unittest.TestCase):
+    commands, seed = 150, None
+    table = {}  # of the last run
+
+    def test_whatever_happens_all_is_reported_once(self):
+        seed = random.randrange(10**6) if self.seed is None else self.seed
+        began = time.monotonic()
+        chaos = Chaos(self, self.commands, seed)
+        try:
+            chaos.run()
+            self.assertEqual(chaos.findings(), [])
+        except Exception as error:
+            raise AssertionError(f"chaos of seed {seed}: {error}{chaos.logs()}") from error
+        finally:
+            ChaosTest.table = {"seed": seed, "seconds": round(time.monotonic() - began),
+                               **chaos.table()}
+
+
 # === Documents ========================================================================
 
 
@@ -4127,5 +4443,76 @@ class DocumentsTest(unittest.TestCase):
         self.assertIn("OK! ./pi.py 5", done.stdout)
 
 
+# === Long runs ========================================================================
+#
+# What takes longer than a test may: python test_testcloud.py soak|chaos --help.
+
+
+def soak_batch(first, count):
+    """Simulate that many worlds of each kind; what was seen, and what went wrong."""
+    test, seen, wrong = SimulationTest(), Counter(), []
+    for seed in range(first, first + count):
+        for faults, adversary in test.KINDS:
+            try:
+                seen.update(test.world(seed, faults, adversary).seen, worlds=1)
+            except AssertionError as error:
+                wrong.append(str(error))
+    return seen, wrong
+
+
+def soak(settings):
+    """Simulated worlds on all processors, for a while."""
+    first = random.randrange(10**9) if settings.seed is None else settings.seed
+    end = time.monotonic() + settings.minutes * 60
+    seen, wrong = Counter(), []
+    cpus = tc.usable_cpus()
+    with concurrent.futures.ProcessPoolExecutor(cpus) as pool:
+        seeds = itertools.count(first, settings.batch)
+        tasks = {pool.submit(soak_batch, next(seeds), settings.batch) for _ in range(2 * cpus)}
+        while tasks:
+            done, tasks = concurrent.futures.wait(
+                tasks, return_when=concurrent.futures.FIRST_COMPLETED)
+            for task in done:
+                more, errors = task.result()
+                seen.update(more)
+                wrong += errors
+                for error in errors:
+                    print(error, flush=True)
+                if time.monotonic() < end:
+                    tasks.add(pool.submit(soak_batch, next(seeds), settings.batch))
+    return {"first seed": first, "last seed": next(seeds) - 1, "failed": len(wrong),
+            **{name: seen.pop(name) for name in ("worlds", "commands")},
+            **dict(sorted(seen.items()))}, not wrong
+
+
+def chaos(settings):
+    """Real processes in trouble while a client's run goes on."""
+    ChaosTest.commands, ChaosTest.seed = settings.commands, settings.seed
+    result = unittest.TextTestRunner().run(
+        unittest.defaultTestLoader.loadTestsFromTestCase(ChaosTest))
+    return ChaosTest.table, result.wasSuccessful()
+
+
+def main():
+    if sys.argv[1:2] not in (["soak"], ["chaos"]):
+        unittest.main()
+    parser = argparse.ArgumentParser()
+    tools = parser.add_subparsers(required=True)
+    for function, *options in (
+            (soak, ("--minutes", float, 10.0), ("--batch", int, 10)),
+            (chaos, ("--commands", int, 2000))):
+        tool = tools.add_parser(function.__name__, help=function.__doc__,
+                                description=function.__doc__)
+        tool.set_defaults(function=function)
+        for name, kind, default in options:
+            tool.add_argument(name, type=kind, default=default, help=f"default: {default}")
+        tool.add_argument("--seed", type=int, help="default: another one each time")
+    settings = parser.parse_args()
+    table, right = settings.function(settings)
+    for name, value in table.items():
+        print(f"{name:24}{value:12}")
+    return 0 if right else 1
+
+
 if __name__ == "__main__":
-    unittest.main()
+    sys.exit(main())
