@@ -2,7 +2,7 @@
 """Tests of testcloud, in the order of the program: python test_testcloud.py [NAME ...]
 
 SIM_SEEDS=N sets how many simulated runs there are, SIM_SEED=N runs only that one and
-prints its story. What takes longer: python test_testcloud.py soak|chaos --help.
+prints its story. What takes longer: python test_testcloud.py soak|chaos|fuzz --help.
 """
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
@@ -1267,13 +1267,12 @@ class PlainClient(tc.Machine):
     def receive(self, link, peer, token, body, data, now):
         verb, _, fields = body.decode().partition(" ")
         fields = json.loads(fields)
-        assert fields["cmd"] in self.waiting, f"{body} is not waited for"
-        if verb == "RESULT":
+        if verb == "RESULT" and fields["cmd"] in self.waiting:  # it may have asked twice
             self.waiting.discard(fields["cmd"])
             entry = types.SimpleNamespace(cmd=fields["cmd"])
             self.effects.append(tc.Report(entry, fields, tc.to_bytes(fields["stdout"])))
-        if not self.waiting:
-            self.effects.append(tc.Exit(0))
+            if not self.waiting:
+                self.effects.append(tc.Exit(0))
 
     def knows_batches(self, link, peer):
         return False
@@ -1416,7 +1415,9 @@ class World:
                     and actor.machine.clients[run].lost.get(id, (-1,))[0] >= attempt:
                 return True
         client = self.actors[run[3:]].machine  # None: it has left
-        return client is None or client.status is not None or client.window[id].attempt > attempt
+        if client is None or client.status is not None or id not in client.window:
+            return True
+        return client.window[id].attempt > attempt
 
     def settle(self, actor):
         """Carry out what an actor's machine wants, and wake it when it is due."""
@@ -1598,7 +1599,8 @@ class World:
         if not actor.plain and r.random() < self.shortage:
             how = ending(tc.NOT_RUN, reason="nothing left", unable=True)
             self.unable[cmd] += 1
-            assert self.unable[cmd] <= 3 * tc.SPAWN_LIMIT, f"{cmd} is started again and again"
+            assert cmd[0] == "d" or self.unable[cmd] <= 3 * tc.SPAWN_LIMIT, \
+                f"{cmd} is started again and again"  # a plain client may ask for it as often
         elif not actor.plain and r.random() < self.shortage:
             how = ending(tc.NOT_RUN, output, reason="no room")
         else:
@@ -2811,14 +2813,44 @@ class ClientTest(unittest.TestCase):
         self.result(1, attempt=2, stdout="new", size=3)
         self.assertEqual(b.effect(tc.Report).output, b"new")
 
+    def chunk(self, id, offset, data):
+        self.bench.hear(tc.encode("CHUNK", {"id": id, "attempt": 1, "offset": offset}), data=data)
+
+    def test_after_joining_again_only_outputs_that_are_told_again_are_fetched(self):
+        """Others may have to wait until commands have run anew, whose results we must take."""
+        b, half, size = self.bench, tc.CHUNK_SIZE, 2 * tc.CHUNK_SIZE
+        self.join()
+        self.add("a", "b", "c", end=True)
+        for id in (1, 2, 3):
+            self.result(id, size=size)
+        self.chunk(1, 0, b"x" * half)
+        self.client.connected(BROKER, b.now)
+        b.collect()
+        b.lines.clear()
+        b.effects.clear()
+        self.join(2)
+        self.assertEqual([line[1] for line in b.lines], ["{"] * 3)
+        b.lines.clear()
+        self.result(1, size=size)
+        b.expect("FETCH", id=1, offset=half)  # goes on
+        self.client.connected(BROKER, b.now)
+        self.join(3)
+        b.lines.clear()
+        self.result(2, size=size)
+        self.chunk(2, 0, b"y" * half)
+        self.chunk(2, half, b"y" * half)
+        self.assertEqual([effect.offset for effect in b.effects[:2]], [0, half])
+        b.lines.clear()
+        self.result(1, size=size)
+        b.expect("FETCH", id=1, offset=0)  # what was stored of it had to make room
+
     def test_a_result_of_a_second_execution_counts_while_the_output_of_the_first_is_fetched(self):
         b = self.bench
         self.join()
         self.add("a", "b", end=True)
         for id in (1, 2):
             self.result(id, size=tc.CHUNK_SIZE + 1)
-            b.hear(tc.encode("CHUNK", {"id": id, "attempt": 1, "offset": 0}),
-                   data=b"x" * tc.CHUNK_SIZE)
+            self.chunk(id, 0, b"x" * tc.CHUNK_SIZE)
             b.lines.clear()
             b.effects.clear()
             self.result(id, size=tc.CHUNK_SIZE + 1)  # told again
@@ -4391,6 +4423,233 @@ class ChaosTest(unittest.TestCase):
                                **chaos.table()}
 
 
+# === Fuzz =============================================================================
+#
+# Nonsense of all sorts at every socket of the program while it works. What would be carried
+# out is left out: a command is run, and a worker with free slots is given some, whoever asks.
+
+
+class Fuzz:
+    """An endless supply of messages, as lists of frames, from true ones to noise."""
+
+    VALUES = (0, 1, 2, -1, 2**31, 2**53, 2**53 + 1, 10**400, 0.5, -0.0, 1e400, True, None, "", "a",
+              "r1", "\x00", "\n", "\ud800", "\udcff", "é☃", "x" * 300, [], {}, [[]], [[1]], [[1, 1]],
+              [["r1", 1, 1]], [[1, 1]] * 50, [1, 2], ["a"], {"a": [{}]}, [[[[]]]])
+    TOKENS = (b"", b"", b"r1", b"plain.b.1", b"plain.b.1 1 1", b"0" * 32, b"\xff", b"x" * 300)
+
+    def __init__(self, seed):
+        self.r = random.Random(seed)
+        self.corpus = [self.line() for _ in range(3000)]
+
+    def line(self):
+        """A line with a verb of ours, and fields of which most are right."""
+        r = self.r
+        verb = r.choice(list(MessagesTest.EXAMPLES))
+        spec = tc.MESSAGES[verb]
+        fields = {name: value for name, value in MessagesTest.EXAMPLES[verb].items()
+                  if r.random() < 0.9}
+        for name, check in [*spec.needs.items(), *spec.may_have.items()]:
+            if r.random() < 0.3:
+                right = [value for value in self.VALUES if check(value)]
+                fields[name] = r.choice(right if right and r.random() < 0.7 else self.VALUES)
+        if verb == "READY" and r.random() < 0.9:
+            fields.update(name="fuzz", slots=0)
+        if verb == tc.COMMAND:
+            fields["cmd"] = "true"
+        return tc.encode(verb, fields)
+
+    def mutate(self, line):
+        r, at = self.r, self.r.randrange(len(line))
+        other = r.choice(self.corpus)
+        return r.choice((
+            line[:at], line[at:], line + line, line[:at] + other[at:], line + b"\n" + other,
+            line[:at] + bytes([r.randrange(256)]) + line[at + 1:],
+            line[:at] + r.choice((b"\n", b"\0", b"{", b'"', b"[" * 500, b"9" * 400)) + line[at:],
+            r.randbytes(at + 1)))
+
+    def message(self):
+        r = self.r
+        while True:
+            body = r.choice(self.corpus)
+            if r.random() < 0.5:
+                body = self.mutate(body)
+            kind = r.random()
+            if kind < 0.4:
+                frames = [body]
+            elif kind < 0.8:
+                frames = [b"", r.choice(self.TOKENS), body]
+            elif kind < 0.9:
+                frames = [b"", r.choice(self.TOKENS), body, r.choice(self.corpus)]
+            else:
+                frames = [r.choice((b"", body, r.choice(self.corpus))) for _ in range(r.randint(1, 12))]
+            if all(map(self.is_harmless, frames)):
+                return frames
+
+    def is_harmless(self, body):
+        for line in body.split(b"\n"):
+            if line[:1] == b"{" or line[:5] == b"READY":
+                with contextlib.suppress(tc.ProtocolError):
+                    verb, fields = tc.decode(line)
+                    if verb == "READY" and ("name" not in fields or fields.get("slots") != 0):
+                        return False
+                    if verb == tc.COMMAND and (fields["cmd"] != "true" or self.r.random() < 0.95):
+                        return False
+        return True
+
+    def noise(self):
+        """Bytes for a connection that does not even speak ZeroMQ, or breaks off."""
+        greeting = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 48
+        ready = b"\x04\x26\x05READY\x0bSocket-Type\0\0\0\6DEALER\x08Identity\0\0\0\0"
+        huge = b"\x02" + (2**62).to_bytes(8, "big")
+        return self.r.choice((b"", b"GET / HTTP/1.0\r\n\r\n", self.r.randbytes(500), greeting[:20],
+                              greeting + self.r.randbytes(500), greeting + ready,
+                              greeting + ready + huge + b"x" * 10_000,
+                              greeting + ready + self.r.randbytes(500)))
+
+
+class FuzzTest(unittest.TestCase):
+    frames, seed = 12_000, None
+    table = {}  # of the last run
+    PEAK = 150 * 1024  # KiB that no process may exceed
+    PART = 500  # messages of one connection
+
+    def setUp(self):
+        seed = random.randrange(10**6) if self.seed is None else self.seed
+        self.fuzz = Fuzz(seed)
+        self.cloud = Cloud(self)
+        self.sent = Counter()  # messages by receiver, and the like
+        self.sent["seed"] = seed
+        self.addCleanup(lambda: self.table.update(self.sent))
+
+    def check(self, role, process):
+        """That the process goes on, unhurt."""
+        log = self.cloud.err(process)
+        self.assertNotIn("Traceback", log, f"{role}, seed {self.sent['seed']}")
+        self.assertIsNone(process.poll(), f"{role}, seed {self.sent['seed']}: {log[-2000:]}")
+        for pid in (process.pid, *children_of(process.pid)):
+            found = re.search(r"VmHWM:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))
+            if found:
+                self.assertLess(int(found[1]), self.PEAK, f"{role}, seed {self.sent['seed']}")
+                self.sent[f"peak KiB of {role}"] = max(self.sent[f"peak KiB of {role}"], int(found[1]))
+
+    def attack(self, role, address):
+        """One connection's worth of nonsense for a port of a broker."""
+        import zmq
+        peer = self.cloud.dealer(address)
+        peer.setsockopt(zmq.SNDTIMEO, int(PATIENCE * 1000))
+        listens = self.fuzz.r.random() < 0.8
+        for _ in range(self.PART):
+            peer.send_multipart(self.fuzz.message())
+            while listens and peer.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                peer.recv_multipart()
+        self.sent[role] += self.PART
+        with contextlib.suppress(ConnectionError), \
+                socket.create_connection(tc.split_tcp(address)) as raw:
+            raw.sendall(self.fuzz.noise())
+        if self.fuzz.r.random() < 0.5:  # it is there until the last message has come
+            peer.send(b"HELLO {}")
+            while listens and b"HELLO needs" not in peer.recv_multipart()[-1]:
+                pass
+        peer.close(0 if self.fuzz.r.random() < 0.5 else 1000)
+
+    def test_nonsense_at_both_ports_of_a_broker(self):
+        broker = self.cloud.broker()
+        worker = self.cloud.worker(broker, "-j", "2")
+        runs = 0
+        while sum(self.sent[role] for role in (CLIENTS, WORKERS)) < self.frames:
+            runs += 1
+            done = os.path.join(self.cloud.dir, f"done{runs}")
+            client = self.cloud.client(
+                broker, [f"echo {n} >> {done}; echo {n}" for n in range(1, 201)], wait=False)
+            out = []
+            reader = threading.Thread(target=lambda o=out, c=client: o.append(c.stdout.read()))
+            reader.start()
+            while client.poll() is None:
+                self.attack(CLIENTS, broker.clients)
+                self.attack(WORKERS, broker.workers)
+            reader.join()
+            problem = f"seed {self.sent['seed']}: {out[0][-1000:]!r} {self.cloud.err(client)}"
+            self.assertEqual(client.returncode, 0, problem)
+            self.assertIn(b"Ran 200 commands", out[0], problem)
+            self.assertEqual(sorted(re.findall(rb"(?m)^(\d+)$", out[0]), key=int),
+                             [b"%d" % n for n in range(1, 201)], problem)
+            self.assertFalse(wrong_times(done, 200), problem)
+            client.stdout.close()
+            self.cloud.processes.remove(client)
+            self.check("broker", broker)
+            self.check("worker", worker)
+
+    def router(self):
+        """A broker of our own, that says what it likes."""
+        import zmq
+        context = zmq.Context()
+        router = context.socket(zmq.ROUTER)
+        self.addCleanup(context.term)
+        self.addCleanup(router.close, 0)
+        router.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        return router, f"tcp://127.0.0.1:{port}"
+
+    def hear(self, router, verb):
+        """The next message with this verb: who said it, and its fields."""
+        while True:
+            peer, *_, body = router.recv_multipart()
+            for line in body.split(b"\n"):
+                with contextlib.suppress(tc.ProtocolError):
+                    if line.startswith(verb.encode()):
+                        return peer, tc.decode(line)[1]
+
+    def pester(self, role, router, process, verb):
+        """Nonsense for whoever connects to our broker, among answers to what it says."""
+        import zmq
+        for _ in range(self.PART):
+            if process.poll() is not None:
+                return
+            peer, fields = self.hear(router, verb)
+            router.send_multipart([peer, b"", b"", tc.encode("OK", {"join": fields.get("join", 0)})])
+            for _ in range(self.PART):
+                router.send_multipart([peer, *self.fuzz.message()])
+            self.sent[role] += self.PART
+            while router.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                router.recv_multipart()
+            if self.sent[role] >= self.frames // 2:
+                return
+
+    def test_nonsense_for_a_worker(self):
+        router, address = self.router()
+        worker = self.cloud.worker(address, "-j", "2", "--ready-interval", "0.01")
+        while self.sent["worker"] < self.frames // 2:
+            self.pester("worker", router, worker, "READY")
+            self.check("worker", worker)
+        peer, fields = self.hear(router, 'READY')
+        router.send_multipart([peer, b"", b"", b"WHO"])
+        while "join" not in fields:
+            peer, fields = self.hear(router, "READY")
+        router.send_multipart([peer, b"", b"", tc.encode("OK", {"join": fields["join"]})])
+        router.send_multipart([peer, b"", b"good", tc.encode(
+            tc.COMMAND, {"cmd": "echo good", "id": 7, "attempt": 1})])
+        fields = {}
+        while fields.get("id") != 7:
+            peer, fields = self.hear(router, "RESULT")
+        self.assertEqual((fields["exitcode"], fields["stdout"]), (0, "good\n"))
+        router.send_multipart([peer, b"", b"good", b'DONE {"tasks":[[7,1]]}'])
+
+    def test_nonsense_for_clients(self):
+        router, address = self.router()
+        while self.sent["client"] < self.frames // 2:
+            client = self.cloud.client(address, ["true", "false"], "--ready-interval", "0.01",
+                                       wait=False)
+            reader = threading.Thread(target=client.stdout.read)
+            reader.start()
+            self.pester("client", router, client, "HELLO")
+            client.terminate()
+            reader.join()
+            self.assertIn(client.wait(PATIENCE), (0, 1, 143, -15), self.cloud.err(client)[-2000:])
+            self.assertNotIn("Traceback", self.cloud.err(client), f"seed {self.sent['seed']}")
+            client.stdout.close()
+            self.cloud.processes.remove(client)
+
+
 # === Documents ========================================================================
 
 
@@ -4445,7 +4704,7 @@ class DocumentsTest(unittest.TestCase):
 
 # === Long runs ========================================================================
 #
-# What takes longer than a test may: python test_testcloud.py soak|chaos --help.
+# What takes longer than a test may: python test_testcloud.py soak|chaos|fuzz --help.
 
 
 def soak_batch(first, count):
@@ -4493,14 +4752,22 @@ def chaos(settings):
     return ChaosTest.table, result.wasSuccessful()
 
 
+def fuzz(settings):
+    """Nonsense at every socket of the program while it works."""
+    FuzzTest.frames, FuzzTest.seed = settings.messages // 2, settings.seed
+    result = unittest.TextTestRunner(verbosity=2, failfast=True).run(
+        unittest.defaultTestLoader.loadTestsFromTestCase(FuzzTest))
+    return FuzzTest.table, result.wasSuccessful()
+
+
 def main():
-    if sys.argv[1:2] not in (["soak"], ["chaos"]):
+    if sys.argv[1:2] not in (["soak"], ["chaos"], ["fuzz"]):
         unittest.main()
     parser = argparse.ArgumentParser()
     tools = parser.add_subparsers(required=True)
     for function, *options in (
             (soak, ("--minutes", float, 10.0), ("--batch", int, 10)),
-            (chaos, ("--commands", int, 2000))):
+            (chaos, ("--commands", int, 2000)), (fuzz, ("--messages", int, 1_000_000))):
         tool = tools.add_parser(function.__name__, help=function.__doc__,
                                 description=function.__doc__)
         tool.set_defaults(function=function)

@@ -164,6 +164,7 @@ DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's
 LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
+MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 #   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
 
@@ -613,7 +614,7 @@ class Session:
     def ok(self, fields: Fields) -> bool:
         """An OK has come; true if it makes us joined."""
         if "patience" in fields:  # of the broker: we must not be silent for longer
-            self.interval = min(self.times.ready_interval, fields["patience"] / 3)
+            self.interval = min(self.times.ready_interval, max(fields["patience"] / 3, MIN_INTERVAL))
             self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
         if self.joined or not self.number or fields.get("join") != self.number:
             return False
@@ -2619,6 +2620,7 @@ class Client(Member):
         self.window: Dict[int, Entry] = {}  # submitted
         self.accepted = 0  # entries of the window that a worker has confirmed
         self.fetching: Deque[Entry] = deque()  # the first one is being fetched
+        self.storing: Optional[Entry] = None  # whose output was stored last, perhaps in part
         self.done: List[List[int]] = []  # [id, attempt] to be told DONE
         self.total = self.reported = self.failed = 0
         self.stopped = self.never_ran = 0  # cancelled commands
@@ -2707,7 +2709,7 @@ class Client(Member):
         if self.session.ok(message.fields):
             for entry in self.window.values():
                 self.submit(entry)
-            self.fetch_again()
+            self.fetching.clear()  # what the cloud still has of their outputs, it will tell again
             if self.status is not None:
                 self.say(BROKER, b"", "", "CANCEL")
 
@@ -2735,9 +2737,13 @@ class Client(Member):
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None:  # reported before: our DONE was lost
             self.done.append([fields["id"], fields["attempt"]])
-        elif entry.result != fields:  # otherwise it is told again, while we fetch its output
+        elif entry.result != fields:
             self.stop_fetching(entry)  # of the time before our lease ended; it ran again since
             self.take_result(entry, fields)
+        elif entry not in self.fetching:  # told again: go on where we were
+            entry.asked = entry.got
+            self.fetching.append(entry)
+            self.fetch()
 
     def take_result(self, entry: Entry, fields: Fields) -> None:
         if fields["exitcode"] and len(entry.failures) < self.wishes.retries and self.status is None:
@@ -2790,11 +2796,11 @@ class Client(Member):
 
     def stop_fetching(self, entry: Entry) -> None:
         """The result whose output we may be fetching does not count any more."""
-        if entry.result is not None:
+        if entry in self.fetching:
             self.fetching.remove(entry)
-            entry.result = None
-            entry.asked = entry.got = 0
-            self.fetch()
+        entry.result = None
+        entry.asked = entry.got = 0
+        self.fetch()
 
     def fetch_again(self) -> None:
         """Chunks may have been lost: ask anew for what has not come."""
@@ -2809,6 +2815,10 @@ class Client(Member):
                 or fields["offset"] != entry.got or not message.data:
             return
         assert entry.result is not None
+        if self.storing is not entry:
+            if self.storing is not None:  # begun before we had to join again
+                self.storing.asked = self.storing.got = 0
+            self.storing = entry
         self.effects.append(Store(entry.got, message.data))
         entry.got += len(message.data)
         if entry.got >= entry.result["size"]:
