@@ -2187,6 +2187,18 @@ class WorkerTest(unittest.TestCase):
             b.wait(0.31)
             b.expect("READY")
 
+    def test_a_command_of_a_run_without_a_proper_name_is_refused(self):
+        """It could not be announced: a broker would not understand our READY."""
+        worker = tc.Worker("w1", 2)
+        for machine, join in ((worker, {}), (tc.Broker("b1", chained=True), {"above": ["b0"]})):
+            b = Bench(machine)
+            b.hear(tc.encode("OK", {"join": 1, **join}))
+            b.lines.clear()
+            for token in ("", "\udcff", "x" * 201):
+                b.hear('{"cmd":"true","id":1,"attempt":1}', token)
+                b.expect("ERROR")
+            b.quiet()
+
     def test_odd_fetches_do_no_harm(self):
         b = self.bench
         self.give(1)

@@ -375,6 +375,12 @@ def decode(line: bytes) -> Tuple[str, Fields]:
     return verb, fields
 
 
+def require_run(token: Run) -> None:
+    """Raise ProtocolError if this names no run: we could not announce a command of it."""
+    if not name(token):
+        raise ProtocolError("a command needs the name of its run as token")
+
+
 def printable(value: Union[str, bytes], limit: int = 80) -> str:
     """What a peer sent, safe to show on one line of a terminal or log."""
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -912,6 +918,7 @@ class Broker(Machine):
         if message.link == BROKER:
             if message.token not in self.clients and message.verb != COMMAND:
                 return None
+            require_run(message.token)
             client = self.require_client(message.token, BROKER, b"")
             return client if client.link == BROKER else None
         run = self.run_of.get(message.peer)
@@ -1939,6 +1946,7 @@ class Worker(Member):
         fields = message.fields
         if "id" not in fields or "attempt" not in fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
+        require_run(message.token)
         key = (message.token, fields["id"], fields["attempt"])
         if self.stopping is not None:
             self.tell_lost(key, LEAVING)
