@@ -3300,6 +3300,12 @@ def is_alive(pid):
     return bool(state) and state[0] != "Z"
 
 
+def peak_memory(pid):
+    """KiB that a process has needed so far, 0 if nobody can tell."""
+    found = re.search(r"VmHWM:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))
+    return int(found[1]) if found else 0
+
+
 def once_each(path, count):
     """A file in which each command has written its number: none twice, none missing."""
     return not wrong_times(path, count)
@@ -4128,6 +4134,20 @@ class RawPeersTest(unittest.TestCase):
                 self.assertEqual(raw.recv()[:7], b"QUEUED ", n)
                 self.assertEqual(raw.recv()[:7], b"RESULT ", n)
 
+    def test_a_plain_client_that_does_not_read_does_not_fill_the_broker(self):
+        import zmq
+        self.cloud.worker(self.broker, "-j", "2")
+        deaf = self.cloud.dealer(self.broker.clients)
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        deaf.disconnect(self.broker.clients)
+        deaf.connect(self.broker.clients)
+        for _ in range(1000):
+            deaf.send(b'{"cmd":"head -c 250000 /dev/zero | tr \\\\0 x"}')
+        self.cloud.wait_for_log(self.broker, "does not read what we send")
+        status, out = self.cloud.client(self.broker, ["echo hi"] * 3)
+        self.assertEqual((status, out.count("OK!")), (0, 3))
+        self.assertLess(peak_memory(self.broker.pid), 150 * 1024)
+
     def test_noise_at_both_ports_disturbs_nobody(self):
         self.cloud.worker(self.broker, "-j", "2")
         done = os.path.join(self.cloud.dir, "done")
@@ -4265,9 +4285,7 @@ class Chaos:
         """Note how much memory each process has needed so far."""
         for place in (self.broker, self.client, *self.workers):
             for pid in (place.process.pid, *children_of(place.process.pid)):
-                found = re.search(r"VmHWM:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))
-                if found:
-                    self.peaks[place.role] = max(self.peaks[place.role], int(found[1]))
+                self.peaks[place.role] = max(self.peaks[place.role], peak_memory(pid))
 
     def strays(self):
         """What runs in our directory beside the cloud itself."""
@@ -4539,10 +4557,9 @@ class FuzzTest(unittest.TestCase):
         self.assertNotIn("Traceback", log, f"{role}, seed {self.sent['seed']}")
         self.assertIsNone(process.poll(), f"{role}, seed {self.sent['seed']}: {log[-2000:]}")
         for pid in (process.pid, *children_of(process.pid)):
-            found = re.search(r"VmHWM:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))
-            if found:
-                self.assertLess(int(found[1]), self.PEAK, f"{role}, seed {self.sent['seed']}")
-                self.sent[f"peak KiB of {role}"] = max(self.sent[f"peak KiB of {role}"], int(found[1]))
+            peak = max(peak_memory(pid), self.sent[f"peak KiB of {role}"])
+            self.sent[f"peak KiB of {role}"] = peak
+            self.assertLess(peak, self.PEAK, f"{role}, seed {self.sent['seed']}")
 
     def attack(self, role, address):
         """One connection's worth of nonsense for a port of a broker."""
@@ -4602,47 +4619,51 @@ class FuzzTest(unittest.TestCase):
         port = router.bind_to_random_port("tcp://127.0.0.1")
         return router, f"tcp://127.0.0.1:{port}"
 
-    def hear(self, router, verb):
-        """The next message with this verb: who said it, and its fields."""
-        while True:
+    def hear(self, router, process, *verbs):
+        """The next message with such a verb: who said it, the verb and the fields; None if the
+        process has ended."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            if not router.poll(100):
+                if process.poll() is not None:
+                    return None
+                continue
             peer, *_, body = router.recv_multipart()
             for line in body.split(b"\n"):
-                with contextlib.suppress(tc.ProtocolError):
-                    if line.startswith(verb.encode()):
-                        return peer, tc.decode(line)[1]
+                verb, fields = tc.decode(line)  # nobody may answer nonsense with nonsense
+                if verb in verbs:
+                    return peer, verb, fields
+        raise AssertionError(f"no {verbs}, seed {self.sent['seed']}")
 
     def pester(self, role, router, process, verb):
         """Nonsense for whoever connects to our broker, among answers to what it says."""
         import zmq
-        for _ in range(self.PART):
-            if process.poll() is not None:
+        while self.sent[role] < self.frames // 2:
+            heard = self.hear(router, process, verb)
+            if heard is None:
                 return
-            peer, fields = self.hear(router, verb)
+            peer, _, fields = heard
             router.send_multipart([peer, b"", b"", tc.encode("OK", {"join": fields.get("join", 0)})])
             for _ in range(self.PART):
                 router.send_multipart([peer, *self.fuzz.message()])
             self.sent[role] += self.PART
             while router.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 router.recv_multipart()
-            if self.sent[role] >= self.frames // 2:
-                return
 
     def test_nonsense_for_a_worker(self):
         router, address = self.router()
         worker = self.cloud.worker(address, "-j", "2", "--ready-interval", "0.01")
-        while self.sent["worker"] < self.frames // 2:
-            self.pester("worker", router, worker, "READY")
-            self.check("worker", worker)
-        peer, fields = self.hear(router, 'READY')
-        router.send_multipart([peer, b"", b"", b"WHO"])
-        while "join" not in fields:
-            peer, fields = self.hear(router, "READY")
-        router.send_multipart([peer, b"", b"", tc.encode("OK", {"join": fields["join"]})])
-        router.send_multipart([peer, b"", b"good", tc.encode(
-            tc.COMMAND, {"cmd": "echo good", "id": 7, "attempt": 1})])
+        self.pester("worker", router, worker, "READY")
+        self.check("worker", worker)
+        command = tc.encode(tc.COMMAND, {"cmd": "echo good", "id": 7, "attempt": 1})
+        router.send_multipart([self.hear(router, worker, "READY")[0], b"", b"", b"WHO"])
         fields = {}
         while fields.get("id") != 7:
-            peer, fields = self.hear(router, "RESULT")
+            peer, verb, fields = self.hear(router, worker, "READY", "RESULT")
+            if verb == "READY":
+                ok = tc.encode("OK", {"join": fields.get("join", 0)})
+                router.send_multipart([peer, b"", b"", ok])
+                router.send_multipart([peer, b"", b"good", command])
         self.assertEqual((fields["exitcode"], fields["stdout"]), (0, "good\n"))
         router.send_multipart([peer, b"", b"good", b'DONE {"tasks":[[7,1]]}'])
 

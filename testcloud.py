@@ -3129,7 +3129,9 @@ def complain(text: str) -> None:
 
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
-MAX_LATE = 500  # frames kept for a peer that does not read, beside the 1,000 in libzmq
+IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read: at most 256 KiB each
+MAX_LATE = 500  # frames that we keep for it beyond that
+LATE_BYTES = 40 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
 OVERSLEPT: Seconds = 1.0  # later than that we are not slow, but were stopped
 LONGEST_WAIT: Seconds = 3600.0  # for poll(), which counts milliseconds in 32 bits
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
@@ -3414,6 +3416,7 @@ class SocketLink:
         ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
+        sock.setsockopt(zmq.SNDHWM, IN_LIBZMQ)
         sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         sock.setsockopt(zmq.HANDSHAKE_IVL, 5000)  # ms; the default of 30 s hides a hang
         sock.setsockopt(zmq.TCP_KEEPALIVE, 1)  # for connections of which one half is gone
@@ -3462,8 +3465,9 @@ class SocketLink:
 
     def send(self, frame: Frame) -> None:
         if frame.peer in self.late:
-            self.late[frame.peer].append(frame)
-            if len(self.late[frame.peer]) > MAX_LATE:
+            late = self.late[frame.peer]
+            late.append(frame)
+            if len(late) > MAX_LATE or sum(len(f.body) + len(f.data) for f in late) > LATE_BYTES:
                 self.give_up(frame.peer)
         elif not self.send_now(frame):
             self.late[frame.peer] = deque([frame])
