@@ -3154,7 +3154,8 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
                      ["client", "--timeout", "3x"], ["client", "--timeout", "s"],
                      ["client", "--max-output", "0"], ["client", "--retries", "-1"],
-                     ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"]):
+                     ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
+                     ["client", "-j", "2"], ["client", "-C", ""]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
             self.assertTrue(err.startswith("testcloud: "), err)

@@ -1603,7 +1603,7 @@ class Broker(Machine):
         assert worker is not None
         worker.ready = False
         why = f"worker {printable(worker.name)} did not confirm it"
-        self.log(logging.WARNING, why)
+        self.log(logging.WARNING, f"{why}: command {task.id} of run {task.client.run[:8]}")
         self.instruct([("CANCEL", task)])
         self.lose(task, why)
 
@@ -4018,6 +4018,9 @@ def use_colour(choice: str) -> bool:
 def run_client(settings: argparse.Namespace) -> int:
     if settings.local:
         return supervise(lambda control: submit(settings, "this machine", control))
+    if settings.slots:
+        raise UsageError("-j counts what runs on this machine, and needs --local (in a cloud the "
+                         "workers have slots: testcloud.py worker -j N)")
     address = parse_address(settings.connect, CLIENT_PORT)
     resolve(address)
     return submit(settings, address, -1)
@@ -4094,6 +4097,8 @@ def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
 
 def working_directory(given: Optional[str]) -> str:
     """The absolute directory that the commands are to run in."""
+    if given == "":
+        raise UsageError("--cwd needs the name of a directory")
     try:
         return os.path.abspath(given or os.getcwd())
     except FileNotFoundError:
