@@ -444,6 +444,18 @@ class BrokerTest(unittest.TestCase):
         d.submit(b"c", 1, attempt=1)
         d.quiet()
 
+    def test_a_command_may_take_many_times_the_expiry_of_its_worker(self):
+        d = self.desk
+        d.join(b"w")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        for _ in range(100):
+            d.wait(d.broker.times.ready_interval)
+            d.worker(b"w", 'READY {"name":"w","slots":1}')
+            d.client(b"c", 'HELLO {"run":"r1"}')
+        self.assertEqual({letter[3] for letter in d.letters}, {"QUEUED", "OK"})
+
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -3307,6 +3319,12 @@ def peak_memory(pid):
     return int(found[1]) if found else 0
 
 
+def cpu_ticks(pid):
+    """What a process has had of the processor so far, in hundredths of a second as a rule."""
+    fields = tc.read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def once_each(path, count):
     """A file in which each command has written its number: none twice, none missing."""
     return not wrong_times(path, count)
@@ -3482,6 +3500,52 @@ class ProcessesTest(unittest.TestCase):
         self.assertEqual(sorted(map(int, re.findall(r"^out (\d+)$", out, re.M))),
                          list(range(1, 301)))
         self.assertTrue(once_each(done, 300))
+
+    def test_after_each_of_many_restarts_of_the_broker_the_worker_goes_on(self):
+        soon = ("--ready-interval", "0.2")
+        broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", *soon)
+        self.cloud.worker(broker, "-j", "1", *soon)
+        for _ in range(10):
+            self.assertEqual(self.cloud.client(broker, ["true"], *soon)[0], 0)
+            places = broker.clients, broker.workers
+            broker.kill()
+            broker.wait()
+            broker = self.cloud.broker(*places, *soon)
+
+    def test_a_stopped_client_under_a_flood_disturbs_nobody_and_gets_all_in_the_end(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        stopped = self.cloud.client(broker, ["seq 20000"] * 300, "-b", wait=False)
+        stopped.stdout.readline()
+        stopped.send_signal(signal.SIGSTOP)
+        self.assertEqual(self.cloud.client(broker, ["true"] * 50)[0], 0)
+        stopped.send_signal(signal.SIGCONT)
+        status, out = self.cloud.finish(stopped)
+        self.assertEqual((status, out.count("OK! ")), (0, 300))
+        self.assertLess(peak_memory(broker.pid), 150 * 1024)
+
+    def test_commands_that_kill_themselves_are_all_reported(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        status, out = self.cloud.client(broker, ["kill -9 $$"] * 2000, "-b")
+        self.assertEqual((status, out.count("FAIL(137) ")), (1, 2000))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "not Linux")
+    def test_the_death_of_peers_costs_those_that_stay_nothing(self):
+        broker = self.cloud.broker()
+        worker, gone = (self.cloud.worker(broker, "-j", "2") for _ in range(2))
+        up = os.path.join(self.cloud.dir, "up")
+        client = self.cloud.client(broker, [f"echo x >> {up}; sleep 1000"] * 9, wait=False)
+        self.cloud.wait_for(lambda: len(tc.read_text(up)) == 8, "the start of four commands")
+        for process in (gone, client):
+            process.kill()
+        self.cloud.wait_for_log(broker, "is gone")
+        pids = (broker.pid, worker.pid, self.cloud.inner(worker))
+        before = sum(map(cpu_ticks, pids))
+        end = time.monotonic() + 1.5  # a span to measure, not to wait for anything
+        while time.monotonic() < end:
+            time.sleep(0.1)
+        self.assertLess(sum(map(cpu_ticks, pids)) - before, 15)  # of some 150 if one of them spins
 
     def test_a_second_worker_joins_in_the_middle(self):
         broker = self.cloud.broker()
