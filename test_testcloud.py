@@ -4253,18 +4253,22 @@ class RawPeersTest(unittest.TestCase):
 class Place:
     """Where trouble may strike: a process, and the proxy through which it is connected."""
 
-    def __init__(self, role, proxy=None):
+    def __init__(self, role, hub=None):
         self.role = role
-        self.proxy = proxy
+        self.hub = hub  # the Place of the broker it is connected to
+        self.proxy = hub and Proxy(
+            hub.process.clients if role == "client" else hub.process.workers)
         self.process = None
         self.at_rest = True  # no trouble now, and none a moment ago
 
 
 class Chaos:
-    """One run. A command may start again only if the worker that started it last has been lost:
-    we have ended it, or kept it silent for LONG. Nothing else is an excuse, neither what happens
-    to broker and client nor a SHORT silence of the worker. How many commands go with a worker
-    is not bounded by its slots: those whose results it held, as the client was away, go as well."""
+    """One run, with a broker chained to the first, and half of the workers below it. A command
+    may start again only if the worker that started it last has been lost: we have ended it, or
+    kept it or the chained broker above it silent for LONG. Nothing else is an excuse, neither what
+    happens to broker and client nor a SHORT silence of the worker. How many commands go with a
+    worker is not bounded by its slots: those whose results it held, as the client was away, go as
+    well."""
 
     EXPIRY = 4.0
     BROKER = ("--worker-expiry", str(EXPIRY), "--lost-grace", "2", "--ready-interval", "2.5")
@@ -4274,7 +4278,7 @@ class Chaos:
     ANY = (0.1, 3.0)  # for what loses no command however long it takes, up to the client's lease
     # between troubles in one place: two short ones must not make a long one; and as a new broker
     # has to wait for its workers, nothing would ever run if it were struck more often
-    REST = {"worker": 1.5, "client": 1.5, "broker": 5.0}
+    REST = {"worker": 1.5, "client": 1.5, "broker": 5.0, "chained": 5.0}
     GAP = (0.05, 0.45)  # between troubles anywhere
     WORKERS = 4
     SECONDS = 300  # of trouble, at most
@@ -4293,11 +4297,13 @@ class Chaos:
         self.out = ""
         self.broker = Place("broker")
         self.start(self.broker)
-        self.client, *self.workers = (
-            Place(role, Proxy(address)) for role, address in
-            [("client", self.broker.process.clients)]
-            + [("worker", self.broker.process.workers)] * self.WORKERS)
-        for place in (self.client, *self.workers):
+        self.chained = Place("chained", self.broker)
+        self.start(self.chained)
+        self.client = Place("client", self.broker)
+        self.workers = [Place("worker", (self.broker, self.chained)[n % 2])
+                        for n in range(self.WORKERS)]
+        self.places = (self.broker, self.chained, self.client, *self.workers)
+        for place in self.places[1:]:
             test.addCleanup(place.proxy.close)
         test.addCleanup(self.heal)
 
@@ -4345,13 +4351,13 @@ class Chaos:
 
     def sample(self):
         """Note how much memory each process has needed so far."""
-        for place in (self.broker, self.client, *self.workers):
+        for place in self.places:
             for pid in (place.process.pid, *children_of(place.process.pid)):
                 self.peaks[place.role] = max(self.peaks[place.role], peak_memory(pid))
 
     def strays(self):
         """What runs in our directory beside the cloud itself."""
-        ours = [place.process.pid for place in (self.broker, *self.workers)]
+        ours = [place.process.pid for place in self.places if place is not self.client]
         inner = [pid for parent in ours for pid in children_of(parent)]
         return set(map(int, self.cloud.left_behind())).difference(ours, inner)
 
@@ -4360,8 +4366,7 @@ class Chaos:
     def trouble(self):
         name = self.r.choice(list(self.FAULTS))
         roles, begin = self.FAULTS[name]
-        places = [place for place in (self.broker, self.client, *self.workers)
-                  if place.role in roles and place.at_rest]
+        places = [place for place in self.places if place.role in roles and place.at_rest]
         if places:
             place = self.r.choice(places)
             place.at_rest = False
@@ -4379,16 +4384,20 @@ class Chaos:
             heapq.heappop(self.due)[2]()
 
     def lose(self, place):
-        """From now on the commands of this worker may be started elsewhere."""
+        """From now on the commands of this worker, or of those below, may be started elsewhere."""
         with open(self.ledger, "a") as file:
-            file.write(f"lost {self.cloud.inner(place.process)}\n")
+            for worker in self.workers:
+                if place in (worker, worker.hub):
+                    file.writelines(f"lost {pid}\n" for pid in children_of(worker.process.pid))
 
     def duration(self, place):
         """How long to disturb someone: a worker briefly, or now and then so long that it is lost."""
-        if place.role == "worker" and self.r.random() < 0.2:
-            self.lose(place)
-            return self.r.uniform(*self.LONG)
-        return self.r.uniform(*(self.SHORT if place.role == "worker" else self.ANY))
+        if place.role in ("broker", "client"):
+            return self.r.uniform(*self.ANY)
+        if self.r.random() < 0.8:
+            return self.r.uniform(*self.SHORT)
+        self.lose(place)
+        return self.r.uniform(*self.LONG)
 
     def start(self, place):
         old = place.process
@@ -4398,7 +4407,8 @@ class Chaos:
             place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER)
         else:
             where = (old.clients[6:], old.workers[6:]) if old else ("127.0.0.1:0", "127.0.0.1:0")
-            place.process = self.cloud.broker(*where, *self.BROKER)
+            above = ("--upstream", place.proxy.address) if place.proxy else ()
+            place.process = self.cloud.broker(*where, *self.BROKER, *above)
 
     def kill(self, place, number=signal.SIGKILL):
         if place.role == "worker":
@@ -4442,10 +4452,12 @@ class Chaos:
         "worker stopped": (["worker"], stop),
         "broker killed": (["broker"], kill),
         "broker stopped": (["broker"], stop),
+        "chained broker killed": (["chained"], kill),
+        "chained broker stopped": (["chained"], stop),
         "client stopped": (["client"], stop),
-        "link frozen": (["worker", "client"], freeze),
-        "link swallows": (["worker", "client"], swallow),
-        "link cut": (["worker", "client"], cut),
+        "link frozen": (["worker", "client", "chained"], freeze),
+        "link swallows": (["worker", "client", "chained"], swallow),
+        "link cut": (["worker", "client", "chained"], cut),
     }
 
     # --- the accounting
@@ -4509,7 +4521,12 @@ class ChaosTest(unittest.TestCase):
             chaos.run()
             self.assertEqual(chaos.findings(), [])
         except Exception as error:
-            raise AssertionError(f"chaos of seed {seed}: {error}{chaos.logs()}") from error
+            kept = os.path.join(tempfile.gettempdir(), f"testcloud-chaos-{seed}")
+            shutil.copytree(chaos.cloud.dir, kept, dirs_exist_ok=True)
+            with open(os.path.join(kept, "story"), "w") as file:
+                file.write("".join(chaos.story))
+            raise AssertionError(f"chaos of seed {seed}: {error}{chaos.logs()}"
+                                 f"\n(all logs and the ledger are in {kept})") from error
         finally:
             ChaosTest.table = {"seed": seed, "seconds": round(time.monotonic() - began),
                                **chaos.table()}
