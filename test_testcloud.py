@@ -4388,7 +4388,9 @@ class Chaos:
         with open(self.ledger, "a") as file:
             for worker in self.workers:
                 if place in (worker, worker.hub):
-                    file.writelines(f"lost {pid}\n" for pid in children_of(worker.process.pid))
+                    # a shell just begun may find that the supervisor is its parent already
+                    pids = [worker.process.pid, *children_of(worker.process.pid)]
+                    file.writelines(f"lost {pid}\n" for pid in pids)
 
     def duration(self, place):
         """How long to disturb someone: a worker briefly, or now and then so long that it is lost."""
