@@ -84,6 +84,7 @@ def check_broker(broker):
         assert client in broker.clients_seen
         if client.link == CLIENTS and client.peer is not None:
             assert broker.run_of[client.peer] == client.run
+    assert set(broker.turns) <= set(broker.clients.values())
     for peer, run in broker.run_of.items():
         assert broker.clients[run].peer == peer
     known = set(broker.workers.values()) | set(broker.named.values())
@@ -1003,6 +1004,36 @@ class PlainPeersTest(unittest.TestCase):
 
 class MisbehavingPeersTest(unittest.TestCase):
     """Whatever a peer says, in whatever state, nobody else notices."""
+
+    def test_a_broker_that_was_up_for_days_remembers_nobody(self):
+        r = random.Random(7)
+        d = Desk()
+        for n in range(1, 1500):
+            client, worker = b"c%d" % n, b"w%d" % n
+            run = f"r{n}"
+            d.hello(client, run)
+            d.submit(client, 1, 2, 3)
+            d.client(b"C%d" % n, '{"cmd":"x"}')
+            if r.random() < 0.8:
+                d.join(worker, slots=r.randint(0, 3))
+                d.worker(b"W%d" % n, "READY")
+            for letter in [letter for letter in d.letters if letter[3] == "{"]:
+                if r.random() < 0.5:
+                    _, peer, token, _, fields, _ = letter
+                    ids = {"id": fields["id"], "attempt": fields["attempt"]} if "id" in fields else {}
+                    d.worker(peer, tc.encode("RESULT", {"exitcode": 0, **ids}), token)
+            d.letters.clear()
+            for link, peer in ((CLIENTS, client), (WORKERS, worker), (CLIENTS, b"C%d" % n),
+                               (WORKERS, b"W%d" % n)):
+                if peer[:1] in b"cw" and r.random() < 0.5:
+                    d.tell(link, peer, "BYE")
+                if peer[:1] in b"CW" or r.random() < 0.5:  # otherwise it is silent from now on
+                    d.gone(link, peer)
+            d.wait(r.choice((0.1, 10.0, 100.0)))
+        d.wait(100)
+        kept = {name: value for name, value in vars(d.broker).items()
+                if isinstance(value, (dict, list, set, deque)) and value and name != "effects"}
+        self.assertEqual(list(kept), [], kept)
 
     def test_malformed_lines_get_an_error_and_change_nothing(self):
         d = Desk()

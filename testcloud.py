@@ -971,6 +971,9 @@ class Broker(Machine):
         self.drop(list(client.tasks.values()))
         self.clients_seen.pop(client, None)
         self.clients.pop(client.run, None)
+        if client.in_turn:
+            self.turns.remove(client)
+            client.in_turn = False
         if client.link == CLIENTS:
             if client.peer is not None:
                 self.run_of.pop(client.peer, None)
