@@ -530,7 +530,7 @@ class BrokerTest(unittest.TestCase):
         d.gone(WORKERS, b"v")
         d.letters.clear()
         d.now += 1000.0
-        d.broker.overslept(1000.0)
+        d.broker.overslept(1000.0, d.now)
         d.broker.tick(d.now)
         d.collect()
         d.quiet()
@@ -1632,6 +1632,7 @@ class World:
             f"{job.key} starts twice"
         self.attempts.add(job.key)
         self.seen["restarted"] += self.starts[cmd] > 1
+        self.seen["started too late"] += job.key in self.lost
         assert actor.plain or actor.machine.running <= actor.machine.slots
         key = (actor.name, actor.generation, job.key)
         assert key not in self.live, f"{job.key} runs twice at one worker"
@@ -1857,7 +1858,7 @@ class World:
             due, now = machine.deadline(), actor.clock(self.now)
             if now > due + tc.OVERSLEPT:
                 self.seen["overslept"] += 1
-                machine.overslept(now - due)
+                machine.overslept(now - due, now)
 
         def resume():
             if actor.generation != generation or actor.paused_until > self.now:
@@ -2226,6 +2227,19 @@ class WorkerTest(unittest.TestCase):
         for _ in range(2):
             b.wait(0.31)
             b.expect("READY")
+
+    def test_who_was_stopped_joins_again_before_it_takes_more_commands(self):
+        """The broker may have given those that wait in the socket to others."""
+        for machine in (tc.Worker("w1", 2), tc.Broker("b1", chained=True)):
+            b = Bench(machine)
+            b.hear('OK {"join":1,"above":["b0"]}')
+            b.hear('{"cmd":"true","id":1,"attempt":1}', "r1")
+            b.lines.clear()
+            b.effects.clear()
+            machine.overslept(20.0, 20.0)
+            b.hear('{"cmd":"true","id":2,"attempt":1}', "r1")
+            b.expect("READY", join=2, running=[["r1", 1, 1]])
+            b.quiet()
 
     def test_a_command_of_a_run_without_a_proper_name_is_refused(self):
         """It could not be announced: a broker would not understand our READY."""
@@ -4045,7 +4059,7 @@ class Proxy:
             self.pairs.append(pair)
 
     def pump(self, a, b, pair):
-        with contextlib.suppress(OSError):
+        try:
             while not pair.over:
                 data = a.recv(65536)
                 pair.going.wait()
@@ -4056,6 +4070,10 @@ class Proxy:
                     return
                 if not pair.deaf:
                     b.sendall(data)
+        except OSError:  # one of the two has broken off: so must the other
+            for one in (a, b):
+                with contextlib.suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
 
     def swallow(self):
         """Lose all that is sent from now on, and do not tell."""

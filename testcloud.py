@@ -550,7 +550,7 @@ class Machine:
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
         """This connection is gone for certain."""
 
-    def overslept(self, gap: Seconds) -> None:
+    def overslept(self, gap: Seconds, now: Seconds) -> None:
         """The process was stopped, or busy, for so long after something was due."""
 
     def tick(self, now: Seconds) -> None:
@@ -611,6 +611,12 @@ class Session:
     def heard(self, now: Seconds) -> None:
         self.unanswered = 0
         self.heard_at = now
+
+    def overslept(self, now: Seconds) -> None:
+        """For those who take commands: the broker may have given us up, and the commands that
+        wait in our socket to others. Only what it says when we have joined again counts."""
+        if self.joined:
+            self.join(now)
 
     def accepts(self, verb: str) -> bool:
         """While we join, the broker's records of us and ours may differ, and only what ends
@@ -1626,8 +1632,11 @@ class Broker(Machine):
             else:
                 self.forget_client(client, silence)
 
-    def overslept(self, gap: Seconds) -> None:
+    def overslept(self, gap: Seconds, now: Seconds) -> None:
         """The silence was ours, not theirs: all deadlines of others move."""
+        self.now = now
+        if self.session:
+            self.session.overslept(now)
         for worker in self.workers_seen:
             self.workers_seen[worker] += gap
         for client in self.clients_seen:
@@ -2086,6 +2095,10 @@ class Worker(Member):
         self.bulk.append(Frame(BROKER, b"", key[0], line, data))
 
     # --- time, and the end
+
+    def overslept(self, gap: Seconds, now: Seconds) -> None:
+        self.now = now
+        self.session.overslept(now)
 
     def tick(self, now: Seconds) -> None:
         self.now = now
@@ -3343,7 +3356,7 @@ class Loop:
         now = time.monotonic()
         if now > due + OVERSLEPT:
             for node in self.nodes:
-                node.machine.overslept(now - due)
+                node.machine.overslept(now - due, now)
         for file, reader in self.files.items():
             if file in ready:
                 reader(now)
