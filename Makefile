@@ -8,7 +8,7 @@ RUN = $$($(PYTHON) -c 'import zmq, sys; print(sys.executable)' 2>/dev/null || ec
 LINT = ruff==0.14.6 mypy==1.18.2 coverage==7.11.3
 RULES = E,F,W,I,B,UP,C4,SIM,RET,PIE,PLE
 
-.PHONY: test check cover demo soak chaos fuzz toc version clean setup tools
+.PHONY: test check cover demo soak chaos fuzz bench toc version clean setup tools
 
 test: setup
 	$(RUN) -m unittest -q test_testcloud
@@ -48,6 +48,11 @@ chaos: setup
 MESSAGES ?= 1000000
 fuzz: setup
 	$(RUN) test_testcloud.py fuzz --messages $(MESSAGES) $(if $(SEED),--seed $(SEED))
+
+# how fast it is, beside what is installed: make bench ONLY=latency
+ONLY ?=
+bench: setup
+	$(RUN) test_testcloud.py bench --only "$(ONLY)"
 
 # a broker, two workers and a client that computes pi, as real processes
 demo: setup

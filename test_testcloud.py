@@ -2,7 +2,7 @@
 """Tests of testcloud, in the order of the program: python test_testcloud.py [NAME ...]
 
 SIM_SEEDS=N sets how many simulated runs there are, SIM_SEED=N runs only that one and
-prints its story. What takes longer: python test_testcloud.py soak|chaos|fuzz --help.
+prints its story. What takes longer: python test_testcloud.py soak|chaos|fuzz|bench --help.
 """
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
@@ -25,6 +25,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -4865,9 +4866,222 @@ class DocumentsTest(unittest.TestCase):
         self.assertIn("OK! ./pi.py 5", done.stdout)
 
 
+# === Speed ============================================================================
+#
+# Figures, never asserted: machines differ, and are busy. Where there is a peer to compare
+# with, the two run in turn and the ratio counts; all are medians.
+
+
+def wall(argv, lines=(), **more):
+    """Seconds that a process takes to read these lines and end."""
+    with tempfile.TemporaryFile() as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.seek(0)
+        began = time.monotonic()
+        subprocess.run(argv, stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                       check=True, **more)
+        return time.monotonic() - began
+
+
+class Speed:
+    """The figures. Each yields rows: what was measured, the goal, what it was."""
+
+    def __init__(self, runs, commands):
+        self.runs = runs
+        self.commands = commands
+        self.test = unittest.TestCase()
+        self.cloud = Cloud(self.test)
+
+    def warm_cloud(self, *worker):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, *(worker or ("-j", "2")))
+        self.cloud.client(broker, ["true"])
+        return broker
+
+    def client(self, *more):
+        return [sys.executable, SCRIPT, "client", "-b", *more]
+
+    def median(self, function):
+        return statistics.median(function() for _ in range(self.runs))
+
+    def ratio(self, ours, theirs):
+        """How many times as fast as theirs is ours: median of runs in turn."""
+        def pair():
+            mine = ours()
+            return theirs() / mine
+        return self.median(pair)
+
+    def against(self, what, command, argv, goals):
+        """Rows of one way of ours to run a command very often, against the ways of others."""
+        lines = [command] * self.commands
+        for peer, theirs in (("xargs -P2", ["xargs", "-P2", "-I{}", "sh", "-c", "{}"]),
+                             ("parallel -j2", ["parallel", "-j2"])):
+            name = f"{what}, against {peer}"
+            if peer not in goals:
+                continue
+            if not shutil.which(theirs[0]):
+                yield name, f">= {goals[peer]} x", f"{theirs[0]} is not installed"
+                continue
+            found = self.ratio(lambda: wall(argv, lines), lambda t=theirs: wall(t, lines))
+            yield name, f">= {goals[peer]} x", f"{found:.2f} x"
+
+    def cloud_against_others(self):
+        broker = self.warm_cloud()
+        argv = self.client("--connect", broker.clients)
+        yield from self.against("true through a broker", "true", argv,
+                                {"xargs -P2": 1.0, "parallel -j2": 5.0})
+        yield from self.against("/bin/echo hello through a broker", "/bin/echo hello", argv,
+                                {"xargs -P2": 1.2})
+
+    def local_against_others(self):
+        yield from self.against("true with --local", "true", self.client("--local", "-j", "2"),
+                                {"xargs -P2": 1.0})
+        found = self.ratio(lambda: wall([sys.executable, "-c", "import zmq"]),
+                           lambda: wall(self.client("--local"), ["true"]))
+        yield "one true with --local, against import zmq", "<= 1.5 x", f"{found:.2f} x"
+
+    def latency(self):
+        sock = self.cloud.dealer(self.warm_cloud().clients)
+
+        def one():
+            began = time.monotonic()
+            sock.send(b'{"cmd":"true"}')
+            while not (answer := sock.recv()).startswith(b"RESULT"):
+                pass
+            return (time.monotonic() - began) * 1000 - json.loads(answer[7:])["time"]
+        found = statistics.median(one() for _ in range(200))
+        yield "one command in an idle cloud, beyond its own time", "<= 5 ms", f"{found:.2f} ms"
+
+    def long_among_short(self):
+        broker = self.warm_cloud("-j", "4")
+        lines = ["sleep 0.01"] * 200
+        for at in (40, 80, 120, 160):
+            lines[at] = "sleep 2"
+        best = (196 * 0.01 + 4 * 2) / 4
+        found = self.median(lambda: wall(self.client("--connect", broker.clients), lines))
+        yield "long commands among short ones, against the best", "<= 1.15 x", f"{found / best:.2f} x"
+
+    def bulk(self):
+        broker = self.warm_cloud()
+        line = f"head -c {2**30} /dev/zero"
+        found = self.median(lambda: wall(self.client("--connect", broker.clients), [line]))
+        yield "1 GB of output from one command", ">= 200 MB/s", f"{2**30 / 1e6 / found:.0f} MB/s"
+
+    def dispatch(self):
+        """A real broker between dummies in this process, that answer at once."""
+        for workers in (1, 200):
+            broker = self.cloud.broker()
+            before = cpu_ticks(broker.pid)
+            spent = Dummies(self.cloud, broker, workers).run(20 * self.commands)
+            micros = (cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK") * 1e6
+            count = 20 * self.commands
+            yield (f"dispatch by one broker, {workers} workers", ">= 40000/s", f"{count / spent:.0f}/s")
+            yield ("    its processor time per command", "<= 20 us", f"{micros / count:.1f} us")
+
+    def machine(self):
+        """The broker's machine without sockets: does the cost of a command grow?"""
+        base = self.cost(workers=10, clients=1, queued=100)
+        yield "machine: 10 workers, 1 client, 100 queued", "", f"{base:.1f} us"
+        for size in ({"workers": 1000}, {"workers": 100_000}, {"clients": 1000},
+                     {"queued": 10_000}, {"queued": 1_000_000}):
+            found = self.cost(**{"workers": 10, "clients": 1, "queued": 100, **size})
+            (name, number), = size.items()
+            yield f"    with {number} {name}", "<= 1.5 x", f"{found / base:.2f} x"
+
+    def cost(self, workers, clients, queued):
+        """Microseconds a command from submission to DONE, with so many others waiting."""
+        broker, count = tc.Broker("b"), 2000
+        for n in range(workers):
+            broker.receive(WORKERS, b"w%d" % n, "", tc.encode("READY", {
+                "name": f"w{n}", "join": 1, "slots": 1}), b"", 0.0)
+        for n in range(clients):
+            broker.receive(CLIENTS, b"c%d" % n, "", tc.encode("HELLO", {
+                "run": f"r{n}", "join": 1}), b"", 0.0)
+        peers = itertools.cycle([b"c%d" % n for n in range(clients)])
+        ids = itertools.count(1)
+        broker.take()
+
+        def submit(number):
+            for _ in range(number):
+                broker.receive(CLIENTS, next(peers), "", b'{"cmd":"true","id":%d,"attempt":1}'
+                               % next(ids), b"", 0.0)
+        submit(queued + workers)
+        began, done = time.perf_counter(), 0
+        while done < count:
+            frames, _ = broker.take()
+            for frame in frames:
+                if frame.link == CLIENTS or not frame.body.startswith(b"{"):
+                    continue
+                id = json.loads(frame.body.split(b"\n")[0])["id"]
+                broker.receive(WORKERS, frame.peer, frame.token,
+                               b'QUEUED {"tasks":[[%d,1]]}\n'
+                               b'RESULT {"id":%d,"attempt":1,"exitcode":0,"size":0,"stdout":""}'
+                               % (id, id), b"", 0.0)
+                broker.receive(CLIENTS, b"c%s" % frame.token[1:].encode(), "",
+                               b'DONE {"tasks":[[%d,1]]}' % id, b"", 0.0)
+                done += 1
+                if done == count:
+                    break
+            submit(len(frames))
+        return (time.perf_counter() - began) / count * 1e6
+
+    FIGURES = (cloud_against_others, local_against_others, dispatch, machine, latency,
+               long_among_short, bulk)
+
+
+class Dummies:
+    """A client and workers that run nothing: they answer each command at once."""
+
+    def __init__(self, cloud, broker, workers):
+        import zmq
+        self.zmq = zmq
+        self.poller = zmq.Poller()
+        self.client = cloud.dealer(broker.clients)
+        self.workers = [cloud.dealer(broker.workers) for _ in range(workers)]
+        for sock in (self.client, *self.workers):
+            self.poller.register(sock, zmq.POLLIN)
+        for n, sock in enumerate(self.workers):
+            sock.send_multipart([b"", b"", tc.encode("READY", {
+                "name": f"w{n}", "join": 1, "slots": max(1, 200 // workers)})])
+            sock.recv_multipart()
+        self.client.send(tc.encode("HELLO", {"run": "r1", "join": 1}))
+        self.client.recv()
+
+    def run(self, count):
+        """Seconds for so many commands."""
+        began, sent, done = time.monotonic(), 0, 0
+        while done < count:
+            while sent < min(count, done + 2000):
+                last = min(sent + 500, count)
+                self.client.send(b"\n".join(b'{"cmd":"true","cwd":"/","id":%d,"attempt":1}' % n
+                                            for n in range(sent + 1, last + 1)))
+                sent = last
+            for sock, _ in self.poller.poll(1000):
+                while sock.getsockopt(self.zmq.EVENTS) & self.zmq.POLLIN:
+                    if sock is self.client:
+                        done += self.take_results(sock.recv())
+                    else:
+                        self.work(sock, *sock.recv_multipart())
+        return time.monotonic() - began
+
+    def take_results(self, body):
+        ids = re.findall(rb'RESULT {"id":(\d+)', body)
+        if ids:
+            self.client.send(b'DONE {"tasks":[%s]}' % b",".join(b"[%s,1]" % id for id in ids))
+        return len(ids)
+
+    def work(self, sock, empty, token, body):
+        ids = re.findall(rb'(?m)^{.*"id":(\d+)', body)
+        if ids:
+            answer = b"\n".join(
+                b'QUEUED {"tasks":[[%s,1]]}\nRESULT {"id":%s,"attempt":1,"exitcode":0,"time":1,'
+                b'"started":1,"size":0,"worker":"w","host":"h","stdout":""}' % (id, id) for id in ids)
+            sock.send_multipart([b"", token, answer])
+
+
 # === Long runs ========================================================================
 #
-# What takes longer than a test may: python test_testcloud.py soak|chaos|fuzz --help.
+# What takes longer than a test may: python test_testcloud.py soak|chaos|fuzz|bench --help.
 
 
 def soak_batch(first, count):
@@ -4923,14 +5137,28 @@ def fuzz(settings):
     return FuzzTest.table, result.wasSuccessful()
 
 
+def bench(settings):
+    """How fast the program is, beside what is installed."""
+    for figure in Speed.FIGURES:
+        if settings.only in figure.__name__:
+            speed = Speed(settings.runs, settings.commands)
+            try:
+                for what, goal, measured in figure(speed):
+                    print(f"{what:56}{goal:>14}{measured:>28}", flush=True)
+            finally:
+                speed.test.doCleanups()
+    return {}, True
+
+
 def main():
-    if sys.argv[1:2] not in (["soak"], ["chaos"], ["fuzz"]):
+    if sys.argv[1:2] not in (["soak"], ["chaos"], ["fuzz"], ["bench"]):
         unittest.main()
     parser = argparse.ArgumentParser()
     tools = parser.add_subparsers(required=True)
     for function, *options in (
             (soak, ("--minutes", float, 10.0), ("--batch", int, 10)),
-            (chaos, ("--commands", int, 2000)), (fuzz, ("--messages", int, 1_000_000))):
+            (chaos, ("--commands", int, 2000)), (fuzz, ("--messages", int, 1_000_000)),
+            (bench, ("--runs", int, 5), ("--commands", int, 10_000), ("--only", str, ""))):
         tool = tools.add_parser(function.__name__, help=function.__doc__,
                                 description=function.__doc__)
         tool.set_defaults(function=function)
