@@ -5005,7 +5005,7 @@ class Speed:
             for _ in range(number):
                 broker.receive(CLIENTS, next(peers), "", b'{"cmd":"true","id":%d,"attempt":1}'
                                % next(ids), b"", 0.0)
-        submit(queued + workers)
+        submit(queued)
         began, done = time.perf_counter(), 0
         while done < count:
             frames, _ = broker.take()
