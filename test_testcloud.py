@@ -4341,6 +4341,7 @@ class Chaos:
         self.ledger = os.path.join(self.cloud.dir, "ledger")
         self.commands = dict(self.command(n) for n in range(1, commands + 1))
         self.due = []  # heap of (time, number, function): what ends the troubles there are
+        self.number = itertools.count()
         self.faults = Counter()
         self.story = []  # the same, one by one
         self.peaks = Counter()  # KiB, by role
@@ -4424,10 +4425,15 @@ class Chaos:
             at, pid = time.time(), place.process.pid
             end, duration = begin(self, place)
             self.story.append(f"\n{at % 60:06.3f} {name}: {place.role} {pid}, {duration:.2f} s")
-            until, number = time.monotonic() + duration, len(self.story)
-            heapq.heappush(self.due, (until, number, end))
-            heapq.heappush(self.due, (until + self.REST[place.role], number,
-                                      functools.partial(setattr, place, "at_rest", True)))
+            self.later(duration, end)
+            self.later(duration + self.REST[place.role], self.rest, place)
+
+    def later(self, delay, function, *args):
+        heapq.heappush(self.due, (time.monotonic() + delay, next(self.number),
+                                  functools.partial(function, *args)))
+
+    def rest(self, place):
+        place.at_rest = True
 
     def heal(self, now=math.inf):
         while self.due and self.due[0][0] <= now:
@@ -4453,8 +4459,12 @@ class Chaos:
 
     def start(self, place):
         old = place.process
-        if old:
-            old.wait(PATIENCE)
+        if old and old.poll() is None:  # it may take seconds to leave: others must not wait for it
+            place.at_rest = False
+            self.later(0.05, self.start, place)
+            self.later(0.05 + self.REST[place.role], self.rest, place)
+            time.sleep(0.005)
+            return
         if place.role == "worker":
             place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER)
         else:
