@@ -4425,7 +4425,7 @@ class Chaos:
             at, pid = time.time(), place.process.pid
             end, duration = begin(self, place)
             self.story.append(f"\n{at % 60:06.3f} {name}: {place.role} {pid}, {duration:.2f} s")
-            self.later(duration, end)
+            self.later(duration, *end)
             self.later(duration + self.REST[place.role], self.rest, place)
 
     def later(self, delay, function, *args):
@@ -4433,7 +4433,14 @@ class Chaos:
                                   functools.partial(function, *args)))
 
     def rest(self, place):
-        place.at_rest = True
+        if self.is_leaving(place):
+            self.later(self.REST[place.role], self.rest, place)
+        else:
+            place.at_rest = place.process.poll() is None
+
+    def is_leaving(self, place):
+        """Whether its process is to be followed by another."""
+        return any(call.func == self.start and call.args == (place,) for _, _, call in self.due)
 
     def heal(self, now=math.inf):
         while self.due and self.due[0][0] <= now:
@@ -4460,9 +4467,7 @@ class Chaos:
     def start(self, place):
         old = place.process
         if old and old.poll() is None:  # it may take seconds to leave: others must not wait for it
-            place.at_rest = False
             self.later(0.05, self.start, place)
-            self.later(0.05 + self.REST[place.role], self.rest, place)
             time.sleep(0.005)
             return
         if place.role == "worker":
@@ -4476,7 +4481,7 @@ class Chaos:
         if place.role == "worker":
             self.lose(place)
         place.process.send_signal(number)
-        return functools.partial(self.start, place), self.r.uniform(*self.SHORT)
+        return (self.start, place), self.r.uniform(*self.SHORT)
 
     def terminate(self, place):
         return self.kill(place, signal.SIGTERM)
@@ -4484,28 +4489,28 @@ class Chaos:
     def kill_inner(self, place):
         self.lose(place)
         os.kill(self.cloud.inner(place.process), signal.SIGKILL)
-        return functools.partial(self.start, place), self.r.uniform(*self.SHORT)
+        return (self.start, place), self.r.uniform(*self.SHORT)
 
     def stop(self, place):
         duration, send = self.duration(place), place.process.send_signal
         if place.role == "worker":
             send = functools.partial(os.kill, self.cloud.inner(place.process))
         send(signal.SIGSTOP)
-        return functools.partial(send, signal.SIGCONT), duration
+        return (send, signal.SIGCONT), duration
 
     def freeze(self, place):
         duration = self.duration(place)
         place.proxy.freeze()
-        return place.proxy.thaw, duration
+        return (place.proxy.thaw,), duration
 
     def swallow(self, place):
         duration = self.duration(place)
         place.proxy.swallow()
-        return place.proxy.cut, duration
+        return (place.proxy.cut,), duration
 
     def cut(self, place):
         place.proxy.cut()
-        return place.proxy.cut, self.r.uniform(*self.SHORT)
+        return (place.proxy.cut,), self.r.uniform(*self.SHORT)
 
     FAULTS = {  # name > roles that it may befall, how it begins
         "worker killed": (["worker"], kill),
