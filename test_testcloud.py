@@ -2880,6 +2880,21 @@ class ClientTest(unittest.TestCase):
         self.result(1, attempt=2, stdout="new", size=3)
         self.assertEqual(b.effect(tc.Report).output, b"new")
 
+    def test_other_results_do_not_delay_the_second_asking_for_a_lost_chunk(self):
+        b = self.bench
+        self.join()
+        self.add(*"abcdefgh")
+        self.result(1, size=tc.INLINE + 1)
+        asked = 0
+        for id in range(2, 8):
+            b.now += 1.0
+            self.result(id)
+            self.client.tick(b.now)
+            b.collect()
+            asked += sum(line[1] == "FETCH" for line in b.lines)
+            b.lines.clear()
+        self.assertEqual(asked, 2)
+
     def chunk(self, id, offset, data):
         self.bench.hear(tc.encode("CHUNK", {"id": id, "attempt": 1, "offset": offset}), data=data)
 

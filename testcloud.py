@@ -2820,11 +2820,11 @@ class Client(Member):
 
     def stop_fetching(self, entry: Entry) -> None:
         """The result whose output we may be fetching does not count any more."""
-        if entry in self.fetching:
-            self.fetching.remove(entry)
         entry.result = None
         entry.asked = entry.got = 0
-        self.fetch()
+        if entry in self.fetching:
+            self.fetching.remove(entry)
+            self.fetch()
 
     def fetch_again(self) -> None:
         """Chunks may have been lost: ask anew for what has not come."""
