@@ -458,6 +458,38 @@ class BrokerTest(unittest.TestCase):
             d.client(b"c", 'HELLO {"run":"r1"}')
         self.assertEqual({letter[3] for letter in d.letters}, {"QUEUED", "OK"})
 
+    def test_what_a_worker_has_may_come_in_parts(self):
+        d = self.desk
+        b = Bench(tc.Worker("w", 1))
+        b.hear('OK {"join":1}')
+        for n in range(1, 6):
+            b.hear(tc.encode(COMMAND, {"cmd": "x", "id": n, "attempt": 1}), "r1")
+        b.machine.finished(b.machine.jobs["r1", 1, 1], ending(), 0.0)
+        b.collect()
+        with mock.patch.object(tc, "ANNOUNCED", 2):
+            b.machine.connected(BROKER, 0.0)
+            frames, _ = b.machine.take()
+        d.hello(b"c", "r1", [1, 2, 3, 4, 5])
+        for frame in frames:
+            d.worker(b"w", frame.body)
+        d.expect(b"w", "OK", join=2)
+        d.expect(b"w", "RESEND", tasks=[[1, 1]])
+        for n in range(2, 6):
+            self.assertEqual(d.broker.clients["r1"].tasks[n].state, tc.RUNNING)
+        self.assertGreater(len(frames[0].body.split(b"\n")), 3)
+        self.assertFalse(d.broker.parts)
+
+    def test_parts_of_what_a_worker_has_do_not_pile_up(self):
+        d = self.desk
+        for join in (1, 2):
+            for _ in range(tc.MAX_PARTS):
+                d.worker(b"w", tc.encode("READY", {"name": "w", "join": join, "more": True,
+                                                   "held": [["r", 1, 1]]}))
+        self.assertEqual(len(d.broker.parts[b"w"]), tc.MAX_PARTS)
+        d.expect(b"w", "ERROR")
+        d.gone(WORKERS, b"w")
+        self.assertFalse(d.broker.parts)
+
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -1400,6 +1432,7 @@ class World:
         self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0  # when starting commands
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
         if self.wild:
+            self.limits.update(ANNOUNCED=self.r.choice([1, 3, tc.ANNOUNCED]))
             self.limits.update(WINDOW=self.r.choice([3, 10, tc.WINDOW]), SPOOL_COST=200,
                                CREDIT=self.r.choice([500, 2000, tc.CREDIT]))
         self.build()

@@ -158,6 +158,8 @@ CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfir
 SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
+ANNOUNCED = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
+MAX_PARTS = 100  # of one READY
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
@@ -290,6 +292,7 @@ MESSAGES: Dict[str, Spec] = {
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "slots": slot_count, "weight": integer, "running": triples,
         "held": triples, "version": text, "host": text,
+        "more": flag,  # only a part of what it has: the rest follows
         "below": texts,  # the brokers of this subtree, if it is a chained broker
         "depth": count}),  # how many of them stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
@@ -591,7 +594,8 @@ class Session:
             self.number += 1
             fields["join"] = self.number
             self.announced = fields
-        self.owner.say(BROKER, b"", "", self.verb, fields)
+        for part in in_parts(fields):
+            self.owner.say(BROKER, b"", "", self.verb, part)
         self.unanswered += 1
         self.next_greeting = now + self.interval
 
@@ -645,6 +649,17 @@ class Session:
         else:  # a greeting might still be sent, and be heard after the one that follows connected()
             self.unanswered += 1
             self.next_greeting = now + self.interval
+
+
+def in_parts(fields: Fields) -> List[Fields]:
+    """A greeting in lines of which each fits into a frame: all but the last have `more`."""
+    lists = {key: fields[key] for key in ("running", "held") if key in fields}
+    if sum(map(len, lists.values())) <= ANNOUNCED:
+        return [fields]
+    parts = [{"name": fields["name"], "join": fields["join"], "more": True,
+              key: rows[at:at + ANNOUNCED]}
+             for key, rows in lists.items() for at in range(0, len(rows), ANNOUNCED)]
+    return [*parts, dict(fields, running=[], held=[])]
 
 
 class Watch:
@@ -876,6 +891,7 @@ class Broker(Machine):
         self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
         self.ranking: List[Tuple[int, int, int, WorkerLink]] = []  # heap: best worker first
         self.stamps = 0  # counts entries of the ranking
+        self.parts: Dict[Peer, List[Fields]] = {}  # of READYs that are not whole yet
         self.slots = 0  # of all connected workers
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
         self.limbo: Dict[Key, Task] = {}
@@ -993,6 +1009,8 @@ class Broker(Machine):
         worker = self.workers.get(peer)
         if "name" not in fields:
             self.on_plain_ready(message, worker)
+        elif fields.get("more"):
+            self.add_part(peer, fields)
         elif self.name in fields.get("below", ()):
             if self.session is None:
                 raise ProtocolError("we cannot be below you: we have no broker above us")
@@ -1007,6 +1025,18 @@ class Broker(Machine):
         else:
             self.update_worker(worker, fields)
             self.say(WORKERS, peer, "", "OK", self.state_for_worker())
+
+    def add_part(self, peer: Peer, fields: Fields) -> None:
+        parts = self.parts.setdefault(peer, [])
+        if "join" not in fields or len(parts) >= MAX_PARTS:
+            raise ProtocolError(f"READY with 'more' needs 'join', and at most {MAX_PARTS} parts")
+        parts.append(fields)
+
+    def whole(self, peer: Peer, fields: Fields) -> Fields:
+        """A READY that came in parts, put together."""
+        parts = [part for part in self.parts.pop(peer, ()) if part["join"] == fields["join"]]
+        return dict(fields, **{key: [row for part in (*parts, fields) for row in part.get(key, ())]
+                               for key in ("running", "held")})
 
     def refuse_loop(self) -> None:
         """We have met ourselves above us: whoever chained us made a mistake."""
@@ -1074,7 +1104,7 @@ class Broker(Machine):
         self.update_worker(worker, message.fields)
         self.say(WORKERS, peer, "", "OK",
                  dict(self.state_for_worker(), join=message.fields["join"]))
-        self.reconcile(worker, message.fields)
+        self.reconcile(worker, self.whole(peer, message.fields))
 
     def reconcile(self, worker: WorkerLink, fields: Fields) -> None:
         running = {tuple(row) for row in fields.get("running", ())}
@@ -1155,6 +1185,8 @@ class Broker(Machine):
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
         self.now = now
+        if link == WORKERS:
+            self.parts.pop(peer, None)
         if link == BROKER and self.session:
             self.session.disconnected()
         elif link == CLIENTS and peer in self.run_of:
