@@ -96,9 +96,11 @@ def check_broker(broker):
             assert task.key == key and task.worker is worker
             assert broker.clients[task.client.run].tasks[task.id] is task
         assert (worker.peer is None) == (worker.name in broker.away), worker.name
-        ranked = [row for row in broker.ranking if row[3] is worker and row[2] == worker.stamp]
-        assert len(ranked) == (worker.free() > 0), (worker.name, worker.free(), ranked)
-        assert not ranked or ranked[0][1] == -worker.free()
+        assert worker.careful == sum(t.careful and t.state in tc.BUSY
+                                     for t in worker.tasks.values())
+        ranked = [row for row in broker.ranking if row[4] is worker and row[3] == worker.stamp]
+        assert len(ranked) == worker.has_room(), (worker.name, worker.free(), ranked)
+        assert not ranked or ranked[0][:3] == (worker.free() <= 0, -worker.weight, -worker.free())
     for peer, worker in broker.workers.items():
         assert worker.peer == peer
     assert broker.slots == sum(worker.slots for worker in broker.workers.values())
@@ -125,6 +127,7 @@ class MessagesTest(unittest.TestCase):
         "FETCH": {"id": 1, "attempt": 1, "offset": 0, "size": 10},
         "CHUNK": {"id": 1, "attempt": 1, "offset": 0},
         "RESEND": {"tasks": [[1, 1]]},
+        "RECALL": {"tasks": [[1, 1]]},
         "BYE": {},
         "ERROR": {"message": "x", "reason": "y"},
     }
@@ -331,6 +334,102 @@ class BrokerTest(unittest.TestCase):
             d.letters.clear()
         self.assertEqual(order[:2], [b"h", b"b"])
         self.assertEqual(Counter(order), {b"h": 1, b"b": 3, b"a": 2})
+
+    def given(self, worker):
+        """Take the letters to this worker; the ids of the commands among them, confirmed."""
+        given = [(token, fields) for _, peer, token, verb, fields, _ in self.desk.letters
+                 if (peer, verb) == (worker, "{")]
+        self.desk.letters = [letter for letter in self.desk.letters if letter[1] != worker]
+        for token, fields in given:
+            self.desk.worker(worker, tc.encode("QUEUED", {
+                "tasks": [[fields["id"], fields["attempt"]]]}), token)
+        return [fields["id"] for _, fields in given]
+
+    def test_workers_are_given_some_ahead_as_far_as_commands_prove_short(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", *range(1, 100))
+        self.assertEqual(self.given(b"w"), [1])
+        d.ends(b"w", "r1", 1, time=tc.SHORT - 1)
+        self.assertEqual(self.given(b"w"), [2, 3])
+        d.ends(b"w", "r1", 2)
+        self.assertEqual(self.given(b"w"), [4, 5])
+        for id in range(3, 20):
+            d.ends(b"w", "r1", id)
+            given = self.given(b"w")
+        self.assertEqual(given, [20 + tc.AHEAD])
+        for id in range(20, 20 + tc.AHEAD):
+            d.ends(b"w", "r1", id, time=tc.SHORT + 1)
+            self.assertEqual(self.given(b"w"), [])
+        d.ends(b"w", "r1", 20 + tc.AHEAD, time=tc.SHORT + 1)
+        self.assertEqual(self.given(b"w"), [21 + tc.AHEAD])
+
+    def warm(self, worker):
+        """Have a worker of one slot show that commands are short, and be full."""
+        d = self.desk
+        d.hello(b"warm", "warm")
+        d.join(worker, slots=1)
+        for id in range(1, 6):
+            d.submit(b"warm", id)
+            d.takes(worker, "warm", id)
+            if id < 5:
+                d.ends(worker, "warm", id)
+        d.letters.clear()
+
+    def test_a_free_slot_comes_before_room_beyond_the_slots(self):
+        d = self.desk
+        self.warm(b"w")
+        d.join(b"v", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, avoid="v")
+        self.assertEqual((self.given(b"v"), self.given(b"w")), ([1], []))
+        d.submit(b"c", 2, 3)
+        self.assertEqual((self.given(b"v"), self.given(b"w")), ([], [2, 3]))
+
+    def test_what_waits_for_a_slot_is_recalled_for_a_free_one_elsewhere(self):
+        d = self.desk
+        self.warm(b"w")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2)
+        self.assertEqual(self.given(b"w"), [1, 2])
+        d.join(b"v", slots=1)
+        d.expect(b"w", "RECALL", token="r1", tasks=[[2, 1]])
+        d.worker(b"w", 'LOST {"tasks":[[2,1]],"why":"handed back"}', "r1")
+        d.letters.clear()
+        d.submit(b"c", 2, attempt=2, avoid="w")
+        self.assertEqual(self.given(b"v"), [2])
+        d.worker(b"w", 'RESULT {"id":5,"attempt":1,"exitcode":0,"time":2000}', "warm")
+        d.submit(b"c", 3)
+        self.assertEqual(self.given(b"w"), [])  # it has 1, and proves short no more
+
+    def test_what_waits_for_a_slot_for_long_is_recalled(self):
+        d = self.desk
+        self.warm(b"w")
+        d.hello(b"c", "r1")
+        d.submit(b"c", *range(1, 7))
+        self.assertEqual(self.given(b"w"), [1, 2, 3, 4])
+        d.letters.clear()
+        d.wait(tc.RECALL_DELAY - 0.01)
+        d.quiet()
+        d.wait(0.02)
+        d.expect(b"w", "RECALL", token="r1", tasks=[[1, 1], [2, 1], [3, 1], [4, 1]])
+        d.wait(1)
+        d.quiet()
+
+    def test_nothing_waits_behind_a_command_with_which_workers_were_lost(self):
+        d = self.desk
+        self.warm(b"w")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, attempt=2, careful=True)
+        self.assertEqual(self.given(b"w"), [])
+        d.ends(b"w", "warm", 5)
+        self.assertEqual(self.given(b"w"), [1])
+        self.assertTrue(self.desk.broker.named["w"].ahead)
+        d.submit(b"c", 2)
+        self.assertEqual(self.given(b"w"), [])
+        d.ends(b"w", "r1", 1, attempt=2)
+        self.assertEqual(self.given(b"w"), [2])
 
     def test_unconfirmed_command_goes_to_another_worker(self):
         d = self.desk
@@ -611,12 +710,12 @@ class BrokerTest(unittest.TestCase):
             d.submit(b"c", *range(1, 10))
             for id in (1, 2, 3):
                 d.takes(b"w", "r1", id)
-                d.ends(b"w", "r1", id, stdout="x" * 400)
+                d.ends(b"w", "r1", id, stdout="x" * 400, time=100)
             d.letters.clear()
             d.hello(b"d", "r2")
             d.submit(b"d", 1)
             d.takes(b"w", "r2", 1)  # another client's are run
-            d.ends(b"w", "r2", 1)
+            d.ends(b"w", "r2", 1, time=100)
             d.letters.clear()
             d.client(b"c", 'DONE {"tasks":[[1,1]]}')
             d.expect(b"w", "DONE")
@@ -1178,6 +1277,19 @@ class ChainTest(unittest.TestCase):
         d.expect(b"w", "DONE", token="up")
         d.quiet()
         self.assertFalse(d.broker.clients["up"].tasks)
+
+    def test_what_is_recalled_from_above_is_handed_back_or_recalled_from_its_worker(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        for id in (1, 2):
+            d.tell(BROKER, b"", f'{{"cmd":"x","id":{id},"attempt":1}}', "up")
+        d.takes(b"w", "up", 1)
+        d.letters.clear()
+        d.tell(BROKER, b"", 'RECALL {"tasks":[[1,1],[2,1],[3,1]]}', "up")
+        d.expect(b"", "LOST", token="up", tasks=[[3, 1]])
+        d.expect(b"", "LOST", token="up", tasks=[[2, 1]], fault="")
+        d.expect(b"w", "RECALL", token="up", tasks=[[1, 1]])
+        d.quiet()
 
     def test_the_plain_run_of_a_client_above_is_like_any_other(self):
         d = self.desk
@@ -2065,9 +2177,8 @@ class SimulationTest(unittest.TestCase):
          "        for task in list(worker.tasks.values()):\n            self.lose(",
          "        for task in ():\n            self.lose("),
         ("a worker drops results that it has told",
-         "            if self.session.joined:\n                self.tell_result(job)\n",
-         "            if self.session.joined:\n                self.tell_result(job)\n"
-         "                self.forget(job)\n"),
+         "                    self.tell_result(job)\n\n",
+         "                    self.tell_result(job)\n                    self.forget(job)\n\n"),
         ("a joining worker does not tell what it runs",
          'fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]',
          'fields["running"] = []'),
@@ -2164,6 +2275,10 @@ class Bench:
         assert isinstance(found, kind), found
         return found
 
+    def quiet_until_start(self):
+        self.effect(tc.Start)
+        self.quiet()
+
     def quiet(self):
         assert not self.lines and not self.effects, (self.lines, self.effects)
 
@@ -2178,6 +2293,7 @@ class WorkerTest(unittest.TestCase):
     def give(self, id, attempt=1, **more):
         self.bench.hear(tc.encode("{", dict({"id": id, "attempt": attempt, "cmd": f"c{id}"},
                                             **more)), "r")
+        self.bench.wait(tc.NEWS_DELAY)
 
     def test_runs_a_command_and_holds_its_result_until_done(self):
         b = self.bench
@@ -2214,6 +2330,39 @@ class WorkerTest(unittest.TestCase):
         b.expect("QUEUED")
         b.expect("QUEUED")
         b.effect(tc.Start)
+        b.quiet()
+
+    def test_queued_waits_a_moment_for_company(self):
+        b = self.bench
+        for id in (1, 2):
+            b.hear(b'{"id":%d,"attempt":1,"cmd":"c"}' % id, "r")
+        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        b.quiet()
+        self.worker.finished(jobs[0], ending(), b.now)
+        b.collect()
+        b.expect("QUEUED", tasks=[[1, 1], [2, 1]])
+        b.expect("RESULT", id=1)
+        b.hear('{"id":3,"attempt":1,"cmd":"c"}', "r")
+        b.quiet_until_start()
+        b.wait(tc.NEWS_DELAY)
+        b.expect("QUEUED", tasks=[[3, 1]])
+        b.hear('{"id":4,"attempt":1,"cmd":"c"}', "r")
+        self.worker.disconnected(BROKER, b"", b.now)
+        self.worker.connected(BROKER, b.now)
+        b.collect()
+        b.expect("READY", running=[["r", 2, 1], ["r", 3, 1], ["r", 4, 1]], held=[["r", 1, 1]])
+        b.wait(tc.NEWS_DELAY)
+        b.quiet()
+
+    def test_recall_hands_back_what_has_not_been_started(self):
+        b = self.bench
+        for id in (1, 2, 3):
+            self.give(id)
+        b.effect(tc.Start)
+        b.effect(tc.Start)
+        b.lines.clear()
+        b.hear('RECALL {"tasks":[[1,1],[3,1],[9,1]]}', "r")
+        b.expect("LOST", tasks=[[3, 1]], fault="")
         b.quiet()
 
     def test_cancel_kills_first_gently_then_hard_and_ends_with_lost(self):
@@ -2400,6 +2549,7 @@ class WorkerTest(unittest.TestCase):
         for id in (1, 2, 3):
             b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c"}), "run")
         jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        b.wait(tc.NEWS_DELAY)
         b.lines.clear()
         worker.stop(143, b.now)
         b.collect()
@@ -2717,6 +2867,12 @@ class ClientTest(unittest.TestCase):
             self.client.end_input(self.bench.now)
         self.bench.collect()
 
+    def expect_done(self, *tasks):
+        self.bench.quiet()
+        self.bench.wait(tc.DONE_DELAY)
+        self.bench.expect("DONE", tasks=list(tasks))
+        self.bench.quiet()
+
     def result(self, id, attempt=1, exitcode=0, **more):
         self.bench.hear(tc.encode("RESULT", dict(
             {"id": id, "attempt": attempt, "exitcode": exitcode, "stdout": "", "size": 0,
@@ -2734,10 +2890,9 @@ class ClientTest(unittest.TestCase):
         self.result(2, stdout="x", size=1)
         report = b.effect(tc.Report)
         self.assertEqual((report.entry.cmd, report.output), ("b", b"x"))
-        b.expect("DONE", tasks=[[2, 1]])
         self.result(1, exitcode=5)
         b.effect(tc.Report)
-        b.expect("DONE", tasks=[[1, 1]])
+        b.expect("DONE", tasks=[[2, 1], [1, 1]])
         b.expect("BYE")
         self.assertEqual(b.effect(tc.Exit).status, 1)
         b.quiet()
@@ -2752,8 +2907,7 @@ class ClientTest(unittest.TestCase):
         self.assertIsNone(b.effect(tc.Released).commands)
         self.result(1)
         b.effect(tc.Report)
-        b.expect("DONE")
-        b.quiet()
+        self.expect_done([1, 1])
 
     def test_the_number_of_commands_is_told_if_the_input_ends_soon(self):
         b = self.bench
@@ -2803,7 +2957,39 @@ class ClientTest(unittest.TestCase):
             b.lines.clear()
             self.result(2)
             b.expect("{", id=4)
-            b.expect("DONE")
+
+    def test_the_window_is_filled_again_when_a_part_of_it_is_free(self):
+        b = self.bench
+        self.join()
+        self.add(*map(str, range(2 * tc.WINDOW)))
+        self.assertEqual(len(b.lines), tc.WINDOW)
+        b.lines.clear()
+        for id in range(1, tc.WINDOW // 16):
+            self.result(id)
+        self.assertEqual({verb for _, verb, _ in b.lines}, {"DONE"})
+        b.lines.clear()
+        self.result(tc.WINDOW // 16)
+        self.assertEqual([verb for _, verb, _ in b.lines].count("{"), tc.WINDOW // 16)
+
+    def test_done_waits_for_others_but_not_for_many(self):
+        b = self.bench
+        self.join()
+        self.add(*map(str, range(100)))
+        b.lines.clear()
+        for id in range(1, tc.MAX_DONE):
+            self.result(id)
+        self.assertEqual(b.lines, [])
+        self.result(tc.MAX_DONE)
+        b.expect("DONE", tasks=[[id, 1] for id in range(1, tc.MAX_DONE + 1)])
+        self.result(99)
+        b.wait(tc.DONE_DELAY / 2)
+        self.client.disconnected(BROKER, b"", b.now)
+        b.wait(1)  # it must not spin
+        self.client.connected(BROKER, b.now)
+        b.collect()
+        b.lines.clear()
+        b.hear('OK {"join":2,"slots":2,"workers":1}')
+        self.assertEqual(b.lines.pop(), ("", "DONE", {"tasks": [[99, 1]]}))
 
     def test_after_a_new_broker_all_unreported_is_submitted_again(self):
         b = self.bench
@@ -2832,8 +3018,7 @@ class ClientTest(unittest.TestCase):
         b.expect("{", id=1, attempt=2, avoid="w", again=None)
         b.hear('LOST {"tasks":[[1,1]],"why":"gone","fault":"crash","worker":"w"}')  # again: stale
         self.result(1, attempt=1)  # late: changes nothing, and need not be held any longer
-        b.expect("DONE", tasks=[[1, 1]])
-        b.quiet()
+        self.expect_done([1, 1])
         for attempt in (2, 3):
             b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"gone","fault":"crash"}}')
         b.expect("{", attempt=3)
@@ -2861,10 +3046,9 @@ class ClientTest(unittest.TestCase):
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
         self.result(1, exitcode=3, worker="w", host="h", size=10**6)
         b.expect("{", id=1, attempt=2, timeout=30, limit=100, avoid="w", elsewhere=True)
-        b.expect("DONE", tasks=[[1, 1]])
-        b.quiet()
+        self.expect_done([1, 1])
         self.result(1, exitcode=3, worker="w", host="h")  # late
-        b.expect("DONE", tasks=[[1, 1]])
+        self.expect_done([1, 1])
         self.result(1, attempt=2, exitcode=4, worker="v", host="i")
         b.expect("{", id=1, attempt=3, avoid="v", elsewhere=True)
         self.result(1, attempt=3, exitcode=5)
@@ -2888,7 +3072,7 @@ class ClientTest(unittest.TestCase):
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=chunk)
         self.assertEqual(b.effect(tc.Store).offset, 0)
         b.expect("FETCH", offset=4 * tc.CHUNK_SIZE)
-        b.hear("OK")
+        b.hear('OK {"slots":2}')
         b.wait(4.1)
         lines = [line for line in b.lines if line[1] == "FETCH"]
         self.assertEqual(lines[0][2]["offset"], tc.CHUNK_SIZE)

@@ -47,6 +47,7 @@ Protocol
     FETCH    client > broker > worker   send me a part of this large output
     CHUNK    worker > broker > client   a part of a large output
     RESEND   broker > worker            tell me again how this task stands
+    RECALL   broker > worker            hand this task back, unless you have started it
     BYE      client, worker > broker    I am leaving
     ERROR    any > any                  what was wrong with your message; changes nothing
 
@@ -157,11 +158,18 @@ MAX_FRAMES = 8  # frames a peer may send in one message
 CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfirmed
 SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
+REFILL = 1 / 16  # of the window: when so much of it is free, it is filled again
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 ANNOUNCED = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
 MAX_PARTS = 100  # of one READY
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
+AHEAD = 4  # commands for each slot that a worker may be given beyond its slots
+SHORT = 20.0  # ms: only workers whose commands are proving so short are given some ahead
+RECALL_DELAY: Seconds = 0.1  # AHEAD * SHORT and a little: those that wait longer are stuck
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
+NEWS_DELAY: Seconds = 0.01  # QUEUED waits so long for company, and RESULT while more will follow
+DONE_DELAY: Seconds = 0.05  # in which DONEs gather
+MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
 LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
@@ -283,6 +291,7 @@ MESSAGES: Dict[str, Spec] = {
         "cwd": text, "id": count, "attempt": count,
         "again": flag,  # submitted before: a worker may already have it
         "had": text, "avoid": text,  # names of workers
+        "careful": flag,  # workers were lost with it: let no others wait behind it
         "elsewhere": flag,  # wait for another than the one to avoid, if there is one
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
@@ -313,6 +322,7 @@ MESSAGES: Dict[str, Spec] = {
         "id": count, "attempt": count, "offset": count, "size": count}, {}),
     "CHUNK": Spec("worker > broker > client", {"id": count, "attempt": count, "offset": count}, {}),
     "RESEND": Spec("broker > worker", {"tasks": pairs}, {}),
+    "RECALL": Spec("broker > worker", {"tasks": pairs}, {}),
     "BYE": Spec("client, worker > broker", {}, {}),
     "ERROR": Spec("any > any", {}, {"message": text, "reason": text}),
 }
@@ -794,7 +804,7 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "ready", "join", "stamp", "token")
+                 "careful", "ahead", "ready", "join", "stamp", "token")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -805,14 +815,23 @@ class WorkerLink:
         self.below: List[str] = []  # names of the brokers of its subtree, itself included
         self.depth = 0  # how many of them stand in its longest chain
         self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
-        self.busy = 0  # how many of them take a slot
+        self.busy = 0  # how many of them take a slot, or wait for one there
+        self.careful = 0  # how many of those must have no others wait behind them
+        self.ahead = 0  # how many it may be given beyond its slots: so many were short in a row
         self.ready = False  # may be given commands
         self.join = 0  # number of its last READY that told what it has
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
 
     def free(self) -> int:
+        """How many slots are free; less than 0 if commands wait there for one."""
         return self.slots - self.busy if self.ready and self.peer is not None else 0
+
+    def has_room(self) -> bool:
+        """Whether it may be given another command."""
+        if not self.ready or self.peer is None:
+            return False
+        return self.busy < self.slots + (0 if self.careful else self.ahead)
 
 
 CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process
@@ -843,7 +862,7 @@ class Task:
     """One attempt of one command."""
 
     __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "elsewhere", "had",
-                 "until", "faults", "cost", "result", "plain")
+                 "careful", "until", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -855,6 +874,7 @@ class Task:
         self.avoid = ""  # name of the worker that did not work out last time
         self.elsewhere = False  # wait for another one, if there is one
         self.had = ""  # in LIMBO: name of the worker that was last known to have it
+        self.careful = False  # workers were lost with it: let no others wait behind it
         self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
         self.faults = Faults()  # if a plain client's; others count themselves
         self.cost = 0  # in DELIVERED: bytes that wait for its client
@@ -889,11 +909,12 @@ class Broker(Machine):
         self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
         self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or not
         self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
-        self.ranking: List[Tuple[int, int, int, WorkerLink]] = []  # heap: best worker first
+        self.ranking: List[Tuple[bool, int, int, int, WorkerLink]] = []  # heap: best worker first
         self.stamps = 0  # counts entries of the ranking
         self.parts: Dict[Peer, List[Fields]] = {}  # of READYs that are not whole yet
         self.slots = 0  # of all connected workers
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
+        self.ahead: Deque[Tuple[Task, Seconds]] = deque()  # were given beyond slots; when
         self.limbo: Dict[Key, Task] = {}
         self.limbo_until: Seconds = math.inf  # when to look at it next
         # runs that are over, until when: workers that were away may still have commands of them
@@ -1074,6 +1095,7 @@ class Broker(Machine):
         self.crew_changed |= (slots, weight) != (worker.slots, worker.weight)
         self.slots += slots - worker.slots
         worker.slots, worker.weight = slots, weight
+        worker.ahead = min(worker.ahead, AHEAD * slots)
         worker.below = fields.get("below", worker.below)
         worker.depth = fields.get("depth", worker.depth)
         worker.ready = True
@@ -1154,7 +1176,7 @@ class Broker(Machine):
         fresh = task.state != RUNNING
         self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
         if fresh:
-            self.tell_queued(task)
+            self.tell_queued([task])
         return task
 
     def on_worker_bye(self, message: Message) -> None:
@@ -1242,6 +1264,7 @@ class Broker(Machine):
         task = Task(client, id, attempt, message.line)
         task.avoid = message.fields.get("avoid", "")
         task.elsewhere = message.fields.get("elsewhere", False)
+        task.careful = message.fields.get("careful", False)
         if client.link == BROKER:
             self.say(BROKER, b"", client.run, "QUEUED", {"tasks": [[id, attempt]],
                                                          "worker": self.name})
@@ -1285,7 +1308,7 @@ class Broker(Machine):
     def remind(self, task: Task) -> None:
         """The client asks for a task that we know: tell it how things stand."""
         if task.state == RUNNING:
-            self.tell_queued(task)
+            self.tell_queued([task])
         elif task.state == DELIVERED and task.result:
             self.tell_line(task, task.result)
         elif task.state == DELIVERED:
@@ -1364,6 +1387,7 @@ class Broker(Machine):
         if old is not None:
             old.tasks.pop(key, None)
             old.busy -= task.state in BUSY
+            old.careful -= task.careful and task.state in BUSY
             if old is not worker:
                 old.token = ""
         if task.state == LIMBO:
@@ -1372,6 +1396,9 @@ class Broker(Machine):
         if worker is not None:
             worker.tasks[key] = task
             worker.busy += state in BUSY
+            worker.careful += task.careful and state in BUSY
+            if state == RUNNING and worker.busy > worker.slots:
+                self.ahead.append((task, self.now))
             self.rank(worker)
         if old is not None and old is not worker:
             self.rank(old)
@@ -1392,29 +1419,30 @@ class Broker(Machine):
         """Enter the worker into the ranking as it is now; its older entries become void."""
         self.stamps += 1
         worker.stamp = self.stamps
-        free = worker.free()
-        if free > 0:
-            heapq.heappush(self.ranking, (-worker.weight, -free, self.stamps, worker))
+        if worker.has_room():
+            free = worker.free()
+            heapq.heappush(self.ranking, (free <= 0, -worker.weight, -free, self.stamps, worker))
             if len(self.ranking) > 2 * len(self.workers) + 64:  # mostly void: sweep
-                self.ranking = [row for row in self.ranking if row[2] == row[3].stamp]
+                self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
                 heapq.heapify(self.ranking)
 
-    def best_worker(self, avoid: str) -> Optional[WorkerLink]:
-        """The free worker of highest weight and most free slots; the one to avoid only if
-        there is no other."""
+    def best_worker(self, avoid: str = "") -> Optional[WorkerLink]:
+        """The worker with free slots of highest weight and most free slots, the one to avoid
+        only if there is no other; or else one that may be given some ahead."""
         avoided = None
         best = None
         while self.ranking and best is None:
             row = self.ranking[0]
-            if row[2] != row[3].stamp:
+            if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
-            elif row[3].name == avoid and avoided is None:
+            elif row[4].name == avoid and avoided is None:
                 avoided = heapq.heappop(self.ranking)
             else:
-                best = row[3]
+                best = row[4]
         if avoided is not None:
             heapq.heappush(self.ranking, avoided)
-            best = best or avoided[3]
+            if best is None or best.free() <= 0 < avoided[4].free():
+                best = avoided[4]
         return best
 
     def dispatch(self) -> None:
@@ -1433,7 +1461,8 @@ class Broker(Machine):
                 if worker is None:
                     return
                 others = self.slots > worker.slots
-                if not (task.elsewhere and others and worker.name == task.avoid):
+                if not (task.elsewhere and others and worker.name == task.avoid
+                        or task.careful and worker.free() <= 0):
                     self.assign(task, worker)
                     passed_over = 0
                     break
@@ -1484,18 +1513,22 @@ class Broker(Machine):
         worker = self.worker_of(message)
         if worker is None:
             return
-        for task in self.tasks_at(worker, message):
-            if task.state == ASSIGNED:
-                self.move(task, RUNNING, worker)
-                self.tell_queued(task)
+        accepted = [task for task in self.tasks_at(worker, message) if task.state == ASSIGNED]
+        for task in accepted:
+            self.move(task, RUNNING, worker)
+        self.tell_queued(accepted)
 
-    def tell_queued(self, task: Task) -> None:
-        """Tell the owner that a worker has its command. The broker above knows already."""
-        if task.client.plain:
-            self.tell_line(task, b"QUEUED " + task.line)
-        elif task.client.link == CLIENTS:
-            self.tell(task, "QUEUED", {"tasks": [[task.id, task.attempt]],
-                                       "worker": task.worker.name if task.worker else ""})
+    def tell_queued(self, tasks: List[Task]) -> None:
+        """Tell the owner of these that a worker has them. The broker above knows already."""
+        if not tasks:
+            return
+        client, worker = tasks[0].client, tasks[0].worker
+        if client.plain:
+            for task in tasks:
+                self.tell_line(task, b"QUEUED " + task.line)
+        elif client.link == CLIENTS:
+            self.tell(tasks[0], "QUEUED", {"tasks": [[task.id, task.attempt] for task in tasks],
+                                           "worker": worker.name if worker else ""})
 
     def tell(self, task: Task, verb: str, fields: Fields) -> None:
         self.tell_line(task, encode(verb, fields))
@@ -1517,6 +1550,9 @@ class Broker(Machine):
             return
         for task in self.tasks_at(worker, message):
             fields = plain_workers_fields(message) if worker.plain else message.fields
+            if not worker.plain:
+                short = fields.get("time", math.inf) < SHORT
+                worker.ahead = min(worker.ahead + 1, AHEAD * worker.slots) if short else 0
             if task.client.plain:
                 self.move(task, DELIVERED, worker)
                 self.tell(task, "RESULT", plain_result(task, fields))
@@ -1583,6 +1619,7 @@ class Broker(Machine):
         self.move(task, WAITING)
         task.attempt += 1
         task.avoid = worker.name if worker else ""
+        task.careful = task.faults.crashes > 0
         task.client.retries.append(task)
         self.take_turn(task.client)
 
@@ -1590,6 +1627,7 @@ class Broker(Machine):
 
     def settle(self) -> None:
         self.dispatch()
+        self.recall()
         while self.unconfirmed and not self.still_unconfirmed(*self.unconfirmed[0]):
             self.unconfirmed.popleft()
         if self.crew_changed:
@@ -1637,6 +1675,29 @@ class Broker(Machine):
         if not self.session or self.session.joined:
             return ""
         return "waiting for the broker above" + ("" if self.session.up else ": not there (yet)")
+
+    def recall(self) -> None:
+        """Have commands handed back that wait for a slot although another worker has a free
+        one (and nothing else for it), or that wait longer than short commands take."""
+        tasks: List[Task] = []
+        while self.ahead and not self.waits_there(self.ahead[0][0]):
+            self.ahead.popleft()
+        best = self.best_worker() if self.ahead else None
+        while self.ahead and best and len(tasks) < best.free():
+            tasks.append(self.ahead.pop()[0])
+        while self.ahead and self.ahead[0][1] + RECALL_DELAY <= self.now:
+            tasks.append(self.ahead.popleft()[0])
+        tasks = [task for task in tasks if self.waits_there(task)]
+        for task in tasks:
+            assert task.worker is not None
+            task.worker.ahead = 0  # its commands are not short any more
+            self.rank(task.worker)
+        self.instruct([("RECALL", task) for task in tasks])
+
+    def waits_there(self, task: Task) -> bool:
+        """Whether its worker has it, and more than it has slots: then it may wait for one."""
+        return task.state == RUNNING and task.worker is not None \
+            and task.worker.busy > task.worker.slots
 
     def give_up_waiting(self, task: Task) -> None:
         """No QUEUED in time: take the task back; nothing more for this worker until it speaks."""
@@ -1700,6 +1761,8 @@ class Broker(Machine):
             due += [when + patience for when in itertools.islice(seen.values(), 1)]
         if self.unconfirmed:
             due.append(self.unconfirmed[0][1])
+        if self.ahead:
+            due.append(self.ahead[0][1] + RECALL_DELAY)
         if self.session:
             due += [self.session.next_greeting, self.watch.deadline()]
         return min(due, default=math.inf)
@@ -1770,6 +1833,13 @@ class Broker(Machine):
         for task in self.asked_for(message, message.fields["tasks"]):
             self.remind(task)
 
+    def on_recall(self, message: Message) -> None:
+        for task in self.asked_for(message, message.fields["tasks"]):
+            if task.state == WAITING:
+                self.lose(task, HANDED_BACK)
+            elif task.state in BUSY:
+                self.instruct([("RECALL", task)])
+
     HANDLERS = {
         (CLIENTS, "HELLO"): "on_hello", (CLIENTS, COMMAND): "on_command",
         (CLIENTS, "DONE"): "on_done", (CLIENTS, "CANCEL"): "on_cancel",
@@ -1782,7 +1852,7 @@ class Broker(Machine):
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
         (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
         (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
-        (BROKER, "ERROR"): "on_error",
+        (BROKER, "RECALL"): "on_recall", (BROKER, "ERROR"): "on_error",
     }
 
 
@@ -1826,6 +1896,7 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 NOT_RUN = 126  # exit code of a command that could not be started, as of sh
 TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
 LEAVING = "its worker was stopped"
+HANDED_BACK = "it waited for a slot"
 
 
 class Start(NamedTuple):
@@ -1958,6 +2029,9 @@ class Worker(Member):
         self.jobs: Dict[Key, Job] = {}
         self.waiting: Deque[Job] = deque()  # for a slot
         self.running = 0
+        self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to be told QUEUED
+        self.ended: List[Job] = []  # to be told RESULT
+        self.news_until: Seconds = math.inf  # when to tell both at the latest
         self.kills: Dict[Job, Seconds] = {}  # when to kill running jobs; if killed, to do it hard
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
@@ -1986,6 +2060,22 @@ class Worker(Member):
 
     # --- commands
 
+    def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
+        if self.news_until < math.inf:
+            self.tell_news()
+        super().pass_on(link, peer, token, line)
+
+    def tell_news(self) -> None:
+        """Say what waited for company. While we are not joined it is forgotten: READY tells."""
+        accepted, ended, self.accepted, self.ended = self.accepted, self.ended, {}, []
+        self.news_until = math.inf
+        if self.session.joined:
+            for run, tasks in accepted.items():
+                self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
+            for job in ended:
+                if job.state == DELIVERED:
+                    self.tell_result(job)
+
     def on_command(self, message: Message) -> None:
         fields = message.fields
         if "id" not in fields or "attempt" not in fields:
@@ -2009,7 +2099,8 @@ class Worker(Member):
         elif job.state == DELIVERED:
             self.tell_result(job)
         else:
-            self.say(BROKER, b"", key[0], "QUEUED", {"tasks": [[key[1], key[2]]]})
+            self.accepted.setdefault(key[0], []).append([key[1], key[2]])
+            self.news_until = min(self.news_until, self.now + NEWS_DELAY)
 
     def tell_lost(self, key: Key, why: str, fault: str = "") -> None:
         if self.session.joined:
@@ -2047,8 +2138,8 @@ class Worker(Member):
                 ending = ending._replace(exitcode=TIMED_OUT, signal=0, reason=(
                     f"stopped after {job.timeout:g} seconds (see --timeout)"))
             job.state, job.ending = DELIVERED, ending
-            if self.session.joined:
-                self.tell_result(job)
+            self.ended.append(job)
+            self.news_until = min(self.news_until, self.now + NEWS_DELAY)
         self.settle()
 
     def forget(self, job: Job) -> None:
@@ -2065,6 +2156,8 @@ class Worker(Member):
                 if job.timeout:
                     job.until = self.kills[job] = self.now + job.timeout
                 self.effects.append(Start(job))
+        if self.news_until <= self.now or self.ended and len(self.waiting) <= self.slots:
+            self.tell_news()
         if self.stopping is not None and not self.left:
             wanted = self.running or (self.jobs and self.session.joined)
             if not wanted or self.now >= self.stop_at:
@@ -2113,6 +2206,11 @@ class Worker(Member):
         for id, attempt in message.fields["tasks"]:
             self.tell_standing((message.token, id, attempt))
 
+    def on_recall(self, message: Message) -> None:
+        for job in self.jobs_of(message):
+            if job.state == WAITING:
+                self.stop_job(job, HANDED_BACK)
+
     def on_fetch(self, message: Message) -> None:
         fields = message.fields
         key = (message.token, fields["id"], fields["attempt"])
@@ -2155,7 +2253,8 @@ class Worker(Member):
 
     def deadline(self) -> Seconds:
         kills = min(self.kills.values(), default=math.inf)
-        return min(self.session.next_greeting, kills, self.stop_at, self.watch.deadline())
+        return min(self.session.next_greeting, kills, self.stop_at, self.news_until,
+                   self.watch.deadline())
 
     def stop(self, status: int, now: Seconds) -> None:
         """Leave: start nothing more, stop what still runs after a time to drain, and wait a
@@ -2186,7 +2285,7 @@ class Worker(Member):
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
         (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
         (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
-        (BROKER, "ERROR"): "on_error",
+        (BROKER, "RECALL"): "on_recall", (BROKER, "ERROR"): "on_error",
     }
 
 
@@ -2678,6 +2777,7 @@ class Client(Member):
         self.fetching: Deque[Entry] = deque()  # the first one is being fetched
         self.storing: Optional[Entry] = None  # whose output was stored last, perhaps in part
         self.done: List[List[int]] = []  # [id, attempt] to be told DONE
+        self.done_until: Seconds = math.inf  # when to do so at the latest
         self.total = self.reported = self.failed = 0
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
@@ -2719,6 +2819,8 @@ class Client(Member):
             fields["avoid"] = entry.avoid
         if entry.failures:
             fields["elsewhere"] = True
+        if entry.faults.crashes:
+            fields["careful"] = True
         if self.wishes.timeout:
             fields["timeout"] = self.wishes.timeout
         if self.wishes.max_output:
@@ -2729,23 +2831,39 @@ class Client(Member):
     def settle(self) -> None:
         if self.backlog and self.session.joined:
             self.release_at = min(self.release_at, self.now + RELEASE_DELAY)
-        while self.backlog and self.session.joined and len(self.window) < WINDOW:
-            entry = self.backlog.popleft()
-            self.window[entry.id] = entry
-            if len(encode("", {"cmd": entry.cmd, "cwd": entry.cwd})) > MAX_COMMAND - OTHER_FIELDS:
-                self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
-                                    f"a command is at most {MAX_COMMAND} bytes of JSON"}, b"")
-            else:
-                self.submit(entry)
+        room = WINDOW - len(self.window)
+        if self.session.joined and room >= min(REFILL * WINDOW, len(self.backlog)):
+            for _ in range(min(room, len(self.backlog))):
+                self.begin(self.backlog.popleft())
         if self.release_at < math.inf and (self.input_ended or self.release_at <= self.now):
             self.release()
-        if self.done and self.session.joined:
-            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
-            self.done = []
-        if self.input_ended and not self.backlog and not self.window and not self.left:
-            self.leave(1 if self.failed else 0)
+        if self.done_until <= self.now or len(self.done) >= MAX_DONE:
+            self.tell_done()
         if self.status is None and not self.left:
             self.observe(self.watch, self.waits_for())
+        if self.input_ended and not self.backlog and not self.window and not self.left:
+            self.leave(1 if self.failed else 0)
+
+    def begin(self, entry: Entry) -> None:
+        """Submit a command for the first time, unless it is too long."""
+        self.window[entry.id] = entry
+        limit = MAX_COMMAND - OTHER_FIELDS
+        if 12 * (len(entry.cmd) + len(entry.cwd)) > limit \
+                and len(encode("", {"cmd": entry.cmd, "cwd": entry.cwd})) > limit:
+            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
+                                f"a command is at most {MAX_COMMAND} bytes of JSON"}, b"")
+        else:
+            self.submit(entry)
+
+    def finish_with(self, id: int, attempt: int) -> None:
+        """Its worker may forget this attempt: have it told so before long."""
+        self.done.append([id, attempt])
+        self.done_until = min(self.done_until, self.now + DONE_DELAY)
+
+    def tell_done(self) -> None:
+        if self.done and self.session.joined:
+            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
+            self.done, self.done_until = [], math.inf
 
     def release(self) -> None:
         """Announce the commands, once: as soon as their number is known, but in time."""
@@ -2755,6 +2873,7 @@ class Client(Member):
 
     def leave(self, status: int) -> None:
         """The end: all is reported, or the rest is given up."""
+        self.tell_done()
         if self.session.joined:
             self.say(BROKER, b"", "", "BYE")
         self.left = True
@@ -2792,7 +2911,7 @@ class Client(Member):
             raise ProtocolError("RESULT needs 'id' and 'attempt'")
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None:  # reported before: our DONE was lost
-            self.done.append([fields["id"], fields["attempt"]])
+            self.finish_with(fields["id"], fields["attempt"])
         elif entry.result != fields:
             self.stop_fetching(entry)  # of the time before our lease ended; it ran again since
             self.take_result(entry, fields)
@@ -2815,7 +2934,7 @@ class Client(Member):
 
     def try_elsewhere(self, entry: Entry, fields: Fields) -> None:
         """The command has failed, and the user wants another try."""
-        self.done.append([entry.id, entry.attempt])
+        self.finish_with(entry.id, entry.attempt)
         entry.failures.append((fields["exitcode"], fields.get("host", "?")))
         self.next_attempt(entry, fields.get("worker", ""))
 
@@ -2833,7 +2952,7 @@ class Client(Member):
         del self.window[entry.id]
         self.reported += 1
         self.failed += result["exitcode"] != 0
-        self.done.append([entry.id, entry.attempt])
+        self.finish_with(entry.id, entry.attempt)
         self.effects.append(Report(entry, result, output))
 
     def fetch(self) -> None:
@@ -2939,7 +3058,9 @@ class Client(Member):
             return math.inf
         due = self.fetching[0].due if self.fetching else math.inf
         release = math.inf if self.released else self.release_at
-        return min(self.session.next_greeting, due, release, self.leave_at, self.watch.deadline())
+        done = self.done_until if self.session.joined else math.inf
+        return min(self.session.next_greeting, due, release, done, self.leave_at,
+                   self.watch.deadline())
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
