@@ -2432,6 +2432,7 @@ class Runner:
         self.tell = tell
         self.slots = slots
         self.name = name  # the worker's
+        self.inherited = dict(os.environ)  # reading os.environ itself decodes all of it
         self.adopting = adopting
         self.reap_at: Seconds = 0.0
         self.stuck: List[int] = []  # orphans that cannot be killed
@@ -2502,7 +2503,7 @@ class Runner:
     def environment(self, job: Job, slot: int) -> Dict[str, str]:
         """What a command's environment has in it, beside ours."""
         run, id, attempt = job.key
-        return dict(os.environ, TESTCLOUD_RUN=run, TESTCLOUD_SEQ=str(id),
+        return dict(self.inherited, TESTCLOUD_RUN=run, TESTCLOUD_SEQ=str(id),
                     TESTCLOUD_ATTEMPT=str(attempt), TESTCLOUD_SLOT=str(slot),
                     TESTCLOUD_WORKER=self.name)
 
@@ -3183,24 +3184,32 @@ class Writer:
         self.file = file
         self.failed = failed  # called in the thread, as is what end() is given
         self.ended: Callable[[], None] = lambda: None
-        self.items: queue.SimpleQueue[Optional[Iterable[bytes]]] = queue.SimpleQueue()
+        self.batch: List[Iterable[bytes]] = []  # to be handed over together
+        self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
         threading.Thread(target=self.write, daemon=True, name="stdout").start()
 
     def put(self, item: Iterable[bytes]) -> None:
-        self.items.put(item)
+        """Have this written, after flush()."""
+        self.batch.append(item)
+
+    def flush(self) -> None:
+        if self.batch:
+            self.batches.put(self.batch)
+            self.batch = []
 
     def end(self, ended: Callable[[], None]) -> None:
         """Nothing more will come; have this called when all is written."""
         self.ended = ended
-        self.items.put(None)
+        self.flush()
+        self.batches.put(None)
 
     def write(self) -> None:
         try:
             # not sys.stdout: its lock, held by this thread, would abort the exit of Python
             with open(self.file, "wb", closefd=False) as out:
-                for item in iter(self.items.get, None):
-                    out.writelines(item)
-                    if self.items.empty():
+                for batch in iter(self.batches.get, None):
+                    out.writelines(itertools.chain.from_iterable(batch))
+                    if self.batches.empty():
                         out.flush()
             self.ended()
         except OSError as error:
@@ -3496,6 +3505,8 @@ class Loop:
         """Until some machine exits; its status."""
         while True:
             self.flush()
+            for function in self.between:
+                function()
             if self.status is not None:
                 return self.status
             self.wait()
@@ -3516,6 +3527,8 @@ class Loop:
         while self.posted:
             self.posted.popleft()(now)
         for link in list(self.sockets):
+            if link.monitor in ready:
+                link.notice(now)
             if link.socket in ready or link.monitor in ready:
                 link.receive(now)
             if link.retry_at <= now:
@@ -3523,8 +3536,6 @@ class Loop:
         for node in self.nodes:
             if node.machine.deadline() <= now:
                 node.machine.tick(now)
-        for function in self.between:
-            function()
 
     def flush(self) -> None:
         """Send and do all that the machines want, until they are quiet."""
@@ -3666,6 +3677,11 @@ class SocketLink:
             self.socket.send(part, zmq.SNDMORE | zmq.NOBLOCK)
         self.socket.send(parts[-1], zmq.NOBLOCK)
 
+    def notice(self, now: Seconds) -> None:
+        """Take note of what the monitor tells. It comes before receive(): poll() looks at the
+        socket first, so that no message is read whose connection's opening was not."""
+        raise NotImplementedError
+
     def receive(self, now: Seconds) -> None:
         raise NotImplementedError
 
@@ -3734,8 +3750,10 @@ class RouterLink(SocketLink):
                 return False
             return True
 
-    def receive(self, now: Seconds) -> None:
+    def notice(self, now: Seconds) -> None:
         self.news += self.events()
+
+    def receive(self, now: Seconds) -> None:
         for _ in range(DRAIN):
             try:
                 peer = self.socket.recv(zmq.NOBLOCK)
@@ -3820,7 +3838,7 @@ class DealerLink(SocketLink):
         self.late.clear()
         self.connect()
 
-    def receive(self, now: Seconds) -> None:
+    def notice(self, now: Seconds) -> None:
         for event, _ in self.events():
             self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.late.clear()
@@ -3828,6 +3846,8 @@ class DealerLink(SocketLink):
                 self.node.machine.connected(self.name, now)
             else:
                 self.node.machine.disconnected(self.name, b"", now)
+
+    def receive(self, now: Seconds) -> None:
         for _ in range(DRAIN):
             try:
                 first = self.socket.recv(zmq.NOBLOCK)
@@ -4219,6 +4239,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
         node = loop.add(client, {Released: reporter.released, Store: reporter.store,
                                  Report: reporter.report})
+        loop.between.append(writer.flush)
         loop.on_signals(interrupt, control)
         if sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
