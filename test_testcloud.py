@@ -79,7 +79,7 @@ def check_broker(broker):
                 assert task.state in (tc.LIMBO, tc.WAITING) or task.result, task.state
             if task.state == tc.WAITING:
                 assert task in client.waiting or task in client.retries
-                assert client.in_turn or client.owed >= tc.CREDIT
+                assert client.in_turn or client.owed >= tc.CREDIT or not broker.may_start(client)
         assert client.in_turn == (client in broker.turns)
         assert client.owed == sum(task.cost for task in client.tasks.values())
         assert client in broker.clients_seen
@@ -255,7 +255,11 @@ class Desk:
         fields = dict({"name": name or peer.decode(), "slots": slots, "join": self.joins,
                        "running": [], "held": []}, **fields)
         self.worker(peer, tc.encode("READY", fields))
-        self.expect(peer, "OK", join=self.joins)
+        ok = next(letter for letter in self.letters if letter[1] == peer and letter[3] == "OK")
+        before = [letter for letter in self.letters[:self.letters.index(ok)] if letter[1] == peer]
+        assert {letter[3] for letter in before} <= {"CANCEL"}, before
+        assert ok[4]["join"] == self.joins, ok
+        self.letters.remove(ok)
 
     def hello(self, peer, run, unreported=()):
         join = self.joins = self.joins + 1
@@ -1291,6 +1295,28 @@ class ChainTest(unittest.TestCase):
         d.expect(b"w", "RECALL", token="up", tasks=[[1, 1]])
         d.quiet()
 
+    def test_without_an_answer_from_above_nothing_from_there_is_started(self):
+        d = self.desk
+        d.join(b"w", slots=2)
+        d.hello(b"c", "mine")
+        d.tell(BROKER, b"", 'OK {"broker":"b0","above":["b0"],"patience":6}')
+        d.letters.clear()
+        for _ in range(3):
+            d.wait(2.0)
+            d.worker(b"w", 'READY {"name":"w"}')
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.submit(b"c", 1)
+        d.letters = [letter for letter in d.letters if letter[3] not in ("READY", "OK")]
+        d.expect(b"", "QUEUED", token="up")
+        d.expect(b"w", "{", token="mine")
+        d.quiet()
+        d.tell(BROKER, b"", 'OK {"broker":"b0","above":["b0"]}')  # to a greeting before it came
+        d.quiet()
+        d.wait(2.0)
+        d.letters.clear()
+        d.tell(BROKER, b"", 'OK {"broker":"b0","above":["b0"]}')
+        d.expect(b"w", "{", token="up")
+
     def test_the_plain_run_of_a_client_above_is_like_any_other(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -1778,7 +1804,7 @@ class World:
             f"{job.key} starts twice"
         self.attempts.add(job.key)
         self.seen["restarted"] += self.starts[cmd] > 1
-        self.seen["started too late"] += job.key in self.lost
+        self.seen["started too late"] += job.key in self.lost and not actor.plain
         assert actor.plain or actor.machine.running <= actor.machine.slots
         key = (actor.name, actor.generation, job.key)
         assert key not in self.live, f"{job.key} runs twice at one worker"
@@ -2275,6 +2301,12 @@ class Bench:
         assert isinstance(found, kind), found
         return found
 
+    def quiet_but(self, *verbs):
+        """Nothing was said but these, and nothing is to be done; forget them."""
+        assert {verb for _, verb, _ in self.lines} <= set(verbs), self.lines
+        self.lines.clear()
+        self.quiet()
+
     def quiet_until_start(self):
         self.effect(tc.Start)
         self.quiet()
@@ -2353,6 +2385,48 @@ class WorkerTest(unittest.TestCase):
         b.expect("READY", running=[["r", 2, 1], ["r", 3, 1], ["r", 4, 1]], held=[["r", 1, 1]])
         b.wait(tc.NEWS_DELAY)
         b.quiet()
+
+    def test_without_an_answer_of_the_broker_in_time_nothing_is_started(self):
+        b = self.bench
+        b.wait(2.0)
+        b.expect("READY")
+        b.hear('OK {"patience":6}')  # so the lease ends at 2 + 4
+        b.wait(2.0)
+        for id in (1, 2, 3):
+            self.give(id)
+        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        b.wait(6.0 - b.now)
+        self.worker.finished(jobs[0], ending(), b.now)
+        b.collect()
+        b.quiet_but("READY", "QUEUED", "RESULT")
+        b.hear('OK {"patience":6}')  # to the greeting at 4
+        b.effect(tc.Start)
+
+    def test_a_command_that_comes_late_waits_for_the_answer_to_a_later_greeting(self):
+        b = self.bench
+        b.hear('OK {"patience":6}')
+        b.wait(7.0)
+        self.give(1)
+        b.hear("OK")  # to a greeting sent before it came
+        b.effects = [effect for effect in b.effects if not isinstance(effect, tc.Notice)]
+        b.quiet_but("READY", "QUEUED")
+        b.hear('CANCEL {"tasks":[[1,1]]}', "r")
+        self.give(2)
+        b.wait(2.0)
+        b.lines.clear()
+        b.hear("OK")
+        self.assertEqual(b.effect(tc.Start).job.cmd, "c2")
+
+    def test_what_is_cancelled_while_it_joins_is_not_started_when_it_has_joined(self):
+        b = self.bench
+        for id in (1, 2, 3):
+            self.give(id)
+        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        b.hear("WHO")
+        self.worker.finished(jobs[0], ending(), b.now)
+        b.hear('CANCEL {"tasks":[[3,1]]}', "r")
+        b.hear('OK {"join":2}')
+        self.assertEqual((self.worker.running, b.effects), (1, []))
 
     def test_recall_hands_back_what_has_not_been_started(self):
         b = self.bench

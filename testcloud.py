@@ -174,6 +174,7 @@ DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's
 LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
+LEASE = 2 / 3  # of the broker's patience: clocks may differ, and it began before we were heard
 MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 #   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
@@ -581,6 +582,11 @@ class Session:
     number. Only an OK with that number ends joining, so that nothing which the broker sent
     before it heard us can be taken for an answer. We join again when the connection is new,
     when the broker says WHO, and on a new socket when it stays silent.
+
+    The broker takes back what is not confirmed within its patience, and gives it to others. So
+    each OK is a lease, from when its greeting was sent, and without one nothing is started. What
+    comes without one may have been under way for long: it is doubted, until an OK to a later
+    greeting shows that all that the broker had to say about it has come as well.
     """
 
     def __init__(self, owner: Machine, verb: str, greeting: Callable[[bool], Fields],
@@ -596,6 +602,10 @@ class Session:
         self.interval = times.ready_interval
         self.next_greeting: Seconds = 0.0
         self.heard_at: Seconds = -math.inf
+        self.patience: Seconds = math.inf  # the broker's
+        self.asked_at: Seconds = math.inf  # when the first greeting was sent that is unanswered
+        self.lease_began: Seconds = -math.inf
+        self.doubted_at: Seconds = -math.inf
         self.announced: Fields = {}  # what we said when we joined, to tell what changed since
 
     def greet(self, now: Seconds) -> None:
@@ -604,6 +614,8 @@ class Session:
             self.number += 1
             fields["join"] = self.number
             self.announced = fields
+            self.asked_at = now
+        self.asked_at = min(self.asked_at, now)
         for part in in_parts(fields):
             self.owner.say(BROKER, b"", "", self.verb, part)
         self.unanswered += 1
@@ -635,17 +647,30 @@ class Session:
     def accepts(self, verb: str) -> bool:
         """While we join, the broker's records of us and ours may differ, and only what ends
         that counts; what else it sends it will find missing and take back."""
-        return self.joined or verb in ("OK", "WHO", "ERROR")
+        return self.joined or verb in ("OK", "WHO", "ERROR", "CANCEL")
 
     def ok(self, fields: Fields) -> bool:
         """An OK has come; true if it makes us joined."""
         if "patience" in fields:  # of the broker: we must not be silent for longer
-            self.interval = min(self.times.ready_interval, max(fields["patience"] / 3, MIN_INTERVAL))
+            self.patience = fields["patience"]
+            self.interval = min(self.times.ready_interval, max(self.patience / 3, MIN_INTERVAL))
             self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
-        if self.joined or not self.number or fields.get("join") != self.number:
-            return False
-        self.joined = self.up = True
-        return True
+        joins = not self.joined and self.number > 0 and fields.get("join") == self.number
+        if joins:
+            self.joined = self.up = True
+        if self.joined and self.asked_at < math.inf:
+            self.lease_began, self.asked_at = self.asked_at, math.inf
+        return joins
+
+    def leased(self) -> bool:
+        """Whether what the broker gave us may be started: nobody else has been given it."""
+        return self.joined and self.lease_began > self.doubted_at \
+            and self.owner.now < self.lease_began + LEASE * self.patience
+
+    def take_command(self) -> None:
+        """A command has come: note if that was without a lease."""
+        if not self.leased():
+            self.doubted_at = self.owner.now
 
     def tick(self, now: Seconds) -> None:
         if now < self.next_greeting:
@@ -1072,7 +1097,7 @@ class Broker(Machine):
 
     def state_for_worker(self) -> Fields:
         return dict(self.state_of_cloud(), above=[self.name] + self.above,
-                    patience=self.times.worker_expiry)
+                    patience=min(self.times.worker_expiry, self.times.queued_timeout))
 
     def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
         if worker is None:
@@ -1124,11 +1149,20 @@ class Broker(Machine):
         self.crew_changed = True
         self.heard(WORKERS, peer)
         self.update_worker(worker, message.fields)
+        unwanted, resend = self.reconcile(worker, self.whole(peer, message.fields))
+        for run, tasks in unwanted.items():  # before OK lets it start things
+            self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.say(WORKERS, peer, "", "OK",
                  dict(self.state_for_worker(), join=message.fields["join"]))
-        self.reconcile(worker, self.whole(peer, message.fields))
+        for run, tasks in unwanted.items() if worker.below else ():
+            # in between, workers of its own may have told it of these
+            self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
+        self.instruct(resend)
 
-    def reconcile(self, worker: WorkerLink, fields: Fields) -> None:
+    def reconcile(self, worker: WorkerLink, fields: Fields) -> Tuple[
+            Dict[Run, List[List[int]]], List[Tuple[str, Task]]]:
+        """Have our records agree with what the worker tells. Returns what is not wanted of that,
+        and orders to send again the results that it holds."""
         running = {tuple(row) for row in fields.get("running", ())}
         held = {tuple(row) for row in fields.get("held", ())}
         told = running | held
@@ -1145,11 +1179,9 @@ class Broker(Machine):
                 unwanted.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
                 resend.append(("RESEND", task))
-        for run, tasks in unwanted.items():
-            self.say(WORKERS, worker.peer or b"", run, "CANCEL", {"tasks": tasks})
-        self.instruct(resend)
         if self.session and self.session.joined and told:
             self.session.join(self.now)  # the broker above may be looking for these
+        return unwanted, resend
 
     def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
         """Believe a worker that it has this attempt; None if it is not wanted there."""
@@ -1265,7 +1297,8 @@ class Broker(Machine):
         task.avoid = message.fields.get("avoid", "")
         task.elsewhere = message.fields.get("elsewhere", False)
         task.careful = message.fields.get("careful", False)
-        if client.link == BROKER:
+        if client.link == BROKER and self.session:
+            self.session.take_command()
             self.say(BROKER, b"", client.run, "QUEUED", {"tasks": [[id, attempt]],
                                                          "worker": self.name})
         self.queue(task, message.fields)
@@ -1451,7 +1484,7 @@ class Broker(Machine):
         while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
             tasks = client.next_tasks()
-            if not tasks or client.owed >= CREDIT:
+            if not tasks or client.owed >= CREDIT or not self.may_start(client):
                 self.turns.popleft()
                 client.in_turn = False
                 continue
@@ -1467,6 +1500,10 @@ class Broker(Machine):
                     passed_over = 0
                     break
             self.turns.rotate(-1)
+
+    def may_start(self, client: ClientLink) -> bool:
+        """Whether its commands are surely ours to run."""
+        return client.link != BROKER or self.session is not None and self.session.leased()
 
     def assign(self, task: Task, worker: WorkerLink) -> None:
         self.move(task, ASSIGNED, worker)
@@ -1805,9 +1842,13 @@ class Broker(Machine):
         self.above = message.fields.get("above", [])
         if self.name in self.above:
             self.refuse_loop()
-        elif self.session and self.session.ok(message.fields):
-            self.crew_changed = True  # it may have, since we announced it
-            self.catch_up(self.session.announced)
+        elif self.session:
+            if self.session.ok(message.fields):
+                self.crew_changed = True  # it may have, since we announced it
+                self.catch_up(self.session.announced)
+            for client in self.clients.values():
+                if client.link == BROKER and (client.waiting or client.retries):
+                    self.take_turn(client)
 
     def catch_up(self, announced: Fields) -> None:
         """The broker above has taken note of what we announced; tell what changed since."""
@@ -2081,6 +2122,7 @@ class Worker(Member):
         if "id" not in fields or "attempt" not in fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
         require_run(message.token)
+        self.session.take_command()
         key = (message.token, fields["id"], fields["attempt"])
         if self.stopping is not None:
             self.tell_lost(key, LEAVING)
@@ -2148,7 +2190,7 @@ class Worker(Member):
 
     def settle(self) -> None:
         """Fill the slots; when stopping, leave once nothing is left."""
-        while self.running < self.slots and self.waiting:
+        while self.running < self.slots and self.waiting and self.session.leased():
             job = self.waiting.popleft()
             if job.state == WAITING:
                 job.state = RUNNING
