@@ -3608,8 +3608,8 @@ class Cloud:
     def wait_for_log(self, process, text):
         self.wait_for(lambda: text in self.err(process), repr(text))
 
-    def broker(self, clients="127.0.0.1:0", workers="127.0.0.1:0", *more):
-        process = self.start("broker", "--clients", clients, "--workers", workers, *more)
+    def broker(self, clients="127.0.0.1:0", workers="127.0.0.1:0", *more, **settings):
+        process = self.start("broker", "--clients", clients, "--workers", workers, *more, **settings)
         lines = [process.stdout.readline().decode() for _ in range(2)]
         self.test.assertRegex(lines[0], "^Listening for clients on tcp://127.0.0.1:[0-9]+$")
         self.test.assertRegex(lines[1], "^Listening for workers on tcp://127.0.0.1:[0-9]+$")
@@ -4210,6 +4210,25 @@ class LimitsTest(unittest.TestCase):
         self.cloud.worker(broker, "-j", "2")
         status, out = self.cloud.client(broker, ["sleep 0.1; echo hi"] * 60)
         self.assertEqual((status, out.count("OK! ")), (0, 60), out[-2000:])
+
+
+    def limited_broker(self, soft, hard):
+        return self.cloud.broker(
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+
+    def test_a_broker_raises_its_limit_of_open_files(self):
+        broker = self.limited_broker(50, 500)
+        self.assertRegex(tc.read_text(f"/proc/{broker.pid}/limits"), r"Max open files +500 +500 ")
+
+    def test_a_broker_that_can_have_no_more_peers_says_so_once(self):
+        broker = self.limited_broker(60, 60)
+        host, port = tc.split_tcp(broker.clients)
+        for _ in range(70):
+            peer = socket.create_connection((host, port))
+            self.addCleanup(peer.close)
+        self.cloud.wait_for_log(broker, "no more peers can connect")
+        self.assertIn("may have only 60 open files", self.cloud.err(broker))
+        self.assertEqual(self.cloud.err(broker).count("no more peers"), 1)
 
 
 @unittest.skipUnless(os.path.exists(f"/proc/self/task/{os.getpid()}/children"), "not Linux")

@@ -3348,6 +3348,8 @@ def complain(text: str) -> None:
 # ZeroMQ or the clock.
 
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
+MAX_FILES = 2**20  # open files are enough, and more than this some systems refuse
+SPARE = 8  # of the files we may open: when no more are left we say so
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read: at most 256 KiB each
 MAX_LATE = 500  # frames that we keep for it beyond that
@@ -3728,6 +3730,17 @@ class SocketLink:
         raise NotImplementedError
 
 
+def raise_limit() -> int:
+    """Allow this process as many open files as the system lets it; that number."""
+    import resource  # missing on Windows, which main() refuses with better words
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 class RouterLink(SocketLink):
     """A broker's link to its clients, or to its workers.
 
@@ -3744,6 +3757,7 @@ class RouterLink(SocketLink):
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
+        self.limit = raise_limit()  # of open files: one for each peer
         self.bound = False
         self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -3793,7 +3807,12 @@ class RouterLink(SocketLink):
             return True
 
     def notice(self, now: Seconds) -> None:
-        self.news += self.events()
+        news = list(self.events())
+        self.news += news
+        if any(event == zmq.EVENT_ACCEPTED and file >= self.limit - SPARE for event, file in news):
+            limit, self.limit = self.limit, sys.maxsize  # said once
+            complain(f"no more peers can connect: this process may have only {limit} open files; "
+                     f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
 
     def receive(self, now: Seconds) -> None:
         for _ in range(DRAIN):
