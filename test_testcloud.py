@@ -355,7 +355,7 @@ class BrokerTest(unittest.TestCase):
         d.hello(b"c", "r1")
         d.submit(b"c", *range(1, 100))
         self.assertEqual(self.given(b"w"), [1])
-        d.ends(b"w", "r1", 1, time=tc.SHORT - 1)
+        d.ends(b"w", "r1", 1, time=tc.AHEAD_TIME / 2)
         self.assertEqual(self.given(b"w"), [2, 3])
         d.ends(b"w", "r1", 2)
         self.assertEqual(self.given(b"w"), [4, 5])
@@ -363,11 +363,16 @@ class BrokerTest(unittest.TestCase):
             d.ends(b"w", "r1", id)
             given = self.given(b"w")
         self.assertEqual(given, [20 + tc.AHEAD])
-        for id in range(20, 20 + tc.AHEAD):
-            d.ends(b"w", "r1", id, time=tc.SHORT + 1)
+        for id in range(20, 20 + tc.AHEAD - 2):
+            d.ends(b"w", "r1", id, time=tc.AHEAD_TIME / 2)
             self.assertEqual(self.given(b"w"), [])
-        d.ends(b"w", "r1", 20 + tc.AHEAD, time=tc.SHORT + 1)
+        d.ends(b"w", "r1", 20 + tc.AHEAD - 2, time=tc.AHEAD_TIME / 2)
         self.assertEqual(self.given(b"w"), [21 + tc.AHEAD])
+        for id in range(20 + tc.AHEAD - 1, 20 + tc.AHEAD + 1):
+            d.ends(b"w", "r1", id, time=tc.AHEAD_TIME + 1)
+            self.assertEqual(self.given(b"w"), [])
+        d.ends(b"w", "r1", 21 + tc.AHEAD, time=tc.AHEAD_TIME + 1)
+        self.assertEqual(self.given(b"w"), [22 + tc.AHEAD])
 
     def warm(self, worker):
         """Have a worker of one slot show that commands are short, and be full."""

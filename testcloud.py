@@ -163,9 +163,9 @@ READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 ANNOUNCED = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
 MAX_PARTS = 100  # of one READY
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
-AHEAD = 4  # commands for each slot that a worker may be given beyond its slots
-SHORT = 20.0  # ms: only workers whose commands are proving so short are given some ahead
-RECALL_DELAY: Seconds = 0.1  # AHEAD * SHORT and a little: those that wait longer are stuck
+AHEAD = 8  # commands for each slot that a worker may be given beyond its slots
+AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
+RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 NEWS_DELAY: Seconds = 0.01  # QUEUED waits so long for company, and RESULT while more will follow
 DONE_DELAY: Seconds = 0.05  # in which DONEs gather
@@ -1588,8 +1588,8 @@ class Broker(Machine):
         for task in self.tasks_at(worker, message):
             fields = plain_workers_fields(message) if worker.plain else message.fields
             if not worker.plain:
-                short = fields.get("time", math.inf) < SHORT
-                worker.ahead = min(worker.ahead + 1, AHEAD * worker.slots) if short else 0
+                each = min(AHEAD, AHEAD_TIME / max(fields.get("time", math.inf), 1))
+                worker.ahead = min(worker.ahead + 1, int(each * worker.slots))
             if task.client.plain:
                 self.move(task, DELIVERED, worker)
                 self.tell(task, "RESULT", plain_result(task, fields))
