@@ -630,6 +630,8 @@ class BrokerTest(unittest.TestCase):
         for _ in range(20):
             d.wait(2.0)
             d.worker(b"w", 'READY {"name":"w","slots":1}')
+            d.quiet()
+            d.wait(tc.OK_DELAY)
             d.expect(b"w", "OK", broker="b1", slots=1)
         d.quiet()
 
@@ -779,6 +781,7 @@ class BrokerTest(unittest.TestCase):
             d.wait(2.0)
             d.worker(b"w", 'READY {"name":"w","slots":1}')
             d.expect(b"w", "CANCEL", tasks=[[1, 1]]) if d.now >= 30 else None
+            d.wait(tc.OK_DELAY)
             d.expect(b"w", "OK")
         d.quiet()
         self.assertFalse(d.broker.clients or d.broker.run_of)
@@ -2487,7 +2490,9 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         b.hear('OK {"patience":0.9}')
         for _ in range(2):
-            b.wait(0.31)
+            b.wait(0.9 * tc.GREETINGS - 0.01)
+            self.assertEqual(b.lines, [])
+            b.wait(0.01)
             b.expect("READY")
 
     def test_who_was_stopped_joins_again_before_it_takes_more_commands(self):
@@ -3559,6 +3564,7 @@ class Cloud:
         self.dir = tempfile.mkdtemp(prefix="testcloud-")
         test.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
         self.processes = []
+        self.context = None  # of the raw sockets
         test.addCleanup(self.end)
 
     def end(self):
@@ -3645,14 +3651,16 @@ class Cloud:
 
     def dealer(self, address, identity=None):
         import zmq
-        context = zmq.Context()
-        sock = context.socket(zmq.DEALER)
+        if self.context is None:
+            self.context = zmq.Context()
+            self.context.set(zmq.MAX_SOCKETS, 10_000)
+            self.test.addCleanup(self.context.term)
+        sock = self.context.socket(zmq.DEALER)
         if identity:
             sock.setsockopt(zmq.ROUTING_ID, identity)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
         sock.connect(address)
-        self.test.addCleanup(context.term)
         self.test.addCleanup(sock.close, 0)
         return sock
 
@@ -5323,6 +5331,18 @@ class Speed:
             yield (f"dispatch by one broker, {workers} workers", ">= 40000/s", f"{count / spent:.0f}/s")
             yield ("    its processor time per command", "<= 20 us", f"{micros / count:.1f} us")
 
+    def idle_workers(self):
+        broker = self.cloud.broker()
+        raised = tc.raise_limit()
+        count = min(2000, raised // 4)
+        dummies = Dummies(self.cloud, broker, count)
+        dummies.rest(2.5)  # they have all been heard again
+        before, began = cpu_ticks(broker.pid), time.monotonic()
+        dummies.rest(10)
+        share = (cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
+        yield f"{count} idle workers: the broker's share of a core", "< 5 %", f"{share * 100:.1f} %"
+        yield "    its peak", "", f"{peak_memory(broker.pid) / 1024:.0f} MB"
+
     def million(self):
         """A real client and a real broker, and workers that answer at once."""
         spent, peak = {}, 0
@@ -5400,8 +5420,8 @@ class Speed:
             submit(len(frames))
         return (time.perf_counter() - began) / count * 1e6
 
-    FIGURES = (cloud_against_others, local_against_others, dispatch, machine, million, latency,
-               long_among_short, bulk)
+    FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, million,
+               latency, long_among_short, bulk)
 
 
 class Dummies:
@@ -5447,6 +5467,18 @@ class Dummies:
                 else:
                     self.work(sock, sock.recv_multipart())
         return results
+
+    def rest(self, seconds):
+        """Only say that we are there, each at a time of its own."""
+        end = time.monotonic() + seconds
+        for n, sock in itertools.cycle(enumerate(self.workers)):
+            if time.monotonic() > end:
+                return
+            sock.send_multipart([b"", b"", tc.encode("READY", {"name": f"w{n}", "slots": 1,
+                                                               "weight": 0})])
+            while sock.getsockopt(self.zmq.EVENTS) & self.zmq.POLLIN:
+                sock.recv_multipart()
+            time.sleep(2.0 / len(self.workers))
 
     def greet(self):
         """Say that we are still there."""

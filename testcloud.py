@@ -167,6 +167,7 @@ AHEAD = 8  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
+OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
 NEWS_DELAY: Seconds = 0.01  # QUEUED waits so long for company, and RESULT while more will follow
 DONE_DELAY: Seconds = 0.05  # in which DONEs gather
 MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
@@ -174,7 +175,8 @@ DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's
 LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
-LEASE = 2 / 3  # of the broker's patience: clocks may differ, and it began before we were heard
+GREETINGS = 0.4  # of the broker's patience, between ours: one may be lost or late
+LEASE = 2 / 3  # of it: clocks may differ, and it began before we were heard
 MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 #   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
@@ -653,7 +655,8 @@ class Session:
         """An OK has come; true if it makes us joined."""
         if "patience" in fields:  # of the broker: we must not be silent for longer
             self.patience = fields["patience"]
-            self.interval = min(self.times.ready_interval, max(self.patience / 3, MIN_INTERVAL))
+            enough = max(self.patience * GREETINGS, MIN_INTERVAL)
+            self.interval = min(self.times.ready_interval, enough)
             self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
         joins = not self.joined and self.number > 0 and fields.get("join") == self.number
         if joins:
@@ -936,6 +939,8 @@ class Broker(Machine):
         self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
         self.ranking: List[Tuple[bool, int, int, int, WorkerLink]] = []  # heap: best worker first
         self.stamps = 0  # counts entries of the ranking
+        self.greeted: List[Tuple[str, Peer]] = []  # who is to be answered with OK
+        self.answer_at: Seconds = math.inf  # when to do so
         self.parts: Dict[Peer, List[Fields]] = {}  # of READYs that are not whole yet
         self.slots = 0  # of all connected workers
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
@@ -1004,7 +1009,7 @@ class Broker(Machine):
             if known != run:
                 self.say(CLIENTS, peer, "", "WHO")
             else:
-                self.say(CLIENTS, peer, "", "OK", self.state_of_cloud())
+                self.answer(CLIENTS, peer)
             return
         if known is not None and known != run:
             raise ProtocolError("HELLO from a peer that is another run already")
@@ -1070,7 +1075,19 @@ class Broker(Machine):
             self.say(WORKERS, peer, "", "WHO")
         else:
             self.update_worker(worker, fields)
-            self.say(WORKERS, peer, "", "OK", self.state_for_worker())
+            self.answer(WORKERS, peer)
+
+    def answer(self, link: str, peer: Peer) -> None:
+        """Say OK to a greeting, but not at once: that wakes the system once for many."""
+        self.greeted.append((link, peer))
+        self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+
+    def answer_greetings(self) -> None:
+        greeted, self.greeted, self.answer_at = self.greeted, [], math.inf
+        answers = {CLIENTS: encode("OK", self.state_of_cloud()),
+                   WORKERS: encode("OK", self.state_for_worker())}
+        for link, peer in greeted:
+            self.pass_on(link, peer, "", answers[link])
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
         parts = self.parts.setdefault(peer, [])
@@ -1663,6 +1680,8 @@ class Broker(Machine):
     # --- time
 
     def settle(self) -> None:
+        if self.answer_at <= self.now:
+            self.answer_greetings()
         self.dispatch()
         self.recall()
         while self.unconfirmed and not self.still_unconfirmed(*self.unconfirmed[0]):
@@ -1791,7 +1810,7 @@ class Broker(Machine):
         return found
 
     def deadline(self) -> Seconds:
-        due = [self.limbo_until, *self.away.values()]
+        due = [self.limbo_until, self.answer_at, *self.away.values()]
         due += itertools.islice(self.departed.values(), 1)
         for seen, patience in ((self.workers_seen, self.times.worker_expiry),
                                (self.clients_seen, self.times.client_lease)):
