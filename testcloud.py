@@ -98,7 +98,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections import OrderedDict, deque
 from typing import (
     IO,
@@ -385,9 +384,9 @@ def decode(line: bytes) -> Tuple[str, Fields]:
     for name, check in spec.needs.items():
         if name not in fields or not check(fields[name]):
             raise ProtocolError(f"{verb} needs {name!r}: {check.__doc__}")
-    for name, check in spec.may_have.items():
-        if name in fields and not check(fields[name]):
-            raise ProtocolError(f"{verb} wants {name!r} to be {check.__doc__}")
+    for name, value in fields.items():
+        if name in spec.may_have and not spec.may_have[name](value):
+            raise ProtocolError(f"{verb} wants {name!r} to be {spec.may_have[name].__doc__}")
     return verb, fields
 
 
@@ -1559,7 +1558,8 @@ class Broker(Machine):
         if rows is None:
             if "id" not in fields or "attempt" not in fields:
                 raise ProtocolError(f"{message.verb} needs 'id' and 'attempt'")
-            rows = [[fields["id"], fields["attempt"]]]
+            task = worker.tasks.get((message.token, fields["id"], fields["attempt"]))
+            return [task] if task else []
         keys = dict.fromkeys((message.token, id, attempt) for id, attempt in rows)
         return [worker.tasks[key] for key in keys if key in worker.tasks]
 
@@ -4116,7 +4116,7 @@ def times_from(settings: argparse.Namespace) -> Times:
 def incarnation() -> str:
     """A name for this process that no other has, and a person can place."""
     host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
-    return f"{host[:40]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return f"{host[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
 def announce(text: str) -> None:
@@ -4302,7 +4302,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         raise UsageError("stdin is closed: there are no commands to read")
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
-    client = Client(uuid.uuid4().hex, times, settings.wait, address, socket.gethostname(),
+    client = Client(os.urandom(16).hex(), times, settings.wait, address, socket.gethostname(),
                     Wishes(settings.timeout, settings.retries, settings.max_output))
     loop: Loop
     writer = Writer(1, lambda error: loop.post(lambda now: fail(error)))
