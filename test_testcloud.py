@@ -2761,6 +2761,35 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.run_one("echo a > /dev/stdout; echo b"), (0, b"a\nb\n"))
         self.assertEqual(self.run_one("no-such-program-anywhere")[0], 127)
 
+    def test_a_command_inherits_no_more_than_it_should(self):
+        file = os.open("/", os.O_RDONLY)
+        self.addCleanup(os.close, file)
+        os.set_inheritable(file, True)  # as what a shell has opened for a worker
+        self.runner.close()
+        self.runner = tc.Runner(1, self.tell)
+        code, data = self.run_one("exec ls -l /proc/self/fd")
+        found = re.findall(rb"(\d) -> (.*)", data)
+        self.assertEqual([row[0] for row in found], [b"0", b"1", b"2", b"3"])  # 3 is ls's own
+        self.assertEqual((found[0][1], found[1][1]), (b"/dev/null", found[2][1]))
+        self.assertEqual(self.run_one("kill -PIPE $$")[0], 128 + signal.SIGPIPE)
+        self.assertEqual(self.run_one("kill -XFSZ $$")[0], 128 + signal.SIGXFSZ)
+
+    def test_each_command_has_its_directory_and_we_keep_ours(self):
+        before = os.getcwd()
+        jobs = {self.start(f"sleep 0.05; pwd; : {n}", where): where
+                for n, where in enumerate(("/", "/usr", self.dir, "/proc") * 3)}
+        for job, where in jobs.items():
+            output = self.result(job).output
+            self.assertEqual(output.read(0, 999), where.encode() + b"\n")
+        self.assertEqual(self.run_one("pwd")[1], before.encode() + b"\n")
+        self.assertEqual(os.getcwd(), before)
+
+    def test_what_stops_as_in_a_terminal_can_be_killed(self):
+        job = self.start(f"echo $$ > {self.dir}/pid; kill -TSTP $$; sleep 1000")
+        self.wait_for_file("pid")
+        self.runner.kill(job, False)
+        self.assertEqual(self.result(job).signal, signal.SIGTERM)
+
     def test_killed_by_a_signal(self):
         ending = self.result(self.start("kill -9 $$"))
         self.assertEqual((ending.exitcode, ending.signal), (137, 9))
@@ -2831,16 +2860,16 @@ class RunnerTest(unittest.TestCase):
         self.assert_gone(pid)
 
     def test_close_kills_what_is_just_being_started(self):
-        real, started = subprocess.Popen, []
+        real = self.runner.start_shell
 
-        def popen(*args, **settings):
-            started.append(real(*args, **settings))
+        def start_shell(*args):
+            process = real(*args)
             closer.start()
             while not self.runner.closing:
                 time.sleep(0.001)
-            return started[0]
+            return process
         closer = threading.Thread(target=self.runner.close)
-        with mock.patch.object(tc.subprocess, "Popen", popen):
+        with mock.patch.object(self.runner, "start_shell", start_shell):
             job = self.start("sleep 1000")
             self.assertEqual(self.result(job).signal, signal.SIGKILL)
         closer.join(PATIENCE)
@@ -2870,22 +2899,22 @@ class RunnerTest(unittest.TestCase):
             self.assertLessEqual(output.size, max(limit, tc.INLINE))
 
     def test_what_the_machine_lacks_for_a_moment_is_tried_again(self):
-        real, tries = subprocess.Popen, []
+        real, tries = self.runner.start_shell, []
 
-        def popen(*args, **settings):
+        def start_shell(*args):
             tries.append(1)
             if len(tries) < 3:
                 raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
-            return real(*args, **settings)
-        with mock.patch.object(tc.subprocess, "Popen", popen), \
+            return real(*args)
+        with mock.patch.object(self.runner, "start_shell", start_shell), \
                 mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
             self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
 
     def test_what_the_machine_lacks_for_long_is_handed_back(self):
         for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-            def popen(*args, number=number, **settings):
+            def start_shell(*args, number=number):
                 raise OSError(number, os.strerror(number))
-            with mock.patch.object(tc.subprocess, "Popen", popen), \
+            with mock.patch.object(self.runner, "start_shell", start_shell), \
                     mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
                 ending = self.result(self.start(f"echo {number}"))
             self.assertTrue(ending.unable)
@@ -2930,6 +2959,16 @@ class RunnerTest(unittest.TestCase):
         put("fs/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
         self.assertEqual(tc.cgroup_quotas(os.path.join(self.dir, "fs"), own), [2.5, 3.0])
         self.assertEqual(tc.cgroup_quotas("/nowhere", "/nowhere"), [])
+
+
+class PortableRunnerTest(RunnerTest):
+    """The same where threads cannot have directories of their own."""
+
+    def setUp(self):
+        patch = mock.patch.object(tc, "own_directory", lambda: False)
+        patch.start()
+        self.addCleanup(patch.stop)
+        super().setUp()
 
 
 # === Client ===========================================================================
@@ -4243,6 +4282,40 @@ class LimitsTest(unittest.TestCase):
         self.cloud.wait_for_log(broker, "no more peers can connect")
         self.assertIn("may have only 60 open files", self.cloud.err(broker))
         self.assertEqual(self.cloud.err(broker).count("no more peers"), 1)
+
+
+@unittest.skipUnless(os.path.exists(f"/proc/self/task/{os.getpid()}/children"), "not Linux")
+class TerminalTest(unittest.TestCase):
+    """What was started in a terminal of its own, of which stdin is the keyboard."""
+
+    SPAWN = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+
+    def start(self, *argv):
+        cloud, command = self.cloud, [sys.executable, SCRIPT, *argv]
+        with mock.patch.object(cloud, "script", "-c"):
+            return cloud.start(self.SPAWN, *command, stdin=subprocess.PIPE)
+
+    def press(self, process, keys):
+        process.stdin.write(keys)
+        process.stdin.flush()
+
+    def test_commands_of_a_worker_cannot_reach_its_terminal(self):
+        broker = self.cloud.broker()
+        worker = self.start("worker", "--connect", broker.workers)
+        lines = ["echo x > /dev/tty", "read x < /dev/tty", "sleep 0.01; cat"]
+        status, out = self.cloud.client(broker, lines)
+        self.assertEqual((status, out.count("FAIL"), out.count("OK!")), (1, 2, 1), out)
+        self.press(worker, b"\x03")
+        self.assertEqual(worker.wait(PATIENCE), 130)
+
+    def test_commands_typed_for_this_machine(self):
+        client = self.start("client", "--local", "--timeout", "30")
+        self.press(client, b"echo $((6*7))\nread x < /dev/tty\n\x04")
+        status, out = self.cloud.finish(client)
+        self.assertEqual((status, out.count("\n42\r"), out.count("FAIL")), (1, 1, 1), out)
 
 
 @unittest.skipUnless(os.path.exists(f"/proc/self/task/{os.getpid()}/children"), "not Linux")
