@@ -2774,6 +2774,37 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.run_one("kill -PIPE $$")[0], 128 + signal.SIGPIPE)
         self.assertEqual(self.run_one("kill -XFSZ $$")[0], 128 + signal.SIGXFSZ)
 
+    def test_marks_replace_those_of_a_command_that_we_are(self):
+        with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_RUN="x", TESTCLOUD_BROKER="b"):
+            runner = tc.Runner(1, self.tell, "w1")
+            self.addCleanup(runner.close)
+        job = tc.Job(("r", 5, 2), {"cmd": "env | grep ^TESTCLOUD_ | sort"})
+        runner.start(job)
+        output = self.result(job).output
+        self.assertEqual(output.read(0, 999).split(), [
+            b"TESTCLOUD_ATTEMPT=2", b"TESTCLOUD_BROKER=b", b"TESTCLOUD_RUN=r", b"TESTCLOUD_SEQ=5",
+            b"TESTCLOUD_SLOT=1", b"TESTCLOUD_WORKER=w1"])
+
+    @unittest.skipUnless(sys.platform == "linux", "not Linux")
+    def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):
+        try:
+            spawner = tc.Spawner()
+        except AttributeError:
+            self.skipTest("libc lacks what it takes")
+        ours, theirs = os.pipe()
+        null = os.open(os.devnull, os.O_RDONLY)
+        for file in (ours, theirs, null):
+            self.addCleanup(os.close, file)
+        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A; exit 3"], [b"A=b"], b"/", null, theirs)
+        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
+        self.assertEqual(os.read(ours, 99), b"/\nb\n")
+        for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
+                                  ([b"/bin/sh"], b"/no", errno.ENOENT),
+                                  ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
+            with self.assertRaises(OSError) as caught:
+                spawner.spawn(argv, [], cwd, null, theirs)
+            self.assertEqual(caught.exception.errno, number)
+
     def test_each_command_has_its_directory_and_we_keep_ours(self):
         before = os.getcwd()
         jobs = {self.start(f"sleep 0.05; pwd; : {n}", where): where
@@ -2962,10 +2993,10 @@ class RunnerTest(unittest.TestCase):
 
 
 class PortableRunnerTest(RunnerTest):
-    """The same where threads cannot have directories of their own."""
+    """The same where libc has no posix_spawn() that we can use."""
 
     def setUp(self):
-        patch = mock.patch.object(tc, "own_directory", lambda: False)
+        patch = mock.patch.object(tc, "Spawner", side_effect=AttributeError)
         patch.start()
         self.addCleanup(patch.stop)
         super().setUp()

@@ -2377,8 +2377,7 @@ def broker_is_silent(address: str) -> str:
 # SIGKILL. Only if both are killed at once do commands survive.
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-CLONE_FS = 0x200  # of linux/sched.h
-IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)  # but not by what we start
+POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
 BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
@@ -2434,15 +2433,6 @@ def has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-def own_directory() -> bool:
-    """Give the calling thread a current directory of its own; false where that cannot be had."""
-    try:
-        import ctypes
-        return bool(ctypes.CDLL(None).unshare(CLONE_FS) == 0)
-    except (ImportError, OSError, AttributeError):  # not Linux; containers may forbid it
-        return False
 
 
 def inherit_nothing() -> None:
@@ -2560,6 +2550,55 @@ class Process:
         return os.waitstatus_to_exitcode(self.status)
 
 
+# what a command finds of itself in its environment; ours may have it from a command that we are
+MARKS = tuple(b"TESTCLOUD_" + name for name in (b"RUN", b"SEQ", b"ATTEMPT", b"SLOT", b"WORKER"))
+
+
+class Spawner:
+    """libc's posix_spawn(), each process in a group of its own. os.posix_spawn() knows no directory
+    to start in, and it keeps all other threads from running until the new process runs its
+    program: most of a short command's time. Raises what it takes to say that there is none."""
+
+    STRUCT = 1024  # bytes for one of libc's, of which no known one needs more than 350
+
+    def __init__(self) -> None:
+        import ctypes
+        self.ctypes = ctypes
+        self.libc = libc = ctypes.CDLL(None)
+        self.set_directory = libc.posix_spawn_file_actions_addchdir_np
+        self.attributes = ctypes.create_string_buffer(self.STRUCT)
+        default = ctypes.create_string_buffer(self.STRUCT)  # signals that Python ignores
+        libc.posix_spawnattr_init(self.attributes)
+        libc.posix_spawnattr_setflags(self.attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
+        libc.sigemptyset(default)
+        libc.sigaddset(default, signal.SIGPIPE)
+        libc.sigaddset(default, signal.SIGXFSZ)
+        libc.posix_spawnattr_setsigdefault(self.attributes, default)
+
+    def spawn(self, argv: List[bytes], environment: List[bytes], cwd: Optional[bytes],
+              stdin: int, stdout: int) -> int:
+        """Start a program; its pid. None of the texts has a NUL in it. Raises OSError."""
+        libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
+        libc.posix_spawn_file_actions_init(actions)
+        try:
+            for file, to in ((stdin, 0), (stdout, 1), (stdout, 2)):
+                libc.posix_spawn_file_actions_adddup2(actions, file, to)
+            if cwd is not None:
+                self.set_directory(actions, cwd)
+            pid = self.ctypes.c_int()
+            error = libc.posix_spawn(self.ctypes.byref(pid), argv[0], actions, self.attributes,
+                                     self.texts(argv), self.texts(environment))
+        finally:
+            libc.posix_spawn_file_actions_destroy(actions)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return pid.value
+
+    def texts(self, texts: List[bytes]) -> Any:
+        """An array as C has it, with a NULL at its end."""
+        return (self.ctypes.c_char_p * (len(texts) + 1))(*texts)
+
+
 class Runner:
     """Runs jobs in threads. `tell(job, ending)` is called for each, in its thread. With
     `adopting`, the orphans of commands have become children of our main thread, which has no
@@ -2570,11 +2609,14 @@ class Runner:
         self.tell = tell
         self.slots = slots
         self.name = name  # the worker's
-        self.inherited = dict(os.environb)  # reading os.environ itself decodes all of it
+        self.inherited = [b"%s=%s" % row for row in os.environb.items() if row[0] not in MARKS]
         self.adopting = adopting
-        self.apart = has_terminal()  # only in a session of its own a command cannot reach that
         self.null = os.open(os.devnull, os.O_RDWR)
-        inherit_nothing()
+        self.spawner: Optional[Spawner] = None
+        if not has_terminal():  # only in a session of its own a command cannot reach that
+            with contextlib.suppress(ImportError, OSError, AttributeError):
+                self.spawner = Spawner()
+                inherit_nothing()
         self.reap_at: Seconds = 0.0
         self.stuck: List[int] = []  # orphans that cannot be killed
         self.todo: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
@@ -2633,33 +2675,31 @@ class Runner:
 
     def work(self, slot: int) -> None:
         """A slot's thread; slots are numbered from 1."""
-        quick = not self.apart and own_directory()
         while True:
             job = self.todo.get()
             if job is None:
                 return
             try:
-                ending = self.run(job, slot, quick)
+                ending = self.run(job, slot)
             except Exception as error:  # a bug of ours is that command's failure, with a reason
                 ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
                                 reason=f"testcloud failed to run it: {error!r}")
             self.tell(job, ending)
 
-    def environment(self, job: Job, slot: int) -> Dict[bytes, bytes]:
-        """What a command's environment has in it, beside ours."""
+    def environment(self, job: Job, slot: int) -> List[bytes]:
+        """A command's environment: ours, and what it can know of itself."""
         run, id, attempt = job.key
-        return {**self.inherited, b"TESTCLOUD_RUN": run.encode(), b"TESTCLOUD_SEQ": b"%d" % id,
-                b"TESTCLOUD_ATTEMPT": b"%d" % attempt, b"TESTCLOUD_SLOT": b"%d" % slot,
-                b"TESTCLOUD_WORKER": self.name.encode()}
+        return self.inherited + [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
+            MARKS, (run, id, attempt, slot, self.name))]
 
-    def run(self, job: Job, slot: int, quick: bool) -> Ending:
+    def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
         output = Output(job.limit)
         wall, began = time.time(), time.monotonic()
         with self.lock:
             self.processes[job.key] = None
         try:
-            process = self.spawn(job, slot, quick)
+            process = self.spawn(job, slot)
         except (OSError, ValueError) as error:
             with self.lock:
                 del self.processes[job.key]
@@ -2682,42 +2722,37 @@ class Runner:
             return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
         return Ending(code if not reason else NOT_RUN, spent, wall, output, reason=reason)
 
-    def spawn(self, job: Job, slot: int, quick: bool) -> Process:
+    def spawn(self, job: Job, slot: int) -> Process:
         """Start a job's command. What this machine lacks now it may have in a moment."""
         for delay in SPAWN_DELAYS:
             try:
-                return self.start_shell(job, self.environment(job, slot), quick)
+                return self.start_shell(job, self.environment(job, slot))
             except OSError as error:
                 if not is_passing(error) or not delay or self.closing or job.key in self.killed:
                     raise
             time.sleep(delay)
         raise AssertionError("the last delay is 0")
 
-    def start_shell(self, job: Job, environment: Dict[bytes, bytes], quick: bool) -> Process:
-        """Start a shell with a job's command. The quick way takes a third of the processor time;
-        it knows no directory but its thread's, and should not have to make a session."""
+    def start_shell(self, job: Job, environment: List[bytes]) -> Process:
+        """Start a shell with a job's command. What cannot be done the quick way is done, or found
+        to be impossible and why, the slow way."""
         argv = [b"/bin/sh", b"-c", to_bytes(job.cmd)]
+        cwd = None if job.cwd is None else to_bytes(job.cwd)
         ours, theirs = os.pipe()
         try:
-            if quick:
-                # a thread's directory is not that of its process, which is meant if none is named
-                os.chdir(b"/proc/self/cwd" if job.cwd is None else to_bytes(job.cwd))
-                pid = os.posix_spawn(
-                    argv[0], argv, environment, setpgroup=0, setsigdef=IGNORED_BY_PYTHON,
-                    file_actions=[(os.POSIX_SPAWN_DUP2, file, to)
-                                  for file, to in ((self.null, 0), (theirs, 1), (theirs, 2))])
-            else:
-                process = subprocess.Popen(
-                    argv, stdin=self.null, stdout=theirs, stderr=theirs, env=environment,
-                    cwd=None if job.cwd is None else to_bytes(job.cwd), start_new_session=True)
-                process.returncode = 0  # as if it had been waited for: that is our business
-                pid = process.pid
+            if self.spawner and b"\0" not in argv[2] + (cwd or b""):
+                with contextlib.suppress(OSError):
+                    return Process(self.spawner.spawn(argv, environment, cwd, self.null, theirs), ours)
+            process = subprocess.Popen(
+                argv, stdin=self.null, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True,
+                env=dict(row.split(b"=", 1) for row in environment))
+            process.returncode = 0  # as if it had been waited for: that is our business
+            return Process(process.pid, ours)
         except BaseException:
             os.close(ours)
             raise
         finally:
             os.close(theirs)
-        return Process(pid, ours)
 
     def clear_up(self, job: Job, process: Process) -> None:
         """The leader has ended (and is a zombie still, if possible): kill what it left behind."""
