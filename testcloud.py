@@ -3495,6 +3495,7 @@ def complain(text: str) -> None:
 # process. Threads reach the loop through post() only. No other part of the program knows
 # ZeroMQ or the clock.
 
+NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to combine
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 MAX_FILES = 2**20  # open files are enough, and more than this some systems refuse
 SPARE = 8  # of the files we may open: when no more are left we say so
@@ -3814,18 +3815,19 @@ class SocketLink:
         """The monitor's (event, value) since the last time; value is mostly a descriptor."""
         while True:
             try:
-                parts = self.monitor.recv_multipart(zmq.NOBLOCK)
+                parts = self.monitor.recv_multipart(NOBLOCK)
             except zmq.Again:
                 return
             yield struct.unpack("=hi", parts[0])
 
-    def rest(self, first: bytes) -> Optional[List[bytes]]:
-        """The frames of a message whose first has been read; None if there are too many."""
-        parts = [first]
-        while self.socket.getsockopt(zmq.RCVMORE):
-            part = self.socket.recv()
+    def rest(self, frame: Any) -> Optional[List[bytes]]:
+        """The frames of a message from this one on, the last that was read; None if there are too
+        many. (As objects, because to ask a socket for RCVMORE takes longer than to read a frame.)"""
+        parts = [frame.bytes]
+        while frame.more:
+            frame = self.socket.recv(0, copy=False)
             if len(parts) < MAX_FRAMES:
-                parts.append(part)
+                parts.append(frame.bytes)
         return parts if len(parts) < MAX_FRAMES else None
 
     def hand_over(self, peer: Peer, parts: Optional[List[bytes]], now: Seconds) -> None:
@@ -3866,8 +3868,8 @@ class SocketLink:
 
     def send_parts(self, parts: List[bytes]) -> None:
         for part in parts[:-1]:
-            self.socket.send(part, zmq.SNDMORE | zmq.NOBLOCK)
-        self.socket.send(parts[-1], zmq.NOBLOCK)
+            self.socket.send(part, SNDMORE_NOBLOCK)
+        self.socket.send(parts[-1], NOBLOCK)
 
     def notice(self, now: Seconds) -> None:
         """Take note of what the monitor tells. It comes before receive(): poll() looks at the
@@ -3965,17 +3967,14 @@ class RouterLink(SocketLink):
     def receive(self, now: Seconds) -> None:
         for _ in range(DRAIN):
             try:
-                peer = self.socket.recv(zmq.NOBLOCK)
+                peer = self.socket.recv(NOBLOCK)
             except zmq.Again:
                 self.act_on_news(now)
                 return
-            if peer in self.known and peer[:1] == b"\0":  # libzmq gave it: it is unique
-                first = self.socket.recv()
-            else:
-                frame = self.socket.recv(copy=False)
+            frame = self.socket.recv(0, copy=False)
+            if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
                 self.meet(peer, frame, now)
-                first = frame.bytes
-            self.hand_over(peer, self.rest(first), now)
+            self.hand_over(peer, self.rest(frame), now)
 
     def act_on_news(self, now: Seconds) -> None:
         """All messages are read: those whose connection was closed are gone."""
@@ -4059,10 +4058,10 @@ class DealerLink(SocketLink):
     def receive(self, now: Seconds) -> None:
         for _ in range(DRAIN):
             try:
-                first = self.socket.recv(zmq.NOBLOCK)
+                frame = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self.hand_over(b"", self.rest(first), now)
+            self.hand_over(b"", self.rest(frame), now)
 
     def send_now(self, frame: Frame) -> bool:
         try:
