@@ -2878,6 +2878,22 @@ class RunnerTest(unittest.TestCase):
         self.runner.kill(job, False)
         self.assertEqual(self.result(job).signal, signal.SIGTERM)
 
+    def test_children_of_a_shell_that_was_asked_to_end_have_their_grace(self):
+        job = self.start(f"sh -c 'trap \"sleep 0.1; echo clean; exit\" TERM; echo > {self.dir}/a; "
+                         f"while :; do sleep 0.01; done'; true")
+        self.wait_for_file("a")
+        self.runner.kill(job, False)
+        ending = self.result(job)
+        self.assertEqual((ending.signal, ending.output.read(0, 99)), (signal.SIGTERM, b"clean\n"))
+        job = self.start(f"sh -c 'trap \"\" TERM; echo $$ > {self.dir}/b; sleep 1000'; true")
+        stubborn = self.wait_for_file("b")
+        self.runner.kill(job, False)
+        with self.ended:
+            self.assertFalse(self.ended.wait_for(lambda: job.key in self.endings, 0.2))
+        self.runner.kill(job, True)
+        self.result(job)
+        self.assert_gone(stubborn)
+
     def test_kill_before_the_process_is_there(self):
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 1000"})
         self.runner.kill(job, True)
@@ -3032,6 +3048,24 @@ class ClientTest(unittest.TestCase):
         self.bench.hear(tc.encode("RESULT", dict(
             {"id": id, "attempt": attempt, "exitcode": exitcode, "stdout": "", "size": 0,
              "time": 1}, **more)))
+
+    def test_who_has_nothing_to_run_says_goodbye_before_it_is_answered(self):
+        self.client.end_input(0.0)
+        self.bench.collect()
+        self.bench.expect("BYE")
+        self.assertEqual(self.bench.effect(tc.Exit).status, 0)
+
+    def test_who_was_stopped_for_longer_than_its_lease_is_told(self):
+        b = self.bench
+        self.add("a")
+        b.hear('OK {"join":1,"slots":1,"patience":30}')
+        b.effects.clear()
+        self.client.overslept(20.0, 20.0)
+        b.collect()
+        self.assertEqual(b.effects, [])
+        self.client.overslept(40.0, 60.0)
+        b.collect()
+        self.assertIn("stopped for 40 s", b.effect(tc.Notice).text)
 
     def test_a_run(self):
         b = self.bench
@@ -3465,6 +3499,30 @@ class ReportingTest(unittest.TestCase):
                                                   "\033[4;31m⌚8.14ms\033[0m\n")
         self.reporter.summary()
         self.assertIn("\033[4;31mSome commands failed", out.getvalue().decode())
+
+    def test_an_output_for_which_there_is_no_room_is_a_failure_of_its_command_alone(self):
+        out, put = self.text(), self.reporter.tally.put
+
+        def limited(file, offset, data):
+            if offset + len(data) > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            put(file, offset, data)
+        with mock.patch.object(self.reporter.tally, "put", limited):
+            self.report("a", output=b"1\n")
+            self.report("b", output=bytes(1000))
+            for at in range(0, 5000, 500):
+                self.reporter.store(tc.Store(at, bytes(500)))
+            self.report("c", output=None)
+            self.reporter.store(tc.Store(0, b"x" * 500))
+            self.report("d", output=None)
+        self.assertEqual(os.fstat(self.reporter.tally.files[1].fileno()).st_size, 500)
+        self.reporter.summary()
+        lines = [line for line in out.getvalue().decode().split("\n") if "⌚8" in line]
+        self.assertEqual([line.split()[:2] for line in lines], [
+            ["OK!", "a"], ["FAIL(126)", "b"], ["FAIL(126)", "c"], ["OK!", "d"]])
+        self.assertEqual(out.getvalue().count(b"of the client: No space left on device\n"), 2)
+        self.assertEqual(self.reporter.tally.hash(), naive_hash([
+            (b"a", 0, b"1\n"), (b"b", 126, b""), (b"c", 126, b""), (b"d", 0, b"x" * 500)]))
 
     def test_bytes_are_passed_on_as_they_are(self):
         out = self.text()

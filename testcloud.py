@@ -2339,7 +2339,7 @@ class Worker(Member):
         self.settle()
 
     def leave(self) -> None:
-        if self.session.joined:
+        if self.session.up:
             self.say(BROKER, b"", "", "BYE")
         self.effects.append(Exit(self.stopping or 0))
         self.left, self.stop_at = True, math.inf
@@ -2379,6 +2379,7 @@ def broker_is_silent(address: str) -> str:
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
+LOOK_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tells us the end
 BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
 
@@ -2442,6 +2443,16 @@ def inherit_nothing() -> None:
             with contextlib.suppress(OSError):  # that of the listing itself is closed by now
                 if file > 2:
                     os.set_inheritable(file, False)
+
+
+def group_lives(leader: int) -> bool:
+    """Whether a process group has living members; false where there is no /proc."""
+    with contextlib.suppress(OSError):
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            state = read_text(f"/proc/{entry}/stat").rpartition(")")[2].split()[:3]
+            if state and state[0] not in "XZ" and int(state[2]) == leader:
+                return True
+    return False
 
 
 def started_at(pid: int) -> float:
@@ -2530,6 +2541,7 @@ class Process:
     def __init__(self, pid: int, pipe: int) -> None:
         self.pid = pid
         self.pipe = pipe  # from which its output is read
+        self.leaving = False  # its group was asked to end, and is not being killed yet
         self.status: Optional[int] = None  # once it is reaped
 
     def has_ended(self) -> bool:
@@ -2653,6 +2665,7 @@ class Runner:
                 self.signal(process, hard)
 
     def signal(self, process: Process, hard: bool) -> None:
+        process.leaving = not hard
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL if hard else signal.SIGTERM)
             os.killpg(process.pid, signal.SIGCONT)  # a stopped group hears nothing else
@@ -2801,21 +2814,22 @@ class Runner:
             self.sweep()
 
     def drain(self, job: Job, process: Process, output: Output) -> None:
-        """Collect output until the leader has ended; then kill what it left behind."""
+        """Collect output until the leader has ended; then kill what it left behind. But if it was
+        asked to end, so were its children, and have the same grace: shells die at once."""
         pipe, leader = process.pipe, pidfd(process.pid)
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
         if leader >= 0:
             poller.register(leader, select.POLLIN)
-        open_pipe, until = True, math.inf
+        open_pipe, ended, until = True, False, math.inf
         late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
         while until == math.inf or (open_pipe and late):
             late -= time.monotonic() >= until
             if until < math.inf:
-                patience = max(0.0, until - time.monotonic()) * 1000
+                patience = max(0.0, until - time.monotonic())
             else:
-                patience = -1 if leader >= 0 else 20
-            events = dict(poller.poll(patience))
+                patience = -1.0 if leader >= 0 and not ended else LOOK_INTERVAL
+            events = dict(poller.poll(patience * 1000))
             if not events and time.monotonic() >= until:
                 break
             if pipe in events:
@@ -2825,13 +2839,14 @@ class Runner:
                 else:
                     open_pipe = False
                     poller.unregister(pipe)
-            if until == math.inf and (
-                    leader in events if leader >= 0 else process.has_ended()):
-                self.clear_up(job, process)
-                until = time.monotonic() + DRAIN_TIME
+            if not ended and (leader in events if leader >= 0 else process.has_ended()):
+                ended = True
                 if leader >= 0:
                     poller.unregister(leader)
                     os.close(leader)
+            if ended and until == math.inf and not (process.leaving and group_lives(process.pid)):
+                self.clear_up(job, process)
+                until = time.monotonic() + DRAIN_TIME
 
 
 def is_passing(error: Exception) -> bool:
@@ -3065,7 +3080,7 @@ class Client(Member):
     def leave(self, status: int) -> None:
         """The end: all is reported, or the rest is given up."""
         self.tell_done()
-        if self.session.joined:
+        if self.session.up:  # also if HELLO is not answered yet: it has been sent
             self.say(BROKER, b"", "", "BYE")
         self.left = True
         self.effects.append(Exit(status if self.status is None else self.status))
@@ -3216,6 +3231,12 @@ class Client(Member):
 
     # --- time, and the end
 
+    def overslept(self, gap: Seconds, now: Seconds) -> None:
+        if self.window and gap > self.session.patience:
+            self.effects.append(Notice(
+                f"was stopped for {gap:.0f} s, longer than the broker waits for a client "
+                f"(--client-lease): commands that ran meanwhile were stopped, and run again"))
+
     def tick(self, now: Seconds) -> None:
         self.now = now
         if self.left:
@@ -3312,15 +3333,24 @@ class Tally:
             tempfile.TemporaryFile(buffering=0), tempfile.TemporaryFile(buffering=0))
         self.ends = [0, 0]  # bytes of each file that belong to records
         self.stored = 0  # bytes after that, of the output being fetched
+        self.failure: Optional[OSError] = None  # why that cannot be stored
 
     def close(self) -> None:
         for file in self.files:
             file.close()
 
     def store(self, offset: int, data: bytes) -> None:
-        """The next part of the output being fetched; offset 0 begins another."""
+        """The next part of the output being fetched; offset 0 begins another. If there is no room
+        for it, add() will say so."""
         self.stored = offset + len(data)
-        self.put(1, self.ends[1] + offset, data)
+        if offset == 0:
+            self.failure = None
+        if not self.failure:
+            try:
+                self.put(1, self.ends[1] + offset, data)
+            except OSError as error:
+                self.failure = error
+                os.ftruncate(self.files[1].fileno(), self.ends[1])
 
     def put(self, file: int, offset: int, data: bytes) -> None:
         rest = memoryview(data)
@@ -3329,7 +3359,10 @@ class Tally:
             rest, offset = rest[done:], offset + done
 
     def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> Record:
-        """A result with its output, or with what was stored if that is None."""
+        """A result with its output, or with what was stored if that is None. Raises OSError, and
+        forgets the output, if there is no room for it."""
+        if output is None and self.failure:
+            raise self.failure
         file, size = (1, self.stored) if output is None else (0, len(output))
         if output:
             self.put(0, self.ends[0], output)
@@ -3442,7 +3475,13 @@ class Reporter:
         """A result: its line and, unless told otherwise, its output."""
         entry, result = effect.entry, effect.result
         code, spent = result["exitcode"], result.get("time", 0.0)
-        record = self.tally.add(to_bytes(entry.cmd), code, effect.output)
+        reason = result.get("reason")
+        try:
+            record = self.tally.add(to_bytes(entry.cmd), code, effect.output)
+        except OSError as error:
+            code, reason = NOT_RUN, f"no room for its output in {tempfile.gettempdir()} of the " \
+                                    f"client: {error.strerror}"
+            record = self.tally.add(to_bytes(entry.cmd), code, b"")
         self.failed += code != 0
         if self.fail_only and code == 0:
             return
@@ -3450,8 +3489,8 @@ class Reporter:
         name = self.paint("ok cmd" if code == 0 else "fail cmd", entry.cmd + " ")
         took = self.paint("slow" if spent > self.slow else "time", f"⌚{spent:.2f}ms")
         self.line(verdict + name + took)
-        if result.get("reason"):
-            self.line(f"testcloud: {printable(result['reason'], 1000)}")
+        if reason:
+            self.line(f"testcloud: {printable(reason, 1000)}")
         if entry.failures:
             before = ", ".join(f"{code} on {printable(host)}" for code, host in entry.failures)
             self.line(f"testcloud: try {len(entry.failures) + 1}; exit codes before: {before}")
@@ -4464,6 +4503,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         else:
             DealerLink(loop, node, BROKER, address)
         status = loop.run()
+        if status == 0 and reporter.failed:  # it had no room for an output
+            status = 1
         if status not in (0, 1):
             say_what_is_missing(client, status)
         reporter.summary(complete=status in (0, 1))
@@ -4493,6 +4534,7 @@ def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
         loop.flush()
         if isinstance(error, BrokenPipeError):
             raise
+        say_what_is_missing(client, 3)
         raise SetupError(f"cannot write the results ({error.strerror}): is there room on the "
                          f"disk, and in {tempfile.gettempdir()}?") from None
 
