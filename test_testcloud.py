@@ -2884,7 +2884,8 @@ class RunnerTest(unittest.TestCase):
         self.wait_for_file("a")
         self.runner.kill(job, False)
         ending = self.result(job)
-        self.assertEqual((ending.signal, ending.output.read(0, 99)), (signal.SIGTERM, b"clean\n"))
+        self.assertEqual(ending.signal, signal.SIGTERM)
+        self.assertTrue(ending.output.read(0, 99).endswith(b"clean\n"))
         job = self.start(f"sh -c 'trap \"\" TERM; echo $$ > {self.dir}/b; sleep 1000'; true")
         stubborn = self.wait_for_file("b")
         self.runner.kill(job, False)
@@ -3555,18 +3556,23 @@ class SocketsTest(unittest.TestCase):
                 tc.parse_address(text, 2224)
 
     def test_frames(self):
+        import zmq
         body, token = b"READY", "r1"
+
+        def parse(parts):
+            parsed = tc.parse_frames([zmq.Frame(part) for part in parts])
+            return parsed and (*parsed[:2], bytes(parsed[2]))
         for parts, expected in [
                 ([body], ("", body, b"")), ([b"", body], ("", body, b"")),
                 ([b"", b"r1", body], (token, body, b"")), ([body, b"data"], ("", body, b"data")),
                 ([b"", b"r1", body, b"data"], (token, body, b"data")),
                 ([b"", b"", body], ("", body, b"")),
                 ([body, b"x", b"y"], None), ([b"", b"r1", body, b"d", b"e"], None)]:
-            self.assertEqual(tc.parse_frames(parts), expected)
+            self.assertEqual(parse(parts), expected)
         for frame in (tc.Frame(WORKERS, b"p", "r1", body, b""), tc.Frame(CLIENTS, b"p", "", body, b""),
                       tc.Frame(CLIENTS, b"p", "", body, b"d"),
                       tc.Frame(WORKERS, b"p", "r1", body, b"d")):
-            self.assertEqual(tc.parse_frames(tc.frames_of(frame)), (frame.token, body, frame.data))
+            self.assertEqual(parse(tc.frames_of(frame)), (frame.token, body, frame.data))
 
     def test_a_signal_just_before_the_waiting_ends_it(self):
         """Its Python handler may run only after the waiting: the system itself must end it."""

@@ -145,8 +145,8 @@ PLAIN = "plain."  # a run that begins so belongs to a plain client, and ends wit
 
 INLINE = 64 * 1024  # bytes of output inside a RESULT; more is fetched
 PLAIN_INLINE = 256 * 1024  # the same for plain clients, who cannot fetch; the rest is cut
-CHUNK_SIZE = 256 * 1024  # bytes in a CHUNK: large enough for speed, small beside a heartbeat
-MAX_BULK = 256  # chunks that a worker reads before it sends them
+CHUNK_SIZE = 512 * 1024  # bytes in a CHUNK: large enough for speed, small beside a heartbeat
+MAX_BULK = 128  # chunks that a worker reads before it sends them
 FETCH_AHEAD = 4  # chunks under way for one client: hides the round trip
 BATCH_BYTES = 256 * 1024  # a body is closed past this, to stay far below MAX_FRAME
 MAX_FRAME = 4 * 1024 * 1024  # a larger frame is refused by libzmq, with its connection;
@@ -341,7 +341,7 @@ class Message(NamedTuple):
     verb: str
     fields: Fields
     line: bytes
-    data: bytes  # the bytes of a CHUNK
+    data: Any  # the bytes of a CHUNK, or what has them: a buffer with a length
 
 
 def refuse_constant(name: str) -> None:
@@ -421,7 +421,7 @@ class Frame(NamedTuple):
     peer: Peer
     token: Run
     body: bytes
-    data: bytes
+    data: Any  # as of a Message
 
 
 class Log(NamedTuple):
@@ -489,7 +489,7 @@ class Machine:
     def log(self, level: int, message: str) -> None:
         self.effects.append(Log(level, message))
 
-    def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: bytes,
+    def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: Any,
                 now: Seconds) -> None:
         """Handle each line of a body. A bad line changes nothing; the first one of a body is
         answered with ERROR."""
@@ -2378,6 +2378,9 @@ def broker_is_silent(address: str) -> str:
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
+F_SETPIPE_SZ = 1031  # of linux/fcntl.h; Python 3.9 does not tell
+PIPE_SIZE = 64 * 1024  # bytes, of a pipe as the system makes it
+LARGE_PIPE = 1024 * 1024  # the most that it gives without asking who we are
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
 LOOK_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tells us the end
 BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
@@ -2821,7 +2824,7 @@ class Runner:
         poller.register(pipe, select.POLLIN)
         if leader >= 0:
             poller.register(leader, select.POLLIN)
-        open_pipe, ended, until = True, False, math.inf
+        open_pipe, ended, until, part = True, False, math.inf, PIPE_SIZE
         late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
         while until == math.inf or (open_pipe and late):
             late -= time.monotonic() >= until
@@ -2833,9 +2836,11 @@ class Runner:
             if not events and time.monotonic() >= until:
                 break
             if pipe in events:
-                data = os.read(pipe, 65536)
+                data = os.read(pipe, part)
                 if data:
                     output.write(data)
+                    if len(data) == PIPE_SIZE:
+                        part = enlarge(pipe)
                 else:
                     open_pipe = False
                     poller.unregister(pipe)
@@ -2847,6 +2852,14 @@ class Runner:
             if ended and until == math.inf and not (process.leaving and group_lives(process.pid)):
                 self.clear_up(job, process)
                 until = time.monotonic() + DRAIN_TIME
+
+
+def enlarge(pipe: int) -> int:
+    """Let a pipe that was full hold more, so that whoever writes into it waits less often; how
+    much to read from it at a time."""
+    with contextlib.suppress(OSError):  # not Linux, or too many of them
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
+    return LARGE_PIPE // 4
 
 
 def is_passing(error: Exception) -> bool:
@@ -2948,7 +2961,7 @@ class Store(NamedTuple):
     """Effect: keep the next part of a large output. At offset 0 a new output begins."""
 
     offset: int
-    data: bytes
+    data: Any  # a buffer with a length
 
 
 class Report(NamedTuple):
@@ -3193,7 +3206,7 @@ class Client(Member):
         fields = message.fields
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None or not self.fetching or self.fetching[0] is not entry \
-                or fields["offset"] != entry.got or not message.data:
+                or fields["offset"] != entry.got or not len(message.data):
             return
         assert entry.result is not None
         if self.storing is not entry:
@@ -3339,7 +3352,7 @@ class Tally:
         for file in self.files:
             file.close()
 
-    def store(self, offset: int, data: bytes) -> None:
+    def store(self, offset: int, data: Any) -> None:
         """The next part of the output being fetched; offset 0 begins another. If there is no room
         for it, add() will say so."""
         self.stored = offset + len(data)
@@ -3352,7 +3365,7 @@ class Tally:
                 self.failure = error
                 os.ftruncate(self.files[1].fileno(), self.ends[1])
 
-    def put(self, file: int, offset: int, data: bytes) -> None:
+    def put(self, file: int, offset: int, data: Any) -> None:
         rest = memoryview(data)
         while rest:
             done = os.pwrite(self.files[file].fileno(), rest, offset)
@@ -3539,7 +3552,7 @@ IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 MAX_FILES = 2**20  # open files are enough, and more than this some systems refuse
 SPARE = 8  # of the files we may open: when no more are left we say so
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
-IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read: at most 256 KiB each
+IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read, mostly of a few KiB
 MAX_LATE = 500  # frames that we keep for it beyond that
 LATE_BYTES = 40 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
 OVERSLEPT: Seconds = 1.0  # later than that we are not slow, but were stopped
@@ -3627,24 +3640,23 @@ def is_loopback(address: str) -> bool:
     return address.startswith(("ipc://", "tcp://127.", "tcp://[::1]"))
 
 
-def frames_of(frame: Frame) -> List[bytes]:
+def frames_of(frame: Frame) -> List[Any]:
     """The frames of a message, without routing id."""
     parts = [b"", frame.token.encode(), frame.body] if frame.token else [frame.body]
-    return parts + [frame.data] if frame.data else parts
+    return [*parts, frame.data] if len(frame.data) else parts
 
 
-def parse_frames(parts: List[bytes]) -> Optional[Tuple[Run, bytes, bytes]]:
-    """Token, body and data of a message's frames; None if there are too many."""
-    if len(parts) == 1:
-        return "", parts[0], b""
-    if parts[0] != b"":
-        return ("", parts[0], parts[1]) if len(parts) == 2 else None
-    if len(parts) == 2:
-        return "", parts[1], b""
-    if len(parts) > 4:
+def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
+    """Token, body and data of a message's frames; None if there are too many. The data stays the
+    frame that it is: a broker passes it on without a copy."""
+    first, *rest = frames
+    if len(first):
+        return ("", first.bytes, rest[0] if rest else b"") if len(rest) < 2 else None
+    if len(rest) < 2:
+        return "", rest[0].bytes if rest else b"", b""
+    if len(rest) > 3:
         return None
-    token = parts[1].decode("ascii", "replace")
-    return token, parts[2], parts[3] if len(parts) == 4 else b""
+    return rest[0].bytes.decode("ascii", "replace"), rest[1].bytes, rest[2] if rest[2:] else b""
 
 
 class Node:
@@ -3859,18 +3871,18 @@ class SocketLink:
                 return
             yield struct.unpack("=hi", parts[0])
 
-    def rest(self, frame: Any) -> Optional[List[bytes]]:
-        """The frames of a message from this one on, the last that was read; None if there are too
-        many. (As objects, because to ask a socket for RCVMORE takes longer than to read a frame.)"""
-        parts = [frame.bytes]
+    def rest(self, frame: Any) -> List[Any]:
+        """The frames of a message from this one on, the last that was read; those beyond
+        MAX_FRAMES are dropped. (As objects: to ask a socket for RCVMORE takes longer than to read.)"""
+        frames = [frame]
         while frame.more:
             frame = self.socket.recv(0, copy=False)
-            if len(parts) < MAX_FRAMES:
-                parts.append(frame.bytes)
-        return parts if len(parts) < MAX_FRAMES else None
+            if len(frames) < MAX_FRAMES:
+                frames.append(frame)
+        return frames
 
-    def hand_over(self, peer: Peer, parts: Optional[List[bytes]], now: Seconds) -> None:
-        parsed = parse_frames(parts) if parts else None
+    def hand_over(self, peer: Peer, frames: List[Any], now: Seconds) -> None:
+        parsed = parse_frames(frames)
         if parsed is None:
             self.node.machine.complain(self.name, peer, "", b"", "too many frames")
         else:
@@ -3905,7 +3917,7 @@ class SocketLink:
         """Send, or drop what can never be sent; False if the peer's queue is full."""
         raise NotImplementedError
 
-    def send_parts(self, parts: List[bytes]) -> None:
+    def send_parts(self, parts: List[Any]) -> None:
         for part in parts[:-1]:
             self.socket.send(part, SNDMORE_NOBLOCK)
         self.socket.send(parts[-1], NOBLOCK)
