@@ -4546,7 +4546,6 @@ def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
         loop.flush()
         if isinstance(error, BrokenPipeError):
             raise
-        say_what_is_missing(client, 3)
         raise SetupError(f"cannot write the results ({error.strerror}): is there room on the "
                          f"disk, and in {tempfile.gettempdir()}?") from None
 
