@@ -2895,6 +2895,18 @@ class RunnerTest(unittest.TestCase):
         self.result(job)
         self.assert_gone(stubborn)
 
+    def test_a_command_that_has_left_its_process_group_can_be_killed(self):
+        leave = "import os, sys, time; os.setpgid(0, os.getpgid(os.getppid())); " \
+                "open(sys.argv[1], 'w').write('x'); time.sleep(1000)"
+        for n, hard in enumerate((False, True)):
+            job = self.start(f"exec {sys.executable} -c \"{leave}\" {self.dir}/{n}")
+            if self.runner.spawner is None:  # it leads a session, and so it cannot leave
+                self.assertEqual(self.result(job).exitcode, 1)
+                continue
+            self.wait_for_file(str(n))
+            self.runner.kill(job, hard)
+            self.assertEqual(self.result(job).signal, signal.SIGKILL if hard else signal.SIGTERM)
+
     def test_kill_before_the_process_is_there(self):
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 1000"})
         self.runner.kill(job, True)

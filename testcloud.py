@@ -2406,8 +2406,8 @@ def adopt_orphans() -> bool:
 
 
 def children() -> List[int]:
-    """The pids of our main thread's children: those that it started itself, and orphans. None if
-    we can open no more files: whoever needs them must look again."""
+    """The pids of our main thread's children: those that it started itself, and orphans. An empty
+    list also if we can open no more files: that none is left, only waitpid() tells."""
     try:
         file = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)  # open(): 20 us more
     except OSError:
@@ -2669,8 +2669,13 @@ class Runner:
 
     def signal(self, process: Process, hard: bool) -> None:
         process.leaving = not hard
+        number = signal.SIGKILL if hard else signal.SIGTERM
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL if hard else signal.SIGTERM)
+            if os.getpgid(process.pid) != process.pid:  # a leader may, if of no session
+                os.kill(process.pid, number)
+                os.kill(process.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
             os.killpg(process.pid, signal.SIGCONT)  # a stopped group hears nothing else
 
     def close(self) -> None:
