@@ -4207,6 +4207,15 @@ class ProcessesTest(unittest.TestCase):
         self.cloud.wait_for(lambda: not os.path.exists("/proc/" + tc.read_text(pid).strip()), "end")
         self.assertNotIn("silent", self.cloud.err(broker))
 
+    def test_an_output_for_which_the_clients_disk_has_no_room_is_a_failed_command(self):
+        run = f"{sys.executable} {SCRIPT} client --local -j 1"
+        done = subprocess.run(["bash", "-c", f"ulimit -f 1; printf 'seq 9999\necho a\n' | {run}"],
+                              cwd=self.cloud.dir, capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (1, ""))
+        self.assertRegex(done.stdout, "(?m)^FAIL\\(126\\) seq 9999 .*\ntestcloud: no room for its "
+                                      "output in .* of the client: File too large$")
+        self.assertRegex(done.stdout, "(?m)^OK! echo a .*\na$")
+
     def test_a_full_disk_or_no_stdout_or_directory_is_one_line(self):
         run = f"{sys.executable} {SCRIPT} client --local"
         for command, status, text in [
