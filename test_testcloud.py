@@ -230,6 +230,12 @@ class Desk:
             if self.broker.deadline() <= self.now < end:
                 raise AssertionError("the broker spins")
 
+    def answer(self, number=None, **fields):
+        """The broker above says OK to our last greeting, or to that number."""
+        session = self.broker.session
+        self.tell(BROKER, b"", tc.encode("OK", dict(
+            {"beat" if session.joined else "join": number or session.number}, **fields)))
+
     def gone(self, link, peer):
         self.broker.disconnected(link, peer, self.now)
         self.collect()
@@ -1307,7 +1313,7 @@ class ChainTest(unittest.TestCase):
         d = self.desk
         d.join(b"w", slots=2)
         d.hello(b"c", "mine")
-        d.tell(BROKER, b"", 'OK {"broker":"b0","above":["b0"],"patience":6}')
+        d.answer(broker="b0", above=["b0"], patience=6)
         d.letters.clear()
         for _ in range(3):
             d.wait(2.0)
@@ -1318,11 +1324,11 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "QUEUED", token="up")
         d.expect(b"w", "{", token="mine")
         d.quiet()
-        d.tell(BROKER, b"", 'OK {"broker":"b0","above":["b0"]}')  # to a greeting before it came
+        d.answer(broker="b0", above=["b0"])  # to a greeting before it came
         d.quiet()
         d.wait(2.0)
         d.letters.clear()
-        d.tell(BROKER, b"", 'OK {"broker":"b0","above":["b0"]}')
+        d.answer(broker="b0", above=["b0"])
         d.expect(b"w", "{", token="up")
 
     def test_the_plain_run_of_a_client_above_is_like_any_other(self):
@@ -1359,8 +1365,8 @@ class ChainTest(unittest.TestCase):
         d.letters.clear()
         d.broker.connected(BROKER, d.now)
         d.collect()
-        d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=2)
-        d.tell(BROKER, b"", 'OK {"join":2,"broker":"b0","above":["b0"]}')
+        d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=d.broker.session.number)
+        d.answer(broker="b0", above=["b0"])
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
         d.quiet()
         self.assertFalse(d.broker.untold)
@@ -2305,6 +2311,12 @@ class Bench:
             assert got.get(name) == value, f"{name}: {got}"
         return got
 
+    def answer(self, number=None, **fields):
+        """The broker says OK to our last greeting, or to that number."""
+        session = self.machine.session
+        self.hear(tc.encode("OK", dict(
+            {"beat" if session.joined else "join": number or session.number}, **fields)))
+
     def effect(self, kind):
         found = self.effects.pop(0)
         assert isinstance(found, kind), found
@@ -2399,7 +2411,7 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         b.wait(2.0)
         b.expect("READY")
-        b.hear('OK {"patience":6}')  # so the lease ends at 2 + 4
+        b.answer(patience=6)  # so the lease ends at 2 + 4
         b.wait(2.0)
         for id in (1, 2, 3):
             self.give(id)
@@ -2408,22 +2420,40 @@ class WorkerTest(unittest.TestCase):
         self.worker.finished(jobs[0], ending(), b.now)
         b.collect()
         b.quiet_but("READY", "QUEUED", "RESULT")
-        b.hear('OK {"patience":6}')  # to the greeting at 4
+        b.answer(self.worker.session.number)  # to the greeting at 6
+        b.effect(tc.Start)
+
+    def test_a_lease_begins_with_the_greeting_that_is_answered(self):
+        """Not with one sent later, although its answer has not come either."""
+        b = self.bench
+        b.answer(patience=12)  # a lease of 8
+        b.wait(7.0)
+        b.answer(2)  # of 2.0
+        b.wait(2.0)
+        b.answer(3)  # of 4.0: until 12.0
+        b.wait(3.5)
+        self.give(1)
+        for number in (4, self.worker.session.number):  # of 6.0 and 12.0: before the command came
+            b.answer(number)
+            self.assertNotIn(tc.Start, map(type, b.effects))
+        b.wait(2.0)
+        b.effects.clear()
+        b.answer()
         b.effect(tc.Start)
 
     def test_a_command_that_comes_late_waits_for_the_answer_to_a_later_greeting(self):
         b = self.bench
-        b.hear('OK {"patience":6}')
+        b.answer(patience=6)
         b.wait(7.0)
         self.give(1)
-        b.hear("OK")  # to a greeting sent before it came
+        b.answer()  # to a greeting sent before it came
         b.effects = [effect for effect in b.effects if not isinstance(effect, tc.Notice)]
         b.quiet_but("READY", "QUEUED")
         b.hear('CANCEL {"tasks":[[1,1]]}', "r")
         self.give(2)
         b.wait(2.0)
         b.lines.clear()
-        b.hear("OK")
+        b.answer()
         self.assertEqual(b.effect(tc.Start).job.cmd, "c2")
 
     def test_what_is_cancelled_while_it_joins_is_not_started_when_it_has_joined(self):
@@ -2469,8 +2499,8 @@ class WorkerTest(unittest.TestCase):
     def test_ready_at_quiet_times_and_a_new_socket_when_ok_stays_away(self):
         b = self.bench
         b.wait(2.0)
-        b.expect("READY", name="w1", join=None)
-        b.hear("OK")
+        b.expect("READY", name="w1", join=None, beat=2)
+        b.answer()
         for _ in range(5):
             b.wait(2.0)
             b.expect("READY", join=None)
@@ -2480,11 +2510,12 @@ class WorkerTest(unittest.TestCase):
         self.assertFalse(b.lines)
         self.worker.connected(BROKER, b.now)
         b.collect()
-        b.expect("READY", join=2)
+        b.expect("READY", join=8)
         b.effects.clear()
-        b.hear('OK {"join":1}')  # an answer to an earlier greeting
+        b.answer(7)
+        b.hear('OK {"beat":8}')
         self.assertFalse(self.worker.session.joined)
-        b.hear('OK {"join":2}')
+        b.answer()
         self.assertTrue(self.worker.session.joined)
 
     def test_it_speaks_as_often_as_the_broker_needs(self):
@@ -3614,8 +3645,10 @@ class CommandLineTest(unittest.TestCase):
         shutil.copy(SCRIPT, directory)
         with open(os.path.join(directory, "argparse.py"), "w") as file:
             file.write("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
-        done = subprocess.run([sys.executable, os.path.join(directory, "testcloud.py"), "worker"],
-                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        done = subprocess.run(  # even if we were told to ignore Ctrl-C, as in the background
+            [sys.executable, os.path.join(directory, "testcloud.py"), "worker"],
+            stderr=subprocess.PIPE, timeout=PATIENCE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.assertEqual((done.returncode, done.stderr), (-signal.SIGINT, b""))
 
     def parse(self, *argv):
@@ -5308,6 +5341,9 @@ class FuzzTest(unittest.TestCase):
                     return peer, verb, fields
         raise AssertionError(f"no {verbs}, seed {self.sent['seed']}")
 
+    def ok(self, greeting):
+        return tc.encode("OK", {key: greeting[key] for key in ("join", "beat") if key in greeting})
+
     def pester(self, role, router, process, verb):
         """Nonsense for whoever connects to our broker, among answers to what it says."""
         import zmq
@@ -5316,7 +5352,7 @@ class FuzzTest(unittest.TestCase):
             if heard is None:
                 return
             peer, _, fields = heard
-            router.send_multipart([peer, b"", b"", tc.encode("OK", {"join": fields.get("join", 0)})])
+            router.send_multipart([peer, b"", b"", self.ok(fields)])
             for _ in range(self.PART):
                 router.send_multipart([peer, *self.fuzz.message()])
             self.sent[role] += self.PART
@@ -5334,8 +5370,7 @@ class FuzzTest(unittest.TestCase):
         while fields.get("id") != 7:
             peer, verb, fields = self.hear(router, worker, "READY", "RESULT")
             if verb == "READY":
-                ok = tc.encode("OK", {"join": fields.get("join", 0)})
-                router.send_multipart([peer, b"", b"", ok])
+                router.send_multipart([peer, b"", b"", self.ok(fields)])
                 router.send_multipart([peer, b"", b"good", command])
         self.assertEqual((fields["exitcode"], fields["stdout"]), (0, "good\n"))
         router.send_multipart([peer, b"", b"good", b'DONE {"tasks":[[7,1]]}'])

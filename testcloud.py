@@ -178,6 +178,7 @@ RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be k
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
 GREETINGS = 0.4  # of the broker's patience, between ours: one may be lost or late
 LEASE = 2 / 3  # of it: clocks may differ, and it began before we were heard
+MAX_UNANSWERED = 20  # greetings whose time we remember: an older answer is worth nothing
 MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 #   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
@@ -301,15 +302,16 @@ MESSAGES: Dict[str, Spec] = {
         "limit": count,  # bytes of output to keep; 0 for all
         "cut": count}),  # send at most so many bytes of output, inline
     "HELLO": Spec("client > broker", {"run": name}, {
-        "join": count, "unreported": counts, "version": text, "host": text}),
+        "join": count, "beat": count, "unreported": counts, "version": text, "host": text}),
     "READY": Spec("worker > broker", {}, {
-        "name": name, "join": count, "slots": slot_count, "weight": integer, "running": triples,
-        "held": triples, "version": text, "host": text,
+        "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
+        "running": triples, "held": triples, "version": text, "host": text,
         "more": flag,  # only a part of what it has: the rest follows
         "below": texts,  # the brokers of this subtree, if it is a chained broker
         "depth": count}),  # how many of them stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
-        "broker": text, "join": count, "workers": count, "slots": count, "above": texts,
+        "join": count, "beat": count,  # the number of the greeting that it answers
+        "broker": text, "workers": count, "slots": count, "above": texts,
         "patience": number}),  # seconds after which a silent peer is given up
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
@@ -581,10 +583,11 @@ class Machine:
 class Session:
     """One peer's conversation with its broker: join, stay in touch, join again.
 
-    To join is to say who we are and all that we have (the owner's greeting), under a new
-    number. Only an OK with that number ends joining, so that nothing which the broker sent
-    before it heard us can be taken for an answer. We join again when the connection is new,
-    when the broker says WHO, and on a new socket when it stays silent.
+    All our greetings are numbered, and an OK tells the number of the one that it answers. To join
+    is to say who we are and all that we have (the owner's greeting). Only an OK to that ends
+    joining, so that nothing which the broker sent before it heard us can be taken for an answer.
+    We join again when the connection is new, when the broker says WHO, and on a new socket when
+    it stays silent.
 
     The broker takes back what is not confirmed within its patience, and gives it to others. So
     each OK is a lease, from when its greeting was sent, and without one nothing is started. What
@@ -600,25 +603,27 @@ class Session:
         self.times = times
         self.up = False  # the connection, as far as we were told
         self.joined = False
-        self.number = 0  # of the last attempt to join
+        self.number = 0  # of the last greeting
         self.unanswered = 0  # greetings since anything was heard
         self.interval = times.ready_interval
         self.next_greeting: Seconds = 0.0
         self.heard_at: Seconds = -math.inf
         self.patience: Seconds = math.inf  # the broker's
-        self.asked_at: Seconds = math.inf  # when the first greeting was sent that is unanswered
+        self.sent: Dict[int, Seconds] = {}  # when greetings were sent that are unanswered, by number
         self.lease_began: Seconds = -math.inf
         self.doubted_at: Seconds = -math.inf
         self.announced: Fields = {}  # what we said when we joined, to tell what changed since
 
     def greet(self, now: Seconds) -> None:
         fields = self.greeting(not self.joined)
+        self.number += 1
+        fields["beat" if self.joined else "join"] = self.number
         if not self.joined:
-            self.number += 1
-            fields["join"] = self.number
             self.announced = fields
-            self.asked_at = now
-        self.asked_at = min(self.asked_at, now)
+            self.sent.clear()  # their answers may be of a broker that knew less of us
+        self.sent[self.number] = now
+        if len(self.sent) > MAX_UNANSWERED:
+            del self.sent[min(self.sent)]
         for part in in_parts(fields):
             self.owner.say(BROKER, b"", "", self.verb, part)
         self.unanswered += 1
@@ -662,8 +667,10 @@ class Session:
         joins = not self.joined and self.number > 0 and fields.get("join") == self.number
         if joins:
             self.joined = self.up = True
-        if self.joined and self.asked_at < math.inf:
-            self.lease_began, self.asked_at = self.asked_at, math.inf
+        answered = self.sent.get(fields.get("join" if joins else "beat", 0))
+        if self.joined and answered is not None:
+            self.lease_began = answered
+            self.sent = {number: when for number, when in self.sent.items() if when > answered}
         return joins
 
     def leased(self) -> bool:
@@ -940,7 +947,7 @@ class Broker(Machine):
         self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
         self.ranking: List[Tuple[bool, int, int, int, WorkerLink]] = []  # heap: best worker first
         self.stamps = 0  # counts entries of the ranking
-        self.greeted: List[Tuple[str, Peer]] = []  # who is to be answered with OK
+        self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of who is to be told OK
         self.answer_at: Seconds = math.inf  # when to do so
         self.parts: Dict[Peer, List[Fields]] = {}  # of READYs that are not whole yet
         self.slots = 0  # of all connected workers
@@ -1010,7 +1017,7 @@ class Broker(Machine):
             if known != run:
                 self.say(CLIENTS, peer, "", "WHO")
             else:
-                self.answer(CLIENTS, peer)
+                self.answer(message)
             return
         if known is not None and known != run:
             raise ProtocolError("HELLO from a peer that is another run already")
@@ -1076,19 +1083,18 @@ class Broker(Machine):
             self.say(WORKERS, peer, "", "WHO")
         else:
             self.update_worker(worker, fields)
-            self.answer(WORKERS, peer)
+            self.answer(message)
 
-    def answer(self, link: str, peer: Peer) -> None:
+    def answer(self, message: Message) -> None:
         """Say OK to a greeting, but not at once: that wakes the system once for many."""
-        self.greeted.append((link, peer))
+        self.greeted[message.link, message.peer] = message.fields.get("beat", 0)
         self.answer_at = min(self.answer_at, self.now + OK_DELAY)
 
     def answer_greetings(self) -> None:
-        greeted, self.greeted, self.answer_at = self.greeted, [], math.inf
-        answers = {CLIENTS: encode("OK", self.state_of_cloud()),
-                   WORKERS: encode("OK", self.state_for_worker())}
-        for link, peer in greeted:
-            self.pass_on(link, peer, "", answers[link])
+        greeted, self.greeted, self.answer_at = self.greeted, {}, math.inf
+        states = {CLIENTS: self.state_of_cloud(), WORKERS: self.state_for_worker()}
+        for (link, peer), beat in greeted.items():
+            self.say(link, peer, "", "OK", dict(states[link], beat=beat))
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
         parts = self.parts.setdefault(peer, [])
