@@ -683,9 +683,11 @@ class BrokerTest(unittest.TestCase):
         d.broker.tick(d.now)
         d.collect()
         d.quiet()
-        d.wait(1.1)
+        d.wait(tc.REJOIN - 0.1)  # for a moment nothing does: they need time to be back
+        d.quiet()
+        d.wait(0.2)
         d.expect(b"c", "LOST", tasks=[[2, 1]])
-        d.wait(4.0)
+        d.wait(3.0)
         d.expect(b"c", "LOST", tasks=[[1, 1]])  # from now on it counts
 
     def test_what_a_worker_runs_for_a_client_that_does_not_want_it_is_cancelled(self):
@@ -1458,7 +1460,8 @@ class PlainWorker(tc.Machine):
         if body.startswith(b"{"):
             run, id, attempt = token.split()
             job = types.SimpleNamespace(key=(run, int(id), int(attempt)), token=token, line=body,
-                                        cmd=json.loads(body)["cmd"], killed=False, cancelled="")
+                                        cmd=json.loads(body)["cmd"], killed=False, cancelled="",
+                                        until=math.inf)
             self.jobs[job.key] = job
             self.effects.append(tc.Start(job))
             self.pass_on(BROKER, b"", token, b"QUEUED " + body)
@@ -1745,7 +1748,7 @@ class World:
         if member.machine is None or member.wants is None:
             return
         hub, link = member.wants
-        if hub.machine is None:
+        if hub.machine is None or hub.paused_until > self.now:  # then nobody shakes hands
             self.after(0.1 + self.r.random(), lambda: member.generation == generation
                        and member.wire is None and self.connect(member))
             return
@@ -1852,9 +1855,11 @@ class World:
         if job.killed and not job.cancelled:
             code, reason = tc.TIMED_OUT, "stopped"
             self.seen["timeout"] += 1
+        known = self.endings.setdefault(job.cmd, {}).setdefault(job.key[2], set())
         if not how.unable:
-            self.endings.setdefault(job.cmd, {}).setdefault(job.key[2], set()).add(
-                (code, how.output.data, reason))
+            known.add((code, how.output.data, reason))
+        if job.until < actor.clock(actor.paused_until):  # when it goes on, this is seen first
+            known.add((tc.TIMED_OUT, how.output.data, "stopped"))
         self.do(actor, generation, lambda m: m.finished(job, how, actor.clock(self.now)))
 
     def report(self, actor, effect):
@@ -1979,8 +1984,8 @@ class World:
             return
         actor = self.r.choice(list(self.actors.values()))
         kind = self.r.choice(self.faults)
-        if kind == "crash broker":
-            kind, actor = "crash", self.actors["b0"]
+        if kind.endswith(" broker"):
+            kind, actor = kind.split()[0], self.actors["b0"]
         if actor.machine is not None:
             getattr(self, kind)(actor)
         self.after(self.r.expovariate(1 / 3.0), self.misfortune)
@@ -2033,15 +2038,21 @@ class World:
                 actor.wire.last[way] = max(actor.wire.last[way], self.now + self.r.random() * 40)
 
     def pause(self, actor):
+        heard = "pause broker" not in self.faults  # else a broker below must hear it in between,
+        if actor.paused_until > self.now - (0 if heard else 3):  # or will give it up
+            return
         duration = self.r.choice([0.5, 5.0, 15.0, 35.0]) * self.r.random()
-        self.seen["pause"] += 1
+        if not heard:
+            duration = min(duration, self.times.client_lease - 5)
+        self.seen["pause " + actor.role] += 1
+        began = actor.clock(self.now)
         actor.paused_until = self.now + duration
         generation = actor.generation
         self.say(actor.name, "is paused for", duration)
 
         def wake(machine):
             """As Loop.wait() does."""
-            due, now = machine.deadline(), actor.clock(self.now)
+            due, now = min(machine.deadline(), began + tc.LONGEST_WAIT), actor.clock(self.now)
             if now > due + tc.OVERSLEPT:
                 self.seen["overslept"] += 1
                 machine.overslept(now - due, now)
@@ -2051,7 +2062,9 @@ class World:
                 return
             self.say(actor.name, "goes on")
             inbox, actor.inbox = actor.inbox, []
-            for then, function in [(generation, wake)] + inbox:
+            self.do(actor, generation, wake)
+            self.tick(actor, generation)  # what has come meanwhile it has not read yet
+            for then, function in inbox:
                 self.do(actor, then, function)
             self.tick(actor, generation)
         self.after(duration, resume)
@@ -2135,6 +2148,7 @@ class SimulationTest(unittest.TestCase):
     FAILED_ONCE = []  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
     KINDS = ((None, False), (ADVERSITY, True), (("crash broker",), False),
+             (("crash broker", "pause broker"), False),
              (("interrupt", "crash", "cut_wire", "pause"), False))  # of worlds
 
     def world(self, seed, faults=None, adversary=False):
@@ -2178,6 +2192,16 @@ class SimulationTest(unittest.TestCase):
             seen.update(world.seen)
         self.assertGreater(seen["crash broker"], self.SEEDS // 2)
 
+    def test_broker_pauses_run_nothing_twice(self):
+        for faults in (["pause broker"], ["pause broker", "crash broker"]):
+            seen = Counter()
+            for seed in range(self.SEEDS // 2):
+                world = self.world(seed, faults)
+                twice = [key for key, n in world.starts.items() if n > 1]
+                self.assertFalse(twice, f"seed {seed} {faults}")
+                seen.update(world.seen)
+            self.assert_all_seen(seen, "overslept", "pause broker")
+
     def test_all_faults(self):
         if os.environ.get("SIM_SEED"):
             seeds = [int(os.environ["SIM_SEED"])]
@@ -2187,7 +2211,8 @@ class SimulationTest(unittest.TestCase):
         seen = self.worlds(None, seeds)
         if len(seeds) > 100:
             self.assert_all_seen(
-                seen, "crash broker", "crash worker", "crash client", "pause", "overslept", "cut",
+                seen, "crash broker", "crash worker", "crash client", "pause broker",
+                "pause worker", "pause client", "overslept", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
                 "forgotten", "stale result", "held results announced", *tc.MESSAGES)
@@ -2255,7 +2280,8 @@ class SimulationTest(unittest.TestCase):
         try:
             World(seed).run()
             World(seed, self.ADVERSITY, adversary=True).run()
-            return set(World(seed, ["crash broker"]).run().starts.values()) != {1}
+            return any(set(World(seed, [kind]).run().starts.values()) != {1}
+                       for kind in ("crash broker", "pause broker"))
         except Exception:
             return True
 
@@ -2531,10 +2557,13 @@ class WorkerTest(unittest.TestCase):
         """The broker may have given those that wait in the socket to others."""
         for machine in (tc.Worker("w1", 2), tc.Broker("b1", chained=True)):
             b = Bench(machine)
-            b.hear('OK {"join":1,"above":["b0"]}')
+            b.hear('OK {"join":1,"above":["b0"],"patience":6}')
             b.hear('{"cmd":"true","id":1,"attempt":1}', "r1")
             b.lines.clear()
             b.effects.clear()
+            machine.overslept(1.0, 1.0)  # shorter than our lease
+            b.collect()
+            b.quiet()
             machine.overslept(20.0, 20.0)
             b.hear('{"cmd":"true","id":2,"attempt":1}', "r1")
             b.expect("READY", join=2, running=[["r1", 1, 1]])
@@ -3628,6 +3657,33 @@ class SocketsTest(unittest.TestCase):
             loop.add(tc.Machine(), {})
             loop.wait()  # with nothing due
 
+    def test_who_was_stopped_between_two_messages_hears_of_it_before_the_second(self):
+        import zmq
+        events, stopped = [], [0.0]
+
+        class Probe(tc.Machine):
+            def receive(self, link, peer, token, body, data, now):
+                events.append(body)
+                stopped[0] = 20.0
+
+            def overslept(self, gap, now):
+                events.append(round(gap))
+
+        real = time.monotonic
+        end = real() + PATIENCE
+        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
+                mock.patch.object(tc.time, "monotonic", lambda: real() + stopped[0]):
+            link = tc.RouterLink(loop, loop.add(Probe(), {}), CLIENTS, "tcp://127.0.0.1:0")
+            peer = loop.context.socket(zmq.DEALER)
+            self.addCleanup(peer.close, 0)
+            peer.connect(link.address)
+            for body in (b"one", b"two"):
+                peer.send(body)
+            while len(events) < 3 and real() < end:
+                loop.wait()
+            peer.close(0)
+        self.assertEqual(events, [b"one", 20, b"two"])
+
     def test_loopback(self):
         for address in ("tcp://127.0.0.1:5", "tcp://127.1.2.3:5", "tcp://[::1]:5", "ipc:///x"):
             self.assertTrue(tc.is_loopback(address))
@@ -4088,6 +4144,27 @@ class ProcessesTest(unittest.TestCase):
         while time.monotonic() < end:
             time.sleep(0.1)
         self.assertLess(sum(map(cpu_ticks, pids)) - before, 15)  # of some 150 if one of them spins
+
+    def test_a_broker_that_was_stopped_runs_nothing_twice(self):
+        """However long after its deadlines: those whom it could not hear were not silent."""
+        broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--worker-expiry", "1",
+                                   "--queued-timeout", "1", "--lost-grace", "0.2")
+        worker = self.cloud.worker(broker, "-j", "2", "--ready-interval", "0.2")
+        self.cloud.wait_for_log(worker, "joined")
+        up = os.path.join(self.cloud.dir, "up")
+        client = self.cloud.client(broker, [f"echo {n} >> {up}; sleep 0.3" for n in range(1, 21)],
+                                   "--ready-interval", "0.2", wait=False)
+        self.cloud.wait_for(lambda: tc.read_text(up), "a start")
+        for after in (1.05, 2.5, 0.95):
+            broker.send_signal(signal.SIGSTOP)
+            silent = time.monotonic() + after  # a span to be silent for
+            while time.monotonic() < silent:
+                time.sleep(0.01)
+            broker.send_signal(signal.SIGCONT)
+            self.cloud.wait_for(lambda before=tc.read_text(up): tc.read_text(up) != before
+                                or client.poll() is not None, "another start")
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+        self.assertEqual(wrong_times(up, 20), {})
 
     def test_a_second_worker_joins_in_the_middle(self):
         broker = self.cloud.broker()
@@ -5342,7 +5419,8 @@ class FuzzTest(unittest.TestCase):
         raise AssertionError(f"no {verbs}, seed {self.sent['seed']}")
 
     def ok(self, greeting):
-        return tc.encode("OK", {key: greeting[key] for key in ("join", "beat") if key in greeting})
+        numbers = {key: greeting[key] for key in ("join", "beat") if key in greeting}
+        return tc.encode("OK", dict(numbers, patience=PATIENCE))
 
     def pester(self, role, router, process, verb):
         """Nonsense for whoever connects to our broker, among answers to what it says."""
@@ -5366,8 +5444,9 @@ class FuzzTest(unittest.TestCase):
         self.check("worker", worker)
         command = tc.encode(tc.COMMAND, {"cmd": "echo good", "id": 7, "attempt": 1})
         router.send_multipart([self.hear(router, worker, "READY")[0], b"", b"", b"WHO"])
-        fields = {}
+        fields, end = {}, time.monotonic() + PATIENCE
         while fields.get("id") != 7:
+            self.assertLess(time.monotonic(), end, f"no result, seed {self.sent['seed']}")
             peer, verb, fields = self.hear(router, worker, "READY", "RESULT")
             if verb == "READY":
                 router.send_multipart([peer, b"", b"", self.ok(fields)])

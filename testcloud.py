@@ -178,10 +178,10 @@ RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be k
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
 GREETINGS = 0.4  # of the broker's patience, between ours: one may be lost or late
 LEASE = 2 / 3  # of it: clocks may differ, and it began before we were heard
-MAX_UNANSWERED = 20  # greetings whose time we remember: an older answer is worth nothing
+MAX_UNANSWERED = 1000  # greetings whose time we remember: far more than a lease lasts
 MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
-#   the longest stays below READY_INTERVAL so that after a broker's start all are back in time
+REJOIN: Seconds = 2.0  # in which all are back whose broker was away: RECONNECT, and then some
 
 
 class Times(NamedTuple):
@@ -647,9 +647,10 @@ class Session:
         self.heard_at = now
 
     def overslept(self, now: Seconds) -> None:
-        """For those who take commands: the broker may have given us up, and the commands that
-        wait in our socket to others. Only what it says when we have joined again counts."""
-        if self.joined:
+        """For those who take commands: unless our lease lasts, the broker may have given us up, and
+        the commands that wait in our socket to others. Then only what it says when we have joined
+        again counts."""
+        if self.joined and not self.leased():
             self.join(now)
 
     def accepts(self, verb: str) -> bool:
@@ -940,6 +941,7 @@ class Broker(Machine):
         self.name = name  # this incarnation
         self.times = times
         self.started = now
+        self.lenient_until = now  # nobody is given up before: we have been away ourselves
         self.clients: Dict[Run, ClientLink] = {}
         self.run_of: Dict[Peer, Run] = {}  # connected clients
         self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
@@ -1279,7 +1281,7 @@ class Broker(Machine):
             else:  # it may only have lost its connection, and be back in a moment
                 self.cut_off(worker)
                 grace = self.times.worker_expiry if worker.below else self.times.lost_grace
-                self.away[worker.name] = now + grace
+                self.away[worker.name] = max(now + grace, self.lenient_until)
         self.settle()
 
     # --- commands, from clients and from the broker above
@@ -1341,8 +1343,8 @@ class Broker(Machine):
         client.tasks[task.id] = task
         if fields.get("again") and client.link == CLIENTS:
             task.had = fields.get("had", "")
-            patience = self.times.worker_expiry if task.had else self.times.ready_interval
-            task.until = self.started + patience
+            task.until = self.started + (self.times.worker_expiry if task.had
+                                         else max(REJOIN, self.times.ready_interval))
             if task.had in self.named:
                 self.lose(task, "was never started")
                 return
@@ -1790,23 +1792,28 @@ class Broker(Machine):
                 self.forget_client(client, silence)
 
     def overslept(self, gap: Seconds, now: Seconds) -> None:
-        """The silence was ours, not theirs: all deadlines of others move."""
+        """The silence was ours, not theirs: all deadlines of others move, and a bit further, for
+        what they have said meanwhile to be read, and for those to be back who thought us dead."""
         self.now = now
+        self.started += gap
+        grace = self.lenient_until = now + min(gap, max(REJOIN, self.times.ready_interval))
         if self.session:
             self.session.overslept(now)
-        for worker in self.workers_seen:
-            self.workers_seen[worker] += gap
-        for client in self.clients_seen:
-            self.clients_seen[client] += gap
-        for name in self.away:
-            self.away[name] += gap
-        for task in [task for task, until in self.unconfirmed if self.still_unconfirmed(task, until)]:
-            task.until += gap
-        self.unconfirmed = deque((task, task.until) for task, until in self.unconfirmed
-                                 if self.still_unconfirmed(task, until + gap))
-        for task in self.limbo.values():
-            task.until += gap
-        self.limbo_until += gap
+        for seen, patience in self.watched():
+            for who, when in seen.items():
+                seen[who] = max(when + gap, grace - patience)
+        for name, until in self.away.items():
+            self.away[name] = max(until + gap, grace)
+        unconfirmed = [task for task, until in self.unconfirmed if self.still_unconfirmed(task, until)]
+        for task in (*unconfirmed, *self.limbo.values()):
+            task.until = max(task.until + gap, grace)
+        self.unconfirmed = deque((task, task.until) for task in unconfirmed)
+        self.limbo_until = max(self.limbo_until + gap, grace)
+
+    def watched(self) -> List[Tuple[OrderedDict[Any, Seconds], Seconds]]:
+        """When we have last heard of whom, and for how long they may be silent."""
+        return [(self.workers_seen, self.times.worker_expiry),
+                (self.clients_seen, self.times.client_lease)]
 
     def silent(self, seen: OrderedDict[Any, Seconds], patience: Seconds) -> List[Any]:
         """Those who gave no sign of life for this long."""
@@ -1820,8 +1827,7 @@ class Broker(Machine):
     def deadline(self) -> Seconds:
         due = [self.limbo_until, self.answer_at, *self.away.values()]
         due += itertools.islice(self.departed.values(), 1)
-        for seen, patience in ((self.workers_seen, self.times.worker_expiry),
-                               (self.clients_seen, self.times.client_lease)):
+        for seen, patience in self.watched():
             due += [when + patience for when in itertools.islice(seen.values(), 1)]
         if self.unconfirmed:
             due.append(self.unconfirmed[0][1])
@@ -3566,8 +3572,9 @@ DRAIN = 2000  # messages taken from one socket before timers and others get thei
 IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read, mostly of a few KiB
 MAX_LATE = 500  # frames that we keep for it beyond that
 LATE_BYTES = 40 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
-OVERSLEPT: Seconds = 1.0  # later than that we are not slow, but were stopped
-LONGEST_WAIT: Seconds = 3600.0  # for poll(), which counts milliseconds in 32 bits
+OVERSLEPT: Seconds = 0.25  # later than that we are not slow, but were stopped
+LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
+#   takes longer than both together, which no deadline is shorter than
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 
 
@@ -3695,6 +3702,7 @@ class Loop:
         os.set_blocking(self.wake_out, False)
         self.files: Dict[int, Callable[[Seconds], None]] = {}  # called when one can be read
         self.watch(self.wake_in, self.woken)
+        self.expected: Seconds = math.inf  # when we should look at the clock again, at the latest
         self.status: Optional[int] = None
         self.between: List[Callable[[], None]] = []  # called once a round
 
@@ -3766,31 +3774,38 @@ class Loop:
                 return self.status
             self.wait()
 
+    def clock(self) -> Seconds:
+        """The time, for what is about to happen. If we were stopped since we looked at it last, or
+        since we should have, the machines are told that first."""
+        now = time.monotonic()
+        if now > self.expected + OVERSLEPT:
+            for node in self.nodes:
+                node.machine.overslept(now - self.expected, now)
+        self.expected = now
+        return now
+
     def wait(self) -> None:
         """One round: wait until something is due, and hand it to the machines."""
+        now = self.clock()
         due = min([node.machine.deadline() for node in self.nodes]
                   + [link.retry_at for link in self.sockets])
-        patience = max(0, math.ceil(min(due - time.monotonic(), LONGEST_WAIT) * 1000))
-        ready = dict(self.poller.poll(patience))
-        now = time.monotonic()
-        if now > due + OVERSLEPT:
-            for node in self.nodes:
-                node.machine.overslept(now - due, now)
+        self.expected = min(max(due, now), now + LONGEST_WAIT)
+        ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
         for file, reader in self.files.items():
             if file in ready:
-                reader(now)
+                reader(self.clock())
         while self.posted:
-            self.posted.popleft()(now)
+            self.posted.popleft()(self.clock())
         for link in list(self.sockets):
             if link.monitor in ready:
-                link.notice(now)
+                link.notice(self.clock())
             if link.socket in ready or link.monitor in ready:
-                link.receive(now)
-            if link.retry_at <= now:
-                link.retry(now)
+                link.receive()
+            if link.retry_at <= self.clock():
+                link.retry(self.clock())
         for node in self.nodes:
-            if node.machine.deadline() <= now:
-                node.machine.tick(now)
+            if node.machine.deadline() <= self.clock():
+                node.machine.tick(self.clock())
 
     def flush(self) -> None:
         """Send and do all that the machines want, until they are quiet."""
@@ -3938,7 +3953,9 @@ class SocketLink:
         socket first, so that no message is read whose connection's opening was not."""
         raise NotImplementedError
 
-    def receive(self, now: Seconds) -> None:
+    def receive(self) -> None:
+        """Read what has come, DRAIN messages at the most. Each has a time of its own: between two of
+        them we may have been stopped."""
         raise NotImplementedError
 
 
@@ -4026,13 +4043,14 @@ class RouterLink(SocketLink):
             complain(f"no more peers can connect: this process may have only {limit} open files; "
                      f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
 
-    def receive(self, now: Seconds) -> None:
+    def receive(self) -> None:
         for _ in range(DRAIN):
             try:
                 peer = self.socket.recv(NOBLOCK)
             except zmq.Again:
-                self.act_on_news(now)
+                self.act_on_news(self.loop.clock())
                 return
+            now = self.loop.clock()
             frame = self.socket.recv(0, copy=False)
             if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
                 self.meet(peer, frame, now)
@@ -4117,13 +4135,13 @@ class DealerLink(SocketLink):
             else:
                 self.node.machine.disconnected(self.name, b"", now)
 
-    def receive(self, now: Seconds) -> None:
+    def receive(self) -> None:
         for _ in range(DRAIN):
             try:
                 frame = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self.hand_over(b"", self.rest(frame), now)
+            self.hand_over(b"", self.rest(frame), self.loop.clock())
 
     def send_now(self, frame: Frame) -> bool:
         try:
