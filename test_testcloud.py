@@ -572,6 +572,35 @@ class BrokerTest(unittest.TestCase):
             d.client(b"c", 'HELLO {"run":"r1"}')
         self.assertEqual({letter[3] for letter in d.letters}, {"QUEUED", "OK"})
 
+    def test_a_command_that_must_wait_alone_is_not_overtaken_for_ever(self):
+        """Although workers are given others in advance, as long as these prove short."""
+        for seed in range(10):
+            r, d = random.Random(seed), Desk()
+            for name in (b"w", b"v")[:r.randint(1, 2)]:
+                d.join(name, slots=r.randint(1, 3))
+            clients = [b"c", b"d", b"e"][:r.randint(1, 3)]
+            for peer in clients:
+                d.hello(peer, peer.decode())
+                d.submit(peer, *range(1, 120))
+            started, rounds, limit = False, 0, math.inf
+            while not started:
+                given = [letter for letter in d.letters if letter[3] == COMMAND]
+                started = any(letter[4]["id"] == 999 for letter in given)
+                d.letters.clear()
+                for _, peer, run, _, fields, _ in given:
+                    row = [fields["id"], fields["attempt"]]
+                    d.worker(peer, tc.encode("QUEUED", {"tasks": [row]}), run)
+                busy = [task for worker in d.broker.workers.values() for task in worker.tasks.values()
+                        if task.state == tc.RUNNING]
+                task = r.choice(busy)
+                rounds += 1
+                if rounds == 50:  # what workers have already must end first
+                    d.submit(b"c", 999, attempt=2, careful=True)
+                    limit = rounds + len(busy) + 2 * len(clients)
+                self.assertLess(rounds, limit, seed)
+                d.ends(task.worker.peer, task.client.run, task.id, task.attempt)
+                d.client(task.client.peer, tc.encode("DONE", {"tasks": [[task.id, task.attempt]]}))
+
     def test_what_a_worker_has_may_come_in_parts(self):
         d = self.desk
         b = Bench(tc.Worker("w", 1))

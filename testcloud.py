@@ -1520,8 +1520,10 @@ class Broker(Machine):
                 if worker is None:
                     return
                 others = self.slots > worker.slots
-                if not (task.elsewhere and others and worker.name == task.avoid
-                        or task.careful and worker.free() <= 0):
+                if task.careful and worker.free() <= 0:
+                    worker.ahead = 0  # or others would be given all its slots in advance, for ever
+                    self.rank(worker)
+                elif not (task.elsewhere and others and worker.name == task.avoid):
                     self.assign(task, worker)
                     passed_over = 0
                     break
