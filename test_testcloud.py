@@ -3713,6 +3713,22 @@ class SocketsTest(unittest.TestCase):
             peer.close(0)
         self.assertEqual(events, [b"one", 20, b"two"])
 
+    def test_nobody_can_guess_the_id_that_the_next_peer_is_given(self):
+        import ctypes
+
+        import zmq
+        ids = set()
+        for _ in range(2):
+            ctypes.CDLL(None).srand(7)
+            with contextlib.closing(tc.Loop(sockets=True)) as loop:
+                link = tc.RouterLink(loop, loop.add(tc.Machine(), {}), CLIENTS, "tcp://127.0.0.1:0")
+                peer = loop.context.socket(zmq.DEALER)
+                peer.connect(link.address)
+                peer.send(b"")
+                ids.add(link.socket.recv_multipart()[0])
+                peer.close(0)
+        self.assertEqual(len(ids), 2, ids)
+
     def test_loopback(self):
         for address in ("tcp://127.0.0.1:5", "tcp://127.1.2.3:5", "tcp://[::1]:5", "ipc:///x"):
             self.assertTrue(tc.is_loopback(address))

@@ -963,7 +963,7 @@ class Broker(Machine):
         # last sign of life of each, the longest silent first
         self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
         self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
-        self.plain_runs = 0
+        self.plain_peers = 0
         self.session = Session(self, "READY", self.greeting, times) if chained else None
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
@@ -1127,8 +1127,9 @@ class Broker(Machine):
 
     def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
         if worker is None:
-            worker = self.workers[message.peer] = WorkerLink(
-                message.peer, printable(message.peer), True)
+            self.plain_peers += 1  # an id that libzmq has given is for nobody else to know
+            name = f"{PLAIN}{self.plain_peers}" if message.peer[:1] == b"\0" else printable(message.peer)
+            worker = self.workers[message.peer] = WorkerLink(message.peer, name, True)
             self.heard(WORKERS, message.peer)
             self.log(logging.INFO, f"plain worker {worker.name} joined")
             self.slots += 1
@@ -1330,8 +1331,8 @@ class Broker(Machine):
         self.queue(task, message.fields)
 
     def add_plain_client(self, peer: Peer) -> None:
-        self.plain_runs += 1
-        run = f"{PLAIN}{self.name}.{self.plain_runs}"
+        self.plain_peers += 1
+        run = f"{PLAIN}{self.name}.{self.plain_peers}"
         self.require_client(run, CLIENTS, peer)
         self.run_of[peer] = run
         self.log(logging.INFO, f"plain client {printable(peer)} joined")
@@ -3598,6 +3599,14 @@ def require_zmq() -> None:
                          "python3-zmq)") from None
 
 
+def shuffle_routing_ids() -> None:
+    """Have ROUTERs number their peers from a random number on. libzmq takes it from rand(), which
+    it does not seed; and it aborts when a peer has chosen the next number as its own id."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
+
+
 def parse_address(text: str, port: int, listen: bool = False) -> str:
     """A ZeroMQ endpoint from what people write: tcp://host:port, host:port, host, ipc://path.
 
@@ -3694,6 +3703,7 @@ class Loop:
     def __init__(self, sockets: bool) -> None:
         if sockets:
             require_zmq()
+            shuffle_routing_ids()
         self.context: Any = zmq.Context() if sockets else None
         self.poller: Any = zmq.Poller() if sockets else select.poll()
         self.nodes: List[Node] = []
