@@ -3752,6 +3752,15 @@ class CommandLineTest(unittest.TestCase):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.assertEqual((done.returncode, done.stderr), (-signal.SIGINT, b""))
 
+    def test_windows_is_refused_in_one_line(self):
+        program = ("import os, subprocess, sys, tempfile; os.name = 'nt'; sys.path[:0] = [sys.argv[1]]; "
+                   "sys.modules.update(fcntl=None, resource=None, termios=None); "
+                   "import testcloud; sys.exit(testcloud.main(['worker']))")
+        done = subprocess.run([sys.executable, "-c", program, os.path.dirname(SCRIPT)],
+                              capture_output=True, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stdout), (3, b""))
+        self.assertRegex(done.stderr, rb"^testcloud: needs Linux.* WSL\n$")
+
     def parse(self, *argv):
         return tc.build_parser().parse_args(argv)
 
@@ -4534,6 +4543,26 @@ class LimitsTest(unittest.TestCase):
         status, out = self.cloud.client(broker, ["sleep 0.1; echo hi"] * 60)
         self.assertEqual((status, out.count("OK! ")), (0, 60), out[-2000:])
 
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "not Linux")
+    def test_a_worker_that_keeps_many_outputs_opens_more_files_than_its_commands_may(self):
+        """Large outputs wait in files for a client that does not fetch them."""
+        broker = self.cloud.broker()
+        self.cloud.start("worker", "--connect", broker.workers, "-j", "2", preexec_fn=lambda:
+                         resource.setrlimit(resource.RLIMIT_NOFILE, (60, 1000)))
+        stopped = self.cloud.client(broker, None, "-b", wait=False)
+        ended = os.path.join(self.cloud.dir, "ended")
+        for _ in range(100):
+            stopped.stdin.write(b"seq 20000; echo 1 >> %s\n" % ended.encode())
+        stopped.stdin.close()
+        stopped.stdin = None
+        self.cloud.wait_for(lambda: tc.read_text(ended), "a first result")
+        stopped.send_signal(signal.SIGSTOP)
+        self.cloud.wait_for(lambda: len(tc.read_text(ended)) == 200, "the last result")
+        status, out = self.cloud.client(broker, ["seq 20000", "ulimit -n"])
+        stopped.send_signal(signal.SIGCONT)
+        self.assertEqual((status, "\n60\n" in out), (0, True), out[-300:])
+        status, out = self.cloud.finish(stopped)
+        self.assertEqual((status, out.count("OK! ")), (0, 100))
 
     def limited_broker(self, soft, hard):
         return self.cloud.broker(

@@ -79,7 +79,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import heapq
@@ -97,7 +96,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import threading
 import time
 from collections import OrderedDict, deque
@@ -117,6 +115,11 @@ from typing import (
     Tuple,
     Union,
 )
+
+with contextlib.suppress(ImportError):  # on Windows, which main() refuses with better words
+    import fcntl
+    import resource
+    import termios
 
 if TYPE_CHECKING:
     import zmq
@@ -1128,7 +1131,8 @@ class Broker(Machine):
     def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
         if worker is None:
             self.plain_peers += 1  # an id that libzmq has given is for nobody else to know
-            name = f"{PLAIN}{self.plain_peers}" if message.peer[:1] == b"\0" else printable(message.peer)
+            given = message.peer[:1] == b"\0"
+            name = f"{PLAIN}{self.plain_peers}" if given else printable(message.peer)
             worker = self.workers[message.peer] = WorkerLink(message.peer, name, True)
             self.heard(WORKERS, message.peer)
             self.log(logging.INFO, f"plain worker {worker.name} joined")
@@ -2022,8 +2026,7 @@ class Output:
 
     def append(self, data: bytes) -> None:
         if self.file is None and self.size + len(data) > INLINE:
-            # unbuffered: a full disk must show now, not when the result is read
-            file = tempfile.TemporaryFile(buffering=0)
+            file = spool()
             try:
                 self.write_all(file, bytes(self.head))
             except OSError:
@@ -2055,6 +2058,17 @@ class Output:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def spool() -> IO[bytes]:
+    """An unlinked file, unbuffered: a full disk must show now, not when the result is read."""
+    try:
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    raise_limit()  # not before it must be: it changes what commands find
+    return tempfile.TemporaryFile(buffering=0)
 
 
 class Ending(NamedTuple):
@@ -2394,6 +2408,7 @@ def broker_is_silent(address: str) -> str:
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
 F_SETPIPE_SZ = 1031  # of linux/fcntl.h; Python 3.9 does not tell
+MAX_FILES = 2**20  # open files are enough, and more than this some systems refuse
 PIPE_SIZE = 64 * 1024  # bytes, of a pipe as the system makes it
 LARGE_PIPE = 1024 * 1024  # the most that it gives without asking who we are
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
@@ -2452,6 +2467,16 @@ def has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def raise_limit() -> int:
+    """Allow this process as many open files as the system lets it; that number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def inherit_nothing() -> None:
@@ -2641,6 +2666,7 @@ class Runner:
         self.name = name  # the worker's
         self.inherited = [b"%s=%s" % row for row in os.environb.items() if row[0] not in MARKS]
         self.adopting = adopting
+        self.files = resource.getrlimit(resource.RLIMIT_NOFILE)  # for commands
         self.null = os.open(os.devnull, os.O_RDWR)
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # only in a session of its own a command cannot reach that
@@ -2762,12 +2788,23 @@ class Runner:
         """Start a job's command. What this machine lacks now it may have in a moment."""
         for delay in SPAWN_DELAYS:
             try:
-                return self.start_shell(job, self.environment(job, slot))
+                process = self.start_shell(job, self.environment(job, slot))
+                self.restore_limit(process.pid)
+                return process
             except OSError as error:
                 if not is_passing(error) or not delay or self.closing or job.key in self.killed:
                     raise
+                if error.errno == errno.EMFILE:
+                    raise_limit()
             time.sleep(delay)
         raise AssertionError("the last delay is 0")
+
+    def restore_limit(self, pid: int) -> None:
+        """Give a command the limit of open files that we had, if we had to raise ours. (A shell
+        takes far longer to begin. Where the system cannot do this, it keeps ours.)"""
+        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.files and hasattr(resource, "prlimit"):
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, self.files)
 
     def start_shell(self, job: Job, environment: List[bytes]) -> Process:
         """Start a shell with a job's command. What cannot be done the quick way is done, or found
@@ -3569,7 +3606,6 @@ def complain(text: str) -> None:
 
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to combine
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
-MAX_FILES = 2**20  # open files are enough, and more than this some systems refuse
 SPARE = 8  # of the files we may open: when no more are left we say so
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read, mostly of a few KiB
@@ -3969,17 +4005,6 @@ class SocketLink:
         """Read what has come, DRAIN messages at the most. Each has a time of its own: between two of
         them we may have been stopped."""
         raise NotImplementedError
-
-
-def raise_limit() -> int:
-    """Allow this process as many open files as the system lets it; that number."""
-    import resource  # missing on Windows, which main() refuses with better words
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 class RouterLink(SocketLink):
