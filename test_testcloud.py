@@ -624,14 +624,38 @@ class BrokerTest(unittest.TestCase):
 
     def test_parts_of_what_a_worker_has_do_not_pile_up(self):
         d = self.desk
+
+        def part(peer, join, rows=1):
+            d.worker(peer, tc.encode("READY", {"name": peer.decode(), "join": join, "more": True,
+                                               "held": [["r", n, 1] for n in range(rows)]}))
         for join in (1, 2):
-            for _ in range(tc.MAX_PARTS):
-                d.worker(b"w", tc.encode("READY", {"name": "w", "join": join, "more": True,
-                                                   "held": [["r", 1, 1]]}))
-        self.assertEqual(len(d.broker.parts[b"w"]), tc.MAX_PARTS)
-        d.expect(b"w", "ERROR")
-        d.gone(WORKERS, b"w")
+            for _ in range(tc.MAX_PARTS - 1):
+                part(b"w", join)
+        self.assertEqual([part["join"] for part in d.broker.parts[b"w"]], [2] * (tc.MAX_PARTS - 1))
+        part(b"v", 1)
+        part(b"u", 1)
+        self.assertEqual(sorted(d.broker.parts), [b"u", b"v"])
+        part(b"v", 1, tc.ANNOUNCED + 1)
+        d.expect(b"v", "ERROR")
+        d.worker(b"w", tc.encode("READY", {"name": "w", "join": 2, "parts": tc.MAX_PARTS - 1}))
+        d.expect(b"w", "ERROR", reason="READY without its other parts: join again")
+        d.quiet()
+        self.assertFalse(d.broker.named)
+        for peer in (b"u", b"v"):
+            d.gone(WORKERS, peer)
         self.assertFalse(d.broker.parts)
+
+    def test_what_is_known_of_a_lost_attempt_is_kept_until_its_command_is_reported(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        for attempt in (1, 2):
+            d.join(b"w%d" % attempt)
+            d.submit(b"c", 1, attempt=attempt)
+            d.worker(b"w%d" % attempt, "BYE")
+        d.client(b"c", 'DONE {"tasks":[[1,1]]}')  # of a try before
+        self.assertEqual(d.broker.clients["r1"].lost, {1: (2, "")})
+        d.client(b"c", 'DONE {"tasks":[[1,2]]}')
+        self.assertFalse(d.broker.clients["r1"].lost)
 
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
@@ -2522,6 +2546,28 @@ class WorkerTest(unittest.TestCase):
         b.hear('OK {"join":2}')
         self.assertEqual((self.worker.running, b.effects), (1, []))
 
+    def test_an_output_that_cannot_be_read_fails_its_command_and_nothing_else(self):
+        b = self.bench
+        self.give(1)
+        job = b.effect(tc.Start).job
+        how = ending(0, b"x" * (tc.INLINE + 1))
+        how.output.read = mock.Mock(side_effect=OSError(5, "Input/output error"))
+        self.worker.finished(job, how, b.now)
+        b.collect()
+        b.quiet_but("QUEUED", "RESULT")
+        b.hear('FETCH {"id":1,"attempt":1,"offset":0,"size":9}', "r")
+        b.expect("RESULT", exitcode=tc.NOT_RUN, size=0,
+                 reason="its output cannot be read on the worker: Input/output error")
+        b.quiet()
+        self.assertIsNone(how.output.data)
+        self.give(2, cut=7)  # a plain client's, who cannot fetch
+        how = ending(0, b"x" * (tc.INLINE + 1))
+        how.output.read = mock.Mock(side_effect=OSError(5, "Input/output error"))
+        self.worker.finished(b.effect(tc.Start).job, how, b.now)
+        b.wait(tc.NEWS_DELAY)
+        b.expect("QUEUED")
+        b.expect("RESULT", id=2, exitcode=tc.NOT_RUN, stdout="")
+
     def test_recall_hands_back_what_has_not_been_started(self):
         b = self.bench
         for id in (1, 2, 3):
@@ -3753,7 +3799,8 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual((done.returncode, done.stderr), (-signal.SIGINT, b""))
 
     def test_windows_is_refused_in_one_line(self):
-        program = ("import os, subprocess, sys, tempfile; os.name = 'nt'; sys.path[:0] = [sys.argv[1]]; "
+        program = ("import os, subprocess, sys, tempfile; os.name = 'nt'; "
+                   "sys.path[:0] = [sys.argv[1]]; "
                    "sys.modules.update(fcntl=None, resource=None, termios=None); "
                    "import testcloud; sys.exit(testcloud.main(['worker']))")
         done = subprocess.run([sys.executable, "-c", program, os.path.dirname(SCRIPT)],

@@ -165,7 +165,7 @@ WINDOW = 4096  # commands of one client at the broker at once: bounds the broker
 REFILL = 1 / 16  # of the window: when so much of it is free, it is filled again
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 ANNOUNCED = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
-MAX_PARTS = 100  # of one READY
+MAX_PARTS = 100  # of READYs that a broker keeps, until the rest has come
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 AHEAD = 8  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
@@ -309,7 +309,8 @@ MESSAGES: Dict[str, Spec] = {
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
         "running": triples, "held": triples, "version": text, "host": text,
-        "more": flag,  # only a part of what it has: the rest follows
+        "more": flag,  # only a part of what it has: the rest follows,
+        "parts": count,  # after so many such
         "below": texts,  # the brokers of this subtree, if it is a chained broker
         "depth": count}),  # how many of them stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
@@ -703,13 +704,16 @@ class Session:
 
 def in_parts(fields: Fields) -> List[Fields]:
     """A greeting in lines of which each fits into a frame: all but the last have `more`."""
-    lists = {key: fields[key] for key in ("running", "held") if key in fields}
+    lists = {key: fields[key] for key in LISTS if key in fields}
     if sum(map(len, lists.values())) <= ANNOUNCED:
         return [fields]
     parts = [{"name": fields["name"], "join": fields["join"], "more": True,
               key: rows[at:at + ANNOUNCED]}
              for key, rows in lists.items() for at in range(0, len(rows), ANNOUNCED)]
-    return [*parts, dict(fields, running=[], held=[])]
+    return [*parts, dict(fields, running=[], held=[], parts=len(parts))]
+
+
+LISTS = ("running", "held")  # the fields of READY that may be long
 
 
 class Watch:
@@ -954,7 +958,7 @@ class Broker(Machine):
         self.stamps = 0  # counts entries of the ranking
         self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of who is to be told OK
         self.answer_at: Seconds = math.inf  # when to do so
-        self.parts: Dict[Peer, List[Fields]] = {}  # of READYs that are not whole yet
+        self.parts: Dict[Peer, List[Fields]] = {}  # of READYs not whole yet, the latest last
         self.slots = 0  # of all connected workers
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
         self.ahead: Deque[Tuple[Task, Seconds]] = deque()  # were given beyond slots; when
@@ -1102,16 +1106,24 @@ class Broker(Machine):
             self.say(link, peer, "", "OK", dict(states[link], beat=beat))
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
-        parts = self.parts.setdefault(peer, [])
-        if "join" not in fields or len(parts) >= MAX_PARTS:
-            raise ProtocolError(f"READY with 'more' needs 'join', and at most {MAX_PARTS} parts")
-        parts.append(fields)
+        """Keep a part of a READY until the last one comes: of all peers together only so many, the
+        latest. Who joined in parts that are kept no more has to join again."""
+        if "join" not in fields or max(len(fields.get(key, ())) for key in LISTS) > ANNOUNCED:
+            raise ProtocolError(f"READY with 'more' needs 'join', and at most {ANNOUNCED} tasks")
+        parts = self.parts.pop(peer, [])
+        if parts and parts[0]["join"] != fields["join"]:
+            parts = []
+        self.parts[peer] = [*parts, fields]
+        while sum(map(len, self.parts.values())) > MAX_PARTS:
+            del self.parts[next(iter(self.parts))]
 
     def whole(self, peer: Peer, fields: Fields) -> Fields:
-        """A READY that came in parts, put together."""
+        """A READY that came in parts, put together. Raises ProtocolError if one is missing."""
         parts = [part for part in self.parts.pop(peer, ()) if part["join"] == fields["join"]]
+        if len(parts) != fields.get("parts", 0):
+            raise ProtocolError("READY without its other parts: join again")
         return dict(fields, **{key: [row for part in (*parts, fields) for row in part.get(key, ())]
-                               for key in ("running", "held")})
+                               for key in LISTS})
 
     def refuse_loop(self) -> None:
         """We have met ourselves above us: whoever chained us made a mistake."""
@@ -1166,6 +1178,7 @@ class Broker(Machine):
         worker = self.named.get(name)
         if worker is not None and message.fields["join"] <= worker.join:
             return  # was under way for long, on an older connection
+        fields = self.whole(peer, message.fields)
         if worker is None:
             worker = self.named[name] = WorkerLink(peer, name, False)
             self.log(logging.INFO, f"worker {printable(name)} joined")
@@ -1180,7 +1193,7 @@ class Broker(Machine):
         self.crew_changed = True
         self.heard(WORKERS, peer)
         self.update_worker(worker, message.fields)
-        unwanted, resend = self.reconcile(worker, self.whole(peer, message.fields))
+        unwanted, resend = self.reconcile(worker, fields)
         for run, tasks in unwanted.items():  # before OK lets it start things
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.say(WORKERS, peer, "", "OK",
@@ -1399,6 +1412,9 @@ class Broker(Machine):
         client = self.client_of(message)
         if client is not None:
             self.drop(self.tasks_of(client, message.fields["tasks"]))
+            for id, attempt in message.fields["tasks"]:
+                if id in client.lost and client.lost[id][0] <= attempt:
+                    del client.lost[id]
 
     def on_cancel(self, message: Message) -> None:
         """Stop these tasks, or all: each is answered with LOST when it has stopped."""
@@ -2210,11 +2226,21 @@ class Worker(Member):
             fields["signal"] = ending.signal
         if ending.reason:
             fields["reason"] = ending.reason
-        if ending.output.size <= (job.cut or INLINE):
-            fields["stdout"] = to_text(ending.output.read(0, ending.output.size))
-        elif job.cut:
-            fields["stdout"] = to_text(ending.output.read(0, job.cut))
+        if job.cut or ending.output.size <= INLINE:
+            try:
+                fields["stdout"] = to_text(ending.output.read(0, job.cut or INLINE))
+            except OSError as error:
+                self.tell_unreadable(job, error)
+                return
         self.say(BROKER, b"", run, "RESULT", fields)
+
+    def tell_unreadable(self, job: Job, error: OSError) -> None:
+        """A command has run, but its output is lost: that is its result."""
+        assert job.ending is not None
+        job.ending.output.close()
+        job.ending = job.ending._replace(exitcode=NOT_RUN, output=Output(), reason=(
+            f"its output cannot be read on the worker: {error.strerror}"))
+        self.tell_result(job)
 
     def finished(self, job: Job, ending: Ending, now: Seconds) -> None:
         """The Runner says that a command has ended."""
@@ -2312,7 +2338,11 @@ class Worker(Member):
             return
         if len(self.bulk) >= MAX_BULK:  # no client of ours asks for so much at once
             return
-        data = job.ending.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
+        try:
+            data = job.ending.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
+        except OSError as error:
+            self.tell_unreadable(job, error)
+            return
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": fields["offset"]})
         self.bulk.append(Frame(BROKER, b"", key[0], line, data))
 
