@@ -81,6 +81,8 @@ def check_broker(broker):
                 assert task in client.waiting or task in client.retries
                 assert client.in_turn or client.owed >= tc.CREDIT or not broker.may_start(client)
         assert client.in_turn == (client in broker.turns)
+        assert not client.claimed or client.link != CLIENTS or client.plain \
+            or len(client.tasks) <= tc.WINDOW + tc.MAX_DONE
         assert client.owed == sum(task.cost for task in client.tasks.values())
         assert client in broker.clients_seen
         if client.link == CLIENTS and client.peer is not None:
@@ -188,6 +190,15 @@ class MessagesTest(unittest.TestCase):
 # === Machines: a broker with people around it, by story ===============================
 
 
+def check_client(client):
+    """A client has every command in one place."""
+    places = len(client.backlog) + len(client.window), client.reported, client.stopped, client.never_ran
+    assert client.left or sum(places) == client.total, (places, client.total)
+    assert client.accepted == sum(bool(entry.worker) for entry in client.window.values())
+    assert len(client.window) <= tc.WINDOW
+    assert all(entry.id in client.window for entry in client.fetching)
+
+
 class Desk:
     """A broker on its own; the tests speak for its peers and read its answers. All that
     the broker says is read line by line; quiet() fails if anything was not expected."""
@@ -263,7 +274,7 @@ class Desk:
         self.worker(peer, tc.encode("READY", fields))
         ok = next(letter for letter in self.letters if letter[1] == peer and letter[3] == "OK")
         before = [letter for letter in self.letters[:self.letters.index(ok)] if letter[1] == peer]
-        assert {letter[3] for letter in before} <= {"CANCEL"}, before
+        assert {letter[3] for letter in before} <= {"CANCEL", "RECALL"}, before
         assert ok[4]["join"] == self.joins, ok
         self.letters.remove(ok)
 
@@ -769,6 +780,8 @@ class BrokerTest(unittest.TestCase):
         d = self.desk
         d.join(b"w", slots=1, running=[["r1", 1, 1]])
         d.join(b"v", slots=1, running=[["r1", 1, 2]])
+        d.expect(b"w", "RECALL")
+        d.expect(b"v", "RECALL")
         d.expect(b"w", "CANCEL", tasks=[[1, 1]])
         d.quiet()
         d.join(b"u", slots=1, running=[["r1", 1, 1]])
@@ -894,9 +907,28 @@ class BrokerTest(unittest.TestCase):
         d.wait(2.0)  # nobody has it
         d.expect(b"c", "LOST", tasks=[[3, 1]], fault="")
 
+    def test_after_a_restart_a_worker_starts_nothing_that_only_it_has_spoken_of(self):
+        """A broker before us may have called it LOST, and given it to others."""
+        d = self.desk
+        b = Bench(tc.Worker("w", 1))
+        b.answer()
+        for n in (1, 2):
+            b.hear(tc.encode(COMMAND, {"cmd": "x", "id": n, "attempt": 1}), "r1")
+        first = b.effect(tc.Start).job
+        b.machine.connected(BROKER, 0.0)
+        b.collect()
+        d.worker(b"w", tc.encode("READY", dict(b.lines[-1][2])))
+        b.machine.finished(first, ending(), 0.0)  # so there is a slot
+        b.collect()
+        b.lines.clear()
+        for _, _, token, _, _, line in d.letters:
+            b.hear(line, token)
+        b.quiet_but("LOST", "RESULT", "QUEUED")
+
     def test_after_a_restart_workers_may_come_first(self):
         d = self.desk
         d.join(b"w", slots=4, running=[["r1", 1, 1], ["r1", 2, 1]], held=[["r1", 3, 1]])
+        d.expect(b"w", "RECALL", tasks=[[1, 1], [2, 1]])  # but it has started both
         d.expect(b"w", "RESEND", tasks=[[3, 1]])
         d.hello(b"c", "r1", unreported=[1, 3])
         d.expect(b"w", "CANCEL", tasks=[[2, 1]])
@@ -1467,7 +1499,25 @@ class ChainTest(unittest.TestCase):
         d = self.desk
         d.join(b"w", slots=2, running=[["up", 1, 1]], held=[["up", 2, 1]])
         _, line = d.expect(b"", "READY", running=[["up", 1, 1], ["up", 2, 1]])
+        d.expect(b"w", "RECALL", tasks=[[1, 1]])
         d.expect(b"w", "RESEND", tasks=[[2, 1]])
+
+    def test_who_comes_back_with_what_was_lost_meanwhile_does_not_start_it(self):
+        """A broker below another does not know what the client wants; but what it called LOST it
+        remembers, and also when a later attempt was here and is done."""
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"w", "up", 1)
+        d.wait(11.0)
+        d.join(b"v", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":2}', "up")
+        d.takes(b"v", "up", 1, 2)
+        d.ends(b"v", "up", 1, 2)
+        d.tell(BROKER, b"", 'DONE {"tasks":[[1,2]]}', "up")
+        d.letters.clear()
+        d.join(b"w2", name="w", running=[["up", 1, 1]])
+        d.expect(b"w2", "CANCEL", tasks=[[1, 1]])
 
 
 # === Simulation =======================================================================
@@ -1676,6 +1726,8 @@ class World:
             for run in set(known) - set(actor.machine.clients):
                 self.seen["forgotten"] += 1
                 self.forgotten.add(run)
+        if actor.role == "client" and not actor.plain:
+            check_client(actor.machine)
         for key, job in held.items():
             if key not in actor.machine.jobs:
                 assert self.may_drop(key, job.cmd), f"{actor.name} drops the result of {key}"
@@ -1874,7 +1926,7 @@ class World:
             f"{job.key} starts twice"
         self.attempts.add(job.key)
         self.seen["restarted"] += self.starts[cmd] > 1
-        self.seen["started too late"] += job.key in self.lost and not actor.plain
+        assert self.adversary or actor.plain or job.key not in self.lost, f"{job.key}: too late"
         assert actor.plain or actor.machine.running <= actor.machine.slots
         key = (actor.name, actor.generation, job.key)
         assert key not in self.live, f"{job.key} runs twice at one worker"
@@ -1920,6 +1972,7 @@ class World:
         self.reports[cmd] += 1
         self.say(actor.name, "reports", cmd, result)
         assert self.reports[cmd] == 1, f"{cmd} is reported twice"
+        assert cmd in actor.commands, f"{cmd} was never asked for"
         output = self.fetched.get(actor.name) if effect.output is None else effect.output
         self.seen["fetched"] += effect.output is None
         text = result.get("reason", "") + tc.to_text(output)
@@ -2184,11 +2237,12 @@ class World:
             if actor.role == "worker":
                 assert not machine.jobs, f"{actor.name} holds results"
             elif actor.role == "broker":
-                for what in ("clients", "run_of", "limbo", "departed", "away", "turns",
-                             "unconfirmed", "clients_seen"):
+                for what in ("clients", "run_of", "limbo", "departed", "away", "turns", "ahead",
+                             "unconfirmed", "clients_seen", "parts", "untold"):
                     assert not getattr(machine, what), f"{actor.name} remembers {what}"
                 present = [m for m in members if m.wants == (actor, WORKERS)]
                 assert len(machine.workers) == len(machine.workers_seen) == len(present), actor.name
+                assert len(machine.named) == sum(not m.plain for m in present), actor.name
 
     def run_until(self, end):
         while self.events and self.events[0][0] < end:
@@ -2201,7 +2255,7 @@ class SimulationTest(unittest.TestCase):
     FAILED_ONCE = []  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
     KINDS = ((None, False), (ADVERSITY, True), (("crash broker",), False),
-             (("crash broker", "pause broker"), False),
+             (("crash broker", "pause broker"), False), (("freeze", "pause"), False),
              (("interrupt", "crash", "cut_wire", "pause"), False))  # of worlds
 
     def world(self, seed, faults=None, adversary=False):
@@ -2315,6 +2369,21 @@ class SimulationTest(unittest.TestCase):
          "\n                task.state = LIMBO", "            if False:\n                pass"),
         ("silent clients are kept for ever", "            else:\n                self.forget_client("
          "client, silence)", "            else:\n                self.see(self.clients_seen, client)"),
+        ("a worker needs no lease", "        return self.joined and self.lease_began > self.doubted_at "
+         "\\\n            and self.owner.now < self.lease_began + LEASE * self.patience",
+         "        return self.joined"),
+        ("what comes without a lease is not doubted", "            self.doubted_at = self.owner.now",
+         "            pass"),
+        ("any OK is a lease", "            self.lease_began = answered",
+         "            self.lease_began = self.owner.now"),
+        ("the silence of others while we were stopped counts",
+         "                seen[who] = max(when + gap, grace - patience)", "                pass"),
+        ("a lost attempt is forgotten", "        if client.lost.get(id, (-1, \"\"))[0] >= attempt:\n",
+         "        if False:\n"),
+        ("poison is never given up", "if self.crashes >= times.crash_limit:", "if False:"),
+        ("a client ignores which attempt an answer is about",
+         "        return entry if entry is not None and entry.attempt == attempt else None",
+         "        return entry"),
     )
 
     def test_the_simulation_finds_what_is_broken(self):
@@ -2332,6 +2401,8 @@ class SimulationTest(unittest.TestCase):
     def fails(self, seed):
         try:
             World(seed).run()
+            World(seed, ["freeze"]).run()
+            World(seed, ["freeze", "pause"]).run()
             World(seed, self.ADVERSITY, adversary=True).run()
             return any(set(World(seed, [kind]).run().starts.values()) != {1}
                        for kind in ("crash broker", "pause broker"))

@@ -660,7 +660,7 @@ class Session:
     def accepts(self, verb: str) -> bool:
         """While we join, the broker's records of us and ours may differ, and only what ends
         that counts; what else it sends it will find missing and take back."""
-        return self.joined or verb in ("OK", "WHO", "ERROR", "CANCEL")
+        return self.joined or verb in ("OK", "WHO", "ERROR", "CANCEL", "RECALL")
 
     def ok(self, fields: Fields) -> bool:
         """An OK has come; true if it makes us joined."""
@@ -820,7 +820,9 @@ class ClientLink:
         self.retries: Deque[Task] = deque()  # the same, but before the others
         self.in_turn = False  # stands in Broker.turns
         self.claimed = peer is not None  # False: only workers have spoken of it so far
-        self.lost: Dict[int, Tuple[int, str]] = {}  # by id: the last attempt called LOST; its fault
+        # by id: the last attempt that we called LOST, and its fault; until a later one comes, or
+        # for a run of the broker above, whose wishes we know less of, until the run is over
+        self.lost: Dict[int, Tuple[int, str]] = {}
         self.last_id = 0  # of a plain client's commands, which we number
         self.join = 0  # number of its last HELLO that told what it has
         self.owed = 0  # bytes of results that it got and has not confirmed with DONE
@@ -1193,9 +1195,10 @@ class Broker(Machine):
         self.crew_changed = True
         self.heard(WORKERS, peer)
         self.update_worker(worker, message.fields)
-        unwanted, resend = self.reconcile(worker, fields)
+        unwanted, recall, resend = self.reconcile(worker, fields)
         for run, tasks in unwanted.items():  # before OK lets it start things
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
+        self.instruct(recall)
         self.say(WORKERS, peer, "", "OK",
                  dict(self.state_for_worker(), join=message.fields["join"]))
         for run, tasks in unwanted.items() if worker.below else ():
@@ -1204,9 +1207,10 @@ class Broker(Machine):
         self.instruct(resend)
 
     def reconcile(self, worker: WorkerLink, fields: Fields) -> Tuple[
-            Dict[Run, List[List[int]]], List[Tuple[str, Task]]]:
+            Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
         """Have our records agree with what the worker tells. Returns what is not wanted of that,
-        and orders to send again the results that it holds."""
+        orders to hand back what it has not started and its client has not spoken of yet, for a
+        broker before us may have given that to others, and to send again the results it holds."""
         running = {tuple(row) for row in fields.get("running", ())}
         held = {tuple(row) for row in fields.get("held", ())}
         told = running | held
@@ -1216,16 +1220,18 @@ class Broker(Machine):
         for gone in lost:
             self.lose(gone, "was never started")
         unwanted: Dict[Run, List[List[int]]] = {}
-        resend = []
+        recall, resend = [], []
         for key in sorted(told):
             task = self.adopt(worker, key)
             if task is None:
                 unwanted.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
                 resend.append(("RESEND", task))
+            elif not task.client.claimed:
+                recall.append(("RECALL", task))
         if self.session and self.session.joined and told:
             self.session.join(self.now)  # the broker above may be looking for these
-        return unwanted, resend
+        return unwanted, recall, resend
 
     def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
         """Believe a worker that it has this attempt; None if it is not wanted there."""
@@ -1236,6 +1242,8 @@ class Broker(Machine):
                 return None
             # of a time before us: its client may still come back
             client = self.require_client(run, BROKER if self.session else CLIENTS, None)
+        if client.lost.get(id, (-1, ""))[0] >= attempt:
+            return None
         task = client.tasks.get(id)
         if task is not None and not task.line and task.attempt < attempt:
             self.drop([task])  # both are of a time before us: the later one counts
@@ -1334,7 +1342,8 @@ class Broker(Machine):
         if lost >= attempt:  # submitted before our LOST was heard
             self.say_lost(client, id, attempt, "lost before", fault if lost == attempt else "")
             return
-        client.lost.pop(id, None)
+        if client.link == CLIENTS:
+            client.lost.pop(id, None)
         if known is not None:  # its owner has given up the older attempt
             self.drop([known])
         task = Task(client, id, attempt, message.line)
@@ -1413,7 +1422,7 @@ class Broker(Machine):
         if client is not None:
             self.drop(self.tasks_of(client, message.fields["tasks"]))
             for id, attempt in message.fields["tasks"]:
-                if id in client.lost and client.lost[id][0] <= attempt:
+                if client.link == CLIENTS and id in client.lost and client.lost[id][0] <= attempt:
                     del client.lost[id]
 
     def on_cancel(self, message: Message) -> None:
@@ -1672,17 +1681,18 @@ class Broker(Machine):
         if worker is None:
             return
         for task in self.tasks_at(worker, message):
-            self.lose(task, printable(message.fields["why"], 200), message.fields.get("fault", ""))
+            self.lose(task, printable(message.fields["why"], 200), message.fields.get("fault", ""),
+                      told=True)
 
-    def lose(self, task: Task, why: str, fault: str = "") -> None:
-        """This attempt will bring no result. Its owner decides what follows; for a plain
-        client we are the owner."""
+    def lose(self, task: Task, why: str, fault: str = "", told: bool = False) -> None:
+        """This attempt will bring no result, as its worker has told, or as we have to assume. Its
+        owner decides what follows; for a plain client we are the owner."""
         worker = task.worker
         if task.client.plain and task.state in BUSY:
             self.try_again(task, why, fault)
             return
         client = task.client
-        if client.link == CLIENTS:
+        if client.link == CLIENTS or not told:
             client.lost[task.id] = (task.attempt, fault)
         self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "")
         self.move(task, GONE)
