@@ -612,6 +612,40 @@ class BrokerTest(unittest.TestCase):
                 d.ends(task.worker.peer, task.client.run, task.id, task.attempt)
                 d.client(task.client.peer, tc.encode("DONE", {"tasks": [[task.id, task.attempt]]}))
 
+    def test_several_workers_lost_at_the_same_moment(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.submit(b"c", *range(1, 13))
+        for n in range(6):
+            d.join(b"w%d" % n, slots=2)
+        for n in range(3):
+            d.broker.disconnected(WORKERS, b"w%d" % n, d.now)
+        d.letters.clear()
+        while d.now < 11.0:
+            d.client(b"c", 'HELLO {"run":"r1"}')
+            d.wait(1.0)
+        lost = [row for letter in d.letters if letter[3] == "LOST" for row in letter[4]["tasks"]]
+        self.assertEqual(sorted(lost), [[n, 1] for n in range(1, 13)])
+        self.assertFalse(d.broker.named or d.broker.workers or d.broker.slots)
+
+    def test_a_result_whose_done_was_lost_with_its_broker_is_forgotten_by_its_worker(self):
+        """The client has it, and does not ask for it again, whoever comes first."""
+        for client_first in (True, False):
+            d = Desk()
+            if client_first:
+                d.hello(b"c", "r1")
+            d.join(b"w", held=[["r1", 1, 1]])
+            if client_first:
+                d.expect(b"c", "OK")
+                d.expect(b"w", "CANCEL", tasks=[[1, 1]])
+            else:
+                d.expect(b"w", "RESEND", tasks=[[1, 1]])
+                d.ends(b"w", "r1", 1)
+                d.hello(b"c", "r1")
+                d.expect(b"w", "DONE", tasks=[[1, 1]])
+            d.quiet()
+            self.assertFalse(d.broker.clients["r1"].tasks)
+
     def test_what_a_worker_has_may_come_in_parts(self):
         d = self.desk
         b = Bench(tc.Worker("w", 1))
@@ -2957,6 +2991,15 @@ class RunnerTest(unittest.TestCase):
             time.sleep(0.005)
         self.assertFalse(os.path.exists(f"/proc/{pid}"), f"process {pid} survives")
 
+    def test_who_has_ended_is_not_signalled(self):
+        """Its number may be another's by then."""
+        job = self.start("exit 3")
+        self.assertEqual(self.result(job).exitcode, 3)
+        with mock.patch.object(tc.os, "killpg") as killpg, mock.patch.object(tc.os, "kill") as kill:
+            for hard in (False, True):
+                self.runner.kill(job, hard)
+        self.assertFalse(killpg.called or kill.called)
+
     def test_output_and_exit_code(self):
         self.assertEqual(self.run_one("echo out; echo err >&2; echo out; exit 3"),
                          (3, b"out\nerr\nout\n"))
@@ -3273,6 +3316,20 @@ class ClientTest(unittest.TestCase):
         self.bench.collect()
         self.bench.expect("BYE")
         self.assertEqual(self.bench.effect(tc.Exit).status, 0)
+
+    def test_a_reported_command_is_not_lost_when_its_worker_is(self):
+        b = self.bench
+        self.join()
+        self.add("a", "b", end=True)
+        b.lines.clear()
+        b.effects.clear()
+        self.result(1)
+        b.effect(tc.Report)
+        b.hear('LOST {"tasks":[[1,1]],"why":"worker w is gone","fault":"crash","worker":"w"}')
+        self.expect_done([1, 1])
+        self.result(2)
+        self.assertEqual((b.effect(tc.Report).entry.id, b.effect(tc.Exit).status), (2, 0))
+        self.assertEqual((self.client.reported, self.client.failed), (2, 0))
 
     def test_who_was_stopped_for_longer_than_its_lease_is_told(self):
         b = self.bench
@@ -4337,6 +4394,16 @@ class ProcessesTest(unittest.TestCase):
                                 or client.poll() is not None, "another start")
         self.assertEqual(self.cloud.finish(client)[0], 0)
         self.assertEqual(wrong_times(up, 20), {})
+
+    def test_a_busy_worker_is_not_taken_for_dead(self):
+        broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--worker-expiry", "1.5")
+        self.cloud.worker(broker, "-j", "16")
+        up = os.path.join(self.cloud.dir, "up")
+        spin = "timeout 3 sh -c 'while :; do :; done'"
+        status, out = self.cloud.client(broker, [f"echo {n} >> {up}; {spin}" for n in range(1, 17)])
+        self.assertEqual((status, out.count("FAIL(124) ")), (1, 16))
+        self.assertEqual(wrong_times(up, 16), {})
+        self.assertNotIn("silent", self.cloud.err(broker))
 
     def test_a_second_worker_joins_in_the_middle(self):
         broker = self.cloud.broker()
