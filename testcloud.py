@@ -681,7 +681,10 @@ class Session:
     def leased(self) -> bool:
         """Whether what the broker gave us may be started: nobody else has been given it."""
         return self.joined and self.lease_began > self.doubted_at \
-            and self.owner.now < self.lease_began + LEASE * self.patience
+            and self.owner.now < self.lease_ends()
+
+    def lease_ends(self) -> Seconds:
+        return self.lease_began + LEASE * self.patience
 
     def take_command(self) -> None:
         """A command has come: note if that was without a lease."""
@@ -2004,6 +2007,7 @@ NOT_RUN = 126  # exit code of a command that could not be started, as of sh
 TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
 LEAVING = "its worker was stopped"
 HANDED_BACK = "it waited for a slot"
+TOO_LATE = "its worker was stopped when it was about to start it"
 
 
 class Start(NamedTuple):
@@ -2112,8 +2116,8 @@ class Ending(NamedTuple):
 class Job:
     """A command that the worker has accepted."""
 
-    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "until", "killed",
-                 "cancelled", "ending")
+    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "start_by", "until",
+                 "killed", "cancelled", "ending")
 
     def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
@@ -2124,6 +2128,7 @@ class Job:
         # 0, or how many go inline and no others at all; they must fit in a frame
         self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
         self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
+        self.start_by: Seconds = math.inf  # when the lease ends with which it may be started
         self.until: Seconds = math.inf  # when its timeout is over
         self.killed = False  # was told to end
         self.cancelled = ""  # why nobody wants its result
@@ -2260,7 +2265,9 @@ class Worker(Member):
         if job.cancelled or ending.unable:
             ending.output.close()
             self.forget(job)
-            self.tell_lost(job.key, job.cancelled or ending.reason, "" if job.cancelled else SPAWN)
+            late = ending.reason == TOO_LATE
+            self.tell_lost(job.key, job.cancelled or ending.reason,
+                           "" if job.cancelled or late else SPAWN)
         else:
             if job.killed:
                 ending = ending._replace(exitcode=TIMED_OUT, signal=0, reason=(
@@ -2280,6 +2287,7 @@ class Worker(Member):
             job = self.waiting.popleft()
             if job.state == WAITING:
                 job.state = RUNNING
+                job.start_by = self.session.lease_ends()
                 self.running += 1
                 if job.timeout:
                     job.until = self.kills[job] = self.now + job.timeout
@@ -2798,6 +2806,8 @@ class Runner:
         """Run a job's command to its end."""
         output = Output(job.limit)
         wall, began = time.time(), time.monotonic()
+        if began > job.start_by:  # we were stopped since it was decided
+            return Ending(NOT_RUN, 0.0, wall, output, reason=TOO_LATE, unable=True)
         with self.lock:
             self.processes[job.key] = None
         try:
