@@ -963,7 +963,8 @@ class Broker(Machine):
         self.stamps = 0  # counts entries of the ranking
         self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of who is to be told OK
         self.answer_at: Seconds = math.inf  # when to do so
-        self.parts: Dict[Peer, List[Fields]] = {}  # of READYs not whole yet, the latest last
+        # of READYs that are not whole yet, the latest last; until when they are kept
+        self.parts: Dict[Peer, Tuple[Seconds, List[Fields]]] = {}
         self.slots = 0  # of all connected workers
         self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
         self.ahead: Deque[Tuple[Task, Seconds]] = deque()  # were given beyond slots; when
@@ -1115,16 +1116,17 @@ class Broker(Machine):
         latest. Who joined in parts that are kept no more has to join again."""
         if "join" not in fields or max(len(fields.get(key, ())) for key in LISTS) > ANNOUNCED:
             raise ProtocolError(f"READY with 'more' needs 'join', and at most {ANNOUNCED} tasks")
-        parts = self.parts.pop(peer, [])
+        _, parts = self.parts.pop(peer, (0.0, []))
         if parts and parts[0]["join"] != fields["join"]:
             parts = []
-        self.parts[peer] = [*parts, fields]
-        while sum(map(len, self.parts.values())) > MAX_PARTS:
+        self.parts[peer] = self.now + self.times.worker_expiry, [*parts, fields]
+        while sum(len(parts) for _, parts in self.parts.values()) > MAX_PARTS:
             del self.parts[next(iter(self.parts))]
 
     def whole(self, peer: Peer, fields: Fields) -> Fields:
         """A READY that came in parts, put together. Raises ProtocolError if one is missing."""
-        parts = [part for part in self.parts.pop(peer, ()) if part["join"] == fields["join"]]
+        _, parts = self.parts.pop(peer, (0.0, []))
+        parts = [part for part in parts if part["join"] == fields["join"]]
         if len(parts) != fields.get("parts", 0):
             raise ProtocolError("READY without its other parts: join again")
         return dict(fields, **{key: [row for part in (*parts, fields) for row in part.get(key, ())]
@@ -1760,6 +1762,8 @@ class Broker(Machine):
             self.forget_worker(self.named[name], "is gone", CRASH)
         for run in [run for run, until in self.departed.items() if until <= now]:
             del self.departed[run]
+        for peer in [peer for peer, (until, _) in self.parts.items() if until <= now]:
+            del self.parts[peer]
         while self.unconfirmed and self.unconfirmed[0][1] <= now:
             task, until = self.unconfirmed.popleft()
             if self.still_unconfirmed(task, until):
@@ -1863,6 +1867,7 @@ class Broker(Machine):
     def deadline(self) -> Seconds:
         due = [self.limbo_until, self.answer_at, *self.away.values()]
         due += itertools.islice(self.departed.values(), 1)
+        due += [until for until, _ in itertools.islice(self.parts.values(), 1)]
         for seen, patience in self.watched():
             due += [when + patience for when in itertools.islice(seen.values(), 1)]
         if self.unconfirmed:
