@@ -593,6 +593,8 @@ class BrokerTest(unittest.TestCase):
             for peer in clients:
                 d.hello(peer, peer.decode())
                 d.submit(peer, *range(1, 120))
+            careful = r.choice([b"c", b"z"])  # its client may have no others
+            d.hello(b"z", "z")
             started, rounds, limit = False, 0, math.inf
             while not started:
                 given = [letter for letter in d.letters if letter[3] == COMMAND]
@@ -606,7 +608,7 @@ class BrokerTest(unittest.TestCase):
                 task = r.choice(busy)
                 rounds += 1
                 if rounds == 50:  # what workers have already must end first
-                    d.submit(b"c", 999, attempt=2, careful=True)
+                    d.submit(careful, 999, attempt=2, careful=True)
                     limit = rounds + len(busy) + 2 * len(clients)
                 self.assertLess(rounds, limit, seed)
                 d.ends(task.worker.peer, task.client.run, task.id, task.attempt)
@@ -700,7 +702,14 @@ class BrokerTest(unittest.TestCase):
             d.worker(b"w%d" % attempt, "BYE")
         d.client(b"c", 'DONE {"tasks":[[1,1]]}')  # of a try before
         self.assertEqual(d.broker.clients["r1"].lost, {1: (2, "")})
-        d.client(b"c", 'DONE {"tasks":[[1,2]]}')
+        d.hello(b"c2", "r1", [1])
+        self.assertEqual(d.broker.clients["r1"].lost, {1: (2, "")})
+        d.client(b"c2", 'DONE {"tasks":[[1,2]]}')
+        self.assertFalse(d.broker.clients["r1"].lost)
+        d.submit(b"c2", 1, attempt=3)
+        d.join(b"w3")
+        d.worker(b"w3", "BYE")
+        d.hello(b"c3", "r1")  # it was reported, but that DONE was lost
         self.assertFalse(d.broker.clients["r1"].lost)
 
     def test_silent_worker_expires_and_its_commands_are_lost(self):
@@ -788,6 +797,27 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"c", "LOST", tasks=[[2, 1]])
         d.wait(3.0)
         d.expect(b"c", "LOST", tasks=[[1, 1]])  # from now on it counts
+
+    def test_who_is_stopped_again_and_again_gives_up_the_dead_all_the_same(self):
+        for awake, gap in ((0.3, 0.4), (0.4, 0.4), (0.3, 3.0), (3.0, 20.0)):
+            d = Desk()
+            d.join(b"w", slots=1)
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1)
+            d.takes(b"w", "r1", 1)
+            d.letters.clear()
+            spent = 0.0
+            while "LOST" not in [letter[3] for letter in d.letters]:
+                d.client(b"c", 'HELLO {"run":"r1"}')
+                d.now += awake
+                spent += awake
+                self.assertLess(spent, 20, (awake, gap))
+                if d.broker.deadline() <= d.now:
+                    d.broker.tick(d.now)
+                    d.collect()
+                d.now += gap
+                d.broker.overslept(gap, d.now)
+                d.collect()
 
     def test_what_a_worker_runs_for_a_client_that_does_not_want_it_is_cancelled(self):
         d = self.desk
@@ -1536,6 +1566,30 @@ class ChainTest(unittest.TestCase):
         _, line = d.expect(b"", "READY", running=[["up", 1, 1], ["up", 2, 1]])
         d.expect(b"w", "RECALL", tasks=[[1, 1]])
         d.expect(b"w", "RESEND", tasks=[[2, 1]])
+
+    def test_what_is_asked_before_its_loss_was_told_is_answered_with_the_fault(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"w", "up", 1)
+        d.gone(BROKER, b"")
+        d.gone(WORKERS, b"w")
+        d.wait(1.5)
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.letters.clear()
+        d.tell(BROKER, b"", 'RECALL {"tasks":[[1,1],[2,1]]}', "up")
+        d.expect(b"", "LOST", tasks=[[1, 1]], fault=tc.CRASH)
+        d.expect(b"", "LOST", tasks=[[2, 1]], why="unknown")
+        d.quiet()
+
+    def test_what_is_handed_back_is_not_remembered_as_lost(self):
+        d = self.desk
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.tell(BROKER, b"", 'RECALL {"tasks":[[1,1]]}', "up")
+        d.expect(b"", "QUEUED")
+        d.expect(b"", "LOST", tasks=[[1, 1]])
+        self.assertFalse(d.broker.clients["up"].lost)
 
     def test_who_comes_back_with_what_was_lost_meanwhile_does_not_start_it(self):
         """A broker below another does not know what the client wants; but what it called LOST it
@@ -2738,6 +2792,16 @@ class WorkerTest(unittest.TestCase):
             b.wait(0.01)
             b.expect("READY")
 
+    def test_however_impatient_it_leaves_the_broker_time_to_answer(self):
+        b = Bench(tc.Worker("w1", 2, times=tc.Times(ready_interval=0.001)))
+        b.wait(0.45)
+        self.assertNotIn(tc.Reconnect, map(type, b.effects))
+        self.assertLessEqual(len(b.lines), 4)  # each voids the answer to the one before
+        b.answer()
+        b.lines.clear()
+        b.wait(1.0)
+        self.assertLessEqual(len(b.lines), 1 / tc.MIN_INTERVAL + 1)
+
     def test_who_was_stopped_joins_again_before_it_takes_more_commands(self):
         """The broker may have given those that wait in the socket to others."""
         for machine in (tc.Worker("w1", 2), tc.Broker("b1", chained=True)):
@@ -2746,12 +2810,17 @@ class WorkerTest(unittest.TestCase):
             b.hear('{"cmd":"true","id":1,"attempt":1}', "r1")
             b.lines.clear()
             b.effects.clear()
-            machine.overslept(1.0, 1.0)  # shorter than our lease
+            machine.overslept(0.4, 0.4)  # too short for anything
             b.collect()
             b.quiet()
+            machine.overslept(0.6, 1.0)  # in our lease, but our connection may be lost
+            b.collect()
+            b.expect("READY", join=2)
+            b.answer()
+            b.lines.clear()
             machine.overslept(20.0, 20.0)
             b.hear('{"cmd":"true","id":2,"attempt":1}', "r1")
-            b.expect("READY", join=2, running=[["r1", 1, 1]])
+            b.expect("READY", join=3, running=[["r1", 1, 1]])
             b.quiet()
 
     def test_a_command_of_a_run_without_a_proper_name_is_refused(self):
@@ -3008,11 +3077,35 @@ class RunnerTest(unittest.TestCase):
         b.answer(patience=6)
         b.hear('{"cmd":"x","id":1,"attempt":1}', "r1")
         job = b.effect(tc.Start).job
-        self.assertEqual(job.start_by, 4.0)
+        self.assertEqual(job.start_by, tc.UNAWARE)
         worker.finished(job, how, b.now)
         b.collect()
         self.assertEqual(b.lines[-1], ("r1", "LOST", {
             "tasks": [[1, 1]], "why": tc.TOO_LATE, "fault": "", "worker": "w"}))
+
+    def test_a_machine_without_another_thread_has_a_slot_less(self):
+        self.assertEqual(self.result(self.start("true")).exitcode, 0)
+        with mock.patch.object(tc.threading.Thread, "start", side_effect=RuntimeError("no thread")):
+            how = self.result(self.start(":"))
+        self.assertEqual((how.unable, how.reason, self.runner.slots), (True, "no thread", 1))
+        self.assertEqual(self.result(self.start("exit 2")).exitcode, 2)
+        worker = tc.Worker("w", 4)
+        b = Bench(worker)
+        b.answer()
+        worker.have_slots(4, 0.0)
+        worker.have_slots(1, 0.0)
+        b.collect()
+        self.assertEqual([fields["slots"] for _, verb, fields in b.lines if verb == "READY"], [4, 1])
+
+    def test_what_cannot_be_started_in_time_is_not_started_later(self):
+        job = tc.Job(("r", 1, 1), {"cmd": "true"})
+        job.start_by = time.monotonic() + 0.1
+        error = BlockingIOError(errno.EAGAIN, "no process")
+        with mock.patch.object(self.runner, "start_shell", side_effect=error) as tries:
+            self.runner.start(job)
+            how = self.result(job)
+        self.assertEqual((how.unable, how.reason), (True, "cannot start it: no process"))
+        self.assertLess(tries.call_count, len(tc.SPAWN_DELAYS))
 
     def test_who_has_ended_is_not_signalled(self):
         """Its number may be another's by then."""
@@ -3909,6 +4002,46 @@ class SocketsTest(unittest.TestCase):
                 loop.wait()
             peer.close(0)
         self.assertEqual(events, [b"one", 20, b"two"])
+
+    def test_who_takes_long_to_read_judges_nobody_by_what_he_has_not_read(self):
+        """A round begins with a poll; what comes after that, and what is due after that, waits."""
+        import zmq
+        took, seen = [0.0], []
+        real = time.monotonic
+        end = real() + PATIENCE
+
+        class Probe(tc.Machine):
+            def receive(self, link, peer, token, body, data, now):
+                took[0] += 0.02
+                seen.append(link)
+                if seen == [CLIENTS]:
+                    worker.send(b"")
+                    node.links[WORKERS].socket.poll(PATIENCE * 1000)
+
+            def tick(self, now):
+                seen.append("tick")
+
+            def deadline(self):
+                return due
+
+        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
+                mock.patch.object(tc.time, "monotonic", lambda: real() + took[0]):
+            node = loop.add(Probe(), {})
+            peers = []
+            for link in (CLIENTS, WORKERS):
+                address = tc.RouterLink(loop, node, link, "tcp://127.0.0.1:0").address
+                peers.append(loop.context.socket(zmq.DEALER))
+                peers[-1].connect(address)
+            client, worker = peers
+            for _ in range(200):  # 4 seconds of work
+                client.send(b"")
+            due = real() + 0.5
+            while "tick" not in seen and real() < end:
+                loop.wait()
+            for peer in peers:
+                peer.close(0)
+        self.assertIn(WORKERS, seen[:seen.index("tick")])
+        self.assertLess(seen.index("tick"), 100)
 
     def test_nobody_can_guess_the_id_that_the_next_peer_is_given(self):
         import ctypes

@@ -182,7 +182,9 @@ NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
 GREETINGS = 0.4  # of the broker's patience, between ours: one may be lost or late
 LEASE = 2 / 3  # of it: clocks may differ, and it began before we were heard
 MAX_UNANSWERED = 1000  # greetings whose time we remember: far more than a lease lasts
-MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
+UNAWARE: Seconds = 0.5  # who was stopped for longer may have lost its connection without knowing,
+#   and with that, after the broker's lost_grace, its commands
+MIN_INTERVAL: Seconds = 0.05  # between signs of life, however little patience the broker has
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 REJOIN: Seconds = 2.0  # in which all are back whose broker was away: RECONNECT, and then some
 
@@ -621,7 +623,7 @@ class Session:
         self.joined = False
         self.number = 0  # of the last greeting
         self.unanswered = 0  # greetings since anything was heard
-        self.interval = times.ready_interval
+        self.interval = max(times.ready_interval, MIN_INTERVAL)
         self.next_greeting: Seconds = 0.0
         self.heard_at: Seconds = -math.inf
         self.patience: Seconds = math.inf  # the broker's
@@ -643,7 +645,9 @@ class Session:
         for part in in_parts(fields):
             self.owner.say(BROKER, b"", "", self.verb, part)
         self.unanswered += 1
-        self.next_greeting = now + self.interval
+        # an answer to one attempt to join is void after the next: give it some time
+        patience = 0.0 if self.joined else min(self.interval * self.unanswered, REJOIN / 2)
+        self.next_greeting = now + max(self.interval, patience)
 
     def join(self, now: Seconds) -> None:
         self.joined = False
@@ -662,11 +666,12 @@ class Session:
         self.unanswered = 0
         self.heard_at = now
 
-    def overslept(self, now: Seconds) -> None:
-        """For those who take commands: unless our lease lasts, the broker may have given us up, and
-        the commands that wait in our socket to others. Then only what it says when we have joined
-        again counts."""
-        if self.joined and not self.leased():
+    def overslept(self, gap: Seconds, now: Seconds) -> None:
+        """For those who take commands: if our lease is over, or we have lost our connection, the
+        broker may have given us up, and the commands that wait in our socket to others. Then only
+        what it says when we have joined again counts."""
+        self.heard_at += gap
+        if self.joined and (gap > UNAWARE or not self.leased()):
             self.join(now)
 
     def accepts(self, verb: str) -> bool:
@@ -679,7 +684,7 @@ class Session:
         if "patience" in fields:  # of the broker: we must not be silent for longer
             self.patience = fields["patience"]
             enough = max(self.patience * GREETINGS, MIN_INTERVAL)
-            self.interval = min(self.times.ready_interval, enough)
+            self.interval = min(max(self.times.ready_interval, MIN_INTERVAL), enough)
             self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
         joins = not self.joined and self.number > 0 and fields.get("join") == self.number
         if joins:
@@ -965,7 +970,7 @@ class Broker(Machine):
         self.name = name  # this incarnation
         self.times = times
         self.started = now
-        self.lenient_until = now  # nobody is given up before: we have been away ourselves
+        self.lenient_until = -math.inf  # until then we are, having been away ourselves
         self.clients: Dict[Run, ClientLink] = {}
         self.run_of: Dict[Peer, Run] = {}  # connected clients
         self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
@@ -1061,6 +1066,7 @@ class Broker(Machine):
         wanted = set(message.fields.get("unreported", ()))
         self.drop([task for id, task in client.tasks.items() if id not in wanted])
         client.announced = wanted.difference(client.tasks)
+        client.lost = {id: row for id, row in client.lost.items() if id in wanted}
         client.claimed = True
         self.departed.pop(run, None)
         self.say(CLIENTS, peer, "", "OK", dict(self.state_of_cloud(), join=message.fields["join"]))
@@ -1430,8 +1436,10 @@ class Broker(Machine):
         found = self.tasks_of(client, rows) if client else []
         if message.link == BROKER and len(found) < len(rows):
             have = {(task.id, task.attempt) for task in found}
-            self.say(BROKER, b"", message.token, "LOST", {
-                "tasks": [row for row in rows if tuple(row) not in have], "why": "unknown"})
+            for id, attempt in rows:
+                if (id, attempt) not in have:
+                    self.say(BROKER, b"", message.token, "LOST", self.untold.get(
+                        (message.token, id, attempt), {"tasks": [[id, attempt]], "why": "unknown"}))
         return found
 
     def on_done(self, message: Message) -> None:
@@ -1564,18 +1572,22 @@ class Broker(Machine):
                 client.in_turn = False
                 continue
             passed_over += 1
+            waits = False  # for a slot that it need not share: that comes before all others
             for task in tasks:
                 worker = self.best_worker(task.avoid)
                 if worker is None:
                     return
                 others = self.slots > worker.slots
                 if task.careful and worker.free() <= 0:
+                    waits = True
                     worker.ahead = 0  # or others would be given all its slots in advance, for ever
                     self.rank(worker)
                 elif not (task.elsewhere and others and worker.name == task.avoid):
                     self.assign(task, worker)
                     passed_over = 0
                     break
+            if waits and self.best_worker() is None:  # so it is still its turn
+                return
             self.turns.rotate(-1)
 
     def may_start(self, client: ClientLink) -> bool:
@@ -1584,7 +1596,7 @@ class Broker(Machine):
 
     def assign(self, task: Task, worker: WorkerLink) -> None:
         self.move(task, ASSIGNED, worker)
-        task.until = self.now + self.times.queued_timeout
+        task.until = max(self.now + self.times.queued_timeout, self.lenient_until)
         self.unconfirmed.append((task, task.until))
         run, peer = task.client.run, worker.peer or b""
         if worker.plain:
@@ -1850,14 +1862,20 @@ class Broker(Machine):
         what they have said meanwhile to be read, and for those to be back who thought us dead."""
         self.now = now
         self.started += gap
-        grace = self.lenient_until = now + min(gap, max(REJOIN, self.times.ready_interval))
+        if self.lenient_until < now - gap:
+            self.lenient_until = now + min(gap, max(REJOIN, self.times.ready_interval))
+        else:  # not longer, or no deadline would ever pass if we were stopped again and again
+            self.lenient_until += gap
+        grace = self.lenient_until
         if self.session:
-            self.session.overslept(now)
+            self.session.overslept(gap, now)
         for seen, patience in self.watched():
             for who, when in seen.items():
                 seen[who] = max(when + gap, grace - patience)
         for name, until in self.away.items():
             self.away[name] = max(until + gap, grace)
+        for run in self.departed:
+            self.departed[run] += gap
         unconfirmed = [task for task, until in self.unconfirmed if self.still_unconfirmed(task, until)]
         for task in (*unconfirmed, *self.limbo.values()):
             task.until = max(task.until + gap, grace)
@@ -1965,7 +1983,7 @@ class Broker(Machine):
     def on_recall(self, message: Message) -> None:
         for task in self.asked_for(message, message.fields["tasks"]):
             if task.state == WAITING:
-                self.lose(task, HANDED_BACK)
+                self.lose(task, HANDED_BACK, told=True)
             elif task.state in BUSY:
                 self.instruct([("RECALL", task)])
 
@@ -2106,7 +2124,8 @@ class Output:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # on a network's disk; it is not needed any more
+                self.file.close()
 
 
 def spool() -> IO[bytes]:
@@ -2147,7 +2166,7 @@ class Job:
         # 0, or how many go inline and no others at all; they must fit in a frame
         self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
         self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
-        self.start_by: Seconds = math.inf  # when the lease ends with which it may be started
+        self.start_by: Seconds = math.inf  # after that somebody else may have been given it
         self.until: Seconds = math.inf  # when its timeout is over
         self.killed = False  # was told to end
         self.cancelled = ""  # why nobody wants its result
@@ -2272,7 +2291,7 @@ class Worker(Member):
         """A command has run, but its output is lost: that is its result."""
         assert job.ending is not None
         job.ending.output.close()
-        job.ending = job.ending._replace(exitcode=NOT_RUN, output=Output(), reason=(
+        job.ending = job.ending._replace(exitcode=NOT_RUN, signal=0, output=Output(), reason=(
             f"its output cannot be read on the worker: {error.strerror}"))
         self.tell_result(job)
 
@@ -2296,6 +2315,13 @@ class Worker(Member):
             self.news_until = min(self.news_until, self.now + NEWS_DELAY)
         self.settle()
 
+    def have_slots(self, slots: int, now: Seconds) -> None:
+        """The Runner says how many commands can really run at once."""
+        if slots != self.slots:
+            self.slots = slots
+            if self.session.joined:
+                self.session.greet(now)
+
     def forget(self, job: Job) -> None:
         job.state = GONE
         self.jobs.pop(job.key, None)
@@ -2306,7 +2332,7 @@ class Worker(Member):
             job = self.waiting.popleft()
             if job.state == WAITING:
                 job.state = RUNNING
-                job.start_by = self.session.lease_ends()
+                job.start_by = min(self.session.lease_ends(), self.now + UNAWARE)
                 self.running += 1
                 if job.timeout:
                     job.until = self.kills[job] = self.now + job.timeout
@@ -2387,7 +2413,7 @@ class Worker(Member):
 
     def overslept(self, gap: Seconds, now: Seconds) -> None:
         self.now = now
-        self.session.overslept(now)
+        self.session.overslept(gap, now)
 
     def tick(self, now: Seconds) -> None:
         self.now = now
@@ -2759,10 +2785,10 @@ class Runner:
                 thread.start()
                 self.threads.append(thread)
             except RuntimeError as error:  # no more threads: those that there are must do
-                if not self.threads:
-                    self.tell(job, Ending(NOT_RUN, 0.0, time.time(), Output(), reason=str(error),
-                                          unable=True))
-                    return
+                self.slots = max(1, len(self.threads))
+                self.tell(job, Ending(NOT_RUN, 0.0, time.time(), Output(), reason=str(error),
+                                      unable=True))
+                return
         self.todo.put(job)
 
     def kill(self, job: Job, hard: bool) -> None:
@@ -2825,8 +2851,6 @@ class Runner:
         """Run a job's command to its end."""
         output = Output(job.limit)
         wall, began = time.time(), time.monotonic()
-        if began > job.start_by:  # we were stopped since it was decided
-            return Ending(NOT_RUN, 0.0, wall, output, reason=TOO_LATE, unable=True)
         with self.lock:
             self.processes[job.key] = None
         try:
@@ -2855,13 +2879,16 @@ class Runner:
 
     def spawn(self, job: Job, slot: int) -> Process:
         """Start a job's command. What this machine lacks now it may have in a moment."""
+        if time.monotonic() > job.start_by:  # we were stopped since it was decided
+            raise TimeoutError(TOO_LATE)
         for delay in SPAWN_DELAYS:
             try:
                 process = self.start_shell(job, self.environment(job, slot))
                 self.restore_limit(process.pid)
                 return process
             except OSError as error:
-                if not is_passing(error) or not delay or self.closing or job.key in self.killed:
+                last = not delay or time.monotonic() + delay > job.start_by
+                if not is_passing(error) or last or self.closing or job.key in self.killed:
                     raise
                 if error.errno == errno.EMFILE:
                     raise_limit()
@@ -2990,12 +3017,14 @@ def enlarge(pipe: int) -> int:
 
 def is_passing(error: Exception) -> bool:
     """Whether a command could not be started for want of something that comes and goes."""
-    return isinstance(error, OSError) and error.errno in (
+    return isinstance(error, TimeoutError) or isinstance(error, OSError) and error.errno in (
         errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def reason_not_started(job: Job, error: Exception) -> str:
     """Why a command could not be started, and what can be done about it."""
+    if isinstance(error, TimeoutError):
+        return str(error)
     if isinstance(error, OSError):
         if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
             return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
@@ -3677,12 +3706,13 @@ NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to comb
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 SPARE = 8  # of the files we may open: when no more are left we say so
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
+READ_TIME: Seconds = 0.1  # and how long that may take
 IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read, mostly of a few KiB
 MAX_LATE = 500  # frames that we keep for it beyond that
 LATE_BYTES = 40 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
 OVERSLEPT: Seconds = 0.25  # later than that we are not slow, but were stopped
 LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
-#   takes longer than both together, which no deadline is shorter than
+#   takes longer than both together
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 
 
@@ -3902,27 +3932,34 @@ class Loop:
         return now
 
     def wait(self) -> None:
-        """One round: wait until something is due, and hand it to the machines."""
+        """One round: wait until something is due, and hand it to the machines. What is due is judged
+        by the time at which all that had come by then was seen to be there: not by the end of a
+        round that took long."""
+        before = self.expected
         now = self.clock()
+        if now > before + OVERSLEPT:  # the machines may have something to say to that
+            return
         due = min([node.machine.deadline() for node in self.nodes]
                   + [link.retry_at for link in self.sockets])
         self.expected = min(max(due, now), now + LONGEST_WAIT)
         ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
+        polled = self.clock()
+        for link in list(self.sockets):  # first of all: without a connection nothing is started
+            if link.monitor in ready:
+                link.notice(polled)
         for file, reader in self.files.items():
             if file in ready:
                 reader(self.clock())
         while self.posted:
             self.posted.popleft()(self.clock())
         for link in list(self.sockets):
-            if link.monitor in ready:
-                link.notice(self.clock())
             if link.socket in ready or link.monitor in ready:
                 link.receive()
-            if link.retry_at <= self.clock():
+            if link.retry_at <= polled:
                 link.retry(self.clock())
         for node in self.nodes:
-            if node.machine.deadline() <= self.clock():
-                node.machine.tick(self.clock())
+            if node.machine.deadline() <= polled:
+                node.machine.tick(polled)
 
     def flush(self) -> None:
         """Send and do all that the machines want, until they are quiet."""
@@ -4071,8 +4108,8 @@ class SocketLink:
         raise NotImplementedError
 
     def receive(self) -> None:
-        """Read what has come, DRAIN messages at the most. Each has a time of its own: between two of
-        them we may have been stopped."""
+        """Read what has come, DRAIN messages or for READ_TIME at the most. Each has a time of its
+        own: between two of them we may have been stopped."""
         raise NotImplementedError
 
 
@@ -4150,6 +4187,7 @@ class RouterLink(SocketLink):
                      f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
 
     def receive(self) -> None:
+        until = self.loop.clock() + READ_TIME
         for _ in range(DRAIN):
             try:
                 peer = self.socket.recv(NOBLOCK)
@@ -4161,6 +4199,8 @@ class RouterLink(SocketLink):
             if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
                 self.meet(peer, frame, now)
             self.hand_over(peer, self.rest(frame), now)
+            if now > until:
+                return
 
     def act_on_news(self, now: Seconds) -> None:
         """All messages are read: those whose connection was closed are gone."""
@@ -4242,12 +4282,16 @@ class DealerLink(SocketLink):
                 self.node.machine.disconnected(self.name, b"", now)
 
     def receive(self) -> None:
+        until = self.loop.clock() + READ_TIME
         for _ in range(DRAIN):
             try:
                 frame = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self.hand_over(b"", self.rest(frame), self.loop.clock())
+            now = self.loop.clock()
+            self.hand_over(b"", self.rest(frame), now)
+            if now > until:
+                return
 
     def send_now(self, frame: Frame) -> bool:
         try:
@@ -4471,6 +4515,7 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Run
         def deliver(now: Seconds) -> None:
             runner.killed.pop(job.key, None)
             worker.finished(job, ending, now)
+            worker.have_slots(runner.slots, now)
         loop.post(deliver)
     runner = Runner(worker.slots, tell, worker.name, adopting)
     loop.between.append(runner.reap)
