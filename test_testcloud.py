@@ -6046,12 +6046,14 @@ class Speed:
 
     def dispatch(self):
         """A real broker between dummies in this process, that answer at once."""
-        for workers in (1, 200):
+        for workers in (1, 10, 200, 2000):
             broker = self.cloud.broker()
+            if workers > tc.raise_limit() // 4:
+                return
+            dummies, count = Dummies(self.cloud, broker, workers), 20 * self.commands
             before = cpu_ticks(broker.pid)
-            spent = Dummies(self.cloud, broker, workers).run(20 * self.commands)
+            spent = dummies.run(count)
             micros = (cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK") * 1e6
-            count = 20 * self.commands
             yield (f"dispatch by one broker, {workers} workers", ">= 40000/s", f"{count / spent:.0f}/s")
             yield ("    its processor time per command", "<= 20 us", f"{micros / count:.1f} us")
 
@@ -6067,31 +6069,38 @@ class Speed:
         yield f"{count} idle workers: the broker's share of a core", "< 5 %", f"{share * 100:.1f} %"
         yield "    its peak", "", f"{peak_memory(broker.pid) / 1024:.0f} MB"
 
-    def million(self):
-        """A real client and a real broker, and workers that answer at once."""
-        spent, peak = {}, 0
-        for count in (self.commands, 100 * self.commands):
-            broker = self.cloud.broker()
-            dummies = Dummies(self.cloud, broker, 2)
-            with tempfile.TemporaryFile() as file:
-                file.write(b"true\n" * count)
-                file.seek(0)
-                began = time.monotonic()
-                client = subprocess.Popen(self.client("--connect", broker.clients), stdin=file,
-                                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-                reader = threading.Thread(target=self.read_end, args=(client.stdout,))
-                reader.start()
-                while client.poll() is None:
-                    dummies.serve()
-                    peak = peak_memory(client.pid) or peak
-                reader.join()
-            spent[count] = (time.monotonic() - began) / count * 1e6
-        yield (f"{count} commands", "the right hash",
-               "right" if naive_hash([(b"true", 0, b"")] * count) in self.end else "WRONG")
-        yield "    peak of the client", "< 300 MB", f"{peak / 1024:.0f} MB"
-        yield "    peak of the broker", "< 150 MB", f"{peak_memory(broker.pid) / 1024:.0f} MB"
-        yield (f"    time per command, against {self.commands} commands", "<= 1",
-               f"{spent[count] / spent[self.commands]:.2f} x ({spent[count]:.0f} us)")
+    def through(self, count):
+        """So many commands through a real client and a real broker, to workers that answer at once:
+        microseconds for each, peaks of client and broker in MB."""
+        broker, peak = self.cloud.broker(), 0
+        dummies = Dummies(self.cloud, broker, 2)
+        with tempfile.TemporaryFile() as file:
+            file.write(b"true\n" * count)
+            file.seek(0)
+            began = time.monotonic()
+            client = subprocess.Popen(self.client("--connect", broker.clients), stdin=file,
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            reader = threading.Thread(target=self.read_end, args=(client.stdout,))
+            reader.start()
+            while client.poll() is None:
+                dummies.serve()
+                peak = peak_memory(client.pid) or peak
+            reader.join()
+        spent = time.monotonic() - began
+        return spent / count * 1e6, peak / 1024, peak_memory(broker.pid) / 1024
+
+    def growth(self):
+        """Up to a million commands in one run."""
+        micros = {}
+        for count in (self.commands // 10, self.commands, 10 * self.commands, 100 * self.commands):
+            micros[count], client, broker = self.through(count)
+            yield f"{count} commands in one run, time for each", "", f"{micros[count]:.0f} us"
+        yield (f"    against {self.commands} commands", "<= 1",
+               f"{micros[count] / micros[self.commands]:.2f} x")
+        right = naive_hash([(b"true", 0, b"")] * count) in self.end
+        yield "    their result hash", "right", "right" if right else "WRONG"
+        yield "    peak of the client", "< 300 MB", f"{client:.0f} MB"
+        yield "    peak of the broker", "< 150 MB", f"{broker:.0f} MB"
 
     def read_end(self, file):
         for line in file:
@@ -6144,7 +6153,7 @@ class Speed:
             submit(len(frames))
         return (time.perf_counter() - began) / count * 1e6
 
-    FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, million,
+    FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, growth,
                latency, long_among_short, bulk)
 
 
