@@ -6111,9 +6111,12 @@ class Speed:
         base = self.cost(workers=10, clients=1, queued=100)
         yield "machine: 10 workers, 1 client, 100 queued", "", f"{base:.1f} us"
         for size in ({"workers": 1000}, {"workers": 100_000}, {"clients": 1000},
-                     {"queued": 10_000}, {"queued": 1_000_000}):
-            found = self.cost(**{"workers": 10, "clients": 1, "queued": 100, **size})
+                     {"queued": 10_000}, {"queued": 1_000_000}, {"queued": 10_000_000}):
             (name, number), = size.items()
+            if number * 1000 > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+                yield f"    with {number} {name}", "<= 1.5 x", "needs more memory"
+                continue
+            found = self.cost(**{"workers": 10, "clients": 1, "queued": 100, **size})
             yield f"    with {number} {name}", "<= 1.5 x", f"{found / base:.2f} x"
 
     def cost(self, workers, clients, queued):
