@@ -184,7 +184,8 @@ LEASE = 2 / 3  # of it: clocks may differ, and it began before we were heard
 MAX_UNANSWERED = 1000  # greetings whose time we remember: far more than a lease lasts
 UNAWARE: Seconds = 0.5  # who was stopped for longer may have lost its connection without knowing,
 #   and with that, after the broker's lost_grace, its commands
-MIN_INTERVAL: Seconds = 0.05  # between signs of life, however little patience the broker has
+MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
+MAX_PACE = 16  # times as slow we try to join, if answers to one try come after the next
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
 REJOIN: Seconds = 2.0  # in which all are back whose broker was away: RECONNECT, and then some
 
@@ -623,7 +624,9 @@ class Session:
         self.joined = False
         self.number = 0  # of the last greeting
         self.unanswered = 0  # greetings since anything was heard
-        self.interval = max(times.ready_interval, MIN_INTERVAL)
+        self.ready_interval = max(times.ready_interval, OK_DELAY)  # else no answer comes in time
+        self.interval = self.ready_interval
+        self.pace = 1  # of joining: how many intervals until we try again
         self.next_greeting: Seconds = 0.0
         self.heard_at: Seconds = -math.inf
         self.patience: Seconds = math.inf  # the broker's
@@ -645,9 +648,7 @@ class Session:
         for part in in_parts(fields):
             self.owner.say(BROKER, b"", "", self.verb, part)
         self.unanswered += 1
-        # an answer to one attempt to join is void after the next: give it some time
-        patience = 0.0 if self.joined else min(self.interval * self.unanswered, REJOIN / 2)
-        self.next_greeting = now + max(self.interval, patience)
+        self.next_greeting = now + (1 if self.joined else self.pace) * self.interval
 
     def join(self, now: Seconds) -> None:
         self.joined = False
@@ -684,11 +685,16 @@ class Session:
         if "patience" in fields:  # of the broker: we must not be silent for longer
             self.patience = fields["patience"]
             enough = max(self.patience * GREETINGS, MIN_INTERVAL)
-            self.interval = min(max(self.times.ready_interval, MIN_INTERVAL), enough)
-            self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
+            self.interval = min(self.ready_interval, enough)
         joins = not self.joined and self.number > 0 and fields.get("join") == self.number
         if joins:
             self.joined = self.up = True
+            self.pace = 1
+        elif not self.joined and "join" in fields:  # to a try before the last, whose answer is next
+            self.pace = min(2 * self.pace, MAX_PACE)
+            self.next_greeting = self.owner.now + self.pace * self.interval
+        if self.joined:
+            self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
         answered = self.sent.get(fields.get("join" if joins else "beat", 0))
         if self.joined and answered is not None:
             self.lease_began = answered
@@ -971,6 +977,7 @@ class Broker(Machine):
         self.times = times
         self.started = now
         self.lenient_until = -math.inf  # until then we are, having been away ourselves
+        self.leniency: Seconds = 0.0  # how long we had the last time
         self.clients: Dict[Run, ClientLink] = {}
         self.run_of: Dict[Peer, Run] = {}  # connected clients
         self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
@@ -1863,9 +1870,11 @@ class Broker(Machine):
         self.now = now
         self.started += gap
         if self.lenient_until < now - gap:
-            self.lenient_until = now + min(gap, max(REJOIN, self.times.ready_interval))
-        else:  # not longer, or no deadline would ever pass if we were stopped again and again
-            self.lenient_until += gap
+            self.leniency = 0.0
+        self.lenient_until += gap
+        rest = min(gap, max(REJOIN, self.times.ready_interval))
+        if rest > self.leniency:  # else no deadline might ever pass, if we are stopped very often
+            self.leniency, self.lenient_until = rest, max(self.lenient_until, now + rest)
         grace = self.lenient_until
         if self.session:
             self.session.overslept(gap, now)
@@ -2315,12 +2324,20 @@ class Worker(Member):
             self.news_until = min(self.news_until, self.now + NEWS_DELAY)
         self.settle()
 
-    def have_slots(self, slots: int, now: Seconds) -> None:
-        """The Runner says how many commands can really run at once."""
-        if slots != self.slots:
-            self.slots = slots
-            if self.session.joined:
-                self.session.greet(now)
+    def still_starts(self, job: Job) -> bool:
+        """Whether what was to be started may be. If we were stopped since that was decided, it waits
+        for a slot again."""
+        if self.session.leased():
+            return True
+        self.running -= 1
+        self.kills.pop(job, None)
+        if job.killed:
+            self.forget(job)
+            self.tell_lost(job.key, job.cancelled or TOO_LATE)
+        else:
+            job.state = WAITING
+            self.waiting.appendleft(job)
+        return False
 
     def forget(self, job: Job) -> None:
         job.state = GONE
@@ -2332,7 +2349,7 @@ class Worker(Member):
             job = self.waiting.popleft()
             if job.state == WAITING:
                 job.state = RUNNING
-                job.start_by = min(self.session.lease_ends(), self.now + UNAWARE)
+                job.start_by = self.session.lease_ends()
                 self.running += 1
                 if job.timeout:
                     job.until = self.kills[job] = self.now + job.timeout
@@ -2671,6 +2688,10 @@ def signals_to_handle() -> Set[int]:
     return {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {signal.SIGHUP})
 
 
+class TooLate(Exception):
+    """A command may not be started any more."""
+
+
 class Process:
     """A command's first process, the leader of its process group."""
 
@@ -2785,10 +2806,11 @@ class Runner:
                 thread.start()
                 self.threads.append(thread)
             except RuntimeError as error:  # no more threads: those that there are must do
-                self.slots = max(1, len(self.threads))
-                self.tell(job, Ending(NOT_RUN, 0.0, time.time(), Output(), reason=str(error),
-                                      unable=True))
-                return
+                if not self.threads:
+                    self.tell(job, Ending(NOT_RUN, 0.0, time.time(), Output(), reason=str(error),
+                                          unable=True))
+                    return
+                job.start_by = math.inf  # however long it has to wait for one
         self.todo.put(job)
 
     def kill(self, job: Job, hard: bool) -> None:
@@ -2855,7 +2877,7 @@ class Runner:
             self.processes[job.key] = None
         try:
             process = self.spawn(job, slot)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TooLate) as error:
             with self.lock:
                 del self.processes[job.key]
             return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
@@ -2880,7 +2902,7 @@ class Runner:
     def spawn(self, job: Job, slot: int) -> Process:
         """Start a job's command. What this machine lacks now it may have in a moment."""
         if time.monotonic() > job.start_by:  # we were stopped since it was decided
-            raise TimeoutError(TOO_LATE)
+            raise TooLate(TOO_LATE)
         for delay in SPAWN_DELAYS:
             try:
                 process = self.start_shell(job, self.environment(job, slot))
@@ -3017,13 +3039,13 @@ def enlarge(pipe: int) -> int:
 
 def is_passing(error: Exception) -> bool:
     """Whether a command could not be started for want of something that comes and goes."""
-    return isinstance(error, TimeoutError) or isinstance(error, OSError) and error.errno in (
+    return isinstance(error, TooLate) or isinstance(error, OSError) and error.errno in (
         errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def reason_not_started(job: Job, error: Exception) -> str:
     """Why a command could not be started, and what can be done about it."""
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TooLate):
         return str(error)
     if isinstance(error, OSError):
         if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
@@ -3935,12 +3957,11 @@ class Loop:
         """One round: wait until something is due, and hand it to the machines. What is due is judged
         by the time at which all that had come by then was seen to be there: not by the end of a
         round that took long."""
-        before = self.expected
-        now = self.clock()
-        if now > before + OVERSLEPT:  # the machines may have something to say to that
-            return
+        before, now = self.expected, self.clock()
         due = min([node.machine.deadline() for node in self.nodes]
                   + [link.retry_at for link in self.sockets])
+        if now > before + OVERSLEPT or any(link.unread for link in self.sockets):
+            due = now  # there may be something to be said to that, or is more to be read
         self.expected = min(max(due, now), now + LONGEST_WAIT)
         ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
         polled = self.clock()
@@ -3953,7 +3974,7 @@ class Loop:
         while self.posted:
             self.posted.popleft()(self.clock())
         for link in list(self.sockets):
-            if link.socket in ready or link.monitor in ready:
+            if link.socket in ready or link.monitor in ready or link.unread:
                 link.receive()
             if link.retry_at <= polled:
                 link.retry(self.clock())
@@ -3966,6 +3987,7 @@ class Loop:
         busy = True
         while busy:
             busy = False
+            self.clock()  # or we would do what we would not do any more
             for node in self.nodes:
                 frames, effects = node.machine.take()
                 busy = busy or bool(frames or effects)
@@ -4011,6 +4033,7 @@ class SocketLink:
         self.address = address
         self.late: Dict[Peer, Deque[Frame]] = {}  # for peers whose queue in libzmq is full
         self.retry_at: Seconds = math.inf
+        self.unread = False  # receive() has left something
         self.socket: Any = None
         self.monitor: Any = None
         node.links[name] = self
@@ -4192,6 +4215,7 @@ class RouterLink(SocketLink):
             try:
                 peer = self.socket.recv(NOBLOCK)
             except zmq.Again:
+                self.unread = False
                 self.act_on_news(self.loop.clock())
                 return
             now = self.loop.clock()
@@ -4200,7 +4224,8 @@ class RouterLink(SocketLink):
                 self.meet(peer, frame, now)
             self.hand_over(peer, self.rest(frame), now)
             if now > until:
-                return
+                break
+        self.unread = True
 
     def act_on_news(self, now: Seconds) -> None:
         """All messages are read: those whose connection was closed are gone."""
@@ -4287,11 +4312,13 @@ class DealerLink(SocketLink):
             try:
                 frame = self.socket.recv(NOBLOCK, copy=False)
             except zmq.Again:
+                self.unread = False
                 return
             now = self.loop.clock()
             self.hand_over(b"", self.rest(frame), now)
             if now > until:
-                return
+                break
+        self.unread = True
 
     def send_now(self, frame: Frame) -> bool:
         try:
@@ -4515,12 +4542,15 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Run
         def deliver(now: Seconds) -> None:
             runner.killed.pop(job.key, None)
             worker.finished(job, ending, now)
-            worker.have_slots(runner.slots, now)
         loop.post(deliver)
+
+    def start(effect: Start) -> None:
+        if worker.still_starts(effect.job):
+            runner.start(effect.job)
     runner = Runner(worker.slots, tell, worker.name, adopting)
     loop.between.append(runner.reap)
     node = loop.add(worker, {
-        Start: lambda effect: runner.start(effect.job),
+        Start: start,
         Kill: lambda effect: runner.kill(effect.job, effect.hard)})
     return node, runner
 
