@@ -1132,9 +1132,10 @@ class Broker(Machine):
 
     def answer_greetings(self) -> None:
         greeted, self.greeted, self.answer_at = self.greeted, {}, math.inf
-        states = {CLIENTS: self.state_of_cloud(), WORKERS: self.state_for_worker()}
+        lines = {CLIENTS: encode("OK", self.state_of_cloud()),
+                 WORKERS: encode("OK", self.state_for_worker())}
         for (link, peer), beat in greeted.items():
-            self.say(link, peer, "", "OK", dict(states[link], beat=beat))
+            self.pass_on(link, peer, "", b'%s,"beat":%d}' % (lines[link][:-1], beat))
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
         """Keep a part of a READY until the last one comes: of all peers together only so many, the
@@ -1192,12 +1193,14 @@ class Broker(Machine):
 
     def update_worker(self, worker: WorkerLink, fields: Fields) -> None:
         slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
+        worker.below = fields.get("below", worker.below)
+        worker.depth = fields.get("depth", worker.depth)
+        if worker.ready and (slots, weight) == (worker.slots, worker.weight):
+            return
         self.crew_changed |= (slots, weight) != (worker.slots, worker.weight)
         self.slots += slots - worker.slots
         worker.slots, worker.weight = slots, weight
         worker.ahead = min(worker.ahead, AHEAD * slots)
-        worker.below = fields.get("below", worker.below)
-        worker.depth = fields.get("depth", worker.depth)
         worker.ready = True
         self.rank(worker)
 
@@ -1220,7 +1223,7 @@ class Broker(Machine):
             self.slots += worker.slots
         else:
             self.workers.pop(worker.peer, None)
-        worker.peer, worker.join = peer, message.fields["join"]
+        worker.peer, worker.join, worker.ready = peer, message.fields["join"], False
         self.workers[peer] = worker
         self.crew_changed = True
         self.heard(WORKERS, peer)
