@@ -728,6 +728,9 @@ class Session:
             self.next_greeting = now + self.interval
 
 
+LISTS = ("running", "held")  # the fields of READY that may be long
+
+
 def in_parts(fields: Fields) -> List[Fields]:
     """A greeting in lines of which each fits into a frame: all but the last have `more`."""
     lists = {key: fields[key] for key in LISTS if key in fields}
@@ -737,9 +740,6 @@ def in_parts(fields: Fields) -> List[Fields]:
               key: rows[at:at + ANNOUNCED]}
              for key, rows in lists.items() for at in range(0, len(rows), ANNOUNCED)]
     return [*parts, dict(fields, running=[], held=[], parts=len(parts))]
-
-
-LISTS = ("running", "held")  # the fields of READY that may be long
 
 
 class Watch:
@@ -2691,10 +2691,6 @@ def signals_to_handle() -> Set[int]:
     return {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {signal.SIGHUP})
 
 
-class TooLate(Exception):
-    """A command may not be started any more."""
-
-
 class Process:
     """A command's first process, the leader of its process group."""
 
@@ -2876,11 +2872,13 @@ class Runner:
         """Run a job's command to its end."""
         output = Output(job.limit)
         wall, began = time.time(), time.monotonic()
+        if began > job.start_by:  # we were stopped since it was decided
+            return Ending(NOT_RUN, 0.0, wall, output, reason=TOO_LATE, unable=True)
         with self.lock:
             self.processes[job.key] = None
         try:
             process = self.spawn(job, slot)
-        except (OSError, ValueError, TooLate) as error:
+        except (OSError, ValueError) as error:
             with self.lock:
                 del self.processes[job.key]
             return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
@@ -2904,8 +2902,6 @@ class Runner:
 
     def spawn(self, job: Job, slot: int) -> Process:
         """Start a job's command. What this machine lacks now it may have in a moment."""
-        if time.monotonic() > job.start_by:  # we were stopped since it was decided
-            raise TooLate(TOO_LATE)
         for delay in SPAWN_DELAYS:
             try:
                 process = self.start_shell(job, self.environment(job, slot))
@@ -3042,14 +3038,12 @@ def enlarge(pipe: int) -> int:
 
 def is_passing(error: Exception) -> bool:
     """Whether a command could not be started for want of something that comes and goes."""
-    return isinstance(error, TooLate) or isinstance(error, OSError) and error.errno in (
+    return isinstance(error, OSError) and error.errno in (
         errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def reason_not_started(job: Job, error: Exception) -> str:
     """Why a command could not be started, and what can be done about it."""
-    if isinstance(error, TooLate):
-        return str(error)
     if isinstance(error, OSError):
         if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
             return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
@@ -4136,6 +4130,18 @@ class SocketLink:
     def receive(self) -> None:
         """Read what has come, DRAIN messages or for READ_TIME at the most. Each has a time of its
         own: between two of them we may have been stopped."""
+        until = self.loop.clock() + READ_TIME
+        self.unread = True
+        for _ in range(DRAIN):
+            now = self.loop.clock()
+            if not self.receive_one(now):
+                self.unread = False
+                return
+            if now > until:
+                return
+
+    def receive_one(self, now: Seconds) -> bool:
+        """Read a message and hand it over; False if there is none."""
         raise NotImplementedError
 
 
@@ -4212,23 +4218,17 @@ class RouterLink(SocketLink):
             complain(f"no more peers can connect: this process may have only {limit} open files; "
                      f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
 
-    def receive(self) -> None:
-        until = self.loop.clock() + READ_TIME
-        for _ in range(DRAIN):
-            try:
-                peer = self.socket.recv(NOBLOCK)
-            except zmq.Again:
-                self.unread = False
-                self.act_on_news(self.loop.clock())
-                return
-            now = self.loop.clock()
-            frame = self.socket.recv(0, copy=False)
-            if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
-                self.meet(peer, frame, now)
-            self.hand_over(peer, self.rest(frame), now)
-            if now > until:
-                break
-        self.unread = True
+    def receive_one(self, now: Seconds) -> bool:
+        try:
+            peer = self.socket.recv(NOBLOCK)
+        except zmq.Again:
+            self.act_on_news(now)
+            return False
+        frame = self.socket.recv(0, copy=False)
+        if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
+            self.meet(peer, frame, now)
+        self.hand_over(peer, self.rest(frame), now)
+        return True
 
     def act_on_news(self, now: Seconds) -> None:
         """All messages are read: those whose connection was closed are gone."""
@@ -4309,19 +4309,13 @@ class DealerLink(SocketLink):
             else:
                 self.node.machine.disconnected(self.name, b"", now)
 
-    def receive(self) -> None:
-        until = self.loop.clock() + READ_TIME
-        for _ in range(DRAIN):
-            try:
-                frame = self.socket.recv(NOBLOCK, copy=False)
-            except zmq.Again:
-                self.unread = False
-                return
-            now = self.loop.clock()
-            self.hand_over(b"", self.rest(frame), now)
-            if now > until:
-                break
-        self.unread = True
+    def receive_one(self, now: Seconds) -> bool:
+        try:
+            frame = self.socket.recv(NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        self.hand_over(b"", self.rest(frame), now)
+        return True
 
     def send_now(self, frame: Frame) -> bool:
         try:
