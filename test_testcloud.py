@@ -289,6 +289,13 @@ class Desk:
             self.client(peer, tc.encode("{", dict(
                 {"id": id, "attempt": attempt, "cmd": f"c{id}"}, **more)))
 
+    def run_one(self):
+        """Have a worker run a client's command: b"w" the first one of b"c", whose run is r1."""
+        self.join(b"w", slots=1)
+        self.hello(b"c", "r1")
+        self.submit(b"c", 1)
+        self.takes(b"w", "r1", 1)
+
     def takes(self, worker, run, id, attempt=1):
         """The worker is given this command and confirms it."""
         self.expect(worker, "{", token=run, id=id, attempt=attempt)
@@ -714,10 +721,7 @@ class BrokerTest(unittest.TestCase):
 
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
-        d.join(b"w", slots=1)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1)
-        d.takes(b"w", "r1", 1)
+        d.run_one()
         d.expect(b"c", "QUEUED")
         d.wait(9.0)
         d.quiet()
@@ -751,10 +755,7 @@ class BrokerTest(unittest.TestCase):
 
     def test_broken_connection_is_a_lost_worker_only_after_a_grace(self):
         d = self.desk
-        d.join(b"w", slots=1)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1)
-        d.takes(b"w", "r1", 1)
+        d.run_one()
         d.expect(b"c", "QUEUED")
         d.gone(WORKERS, b"w")
         d.expect(b"c", "OK", slots=0)
@@ -765,10 +766,7 @@ class BrokerTest(unittest.TestCase):
 
     def test_a_join_that_was_under_way_for_long_changes_nothing(self):
         d = self.desk
-        d.join(b"w", slots=1)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1)
-        d.takes(b"w", "r1", 1)
+        d.run_one()
         d.letters.clear()
         d.worker(b"old", 'READY {"name":"w","slots":1,"join":1}')
         d.client(b"older", 'HELLO {"run":"r1","join":1,"unreported":[]}')
@@ -801,10 +799,7 @@ class BrokerTest(unittest.TestCase):
     def test_who_is_stopped_again_and_again_gives_up_the_dead_all_the_same(self):
         for awake, gap in ((0.3, 0.4), (0.4, 0.4), (0.3, 3.0), (3.0, 20.0)):
             d = Desk()
-            d.join(b"w", slots=1)
-            d.hello(b"c", "r1")
-            d.submit(b"c", 1)
-            d.takes(b"w", "r1", 1)
+            d.run_one()
             d.letters.clear()
             spent = 0.0
             while "LOST" not in [letter[3] for letter in d.letters]:
@@ -821,10 +816,7 @@ class BrokerTest(unittest.TestCase):
 
     def test_a_long_stop_just_after_a_short_one_is_as_good_as_any(self):
         d = self.desk
-        d.join(b"w", slots=1)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1)
-        d.takes(b"w", "r1", 1)
+        d.run_one()
         d.letters.clear()
         for gap in (0.3, 60.0):
             d.now += gap
@@ -844,10 +836,7 @@ class BrokerTest(unittest.TestCase):
 
     def test_what_a_worker_runs_for_a_client_that_has_left_is_cancelled(self):
         d = self.desk
-        d.join(b"w", slots=1)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1)
-        d.takes(b"w", "r1", 1)
+        d.run_one()
         d.gone(WORKERS, b"w")
         d.client(b"c", "BYE")
         d.letters.clear()
@@ -1522,8 +1511,8 @@ class ChainTest(unittest.TestCase):
         d.wait(1.0)
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
 
-    def test_a_worker_lost_while_the_broker_above_is_away_is_reported_when_it_is_back(self):
-        d = self.desk
+    def lose_while_above_is_away(self, d):
+        """A worker is lost with a command of the broker above, which is back only later."""
         d.join(b"w", slots=1)
         d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
         d.takes(b"w", "up", 1)
@@ -1533,6 +1522,10 @@ class ChainTest(unittest.TestCase):
         d.letters.clear()
         d.broker.connected(BROKER, d.now)
         d.collect()
+
+    def test_a_worker_lost_while_the_broker_above_is_away_is_reported_when_it_is_back(self):
+        d = self.desk
+        self.lose_while_above_is_away(d)
         d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=d.broker.session.number)
         d.answer(broker="b0", above=["b0"])
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
@@ -1585,14 +1578,7 @@ class ChainTest(unittest.TestCase):
 
     def test_what_is_asked_before_its_loss_was_told_is_answered_with_the_fault(self):
         d = self.desk
-        d.join(b"w", slots=1)
-        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
-        d.takes(b"w", "up", 1)
-        d.gone(BROKER, b"")
-        d.gone(WORKERS, b"w")
-        d.wait(1.5)
-        d.broker.connected(BROKER, d.now)
-        d.collect()
+        self.lose_while_above_is_away(d)
         d.letters.clear()
         d.tell(BROKER, b"", 'RECALL {"tasks":[[1,1],[2,1]]}', "up")
         d.expect(b"", "LOST", tasks=[[1, 1]], fault=tc.CRASH)
