@@ -34,7 +34,7 @@ import threading
 import time
 import types
 import unittest
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from unittest import mock
 
 import testcloud as tc
@@ -984,15 +984,19 @@ class BrokerTest(unittest.TestCase):
         b.answer()
         for n in (1, 2):
             b.hear(tc.encode(COMMAND, {"cmd": "x", "id": n, "attempt": 1}), "r1")
-        first = b.effect(tc.Start).job
+        first, second = (b.effect(tc.Start).job for _ in range(2))
         b.machine.connected(BROKER, 0.0)
         b.collect()
         d.worker(b"w", tc.encode("READY", dict(b.lines[-1][2])))
         b.machine.finished(first, ending(), 0.0)  # so there is a slot
         b.collect()
         b.lines.clear()
+        self.assertFalse(b.may_start())
         for _, _, token, _, _, line in d.letters:
             b.hear(line, token)
+            if b.may_start():
+                break
+        self.assertEqual(b.effect(tc.Recall).job, second)
         b.quiet_but("LOST", "RESULT", "QUEUED")
 
     def test_after_a_restart_workers_may_come_first(self):
@@ -1714,6 +1718,8 @@ class Actor:
         self.generation = 0  # of its machine
         self.paused_until = 0.0
         self.inbox = []  # what happened to it while it was paused
+        self.line = OrderedDict()  # a worker's jobs that are to be started
+        self.start_until = -math.inf  # when that may be done, by its clock
         self.wire = None  # to its broker
         self.peers = {}  # (link, peer) > Wire, if it is a broker
         self.wants = None  # (broker's Actor, link) it connects to
@@ -1860,6 +1866,9 @@ class World:
         machine = actor.machine
         if machine is None:
             return
+        if actor.role == "worker" and not actor.plain:
+            actor.start_until = machine.start_until()
+            self.run_line(actor)
         due = machine.deadline()
         if due < 1e9:
             self.at(actor.world_time(due) + 1e-6, lambda g=actor.generation: self.tick(actor, g))
@@ -1987,11 +1996,17 @@ class World:
             elif actor.machine is not None:
                 self.connect(actor)
         elif kind is tc.Start:
-            if actor.plain or actor.machine.still_starts(effect.job):
+            if actor.plain:
                 self.start(actor, effect.job)
+            else:
+                actor.line[effect.job.key] = effect.job
+        elif kind is tc.Recall:
+            self.recall(actor, effect.job)
         elif kind is tc.Kill:
             key = (actor.name, generation, effect.job.key)
-            if key in self.live and (effect.hard or self.r.random() < 0.8):
+            if self.recall(actor, effect.job):
+                self.seen["killed in line"] += 1
+            elif key in self.live and (effect.hard or self.r.random() < 0.8):
                 job, token = self.live.pop(key)
                 self.finish(actor, generation, job, ending(143, b"killed"))
         elif kind is tc.Store:
@@ -2009,14 +2024,26 @@ class World:
 
     # --- commands
 
+    def recall(self, actor, job):
+        """As the Runner does."""
+        waited = actor.line.pop(job.key, None) is not None
+        if waited:
+            generation, how = actor.generation, tc.unable(tc.HANDED_BACK)
+            self.after(0, lambda: self.do(actor, generation, lambda m: (
+                m.finished(job, how, actor.clock(self.now)), m.settle())))
+        return waited
+
+    def run_line(self, actor):
+        """What the threads of a Runner do, whatever its loop is doing."""
+        if actor.machine is None or actor.paused_until > self.now:
+            return
+        while actor.line and actor.clock(self.now) < actor.start_until and actor.slots > sum(
+                key[0] == actor.name for key in self.live):
+            self.start(actor, actor.line.popitem(last=False)[1])
+
     def start(self, actor, job):
         """A command begins. How it will end is drawn now."""
         cmd, r = job.cmd, self.r
-        if not actor.plain and actor.clock(self.now) > job.start_by:  # as the Runner does
-            self.seen["stopped before the start"] += 1
-            how = ending(tc.NOT_RUN, reason=tc.TOO_LATE, unable=True)
-            self.do(actor, actor.generation, lambda m: m.finished(job, how, actor.clock(self.now)))
-            return
         self.starts[cmd] += 1
         self.say(actor.name, "starts", job.key, cmd)
         assert self.adversary or job.key not in self.attempts or job.key[0] in self.forgotten, \
@@ -2026,7 +2053,6 @@ class World:
         chained = "b1" in self.actors  # then what is lost above may have its lease below
         assert self.adversary or actor.plain or chained or job.key[0] in self.forgotten \
             or job.key not in self.lost, f"{job.key} starts too late"
-        assert actor.plain or actor.machine.running <= actor.machine.slots
         key = (actor.name, actor.generation, job.key)
         assert key not in self.live, f"{job.key} runs twice at one worker"
         token = object()
@@ -2042,7 +2068,13 @@ class World:
             how = ending(tc.NOT_RUN, output, reason="no room")
         else:
             how = ending(drawn.choice([0, 0, 1]), output)
-        generation = actor.generation
+        generation, when = actor.generation, actor.clock(self.now)
+
+        def tell():
+            if not actor.plain and self.live.get(key, (None, None))[1] is token:
+                self.do(actor, generation, lambda m: (
+                    m.started(job, when, actor.clock(self.now)), m.settle()))
+        self.after(tc.NEWS_DELAY, tell)
 
         def end():
             if self.live.get(key, (None, None))[1] is token:
@@ -2050,7 +2082,9 @@ class World:
                 if cmd.endswith("poison"):
                     self.crash(actor)
                 else:
-                    self.finish(actor, generation, job, how)
+                    self.after(r.choice([0, tc.NEWS_DELAY]),
+                               lambda: self.finish(actor, generation, job, how))
+                    self.run_line(actor)
         self.after(r.choice([0.01, 0.3, 2.0, 8.0]) * r.random(), end)
 
     def finish(self, actor, generation, job, how):
@@ -2064,7 +2098,8 @@ class World:
             known.add((code, how.output.data, reason))
         if job.until < actor.clock(actor.paused_until):  # when it goes on, this is seen first
             known.add((tc.TIMED_OUT, how.output.data, "stopped"))
-        self.do(actor, generation, lambda m: m.finished(job, how, actor.clock(self.now)))
+        self.do(actor, generation, lambda m: (
+            m.finished(job, how, actor.clock(self.now)), m.settle()))
 
     def report(self, actor, effect):
         cmd, result = effect.entry.cmd, effect.result
@@ -2142,6 +2177,7 @@ class World:
             return
         actor.generation += 1
         actor.paused_until, actor.inbox, actor.peers, actor.wire = 0.0, [], {}, None
+        actor.line.clear()
         name = f"{actor.name}.{actor.generation}"
         self.say(name, "begins")
         if actor.plain:
@@ -2266,6 +2302,9 @@ class World:
             if actor.generation != generation or actor.paused_until > self.now:
                 return
             self.say(actor.name, "goes on")
+            if duration > tc.UNAWARE:
+                actor.start_until = -math.inf  # until its loop has looked at the clock
+            self.run_line(actor)
             inbox, actor.inbox = actor.inbox, []
             self.do(actor, generation, wake)
             self.tick(actor, generation)  # what has come meanwhile it has not read yet
@@ -2526,6 +2565,7 @@ class Bench:
         self.collect()
 
     def collect(self):
+        self.machine.settle()  # after started() and finished()
         frames, effects = self.machine.take()
         for frame in frames:
             if frame.data:
@@ -2578,6 +2618,19 @@ class Bench:
         self.effect(tc.Start)
         self.quiet()
 
+    def may_start(self):
+        return self.now < self.machine.start_until()
+
+    def begin(self, job, when=None):
+        """The Runner has started it."""
+        self.machine.started(job, self.now if when is None else when, self.now)
+        self.collect()
+
+    def handed_back(self, job):
+        """The Runner hands it back: it had not been started."""
+        self.machine.finished(job, tc.unable(tc.HANDED_BACK), self.now)
+        self.collect()
+
     def quiet(self):
         assert not self.lines and not self.effects, (self.lines, self.effects)
 
@@ -2610,17 +2663,13 @@ class WorkerTest(unittest.TestCase):
         b.quiet()
         self.assertFalse(self.worker.jobs)
 
-    def test_accepts_more_than_its_slots_but_runs_no_more(self):
+    def test_accepts_more_than_its_slots(self):
         b = self.bench
         for id in (1, 2, 3):
             self.give(id)
             b.expect("QUEUED")
-        first = b.effect(tc.Start).job
-        b.effect(tc.Start)
+        self.assertEqual([b.effect(tc.Start).job.cmd for _ in range(3)], ["c1", "c2", "c3"])
         b.quiet()
-        self.worker.finished(first, ending(), 1.0)
-        b.collect()
-        self.assertEqual(b.effect(tc.Start).job.cmd, "c3")
 
     def test_the_same_command_twice_is_run_once(self):
         b = self.bench
@@ -2646,6 +2695,7 @@ class WorkerTest(unittest.TestCase):
         b.wait(tc.NEWS_DELAY)
         b.expect("QUEUED", tasks=[[3, 1]])
         b.hear('{"id":4,"attempt":1,"cmd":"c"}', "r")
+        b.quiet_until_start()
         self.worker.disconnected(BROKER, b"", b.now)
         self.worker.connected(BROKER, b.now)
         b.collect()
@@ -2659,15 +2709,12 @@ class WorkerTest(unittest.TestCase):
         b.expect("READY")
         b.answer(patience=6)  # so the lease ends at 2 + 4
         b.wait(2.0)
-        for id in (1, 2, 3):
-            self.give(id)
-        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        self.give(1)
+        self.assertEqual(self.worker.start_until(), 6.0)
         b.wait(6.0 - b.now)
-        self.worker.finished(jobs[0], ending(), b.now)
-        b.collect()
-        b.quiet_but("READY", "QUEUED", "RESULT")
+        self.assertFalse(b.may_start())
         b.answer(self.worker.session.number)  # to the greeting at 6
-        b.effect(tc.Start)
+        self.assertEqual(self.worker.start_until(), 10.0)
 
     def test_a_lease_begins_with_the_greeting_that_is_answered(self):
         """Not with one sent later, although its answer has not come either."""
@@ -2681,11 +2728,10 @@ class WorkerTest(unittest.TestCase):
         self.give(1)
         for number in (4, self.worker.session.number):  # of 6.0 and 12.0: before the command came
             b.answer(number)
-            self.assertNotIn(tc.Start, map(type, b.effects))
+            self.assertFalse(b.may_start())
         b.wait(2.0)
-        b.effects.clear()
         b.answer()
-        b.effect(tc.Start)
+        self.assertTrue(b.may_start())
 
     def test_a_command_that_comes_late_waits_for_the_answer_to_a_later_greeting(self):
         b = self.bench
@@ -2693,25 +2739,29 @@ class WorkerTest(unittest.TestCase):
         b.wait(7.0)
         self.give(1)
         b.answer()  # to a greeting sent before it came
-        b.effects = [effect for effect in b.effects if not isinstance(effect, tc.Notice)]
-        b.quiet_but("READY", "QUEUED")
-        b.hear('CANCEL {"tasks":[[1,1]]}', "r")
-        self.give(2)
+        self.assertFalse(b.may_start())
         b.wait(2.0)
-        b.lines.clear()
         b.answer()
-        self.assertEqual(b.effect(tc.Start).job.cmd, "c2")
+        self.assertTrue(b.may_start())
 
-    def test_what_is_cancelled_while_it_joins_is_not_started_when_it_has_joined(self):
+    def test_what_is_cancelled_while_it_joins_is_taken_back_before_anything_is_started(self):
         b = self.bench
         for id in (1, 2, 3):
             self.give(id)
-        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        jobs = [b.effect(tc.Start).job for _ in range(3)]
         b.hear("WHO")
+        self.assertFalse(b.may_start())
         self.worker.finished(jobs[0], ending(), b.now)
         b.hear('CANCEL {"tasks":[[3,1]]}', "r")
+        self.assertFalse(b.may_start())
+        self.assertEqual(b.effect(tc.Kill), tc.Kill(jobs[2], False))
+        b.lines.clear()
         b.hear('OK {"join":2}')
-        self.assertEqual((self.worker.running, b.effects), (1, []))
+        self.assertTrue(b.may_start())
+        b.expect("RESULT", id=1)
+        b.handed_back(jobs[2])
+        b.expect("LOST", tasks=[[3, 1]], why="cancelled")
+        b.quiet()
 
     def test_an_output_that_cannot_be_read_fails_its_command_and_nothing_else(self):
         b = self.bench
@@ -2739,12 +2789,30 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         for id in (1, 2, 3):
             self.give(id)
-        b.effect(tc.Start)
-        b.effect(tc.Start)
+        jobs = [b.effect(tc.Start).job for _ in range(3)]
+        b.begin(jobs[0])
         b.lines.clear()
-        b.hear('RECALL {"tasks":[[1,1],[3,1],[9,1]]}', "r")
-        b.expect("LOST", tasks=[[3, 1]], fault="")
+        b.hear('RECALL {"tasks":[[1,1],[2,1],[3,1],[9,1]]}', "r")
+        self.assertEqual([b.effect(tc.Recall).job for _ in range(2)], jobs[1:])
+        b.begin(jobs[1])  # we were not told in time
         b.quiet()
+        b.handed_back(jobs[2])
+        b.expect("LOST", tasks=[[3, 1]], fault="", why=tc.HANDED_BACK)
+        b.quiet()
+
+    def test_cancel_of_what_has_not_been_started(self):
+        b = self.bench
+        self.give(1)
+        job = b.effect(tc.Start).job
+        b.lines.clear()
+        b.hear("CANCEL", "r")
+        b.hear("CANCEL", "r")
+        b.hear('RECALL {"tasks":[[1,1]]}', "r")
+        self.assertEqual(b.effect(tc.Kill), tc.Kill(job, False))
+        b.handed_back(job)
+        b.expect("LOST", tasks=[[1, 1]], why="cancelled", fault="")
+        b.quiet()
+        self.assertFalse(self.worker.jobs or self.worker.kills)
 
     def test_cancel_kills_first_gently_then_hard_and_ends_with_lost(self):
         b = self.bench
@@ -2809,22 +2877,17 @@ class WorkerTest(unittest.TestCase):
                 while answers and answers[0][0] <= b.now:
                     b.hear(tc.encode("OK", {"join": answers.pop(0)[1]}))
 
-    def test_what_was_to_be_started_when_it_was_stopped_waits_for_a_lease_again(self):
+    def test_who_was_stopped_starts_nothing_until_it_has_joined_again(self):
         b = self.bench
         b.answer(patience=6)
-        self.worker.receive(BROKER, b"", "r", b'{"id":1,"attempt":1,"cmd":"a"}', b"", b.now)
-        self.worker.receive(BROKER, b"", "r", b'{"id":2,"attempt":1,"cmd":"b"}', b"", b.now)
-        self.worker.receive(BROKER, b"", "r", b'CANCEL {"tasks":[[2,1]]}', b"", b.now)
-        jobs = [effect.job for effect in self.worker.take()[1] if isinstance(effect, tc.Start)]
-        self.assertTrue(self.worker.still_starts(jobs[0]))
-        b.now = 20.0
-        self.worker.overslept(20.0, b.now)
-        self.assertEqual([self.worker.still_starts(job) for job in jobs], [False, False])
-        self.assertEqual((self.worker.running, list(self.worker.jobs)), (0, [("r", 1, 1)]))
+        self.give(1)
+        b.now = 0.6
+        self.assertTrue(b.may_start())
+        self.worker.overslept(0.6, b.now)
         b.collect()
-        b.effects.clear()
+        self.assertFalse(b.may_start())
         b.answer()
-        self.assertEqual(b.effect(tc.Start).job, jobs[0])
+        self.assertTrue(b.may_start())
 
     def test_who_was_stopped_joins_again_before_it_takes_more_commands(self):
         """The broker may have given those that wait in the socket to others."""
@@ -2832,6 +2895,7 @@ class WorkerTest(unittest.TestCase):
             b = Bench(machine)
             b.hear('OK {"join":1,"above":["b0"],"patience":6}')
             b.hear('{"cmd":"true","id":1,"attempt":1}', "r1")
+            b.wait(tc.NEWS_DELAY)
             b.lines.clear()
             b.effects.clear()
             machine.overslept(0.4, 0.4)  # too short for anything
@@ -2869,6 +2933,7 @@ class WorkerTest(unittest.TestCase):
         b.lines.clear()
         self.worker.finished(job, ending(0)._replace(output=output), 1.0)
         self.worker.finished(other, ending(0, b"\0" * tc.PLAIN_INLINE * 2), 1.0)
+        self.worker.settle()
         frames, _ = self.worker.take()
         self.assertLess(max(len(frame.body) for frame in frames), tc.MAX_FRAME)
         for offset in (tc.INLINE + 1, 2**44, 2**53):
@@ -2935,14 +3000,19 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         self.give(1, timeout=30)
         self.give(2, timeout=50)
+        self.give(3, timeout=1)  # waits for a slot
         b.lines.clear()
         job = b.effect(tc.Start).job
+        b.wait(1.0)
+        b.begin(job, 0.5)
+        b.begin(b.effect(tc.Start).job)
         b.effect(tc.Start)
-        for _ in range(29):
+        for _ in range(28):
             b.wait(1.0)
             b.hear("OK")
+        b.wait(1.4)
         self.assertFalse(b.effects)
-        b.wait(1.1)
+        b.wait(0.2)
         self.assertEqual(b.effect(tc.Kill), tc.Kill(job, False))
         b.wait(2.0)
         self.assertEqual(b.effect(tc.Kill), tc.Kill(job, True))
@@ -2956,6 +3026,7 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         self.give(1, timeout=3)
         job = b.effect(tc.Start).job
+        b.begin(job)
         b.wait(3.1)
         b.effect(tc.Kill)
         b.hear('CANCEL {"tasks":[[1,1]]}', "r")
@@ -2971,13 +3042,16 @@ class WorkerTest(unittest.TestCase):
         b.hear('OK {"join":1}')
         for id in (1, 2, 3):
             b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c"}), "run")
-        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        jobs = [b.effect(tc.Start).job for _ in range(3)]
+        b.begin(jobs[0])
         b.wait(tc.NEWS_DELAY)
         b.lines.clear()
         worker.stop(143, b.now)
         b.collect()
         b.expect("READY", slots=0)
-        b.expect("LOST", tasks=[[3, 1]], why=tc.LEAVING)
+        self.assertEqual([b.effect(tc.Recall).job for _ in range(3)], jobs)
+        b.handed_back(jobs[2])
+        b.expect("LOST", tasks=[[3, 1]], why=tc.HANDED_BACK)
         worker.finished(jobs[0], ending(0), b.now)
         b.collect()
         b.expect("RESULT", id=1, exitcode=0)
@@ -3010,14 +3084,14 @@ class WorkerTest(unittest.TestCase):
         for id in (1, 2, 3):
             self.give(id)
         b.lines.clear()
-        jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
+        jobs = [b.effect(tc.Start).job for _ in range(3)]
         self.worker.stop(143, b.now)
         b.collect()
         b.expect("READY", slots=0)
-        b.expect("LOST", tasks=[[3, 1]])
-        b.effect(tc.Kill)
-        b.effect(tc.Kill)
-        for job in jobs:
+        self.assertEqual([b.effect(tc.Kill).job for _ in range(3)], jobs)
+        b.handed_back(jobs[2])
+        b.expect("LOST", tasks=[[3, 1]], why=tc.LEAVING)
+        for job in jobs[:2]:
             self.worker.finished(job, ending(143), b.now)
         b.collect()
         self.assertEqual([verb for _, verb, _ in b.lines], ["LOST", "LOST", "BYE"])
@@ -3044,23 +3118,37 @@ class WorkerTest(unittest.TestCase):
 
 class RunnerTest(unittest.TestCase):
     def setUp(self):
+        self.began = {}
         self.endings = {}
         self.ended = threading.Condition()
-        self.runner = tc.Runner(4, self.tell)
-        self.addCleanup(self.runner.close)
+        self.runner = self.new_runner(4)
         self.dir = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.dir)
 
-    def tell(self, job, ending):
-        self.addCleanup(ending.output.close)
+    def new_runner(self, slots, name=""):
+        """Whoever is woken takes the news at once."""
+        runner = tc.Runner(slots, lambda: self.note(runner), name)
+        self.addCleanup(runner.close)
+        return runner
+
+    def note(self, runner):
         with self.ended:
-            self.endings[job.key] = ending
+            for job, what in runner.take_news():
+                if isinstance(what, tc.Ending):
+                    self.addCleanup(what.output.close)
+                    self.endings[job.key] = what
+                else:
+                    self.began[job.key] = what
             self.ended.notify_all()
 
     def start(self, cmd, cwd=None, **more):
         job = tc.Job(("r", id(cmd), 1), dict({"cmd": cmd, "cwd": cwd}, **more))
-        self.runner.start(job)
+        self.start_job(job)
         return job
+
+    def start_job(self, job):
+        self.runner.start(job)
+        self.runner.go_on(math.inf)
 
     def result(self, job):
         with self.ended:
@@ -3089,39 +3177,74 @@ class RunnerTest(unittest.TestCase):
             time.sleep(0.005)
         self.assertFalse(os.path.exists(f"/proc/{pid}"), f"process {pid} survives")
 
-    def test_what_was_to_be_started_before_we_were_stopped_is_handed_back(self):
-        job = tc.Job(("r", 1, 1), {"cmd": f"touch {self.dir}/started"})
-        job.start_by = time.monotonic() - 0.001
-        self.runner.start(job)
-        how = self.result(job)
-        self.assertEqual((how.unable, how.reason), (True, tc.TOO_LATE))
-        self.assertEqual(os.listdir(self.dir), [])
-        worker = tc.Worker("w", 1)
-        b = Bench(worker)
-        b.answer(patience=6)
-        b.hear('{"cmd":"x","id":1,"attempt":1}', "r1")
-        job = b.effect(tc.Start).job
-        self.assertEqual(job.start_by, 4.0)
-        worker.finished(job, how, b.now)
-        b.collect()
-        self.assertEqual(b.lines[-1], ("r1", "LOST", {
-            "tasks": [[1, 1]], "why": tc.TOO_LATE, "fault": "", "worker": "w"}))
+    def test_no_more_than_its_slots_run_and_others_wait_in_line(self):
+        self.runner = self.new_runner(2)
+        for n in range(4):
+            self.start(f"echo > {self.dir}/{n}; while [ ! -e {self.dir}/end ]; do sleep 0.01; done")
+        waiting = self.start(f"touch {self.dir}/never")
+        self.wait_for_file("1")
+        self.assertEqual(len(self.runner.todo), 3)
+        self.assertTrue(self.runner.recall(waiting))
+        how = self.result(waiting)
+        self.assertEqual((how.unable, how.reason), (True, tc.HANDED_BACK))
+        self.runner.kill(next(iter(self.runner.todo.values())), False)  # the third
+        open(f"{self.dir}/end", "w").close()
+        self.wait_for_file("3")
+        with self.ended:
+            self.assertTrue(self.ended.wait_for(lambda: len(self.endings) == 5, PATIENCE))
+        self.assertEqual(sorted(os.listdir(self.dir)), ["0", "1", "3", "end"])
+        self.assertEqual(sum(how.unable for how in self.endings.values()), 2)
+
+    def test_nothing_is_started_without_leave(self):
+        """If we were stopped since it was given, our loop must look at the clock first."""
+        jobs = [tc.Job(("r", n, 1), {"cmd": f"touch {self.dir}/{n}"}) for n in range(3)]
+        first = self.start("true")
+        self.result(first)  # a thread is there, and waits
+        for job in jobs:
+            self.runner.start(job)
+            self.runner.go_on(time.monotonic() - 0.001)
+        self.assertFalse(self.runner.recall(first))
+        self.assertEqual((os.listdir(self.dir), list(self.runner.todo)), ([], [j.key for j in jobs]))
+        self.runner.go_on(time.monotonic() + PATIENCE)
+        for job in jobs:
+            self.assertEqual(self.result(job).exitcode, 0)
+
+    def test_news_wait_for_company_but_not_for_long(self):
+        """They are told at once when little is in line, else soon; of what runs for long, that it
+        was started."""
+        self.runner = self.new_runner(1)
+        began = time.monotonic()
+        for _ in range(20):
+            self.runner.start(tc.Job(("r", len(self.runner.todo), 1), {"cmd": "true"}))
+        slow = tc.Job(("r", 20, 1), {"cmd": f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done"})
+        self.runner.start(slow)
+        for n in range(21, 21 + tc.SHORT_LINE):
+            self.runner.start(tc.Job(("r", n, 1), {"cmd": "true"}))
+        with mock.patch.object(self, "note", side_effect=self.note) as calls:
+            self.runner.go_on(math.inf)
+            with self.ended:
+                self.assertTrue(self.ended.wait_for(lambda: slow.key in self.began, PATIENCE))
+                self.assertEqual(len(self.endings), 20)
+        self.assertLess(calls.call_count, 3 + (time.monotonic() - began) / tc.NEWS_DELAY)
+        self.assertTrue(began < self.began[slow.key] < time.monotonic())
+        open(f"{self.dir}/end", "w").close()
+        self.result(slow)
 
     def test_an_error_of_a_networks_directory_is_no_shortage(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true", "cwd": self.dir})
         error = TimeoutError(errno.ETIMEDOUT, "Connection timed out", self.dir)
         with mock.patch.object(self.runner, "start_shell", side_effect=error):
-            self.runner.start(job)
+            self.start_job(job)
             how = self.result(job)
         self.assertFalse(how.unable)
         self.assertIn("cannot enter directory", how.reason)
 
     def test_what_cannot_be_started_in_time_is_not_started_later(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
-        job.start_by = time.monotonic() + 0.1
         error = BlockingIOError(errno.EAGAIN, "no process")
         with mock.patch.object(self.runner, "start_shell", side_effect=error) as tries:
             self.runner.start(job)
+            self.runner.go_on(time.monotonic() + 0.1)
             how = self.result(job)
         self.assertEqual((how.unable, how.reason), (True, "cannot start it: no process"))
         self.assertLess(tries.call_count, len(tc.SPAWN_DELAYS))
@@ -3133,7 +3256,7 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(tc.os, "killpg") as killpg, mock.patch.object(tc.os, "kill") as kill:
             for hard in (False, True):
                 self.runner.kill(job, hard)
-        self.assertFalse(killpg.called or kill.called)
+        self.assertFalse(killpg.called or kill.called or self.runner.killed)
 
     def test_output_and_exit_code(self):
         self.assertEqual(self.run_one("echo out; echo err >&2; echo out; exit 3"),
@@ -3150,7 +3273,7 @@ class RunnerTest(unittest.TestCase):
         self.addCleanup(os.close, file)
         os.set_inheritable(file, True)  # as what a shell has opened for a worker
         self.runner.close()
-        self.runner = tc.Runner(1, self.tell)
+        self.runner = self.new_runner(1)
         code, data = self.run_one("exec ls -l /proc/self/fd")
         found = re.findall(rb"(\d) -> (.*)", data)
         self.assertEqual([row[0] for row in found], [b"0", b"1", b"2", b"3"])  # 3 is ls's own
@@ -3160,10 +3283,9 @@ class RunnerTest(unittest.TestCase):
 
     def test_marks_replace_those_of_a_command_that_we_are(self):
         with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_RUN="x", TESTCLOUD_BROKER="b"):
-            runner = tc.Runner(1, self.tell, "w1")
-            self.addCleanup(runner.close)
+            self.runner = self.new_runner(1, "w1")
         job = tc.Job(("r", 5, 2), {"cmd": "env | grep ^TESTCLOUD_ | sort"})
-        runner.start(job)
+        self.start_job(job)
         output = self.result(job).output
         self.assertEqual(output.read(0, 999).split(), [
             b"TESTCLOUD_ATTEMPT=2", b"TESTCLOUD_BROKER=b", b"TESTCLOUD_RUN=r", b"TESTCLOUD_SEQ=5",
@@ -3172,16 +3294,17 @@ class RunnerTest(unittest.TestCase):
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):
         try:
-            spawner = tc.Spawner()
+            spawner = tc.Spawner([b"B=c"])
         except AttributeError:
             self.skipTest("libc lacks what it takes")
         ours, theirs = os.pipe()
         null = os.open(os.devnull, os.O_RDONLY)
         for file in (ours, theirs, null):
             self.addCleanup(os.close, file)
-        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A; exit 3"], [b"A=b"], b"/", null, theirs)
+        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], [b"A=b"], b"/",
+                            null, theirs)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
-        self.assertEqual(os.read(ours, 99), b"/\nb\n")
+        self.assertEqual(os.read(ours, 99), b"/\nbc\n")
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
@@ -3292,10 +3415,16 @@ class RunnerTest(unittest.TestCase):
             self.assertEqual(self.result(job).signal, signal.SIGKILL if hard else signal.SIGTERM)
 
     def test_kill_before_the_process_is_there(self):
+        real = self.runner.start_shell
+
+        def start_shell(*args):
+            self.runner.kill(job, True)
+            return real(*args)
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 1000"})
-        self.runner.kill(job, True)
-        self.runner.start(job)
-        self.assertEqual(self.result(job).signal, signal.SIGKILL)
+        with mock.patch.object(self.runner, "start_shell", start_shell):
+            self.start_job(job)
+            self.assertEqual(self.result(job).signal, signal.SIGKILL)
+        self.assertFalse(self.runner.killed)
 
     def test_close_kills_what_runs(self):
         self.start(f"echo $$ > {self.dir}/pid; sleep 1000")

@@ -167,7 +167,7 @@ READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
 ANNOUNCED = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
 MAX_PARTS = 100  # of READYs that a broker keeps, until the rest has come
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
-AHEAD = 8  # commands for each slot that a worker may be given beyond its slots
+AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
@@ -2049,24 +2049,30 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 #
 # The worker's bookkeeping: which commands it has accepted, which run, which results it
 # holds until their client has them. Every command that arrives is accepted at once
-# (QUEUED) and run as soon as a slot is free. The processes themselves belong to the
-# Runner: the machine asks with Start and Kill, and is told with finished().
+# (QUEUED) and handed to the Runner, which runs it as soon as a slot is free and we have a
+# lease. The machine asks with Start, Recall and Kill, and is told with started() and
+# finished().
 
 NOT_RUN = 126  # exit code of a command that could not be started, as of sh
 TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
 LEAVING = "its worker was stopped"
 HANDED_BACK = "it waited for a slot"
-TOO_LATE = "its worker was stopped when it was about to start it"
 
 
 class Start(NamedTuple):
-    """Effect: run this command."""
+    """Effect: run this command, after those before it, while start_until() allows."""
+
+    job: Job
+
+
+class Recall(NamedTuple):
+    """Effect: hand this command back, unless it has been started."""
 
     job: Job
 
 
 class Kill(NamedTuple):
-    """Effect: stop this running command; first gently, then hard."""
+    """Effect: hand this command back, or if it has been started stop it; gently first, then hard."""
 
     job: Job
     hard: bool
@@ -2160,14 +2166,19 @@ class Ending(NamedTuple):
     output: Any  # an Output, or whatever has size, read() and close()
     signal: int = 0  # that killed it
     reason: str = ""  # why it could not be run
-    unable: bool = False  # the machine lacked something: another one may have it
+    unable: bool = False  # it was not started, and others may: we lack something, or handed it back
+
+
+def unable(why: str) -> Ending:
+    """Of a command that was not started; others may."""
+    return Ending(NOT_RUN, 0.0, time.time(), Output(), reason=why, unable=True)
 
 
 class Job:
     """A command that the worker has accepted."""
 
-    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "start_by", "until",
-                 "killed", "cancelled", "ending")
+    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "until", "killed",
+                  "cancelled", "ending")
 
     def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
@@ -2177,8 +2188,7 @@ class Job:
         self.limit: int = fields.get("limit", 0)  # bytes of output, 0: none
         # 0, or how many go inline and no others at all; they must fit in a frame
         self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
-        self.state = WAITING  # for a slot; then RUNNING, DELIVERED (held), GONE
-        self.start_by: Seconds = math.inf  # after that somebody else may have been given it
+        self.state = WAITING  # for a slot, as far as we were told; then RUNNING, DELIVERED (held), GONE
         self.until: Seconds = math.inf  # when its timeout is over
         self.killed = False  # was told to end
         self.cancelled = ""  # why nobody wants its result
@@ -2199,12 +2209,10 @@ class Worker(Member):
         self.host = host
         self.address = address  # for notices
         self.jobs: Dict[Key, Job] = {}
-        self.waiting: Deque[Job] = deque()  # for a slot
-        self.running = 0
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to be told QUEUED
         self.ended: List[Job] = []  # to be told RESULT
         self.news_until: Seconds = math.inf  # when to tell both at the latest
-        self.kills: Dict[Job, Seconds] = {}  # when to kill running jobs; if killed, to do it hard
+        self.kills: Dict[Job, Seconds] = {}  # when to kill jobs; if killed, to do it hard
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
         self.left = False
@@ -2261,7 +2269,7 @@ class Worker(Member):
         if key not in self.jobs:
             job = Job(key, fields)
             self.jobs[key] = job
-            self.waiting.append(job)
+            self.effects.append(Start(job))
         self.tell_standing(key)
 
     def tell_standing(self, key: Key) -> None:
@@ -2307,60 +2315,45 @@ class Worker(Member):
             f"its output cannot be read on the worker: {error.strerror}"))
         self.tell_result(job)
 
-    def finished(self, job: Job, ending: Ending, now: Seconds) -> None:
-        """The Runner says that a command has ended."""
+    def start_until(self) -> Seconds:
+        """Nothing may be started later than this: others may have been given it."""
+        return self.session.lease_ends() if self.session.leased() else -math.inf
+
+    def started(self, job: Job, when: Seconds, now: Seconds) -> None:
+        """The Runner says that a command is running, since `when`; of a short one it does not."""
         self.now = now
-        self.running -= 1
+        job.state = RUNNING
+        if job.timeout and not job.killed:
+            job.until = when + job.timeout
+            self.kills[job] = min(self.kills.get(job, math.inf), job.until)
+
+    def finished(self, job: Job, ending: Ending, now: Seconds) -> None:
+        """The Runner says that a command has ended. Call settle() after the last of a batch."""
+        self.now = now
         self.kills.pop(job, None)
         if job.cancelled or ending.unable:
             ending.output.close()
             self.forget(job)
-            late = ending.reason == TOO_LATE
-            self.tell_lost(job.key, job.cancelled or ending.reason,
-                           "" if job.cancelled or late else SPAWN)
+            handed_back = job.cancelled or ending.reason == HANDED_BACK
+            self.tell_lost(job.key, job.cancelled or ending.reason, "" if handed_back else SPAWN)
         else:
             if job.killed:
                 ending = ending._replace(exitcode=TIMED_OUT, signal=0, reason=(
                     f"stopped after {job.timeout:g} seconds (see --timeout)"))
             job.state, job.ending = DELIVERED, ending
             self.ended.append(job)
-            self.news_until = min(self.news_until, self.now + NEWS_DELAY)
-        self.settle()
-
-    def still_starts(self, job: Job) -> bool:
-        """Whether what was to be started may be. If we were stopped since that was decided, it waits
-        for a slot again."""
-        if self.session.leased():
-            return True
-        self.running -= 1
-        self.kills.pop(job, None)
-        if job.killed:
-            self.forget(job)
-            self.tell_lost(job.key, job.cancelled or TOO_LATE)
-        else:
-            job.state = WAITING
-            self.waiting.appendleft(job)
-        return False
 
     def forget(self, job: Job) -> None:
         job.state = GONE
         self.jobs.pop(job.key, None)
 
     def settle(self) -> None:
-        """Fill the slots; when stopping, leave once nothing is left."""
-        while self.running < self.slots and self.waiting and self.session.leased():
-            job = self.waiting.popleft()
-            if job.state == WAITING:
-                job.state = RUNNING
-                job.start_by = self.session.lease_ends()
-                self.running += 1
-                if job.timeout:
-                    job.until = self.kills[job] = self.now + job.timeout
-                self.effects.append(Start(job))
-        if self.news_until <= self.now or self.ended and len(self.waiting) <= self.slots:
+        """Say what there is to say; when stopping, leave once nothing is left."""
+        if self.news_until <= self.now or self.ended:
             self.tell_news()
         if self.stopping is not None and not self.left:
-            wanted = self.running or (self.jobs and self.session.joined)
+            wanted = self.jobs and (self.session.joined or any(
+                job.state != DELIVERED for job in self.jobs.values()))
             if not wanted or self.now >= self.stop_at:
                 self.leave()
         if self.stopping is None:
@@ -2385,11 +2378,9 @@ class Worker(Member):
             self.stop_job(job, "cancelled")
 
     def stop_job(self, job: Job, why: str) -> None:
-        """A job that waits or has ended is dropped, a running one killed: LOST follows when
-        it has ended."""
-        if job.state != RUNNING:
-            if job.ending:
-                job.ending.output.close()
+        """A job that has ended is dropped, others are handed back or killed: LOST follows then."""
+        if job.ending:
+            job.ending.output.close()
             self.forget(job)
             self.tell_lost(job.key, why)
         else:
@@ -2397,7 +2388,7 @@ class Worker(Member):
             self.kill(job)
 
     def kill(self, job: Job) -> None:
-        """Tell a running job to end; kill it hard after a grace."""
+        """Tell a job to end; kill it hard after a grace."""
         if not job.killed:
             job.killed = True
             self.kills[job] = self.now + self.times.kill_grace
@@ -2409,8 +2400,8 @@ class Worker(Member):
 
     def on_recall(self, message: Message) -> None:
         for job in self.jobs_of(message):
-            if job.state == WAITING:
-                self.stop_job(job, HANDED_BACK)
+            if job.state == WAITING and not job.killed:
+                self.effects.append(Recall(job))
 
     def on_fetch(self, message: Message) -> None:
         fields = message.fields
@@ -2474,9 +2465,12 @@ class Worker(Member):
             if self.session.joined:
                 self.session.greet(now)
             for job in list(self.jobs.values()):
-                if job.state == RUNNING and self.drain:
+                if job.state == DELIVERED:
+                    continue
+                if self.drain:
+                    self.effects.append(Recall(job))
                     self.kills[job] = min(self.kills.get(job, math.inf), now + self.drain)
-                elif job.state != DELIVERED:
+                else:
                     self.stop_job(job, LEAVING)
         self.settle()
 
@@ -2510,13 +2504,14 @@ def broker_is_silent(address: str) -> str:
 # === Running commands =================================================================
 #
 # The only place with processes, and the only one with threads: one per slot, each of them
-# waiting for the one command that it runs. They share nothing with the machines: a job
-# goes in by a queue, its Ending comes out through a callback that may be called in any
-# thread. Each command is the leader of a process group of its own, so that it can be
-# killed with its children. Those that have moved to another session are found
-# when they lose their parent: Linux then gives them to us. And who runs commands is itself
-# the child of a supervisor, which kills what is left when its child has ended, even by
-# SIGKILL. Only if both are killed at once do commands survive.
+# waiting for the one command that it runs. They share nothing with the machines: jobs
+# stand in line for a slot here, so that one that is free need not ask for its next, and
+# what there is to tell is collected by the loop. It is woken for that when the line gets
+# short, or when news would be late. Each command is the leader of a process group of its
+# own, so that it can be killed with its children. Those that have moved to another session
+# are found when they lose their parent: Linux then gives them to us. And who runs commands
+# is itself the child of a supervisor, which kills what is left when its child has ended,
+# even by SIGKILL. Only if both are killed at once do commands survive.
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
@@ -2528,6 +2523,8 @@ SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may 
 LOOK_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tells us the end
 BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
+QUICK: Seconds = 0.002  # who ends sooner is not watched for anything but its output
+SHORT_LINE = 2  # commands for each slot: with fewer waiting, more are wanted at once
 
 
 def pidfd(pid: int) -> int:
@@ -2548,17 +2545,17 @@ def adopt_orphans() -> bool:
     return known and os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
-def children() -> List[int]:
-    """The pids of our main thread's children: those that it started itself, and orphans. An empty
-    list also if we can open no more files: that none is left, only waitpid() tells."""
-    try:
-        file = os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)  # open(): 20 us more
-    except OSError:
-        return []
-    try:
-        return [int(pid) for pid in b"".join(iter(lambda: os.read(file, 65536), b"")).split()]
-    finally:
-        os.close(file)
+def list_of_children() -> int:
+    """An open file for children()."""
+    return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
+
+
+def children(file: int) -> List[int]:
+    """The pids of our main thread's children: those that it started itself, and orphans."""
+    parts: List[bytes] = []
+    while not parts or parts[-1]:  # the system gives them in parts
+        parts.append(os.pread(file, 65536, sum(map(len, parts))))
+    return [int(pid) for pid in b"".join(parts).split()]
 
 
 def leave_terminal() -> None:
@@ -2645,6 +2642,7 @@ def supervise(run: Callable[[int], int]) -> int:
         adopt_orphans()  # is not inherited
         return run(control)
     os.close(control)
+    family = list_of_children()
     pid, how = 0, 0
     while pid != child:
         number = signal.sigwait(awaited)
@@ -2653,7 +2651,7 @@ def supervise(run: Callable[[int], int]) -> int:
         else:
             with contextlib.suppress(OSError):  # it has just ended
                 os.write(signals, bytes([number]))
-    stuck = bury_all()
+    stuck = bury_all(family)
     if stuck:
         complain(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
     if os.WIFSIGNALED(how):
@@ -2662,11 +2660,12 @@ def supervise(run: Callable[[int], int]) -> int:
     return os.WEXITSTATUS(how)
 
 
-def bury_all() -> List[int]:
-    """Kill all our children, and theirs as they become ours; those that would not die."""
+def bury_all(family: int) -> List[int]:
+    """Kill all our children, and theirs as they become ours; those that would not die. `family`
+    is our list_of_children()."""
     until = time.monotonic() + BURIAL
     while time.monotonic() < until:
-        for pid in children():
+        for pid in children(family):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -2674,7 +2673,7 @@ def bury_all() -> List[int]:
                 time.sleep(0.001)
         except ChildProcessError:  # none is left; that children() is empty would not say so
             return []
-    return children()
+    return children(family)
 
 
 def reaped(pid: int) -> bool:
@@ -2729,9 +2728,10 @@ class Spawner:
 
     STRUCT = 1024  # bytes for one of libc's, of which no known one needs more than 350
 
-    def __init__(self) -> None:
+    def __init__(self, environment: List[bytes]) -> None:
         import ctypes
         self.ctypes = ctypes
+        self.environment = self.texts(environment + [b""] * len(MARKS))  # with room for them
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
@@ -2743,9 +2743,11 @@ class Spawner:
         libc.sigaddset(default, signal.SIGXFSZ)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
-    def spawn(self, argv: List[bytes], environment: List[bytes], cwd: Optional[bytes],
+    def spawn(self, argv: List[bytes], marks: List[bytes], cwd: Optional[bytes],
               stdin: int, stdout: int) -> int:
         """Start a program; its pid. None of the texts has a NUL in it. Raises OSError."""
+        environment = type(self.environment).from_buffer_copy(self.environment)
+        environment[-1 - len(MARKS):] = [*marks, *[None] * (len(MARKS) + 1 - len(marks))]
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
@@ -2755,7 +2757,7 @@ class Spawner:
                 self.set_directory(actions, cwd)
             pid = self.ctypes.c_int()
             error = libc.posix_spawn(self.ctypes.byref(pid), argv[0], actions, self.attributes,
-                                     self.texts(argv), self.texts(environment))
+                                     self.texts(argv), environment)
         finally:
             libc.posix_spawn_file_actions_destroy(actions)
         if error:
@@ -2763,64 +2765,115 @@ class Spawner:
         return pid.value
 
     def texts(self, texts: List[bytes]) -> Any:
-        """An array as C has it, with a NULL at its end."""
+        """An array as C has it, with NULL at its end."""
         return (self.ctypes.c_char_p * (len(texts) + 1))(*texts)
 
 
-class Runner:
-    """Runs jobs in threads. `tell(job, ending)` is called for each, in its thread. With
-    `adopting`, the orphans of commands have become children of our main thread, which has no
-    others."""
+News = Tuple[Job, Union[Seconds, Ending]]  # when it was started (by our clock), or how it ended
 
-    def __init__(self, slots: int, tell: Callable[[Job, Ending], None], name: str = "",
+
+class Runner:
+    """Runs jobs in threads. `wake()` is called, in any thread, when take_news() has something
+    that should not wait. With `adopting`, the orphans of commands have become children of our main
+    thread, which has no others."""
+
+    def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
                  adopting: bool = False) -> None:
-        self.tell = tell
+        self.wake = wake
         self.slots = slots
         self.name = name  # the worker's
         self.inherited = [b"%s=%s" % row for row in os.environb.items() if row[0] not in MARKS]
-        self.adopting = adopting
+        self.family = list_of_children() if adopting else -1
         self.files = resource.getrlimit(resource.RLIMIT_NOFILE)  # for commands
         self.null = os.open(os.devnull, os.O_RDWR)
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # only in a session of its own a command cannot reach that
             with contextlib.suppress(ImportError, OSError, AttributeError):
-                self.spawner = Spawner()
+                self.spawner = Spawner(self.inherited)
                 inherit_nothing()
         self.reap_at: Seconds = 0.0
         self.stuck: List[int] = []  # orphans that cannot be killed
-        self.todo: queue.SimpleQueue[Optional[Job]] = queue.SimpleQueue()
+        self.start_until: Seconds = math.inf  # see go_on()
+        self.todo: OrderedDict[Key, Job] = OrderedDict()  # the line
         self.threads: List[threading.Thread] = []
-        # guards processes, and whoever reaps: nobody is signalled after the reaping
+        self.idle = 0  # how many of them wait for the bell
+        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.news: Deque[News] = deque()
+        self.news_until: Seconds = math.inf  # when the loop must be woken for them
+        self.woken = False  # it was, and has not come for them yet
+        # guards all but the news, and whoever reaps: nobody is signalled after the reaping
         self.lock = threading.Lock()
         # of the commands that run; None while it is being started
         self.processes: Dict[Key, Optional[Process]] = {}
         self.closing = False  # what starts now is killed at once
-        self.killed: Dict[Key, bool] = {}  # asked for before the process was there
+        self.killed: Dict[Key, bool] = {}  # asked for while its process was being started
+
+    # --- for the loop
 
     def start(self, job: Job) -> None:
-        if len(self.threads) < self.slots:
+        """Put a job in line. Call go_on() after the last of a batch."""
+        with self.lock:
+            self.todo[job.key] = job
+
+    def go_on(self, until: Seconds) -> None:
+        """Start what is in line, but nothing after `until`, or before this is called again."""
+        self.start_until = until
+        with self.lock:
+            wanted = len(self.todo) if time.monotonic() < until else 0
+            called = min(self.idle, wanted)
+            self.idle -= called
+        for _ in range(called):
+            self.bell.put(None)
+        for _ in range(min(wanted - called, self.slots - len(self.threads))):
             thread = threading.Thread(target=self.work, daemon=True, name="slot",
                                       args=(len(self.threads) + 1,))
             try:
                 thread.start()
-                self.threads.append(thread)
             except RuntimeError as error:  # no more threads: those that there are must do
-                if not self.threads:
-                    self.tell(job, Ending(NOT_RUN, 0.0, time.time(), Output(), reason=str(error),
-                                          unable=True))
-                    return
-                job.start_by = math.inf  # however long it has to wait for one
-        self.todo.put(job)
+                while self.todo and not self.threads:
+                    self.tell(self.todo.popitem(last=False)[1], unable(str(error)))
+                return
+            self.threads.append(thread)
+
+    def recall(self, job: Job) -> bool:
+        """Hand a job back if it is in line; false if it is not."""
+        with self.lock:
+            waited = self.todo.pop(job.key, None) is not None
+        if waited:
+            self.tell(job, unable(HANDED_BACK))
+        return waited
 
     def kill(self, job: Job, hard: bool) -> None:
-        """Signal a job's process group: SIGTERM, or SIGKILL if hard. One whose process is
-        about to be started is killed as soon as it is there."""
+        """Hand a job back, or signal its process group: SIGTERM, or SIGKILL if hard. One whose
+        process is being started is killed as soon as it is there."""
+        if self.recall(job):
+            return
         with self.lock:
             process = self.processes.get(job.key)
-            if process is None:
-                self.killed[job.key] = hard
-            else:
+            if process is not None:
                 self.signal(process, hard)
+            elif job.key in self.processes:
+                self.killed[job.key] = hard
+
+    def take_news(self) -> List[News]:
+        """What has happened since the last time. Commands that ended soon were not told as started."""
+        self.woken, self.news_until = False, math.inf
+        return [self.news.popleft() for _ in range(len(self.news))]
+
+    # --- in any thread
+
+    def tell(self, job: Job, what: Union[Seconds, Ending]) -> None:
+        """Add to the news, and wake the loop if they should not wait."""
+        now = time.monotonic()
+        self.news.append((job, what))
+        self.news_until = min(self.news_until, now + NEWS_DELAY)
+        if now >= self.news_until or len(self.todo) < SHORT_LINE * self.slots:
+            self.call_loop()
+
+    def call_loop(self) -> None:
+        if not self.woken:
+            self.woken = True
+            self.wake()
 
     def signal(self, process: Process, hard: bool) -> None:
         process.leaving = not hard
@@ -2840,47 +2893,56 @@ class Runner:
             for process in filter(None, self.processes.values()):
                 self.signal(process, True)
         for _ in self.threads:
-            self.todo.put(None)
+            self.bell.put(None)
         for thread in self.threads:
             thread.join(1.0)
-        if self.adopting:
-            bury_all()
+        if self.family >= 0:
+            bury_all(self.family)
+            os.close(self.family)
         if self.null >= 0:
             os.close(self.null)
-            self.null = -1
+        self.family = self.null = -1
 
     def work(self, slot: int) -> None:
         """A slot's thread; slots are numbered from 1."""
-        while True:
-            job = self.todo.get()
-            if job is None:
-                return
+        for job in iter(self.next_job, None):
             try:
                 ending = self.run(job, slot)
             except Exception as error:  # a bug of ours is that command's failure, with a reason
-                ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
-                                reason=f"testcloud failed to run it: {error!r}")
+                ending = unable(f"testcloud failed to run it: {error!r}")._replace(unable=False)
             self.tell(job, ending)
 
-    def environment(self, job: Job, slot: int) -> List[bytes]:
-        """A command's environment: ours, and what it can know of itself."""
+    def next_job(self) -> Optional[Job]:
+        """Wait until there is one that may be started; None when we are closing."""
+        while True:
+            with self.lock:
+                if self.closing:
+                    return None
+                if self.todo and time.monotonic() < self.start_until:
+                    key, job = self.todo.popitem(last=False)
+                    self.processes[key] = None
+                    return job
+                self.idle += 1
+            if self.news:
+                self.call_loop()
+            self.bell.get()
+
+    def marks(self, job: Job, slot: int) -> List[bytes]:
+        """What a command can know of itself, for its environment."""
         run, id, attempt = job.key
-        return self.inherited + [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
+        return [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
             MARKS, (run, id, attempt, slot, self.name))]
 
     def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
         output = Output(job.limit)
         wall, began = time.time(), time.monotonic()
-        if began > job.start_by:  # we were stopped since it was decided
-            return Ending(NOT_RUN, 0.0, wall, output, reason=TOO_LATE, unable=True)
-        with self.lock:
-            self.processes[job.key] = None
         try:
             process = self.spawn(job, slot)
         except (OSError, ValueError) as error:
             with self.lock:
                 del self.processes[job.key]
+                self.killed.pop(job.key, None)
             return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
                           unable=is_passing(error))
         with self.lock:
@@ -2888,7 +2950,8 @@ class Runner:
             if self.closing or job.key in self.killed:
                 self.signal(process, self.closing or self.killed.pop(job.key))
         try:
-            self.drain(job, process, output)
+            if not self.drain_quickly(process, output, began + QUICK):
+                self.drain(job, process, output, began)
         finally:
             os.close(process.pipe)
             self.clear_up(job, process)
@@ -2904,16 +2967,19 @@ class Runner:
         """Start a job's command. What this machine lacks now it may have in a moment."""
         for delay in SPAWN_DELAYS:
             try:
-                process = self.start_shell(job, self.environment(job, slot))
+                process = self.start_shell(job, self.marks(job, slot))
                 self.restore_limit(process.pid)
                 return process
             except OSError as error:
-                last = not delay or time.monotonic() + delay > job.start_by
-                if not is_passing(error) or last or self.closing or job.key in self.killed:
+                if not is_passing(error) or not delay:
                     raise
                 if error.errno == errno.EMFILE:
                     raise_limit()
-            time.sleep(delay)
+                self.call_loop()  # others' news should not wait for us
+                time.sleep(delay)
+                late = time.monotonic() >= self.start_until
+                if late or self.closing or job.key in self.killed:
+                    raise
         raise AssertionError("the last delay is 0")
 
     def restore_limit(self, pid: int) -> None:
@@ -2923,7 +2989,7 @@ class Runner:
             with contextlib.suppress(OSError):
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, self.files)
 
-    def start_shell(self, job: Job, environment: List[bytes]) -> Process:
+    def start_shell(self, job: Job, marks: List[bytes]) -> Process:
         """Start a shell with a job's command. What cannot be done the quick way is done, or found
         to be impossible and why, the slow way."""
         argv = [b"/bin/sh", b"-c", to_bytes(job.cmd)]
@@ -2932,10 +2998,10 @@ class Runner:
         try:
             if self.spawner and b"\0" not in argv[2] + (cwd or b""):
                 with contextlib.suppress(OSError):
-                    return Process(self.spawner.spawn(argv, environment, cwd, self.null, theirs), ours)
+                    return Process(self.spawner.spawn(argv, marks, cwd, self.null, theirs), ours)
             process = subprocess.Popen(
                 argv, stdin=self.null, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True,
-                env=dict(row.split(b"=", 1) for row in environment))
+                env=dict(row.split(b"=", 1) for row in self.inherited + marks))
             process.returncode = 0  # as if it had been waited for: that is our business
             return Process(process.pid, ours)
         except BaseException:
@@ -2962,10 +3028,10 @@ class Runner:
     def sweep(self) -> List[int]:
         """Reap the orphans that have ended, and kill those whose command has ended; returns
         the latter, for they take a moment to die and may leave orphans in their turn."""
-        if not self.adopting:
+        if self.family < 0:
             return []
         with self.lock:
-            orphans = [pid for pid in children() if not reaped(pid)]
+            orphans = [pid for pid in children(self.family) if not reaped(pid)]
             strays = [pid for pid in orphans if self.is_stray(pid)]
             for pid in strays:
                 with contextlib.suppress(OSError):  # not ours to kill: it has become another user's
@@ -2990,7 +3056,21 @@ class Runner:
             self.reap_at = time.monotonic() + REAP_INTERVAL
             self.sweep()
 
-    def drain(self, job: Job, process: Process, output: Output) -> None:
+    def drain_quickly(self, process: Process, output: Output, until: Seconds) -> bool:
+        """Collect output for a moment; true if the command has ended with it. Most short commands
+        have, and need no more system calls than these."""
+        poller = select.poll()
+        poller.register(process.pipe, select.POLLIN)
+        left = until - time.monotonic()
+        while left > 0 and poller.poll(left * 1000):
+            data = os.read(process.pipe, PIPE_SIZE)
+            if not data:
+                return process.has_ended()
+            output.write(data)
+            left = until - time.monotonic()
+        return False
+
+    def drain(self, job: Job, process: Process, output: Output, began: Seconds) -> None:
         """Collect output until the leader has ended; then kill what it left behind. But if it was
         asked to end, so were its children, and have the same grace: shells die at once."""
         pipe, leader = process.pipe, pidfd(process.pid)
@@ -3000,13 +3080,17 @@ class Runner:
             poller.register(leader, select.POLLIN)
         open_pipe, ended, until, part = True, False, math.inf, PIPE_SIZE
         late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
+        tell_at = min(began + NEWS_DELAY, self.news_until)
         while until == math.inf or (open_pipe and late):
-            late -= time.monotonic() >= until
-            if until < math.inf:
-                patience = max(0.0, until - time.monotonic())
-            else:
-                patience = -1.0 if leader >= 0 and not ended else LOOK_INTERVAL
-            events = dict(poller.poll(patience * 1000))
+            now = time.monotonic()
+            late -= now >= until
+            if now >= tell_at:
+                tell_at = math.inf
+                self.tell(job, began)
+                self.call_loop()
+            look_at = now + LOOK_INTERVAL if leader < 0 or ended else math.inf
+            due = min(look_at if until == math.inf else until, tell_at)
+            events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
             if not events and time.monotonic() >= until:
                 break
             if pipe in events:
@@ -3845,7 +3929,7 @@ def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
 class Node:
     """A machine with its links, and the functions that carry out its effects."""
 
-    def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], None]]) -> None:
+    def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> None:
         self.machine = machine
         self.links: Dict[str, Any] = {}
         self.effects = effects
@@ -3872,7 +3956,7 @@ class Loop:
         self.status: Optional[int] = None
         self.between: List[Callable[[], None]] = []  # called once a round
 
-    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], None]]) -> Node:
+    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Node:
         node = Node(machine, {
             Log: lambda effect: logging.log(effect.level, "%s", effect.text),
             Notice: lambda effect: complain(effect.text),
@@ -4535,19 +4619,19 @@ def run_broker(settings: argparse.Namespace) -> int:
 
 def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Runner]:
     """A node for the worker, with a Runner for its commands."""
-    def tell(job: Job, ending: Ending) -> None:
-        def deliver(now: Seconds) -> None:
-            runner.killed.pop(job.key, None)
-            worker.finished(job, ending, now)
-        loop.post(deliver)
-
-    def start(effect: Start) -> None:
-        if worker.still_starts(effect.job):
-            runner.start(effect.job)
-    runner = Runner(worker.slots, tell, worker.name, adopting)
+    def deliver(now: Seconds) -> None:
+        for job, what in runner.take_news():
+            if isinstance(what, Ending):
+                worker.finished(job, what, now)
+            else:
+                worker.started(job, what, now)
+        worker.settle()
+    runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting)
+    loop.between.append(lambda: runner.go_on(min(worker.start_until(), loop.clock() + UNAWARE)))
     loop.between.append(runner.reap)
     node = loop.add(worker, {
-        Start: start,
+        Start: lambda effect: runner.start(effect.job),
+        Recall: lambda effect: runner.recall(effect.job),
         Kill: lambda effect: runner.kill(effect.job, effect.hard)})
     return node, runner
 
