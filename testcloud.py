@@ -4039,8 +4039,8 @@ class Loop:
         by the time at which all that had come by then was seen to be there: not by the end of a
         round that took long."""
         before, now = self.expected, self.clock()
-        due = min([node.machine.deadline() for node in self.nodes]
-                  + [link.retry_at for link in self.sockets])
+        deadlines = [node.machine.deadline() for node in self.nodes]
+        due = min(deadlines + [link.retry_at for link in self.sockets])
         if now > before + OVERSLEPT or any(link.unread for link in self.sockets):
             due = now  # there may be something to be said to that, or is more to be read
         self.expected = min(max(due, now), now + LONGEST_WAIT)
@@ -4059,8 +4059,8 @@ class Loop:
                 link.receive()
             if link.retry_at <= polled:
                 link.retry(self.clock())
-        for node in self.nodes:
-            if node.machine.deadline() <= polled:
+        for node, deadline in zip(self.nodes, deadlines):
+            if deadline <= polled:
                 node.machine.tick(polled)
 
     def flush(self) -> None:
