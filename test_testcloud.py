@@ -62,8 +62,8 @@ class FakeOutput:
         self.data = None
 
 
-def ending(exitcode=0, output=b"", **more):
-    return tc.Ending(exitcode, 1.5, 1700000000.0, FakeOutput(output), **more)
+def ending(exitcode=0, output=b"", time=1.5, **more):
+    return tc.Ending(exitcode, time, 1700000000.0, FakeOutput(output), **more)
 
 
 def check_broker(broker):
@@ -1719,6 +1719,7 @@ class Actor:
         self.paused_until = 0.0
         self.inbox = []  # what happened to it while it was paused
         self.line = OrderedDict()  # a worker's jobs that are to be started
+        self.began = {}  # (run, id, attempt) > when it started it, by its clock
         self.start_until = -math.inf  # when that may be done, by its clock
         self.wire = None  # to its broker
         self.peers = {}  # (link, peer) > Wire, if it is a broker
@@ -2008,7 +2009,7 @@ class World:
                 self.seen["killed in line"] += 1
             elif key in self.live and (effect.hard or self.r.random() < 0.8):
                 job, token = self.live.pop(key)
-                self.finish(actor, generation, job, ending(143, b"killed"))
+                self.finish(actor, generation, job, self.timed(actor, job, ending(143, b"killed")))
         elif kind is tc.Store:
             known = self.fetched.get(actor.name, b"")
             self.fetched[actor.name] = known[:effect.offset] + effect.data
@@ -2068,7 +2069,8 @@ class World:
             how = ending(tc.NOT_RUN, output, reason="no room")
         else:
             how = ending(drawn.choice([0, 0, 1]), output)
-        generation, when = actor.generation, actor.clock(self.now)
+        generation = actor.generation
+        when = actor.began[job.key] = actor.clock(self.now)
 
         def tell():
             if not actor.plain and self.live.get(key, (None, None))[1] is token:
@@ -2082,15 +2084,20 @@ class World:
                 if cmd.endswith("poison"):
                     self.crash(actor)
                 else:
+                    ended = self.timed(actor, job, how)
                     self.after(r.choice([0, tc.NEWS_DELAY]),
-                               lambda: self.finish(actor, generation, job, how))
+                               lambda: self.finish(actor, generation, job, ended))
                     self.run_line(actor)
         self.after(r.choice([0.01, 0.3, 2.0, 8.0]) * r.random(), end)
+
+    def timed(self, actor, job, how):
+        """How it has ended, with the time that it took."""
+        return how._replace(time=(actor.clock(self.now) - actor.began[job.key]) * 1000)
 
     def finish(self, actor, generation, job, how):
         """A process has ended; its worker hears of it as soon as it listens."""
         code, reason = how.exitcode, how.reason
-        if job.killed and not job.cancelled:
+        if job.killed and not job.cancelled and how.time >= job.timeout * 1000:
             code, reason = tc.TIMED_OUT, "stopped"
             self.seen["timeout"] += 1
         known = self.endings.setdefault(job.cmd, {}).setdefault(job.key[2], set())
@@ -3017,10 +3024,23 @@ class WorkerTest(unittest.TestCase):
         b.wait(2.0)
         self.assertEqual(b.effect(tc.Kill), tc.Kill(job, True))
         b.lines.clear()
-        self.worker.finished(job, ending(137, b"so far", signal=9), b.now)
+        self.worker.finished(job, ending(137, b"so far", signal=9, time=31_999), b.now)
         b.collect()
         got = b.expect("RESULT", id=1, exitcode=tc.TIMED_OUT, signal=None, stdout="so far")
         self.assertIn("after 30 seconds", got["reason"])
+
+    def test_a_command_that_ended_just_before_its_timeout_has_not_timed_out(self):
+        """Although we hear of it after that."""
+        b = self.bench
+        self.give(1, timeout=1)
+        job = b.effect(tc.Start).job
+        b.begin(job)
+        b.wait(1.0)
+        b.effect(tc.Kill)
+        b.lines.clear()
+        self.worker.finished(job, ending(3, b"out", time=999.9), b.now)
+        b.collect()
+        b.expect("RESULT", id=1, exitcode=3, reason=None)
 
     def test_a_timed_out_command_that_is_cancelled_is_lost(self):
         b = self.bench
@@ -3049,7 +3069,7 @@ class WorkerTest(unittest.TestCase):
         worker.stop(143, b.now)
         b.collect()
         b.expect("READY", slots=0)
-        self.assertEqual([b.effect(tc.Recall).job for _ in range(3)], jobs)
+        self.assertEqual([b.effect(tc.Recall).job for _ in range(2)], jobs[1:])
         b.handed_back(jobs[2])
         b.expect("LOST", tasks=[[3, 1]], why=tc.HANDED_BACK)
         worker.finished(jobs[0], ending(0), b.now)
@@ -3200,6 +3220,16 @@ class RunnerTest(unittest.TestCase):
         jobs = [tc.Job(("r", n, 1), {"cmd": f"touch {self.dir}/{n}"}) for n in range(3)]
         first = self.start("true")
         self.result(first)  # a thread is there, and waits
+        late = self.start(f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done; rm {self.dir}/end")
+        while self.runner.todo:
+            time.sleep(0.001)
+        self.runner.slots = 1  # no more threads
+        self.runner.start(jobs[0])
+        self.runner.go_on(-math.inf)
+        open(f"{self.dir}/end", "w").close()
+        self.result(late)  # and its thread takes no other
+        while self.runner.idle < len(self.runner.threads):
+            time.sleep(0.001)
         for job in jobs:
             self.runner.start(job)
             self.runner.go_on(time.monotonic() - 0.001)
@@ -3208,6 +3238,54 @@ class RunnerTest(unittest.TestCase):
         self.runner.go_on(time.monotonic() + PATIENCE)
         for job in jobs:
             self.assertEqual(self.result(job).exitcode, 0)
+
+    def test_what_is_handed_back_is_told_at_once(self):
+        """However much is in line, while a slot is busy for long."""
+        self.runner = self.new_runner(1)
+        slow = self.start(f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done")
+        with self.ended:
+            self.assertTrue(self.ended.wait_for(lambda: slow.key in self.began, PATIENCE))
+        jobs = [self.start(f"true {n}") for n in range(9)]
+        self.runner.recall(jobs[-1])
+        self.assertEqual(self.result(jobs[-1]).reason, tc.HANDED_BACK)
+        self.runner.kill(jobs[-2], True)
+        self.assertEqual(self.result(jobs[-2]).reason, tc.HANDED_BACK)
+        self.assertNotIn(slow.key, self.endings)
+        open(f"{self.dir}/end", "w").close()
+
+    def test_who_is_called_too_late_to_start_anything_says_so(self):
+        self.result(self.start("true"))
+        job = tc.Job(("r", 1, 1), {"cmd": "true"})
+        calls = []
+        with mock.patch.object(self.runner, "call_loop", side_effect=lambda: calls.append(1)):
+            self.runner.start(job)
+            with self.runner.lock:
+                self.runner.start_until = -math.inf
+                self.runner.idle -= 1
+            self.runner.bell.put(None)
+            end = time.monotonic() + PATIENCE
+            while not calls and time.monotonic() < end:
+                time.sleep(0.001)
+        self.assertTrue(calls)
+
+    def test_news_are_told_although_their_slot_is_held_up_by_its_next_command(self):
+        self.runner = self.new_runner(1)
+        real, hold, first = self.runner.start_shell, threading.Event(), []
+
+        def start_shell(*args):
+            if first:
+                hold.wait(PATIENCE)
+            first.append(1)
+            return real(*args)
+        with mock.patch.object(self.runner, "start_shell", start_shell):
+            jobs = [self.start(f"true {n}") for n in range(9)]
+            end = time.monotonic() + PATIENCE
+            while jobs[0].key not in self.endings and time.monotonic() < end:
+                self.runner.go_on(math.inf)  # as its loop does
+            self.assertIn(jobs[0].key, self.endings)
+            hold.set()
+            for job in jobs:
+                self.result(job)
 
     def test_news_wait_for_company_but_not_for_long(self):
         """They are told at once when little is in line, else soon; of what runs for long, that it

@@ -172,7 +172,7 @@ AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
-NEWS_DELAY: Seconds = 0.01  # QUEUED waits so long for company, and RESULT while more will follow
+NEWS_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
 DONE_DELAY: Seconds = 0.05  # in which DONEs gather
 MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
@@ -2211,7 +2211,7 @@ class Worker(Member):
         self.jobs: Dict[Key, Job] = {}
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to be told QUEUED
         self.ended: List[Job] = []  # to be told RESULT
-        self.news_until: Seconds = math.inf  # when to tell both at the latest
+        self.news_until: Seconds = math.inf  # when to tell what was accepted, at the latest
         self.kills: Dict[Job, Seconds] = {}  # when to kill jobs; if killed, to do it hard
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
@@ -2334,10 +2334,10 @@ class Worker(Member):
         if job.cancelled or ending.unable:
             ending.output.close()
             self.forget(job)
-            handed_back = job.cancelled or ending.reason == HANDED_BACK
-            self.tell_lost(job.key, job.cancelled or ending.reason, "" if handed_back else SPAWN)
+            fault = "" if job.cancelled or ending.reason == HANDED_BACK else SPAWN
+            self.tell_lost(job.key, job.cancelled or ending.reason, fault)
         else:
-            if job.killed:
+            if job.killed and ending.time >= job.timeout * 1000:  # else it ended before that
                 ending = ending._replace(exitcode=TIMED_OUT, signal=0, reason=(
                     f"stopped after {job.timeout:g} seconds (see --timeout)"))
             job.state, job.ending = DELIVERED, ending
@@ -2468,7 +2468,8 @@ class Worker(Member):
                 if job.state == DELIVERED:
                     continue
                 if self.drain:
-                    self.effects.append(Recall(job))
+                    if job.state == WAITING:
+                        self.effects.append(Recall(job))
                     self.kills[job] = min(self.kills.get(job, math.inf), now + self.drain)
                 else:
                     self.stop_job(job, LEAVING)
@@ -2801,7 +2802,7 @@ class Runner:
         self.news: Deque[News] = deque()
         self.news_until: Seconds = math.inf  # when the loop must be woken for them
         self.woken = False  # it was, and has not come for them yet
-        # guards all but the news, and whoever reaps: nobody is signalled after the reaping
+        # guards line, idle threads and processes, and whoever reaps: nobody is signalled after that
         self.lock = threading.Lock()
         # of the commands that run; None while it is being started
         self.processes: Dict[Key, Optional[Process]] = {}
@@ -2816,10 +2817,14 @@ class Runner:
             self.todo[job.key] = job
 
     def go_on(self, until: Seconds) -> None:
-        """Start what is in line, but nothing after `until`, or before this is called again."""
+        """Start what is in line, as slots become free, but nothing after `until`: call it again
+        before that, or all slots rest."""
         self.start_until = until
+        now = time.monotonic()
+        if now >= self.news_until:  # whoever should have said so is held up, in starting a command
+            self.call_loop()
         with self.lock:
-            wanted = len(self.todo) if time.monotonic() < until else 0
+            wanted = len(self.todo) if now < until else 0
             called = min(self.idle, wanted)
             self.idle -= called
         for _ in range(called):
@@ -2841,6 +2846,7 @@ class Runner:
             waited = self.todo.pop(job.key, None) is not None
         if waited:
             self.tell(job, unable(HANDED_BACK))
+            self.call_loop()  # somebody waits for it
         return waited
 
     def kill(self, job: Job, hard: bool) -> None:
@@ -2909,7 +2915,9 @@ class Runner:
             try:
                 ending = self.run(job, slot)
             except Exception as error:  # a bug of ours is that command's failure, with a reason
-                ending = unable(f"testcloud failed to run it: {error!r}")._replace(unable=False)
+                ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
+                                reason=f"testcloud failed to run it: {error!r}")
+                self.forget(job)
             self.tell(job, ending)
 
     def next_job(self) -> Optional[Job]:
@@ -2923,9 +2931,14 @@ class Runner:
                     self.processes[key] = None
                     return job
                 self.idle += 1
-            if self.news:
+            if self.news or self.todo:  # the latter if our leave has just ended
                 self.call_loop()
             self.bell.get()
+
+    def forget(self, job: Job) -> None:
+        with self.lock:
+            self.processes.pop(job.key, None)
+            self.killed.pop(job.key, None)
 
     def marks(self, job: Job, slot: int) -> List[bytes]:
         """What a command can know of itself, for its environment."""
@@ -2940,9 +2953,7 @@ class Runner:
         try:
             process = self.spawn(job, slot)
         except (OSError, ValueError) as error:
-            with self.lock:
-                del self.processes[job.key]
-                self.killed.pop(job.key, None)
+            self.forget(job)
             return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
                           unable=is_passing(error))
         with self.lock:
@@ -3057,15 +3068,15 @@ class Runner:
             self.sweep()
 
     def drain_quickly(self, process: Process, output: Output, until: Seconds) -> bool:
-        """Collect output for a moment; true if the command has ended with it. Most short commands
-        have, and need no more system calls than these."""
+        """Collect output for a moment; true if the command has ended with it: then there is nothing
+        more to wait for, and no need of what it takes to do so."""
         poller = select.poll()
         poller.register(process.pipe, select.POLLIN)
         left = until - time.monotonic()
         while left > 0 and poller.poll(left * 1000):
             data = os.read(process.pipe, PIPE_SIZE)
             if not data:
-                return process.has_ended()
+                return not process.leaving and process.has_ended()
             output.write(data)
             left = until - time.monotonic()
         return False
@@ -4627,7 +4638,8 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Run
                 worker.started(job, what, now)
         worker.settle()
     runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting)
-    loop.between.append(lambda: runner.go_on(min(worker.start_until(), loop.clock() + UNAWARE)))
+    # the clock comes first: if we were stopped, it is what tells the worker that its lease is doubtful
+    loop.between.append(lambda: runner.go_on(min(loop.clock() + UNAWARE, worker.start_until())))
     loop.between.append(runner.reap)
     node = loop.add(worker, {
         Start: lambda effect: runner.start(effect.job),
