@@ -43,6 +43,8 @@ from testcloud import BROKER, CLIENTS, COMMAND, WORKERS
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "testcloud.py")
 PATIENCE = 60.0  # seconds a test waits for what must happen; far more than it takes
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # a key of the developer's is not for the tests
+os.environ.pop("TESTCLOUD_KEY_FILE", None)
 
 
 # === Helpers ==========================================================================
@@ -4323,6 +4325,282 @@ class SocketsTest(unittest.TestCase):
             self.assertFalse(tc.is_loopback(address))
 
 
+# === Keys =============================================================================
+
+
+class KeyFilesTest(unittest.TestCase):
+    KEYS = tc.Keys("B" * 40, "s" * 40, {"client": tc.Pair("c" * 40, "d" * 40),
+                                        "worker": tc.Pair("w" * 40, "x" * 40)},
+                   (tc.Holder("alice", "client", "a" * 40), tc.Holder("hub", "worker", "h" * 40)))
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.dir)
+        self.path = os.path.join(self.dir, "testcloud.key")
+
+    def refused(self, reason):
+        with self.assertRaises(tc.SetupError) as caught:
+            tc.read_keys(self.path)
+        self.assertRegex(str(caught.exception), reason)
+        for secret in ("s" * 40, "d" * 40, "x" * 40):
+            self.assertNotIn(secret, str(caught.exception))
+
+    def test_written_keys_are_read_again(self):
+        for keys in (self.KEYS, tc.Keys("B" * 40, pairs={"worker": tc.Pair("w" * 40, "x" * 40)})):
+            with contextlib.suppress(OSError):
+                os.remove(self.path)
+            tc.write_keys(self.path, keys)
+            self.assertEqual(tc.read_keys(self.path), keys)
+            self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
+        tc.replace_keys(self.path, self.KEYS)
+        self.assertEqual(tc.read_keys(self.path), self.KEYS)
+        self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
+
+    def test_what_is_damaged_is_refused_without_showing_it(self):
+        good = self.KEYS.to_json()
+        for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20], good.replace("B" * 40, "B" * 39),
+                     good.replace('"public": "a', '"pub": "a'), good.replace("s" * 40, "\u00e9" * 40),
+                     json.dumps({"broker": {"public": "B" * 40}}), good.replace('"d', '1, "d')):
+            with open(self.path, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(self.path, 0o600)
+            self.refused("no key file, or damaged")
+
+    def test_a_file_that_others_could_read_or_change_is_refused(self):
+        self.refused("No such file.*--key")
+        tc.write_keys(self.path, self.KEYS)
+        for mode in (0o604, 0o640, 0o620, 0o601):
+            os.chmod(self.path, mode)
+            self.refused("chmod 600")
+        os.chmod(self.path, 0o600)
+        with mock.patch.object(tc.os, "geteuid", return_value=os.geteuid() + 1):
+            self.refused("belongs to somebody else")
+        os.remove(self.path)
+        os.mkfifo(self.path, 0o600)
+        self.refused("it is no file")
+
+    def test_nothing_is_overwritten_and_no_link_followed(self):
+        os.symlink(os.path.join(self.dir, "elsewhere"), self.path)
+        with self.assertRaisesRegex(tc.SetupError, "is there already"):
+            tc.write_keys(self.path, self.KEYS)
+        self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
+        with self.assertRaisesRegex(tc.SetupError, "name another file"):
+            tc.write_keys(os.path.join(self.dir, "no", "such"), self.KEYS)
+
+    def test_where_it_is_found(self):
+        script, config = os.path.join(self.dir, "bin"), os.path.join(self.dir, "config")
+        beside, other = os.path.join(script, "testcloud.key"), f"{config}/testcloud/testcloud.key"
+        with mock.patch.object(tc, "__file__", os.path.join(script, "testcloud.py")), \
+                mock.patch.dict(os.environ, {"XDG_CONFIG_HOME": config}):
+            os.environ.pop("TESTCLOUD_KEY_FILE", None)
+            self.assertEqual(tc.find_key(None), "")
+            for path in (other, beside):
+                os.makedirs(os.path.dirname(path))
+                open(path, "w").close()
+                self.assertEqual(tc.find_key(None), path)
+            os.environ["TESTCLOUD_KEY_FILE"] = "/no/such"
+            self.assertEqual(tc.find_key(None), "/no/such")
+            self.assertEqual(tc.find_key("/given"), "/given")
+
+    def test_who_may_connect_as_what(self):
+        for role, key, name in [
+                ("client", "a", "alice"), ("client", "c", "the cloud's key"), ("client", "h", ""),
+                ("client", "w", ""), ("client", "B", ""), ("worker", "h", "hub"), ("worker", "a", ""),
+                ("worker", "w", "the cloud's key"), ("nobody", "a", ""), ("client", "z", "")]:
+            self.assertEqual(self.KEYS.admits(role, key * 40), name, (role, key))
+        self.assertEqual(self.KEYS.admits("client", ""), "")
+
+
+class KeysTest(unittest.TestCase):
+    """Who holds what, tries what, and what must happen; over real sockets."""
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.path = os.path.join(self.cloud.dir, "cloud.key")
+        self.keygen(self.path)
+        self.broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--key", self.path)
+
+    def keygen(self, *argv, status=0):
+        process = self.cloud.start("keygen", *argv)
+        self.assertEqual(process.wait(PATIENCE), status, self.cloud.err(process))
+        return self.cloud.err(process)
+
+    def holder(self, role, name):
+        """A key file made for somebody."""
+        path = os.path.join(self.cloud.dir, name)
+        self.keygen("--key", self.path, "--role", role, "--name", name, path)
+        return path
+
+    def raw(self, address, pair=None, server=None):
+        """A raw socket with its monitor: it shakes hands, or is refused."""
+        import zmq
+        sock = self.cloud.dealer()
+        monitor = sock.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        self.addCleanup(monitor.close, 0)
+        self.addCleanup(sock.disable_monitor)
+        if pair:
+            sock.setsockopt(zmq.CURVE_SERVERKEY, server.encode())
+            sock.setsockopt(zmq.CURVE_PUBLICKEY, pair.public.encode())
+            sock.setsockopt(zmq.CURVE_SECRETKEY, pair.secret.encode())
+        sock.connect(address)
+        self.assertTrue(monitor.poll(PATIENCE * 1000), "no handshake, and no failure")
+        event, _ = struct.unpack("=hi", monitor.recv_multipart()[0])
+        return sock, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+    def test_who_gets_in_where(self):
+        cloud = tc.read_keys(self.path)
+        worker = tc.read_keys(self.holder("worker", "w")).pairs["worker"]
+        client = tc.read_keys(self.holder("client", "c")).pairs["client"]
+        revoked = tc.read_keys(self.holder("client", "r")).pairs["client"]
+        self.keygen("--key", self.path, "--revoke", "r")
+        self.cloud.wait_for_log(self.broker, "read the keys again: 2 names")
+        stranger, other = tc.new_pair(), tc.new_pair()
+        stolen = tc.Pair(client.public, stranger.secret)  # a public key is no secret
+        for who, pair, at_clients, at_workers in [
+                ("without a key", None, False, False), ("any key", stranger, False, False),
+                ("a worker's", worker, False, True), ("a client's", client, True, False),
+                ("a revoked one", revoked, False, False), ("another's name", stolen, False, False),
+                ("the broker's public key", tc.Pair(cloud.broker, stranger.secret), False, False),
+                ("the cloud's for workers", cloud.pairs["worker"], False, True),
+                ("the cloud's for clients", cloud.pairs["client"], True, False)]:
+            with self.subTest(who):
+                for address, expected in ((self.broker.clients, at_clients),
+                                          (self.broker.workers, at_workers)):
+                    self.assertEqual(self.raw(address, pair, cloud.broker)[1], expected)
+        self.assertFalse(self.raw(self.broker.clients, client, other.public)[1])
+        self.assertIn("refused somebody at 127.0.0.1 as a client", self.cloud.err(self.broker))
+
+    def test_a_run_belongs_to_the_key_that_began_it(self):
+        """Whoever knows its name can neither take its results nor cancel it."""
+        cloud, run = tc.read_keys(self.path), b"r" * 32
+        alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
+        self.cloud.wait_for_log(self.broker, "read the keys again: 2 names")
+        one, _ = self.raw(self.broker.clients, alice, cloud.broker)
+        two, _ = self.raw(self.broker.clients, eve, cloud.broker)
+        hello = b'HELLO {"run":"%s","join":%d}'
+        one.send(hello % (run, 1))
+        self.assertTrue(one.recv().startswith(b"OK"))
+        two.send(hello % (run, 2))
+        self.assertIn(b"belongs to another key", two.recv())
+        two.send(b'CANCEL')
+        self.assertEqual(two.recv(), b"WHO")
+        again, _ = self.raw(self.broker.clients, alice, cloud.broker)
+        again.send(hello % (run, 3))
+        self.assertTrue(again.recv().startswith(b"OK"))
+
+    def test_a_workers_name_belongs_to_the_key_with_which_it_joined(self):
+        """Whoever knows it cannot answer for its commands, or take its place."""
+        cloud = tc.read_keys(self.path)
+        good, eve = (tc.read_keys(self.holder("worker", name)).pairs["worker"] for name in "ge")
+        self.cloud.wait_for_log(self.broker, "read the keys again: 2 names")
+        one, _ = self.raw(self.broker.workers, good, cloud.broker)
+        two, _ = self.raw(self.broker.workers, eve, cloud.broker)
+        client, _ = self.raw(self.broker.clients, cloud.pairs["client"], cloud.broker)
+        one.send(b'READY {"name":"w1","slots":1,"join":1}')
+        self.assertTrue(one.recv().startswith(b"OK"))
+        client.send(b'{"cmd":"x"}')
+        _, token, _ = one.recv_multipart()
+        two.send(b'READY {"name":"w1","slots":1,"join":2,"running":[["%s",1,1]]}' % token)
+        self.assertIn(b"belongs to another key", two.recv())
+        two.send(b'READY {"name":"w2","slots":1,"join":1,"running":[["%s",1,1]]}' % token)
+        self.assertEqual(two.recv_multipart()[1:], [token, b'CANCEL {"tasks":[[1,1]]}'])
+        self.assertTrue(two.recv().startswith(b"OK"))
+        two.send_multipart([b"", token, b'RESULT {"id":1,"attempt":1,"exitcode":9,"stdout":"bad"}'])
+        one.send_multipart([b"", token, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"good"}'])
+        self.assertIn(b'"good"', client.recv())
+
+    def test_nobody_chooses_an_id_that_could_be_anothers(self):
+        import zmq
+        cloud = tc.read_keys(self.path)
+        sock = self.cloud.dealer(identity=b"\0abcd-me")
+        for option, key in ((zmq.CURVE_SERVERKEY, cloud.broker),
+                            (zmq.CURVE_PUBLICKEY, cloud.pairs["client"].public),
+                            (zmq.CURVE_SECRETKEY, cloud.pairs["client"].secret)):
+            sock.setsockopt(option, key.encode())
+        sock.connect(self.broker.clients)
+        sock.send(b'HELLO {"run":"r1","join":1}')
+        self.assertFalse(sock.poll(300))
+
+    def test_a_run_with_files_for_each_role(self):
+        worker, client = self.holder("worker", "w"), self.holder("client", "c")
+        self.cloud.worker(self.broker, "--key", worker)
+        status, out = self.cloud.client(self.broker, ["echo $TESTCLOUD_SEQ"], "--key", client)
+        self.assertEqual((status, "\n1\n" in out), (0, True), out)
+        status, out = self.cloud.client(self.broker, ["env"], "--key", client)
+        for path in (worker, client, self.path):
+            for key in re.findall('"secret": "(.*?)"', tc.read_text(path)):
+                self.assertNotIn(key, out)
+        for argv in (["client", "--key", worker], ["worker", "--key", client],
+                     ["broker", "--key", client], ["keygen", "--key", client, "--role", "worker"]):
+            process = self.cloud.start(*argv, stdin=subprocess.DEVNULL)
+            self.assertEqual(process.wait(PATIENCE), 3)
+            self.assertRegex(self.cloud.err(process),
+                             "^testcloud: .*is (not for a|one holder's key).*\n$")
+
+    def test_what_is_wrong_is_said_soon(self):
+        self.keygen(os.path.join(self.cloud.dir, "other.key"))
+        plain = self.cloud.broker()
+        for broker, argv, what in [
+                (self.broker, ["--insecure"], "wants a key"),
+                (self.broker, ["--key", "other.key"], "has another key than ours"),
+                (plain, ["--key", self.path], "uses no key")]:
+            with self.subTest(what):
+                peers = (self.cloud.client(broker, ["true"], *argv, wait=False),
+                         self.cloud.worker(broker, *argv))
+                for peer in peers:
+                    self.cloud.wait_for_log(peer, what)
+                self.cloud.wait_for_log(broker, "somebody could not connect")
+                for peer in peers:
+                    self.assertNotIn("Traceback", self.cloud.err(peer))
+
+    def test_a_revoked_key_is_cut_off_and_one_made_later_gets_in_by_itself(self):
+        self.cloud.worker(self.broker, "--key", self.path)
+        alice = self.holder("client", "alice")
+        client = self.cloud.client(self.broker, None, "--key", alice, wait=False)
+        client.stdin.write(b"echo one\n")
+        client.stdin.flush()
+        self.cloud.wait_for_log(self.broker, "client ")
+        before = tc.read_keys(self.path)
+        self.keygen("--key", self.path, "--revoke", "alice")
+        self.cloud.wait_for_log(client, "does not accept our key")
+        tc.replace_keys(self.path, before)
+        client.stdin.write(b"echo two\n")
+        client.stdin.close()
+        client.stdin = None
+        status, out = self.cloud.finish(client)
+        self.assertEqual((status, out.count("\nOK! echo")), (0, 2), out)
+
+    def test_what_passes_cannot_be_read_and_with_no_key_it_can(self):
+        for argv, readable in ((["--key", self.path], False), (["--insecure"], True)):
+            broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", *argv)
+            proxies = [Proxy(broker.clients), Proxy(broker.workers)]
+            for proxy in proxies:
+                self.addCleanup(proxy.close)
+                proxy.record()
+            self.cloud.worker(proxies[1].address, *argv)
+            status, out = self.cloud.client(
+                proxies[0].address, ["echo command-$((40 + 2))-output"], *argv)
+            self.assertEqual(status, 0)
+            for proxy in proxies:
+                for text in (b"echo command", b"command-42-output"):
+                    self.assertEqual(text in proxy.recorded, readable, text)
+
+    def test_without_a_key_only_this_machine(self):
+        for argv in (["--clients", "0.0.0.0:0"], ["--workers", "*:0"], ["--clients", "[::]:0"]):
+            process = self.cloud.start("broker", *argv)
+            self.assertEqual(process.wait(PATIENCE), 2)
+            self.assertRegex(self.cloud.err(process), "^testcloud: .*keygen.*--insecure.*\n$")
+
+    def test_a_chain_of_brokers_with_keys(self):
+        below = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--key", self.path, "--upstream",
+                                  self.broker.workers)
+        self.cloud.worker(below, "--key", self.path)
+        status, out = self.cloud.client(self.broker, ["echo a"], "--key", self.path)
+        self.assertEqual(status, 0, out)
+
+
 # === Command line =====================================================================
 
 
@@ -4527,7 +4805,7 @@ class Cloud:
         out, _ = process.communicate(timeout=PATIENCE * 2)
         return process.returncode, out.decode("utf-8", "surrogateescape")
 
-    def dealer(self, address, identity=None):
+    def dealer(self, address=None, identity=None):
         import zmq
         if self.context is None:
             self.context = zmq.Context()
@@ -4538,7 +4816,8 @@ class Cloud:
             sock.setsockopt(zmq.ROUTING_ID, identity)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.RCVTIMEO, int(PATIENCE * 1000))
-        sock.connect(address)
+        if address:
+            sock.connect(address)
         self.test.addCleanup(sock.close, 0)
         return sock
 
@@ -4993,7 +5272,8 @@ class ProcessesTest(unittest.TestCase):
 
     def test_address_in_use(self):
         broker = self.cloud.broker()
-        for other in (self.cloud.start("broker", "--clients", broker.clients, "--workers", "*:0"),
+        for other in (self.cloud.start("broker", "--clients", broker.clients, "--workers",
+                                       "127.0.0.1:0"),
                       self.cloud.start("broker", "--clients", "127.0.0.1:0", "--workers",
                                        broker.workers)):
             self.assertEqual(other.wait(PATIENCE), 3)
@@ -5017,7 +5297,7 @@ class ProcessesTest(unittest.TestCase):
 
     def test_addresses_that_cannot_be_used(self):
         for argv in (["broker", "--clients", "no.such.host.invalid:0"],
-                     ["broker", "--clients", "192.0.2.1:0"],
+                     ["broker", "--insecure", "--clients", "192.0.2.1:0"],
                      ["broker", "--clients", "ipc:///no/such/dir/x"]):
             process = self.cloud.start(*argv)
             self.assertEqual(process.wait(PATIENCE), 3, argv)
@@ -5347,6 +5627,7 @@ class Proxy:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
         self.pairs = []
+        self.recorded = None
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
@@ -5378,12 +5659,18 @@ class Proxy:
                 if not data:
                     b.shutdown(socket.SHUT_WR)
                     return
+                if self.recorded is not None:
+                    self.recorded += data
                 if not pair.deaf:
                     b.sendall(data)
         except OSError:  # one of the two has broken off: so must the other
             for one in (a, b):
                 with contextlib.suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
+
+    def record(self):
+        """Keep what passes from now on, both ways."""
+        self.recorded = bytearray()
 
     def swallow(self):
         """Lose all that is sent from now on, and do not tell."""

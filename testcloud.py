@@ -16,6 +16,10 @@ workers that have a free slot; results go back the same way. Without --connect e
 happens on this machine. `client --local` needs neither broker nor worker. The options of
 each role: testcloud.py ROLE --help.
 
+Between machines it needs a key, which broker, workers and clients find beside the script:
+
+    python testcloud.py keygen                             once, then copy testcloud.key
+
 Exit status of the client
     0  every command was run and exited with 0
     1  some command failed
@@ -24,14 +28,16 @@ Exit status of the client
     129, 130, 143  terminal closed, interrupted with Ctrl-C, ended by SIGTERM
     141  nobody reads our stdout any more
 A broker or worker exits with 130, 143 or 129 when it is told to stop, 2 on wrong usage
-or a loop of brokers, and 3 when it cannot listen or (with --wait) finds no broker.
+or a loop of brokers, and 3 when it cannot listen, has no usable key, or (with --wait) finds
+no broker. keygen: 0, 2, or 3 when it cannot read or write a key.
 
 Protocol
-    ZeroMQ over TCP. The broker binds a ROUTER for clients (port 2224) and one for workers
-    (port 2225); clients and workers connect a DEALER. A body is UTF-8 text of one or more
-    lines `VERB {json}`; a line that begins with { is a command. Frames between client and
-    broker are [body], between broker and worker ["", token, body], where the token names
-    the client's run. A CHUNK is alone in its body and has its bytes in a frame after it.
+    ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds a ROUTER for
+    clients (port 2224) and one for workers (port 2225); these connect a DEALER. A body is
+    UTF-8 text of one or more lines `VERB {json}`; a line that begins with { is a command.
+    Frames between client and broker are [body], between broker and worker
+    ["", token, body], where the token names the client's run. A CHUNK is alone in its body
+    and has its bytes in a frame after it.
     Bytes that are no UTF-8 stand in JSON as lone surrogates U+DC80 to U+DCFF (PEP 383).
 
     {        client > broker > worker   run this command: cmd, cwd; id and attempt
@@ -141,6 +147,9 @@ Fields = Dict[str, Any]  # the decoded JSON of a line
 CLIENTS = "clients"  # a broker's link to its clients
 WORKERS = "workers"  # a broker's link to its workers
 BROKER = "broker"  # the link of a client, a worker or a chained broker to its broker
+
+CLIENT_ROLE, WORKER_ROLE = "client", "worker"
+ROLE_OF = {CLIENTS: CLIENT_ROLE, WORKERS: WORKER_ROLE}  # who may come to a broker's link
 
 CLIENT_PORT = 2224  # the seed's
 WORKER_PORT = 2225
@@ -588,6 +597,12 @@ class Machine:
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
         """This connection is gone for certain."""
 
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        """The link to the broker cannot come up, and why."""
+
+    def identified(self, link: str, peer: Peer, key: str) -> None:
+        """Of a new connection: the public key that its peer has proven to have."""
+
     def overslept(self, gap: Seconds, now: Seconds) -> None:
         """The process was stopped, or busy, for so long after something was due."""
 
@@ -621,6 +636,7 @@ class Session:
         self.greeting = greeting
         self.times = times
         self.up = False  # the connection, as far as we were told
+        self.trouble = ""  # why it cannot come up
         self.joined = False
         self.number = 0  # of the last greeting
         self.unanswered = 0  # greetings since anything was heard
@@ -656,6 +672,7 @@ class Session:
 
     def connected(self, now: Seconds) -> None:
         self.up = True
+        self.trouble = ""
         self.unanswered = 0
         self.join(now)
 
@@ -802,6 +819,11 @@ class Member(Machine):
         self.session.disconnected()
         self.settle()
 
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        self.now = now
+        self.session.trouble = why
+        self.settle()
+
     def on_who(self, message: Message) -> None:
         if self.session.joined:
             self.session.join(self.now)
@@ -835,7 +857,7 @@ class ClientLink:
     """A run: its client, and the tasks it wants."""
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
-                 "claimed", "lost", "last_id", "announced", "join", "owed")
+                 "claimed", "lost", "last_id", "announced", "join", "owed", "key")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -853,6 +875,7 @@ class ClientLink:
         self.join = 0  # number of its last HELLO that told what it has
         self.owed = 0  # bytes of results that it got and has not confirmed with DONE
         self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
+        self.key = ""  # public, with which it joined: nobody else is taken for it
 
     @property
     def plain(self) -> bool:
@@ -876,7 +899,7 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token")
+                 "careful", "ahead", "ready", "join", "stamp", "token", "key")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -894,6 +917,7 @@ class WorkerLink:
         self.join = 0  # number of its last READY that told what it has
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
+        self.key = ""  # public, with which it joined: nobody else is taken for it
 
     def free(self) -> int:
         """How many slots are free; less than 0 if commands wait there for one."""
@@ -1001,6 +1025,7 @@ class Broker(Machine):
         self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
         self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
         self.plain_peers = 0
+        self.keys: Dict[Tuple[str, Peer], str] = {}  # public, of peers that have proven to have them
         self.session = Session(self, "READY", self.greeting, times) if chained else None
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
@@ -1060,7 +1085,11 @@ class Broker(Machine):
             return
         if known is not None and known != run:
             raise ProtocolError("HELLO from a peer that is another run already")
+        key = self.keys.get((CLIENTS, peer), "")
+        if run in self.clients and self.clients[run].join and self.clients[run].key != key:
+            raise ProtocolError("this run belongs to another key")
         client = self.require_client(run, CLIENTS, peer)
+        client.key = key
         if message.fields["join"] <= client.join:  # was under way for long, on an older connection
             return
         client.join = message.fields["join"]
@@ -1210,12 +1239,15 @@ class Broker(Machine):
         known = self.workers.get(peer)
         if known is not None and (known.plain or known.name != name):
             raise ProtocolError("READY with a name other than before")
-        worker = self.named.get(name)
+        worker, key = self.named.get(name), self.keys.get((WORKERS, peer), "")
+        if worker is not None and worker.key != key:
+            raise ProtocolError("this name belongs to another key")
         if worker is not None and message.fields["join"] <= worker.join:
             return  # was under way for long, on an older connection
         fields = self.whole(peer, message.fields)
         if worker is None:
             worker = self.named[name] = WorkerLink(peer, name, False)
+            worker.key = key
             self.log(logging.INFO, f"worker {printable(name)} joined")
             self.slots += worker.slots
         elif worker.peer is None:
@@ -1322,8 +1354,12 @@ class Broker(Machine):
             worker.peer = None
             self.rank(worker)
 
+    def identified(self, link: str, peer: Peer, key: str) -> None:
+        self.keys[link, peer] = key
+
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
         self.now = now
+        self.keys.pop((link, peer), None)
         if link == WORKERS:
             self.parts.pop(peer, None)
         if link == BROKER and self.session:
@@ -1816,7 +1852,8 @@ class Broker(Machine):
     def waits_for(self) -> str:
         if not self.session or self.session.joined:
             return ""
-        return "waiting for the broker above" + ("" if self.session.up else ": not there (yet)")
+        absent = self.session.trouble or ("" if self.session.up else "not there (yet)")
+        return "waiting for the broker above" + (absent and ": " + absent)
 
     def recall(self) -> None:
         """Have commands handed back that wait for a slot although another worker has a free
@@ -1931,6 +1968,12 @@ class Broker(Machine):
         self.now = now
         if self.session:
             self.session.connected(now)
+        self.settle()
+
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        self.now = now
+        if self.session:
+            self.session.trouble = why
         self.settle()
 
     def greeting(self, joining: bool) -> Fields:
@@ -2491,6 +2534,8 @@ class Worker(Member):
 
 def waiting_for_broker(session: Session, address: str, role: str) -> str:
     """Why a client or worker has not joined yet, and what to do about it."""
+    if session.trouble:
+        return f"waiting: {session.trouble}"
     if session.up:
         return (f"waiting for an answer: something listens at {address}, but it does not answer "
                 f"as a broker does to a {role}; is that the port for {role}s?")
@@ -3828,6 +3873,9 @@ OVERSLEPT: Seconds = 0.25  # later than that we are not slow, but were stopped
 LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
 #   takes longer than both together
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
+REFUSED_DELAY: Seconds = 1.0  # between attempts to connect with a key that is not accepted
+GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
+REFUSAL_INTERVAL: Seconds = 10.0  # between lines about connections that were refused
 
 
 class UsageError(Exception):
@@ -3961,11 +4009,13 @@ class Loop:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.files: Dict[int, Callable[[Seconds], None]] = {}  # called when one can be read
+        # called when one can be read: a descriptor, or a socket of ZeroMQ
+        self.files: Dict[Any, Callable[[Seconds], None]] = {}
         self.watch(self.wake_in, self.woken)
         self.expected: Seconds = math.inf  # when we should look at the clock again, at the latest
         self.status: Optional[int] = None
         self.between: List[Callable[[], None]] = []  # called once a round
+        self.refusals = Refusals()
 
     def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Node:
         node = Node(machine, {
@@ -3989,8 +4039,8 @@ class Loop:
     def woken(self, now: Seconds) -> None:
         os.read(self.wake_in, 4096)
 
-    def watch(self, file: int, function: Callable[[Seconds], None]) -> None:
-        """Call this with the time when the descriptor can be read."""
+    def watch(self, file: Any, function: Callable[[Seconds], None]) -> None:
+        """Call this with the time when the descriptor or socket can be read."""
         self.files[file] = function
         self.poller.register(file, select.POLLIN)
 
@@ -4132,6 +4182,7 @@ class SocketLink:
         loop.sockets.append(self)
 
     def open(self, kind: int, events: int) -> None:
+        """Make socket and monitor; protect() is what is different with keys."""
         ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
@@ -4144,9 +4195,14 @@ class SocketLink:
         sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
         if ipv6:
             sock.setsockopt(zmq.IPV6, 1)
+        self.protect()
         self.monitor = sock.get_monitor_socket(events)
         self.loop.poller.register(sock, zmq.POLLIN)
         self.loop.poller.register(self.monitor, zmq.POLLIN)
+
+    def protect(self) -> None:
+        """With keys: prove who we are."""
+        raise NotImplementedError
 
     def close(self, linger: int) -> None:
         if self.socket is not None:
@@ -4251,18 +4307,30 @@ class RouterLink(SocketLink):
     we know that its last connection has ended: the new one takes over.
     """
 
-    def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
+    def __init__(self, loop: Loop, node: Node, name: str, address: str,
+                 gate: Optional[Gate] = None) -> None:
         super().__init__(loop, node, name, address)
+        self.gate = gate
+        self.users: Dict[Peer, str] = {}  # their public keys, if there is a gate
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
         self.limit = raise_limit()  # of open files: one for each peer
         self.bound = False
-        self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+                  | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
         self.socket.setsockopt(zmq.BACKLOG, 4096)
         self.bind()
+
+    def protect(self) -> None:
+        if self.gate is not None:
+            self.gate.links.append(self)
+            self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.gate.keys.secret.encode())
+            self.socket.setsockopt(zmq.ZAP_DOMAIN, ROLE_OF[self.name].encode())
+            self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else all may in whom nobody asks about
 
     def bind(self) -> None:
         place = resolve(self.address)
@@ -4308,6 +4376,11 @@ class RouterLink(SocketLink):
     def notice(self, now: Seconds) -> None:
         news = list(self.events())
         self.news += news
+        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        if any(event & failures for event, _ in news):
+            self.loop.refusals.tell(now, f"somebody could not connect to {self.address}: " + (
+                "with another key, with none, or with no program of ours" if self.gate else
+                "with a key, and we have none (testcloud.py keygen), or with no program of ours"))
         if any(event == zmq.EVENT_ACCEPTED and file >= self.limit - SPARE for event, file in news):
             limit, self.limit = self.limit, sys.maxsize  # said once
             complain(f"no more peers can connect: this process may have only {limit} open files; "
@@ -4322,8 +4395,27 @@ class RouterLink(SocketLink):
         frame = self.socket.recv(0, copy=False)
         if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
             self.meet(peer, frame, now)
-        self.hand_over(peer, self.rest(frame), now)
+        frames = self.rest(frame)
+        if self.gate is None or self.may_speak(peer):
+            self.hand_over(peer, frames, now)
         return True
+
+    def may_speak(self, peer: Peer) -> bool:
+        """With a gate: whether its key is (still) accepted, and it lets libzmq number it, so that
+        nobody can take another's place."""
+        assert self.gate is not None
+        if len(peer) == 5 and peer[:1] == b"\0" \
+                and self.gate.keys.admits(ROLE_OF[self.name], self.users.get(peer, "")):
+            return True
+        self.cut(peer)
+        return False
+
+    def cut(self, peer: Peer) -> None:
+        """End a peer's connection. libzmq cannot; but it sees when its socket is shut down."""
+        with contextlib.suppress(OSError, KeyError):
+            file = os.dup(self.known[peer])
+            with socket.socket(fileno=file) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
 
     def act_on_news(self, now: Seconds) -> None:
         """All messages are read: those whose connection was closed are gone."""
@@ -4351,9 +4443,13 @@ class RouterLink(SocketLink):
         self.news = [row for at, row in enumerate(self.news) if at not in old]
         self.peers[descriptor] = peer
         self.known[peer] = descriptor
+        if self.gate is not None:
+            self.users[peer] = frame.get("User-Id")
+            self.node.machine.identified(self.name, peer, self.users[peer])
 
     def gone(self, peer: Peer, now: Seconds) -> None:
         self.peers.pop(self.known.pop(peer, -1), None)
+        self.users.pop(peer, None)
         self.late.pop(peer, None)
         self.node.machine.disconnected(self.name, peer, now)
 
@@ -4369,16 +4465,109 @@ class RouterLink(SocketLink):
         return True
 
 
+class Gate:
+    """Tells libzmq who may connect (ZAP, rfc.zeromq.org/spec/27), and cuts off who may not any
+    more. Must be there before the first RouterLink."""
+
+    def __init__(self, loop: Loop, path: str, keys: Keys) -> None:
+        self.loop = loop
+        self.path = path
+        self.keys = keys
+        self.links: List[RouterLink] = []
+        self.state = self.state_of_file()
+        self.look_at: Seconds = 0.0
+        self.socket = loop.context.socket(zmq.REP)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.bind("inproc://zeromq.zap.01")
+        loop.watch(self.socket, self.answer)
+        loop.between.append(self.refresh)
+
+    def close(self) -> None:
+        self.loop.poller.unregister(self.socket)
+        self.socket.close()
+
+    def answer(self, now: Seconds) -> None:
+        """Answer all requests there are: each is a connection in its handshake."""
+        while True:
+            try:
+                request = self.socket.recv_multipart(NOBLOCK)
+            except zmq.Again:
+                return
+            number, role, place, key = request[1], request[2].decode(), request[3], z85(request[-1])
+            status = b"200" if self.keys.admits(role, key) else b"400"
+            if status == b"400":
+                self.loop.refusals.tell(now, f"refused somebody at {printable(place)} as a {role}: a "
+                                             f"key that is unknown, revoked, or for another role")
+            self.socket.send_multipart([b"1.0", number, status, b"", key.encode(), b""])
+
+    def state_of_file(self) -> Tuple[int, ...]:
+        try:
+            facts = os.stat(self.path)
+        except OSError:
+            return ()
+        return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+    def refresh(self) -> None:
+        """Read the key file again if it has changed: keys were made, or revoked."""
+        now = time.monotonic()
+        if now < self.look_at:
+            return
+        self.look_at = now + GATE_INTERVAL
+        state = self.state_of_file()
+        if state in (self.state, ()):
+            return
+        self.state = state
+        try:
+            keys = read_keys(self.path)
+        except SetupError as error:
+            logging.warning("%s (the keys that were in it are still valid)", error)
+            return
+        if keys.secret != self.keys.secret:
+            logging.warning("%s is the key of another cloud: restart the broker to use it", self.path)
+            return
+        self.keys = keys
+        logging.info("read the keys again: %d names", len(keys.holders))
+        for link in self.links:
+            for peer in list(link.users):
+                link.may_speak(peer)
+
+
+def z85(public: bytes) -> str:
+    """A key's 32 bytes as text; "" if it has not as many."""
+    import zmq.utils.z85
+    return zmq.utils.z85.encode(public).decode() if len(public) == 32 else ""
+
+
+class Refusals:
+    """Says who could not connect, but not all the time."""
+
+    def __init__(self) -> None:
+        self.next_at: Dict[str, Seconds] = {}
+
+    def tell(self, now: Seconds, text: str) -> None:
+        if now >= self.next_at.get(text, 0.0):
+            if len(self.next_at) > MAX_BAD_LINES:  # from as many addresses
+                self.next_at.clear()
+            self.next_at[text] = now + REFUSAL_INTERVAL
+            logging.warning("%s", text)
+
+
 class DealerLink(SocketLink):
     """The link of a client, a worker or a chained broker to its broker."""
 
-    def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
+    def __init__(self, loop: Loop, node: Node, name: str, address: str, server: str = "",
+                 pair: Optional[Pair] = None) -> None:
         super().__init__(loop, node, name, address)
         self.up = False
+        self.refused = False  # then libzmq may not try again, so we do
+        self.server = server  # the broker's public key, if there are keys
+        self.pair = pair
         self.connect()
 
     def connect(self) -> None:
-        self.open(zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self.open(zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+                  | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+                  | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a broker that is not there
         self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT[0])
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT[1])
@@ -4388,10 +4577,37 @@ class DealerLink(SocketLink):
             raise SetupError(f"cannot connect to {self.address} ({os.strerror(error.errno or 0)}): is "
                              f"that the address of a broker?") from None
 
+    def protect(self) -> None:
+        if self.pair is not None:
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, self.server.encode())
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, self.pair.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.pair.secret.encode())
+
+    def why_refused(self, event: int) -> str:
+        """What a failed handshake means."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return (f"the broker at {self.address} does not accept our key: it has been revoked, or "
+                    f"is for another role; ask for a new one (testcloud.py keygen --role ...)")
+        if self.pair is None:
+            return (f"what listens at {self.address} wants a key, or is no broker: copy the cloud's "
+                    f"{KEY_FILE} beside this script (see --key)")
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return (f"what listens at {self.address} uses no key, or is no broker: start the broker "
+                    f"again, now that there is a key (or use --insecure here as well)")
+        return (f"the broker at {self.address} has another key than ours: copy the {KEY_FILE} of its "
+                f"cloud to this machine")
+
+    def retry(self, now: Seconds) -> None:
+        if self.refused:
+            self.reset()
+        else:
+            super().retry(now)
+
     def reset(self) -> None:
         """A new socket: the old one's connection may be dead without knowing it."""
         self.close(0)
-        self.up = False
+        self.up = self.refused = False
+        self.retry_at = math.inf
         self.late.clear()
         self.connect()
 
@@ -4399,6 +4615,11 @@ class DealerLink(SocketLink):
         for event, _ in self.events():
             self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.late.clear()
+            if not self.up and event != zmq.EVENT_DISCONNECTED:
+                self.node.machine.refused(self.name, self.why_refused(event), now)
+                if not self.refused:
+                    self.refused, self.retry_at = True, now + REFUSED_DELAY
+                continue
             if self.up:
                 self.node.machine.connected(self.name, now)
             else:
@@ -4418,6 +4639,158 @@ class DealerLink(SocketLink):
         except zmq.Again:
             return not self.up  # without a connection it is dropped: we join again anyway
         return True
+
+
+# === Keys =============================================================================
+#
+# CURVE (of libzmq, rfc.zeromq.org/spec/26) encrypts connections and proves who is at the
+# other end. A cloud's key file has the pair of its broker, which proves that it is no
+# other; a pair for each of the other roles; and the public keys of those who have got files of
+# their own, with which they can play one role only. Keys are text: Z85, 40 characters.
+
+KEY_FILE = "testcloud.key"
+KEY_LENGTH = 40
+MAX_KEY_FILE = 1024 * 1024  # bytes: thousands of names
+
+
+class Pair(NamedTuple):
+    """Two keys that belong together."""
+
+    public: str
+    secret: str
+
+
+class Holder(NamedTuple):
+    """Somebody who has a key file for one role."""
+
+    name: str
+    role: str
+    public: str
+
+
+class Keys(NamedTuple):
+    """What is in a key file."""
+
+    broker: str  # its public key
+    secret: str = ""  # and its secret one, if this is the cloud's own file
+    pairs: Dict[str, Pair] = {}  # by role: with what to connect as such
+    holders: Tuple[Holder, ...] = ()  # who else may connect; only in the cloud's own file
+
+    def admits(self, role: str, public: str) -> str:
+        """The name of who has this public key and may connect as this; "" if nobody may."""
+        if role in self.pairs and public == self.pairs[role].public:
+            return "the cloud's key"
+        names = [who.name for who in self.holders if (who.role, who.public) == (role, public)]
+        return names[0] if names else ""
+
+    def to_json(self) -> str:
+        fields: Fields = {"broker": {"public": self.broker}}
+        if self.secret:
+            fields["broker"]["secret"] = self.secret
+        fields.update((role, pair._asdict()) for role, pair in self.pairs.items())
+        if self.holders:
+            fields["holders"] = [who._asdict() for who in self.holders]
+        return json.dumps(fields, indent=1) + "\n"
+
+
+def keys_from_json(text: str) -> Keys:
+    """Raises ValueError, with no word of what is secret."""
+    try:
+        fields = json.loads(text)
+        broker = fields["broker"]
+        found = Keys(
+            broker["public"], broker.get("secret", ""),
+            {role: Pair(**fields[role]) for role in ROLE_OF.values() if role in fields},
+            tuple(Holder(**row) for row in fields.get("holders", ())))
+        keys = [found.broker, *filter(None, [found.secret]), *(who.public for who in found.holders)]
+        keys += [key for pair in found.pairs.values() for key in pair]
+        sound = all(type(key) is str and len(key) == KEY_LENGTH and key.isascii() for key in keys)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        sound = False
+    if not sound or not found.pairs:
+        raise ValueError("it is no key file, or damaged; make one with: testcloud.py keygen")
+    return found
+
+
+def new_pair() -> Pair:
+    """Raises SetupError."""
+    require_zmq()
+    if not zmq.has("curve"):
+        raise SetupError("this pyzmq has no encryption (CURVE): install its wheel from PyPI, or "
+                         "Debian's python3-zmq")
+    public, secret = zmq.curve_keypair()
+    return Pair(public.decode(), secret.decode())
+
+
+def find_key(given: Optional[str]) -> str:
+    """The path of the key file: the one given, $TESTCLOUD_KEY_FILE, the one beside this script, the
+    one in the user's configuration; "" if there is none."""
+    named = given or os.environ.get("TESTCLOUD_KEY_FILE", "")
+    if named:
+        return named
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    places = [beside_script(KEY_FILE), os.path.join(config, "testcloud", KEY_FILE)]
+    return next(filter(os.path.lexists, places), "")
+
+
+def beside_script(name: str) -> str:
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+
+
+def read_keys(path: str) -> Keys:
+    """The keys in a file that only we can read. Raises SetupError."""
+    shown = printable(path, 1000)
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            facts = os.fstat(file)
+            if not stat.S_ISREG(facts.st_mode):
+                raise SetupError(f"cannot use the key {shown}: it is no file")
+            if facts.st_uid != os.geteuid():
+                raise SetupError(f"refusing the key {shown}: it belongs to somebody else, who can read "
+                                 f"and change it; copy it, and use the copy")
+            if facts.st_mode & 0o077:
+                raise SetupError(f"refusing the key {shown}: others than you may read or write it; if "
+                                 f"none has, protect it with: chmod 600 {shlex.quote(shown)}")
+            return keys_from_json(to_text(os.read(file, MAX_KEY_FILE)))
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise SetupError(f"cannot read the key {shown}: {error.strerror}; see --key, and "
+                         f"testcloud.py keygen") from None
+    except ValueError as error:
+        raise SetupError(f"cannot use the key {shown}: {error}") from None
+
+
+def write_keys(path: str, keys: Keys) -> None:
+    """Into a new file that only we can read. Raises SetupError."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(file, "w", encoding="ascii") as stream:
+            stream.write(keys.to_json())
+            stream.flush()
+            os.fsync(file)
+    except FileExistsError:
+        raise SetupError(f"{printable(path)} is there already, and is not overwritten: name another "
+                         f"file, or remove it") from None
+    except OSError as error:
+        raise SetupError(f"cannot write {printable(path)}: {error.strerror}; name another file"
+                         ) from None
+
+
+def replace_keys(path: str, keys: Keys) -> None:
+    """Change a cloud's key file as a whole, one of us at a time. Raises SetupError."""
+    path = os.path.realpath(path)
+    write_keys(path + ".new", keys)
+    os.replace(path + ".new", path)
+
+
+def as_member(keys: Keys, role: str, path: str) -> Pair:
+    """With what to connect. Raises SetupError."""
+    if role not in keys.pairs:
+        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the owner of the cloud "
+                         f"for one made with: testcloud.py keygen --role {role}")
+    return keys.pairs[role]
 
 
 # === Command line =====================================================================
@@ -4492,6 +4865,12 @@ weight.__name__ = "weight"
 positive.__name__ = "positive number"  # how argparse calls them in its errors
 seconds.__name__ = "number of seconds"
 
+KEY = option("--key", metavar="FILE",
+             help=f"the cloud's key (default: $TESTCLOUD_KEY_FILE, {KEY_FILE} beside the script, or "
+                  f"~/.config/testcloud/{KEY_FILE})")
+INSECURE = option("--insecure", action="store_true",
+                  help="use no key: nothing is encrypted, and whoever reaches the broker can run "
+                       "commands on its workers")
 VERBOSE = option("-v", "--verbose", action="store_true", help="say more on stderr")
 WAIT = option("--wait", type=seconds, default=math.inf, metavar="SECONDS",
               help="give up with exit status 3 after waiting so long for a broker, a worker or a "
@@ -4516,13 +4895,15 @@ KILL_GRACE = time_option("kill_grace", "between SIGTERM and SIGKILL for a comman
 
 OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
     "broker": ("take commands from clients and give them to workers", [
-        option("--clients", default="127.0.0.1", metavar="ADDR",
-               help=f"listen here for clients (default: tcp://127.0.0.1:{CLIENT_PORT})"),
-        option("--workers", default="127.0.0.1", metavar="ADDR",
-               help=f"listen here for workers (default: tcp://127.0.0.1:{WORKER_PORT})"),
+        option("--clients", metavar="ADDR",
+               help=f"listen here for clients (default: tcp://*:{CLIENT_PORT}; without a key "
+                    f"tcp://127.0.0.1:{CLIENT_PORT})"),
+        option("--workers", metavar="ADDR",
+               help=f"listen here for workers (default: tcp://*:{WORKER_PORT}; without a key "
+                    f"tcp://127.0.0.1:{WORKER_PORT})"),
         option("--upstream", metavar="ADDR",
                help="join the broker at ADDR as a worker with all our workers' slots"),
-        VERBOSE,
+        KEY, INSECURE, VERBOSE,
         time_option("queued_timeout", "a command not confirmed in time goes to another worker"),
         time_option("worker_expiry", "forget a worker that was silent for so long"),
         time_option("client_lease", "drop the commands of a client that was silent for so long"),
@@ -4536,7 +4917,7 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
                help="workers of higher weight are used first (default: 0)"),
         option("--drain", type=seconds, default=0.0, metavar="SECONDS",
                help="when told to stop, give running commands so long to end (default: 0)"),
-        WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE]),
+        KEY, INSECURE, WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE]),
     "client": ("run commands, one a line from stdin, and report their results", [
         option("--connect", default="localhost", metavar="ADDR",
                help=f"the broker (default: tcp://localhost:{CLIENT_PORT})"),
@@ -4557,10 +4938,21 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
                help="try a command that fails up to N more times, on another worker if there is one"),
         option("--max-output", type=byte_count, default=0, metavar="SIZE",
                help="keep so many bytes of each output (also: 64k, 10M, 2G; default: all)"),
-        WAIT, VERBOSE, CRASH_LIMIT, READY_INTERVAL, MISSED_OKS, KILL_GRACE,
+        KEY, INSECURE, WAIT, VERBOSE, CRASH_LIMIT, READY_INTERVAL, MISSED_OKS, KILL_GRACE,
         option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
                help="a command for each line of stdin, which takes the place of {} (shell-"
                     "quoted) or is appended; without a template each line is a whole command")]),
+    "keygen": ("make the key of a cloud, or one for somebody who is to play one role in it", [
+        option("file", nargs="?", metavar="FILE",
+               help=f"where to write it (default: {KEY_FILE} beside the script; with --role, "
+                    f"testcloud-NAME.key in the current directory)"),
+        option("--role", choices=tuple(ROLE_OF.values()),
+               help="make a file for a worker's or a client's machine, with which nothing else can be "
+                    "done"),
+        option("--name", metavar="NAME",
+               help="whose it is, to be able to revoke it (default: the role)"),
+        option("--revoke", metavar="NAME", help="that key is not accepted any more, from now on"),
+        KEY, VERBOSE]),
 }
 
 
@@ -4575,7 +4967,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="testcloud.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
-    roles = parser.add_subparsers(dest="role", metavar="broker | worker | client", required=True,
+    roles = parser.add_subparsers(dest="subcommand", metavar="broker | worker | client | keygen",
+                                  required=True,
                                   parser_class=Parser)
     for role, (purpose, options) in OPTIONS.items():
         part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".")
@@ -4606,26 +4999,60 @@ def announce(text: str) -> None:
         raise SetupError(f"cannot write to stdout ({error.strerror})") from None
 
 
+def keys_of(settings: argparse.Namespace) -> Tuple[str, Optional[Keys]]:
+    """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
+    if settings.insecure:
+        if settings.key:
+            raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
+        return "", None
+    path = find_key(settings.key)
+    return (path, read_keys(path)) if path else ("", None)
+
+
 def run_broker(settings: argparse.Namespace) -> int:
-    places = (parse_address(settings.clients, CLIENT_PORT, listen=True),
-              parse_address(settings.workers, WORKER_PORT, listen=True))
+    path, keys = keys_of(settings)
+    everywhere = "127.0.0.1" if keys is None else "*"
+    places = (parse_address(settings.clients or everywhere, CLIENT_PORT, listen=True),
+              parse_address(settings.workers or everywhere, WORKER_PORT, listen=True))
+    if keys is not None and not keys.secret:
+        raise SetupError(f"the key {printable(path)} is not for a broker: that needs the cloud's own, "
+                         f"as made by: testcloud.py keygen")
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
-    with contextlib.closing(Loop(sockets=True)) as loop:
+    for place in map(resolve, places):
+        if keys is None and not is_loopback(place) and not settings.insecure:
+            raise UsageError(f"without a key only this machine may reach the broker, and {place} can "
+                             f"be reached from the network: make a key with: testcloud.py keygen "
+                             f"(--insecure does without, and lets anybody run commands here)")
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(Loop(sockets=True)))
+        gate = None if keys is None else Gate(loop, path, keys)
+        if gate is not None:
+            stack.enter_context(contextlib.closing(gate))
         broker = Broker(incarnation(), times_from(settings), bool(upstream), time.monotonic())
         node = loop.add(broker, {})
-        clients = RouterLink(loop, node, CLIENTS, places[0])
-        workers = RouterLink(loop, node, WORKERS, places[1])
+        clients = RouterLink(loop, node, CLIENTS, places[0], gate)
+        workers = RouterLink(loop, node, WORKERS, places[1], gate)
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         announce(f"Listening for clients on {clients.address}")
         announce(f"Listening for workers on {workers.address}")
         for link in (clients, workers):
-            if not is_loopback(link.address):
-                complain(f"warning: {link.address} can be reached from the network, and whoever "
-                         f"reaches it can run commands on the workers; there are no keys yet")
+            if keys is None and not is_loopback(link.address):
+                complain(f"warning: {link.address} can be reached from the network, without a key: "
+                         f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
+                         f"results")
         if upstream:
-            DealerLink(loop, node, BROKER, upstream)
+            connect(loop, node, upstream, WORKER_ROLE, path, keys)
             announce(f"Joining the broker at {upstream}")
         return loop.run()
+
+
+def connect(loop: Loop, node: Node, address: str, role: str, path: str,
+            keys: Optional[Keys]) -> None:
+    """A link to the broker, for that role."""
+    if keys is None:
+        DealerLink(loop, node, BROKER, address)
+    else:
+        DealerLink(loop, node, BROKER, address, keys.broker, as_member(keys, role, path))
 
 
 def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Runner]:
@@ -4648,13 +5075,54 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Run
     return node, runner
 
 
+def run_keygen(settings: argparse.Namespace) -> int:
+    if settings.role and settings.revoke or settings.name and not settings.role:
+        raise UsageError("--name goes with --role, and --revoke with neither")
+    if not settings.role and not settings.revoke:
+        path = settings.file or beside_script(KEY_FILE)
+        broker = new_pair()
+        write_keys(path, Keys(broker.public, broker.secret,
+                              {role: new_pair() for role in ROLE_OF.values()}))
+        announce(f"Wrote {path}: the key of a new cloud, for machines that you trust with all of it")
+        return 0
+    own = find_key(settings.key)
+    if not own:
+        raise SetupError("there is no cloud's key yet: make it first, with: testcloud.py keygen")
+    keys = read_keys(own)
+    if not keys.secret:
+        raise SetupError(f"{printable(own)} is one holder's key: only with the cloud's own one can "
+                         f"keys be made or revoked (see --key)")
+    if settings.revoke:
+        rest = tuple(who for who in keys.holders if who.name != settings.revoke)
+        if rest == keys.holders:
+            names = ", ".join(who.name for who in keys.holders) or "nobody"
+            raise UsageError(f"no key has been made for {printable(settings.revoke)}: there are those "
+                             f"of {names}")
+        replace_keys(own, keys._replace(holders=rest))
+        announce(f"Revoked the key of {settings.revoke}")
+        return 0
+    holder = settings.name or settings.role
+    if not holder.isascii() or not holder.replace("-", "").replace("_", "").isalnum():
+        raise UsageError("a name has letters, digits, - and _ only")
+    if any(who.name == holder for who in keys.holders):
+        raise UsageError(f"there is a key of {holder} already: choose another --name, or --revoke it")
+    pair, path = new_pair(), settings.file or f"testcloud-{holder}.key"
+    write_keys(path, Keys(keys.broker, pairs={settings.role: pair}))
+    replace_keys(own, keys._replace(
+        holders=(*keys.holders, Holder(holder, settings.role, pair.public))))
+    announce(f"Wrote {path}: copy it to the {settings.role}'s machine, as {KEY_FILE} beside the script")
+    return 0
+
+
 def run_worker(settings: argparse.Namespace) -> int:
     address = parse_address(settings.connect, WORKER_PORT)
     resolve(address)
-    return supervise(lambda control: work(settings, address, control))
+    path, keys = keys_of(settings)
+    return supervise(lambda control: work(settings, address, path, keys, control))
 
 
-def work(settings: argparse.Namespace, address: str, control: int) -> int:
+def work(settings: argparse.Namespace, address: str, path: str, keys: Optional[Keys],
+         control: int) -> int:
     """What a worker does, below its supervisor."""
     if control >= 0:
         leave_terminal()
@@ -4663,7 +5131,7 @@ def work(settings: argparse.Namespace, address: str, control: int) -> int:
                     settings.drain)
     with contextlib.closing(Loop(sockets=True)) as loop:
         node, runner = attach_runner(loop, worker, control >= 0)
-        DealerLink(loop, node, BROKER, address)
+        connect(loop, node, address, WORKER_ROLE, path, keys)
         loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {worker.slots} slot"
                  f"{'' if worker.slots == 1 else 's'}")
@@ -4782,6 +5250,7 @@ def run_client(settings: argparse.Namespace) -> int:
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     """What a client does; below a supervisor if it runs the commands itself."""
     times, slots = times_from(settings), settings.slots or usable_cpus()
+    path, keys = ("", None) if settings.local else keys_of(settings)
     if sys.stdin is None:
         raise UsageError("stdin is closed: there are no commands to read")
     if sys.stdout is None:
@@ -4816,7 +5285,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
         else:
-            DealerLink(loop, node, BROKER, address)
+            connect(loop, node, address, CLIENT_ROLE, path, keys)
         status = loop.run()
         if status == 0 and reporter.failed:  # it had no room for an output
             status = 1
@@ -4872,7 +5341,7 @@ def say_what_is_missing(client: Client, status: int) -> None:
              + (f", {unknown} not run or unknown" if unknown else ""))
 
 
-RUN = {"broker": run_broker, "worker": run_worker, "client": run_client}
+RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "keygen": run_keygen}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -4884,10 +5353,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
         settings = build_parser().parse_args(argv)
         level = logging.DEBUG if settings.verbose else logging.INFO
-        if settings.role == "client" and not settings.verbose:
+        if settings.subcommand == "client" and not settings.verbose:
             level = logging.WARNING
         logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s")
-        return RUN[settings.role](settings)
+        return RUN[settings.subcommand](settings)
     except UsageError as error:
         complain(str(error))
         return 2
