@@ -148,7 +148,7 @@ CLIENTS = "clients"  # a broker's link to its clients
 WORKERS = "workers"  # a broker's link to its workers
 BROKER = "broker"  # the link of a client, a worker or a chained broker to its broker
 
-CLIENT_ROLE, WORKER_ROLE = "client", "worker"
+BROKER_ROLE, CLIENT_ROLE, WORKER_ROLE = "broker", "client", "worker"
 ROLE_OF = {CLIENTS: CLIENT_ROLE, WORKERS: WORKER_ROLE}  # who may come to a broker's link
 
 CLIENT_PORT = 2224  # the seed's
@@ -2221,7 +2221,7 @@ class Job:
     """A command that the worker has accepted."""
 
     __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "until", "killed",
-                  "cancelled", "ending")
+                 "cancelled", "ending")
 
     def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
@@ -4376,8 +4376,7 @@ class RouterLink(SocketLink):
     def notice(self, now: Seconds) -> None:
         news = list(self.events())
         self.news += news
-        failures = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        if any(event & failures for event, _ in news):
+        if any(event not in (zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED) for event, _ in news):
             self.loop.refusals.tell(now, f"somebody could not connect to {self.address}: " + (
                 "with another key, with none, or with no program of ours" if self.gate else
                 "with a key, and we have none (testcloud.py keygen), or with no program of ours"))
@@ -4683,6 +4682,10 @@ class Keys(NamedTuple):
         names = [who.name for who in self.holders if (who.role, who.public) == (role, public)]
         return names[0] if names else ""
 
+    def serve(self, role: str) -> bool:
+        """Whether they are what it takes to be a broker, a worker or a client."""
+        return bool(self.secret) if role == BROKER_ROLE else role in self.pairs
+
     def to_json(self) -> str:
         fields: Fields = {"broker": {"public": self.broker}}
         if self.secret:
@@ -4707,7 +4710,7 @@ def keys_from_json(text: str) -> Keys:
         sound = all(type(key) is str and len(key) == KEY_LENGTH and key.isascii() for key in keys)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
-    if not sound or not found.pairs:
+    if not sound or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
         raise ValueError("it is no key file, or damaged; make one with: testcloud.py keygen")
     return found
 
@@ -4783,14 +4786,6 @@ def replace_keys(path: str, keys: Keys) -> None:
     path = os.path.realpath(path)
     write_keys(path + ".new", keys)
     os.replace(path + ".new", path)
-
-
-def as_member(keys: Keys, role: str, path: str) -> Pair:
-    """With what to connect. Raises SetupError."""
-    if role not in keys.pairs:
-        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the owner of the cloud "
-                         f"for one made with: testcloud.py keygen --role {role}")
-    return keys.pairs[role]
 
 
 # === Command line =====================================================================
@@ -4968,8 +4963,7 @@ def build_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
     roles = parser.add_subparsers(dest="subcommand", metavar="broker | worker | client | keygen",
-                                  required=True,
-                                  parser_class=Parser)
+                                  required=True, parser_class=Parser)
     for role, (purpose, options) in OPTIONS.items():
         part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".")
         for row in options:
@@ -4999,27 +4993,29 @@ def announce(text: str) -> None:
         raise SetupError(f"cannot write to stdout ({error.strerror})") from None
 
 
-def keys_of(settings: argparse.Namespace) -> Tuple[str, Optional[Keys]]:
+def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys]]:
     """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
-    if settings.insecure:
-        if settings.key:
-            raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
+    if settings.insecure and settings.key:
+        raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
+    path = "" if settings.insecure else find_key(settings.key)
+    if not path:
         return "", None
-    path = find_key(settings.key)
-    return (path, read_keys(path)) if path else ("", None)
+    keys = read_keys(path)
+    if not keys.serve(role):
+        made = "keygen" if role == BROKER_ROLE else f"keygen --role {role}"
+        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the owner of the cloud "
+                         f"for one made with: testcloud.py {made}")
+    return path, keys
 
 
 def run_broker(settings: argparse.Namespace) -> int:
-    path, keys = keys_of(settings)
+    path, keys = keys_of(settings, BROKER_ROLE)
     everywhere = "127.0.0.1" if keys is None else "*"
     places = (parse_address(settings.clients or everywhere, CLIENT_PORT, listen=True),
               parse_address(settings.workers or everywhere, WORKER_PORT, listen=True))
-    if keys is not None and not keys.secret:
-        raise SetupError(f"the key {printable(path)} is not for a broker: that needs the cloud's own, "
-                         f"as made by: testcloud.py keygen")
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
-    for place in map(resolve, places):
-        if keys is None and not is_loopback(place) and not settings.insecure:
+    for place in map(resolve, places) if keys is None and not settings.insecure else ():
+        if not is_loopback(place):
             raise UsageError(f"without a key only this machine may reach the broker, and {place} can "
                              f"be reached from the network: make a key with: testcloud.py keygen "
                              f"(--insecure does without, and lets anybody run commands here)")
@@ -5041,18 +5037,17 @@ def run_broker(settings: argparse.Namespace) -> int:
                          f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
                          f"results")
         if upstream:
-            connect(loop, node, upstream, WORKER_ROLE, path, keys)
+            connect(loop, node, upstream, WORKER_ROLE, keys)
             announce(f"Joining the broker at {upstream}")
         return loop.run()
 
 
-def connect(loop: Loop, node: Node, address: str, role: str, path: str,
-            keys: Optional[Keys]) -> None:
+def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys]) -> None:
     """A link to the broker, for that role."""
     if keys is None:
         DealerLink(loop, node, BROKER, address)
     else:
-        DealerLink(loop, node, BROKER, address, keys.broker, as_member(keys, role, path))
+        DealerLink(loop, node, BROKER, address, keys.broker, keys.pairs[role])
 
 
 def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Runner]:
@@ -5079,50 +5074,58 @@ def run_keygen(settings: argparse.Namespace) -> int:
     if settings.role and settings.revoke or settings.name and not settings.role:
         raise UsageError("--name goes with --role, and --revoke with neither")
     if not settings.role and not settings.revoke:
-        path = settings.file or beside_script(KEY_FILE)
-        broker = new_pair()
-        write_keys(path, Keys(broker.public, broker.secret,
-                              {role: new_pair() for role in ROLE_OF.values()}))
-        announce(f"Wrote {path}: the key of a new cloud, for machines that you trust with all of it")
+        make_cloud(settings.file or beside_script(KEY_FILE))
         return 0
     own = find_key(settings.key)
     if not own:
         raise SetupError("there is no cloud's key yet: make it first, with: testcloud.py keygen")
     keys = read_keys(own)
-    if not keys.secret:
+    if not keys.serve(BROKER_ROLE):
         raise SetupError(f"{printable(own)} is one holder's key: only with the cloud's own one can "
                          f"keys be made or revoked (see --key)")
     if settings.revoke:
-        rest = tuple(who for who in keys.holders if who.name != settings.revoke)
-        if rest == keys.holders:
-            names = ", ".join(who.name for who in keys.holders) or "nobody"
-            raise UsageError(f"no key has been made for {printable(settings.revoke)}: there are those "
-                             f"of {names}")
-        replace_keys(own, keys._replace(holders=rest))
-        announce(f"Revoked the key of {settings.revoke}")
-        return 0
-    holder = settings.name or settings.role
-    if not holder.isascii() or not holder.replace("-", "").replace("_", "").isalnum():
-        raise UsageError("a name has letters, digits, - and _ only")
-    if any(who.name == holder for who in keys.holders):
-        raise UsageError(f"there is a key of {holder} already: choose another --name, or --revoke it")
-    pair, path = new_pair(), settings.file or f"testcloud-{holder}.key"
-    write_keys(path, Keys(keys.broker, pairs={settings.role: pair}))
-    replace_keys(own, keys._replace(
-        holders=(*keys.holders, Holder(holder, settings.role, pair.public))))
-    announce(f"Wrote {path}: copy it to the {settings.role}'s machine, as {KEY_FILE} beside the script")
+        revoke(own, keys, settings.revoke)
+    else:
+        add_holder(own, keys, settings.role, settings.name or settings.role, settings.file)
     return 0
+
+
+def make_cloud(path: str) -> None:
+    broker = new_pair()
+    pairs = {role: new_pair() for role in ROLE_OF.values()}
+    write_keys(path, Keys(broker.public, broker.secret, pairs))
+    announce(f"Wrote {path}: the key of a new cloud, for machines that you trust with all of it")
+
+
+def revoke(own: str, keys: Keys, name: str) -> None:
+    rest = tuple(who for who in keys.holders if who.name != name)
+    if rest == keys.holders:
+        names = ", ".join(who.name for who in keys.holders) or "nobody"
+        raise UsageError(f"no key has been made for {printable(name)}: there are those of {names}")
+    replace_keys(own, keys._replace(holders=rest))
+    announce(f"Revoked the key of {name}")
+
+
+def add_holder(own: str, keys: Keys, role: str, name: str, path: Optional[str]) -> None:
+    """A key file for one role, and its name in the cloud's own."""
+    if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
+        raise UsageError("a name has letters, digits, - and _ only")
+    if any(who.name == name for who in keys.holders):
+        raise UsageError(f"there is a key of {name} already: choose another --name, or --revoke it")
+    pair, path = new_pair(), path or f"testcloud-{name}.key"
+    write_keys(path, Keys(keys.broker, pairs={role: pair}))
+    replace_keys(own, keys._replace(holders=(*keys.holders, Holder(name, role, pair.public))))
+    announce(f"Wrote {path}: copy it to the {role}'s machine, as {KEY_FILE} beside the script")
 
 
 def run_worker(settings: argparse.Namespace) -> int:
     address = parse_address(settings.connect, WORKER_PORT)
     resolve(address)
-    path, keys = keys_of(settings)
-    return supervise(lambda control: work(settings, address, path, keys, control))
+    _, keys = keys_of(settings, WORKER_ROLE)
+    return supervise(lambda control: work(settings, address, keys, control))
 
 
-def work(settings: argparse.Namespace, address: str, path: str, keys: Optional[Keys],
-         control: int) -> int:
+def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], control: int) -> int:
     """What a worker does, below its supervisor."""
     if control >= 0:
         leave_terminal()
@@ -5131,7 +5134,7 @@ def work(settings: argparse.Namespace, address: str, path: str, keys: Optional[K
                     settings.drain)
     with contextlib.closing(Loop(sockets=True)) as loop:
         node, runner = attach_runner(loop, worker, control >= 0)
-        connect(loop, node, address, WORKER_ROLE, path, keys)
+        connect(loop, node, address, WORKER_ROLE, keys)
         loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {worker.slots} slot"
                  f"{'' if worker.slots == 1 else 's'}")
@@ -5250,7 +5253,7 @@ def run_client(settings: argparse.Namespace) -> int:
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     """What a client does; below a supervisor if it runs the commands itself."""
     times, slots = times_from(settings), settings.slots or usable_cpus()
-    path, keys = ("", None) if settings.local else keys_of(settings)
+    keys = None if settings.local else keys_of(settings, CLIENT_ROLE)[1]
     if sys.stdin is None:
         raise UsageError("stdin is closed: there are no commands to read")
     if sys.stdout is None:
@@ -5285,7 +5288,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
         else:
-            connect(loop, node, address, CLIENT_ROLE, path, keys)
+            connect(loop, node, address, CLIENT_ROLE, keys)
         status = loop.run()
         if status == 0 and reporter.failed:  # it had no room for an output
             status = 1
