@@ -4590,6 +4590,40 @@ class KeysTest(unittest.TestCase):
                 for text in (b"echo command", b"command-42-output"):
                     self.assertEqual(text in proxy.recorded, readable, text)
 
+    def test_connections_of_strangers_disturb_nobody(self):
+        """Unfinished handshakes in masses, slow ones, port scans, noise: a run goes on meanwhile."""
+        self.cloud.worker(self.broker, "--key", self.path)
+        place = tc.split_tcp(self.broker.clients)
+        strangers, r = [], random.Random(5)
+        limit = tc.raise_limit()
+
+        def come(words=b""):
+            stranger = socket.create_connection(place)
+            strangers.append(stranger)
+            self.addCleanup(stranger.close)
+            with contextlib.suppress(OSError):  # they may be shown the door
+                stranger.sendall(words)
+        for n in range(min(10_000, limit // 2)):
+            come(b"\xff\0\0\0"[:n % 5])
+        client = self.cloud.client(self.broker, None, "--key", self.path, wait=False)
+        for n in range(200):
+            client.stdin.write(b"echo %d >> done\n" % n)
+            client.stdin.flush()
+            come(r.choice((b"GET / HTTP/1.0\r\n\r\n", b"SSH-2.0-x\r\n", r.randbytes(1000), b"\0" * 9)))
+            for slow in strangers[:50]:
+                with contextlib.suppress(OSError):
+                    slow.sendall(b"\0")
+            with socket.create_connection(place):
+                pass
+        client.stdin.close()
+        client.stdin = None
+        status, out = self.cloud.finish(client)
+        self.assertEqual((status, out.count("\nOK! ")), (0, 200), out[-500:])
+        self.assertIsNone(self.broker.poll())
+        self.assertNotIn("Traceback", self.cloud.err(self.broker))
+        self.assertLess(peak_memory(self.broker.pid), 150 * 1024)
+        self.cloud.wait_for_log(self.broker, "left without a word: no program of ours")
+
     def test_without_a_key_only_this_machine(self):
         for argv in (["--clients", "0.0.0.0:0"], ["--workers", "*:0"], ["--clients", "[::]:0"]):
             process = self.cloud.start("broker", *argv)
@@ -5859,6 +5893,41 @@ class RawPeersTest(unittest.TestCase):
         self.assertEqual((status, out.count("OK!")), (0, 3))
         self.assertLess(peak_memory(self.broker.pid), 150 * 1024)
 
+    HELLO = (b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 48
+             + b"\x04\x29\x05READY\x0bSocket-Type\0\0\0\6DEALER\x08Identity\0\0\0\0")  # of ZMTP 3.0
+
+    @unittest.skipUnless(sys.platform == "linux", "not Linux")
+    def test_a_message_without_end_is_cut_off(self):
+        """libzmq would keep all its frames in memory until the last one comes."""
+        self.cloud.worker(self.broker, "-j", "2")
+        for words in (b"", b'\0\x0e{"cmd":"true"}'):  # a stranger, and one that is known
+            peer = socket.create_connection(tc.split_tcp(self.broker.clients))
+            self.addCleanup(peer.close)
+            peer.sendall(self.HELLO)
+            self.assertTrue(peer.recv(200))
+            if words:
+                peer.sendall(words)
+                self.cloud.wait_for_log(self.broker, "plain client")
+            frame = b"\x03" + (10**6).to_bytes(8, "big") + b"x" * 10**6
+            with self.assertRaises(OSError):
+                for n in range(20_000):
+                    peer.sendall(frame)
+                    if n > 200:  # slower than this machine can, so that it need not have 20 GB
+                        time.sleep(0.005)
+        self.assertIn("sends but never ends its message", self.cloud.err(self.broker))
+        status, out = self.cloud.client(self.broker, ["echo hi"] * 3)
+        self.assertEqual((status, out.count("OK!")), (0, 3))
+
+    def test_a_flood_of_large_messages_does_not_fill_the_broker(self):
+        peers = [self.cloud.dealer(self.broker.clients) for _ in range(6)]
+        for _ in range(200):
+            for peer in peers:
+                peer.send(b"x" * 1_000_000)
+        for peer in peers:
+            for _ in range(200):
+                self.assertIn(b"unknown verb", peer.recv())
+        self.assertLess(peak_memory(self.broker.pid), 500 * 1024)  # of 1.2 GB that came
+
     def test_noise_at_both_ports_disturbs_nobody(self):
         self.cloud.worker(self.broker, "-j", "2")
         done = os.path.join(self.cloud.dir, "done")
@@ -6274,7 +6343,7 @@ class Fuzz:
     def noise(self):
         """Bytes for a connection that does not even speak ZeroMQ, or breaks off."""
         greeting = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00NULL" + b"\0" * 48
-        ready = b"\x04\x26\x05READY\x0bSocket-Type\0\0\0\6DEALER\x08Identity\0\0\0\0"
+        ready = b"\x04\x29\x05READY\x0bSocket-Type\0\0\0\6DEALER\x08Identity\0\0\0\0"
         huge = b"\x02" + (2**62).to_bytes(8, "big")
         return self.r.choice((b"", b"GET / HTTP/1.0\r\n\r\n", self.r.randbytes(500), greeting[:20],
                               greeting + self.r.randbytes(500), greeting + ready,

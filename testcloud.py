@@ -3866,7 +3866,8 @@ IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 SPARE = 8  # of the files we may open: when no more are left we say so
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 READ_TIME: Seconds = 0.1  # and how long that may take
-IN_LIBZMQ = 50  # frames that libzmq keeps for a peer that does not read, mostly of a few KiB
+IN_LIBZMQ = 50  # messages that libzmq keeps for a peer that does not read, or of one that floods us:
+#   mostly of a few KiB, but of MAX_FRAME at the most
 MAX_LATE = 500  # frames that we keep for it beyond that
 LATE_BYTES = 40 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
 OVERSLEPT: Seconds = 0.25  # later than that we are not slow, but were stopped
@@ -3876,6 +3877,11 @@ RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 REFUSED_DELAY: Seconds = 1.0  # between attempts to connect with a key that is not accepted
 GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
 REFUSAL_INTERVAL: Seconds = 10.0  # between lines about connections that were refused
+GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
+TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
+GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end
+MAX_UNHEARD = 16 * 1024 * 1024  # bytes that a connection may then send before a message is complete;
+#   of ours none is larger than MAX_FRAME
 
 
 class UsageError(Exception):
@@ -4187,6 +4193,7 @@ class SocketLink:
         self.socket = sock = self.loop.context.socket(kind)
         sock.setsockopt(zmq.LINGER, 0)
         sock.setsockopt(zmq.SNDHWM, IN_LIBZMQ)
+        sock.setsockopt(zmq.RCVHWM, IN_LIBZMQ)
         sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
         sock.setsockopt(zmq.HANDSHAKE_IVL, 5000)  # ms; the default of 30 s hides a hang
         sock.setsockopt(zmq.TCP_KEEPALIVE, 1)  # for connections of which one half is gone
@@ -4314,11 +4321,15 @@ class RouterLink(SocketLink):
         self.users: Dict[Peer, str] = {}  # their public keys, if there is a gate
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
+        self.unmet: Set[int] = set()  # descriptors of connections that have not said anything yet
+        self.silent: Dict[int, int] = {}  # by descriptor: the Guard's
+        self.told = 0  # connections that failed, and it was said why
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
         self.limit = raise_limit()  # of open files: one for each peer
         self.bound = False
         self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
-                  | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+                  | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+                  | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
         self.socket.setsockopt(zmq.BACKLOG, 4096)
@@ -4376,7 +4387,8 @@ class RouterLink(SocketLink):
     def notice(self, now: Seconds) -> None:
         news = list(self.events())
         self.news += news
-        if any(event not in (zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED) for event, _ in news):
+        if any(event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+               for event, _ in news):
             self.loop.refusals.tell(now, f"somebody could not connect to {self.address}: " + (
                 "with another key, with none, or with no program of ours" if self.gate else
                 "with a key, and we have none (testcloud.py keygen), or with no program of ours"))
@@ -4394,6 +4406,8 @@ class RouterLink(SocketLink):
         frame = self.socket.recv(0, copy=False)
         if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
             self.meet(peer, frame, now)
+        if self.silent:
+            self.silent.pop(self.known.get(peer, -1), None)
         frames = self.rest(frame)
         if self.gate is None or self.may_speak(peer):
             self.hand_over(peer, frames, now)
@@ -4411,17 +4425,38 @@ class RouterLink(SocketLink):
 
     def cut(self, peer: Peer) -> None:
         """End a peer's connection. libzmq cannot; but it sees when its socket is shut down."""
-        with contextlib.suppress(OSError, KeyError):
-            file = os.dup(self.known[peer])
-            with socket.socket(fileno=file) as connection:
-                connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError, KeyError), borrowed(self.known[peer]) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def cut_endless(self, now: Seconds) -> None:
+        """Cut the connections that have sent too much since they said something."""
+        for file in (*self.unmet, *self.peers):
+            with contextlib.suppress(OSError), borrowed(file) as connection:
+                size = received(connection)
+                before = self.silent.setdefault(file, 0 if file in self.unmet else size)
+                if size - before > MAX_UNHEARD:
+                    del self.silent[file]
+                    host = printable(connection.getpeername()[0])
+                    self.loop.refusals.tell(now, f"cut off {host}: it sends but never ends its message")
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def act_on_news(self, now: Seconds) -> None:
         """All messages are read: those whose connection was closed are gone."""
         news, self.news = self.news, []
         for event, descriptor in news:
-            if event == zmq.EVENT_DISCONNECTED and descriptor in self.peers:
+            if event == zmq.EVENT_ACCEPTED:
+                self.unmet.add(descriptor)
+            elif event != zmq.EVENT_DISCONNECTED:
+                self.told += 1
+            elif descriptor in self.peers:
                 self.gone(self.peers[descriptor], now)
+            elif self.told:
+                self.told -= 1
+                self.unmet.discard(descriptor)
+            elif descriptor in self.unmet:
+                self.unmet.remove(descriptor)
+                self.loop.refusals.tell(now, f"somebody came to {self.address} and left without a "
+                                             f"word: no program of ours (browser, ssh, port scan?)")
 
     def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
         """Note the descriptor of a peer's connection, if it is new."""
@@ -4442,12 +4477,15 @@ class RouterLink(SocketLink):
         self.news = [row for at, row in enumerate(self.news) if at not in old]
         self.peers[descriptor] = peer
         self.known[peer] = descriptor
+        self.unmet.discard(descriptor)
         if self.gate is not None:
             self.users[peer] = frame.get("User-Id")
             self.node.machine.identified(self.name, peer, self.users[peer])
 
     def gone(self, peer: Peer, now: Seconds) -> None:
-        self.peers.pop(self.known.pop(peer, -1), None)
+        descriptor = self.known.pop(peer, -1)
+        self.peers.pop(descriptor, None)
+        self.silent.pop(descriptor, None)
         self.users.pop(peer, None)
         self.late.pop(peer, None)
         self.node.machine.disconnected(self.name, peer, now)
@@ -4462,6 +4500,65 @@ class RouterLink(SocketLink):
                 raise
             self.gone(frame.peer, time.monotonic())
         return True
+
+
+@contextlib.contextmanager
+def borrowed(file: int) -> Iterator[socket.socket]:
+    """libzmq's connection of this descriptor. What is done with it raises OSError if it is over."""
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=file)
+    try:
+        yield connection
+    finally:
+        connection.detach()
+
+
+def received(connection: socket.socket) -> int:
+    """How many bytes have come on it so far (tcpi_bytes_received in struct tcp_info of
+    linux/tcp.h); 0 where nobody counts. Raises OSError if it is over, or not TCP."""
+    if not hasattr(socket, "TCP_INFO") or sys.platform != "linux":
+        return 0
+    facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
+
+
+def memory_in_use() -> int:
+    """Bytes of this process; 0 if nobody can tell."""
+    pages = read_text("/proc/self/statm").split()
+    return int(pages[1]) * resource.getpagesize() if len(pages) > 1 else 0
+
+
+def give_back_memory() -> None:
+    """Have glibc give free memory back to the system; it keeps what large messages leave behind."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Guard:
+    """Cuts off who fills our memory with what never becomes a message: libzmq keeps the frames of one
+    until the last has come, and of those there may be any number. Only the system knows how
+    much has come on a connection; it is asked when we have grown large. Linux only."""
+
+    def __init__(self, loop: Loop, links: List[RouterLink]) -> None:
+        self.links = links
+        self.look_at: Seconds = 0.0
+        self.trim_at: Seconds = 0.0
+        loop.between.append(self.look)
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now < self.look_at:
+            return
+        self.look_at = now + GUARD_INTERVAL
+        if memory_in_use() < GUARDED:
+            for link in self.links:
+                link.silent.clear()
+            return
+        for link in self.links:
+            link.cut_endless(now)
+        if now >= self.trim_at:
+            self.trim_at = now + TRIM_INTERVAL
+            give_back_memory()
 
 
 class Gate:
@@ -5028,6 +5125,7 @@ def run_broker(settings: argparse.Namespace) -> int:
         node = loop.add(broker, {})
         clients = RouterLink(loop, node, CLIENTS, places[0], gate)
         workers = RouterLink(loop, node, WORKERS, places[1], gate)
+        Guard(loop, [clients, workers])
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         announce(f"Listening for clients on {clients.address}")
         announce(f"Listening for workers on {workers.address}")
