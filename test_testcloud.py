@@ -1756,9 +1756,11 @@ class World:
     """One simulated run. `faults` are the kinds of faults that happen; None is a mix of all,
     with all sorts of peers, clocks, limits and troubles. With an adversary, lines come twice and out
     of turn, as on no connection of ours: then only what clients report is checked, and that they
-    report all once they have new connections."""
+    report all once they have new connections. In every other world all have keys, and there are
+    thieves."""
 
-    MIX = ("crash", "pause", "cut_wire", "cut_wire", "swallow", "freeze", "terminate", "interrupt")
+    MIX = ("crash", "pause", "cut_wire", "cut_wire", "swallow", "freeze", "terminate", "interrupt",
+           "steal")
 
     def __init__(self, seed, faults=None, adversary=False, story=False):
         self.r = random.Random(seed)
@@ -1786,6 +1788,7 @@ class World:
         self.faults = self.MIX if faults is None else faults
         self.wild = faults is None
         self.adversary = adversary
+        self.keyed = seed % 2 == 1
         self.times = tc.Times()
         self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0  # when starting commands
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
@@ -1947,8 +1950,12 @@ class World:
                 and actor.machine is not None and peer in actor.machine.workers:
             tasks = actor.machine.workers[peer].tasks
             self.seen["stale result"] += not any(key[0] == frame.token for key in tasks)
-        self.do(actor, generation, lambda m: m.receive(
-            link, peer, frame.token, frame.body, frame.data, actor.clock(self.now)))
+
+        def hear(machine):
+            if self.keyed and way == 0:
+                machine.identified(link, peer, wire.member.name)
+            machine.receive(link, peer, frame.token, frame.body, frame.data, actor.clock(self.now))
+        self.do(actor, generation, hear)
 
     def connect(self, member):
         """A member's socket tries to connect to its broker."""
@@ -2287,6 +2294,44 @@ class World:
             for way in self.r.choice([[0, 1], [0], [1]]):
                 actor.wire.last[way] = max(actor.wire.last[way], self.now + self.r.random() * 40)
 
+    def steal(self, actor):
+        """Somebody who has a key of their own, and knows all names, says what only this one may."""
+        if not self.keyed or actor.plain or actor.wants is None or actor.wants[0].machine is None:
+            return
+        hub, link = actor.wants
+        self.serial += 1
+        peer, broker = b"thief%d" % self.serial, hub.machine
+        if link == CLIENTS:
+            known = broker.clients.get(actor.machine.run)
+            tasks = known and known.join and known.tasks.values()
+            hello = tc.encode("HELLO", {"run": actor.machine.run, "join": 2**40})
+        else:
+            known = broker.named.get(actor.machine.name)
+            tasks = known and known.tasks.values()
+            hello = tc.encode("READY", {"name": actor.machine.name, "join": 2**40})
+        if not tasks:
+            return
+        self.seen["steal from a " + actor.role] += 1
+        rows = [[task.id, task.attempt] for task in tasks]
+        bad = {"id": rows[0][0], "attempt": rows[0][1]}
+        words = [tc.encode(verb, fields) for verb, fields in (
+            ("DONE", {"tasks": rows}), ("CANCEL", {"tasks": rows}), ("CANCEL", {}),
+            ("FETCH", dict(bad, offset=0, size=1)), ("BYE", {})) if link == CLIENTS] + [
+            tc.encode(verb, fields) for verb, fields in (
+                ("RESULT", dict(bad, exitcode=0, stdout="forged")), ("BYE", {}),
+                ("LOST", {"tasks": rows, "why": "forged"})) if link == WORKERS]
+        run = next(iter(tasks)).client.run
+
+        def say(token, line):
+            def hear(machine):
+                machine.identified(link, peer, "thief")
+                machine.receive(link, peer, token, line, b"", hub.clock(self.now))
+                assert peer not in machine.run_of and peer not in machine.workers, "a thief got in"
+            self.do(hub, hub.generation, hear)
+        say("", hello)
+        for line in words:
+            say(run, line)
+
     def pause(self, actor):
         heard = "pause broker" not in self.faults  # else a broker below must hear it in between,
         if actor.paused_until > self.now - (0 if heard else 3):  # or will give it up
@@ -2469,7 +2514,8 @@ class SimulationTest(unittest.TestCase):
                 "pause worker", "pause client", "overslept", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
-                "forgotten", "stale result", "held results announced", *tc.MESSAGES)
+                "forgotten", "stale result", "held results announced", "steal from a worker",
+                "steal from a client", *tc.MESSAGES)
 
     def test_a_command_that_kills_its_workers_is_given_up(self):
         for faults in ([], ["crash broker"]):
@@ -6002,10 +6048,14 @@ class Chaos:
     SECONDS = 300  # of trouble, at most
     PEAK = 150 * 1024  # KiB of memory that no process may exceed
 
-    def __init__(self, test, commands, seed):
+    def __init__(self, test, commands, seed, keyed):
         self.test = test
         self.r = random.Random(seed)
         self.cloud = Cloud(test)
+        self.key = ("--insecure",)
+        if keyed:
+            self.key = ("--key", os.path.join(self.cloud.dir, "cloud.key"))
+            test.assertEqual(self.cloud.start("keygen", self.key[1]).wait(PATIENCE), 0)
         self.ledger = os.path.join(self.cloud.dir, "ledger")
         self.commands = dict(self.command(n) for n in range(1, commands + 1))
         self.due = []  # heap of (time, number, function): what ends the troubles there are
@@ -6047,7 +6097,7 @@ class Chaos:
             self.start(place)
         self.client.process = client = self.cloud.client(
             self.client.proxy.address, self.commands, "-b", "--crash-limit", "1000", *self.MEMBER,
-            wait=False)
+            *self.key, wait=False)
         reader = threading.Thread(target=self.read, args=(client.stdout,))
         reader.start()
         end = time.monotonic() + self.SECONDS
@@ -6139,11 +6189,11 @@ class Chaos:
             time.sleep(0.005)
             return
         if place.role == "worker":
-            place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER)
+            place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER, *self.key)
         else:
             where = (old.clients[6:], old.workers[6:]) if old else ("127.0.0.1:0", "127.0.0.1:0")
             above = ("--upstream", place.proxy.address) if place.proxy else ()
-            place.process = self.cloud.broker(*where, *self.BROKER, *above)
+            place.process = self.cloud.broker(*where, *self.BROKER, *above, *self.key)
 
     def kill(self, place, number=signal.SIGKILL):
         if place.role == "worker":
@@ -6249,9 +6299,15 @@ class ChaosTest(unittest.TestCase):
     table = {}  # of the last run
 
     def test_whatever_happens_all_is_reported_once(self):
+        self.run_chaos(keyed=False)
+
+    def test_with_keys_as_well(self):
+        self.run_chaos(keyed=True)
+
+    def run_chaos(self, keyed):
         seed = random.randrange(10**6) if self.seed is None else self.seed
         began = time.monotonic()
-        chaos = Chaos(self, self.commands, seed)
+        chaos = Chaos(self, self.commands, seed, keyed)
         try:
             chaos.run()
             self.assertEqual(chaos.findings(), [])
@@ -6265,6 +6321,8 @@ class ChaosTest(unittest.TestCase):
         finally:
             ChaosTest.table = {"seed": seed, "seconds": round(time.monotonic() - began),
                                **chaos.table()}
+            if self.commands > 1000:
+                print(f"{'with' if keyed else 'without'} keys: {ChaosTest.table}", flush=True)
 
 
 # === Fuzz =============================================================================
@@ -6666,6 +6724,22 @@ class Speed:
             yield (f"1 GB of output from one command{how}", f">= {goal} MB/s",
                    f"{2**30 / 1e6 / found:.0f} MB/s")
 
+    def encryption(self):
+        """What it costs with small commands."""
+        key = ["--key", os.path.join(self.cloud.dir, "testcloud.key")]
+        self.cloud.start("keygen", key[1]).wait()
+        argv = []
+        for how in (["--insecure"], key):
+            broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", *how)
+            self.cloud.worker(broker, "-j", "2", *how)
+            argv.append(self.client("--connect", broker.clients, *how))
+            wall(argv[-1], ["true"])
+        for what, count in (("true through a broker", self.commands), ("one true through a broker", 1)):
+            lines = ["true"] * count
+            found = self.ratio(lambda lines=lines: wall(argv[1], lines),
+                               lambda lines=lines: wall(argv[0], lines))
+            yield f"{what}, encrypted, against not", "", f"{found:.2f} x"
+
     def dispatch(self):
         """A real broker between dummies in this process, that answer at once."""
         for workers in (1, 10, 200, 2000):
@@ -6779,7 +6853,7 @@ class Speed:
         return (time.perf_counter() - began) / count * 1e6
 
     FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, growth,
-               latency, long_among_short, bulk)
+               latency, long_among_short, bulk, encryption)
 
 
 class Dummies:
