@@ -4195,6 +4195,11 @@ class ReportingTest(unittest.TestCase):
 
     def test_bytes_are_passed_on_as_they_are(self):
         out = self.text()
+        self.report("printf '\udcff' \x1b[2J\x9b\udc9b\t\u202e\x07", output=b"\x1b[0m")
+        self.assertEqual(out.getvalue(), b"OK! printf '\xff' \\x1b[2J\\x9b\\udc9b\t\\u202e\\x07 "
+                                         b"\xe2\x8c\x9a8.14ms\n\x1b[0m\n\n")
+        out.seek(0)
+        out.truncate()
         self.report("printf '\udcff'", output=b"\xff\x00\n")
         self.assertEqual(out.getvalue(), b"OK! printf '\xff' \xe2\x8c\x9a8.14ms\n"
                                          b"\xff\x00\n\n")
@@ -4539,6 +4544,77 @@ class KeysTest(unittest.TestCase):
         again.send(hello % (run, 3))
         self.assertTrue(again.recv().startswith(b"OK"))
 
+    def test_what_those_inside_may_not_do(self):
+        cloud, run = tc.read_keys(self.path), b"r" * 32
+        alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
+        hand = tc.read_keys(self.holder("worker", "w")).pairs["worker"]
+        self.cloud.wait_for_log(self.broker, "read the keys again: 3 names")
+        worker, _ = self.raw(self.broker.workers, hand, cloud.broker)
+        one, _ = self.raw(self.broker.clients, alice, cloud.broker)
+        two, _ = self.raw(self.broker.clients, eve, cloud.broker)
+        worker.send(b'READY {"name":"w1","slots":5,"join":1}')
+        self.assertTrue(worker.recv().startswith(b"OK"))
+        for at_workers in (b'{"cmd":"true","id":1,"attempt":1}', b'HELLO {"run":"x","join":1}',
+                           b"CANCEL", b'FETCH {"id":1,"attempt":1,"offset":0,"size":9}'):
+            worker.send(at_workers)
+            self.assertIn(b"is not understood on the link to workers", worker.recv())
+        for sock, name in ((one, run), (two, b"e" * 32)):
+            sock.send(b'HELLO {"run":"%s","join":1}' % name)
+            self.assertTrue(sock.recv().startswith(b"OK"))
+        for at_clients in (b'READY {"name":"w2","slots":9,"join":1}', b'QUEUED {"tasks":[[1,1]]}',
+                           b'RESULT {"id":1,"attempt":1,"exitcode":0}'):
+            two.send(at_clients)
+            self.assertIn(b"is not understood on the link to clients", two.recv())
+        one.send(b'{"cmd":"x","id":1,"attempt":1}')
+        self.assertEqual(worker.recv_multipart()[1], run)
+        worker.send_multipart([b"", run, b'QUEUED {"tasks":[[1,1]]}'])
+        self.assertTrue(one.recv().startswith(b"QUEUED"))
+        theirs = (b'CANCEL {"tasks":[[1,1]]}', b"CANCEL", b'DONE {"tasks":[[1,1]]}',
+                  b'FETCH {"id":1,"attempt":1,"offset":0,"size":9}')
+        for frames in (*([line] for line in theirs), *([b"", run, line] for line in theirs)):
+            two.send_multipart(frames)
+        two.send(b'HELLO {"run":"%s"}' % (b"e" * 32))
+        self.assertTrue(two.recv().startswith(b"OK"))  # so all that is heard, and answered with nothing
+        self.assertFalse(worker.poll(0))
+        worker.send_multipart([b"", run, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"y"}'])
+        self.assertIn(b'"stdout":"y"', one.recv())
+        self.assertFalse(two.poll(0))
+
+    def test_nobody_can_pose_as_the_broker(self):
+        """Not with any key but the secret one of the cloud's own file."""
+        import zmq
+        worker = tc.read_keys(self.holder("worker", "w")).pairs["worker"]
+        for secret in (worker.secret, tc.new_pair().secret, None):
+            with zmq.Context() as context, context.socket(zmq.ROUTER) as false:
+                false.setsockopt(zmq.LINGER, 0)
+                if secret:
+                    false.setsockopt(zmq.CURVE_SERVER, 1)
+                    false.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
+                address = f"tcp://127.0.0.1:{false.bind_to_random_port('tcp://127.0.0.1')}"
+                client = self.cloud.client(address, ["true"], "--key", self.path, wait=False)
+                self.cloud.wait_for_log(client, "has another key" if secret else "uses no key")
+                self.assertFalse(false.poll(0))
+                client.terminate()
+                self.assertEqual(client.wait(PATIENCE), 143)
+
+    def test_what_was_recorded_cannot_be_sent_again(self):
+        self.cloud.worker(self.broker, "--key", self.path)
+        proxy = Proxy(self.broker.clients)
+        self.addCleanup(proxy.close)
+        proxy.record()
+        ran = os.path.join(self.cloud.dir, "ran")
+        status, _ = self.cloud.client(proxy.address, [f"echo 1 >> {ran}"], "--key", self.path)
+        self.assertEqual((status, tc.read_text(ran)), (0, "1\n"))
+        self.assertGreater(len(proxy.sent), 500)
+        with socket.create_connection(tc.split_tcp(self.broker.clients)) as again:
+            again.sendall(proxy.sent)
+            with contextlib.suppress(OSError):
+                while again.recv(65536):
+                    pass
+        self.cloud.wait_for_log(self.broker, "somebody could not connect")
+        status, _ = self.cloud.client(self.broker, [f"echo 2 >> {ran}"], "--key", self.path)
+        self.assertEqual((status, tc.read_text(ran)), (0, "1\n2\n"))
+
     def test_a_workers_name_belongs_to_the_key_with_which_it_joined(self):
         """Whoever knows it cannot answer for its commands, or take its place."""
         cloud = tc.read_keys(self.path)
@@ -4682,6 +4758,20 @@ class KeysTest(unittest.TestCase):
         self.cloud.worker(below, "--key", self.path)
         status, out = self.cloud.client(self.broker, ["echo a"], "--key", self.path)
         self.assertEqual(status, 0, out)
+
+    def test_a_broker_joins_another_cloud_with_a_workers_key(self):
+        other = os.path.join(self.cloud.dir, "other.key")
+        self.keygen(other)
+        for key in (["--key", other], ["--insecure"]):
+            below = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", *key, "--upstream",
+                                      self.broker.workers, "--upstream-key",
+                                      self.holder("worker", key[0].strip("-")))
+            worker = self.cloud.worker(below, *key)
+            status, out = self.cloud.client(self.broker, ["echo a"], "--key", self.path)
+            self.assertEqual(status, 0, out)
+            worker.terminate()
+            below.terminate()
+            below.wait(PATIENCE)
 
 
 # === Command line =====================================================================
@@ -5744,6 +5834,7 @@ class Proxy:
                     return
                 if self.recorded is not None:
                     self.recorded += data
+                    self.sent += data if a is pair.sockets[0] else b""
                 if not pair.deaf:
                     b.sendall(data)
         except OSError:  # one of the two has broken off: so must the other
@@ -5752,8 +5843,8 @@ class Proxy:
                     one.shutdown(socket.SHUT_RDWR)
 
     def record(self):
-        """Keep what passes from now on, both ways."""
-        self.recorded = bytearray()
+        """Keep what passes from now on, both ways, and what is sent to the target."""
+        self.recorded, self.sent = bytearray(), bytearray()
 
     def swallow(self):
         """Lose all that is sent from now on, and do not tell."""

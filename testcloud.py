@@ -435,6 +435,14 @@ def printable(value: Union[str, bytes], limit: int = 80) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
+def visible(command: str) -> str:
+    """A command as it is, but for what would steer a terminal or hide a part of it."""
+    if command.isprintable():
+        return command
+    return "".join(c if c.isprintable() or c == "\t" or "\udca0" <= c <= "\udcff" else repr(c)[1:-1]
+                   for c in command)
+
+
 # === Machines =========================================================================
 #
 # Broker, worker and client are machines without I/O. A machine is told what happened
@@ -3813,7 +3821,7 @@ class Reporter:
         if self.fail_only and code == 0:
             return
         verdict = self.paint("ok", "OK! ") if code == 0 else self.paint("fail", f"FAIL({code}) ")
-        name = self.paint("ok cmd" if code == 0 else "fail cmd", entry.cmd + " ")
+        name = self.paint("ok cmd" if code == 0 else "fail cmd", visible(entry.cmd) + " ")
         took = self.paint("slow" if spent > self.slow else "time", f"⌚{spent:.2f}ms")
         self.line(verdict + name + took)
         if reason:
@@ -4995,6 +5003,8 @@ OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
                     f"tcp://127.0.0.1:{WORKER_PORT})"),
         option("--upstream", metavar="ADDR",
                help="join the broker at ADDR as a worker with all our workers' slots"),
+        option("--upstream-key", metavar="FILE",
+               help="a worker's key for that, if it is of another cloud (default: our own)"),
         KEY, INSECURE, VERBOSE,
         time_option("queued_timeout", "a command not confirmed in time goes to another worker"),
         time_option("worker_expiry", "forget a worker that was silent for so long"),
@@ -5095,14 +5105,17 @@ def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys
     if settings.insecure and settings.key:
         raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
     path = "" if settings.insecure else find_key(settings.key)
-    if not path:
-        return "", None
+    return path, keys_for(path, role) if path else None
+
+
+def keys_for(path: str, role: str) -> Keys:
+    """The keys in a file that is for this role. Raises SetupError."""
     keys = read_keys(path)
     if not keys.serve(role):
         made = "keygen" if role == BROKER_ROLE else f"keygen --role {role}"
         raise SetupError(f"the key {printable(path)} is not for a {role}: ask the owner of the cloud "
                          f"for one made with: testcloud.py {made}")
-    return path, keys
+    return keys
 
 
 def run_broker(settings: argparse.Namespace) -> int:
@@ -5111,6 +5124,9 @@ def run_broker(settings: argparse.Namespace) -> int:
     places = (parse_address(settings.clients or everywhere, CLIENT_PORT, listen=True),
               parse_address(settings.workers or everywhere, WORKER_PORT, listen=True))
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
+    above = keys_for(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
+    if settings.upstream_key and not upstream:
+        raise UsageError("--upstream-key goes with --upstream")
     for place in map(resolve, places) if keys is None and not settings.insecure else ():
         if not is_loopback(place):
             raise UsageError(f"without a key only this machine may reach the broker, and {place} can "
@@ -5135,7 +5151,7 @@ def run_broker(settings: argparse.Namespace) -> int:
                          f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
                          f"results")
         if upstream:
-            connect(loop, node, upstream, WORKER_ROLE, keys)
+            connect(loop, node, upstream, WORKER_ROLE, above)
             announce(f"Joining the broker at {upstream}")
         return loop.run()
 
