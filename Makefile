@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV = .venv
 # the interpreter that has pyzmq: the system's if it does, else the one of .venv
 RUN = $$($(PYTHON) -c 'import zmq, sys; print(sys.executable)' 2>/dev/null || echo $(VENV)/bin/python)
-LINT = ruff==0.14.6 mypy==1.18.2 coverage==7.11.3
+LINT = ruff==0.14.6 mypy==1.18.2 coverage==7.11.3 lxml==6.0.2
+SCHEMA = pytest==9.0.1
 RULES = E,F,W,I,B,UP,C4,SIM,RET,PIE,PLE
 
 .PHONY: test check cover demo soak chaos fuzz bench toc version clean setup tools
@@ -21,14 +22,19 @@ setup:
 	       "'apt install python3-venv' and try again" >&2; exit 1; }; }
 
 tools:
-	@$(VENV)/bin/python -c 'import ruff, mypy, coverage, zmq' 2>/dev/null || { \
+	@$(VENV)/bin/python -c 'import ruff, mypy, coverage, lxml, zmq' 2>/dev/null || { \
 	  $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q 'pyzmq>=24' $(LINT); }
+	@# the schema of JUnit's reports, which only comes with the sources of others
+	@test -s $(VENV)/junit-10.xsd || { \
+	  $(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(VENV)/sources $(SCHEMA) && \
+	  tar -xzOf $(VENV)/sources/pytest-*.tar.gz --wildcards '*/junit-10.xsd' > $(VENV)/junit-10.xsd; }
 
 check: tools
 	$(VENV)/bin/python -m ruff check --isolated --line-length 104 --target-version py39 \
 	  --select $(RULES) --ignore UP006,UP035,UP045,UP007,B006,B008,SIM115 \
 	  testcloud.py test_testcloud.py pi.py
 	$(VENV)/bin/python -m mypy --strict --no-error-summary --cache-dir $(VENV)/mypy testcloud.py pi.py
+	$(VENV)/bin/python -m unittest -q test_testcloud.JUnitTest
 
 cover: setup tools
 	$(VENV)/bin/python -m coverage run --data-file $(VENV)/coverage -m unittest -q test_testcloud

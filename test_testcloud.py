@@ -14,11 +14,13 @@ import errno
 import functools
 import hashlib
 import heapq
+import html.parser
 import io
 import itertools
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import resource
@@ -32,8 +34,10 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import unittest
+import xml.etree.ElementTree as ET
 from collections import Counter, OrderedDict, deque
 from unittest import mock
 
@@ -43,8 +47,10 @@ from testcloud import BROKER, CLIENTS, COMMAND, WORKERS
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "testcloud.py")
 PATIENCE = 60.0  # seconds a test waits for what must happen; far more than it takes
-os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # a key of the developer's is not for the tests
-os.environ.pop("TESTCLOUD_KEY_FILE", None)
+os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # a key of the developer's is not for the tests,
+os.environ["XDG_CACHE_HOME"] = "/dev/null"  # nor are the timings
+for own in ("TESTCLOUD_KEY_FILE", "TESTCLOUD", "TESTCLOUD_BROKER"):
+    os.environ.pop(own, None)
 
 
 # === Helpers ==========================================================================
@@ -133,6 +139,10 @@ class MessagesTest(unittest.TestCase):
         "RESEND": {"tasks": [[1, 1]]},
         "RECALL": {"tasks": [[1, 1]]},
         "BYE": {},
+        "SHUN": {"hosts": ["h"]},
+        "STATUS": {"broker": "b", "workers": [], "clients": [{
+            "host": "h", "kind": "client", "there": True, "queued": 1, "running": 2, "held": 0,
+            "done": 3, "failed": 1, "waits_for": "a worker"}]},
         "ERROR": {"message": "x", "reason": "y"},
     }
 
@@ -280,10 +290,10 @@ class Desk:
         assert ok[4]["join"] == self.joins, ok
         self.letters.remove(ok)
 
-    def hello(self, peer, run, unreported=()):
+    def hello(self, peer, run, unreported=(), **fields):
         join = self.joins = self.joins + 1
-        self.client(peer, tc.encode("HELLO", {"run": run, "join": join,
-                                              "unreported": list(unreported)}))
+        self.client(peer, tc.encode("HELLO", dict(
+            {"run": run, "join": join, "unreported": list(unreported)}, **fields)))
         self.expect(peer, "OK", join=join)
 
     def submit(self, peer, *ids, attempt=1, **more):
@@ -518,6 +528,88 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"c", "LOST", tasks=[[2, 2]])
         d.takes(b"w", "r1", 4, 2)
 
+    def test_a_command_goes_to_the_host_that_it_wants_or_waits_for_it(self):
+        d = self.desk
+        for name, host in ((b"v", "h1"), (b"w", "h1"), (b"x", "h2")):
+            d.join(name, slots=1, host=host)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, attempt=2, on="h1", elsewhere=True, avoid="v")
+        d.takes(b"w", "r1", 1, 2)
+        d.expect(b"c", "QUEUED")
+        d.quiet()  # v is what it would avoid, and w may be free soon
+        d.submit(b"c", 3, 4, attempt=2, not_on="h1", elsewhere=True, avoid="v")
+        d.takes(b"x", "r1", 3, 2)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.worker(b"x", "BYE")  # h1 is better than nothing, but for the one to avoid
+        d.expect(b"c", "LOST", tasks=[[3, 2]])
+        d.quiet()
+        d.worker(b"w", "BYE")
+        d.expect(b"c", "LOST", tasks=[[1, 2]])
+        d.takes(b"v", "r1", 2, 2)
+
+    def test_a_command_waits_for_a_worker_with_the_labels_that_it_needs(self):
+        d = self.desk
+        d.join(b"w", slots=5, labels=["gpu"])
+        d.hello(b"c", "r1")
+        d.hello(b"e", "r2")
+        d.submit(b"c", 1, needs=["gpu", "db"])
+        d.quiet()
+        d.submit(b"e", 1)
+        d.takes(b"w", "r2", 1)
+        d.expect(b"e", "QUEUED")
+        d.client(b"c", 'HELLO {"run":"r1","beat":2}')
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", lacks="a worker with --label db and --label gpu")
+        d.join(b"v", slots=1, labels=["db", "gpu", "x"])
+        d.takes(b"v", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.client(b"c", 'HELLO {"run":"r1","beat":3}')
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", lacks=None)
+
+    def test_hosts_that_a_client_shuns_are_used_if_there_are_no_others(self):
+        d = self.desk
+        d.join(b"v", slots=9, host="h1")
+        d.join(b"w", slots=1, host="h2")
+        d.hello(b"c", "r1")
+        d.client(b"c", 'SHUN {"hosts":["h1"]}')
+        d.submit(b"c", 1, 2)
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.hello(b"e", "r2")
+        d.submit(b"e", 1)  # others have nothing against it
+        d.takes(b"v", "r2", 1)
+        d.letters.clear()
+        d.worker(b"w", "BYE")
+        d.expect(b"c", "LOST")
+        d.takes(b"v", "r1", 2)
+
+    def test_the_status(self):
+        d = self.desk
+        d.join(b"w", slots=2, host="h1", labels=["gpu"], load=1.5)
+        d.worker(b"v", "READY")
+        d.expect(b"v", "OK")
+        d.hello(b"c", "r1", host="mine")
+        d.submit(b"c", 1, 2, 3, 4)
+        d.ends(b"w", "r1", 1, exitcode=3)
+        d.letters.clear()
+        d.client(b"s", "STATUS")
+        status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
+        worker, plain = status["workers"]
+        self.assertEqual([worker[name] for name in (
+            "host", "slots", "running", "held", "done", "failed", "load", "labels", "there")],
+            ["h1", 2, 2, 1, 1, 1, 1.5, ["gpu"], True])
+        self.assertEqual((plain["kind"], plain["running"]), ("plain", 1))
+        self.assertEqual(status["clients"], [{
+            "host": "mine", "kind": "client", "there": True, "queued": 0, "running": 3, "held": 1,
+            "done": 1, "failed": 1, "waits_for": ""}])
+        d.submit(b"c", 5, 6, 7)
+        d.client(b"s", "STATUS")
+        status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
+        self.assertEqual(status["clients"][0]["waits_for"], "a free slot")
+
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
         d.hello(b"c", "r1")
@@ -594,10 +686,17 @@ class BrokerTest(unittest.TestCase):
 
     def test_a_command_that_must_wait_alone_is_not_overtaken_for_ever(self):
         """Although workers are given others in advance, as long as these prove short."""
-        for seed in range(10):
+        self.overtake({"careful": True})
+
+    def test_a_command_that_waits_for_its_host_is_not_overtaken_for_ever(self):
+        self.overtake({"elsewhere": True, "on": "h1"}, {"elsewhere": True, "not_on": "h1"},
+                      {"needs": ["l0"]})
+
+    def overtake(self, *wishes):
+        for seed, wish in enumerate(wishes * (12 // len(wishes))):
             r, d = random.Random(seed), Desk()
-            for name in (b"w", b"v")[:r.randint(1, 2)]:
-                d.join(name, slots=r.randint(1, 3))
+            for n, name in enumerate((b"w", b"v")[:r.randint(1, 2)]):
+                d.join(name, slots=r.randint(1, 3), host=f"h{n}", labels=[f"l{n}"])
             clients = [b"c", b"d", b"e"][:r.randint(1, 3)]
             for peer in clients:
                 d.hello(peer, peer.decode())
@@ -617,8 +716,8 @@ class BrokerTest(unittest.TestCase):
                 task = r.choice(busy)
                 rounds += 1
                 if rounds == 50:  # what workers have already must end first
-                    d.submit(careful, 999, attempt=2, careful=True)
-                    limit = rounds + len(busy) + 2 * len(clients)
+                    d.submit(careful, 999, attempt=2, **wish)
+                    limit = rounds + len(busy) * (1 if "careful" in wish else 4) + 4 * len(clients)
                 self.assertLess(rounds, limit, seed)
                 d.ends(task.worker.peer, task.client.run, task.id, task.attempt)
                 d.client(task.client.peer, tc.encode("DONE", {"tasks": [[task.id, task.attempt]]}))
@@ -1730,6 +1829,7 @@ class Actor:
         self.rate = 1.0  # of its clock, seconds a second
         self.offset = 0.0  # and what that shows when the world begins
         self.slots = 1
+        self.host = "h" + str(int(name[1:]) // 2)
         self.drain = 0.0
         self.commands = []  # of a client
         self.wishes = tc.Wishes()
@@ -1784,6 +1884,7 @@ class World:
         self.live = {}  # (actor, generation, attempt) > its job and a token
         self.reports = Counter()  # cmd > times
         self.fetched = {}
+        self.kept = {}  # entry > output
         self.healed = False
         self.faults = self.MIX if faults is None else faults
         self.wild = faults is None
@@ -1793,7 +1894,7 @@ class World:
         self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0  # when starting commands
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
         if self.wild:
-            self.limits.update(ANNOUNCED=self.r.choice([1, 3, tc.ANNOUNCED]))
+            self.limits.update(ANNOUNCED=self.r.choice([1, 3, tc.ANNOUNCED]), SET_ASIDE=1)
             self.limits.update(WINDOW=self.r.choice([3, 10, tc.WINDOW]), SPOOL_COST=200,
                                CREDIT=self.r.choice([500, 2000, tc.CREDIT]))
         self.build()
@@ -2022,6 +2123,10 @@ class World:
         elif kind is tc.Store:
             known = self.fetched.get(actor.name, b"")
             self.fetched[actor.name] = known[:effect.offset] + effect.data
+        elif kind is tc.Keep:
+            self.seen["looked into"] += 1
+            self.kept[effect.entry] = effect.output if effect.output is not None \
+                else self.fetched.get(actor.name)
         elif kind is tc.Report:
             self.report(actor, effect)
         elif kind is tc.Exit:
@@ -2124,6 +2229,7 @@ class World:
         assert self.reports[cmd] == 1, f"{cmd} is reported twice"
         assert cmd in actor.commands, f"{cmd} was never asked for"
         output = self.fetched.get(actor.name) if effect.output is None else effect.output
+        output = self.kept.get(effect.entry, output) if not actor.plain else output
         self.seen["fetched"] += effect.output is None
         text = result.get("reason", "") + tc.to_text(output)
         if "workers were lost" in text or "could not be started" in text:
@@ -2142,7 +2248,7 @@ class World:
         how = (result["exitcode"], output, reason)
         assert how in endings[result["attempt"]], (cmd, how, endings)
         failed = [n for n in endings if any(code for code, _, _ in endings[n])]
-        self.seen["tried elsewhere"] += bool(effect.entry.failures)
+        self.seen["tried elsewhere"] += len(effect.entry.tries) > 1
         assert not result["exitcode"] or actor.machine.status is not None or \
             len(failed) > actor.wishes.retries, f"{cmd} should have been tried again"
 
@@ -2203,7 +2309,8 @@ class World:
             actor.machine = tc.Broker(name, self.times, actor.wants is not None,
                                       actor.clock(self.now))
         elif actor.role == "worker":
-            actor.machine = tc.Worker(name, actor.slots, times=self.times, drain=actor.drain)
+            actor.machine = tc.Worker(name, actor.slots, host=actor.host, times=self.times,
+                                      drain=actor.drain)
         else:
             actor.machine = tc.Client("run" + actor.name, self.times, wishes=actor.wishes)
             for cmd in actor.commands:
@@ -2444,7 +2551,7 @@ class World:
 
 class SimulationTest(unittest.TestCase):
     SEEDS = int(os.environ.get("SIM_SEEDS", "150"))
-    FAILED_ONCE = []  # seeds of the mix of faults that found a bug
+    FAILED_ONCE = [833129633]  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
     KINDS = ((None, False), (ADVERSITY, True), (("crash broker",), False),
              (("crash broker", "pause broker"), False), (("freeze", "pause"), False),
@@ -2514,8 +2621,9 @@ class SimulationTest(unittest.TestCase):
                 "pause worker", "pause client", "overslept", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
-                "forgotten", "stale result", "held results announced", "steal from a worker",
-                "steal from a client", *tc.MESSAGES)
+                "looked into", "forgotten",
+                "stale result", "held results announced", "steal from a worker",
+                "steal from a client", *(set(tc.MESSAGES) - {"STATUS"}))
 
     def test_a_command_that_kills_its_workers_is_given_up(self):
         for faults in ([], ["crash broker"]):
@@ -2557,7 +2665,11 @@ class SimulationTest(unittest.TestCase):
         ("credit is not given back", "client.owed += cost - task.cost",
          "client.owed += max(0, cost - task.cost)"),
         ("slots of the lost are counted", "            self.slots -= worker.slots\n            "
-         "self.crew_changed = True\n            worker.peer", "            worker.peer"),
+         "self.change_crew()\n            worker.peer", "            worker.peer"),
+        ("a choice of workers outlives them", "        self.crew_changed = True\n"
+         "        self.choices.clear()\n", "        self.crew_changed = True\n"),
+        ("what was kept is not reported", "            result, output = entry.kept, None\n",
+         "            output = b''\n"),
         ("commands resubmitted to a new broker start at once", "            if self.now < task.until:"
          "\n                task.state = LIMBO", "            if False:\n                pass"),
         ("silent clients are kept for ever", "            else:\n                self.forget_client("
@@ -2717,6 +2829,50 @@ class WorkerTest(unittest.TestCase):
         b.hear('DONE {"tasks":[[1,1]]}', "r")
         b.quiet()
         self.assertFalse(self.worker.jobs)
+
+    def test_tells_what_a_running_command_has_printed_to_who_asks(self):
+        b = self.bench
+        self.give(1)
+        b.expect("QUEUED")
+        job = b.effect(tc.Start).job
+        b.hear('FETCH {"id":1,"attempt":1,"offset":0,"size":9}', "r")
+        b.quiet()
+        job.output = tc.Output()
+        self.worker.printed(job, b.now)
+        b.collect()
+        self.assertFalse(b.bulk)
+        job.output.write(b"abc")
+        self.worker.printed(job, b.now)
+        b.collect()
+        self.assertEqual(b.bulk.pop().data, b"abc")
+        job.output.write(b"de")
+        self.worker.printed(job, b.now)
+        b.collect()
+        self.assertFalse(b.bulk)  # that was not asked for
+        b.hear('FETCH {"id":1,"attempt":1,"offset":3,"size":9}', "r")
+        self.assertEqual((b.bulk[0].data, tc.decode(b.bulk[0].body)[1]["offset"]), (b"de", 3))
+
+    def test_a_busy_machine_takes_nothing_more(self):
+        self.worker.max_load = 4.0
+        b = self.bench
+        for id in (1, 2):
+            self.give(id)
+            b.expect("QUEUED")
+        running, waiting = (b.effect(tc.Start).job for _ in range(2))
+        self.worker.started(running, b.now, b.now)
+        self.worker.loaded(3.9, b.now)
+        b.collect()
+        b.quiet()
+        self.worker.loaded(4.0, b.now)
+        b.collect()
+        b.expect("READY", slots=0, load=4.0)
+        self.assertEqual(b.effect(tc.Recall).job, waiting)
+        self.worker.loaded(9.0, b.now)
+        b.collect()
+        b.quiet()
+        self.worker.loaded(1.0, b.now)
+        b.collect()
+        b.expect("READY", slots=2, load=1.0)
 
     def test_accepts_more_than_its_slots(self):
         b = self.bench
@@ -3187,6 +3343,7 @@ class WorkerTest(unittest.TestCase):
 class RunnerTest(unittest.TestCase):
     def setUp(self):
         self.began = {}
+        self.printed = []
         self.endings = {}
         self.ended = threading.Condition()
         self.runner = self.new_runner(4)
@@ -3205,6 +3362,8 @@ class RunnerTest(unittest.TestCase):
                 if isinstance(what, tc.Ending):
                     self.addCleanup(what.output.close)
                     self.endings[job.key] = what
+                elif isinstance(what, tc.Output):
+                    self.printed.append(what.read(0, 99))
                 else:
                     self.began[job.key] = what
             self.ended.notify_all()
@@ -3244,6 +3403,60 @@ class RunnerTest(unittest.TestCase):
                     return  # killed; its reaping is init's business
             time.sleep(0.005)
         self.assertFalse(os.path.exists(f"/proc/{pid}"), f"process {pid} survives")
+
+    def test_stdout_and_stderr_apart(self):
+        script = ("printf out; sleep 0.05; printf err >&2; sleep 0.05; printf more; "
+                  "seq 3000 >&2; exit 3")
+        for limit, cut in ((0, b""), (8, b"\n[testcloud: output cut after 8 of 13903 bytes]\n")):
+            ending = self.result(self.start(script + f" # {limit}", split=True, limit=limit))
+            self.assertEqual(ending.exitcode, 3)
+            found, rest = {1: b"", 2: b""}, ending.output.read(0, 10**6)
+            while rest:
+                stream, size = tc.PIECE.unpack_from(rest)
+                found[stream] += rest[5:5 + size]
+                self.assertGreaterEqual(len(rest), 5 + size)
+                rest = rest[5 + size:]
+            lines = b"".join(b"%d\n" % n for n in range(1, 3001))
+            whole = {1: b"outmore", 2: b"err" + lines}
+            if limit:
+                self.assertTrue(found[1].endswith(cut))
+                self.assertEqual(len(found[1] + found[2]), 8 + len(cut))
+            else:
+                self.assertEqual(found, whole)
+
+    def test_variables(self):
+        with mock.patch.dict(os.environ, {"A": "old", "B": "kept"}):
+            runner = self.new_runner(1, "w")
+        job = tc.Job(("r", 1, 1), {"cmd": "echo $A $B $C $TESTCLOUD_RUN", "env": {
+            "A": "x y", "C": "\udcff", "TESTCLOUD_RUN": "forged"}})
+        runner.start(job)
+        runner.go_on(math.inf)
+        ending = self.result(job)
+        self.assertEqual(ending.output.read(0, 99), b"x y kept \xff r\n")
+        self.assertEqual(ending.slot, 1)
+
+    @unittest.skipUnless(sys.platform == "linux", "not Linux")
+    def test_commands_may_be_given_less_priority_than_we_have(self):
+        ours = os.getpriority(os.PRIO_PROCESS, 0)
+        runner = tc.Runner(2, lambda: self.note(runner), nice=3)
+        self.addCleanup(runner.close)
+        job = tc.Job(("r", 1, 1), {"cmd": "nice"})
+        runner.start(job)
+        runner.go_on(math.inf)
+        self.assertEqual(self.result(job).output.read(0, 99), b"%d\n" % (ours + 3))
+        self.assertEqual(os.getpriority(os.PRIO_PROCESS, 0), ours)
+
+    def test_what_a_command_prints_is_told_while_it_runs(self):
+        job = tc.Job(("r", 1, 1), {"cmd": "sleep 0.05; echo one; read x < fifo", "cwd": self.dir})
+        os.mkfifo(os.path.join(self.dir, "fifo"))
+        job.asked = 0
+        self.start_job(job)
+        with self.ended:
+            self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
+        self.assertEqual(self.printed, [b"one\n"])
+        with open(os.path.join(self.dir, "fifo"), "w") as fifo:
+            fifo.write("\n")
+        self.result(job)
 
     def test_no_more_than_its_slots_run_and_others_wait_in_line(self):
         self.runner = self.new_runner(2)
@@ -3430,15 +3643,15 @@ class RunnerTest(unittest.TestCase):
         null = os.open(os.devnull, os.O_RDONLY)
         for file in (ours, theirs, null):
             self.addCleanup(os.close, file)
-        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], [b"A=b"], b"/",
-                            null, theirs)
+        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], [b"A=b"], None, b"/",
+                            (null, theirs, theirs))
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
         self.assertEqual(os.read(ours, 99), b"/\nbc\n")
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
             with self.assertRaises(OSError) as caught:
-                spawner.spawn(argv, [], cwd, null, theirs)
+                spawner.spawn(argv, [], None, cwd, (null, theirs, theirs))
             self.assertEqual(caught.exception.errno, number)
 
     def test_each_command_has_its_directory_and_we_keep_ours(self):
@@ -3588,11 +3801,11 @@ class RunnerTest(unittest.TestCase):
 
     def test_full_disk_is_a_failed_command(self):
         for limit in (0, 30000, 66000, 200000):
-            def room(output, file, data, limit=limit):
-                if file.tell() + len(data) > limit:
+            def room(file, data, offset, limit=limit):
+                if offset + len(data) > limit:
                     raise OSError(28, "No space left on device")
-                file.write(data)
-            with mock.patch.object(tc.Output, "write_all", room):
+                os.pwrite(file.fileno(), data, offset)
+            with mock.patch.object(tc, "write_all", room):
                 ending = self.result(self.start(f"head -c 300000 /dev/zero; true {limit}"))
             self.assertEqual(ending.exitcode, tc.NOT_RUN)
             self.assertIn("No space left", ending.reason)
@@ -3895,24 +4108,152 @@ class ClientTest(unittest.TestCase):
         self.assertIn("no memory", b.effect(tc.Report).result["reason"])
 
     def test_a_failing_command_is_tried_elsewhere(self):
-        self.client.wishes = tc.Wishes(timeout=30, retries=2, max_output=100)
-        b = self.bench
+        self.client = tc.Client("r1", wishes=tc.Wishes(timeout=30, retries=2, max_output=100))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
         self.join()
         self.add("a", end=True)
         b.effect(tc.Released)
         b.expect("{", id=1, attempt=1, timeout=30, limit=100, avoid=None, elsewhere=None)
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
         self.result(1, exitcode=3, worker="w", host="h", size=10**6)
-        b.expect("{", id=1, attempt=2, timeout=30, limit=100, avoid="w", elsewhere=True)
+        b.expect("{", id=1, attempt=2, timeout=30, limit=100, avoid="w", elsewhere=True, not_on="h")
         self.expect_done([1, 1])
         self.result(1, exitcode=3, worker="w", host="h")  # late
         self.expect_done([1, 1])
         self.result(1, attempt=2, exitcode=4, worker="v", host="i")
-        b.expect("{", id=1, attempt=3, avoid="v", elsewhere=True)
+        b.expect("{", id=1, attempt=3, avoid="v", elsewhere=True, not_on=None, on="h")
         self.result(1, attempt=3, exitcode=5)
         report = b.effect(tc.Report)
         self.assertEqual(report.result["exitcode"], 5)
-        self.assertEqual(report.entry.failures, [(3, "h"), (4, "i")])
+        self.assertEqual(list(report.entry.tries.values()), [(3, "h"), (4, "i"), (5, "?")])
+        self.assertEqual(report.entry.verdict, tc.FAIL)
+
+    def examine(self, retries, *tries):
+        """Have a command end so, on these hosts; where it was wanted each time, and its report."""
+        self.client = tc.Client("r1", wishes=tc.Wishes(retries=retries))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", end=True)
+        b.effect(tc.Released)
+        wanted = []
+        for attempt, (exitcode, host) in enumerate(tries, 1):
+            b.expect("{", attempt=attempt, limit=1 if b.effects else None)
+            self.result(1, attempt, exitcode, host=host, stdout=f"from {host}")
+            wanted += [(line[2].get("on"), line[2].get("not_on")) for line in b.lines if line[1] == "{"]
+        reports = [effect for effect in b.effects if isinstance(effect, tc.Report)]
+        return wanted, reports[0] if reports else None
+
+    def test_cross_examination(self):
+        for retries, tries, verdict, exitcode in [
+                (2, [(0, "h")], tc.OK, 0),
+                (2, [(1, "h"), (1, "i"), (1, "h")], tc.FAIL, 1),
+                (2, [(1, "h"), (1, "i"), (0, "h")], tc.FLAKY, 0),
+                (2, [(1, "h"), (0, "i"), (0, "h")], tc.FLAKY, 0),
+                (2, [(1, "h"), (0, "i"), (1, "h")], tc.ONLY, 0),
+                (2, [(1, "h"), (0, "h")], tc.FLAKY, 0),  # there is no other host
+                (1, [(1, "h"), (0, "i")], tc.FLAKY, 0),  # that must do
+                (4, [(1, "h"), (1, "i"), (1, "h"), (1, "j"), (0, "h")], tc.FLAKY, 0),
+                (0, [(1, "h")], tc.FAIL, 1)]:
+            with self.subTest(tries):
+                wanted, report = self.examine(retries, *tries)
+                self.assertEqual(wanted, [(None, "h"), ("h", None), (None, "h"), ("h", None)][
+                    :len(tries) - 1])
+                self.assertEqual((report.entry.verdict, report.result["exitcode"]), (verdict, exitcode))
+                self.assertEqual(self.client.failed, exitcode)
+                self.assertEqual(self.client.flaky, verdict in (tc.FLAKY, tc.ONLY))
+
+    def test_what_passed_is_kept_while_its_failure_is_looked_into(self):
+        _, report = self.examine(2, (1, "h"), (0, "i"))
+        self.assertIsNone(report)
+        keep = self.bench.effect(tc.Keep)
+        self.assertEqual((keep.result["host"], keep.output), ("i", b"from i"))
+        self.client.cancel(130, self.bench.now)
+        self.bench.collect()
+        self.bench.hear('LOST {"tasks":[[1,3]],"why":"cancelled"}')
+        self.assertEqual(self.bench.effect(tc.Report).result["host"], "i")
+        self.assertEqual(self.bench.effect(tc.Exit).status, 130)
+
+    def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(retries=2))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add(*"abcd", end=True)
+        b.lines.clear()
+        for id in range(1, tc.SET_ASIDE + 1):
+            self.assertFalse(self.client.shunned)
+            for attempt, (code, host) in enumerate([(1, "h"), (0, "i"), (1, "h")], 1):
+                self.result(id, attempt, code, host=host)
+        self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
+        self.assertIn("SETTING ASIDE host h", "".join(
+            e.text for e in b.effects if isinstance(e, tc.Notice)))
+        b.lines.clear()
+        b.hear("WHO")
+        b.expect("HELLO")
+        self.join(2)
+        self.assertIn("SHUN", [line[1] for line in b.lines])
+
+    def test_fail_fast(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(fail_fast=2))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add(*"abcd")
+        b.lines.clear()
+        b.effects.clear()
+        self.result(1, exitcode=1)
+        self.result(2)
+        self.assertNotIn("CANCEL", [line[1] for line in b.lines])
+        self.result(3, exitcode=1)
+        self.assertIn("CANCEL", [line[1] for line in b.lines])
+        b.hear('LOST {"tasks":[[4,1]],"why":"cancelled"}')
+        self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [1])
+
+    def test_longest_first(self):
+        for end, order in ((True, "cdba"), (False, "abcd")):
+            self.setUp()
+            self.client.timings = {"a": 1, "b": 5, "d": math.inf}
+            self.join()
+            self.add(*"abcd")
+            self.bench.quiet()
+            if end:
+                self.client.end_input(self.bench.now)
+                self.bench.collect()
+            else:  # it goes on without knowing the rest
+                self.bench.wait(tc.RELEASE_DELAY)
+            self.assertEqual("".join(line[2]["cmd"] for line in self.bench.lines), order)
+
+    def test_one_at_a_time(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(serial=True))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add(*"ab", end=True)
+        b.expect("{", cmd="a")
+        b.effect(tc.Released)
+        b.quiet()
+        self.result(1)
+        b.expect("{", cmd="b")
+
+    def test_what_a_running_command_prints_is_asked_for(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(live=True))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", end=True)
+        b.effects.clear()
+        b.lines.clear()
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.expect("FETCH", id=1, offset=0)
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")
+        b.expect("FETCH", id=1, offset=3)
+        self.assertEqual(b.effect(tc.Live).data, b"ab\n")
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")  # it came twice
+        b.quiet()
+        self.result(1, stdout="ab\nc", size=4)
+        self.assertEqual(b.effect(tc.Report).entry.shown, 3)
 
     def test_large_output_is_fetched_in_order_and_again_if_chunks_stay_away(self):
         b = self.bench
@@ -4096,21 +4437,33 @@ def naive_hash(results):
 
 
 class ReportingTest(unittest.TestCase):
-    def report(self, cmd, exitcode=0, output=b"", reporter=None, **result):
-        entry = tc.Entry(1, cmd, "/")
-        self.reporter.report(tc.Report(entry, dict(
-            {"exitcode": exitcode, "time": 8.14}, **result), output))
+    def report(self, cmd, exitcode=0, output=b"", tries=(), **result):
+        entry = tc.Entry(next(self.ids), cmd, "/")
+        attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, "h")]
+        entry.tries = dict(enumerate(attempts, 1))
+        self.reports.report(tc.Report(entry, dict(
+            {"exitcode": exitcode, "time": 8.14, "attempt": len(attempts), "host": "h"}, **result),
+            output))
+        return entry
 
-    def tally(self):
-        tally = tc.Tally()
+    def tally(self, split=False):
+        tally = tc.Tally(split)
         self.addCleanup(tally.close)
         return tally
 
-    def text(self, **options):
-        self.out = io.BytesIO()
-        self.reporter = tc.Reporter(self.out.writelines, **options)
-        self.addCleanup(self.reporter.tally.close)
+    def text(self, *words, split=False):
+        """What is written with these options."""
+        self.out, self.ids = io.BytesIO(), itertools.count(1)
+        self.client = tc.Client("r1")
+        settings = tc.build_parser().parse_args(["client", *words])
+        tally = self.tally(settings.raw or split)
+        with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(put=self.out.writelines)):
+            show = tc.Show(settings, tally, None)
+        self.reports = tc.Reports(tally, show.reporters, settings.keep_order)
         return self.out
+
+    def end(self, complete=True):
+        return self.reports.end(self.client, complete, 0, 0)
 
     def test_the_hash_of_the_seeds_example(self):
         tally = self.tally()
@@ -4144,12 +4497,12 @@ class ReportingTest(unittest.TestCase):
 
     def test_the_transcript(self):
         out = self.text()
-        self.reporter.released(tc.Released(5))
+        self.reports.released(tc.Released(5))
         self.report("bin/pi 1", output=b"2.8\n")
         self.report("x", 3, b"no newline", time=10.0)
         self.report("y", 0, b"")
         self.report("z", 126, b"", reason="no such directory")
-        self.reporter.summary()
+        self.end()
         text = out.getvalue().decode()
         self.assertTrue(text.startswith(
             "Releasing the hounds: 5 commands to execute\n"
@@ -4161,37 +4514,219 @@ class ReportingTest(unittest.TestCase):
         self.assertRegex(text, r"Ran 4 commands in ⌚\d+\.\d\ds, result hash is [0-9a-f]{40}\n$")
 
     def test_brief_fail_only_slow_and_colour(self):
-        out = self.text(brief=True, fail_only=True, slow=5.0, colour=True)
+        out = self.text("--brief", "--fail-only", "--slow", "5", "--color", "always")
         self.report("good", output=b"shown?")
         self.report("bad", 1, b"shown?")
         self.assertEqual(out.getvalue().decode(), "\033[1;91mFAIL(1) \033[0m\033[31mbad \033[0m"
                                                   "\033[4;31m⌚8.14ms\033[0m\n")
-        self.reporter.summary()
+        self.end()
         self.assertIn("\033[4;31mSome commands failed", out.getvalue().decode())
 
     def test_an_output_for_which_there_is_no_room_is_a_failure_of_its_command_alone(self):
-        out, put = self.text(), self.reporter.tally.put
+        out, write_all = self.text(), tc.write_all
 
-        def limited(file, offset, data):
+        def limited(file, data, offset):
             if offset + len(data) > 1000:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            put(file, offset, data)
-        with mock.patch.object(self.reporter.tally, "put", limited):
+            write_all(file, data, offset)
+        with mock.patch.object(tc, "write_all", limited):
             self.report("a", output=b"1\n")
             self.report("b", output=bytes(1000))
             for at in range(0, 5000, 500):
-                self.reporter.store(tc.Store(at, bytes(500)))
+                self.reports.store(tc.Store(at, bytes(500)))
             self.report("c", output=None)
-            self.reporter.store(tc.Store(0, b"x" * 500))
+            self.reports.store(tc.Store(0, b"x" * 500))
             self.report("d", output=None)
-        self.assertEqual(os.fstat(self.reporter.tally.files[1].fileno()).st_size, 500)
-        self.reporter.summary()
+        self.assertEqual(os.fstat(self.reports.tally.files[1].fileno()).st_size, 500)
+        self.end()
         lines = [line for line in out.getvalue().decode().split("\n") if "⌚8" in line]
         self.assertEqual([line.split()[:2] for line in lines], [
             ["OK!", "a"], ["FAIL(126)", "b"], ["FAIL(126)", "c"], ["OK!", "d"]])
         self.assertEqual(out.getvalue().count(b"of the client: No space left on device\n"), 2)
-        self.assertEqual(self.reporter.tally.hash(), naive_hash([
+        self.assertEqual(self.reports.tally.hash(), naive_hash([
             (b"a", 0, b"1\n"), (b"b", 126, b""), (b"c", 126, b""), (b"d", 0, b"x" * 500)]))
+
+    def test_verdicts(self):
+        out = self.text("-b")
+        self.report("a", tries=[(1, "i"), (2, "h")])
+        self.report("b", tries=[(1, "i"), (1, "i")])
+        self.report("c", 3, tries=[(1, "i"), (1, "j")])
+        self.client.flaky, self.client.only_on = 2, {"i": 1}
+        self.end()
+        self.assertEqual(out.getvalue().decode().split("\n")[:-2], [
+            "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 2 on h",
+            "ONLY ON i! b ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 1 on i",
+            "FAIL(3) c ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 1 on j",
+            "Some commands failed :(",
+            "2 of them failed at first, and passed elsewhere or later: 1 only on i"])
+
+    def test_in_the_order_of_the_input(self):
+        out = self.text("-b", "-k")
+        for seq in range(1, 6):
+            self.reports.expect(seq)
+        for seq in (3, 2, 1, 5):
+            self.ids = iter([seq])
+            self.report(f"c{seq}")
+        self.assertEqual(re.findall("OK! c(.)", out.getvalue().decode()), ["1", "2", "3"])
+        self.end(complete=False)  # the fourth never ran
+        self.assertEqual(re.findall("OK! c(.)", out.getvalue().decode()), ["1", "2", "3", "5"])
+
+    def test_tags(self):
+        out = self.text("--tag")
+        with mock.patch.object(tc, "COPY", 3):
+            self.report("a\x1b", output=b"1\n\n345678\n9")
+        self.assertEqual(out.getvalue().decode().split("\n", 1)[1],
+                         "a\\x1b\t1\na\\x1b\t\na\\x1b\t345678\na\\x1b\t9\n\n")
+
+    def test_live_lines(self):
+        out = self.text("--live")
+        entry = tc.Entry(1, "a", "/")
+        for data in (b"1\n2", b"2\n", b"3"):
+            self.reports.live(tc.Live(entry, data))
+            entry.shown += len(data)
+        self.assertEqual(out.getvalue(), b"a\t1\na\t22\n")
+        self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"1\n22\n33\n4"))
+        self.assertEqual(out.getvalue().decode(), "a\t1\na\t22\na\t33\na\t4\nOK! a ⌚1.00ms\n")
+
+    def pieces(self, *rows):
+        return b"".join(tc.PIECE.pack(stream, len(data)) + data for stream, data in rows)
+
+    def test_raw_outputs(self):
+        out, err = io.BytesIO(), io.BytesIO()
+        self.text("--raw")
+        settings = tc.build_parser().parse_args(["client", "--raw"])
+        with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(
+                put=(None, out, err)[file].writelines)):
+            self.reports.reporters = tc.Show(settings, self.reports.tally, None).reporters
+        with mock.patch.object(tc, "COPY", 3):
+            self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")), split=True)
+        self.report("b", output=b"of a plain worker")
+        self.end()
+        self.assertEqual(out.getvalue(), b"outmore\nof a plain worker")
+        self.assertEqual(err.getvalue().decode().split("\n")[:3],
+                         ["OK! a ⌚8.14ms", "err", "OK! b ⌚8.14ms"])
+        self.assertEqual(self.reports.tally.hash(), naive_hash([
+            (b"a", 0, b"outerrmore\n"), (b"b", 0, b"of a plain worker")]))
+
+    def test_split_outputs_are_compared_by_what_was_printed(self):
+        tally = self.tally(split=True)
+        for parts in ([b"abcd", b"x"], [b"ab", b"cdw"], [b"a"] * 5):
+            tally.add(b"c", 0, self.pieces(*((1, part) for part in parts)))
+        with mock.patch.object(tc, "COPY", 2):
+            self.assertEqual(tally.hash(), naive_hash(
+                [(b"c", 0, b"abcdx"), (b"c", 0, b"abcdw"), (b"c", 0, b"aaaaa")]))
+
+    def test_json_lines(self):
+        out = self.text("--json")
+        with mock.patch.object(tc, "COPY", 2):
+            self.report("a '\udcff", 3, b"1\xe2\x98\x83\xff\n", tries=[(1, "i")], slot=2, signal=9)
+        row = json.loads(out.getvalue())
+        self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"], row["time"]),
+                         ("a '\udcff", "1☃\udcff\n", 3, "FAIL", 8.14))
+        self.assertEqual((row["tries"], row["slot"], row["seq"]),
+                         ([{"exitcode": 1, "host": "i"}], 2, 1))
+
+    def log(self, path, rows=(), *reports):
+        """A job log that is written with these results, and its lines."""
+        self.text("-b")
+        self.reports.reporters = [tc.JobLog(path, rows)]
+        for cmd, code, more in reports:
+            self.report(cmd, code, b"12", **more)
+        self.end()
+        with open(path, newline="") as file:
+            return file.read()
+
+    def test_the_joblog(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            text = self.log(path, (), ("a\tb\nc", 137, {"signal": 9, "started": 5.25}),
+                            ("b", 0, {"tries": [(1, "h"), (1, "h")]}))
+            self.assertEqual(text, tc.JOBLOG_HEAD
+                             + "1\th\t5.250\t     0.008\t0\t2\t137\t9\ta\tb\0c\n"
+                             + "2\th (flaky)\t0.000\t     0.008\t0\t2\t0\t0\tb\n")
+            rows = tc.read_joblog(path)
+            self.assertEqual([row[:3] for row in rows],
+                             [("a\tb\nc", True, 0.008), ("b", False, 0.008)])
+            with open(path, "ab") as file:  # its writer was killed in the middle of a line
+                file.write(b"3\th\t1.0\t2.0\t0\t2\t0\t0\tech")
+            self.assertEqual(tc.read_joblog(path), rows)
+            text = self.log(path, [rows[1].line], ("c", 0, {}))
+            self.assertEqual([line.split("\t")[-1] for line in text.splitlines()],
+                             ["Command", "b", "c"])
+
+    def test_what_an_earlier_run_has_done_is_known_by_text_and_occurrence(self):
+        rows = [tc.Logged(command, failed, 1.0, "") for command, failed in (
+            ("a", False), ("b", True), ("a", True), ("c", False))]
+        for failures_too, commands, left in (
+                (False, "xacba", "x"), (False, "aaab", "a"), (True, "aabc", "ab"), (True, "", "")):
+            done = tc.Resumed(rows, failures_too)
+            self.assertEqual("".join(c for c in commands if not done.has_done(c)), left)
+        self.assertEqual((done.skipped, done.skipped_failed), (0, 0))
+        done = tc.Resumed(rows, False)
+        self.assertTrue(all(map(done.has_done, "aab")))
+        self.assertEqual((done.skipped, done.skipped_failed), (3, 2))
+
+    def test_timings_are_remembered(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "new", "timings.json")
+            self.assertEqual(tc.read_timings(path), {})
+            self.text()
+            self.reports.reporters = [tc.Timings(path, {"old": 1.0, "a": 9.0})]
+            self.report("a", time=70.0)
+            self.report("never ran", 126, reason="no directory")
+            self.end()
+            self.assertEqual(tc.read_timings(path), {"old": 1.0, "a": 0.07})
+            with mock.patch.object(tc.Timings, "MOST", 1):
+                self.reports.reporters = [tc.Timings(path, tc.read_timings(path))]
+                self.report("b", time=70.0)
+                self.end()
+            self.assertEqual(tc.read_timings(path), {"b": 0.07})
+            for text in ("", "[]", '{"a":"b"}', "[" * 100_000):
+                with open(path, "w") as file:
+                    file.write(text)
+                self.assertEqual(tc.read_timings(path), {})
+
+    def test_advice(self):
+        for times, slots, words in (
+                ([38.0] + [9.0] * 40, 4, "longest command 38 s; 11 slots would reach 38 s; more will"),
+                ([38.0] + [9.0] * 40, 12, "longest command 38 s: more slots than 11 do not help"),
+                ([1.0], 1, "more slots than 1"), ([0.0, 0.0], 3, "more slots than 1")):
+            self.assertIn(words, tc.advice(times, slots))
+        r = random.Random(3)
+        for _ in range(100):
+            times = [r.expovariate(1) for _ in range(r.randint(1, 50))]
+            slots = r.randint(1, 20)
+            self.assertGreaterEqual(tc.makespan(times, slots) * 1.000001, max(
+                max(times), sum(times) / slots))
+            self.assertLessEqual(tc.makespan(times, slots), max(times) + sum(times) / slots)
+
+    def test_progress(self):
+        client = tc.Client("r1")
+        client.total, client.workers, client.slots = 10, 1, 4
+        self.assertEqual(tc.progress(client, 1.0), "0/10+ done, 0 running, 1 worker, 4 slots")
+        client.reported, client.failed, client.flaky, client.accepted = 4, 1, 2, 9
+        client.input_ended, client.workers = True, 2
+        self.assertEqual(tc.progress(client, 8.0), "4/10 done, 1 failed, 2 flaky, 4 running, 0.5/s, "
+                                                   "ETA 12 s, 2 workers, 4 slots")
+        for seconds, words in ((0.2, "0 s"), (59.4, "59 s"), (187, "3:07"), (7387, "2:03:07")):
+            self.assertEqual(tc.duration(seconds), words)
+
+    def test_the_tables_of_the_status(self):
+        lines = tc.status_lines(dict(MessagesTest.EXAMPLES["STATUS"], above=["b0"], workers=[
+            {"name": "w", "host": "h\x1b[2J", "kind": "worker", "below": [], "labels": ["gpu"],
+             "slots": 2, "running": 1, "held": 0, "done": 12, "failed": 3, "weight": -1,
+             "load": 0.52, "there": True, "silent": 1.4},
+            {"name": "b2", "host": "b2", "kind": "broker", "below": ["b2", "b3"], "labels": [],
+             "slots": 8, "running": 8, "held": 0, "done": 1, "failed": 0, "weight": 0, "load": 0,
+             "there": False, "silent": 9}]), "tcp://b:1")
+        self.assertEqual(lines, [
+            "tcp://b:1: 2 workers, 1 of 2 slots busy, 1 client", "below b0", "",
+            "HOST      SLOTS  RUNNING  DONE  FAILED  WEIGHT  LOAD     SEEN",
+            "b2            8        8     1       0       0   0.0  9 s ago  "
+            "connection lost; broker b2 b3",
+            "h\\x1b[2J      2        1    12       3      -1   0.5  1 s ago  label gpu", "",
+            "CLIENT  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
+            "h            1        2     3       1  a worker"])
 
     def test_bytes_are_passed_on_as_they_are(self):
         out = self.text()
@@ -4203,6 +4738,639 @@ class ReportingTest(unittest.TestCase):
         self.report("printf '\udcff'", output=b"\xff\x00\n")
         self.assertEqual(out.getvalue(), b"OK! printf '\xff' \xe2\x8c\x9a8.14ms\n"
                                          b"\xff\x00\n\n")
+
+
+HEAD, TAIL = tc.EXCERPT_HEAD, tc.EXCERPT_TAIL
+# those of surefire's elements that we have, in its order
+XML_ORDER = ["failure", "rerunFailure", "flakyFailure", "error", "system-out"]
+FAILED_BEFORE = tc.Try(3, "h1"), tc.Try(1, "h2")
+ODD = "\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ <&>'\" ]]> <![CDATA[ &#0;"
+
+
+def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
+    known = {"verdict": "FAIL" if exitcode else "OK", "only_on": "", "host": "h1", "worker": "w1",
+             "slot": 2, "started": 1700000000.5, "spent": 1500.0, "signal": 0, "reason": "",
+             "tries": (), "shown": 0, "record": None}
+    return tc.Outcome(seq, cmd, exitcode, **{**known, **more})
+
+
+def never(seq, reason="no worker has gpu"):
+    return outcome(seq, "gpu", 126, host="", worker="", slot=0, started=0.0, spent=0.0, reason=reason)
+
+
+def document(*outcomes, output=b"", interrupted=False, name="nightly"):
+    """A JUnit report of these."""
+    pieces = [output] if isinstance(output, bytes) else output
+    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), interrupted, 2500.0))
+
+
+def cases(*outcomes, **more):
+    return ET.fromstring(document(*outcomes, **more).encode()).findall("testsuite/testcase")
+
+
+EVERY_VERDICT = [
+    outcome(1, "true"),
+    outcome(2, "false", 1, tries=FAILED_BEFORE),
+    outcome(3, "sometimes", verdict="FLAKY", tries=FAILED_BEFORE),
+    outcome(4, "elsewhere", verdict="ONLY", only_on="h1", host="h3",
+            tries=(tc.Try(3, "h1"), tc.Try(3, "h1"))),
+    outcome(5, "sleep 9", 124, reason="stopped after 1 s", signal=15),
+    outcome(6, "crash", 139, signal=11),
+    outcome(7, "mv x y", 126, reason="Argument list too long", tries=FAILED_BEFORE),
+    outcome(8, "./not-executable", 126),
+    never(9),
+]
+
+
+def documents():
+    """JUnit reports of every kind, each with its name."""
+    yield "every verdict", document(*EVERY_VERDICT, output=b"some\noutput\n")
+    yield "interrupted", document(*EVERY_VERDICT, interrupted=True)
+    yield "interrupted at once", document(interrupted=True)
+    yield "empty", document()
+    yield "odd", document(*(row._replace(cmd=ODD, host=ODD, worker=ODD, reason=row.reason and ODD)
+                            for row in EVERY_VERDICT), output=bytes(range(256)), name=ODD)
+    yield "huge", document(outcome(1, "x" * 10**5, 1), output=[b"\0" * 10**6] * 30)
+    yield "no clock", document(outcome(started=0.0, spent=0.0, slot=0))
+    yield "long", document(outcome(spent=1e12))
+
+
+class JUnitTest(unittest.TestCase):
+    def test_the_last_try_decides_and_those_before_tell_more(self):
+        found = [[part.tag for part in case] for case in cases(*EVERY_VERDICT)]
+        again, once = ["rerunFailure"] * 2, ["flakyFailure"] * 2
+        self.assertEqual(found, [parts + ["system-out"] for parts in (
+            [], ["failure", *again], once, once, ["failure"], ["failure"], [*again, "error"],
+            ["failure"])] + [["error"]])
+
+    def test_how_it_ended(self):
+        for row, kind, message in (
+                (1, "ExitCode", "exit code 1 on h1"),
+                (4, "Timeout", "exit code 124 on h1, signal 15: stopped after 1 s"),
+                (5, "Signal", "exit code 139 on h1, signal 11"),
+                (6, "NotRun", "could not be run on h1: Argument list too long"),
+                (8, "NotRun", "could not be run: no worker has gpu"),
+                (9, "NotRun", "could not be run")):
+            case, = cases([*EVERY_VERDICT, never(10, "")][row], output=b"the output\n")
+            end = case.find("failure") if case.find("error") is None else case.find("error")
+            self.assertEqual(end.attrib, {"type": kind, "message": message})
+            self.assertEqual(end.text, f"{message}\n\nthe output\n")
+
+    def test_totals_count_what_is_there(self):
+        for interrupted in (False, True):
+            root = ET.fromstring(document(*EVERY_VERDICT, interrupted=interrupted).encode())
+            for node in (root, root.find("testsuite")):
+                for what, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error")):
+                    self.assertEqual(int(node.get(what)), len(list(root.iter(tag))), what)
+                self.assertEqual((node.get("name"), node.get("time")), ("nightly", "2.500"))
+            self.assertEqual(root.find("testsuite").get("timestamp"), "2023-11-14T22:13:20+00:00")
+
+    def test_an_interrupted_run_is_no_success(self):
+        *_, last = cases(outcome(), interrupted=True)
+        self.assertEqual(last.get("name"), tc.WHOLE_RUN)
+        self.assertIn("the 1 reported commands", last.find("error").text)
+        self.assertEqual(cases(outcome(), outcome(2, tc.WHOLE_RUN), interrupted=True)[2].get("name"),
+                         tc.WHOLE_RUN + " [2]")
+
+    def test_where_and_when_it_ran_and_what_the_tries_tell(self):
+        found = cases(*EVERY_VERDICT[1:4], never(9))
+        self.assertEqual([case.findtext("system-out") for case in found], [
+            "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
+            "FAIL: try 3; exit codes before: 3 on h1, 1 on h2",
+            "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
+            "FLAKY: try 3; exit codes before: 3 on h1, 1 on h2",
+            "ran on h3 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
+            "ONLY: try 3; exit codes before: 3 on h1, 3 on h1\nfailed on h1 only", None])
+
+    def test_cases_are_in_order_of_input_under_names_of_their_own(self):
+        found = cases(outcome(3), outcome(1), outcome(4, "pi 2 [2]"), outcome(2),
+                      outcome(5, "b" * 999, 1), outcome(6, "b" * 998))
+        self.assertEqual([case.get("name") for case in found], [
+            "pi 2", "pi 2 [2]", "pi 2 [3]", "pi 2 [2] [2]", "b" * 240 + "...", "b" * 240 + "... [2]"])
+        self.assertIn("\ncommand: " + "b" * 999 + "\n", found[4].find("failure").text)
+        self.assertEqual({case.get("classname") for case in found}, {"nightly"})
+
+    def test_many_of_the_same_name_take_no_longer(self):
+        self.assertEqual(len(set(tc.distinct_names(["x"] * 200_000))), 200_000)
+
+    def test_clocks_that_are_wrong_give_no_timestamp(self):
+        for wrong in (0.0, -1.0, 1e12, 1e18, float("nan"), float("inf")):
+            self.assertEqual(tc.iso_time(wrong), "", wrong)
+        self.assertNotIn("timestamp", document(outcome(started=1e18)))
+        self.assertIn('timestamp="2023', document(outcome(started=1e18), outcome()))
+
+    def test_no_commands(self):
+        self.assertEqual(cases(), [])
+        self.assertIn('tests="0"', document())
+
+    def test_every_character_makes_a_document(self):
+        shown = r"\x00\x07\x08" + "\t" + r"\x0b\x1b" + "\x7f\x85" + r" \x80\xff\ud800 \ufffe\uffff" + \
+            "\U0001f40d ☃ <&>'\" ]]> <![CDATA[ &#0;"
+        row = outcome(1, ODD, 1, host=ODD, worker=ODD, reason=ODD, tries=(tc.Try(1, ODD),))
+        case, = cases(row, output=ODD.encode("utf-8", "surrogatepass"), name=ODD)
+        self.assertEqual(case.get("name"), shown)
+        self.assertEqual(case.get("classname"), shown)
+        self.assertIn(shown, case.find("failure").get("message"))
+        self.assertIn(shown, case.find("rerunFailure/stackTrace").text)
+        self.assertIn(r"\xed\xb2\x80", case.find("failure").text)
+        for point in range(0x110000):
+            if not point % 0x1000:  # all of a block at once, as text and as attribute
+                block = "".join(map(chr, range(point, point + 0x1000)))
+                ET.fromstring(tc.xml_element("a", tc.xml_text(block), b=block).encode())
+
+    def test_lines_and_tabs_of_a_name_survive(self):
+        self.assertEqual(cases(outcome(cmd="a\tb\nc\rd  e"))[0].get("name"), "a\tb\nc\rd  e")
+
+    def test_bytes_and_colours_of_an_output(self):
+        output = b"\x1b[1;31mred\x1b[0m\x1b[K \xff\xc3 \xc3\xa9 \x1b]0;t\a"
+        case, = cases(outcome(exitcode=1), output=output)
+        self.assertTrue(case[0].text.endswith("\nred \\xff\\xc3 é \\x1b]0;t\\x07"), case[0].text)
+
+    def test_characters_split_between_pieces_are_whole(self):
+        case, = cases(outcome(exitcode=1), output=[b"\xe2", b"\x98", b"", b"\x83"])
+        self.assertTrue(case[0].text.endswith("\n☃"))
+
+    def test_an_output_is_kept_up_to_its_limit(self):
+        for size in (0, 1, HEAD - 1, HEAD, HEAD + 1, HEAD + TAIL):
+            for piece in (1000, HEAD, 10**6):
+                data = bytes(itertools.islice(itertools.cycle(b"abcdefg"), size))
+                self.assertEqual(tc.excerpt(data[at:at + piece] for at in range(0, size, piece)),
+                                 data.decode())
+
+    def test_a_longer_output_loses_its_middle(self):
+        for piece in (1, 7, TAIL, 10**6):
+            data = b"H" * HEAD + b"x" * 5 + b"T" * TAIL
+            found = tc.excerpt(data[at:at + piece] for at in range(0, len(data), piece))
+            self.assertEqual(found, "H" * HEAD + "\n[... 5 bytes left out ...]\n" + "T" * TAIL)
+
+    def test_a_huge_output_takes_little_memory(self):
+        tracemalloc.start()
+        pieces = tc.junit_xml("n", [outcome(exitcode=1)],
+                                 lambda _: (b"%7d" % n * 2**17 for n in range(200)), False, 1.0)
+        size = sum(map(len, pieces))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.assertLess(size, HEAD + TAIL + 2000)
+        self.assertLess(peak, 5e6)
+
+    def test_outputs_of_passed_commands_are_not_read(self):
+        list(tc.junit_xml("n", [outcome()], lambda _: self.fail(), False, 1.0))
+
+    def test_the_report_has_a_limit(self):
+        count = tc.JUNIT_SIZE // (HEAD + TAIL) + 50
+        text = document(*(outcome(n, f"c {n}", 1) for n in range(count)), output=b"x" * 10**6)
+        self.assertLess(len(text), tc.JUNIT_SIZE + count * 1000)
+        self.assertIn("output left out: the report is long", text)
+        self.assertEqual(text.count("<failure "), count)
+
+    def test_all_are_well_formed_and_in_the_order_of_surefire(self):
+        for name, text in documents():
+            root = ET.fromstring(text.encode())
+            for case in root.iter("testcase"):
+                places = [XML_ORDER.index(part.tag) for part in case]
+                self.assertEqual(places, sorted(places), name)
+                self.assertLessEqual(len(case.findall("error")), 1)
+                self.assertEqual(set(case.attrib), {"name", "classname", "time"})
+                for part in case:
+                    self.assertEqual(set(part.attrib),
+                                     set() if part.tag == "system-out" else {"type", "message"})
+                    self.assertEqual([child.tag for child in part],
+                                     ["stackTrace"] if part.tag in XML_ORDER[1:3] else [])
+            for node in root.iter():
+                if "time" in node.attrib:
+                    self.assertRegex(node.get("time"), r"\A[0-9]+\.[0-9]{3}\Z")
+            self.assertLessEqual({"name", "time", "tests", "errors", "skipped", "failures"},
+                                 set(root.find("testsuite").attrib))
+
+    def test_all_are_valid(self):
+        schema = os.path.join(HERE, ".venv", "junit-10.xsd")  # of Jenkins' xunit plugin; see Makefile
+        try:
+            from lxml import etree
+        except ImportError:
+            self.skipTest("needs lxml")
+        if not os.path.exists(schema):
+            self.skipTest("needs the schema")
+        schema = etree.XMLSchema(etree.parse(schema))
+        for name, text in documents():
+            with self.subTest(name):
+                schema.assertValid(etree.fromstring(text.encode()))
+        self.assertFalse(schema.validate(etree.fromstring(document(outcome()).replace(
+            "<system-out>", "<nonsense/><system-out>").encode())))
+
+
+class WholeFileTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.path = os.path.join(folder.name, "report.xml")
+
+    def read(self):
+        with open(self.path, encoding="utf-8", newline="") as file:
+            return file.read()
+
+    def only_the_report(self, *others):
+        self.assertEqual(sorted(os.listdir(self.folder)), sorted(["report.xml", *others]))
+
+    def test_a_new_file(self):
+        for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+            old = os.umask(mask)
+            try:
+                tc.write_whole(self.path, iter(["☃\n", "b\r\n"]))
+            finally:
+                os.umask(old)
+            self.assertEqual(self.read(), "☃\nb\r\n")
+            self.assertEqual(os.stat(self.path).st_mode & 0o777, mode)
+        self.only_the_report()
+
+    def test_in_the_working_directory(self):
+        code = "import testcloud; testcloud.write_whole('report.xml', ['x'])"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=self.folder,
+                       env={**os.environ, "PYTHONPATH": HERE})
+        self.assertEqual(self.read(), "x")
+        self.only_the_report()
+
+    def test_the_old_file_stays_until_the_new_one_is_whole(self):
+        tc.write_whole(self.path, ["old"])
+        for error in (OSError("no output"), ValueError("a bug"), KeyboardInterrupt()):
+            def pieces(error=error):
+                yield "x" * 100_000
+                self.assertEqual(self.read(), "old")
+                self.assertEqual(len(os.listdir(self.folder)), 2)
+                raise error
+            with self.assertRaises(type(error)):
+                tc.write_whole(self.path, pieces())
+            self.assertEqual(self.read(), "old")
+            self.only_the_report()
+
+    def test_an_error_that_looks_like_a_missing_file_is_one(self):
+        def pieces():
+            yield "x"
+            raise FileNotFoundError("no spool")
+        with self.assertRaises(FileNotFoundError):
+            tc.write_whole(self.path, pieces())
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_full_disk_raises(self):
+        if os.path.exists("/dev/full"):
+            with self.assertRaises(OSError):
+                tc.write_whole("/dev/full", ["x" * 100_000])
+        tc.write_whole("/dev/null", ["x"])
+
+    def test_what_cannot_be_written_raises(self):
+        loop = os.path.join(self.folder, "loop")
+        os.symlink("loop", loop)
+        for path in (self.folder, os.path.join(self.folder, "no", "report.xml"), "/proc/none", loop):
+            with self.assertRaises(OSError):
+                tc.write_whole(path, ["x"])
+        os.unlink(loop)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def test_a_link_stays_and_its_target_is_replaced(self):
+        os.mkdir(os.path.join(self.folder, "deep"))
+        target = os.path.join(self.folder, "deep", "target.xml")
+        os.symlink(os.path.join("deep", "target.xml"), self.path)
+        for text in ("made", "replaced"):  # a link to nothing at first
+            tc.write_whole(self.path, [text])
+            self.assertTrue(os.path.islink(self.path))
+            with open(target) as file:
+                self.assertEqual(file.read(), text)
+        self.only_the_report("deep")
+        self.assertEqual(os.listdir(os.path.dirname(target)), ["target.xml"])
+
+    def test_a_fifo_is_written_to(self):
+        os.mkfifo(self.path)
+        got = []
+        reader = threading.Thread(target=lambda: got.append(self.read()))
+        reader.start()
+        tc.write_whole(self.path, ["a", "b"])
+        reader.join()
+        self.assertEqual(got, ["ab"])
+        self.only_the_report()
+
+    def test_stdout_is_written_to_whatever_it_is(self):
+        code = ("import testcloud; print('before', flush=True); "
+                "testcloud.write_whole('/dev/stdout', ['<a/>']); print('after')")
+        env = {**os.environ, "PYTHONPATH": HERE}
+        piped = subprocess.check_output([sys.executable, "-c", code], env=env)
+        self.assertEqual(piped, b"before\n<a/>after\n")
+        with open(self.path, "wb") as file:
+            subprocess.run([sys.executable, "-c", code], stdout=file, env=env, check=True)
+        self.assertEqual(self.read(), "before\n<a/>after\n")
+
+    def test_it_holds_one_piece_at_a_time(self):
+        tracemalloc.start()
+        tc.write_whole(self.path, ("x" * 100_000 for _ in range(500)))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.assertLess(peak, 2e6)
+        self.assertEqual(os.path.getsize(self.path), 50_000_000)
+
+
+BROWSER = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+HOSTILE = [
+    "</script><img src=x onerror=document.title='owned'>",
+    "<!--<script>document.title='owned'</script>",
+    "\"><svg onload=document.title='owned'>",
+    "cat caf\udce9.txt\x00\x1b[31m \u202egnp.exe",
+    "echo {{data}} {{title}} \\u003c &lt; 'x' & \"y\"\nb",
+]
+VOID_TAGS = {"meta", "input", "img", "br"}
+CLOSED_BY_OTHERS = {"td", "th", "tr", "dd", "dt", "tbody", "thead", "option"}
+
+
+def paged(seq, verdict="OK", **fields):
+    known = {"cmd": f"./run --case {seq}", "exitcode": int(verdict == "FAIL"), "only_on": "",
+             "host": f"host{seq % 3}", "worker": f"host{seq % 3}-7-ab", "slot": seq % 2 + 1,
+             "started": 1764080000.0 + seq, "spent": 10.0 * seq, "signal": 0, "reason": "",
+             "tries": (), "shown": 0, "record": None}
+    return tc.Outcome(seq=seq, verdict=verdict, **{**known, **fields})
+
+
+NEVER_RAN = {"host": "", "worker": "", "slot": 0, "started": 0.0, "spent": 0.0, "exitcode": 126}
+MIXED_RUN = [paged(seq) for seq in range(1, 41)] + [
+    paged(41, "FAIL", signal=9, exitcode=137, tries=(tc.Try(1, "host2"),)),
+    paged(42, "FLAKY", tries=(tc.Try(124, "host<b>"),)),
+    paged(43, "ONLY", only_on="host7", tries=(tc.Try(1, "host7"), tc.Try(1, "host7"))),
+    paged(44, "FAIL", reason="No such file: '<b>'", **NEVER_RAN),
+] + [paged(45 + at, "FAIL", cmd=cmd, host=cmd) for at, cmd in enumerate(HOSTILE)]
+
+
+def rendered(outcomes, output_of=lambda outcome: iter([b"an output\n"]), title="a run", facts=()):
+    return "".join(tc.html_page(title, outcomes, output_of, facts))
+
+
+def failure_in_page(parts):
+    """The output in the page of one failure."""
+    return Parsed(rendered([paged(1, "FAIL")], lambda outcome: iter(parts))).one("pre")
+
+
+class PageElement:
+    def __init__(self, tag, attributes):
+        self.tag, self.attributes, self.text = tag, attributes, ""
+
+
+class Parsed(html.parser.HTMLParser):
+    """The elements of a page, in order, with the text in each and in what it contains."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.strays = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        element = PageElement(tag, dict(attributes))
+        self.elements.append(element)
+        if tag not in VOID_TAGS:
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open[-1].tag != tag and self.open[-1].tag in CLOSED_BY_OTHERS:
+            self.open.pop()
+        if not self.open or self.open.pop().tag != tag:
+            self.strays.append(tag)
+
+    def handle_data(self, data):
+        for element in self.open:
+            element.text += data
+
+    def all(self, tag=None, **attributes):
+        return [element for element in self.elements if tag in (None, element.tag) and all(
+            element.attributes.get(name.rstrip("_").replace("_", "-")) == value
+            for name, value in attributes.items())]
+
+    def one(self, tag=None, **attributes):
+        found, = self.all(tag, **attributes)
+        return found
+
+    def data(self):
+        return json.loads(self.one("script", id="data").text)
+
+
+def rendered_text(parsed, id):
+    return parsed.one("section", id=id).text
+
+
+class PageTest(unittest.TestCase):
+    def test_nothing_of_a_command_becomes_an_element_or_an_attribute(self):
+        plain, hostile = Parsed(rendered([paged(1, "FAIL")])), []
+        for text in HOSTILE:
+            hostile = Parsed(rendered(
+                [paged(1, "FAIL", cmd=text, host=text, worker=text, reason=text,
+                         only_on=text, tries=(tc.Try(1, text),))],
+                lambda outcome, text=text: iter([text.encode("utf-8", "surrogateescape")]),
+                title=text, facts=[(text, text)]))
+            with self.subTest(text):
+                self.assertEqual(
+                    [(element.tag, sorted(element.attributes)) for element in hostile.elements
+                     if element.tag not in ("div", "dt", "dd")],
+                    [(element.tag, sorted(element.attributes)) for element in plain.elements
+                     if element.tag not in ("div", "dt", "dd")])
+                self.assertEqual(hostile.strays, [])
+
+    def test_commands_are_the_same_in_html_and_json(self):
+        parsed = Parsed(rendered(MIXED_RUN))
+        commands = {row[0]: row[1] for row in parsed.data()["commands"]}
+        for at, text in enumerate(HOSTILE):
+            self.assertEqual(commands[45 + at], tc.one_line(text))
+            self.assertIn(tc.one_line(text), [element.text for element in parsed.all("code")])
+
+    def test_what_has_no_shape_is_shown_as_an_escape(self):
+        for text, shown in [
+            ("a\tb", "a\tb"), ("a\nb", r"a\nb"), ("\x1b[0m", r"\x1b[0m"), ("\x00", r"\x00"),
+            ("caf\udce9", r"caf\xe9"), ("\ud800", r"\ud800"), ("\u202eabc", r"\u202eabc"),
+            ("日本 é ☃", "日本 é ☃"), ("\u2028", r"\u2028"), ("\ufffe", r"\ufffe"),
+        ]:
+            self.assertEqual(tc.one_line(text), shown)
+
+    def test_pieces_are_utf_8_without_exception(self):
+        self.assertNotIn(b"\x00", rendered(MIXED_RUN).encode("utf-8"))
+
+    def test_braces_of_a_command_are_no_place_in_the_page(self):
+        self.assertIn("echo {{data}} {{title}}", rendered(MIXED_RUN))
+
+    def test_page_is_well_formed_and_asks_nobody_for_anything(self):
+        text = rendered(MIXED_RUN)
+        parsed = Parsed(text)
+        self.assertEqual(parsed.strays, [])
+        ids = [element.attributes["id"] for element in parsed.elements if "id" in element.attributes]
+        self.assertEqual(len(ids), len(set(ids)))
+        policy = parsed.one("meta", http_equiv="Content-Security-Policy").attributes["content"]
+        self.assertTrue(policy.startswith("default-src 'none';"))
+        for element in parsed.elements:
+            self.assertNotIn(element.tag, ("link", "iframe", "img", "object", "base", "form"))
+            self.assertFalse([name for name in element.attributes if name == "src" or name[:2] == "on"])
+            self.assertTrue(element.attributes.get("href", "#").startswith("#"))
+        self.assertNotIn("://", tc.PAGE)
+
+    def test_headline_counts(self):
+        for outcomes, words in [([], "No commands"), (MIXED_RUN[:1], "1 command, all passed"),
+                                (MIXED_RUN[:40], "40 commands, all passed"),
+                                (MIXED_RUN, "7 of 49 commands failed")]:
+            self.assertEqual(Parsed(rendered(outcomes)).one("h1").text, words)
+
+    def test_failures_flaky_and_slowest_need_no_script(self):
+        text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]
+        self.assertIn("exit code 137; signal 9 (SIGKILL); before: 1 on host2", text)
+        self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
+        self.assertIn("fails only on host7; before: 1 on host7, 1 on host7", text)
+        self.assertIn("before: 124 on host&lt;b&gt;", text)
+        self.assertEqual(text.count("an output"), 7)
+        self.assertEqual(text.count("<tr><td>"), tc.PAGE_SLOWEST)
+
+    def test_only_outputs_of_failures_are_read(self):
+        read = []
+        rendered(MIXED_RUN, lambda outcome: read.append(outcome.seq) or iter([]))
+        self.assertEqual(read, [41, 44, 45, 46, 47, 48, 49])
+
+    def test_long_output_keeps_both_ends(self):
+        parts = [b"x" * 1000] * 100
+        self.assertEqual(tc.both_ends(iter([b"abc", b"", b"defgh"]), 3, 3), (b"abc", 2, b"fgh"))
+        self.assertEqual(tc.both_ends(iter([b"abcdefg"]), 4, 4), (b"abcd", 0, b"efg"))
+        self.assertEqual(tc.both_ends(iter([]), 4, 4), (b"", 0, b""))
+        pre = failure_in_page([b"first", *parts, b"last"])
+        left_out = 100_009 - 2 * tc.PAGE_OUTPUT
+        self.assertRegex(pre.text, f"^\nfirstx+{left_out:,} bytes left outx+last$")
+
+    def test_output_that_is_no_utf_8(self):
+        pre = failure_in_page([b"a\xff\r\n\x1b[1m\rb"])
+        self.assertEqual(pre.text, "\na\ufffd\n\\x1b[1m\\rb")
+
+    def test_many_failures_share_the_room(self):
+        failed = [paged(seq, "FAIL") for seq in range(1, 21)]
+        with mock.patch.multiple(tc, PAGE_ENTRIES=10, PAGE_OUTPUTS=1000):
+            parsed = Parsed(rendered(failed, lambda outcome: iter([b"x" * 5000])))
+        outputs = parsed.all("pre")
+        self.assertEqual([element.text.count("x") for element in outputs], [100] * 10)
+        self.assertIn("And 10 more", rendered_text(parsed, "failures"))
+
+    def test_rows_are_slots_in_the_order_people_count(self):
+        outcomes = [paged(at, host=f"host{at}", worker="w") for at in (10, 2, 1)]
+        data = Parsed(rendered([*outcomes, paged(3, "FAIL", **NEVER_RAN)])).data()
+        self.assertEqual([row[0] for row in data["rows"]], ["host1", "host2", "host10"])
+        self.assertEqual(data["began"], 1764080001.0)
+        self.assertEqual([(seq, row, at) for seq, _, _, row, at, _, _ in data["commands"]],
+                         [(1, 0, 0.0), (2, 1, 1000.0), (3, -1, 0.0), (10, 2, 9000.0)])
+
+    def test_no_line_of_the_page_is_made_before_it_is_asked_for(self):
+        pieces = tc.html_page("a run", MIXED_RUN, lambda outcome: self.fail("read too early"), ())
+        self.assertTrue(next(pieces).startswith("<!DOCTYPE html>"))
+
+
+@unittest.skipUnless(BROWSER, "no chromium or google-chrome")
+class BrowserTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+
+    def visit(self, outcomes, fragment="", extra=""):
+        """The page as the browser has it in the end. `extra` is done by a script of ours."""
+        text = rendered(outcomes)
+        if extra:  # which needs to be let in
+            text = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", text)
+            text = text.replace("</body>", f"<script>{extra}</script></body>")
+        path = pathlib.Path(self.folder.name, "page.html")
+        path.write_text(text, encoding="utf-8")
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        done = subprocess.run(
+            [BROWSER, "--headless", "--disable-gpu", "--window-size=1400,900", *sandbox,
+             "--enable-logging=stderr", f"--user-data-dir={self.folder.name}/profile",
+             "--virtual-time-budget=3000", "--dump-dom", path.as_uri() + fragment],
+            capture_output=True, timeout=120, check=True)
+        log = done.stderr.decode("utf-8", "replace").splitlines()
+        said = [line for line in log if "CONSOLE" in line]
+        self.assertEqual(said, [], "an error of the script, or something that the policy refused")
+        return Parsed(done.stdout.decode("utf-8"))
+
+    def lines(self, parsed):
+        return [element.attributes["id"] for element in parsed.all(role="option")]
+
+    def test_script_runs_and_no_command_does(self):
+        parsed = self.visit(MIXED_RUN)
+        self.assertEqual(parsed.one("title").text, "a run")
+        self.assertEqual(parsed.one(id="found").text, "49 of 49")
+        self.assertEqual(parsed.all("img") + parsed.all("svg"), [])
+        self.assertEqual(self.lines(parsed)[:3], ["l1", "l2", "l3"])
+        self.assertGreater(int(parsed.one("canvas").attributes["width"]), 1000)
+
+    def test_only_lines_in_sight_are_elements(self):
+        parsed = self.visit([paged(seq) for seq in range(1, 5001)], "#seq=2500")
+        self.assertLess(len(self.lines(parsed)), 100)
+        self.assertIn("l2500", self.lines(parsed))
+        self.assertEqual(parsed.one(id="l2500").attributes["aria-posinset"], "2500")
+
+    def test_filter_narrows_the_list(self):
+        parsed = self.visit(MIXED_RUN, "#q=CASE+3")
+        self.assertEqual(self.lines(parsed), ["l3", *(f"l{seq}" for seq in range(30, 40))])
+        self.assertEqual(parsed.one(id="found").text, "11 of 49")
+        self.assertEqual(self.lines(self.visit(MIXED_RUN, "#verdict=FLAKY")), ["l42"])
+        self.assertEqual(self.lines(self.visit(MIXED_RUN, "#q=no+such+file&verdict=FAIL")), ["l44"])
+        self.assertEqual(self.lines(self.visit(MIXED_RUN, "#q=nowhere")), [])
+
+    def test_typing_filters_and_is_remembered_in_the_address(self):
+        parsed = self.visit(MIXED_RUN, extra="""$("q").value = "onload"; $("q").oninput();
+            document.title = location.hash""")
+        self.assertEqual(self.lines(parsed), ["l47"])
+        self.assertEqual(parsed.one("title").text, "#q=onload")
+
+    def test_address_chooses_a_command(self):
+        for seq in (17, 41, 44, 45, 48):
+            parsed = self.visit(MIXED_RUN, f"#seq={seq}")
+            chosen = parsed.one(role="option", aria_selected="true")
+            self.assertEqual(chosen.attributes["id"], f"l{seq}")
+            self.assertIn(tc.one_line(MIXED_RUN[seq - 1].cmd), parsed.one(id="pick").text)
+            self.assertEqual("an output" in parsed.one(id="pick").text, seq != 17)
+
+    def test_address_that_means_nothing_here(self):
+        for fragment in ("#seq=999", "#seq=x&verdict=NONE", "#failures", "#=", "#%"):
+            self.assertIn("Choose a command", self.visit(MIXED_RUN[:3], fragment).one(id="pick").text)
+
+    def test_keys_go_through_the_list(self):
+        parsed = self.visit(MIXED_RUN, "#seq=5", """
+            for (const key of ["ArrowDown", "ArrowDown", "End", "ArrowUp"])
+              list.dispatchEvent(new KeyboardEvent("keydown", {key}))""")
+        self.assertEqual(parsed.one(role="option", aria_selected="true").attributes["id"], "l48")
+
+    def click(self, kind, seq):
+        return f"""{{ const c = bySeq.get({seq}), box = lanes.getBoundingClientRect();
+            const at = {{pointerType: "{kind}", bubbles: true,
+              clientX: box.left + 1 + left(c) + c.spent * scale / 2,
+              clientY: box.top + 1 + tops[c.row] - lanes.scrollTop + height / 2}};
+            canvas.dispatchEvent(new PointerEvent("pointermove", at));
+            canvas.dispatchEvent(new PointerEvent("click", at)); }}"""
+
+    def test_click_on_a_bar_opens_its_entry(self):
+        parsed = self.visit(MIXED_RUN, extra=self.click("mouse", 42))
+        self.assertEqual(parsed.one(role="option", aria_selected="true").attributes["id"], "l42")
+
+    def test_first_tap_names_a_bar_and_the_second_opens_it(self):
+        once = self.visit(MIXED_RUN, extra=self.click("touch", 41))
+        self.assertEqual(once.all(role="option", aria_selected="true"), [])
+        self.assertNotIn("hidden", once.one(id="tip").attributes)
+        for words in ("41: ./run --case 41", "✗ FAIL", "exit code 137", "410.00 ms", "host2"):
+            self.assertIn(words, once.one(id="tip").text)
+        twice = self.visit(MIXED_RUN, extra=self.click("touch", 41) * 2)
+        self.assertEqual(twice.one(role="option", aria_selected="true").attributes["id"], "l41")
+
+    def test_zoom(self):
+        parsed = self.visit(MIXED_RUN, extra="""const before = lanes.scrollWidth;
+            $("in").click(); $("in").click();
+            document.title = (lanes.scrollWidth / before).toFixed(0)""")
+        self.assertGreaterEqual(int(parsed.one("title").text), 3)
+
+    def test_runs_that_are_odd(self):
+        for outcomes in ([], [paged(1, "FAIL", **NEVER_RAN)], [paged(1, spent=0.0)],
+                         [paged(1), paged(2, started=1e17)], [paged(7, host="__proto__")]):
+            self.assertEqual(self.visit(outcomes).one(id="found").text.split()[0], str(len(outcomes)))
+
+    def test_hosts_with_wrong_clocks_begin_together(self):
+        for late, aligned in ((5.0, False), (86400.0, True)):
+            parsed = self.visit([paged(1), paged(2, started=1764080000.0 + late)],
+                                extra="""document.title = $("align").checked""")
+            self.assertEqual(parsed.one("title").text, str(aligned).lower())
 
 
 # === Sockets ==========================================================================
@@ -4820,15 +5988,17 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(tc.times_from(self.parse("worker")), tc.Times())
 
     def test_every_time_can_be_set_where_it_is_used(self):
-        rows = {row.names[0][2:].replace("-", "_") for _, rows in tc.OPTIONS.values() for row in rows
-                if row.names[0].startswith("--")}
+        rows = {row.names[0][2:].replace("-", "_") for role in tc.OPTIONS
+                for row in tc.options_of(role) if row.names[0].startswith("--")}
         self.assertLessEqual(set(tc.Times._fields), rows)
 
     def test_of_lines_too_long_for_a_command_only_the_beginning_is_read(self):
         limit = tc.MAX_COMMAND + 1
         data = b"a\n" + b"b" * (3 * limit) + b"\n" + b"c" * (limit - 1) + b"\n" + b"d" * limit
-        self.assertEqual([(line[:1], len(line)) for line in tc.short_lines(io.BytesIO(data))],
-                         [(b"a", 2), (b"b", limit), (b"c", limit), (b"d", limit)])
+        for end in (b"\n", b"\0"):
+            file = io.BytesIO(data.replace(b"\n", end))
+            self.assertEqual([(line[:1], len(line)) for line in tc.short_lines(file, end)],
+                             [(b"a", 1), (b"b", limit), (b"c", limit - 1), (b"d", limit)])
 
     def test_units(self):
         for text, wanted in (("500ms", 0.5), ("30s", 30), ("1.5", 1.5), ("5m", 300), ("2h", 7200),
@@ -4842,8 +6012,50 @@ class CommandLineTest(unittest.TestCase):
                 ([], "echo  a", "echo  a"), (["wc", "-l"], "a b", "wc -l 'a b'"),
                 (["cp {} {}.bak"], "it's", "cp 'it'\"'\"'s' 'it'\"'\"'s'.bak"),
                 (["test", "{}", "-ef", "{}"], "x", "test x -ef x"),
-                (["echo"], "$HOME", "echo '$HOME'")]:
-            self.assertEqual(tc.fill_template(template, line), command)
+                (["echo"], "$HOME", "echo '$HOME'"), (["{#} {} {#}"], "{#}", "7 '{#}' 7"),
+                (["echo", "{#}"], "x", "echo 7")]:
+            self.assertEqual(tc.fill_template(template, line, 7), command)
+
+    def test_a_template_begins_where_the_options_end(self):
+        for words, marked in (
+                ("-b pytest -q {}", "-b -- pytest -q {}"), ("-kj 4 make -j4", "-kj 4 -- make -j4"),
+                ("-j4 x", "-j4 -- x"), ("--fail-fast pytest -x", "--fail-fast=1 -- pytest -x"),
+                ("--fail-fast 3 x", "--fail-fast=3 -- x"), ("--fail-fast", "--fail-fast=1"),
+                ("-C -b x", "-C -b -- x"), ("--cwd=/x -- -y", "--cwd=/x -- -y"), ("", ""),
+                ("--env A --json echo --json", "--env A --json -- echo --json"), ("-j", "-j"),
+                ("- x", "-- - x")):
+            self.assertEqual(tc.mark_template(words.split()), marked.split())
+
+    def test_options_of_the_users_own(self):
+        with mock.patch.dict(os.environ, TESTCLOUD="-b --env 'A=x y'"):
+            argv = tc.with_defaults(["client", "--retries", "2", "ls"])
+            settings = tc.build_parser().parse_args(argv)
+            self.assertEqual((settings.brief, settings.env, settings.retries, settings.template),
+                             (True, ["A=x y"], 2, ["--", "ls"]))
+            self.assertEqual(tc.with_defaults(["worker", "-v"]), ["worker", "-v"])
+        for wrong in ("'", "--nonsense", "a template", "-j 0"):
+            with mock.patch.dict(os.environ, TESTCLOUD=wrong):
+                status, _, err = self.main("client")
+                self.assertEqual((status, err.count("\n")), (2, 1))
+                self.assertIn("$TESTCLOUD", err)
+
+    def test_completion(self):
+        def bash(words):
+            script = (tc.completion("bash") + f"COMP_WORDS=({words}); "
+                      "COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _testcloud; echo ${COMPREPLY[@]}")
+            done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+            return done.stdout.split()
+        self.assertEqual(bash("testcloud.py cl"), ["client"])
+        self.assertEqual(bash("testcloud.py ''"), list(tc.OPTIONS))
+        self.assertEqual(bash("testcloud.py client --res"), ["--resume", "--resume-failed"])
+        self.assertEqual(bash("testcloud.py worker --res"), [])
+        self.assertEqual(bash("testcloud.py client --junit ''"), [])  # then files are offered
+        for shell in tc.SHELLS:
+            text = tc.completion(shell)
+            self.assertIn("resume-failed", text)
+            if shutil.which(shell):
+                check = [shell, "--no-execute"] if shell == "fish" else [shell, "-n"]
+                self.assertEqual(subprocess.run(check, input=text, text=True).returncode, 0)
 
     def test_wrong_usage_is_one_line_and_status_2(self):
         for argv in ([], ["nonsense"], ["client", "--nonsense"], ["worker", "-j", "0"],
@@ -4855,7 +6067,11 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--timeout", "3x"], ["client", "--timeout", "s"],
                      ["client", "--max-output", "0"], ["client", "--retries", "-1"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
-                     ["client", "-j", "2"], ["client", "-C", ""]):
+                     ["client", "-j", "2"], ["client", "-C", ""], ["client", "--resume"],
+                     ["client", "--raw", "--json"], ["client", "--live", "-k"],
+                     ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
+                     ["worker", "--label", "\u00e9"], ["worker", "--max-load", "0"],
+                     ["completion", "csh"], ["client", "--fail-fast=0"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
             self.assertTrue(err.startswith("testcloud: "), err)
@@ -5543,8 +6759,9 @@ class LimitsTest(unittest.TestCase):
         one, two, three = tc.read_text(path).split()
         self.assertEqual(one, three)
         self.assertNotEqual(one, two)
-        self.assertRegex(out, r"OK! echo .*\ntestcloud: try 3; exit codes before: 1 on .*, 1 on .*\n")
-        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: try 3; exit codes before: 7 on ")
+        self.assertRegex(out, r"FLAKY! echo .*\ntestcloud: tried 3 times; other exit codes: 1 on .*, "
+                              r"1 on ")
+        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times; other exit codes: 7 on ")
         self.assertRegex(out, r"OK! true ⌚[0-9.]+ms\n\n")
 
     def test_max_output(self):
@@ -5615,6 +6832,84 @@ class LimitsTest(unittest.TestCase):
         status, out = self.cloud.finish(stopped)
         self.assertEqual((status, out.count("OK! ")), (0, 100))
 
+    def test_what_a_client_shows_while_commands_run(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
+        client = self.cloud.client(broker, ["echo one; read x < fifo; echo $x"], "--live", wait=False)
+        for line in (b"Connecting", b"Releasing", b"echo one; read x < fifo; echo $x\tone"):
+            self.assertTrue(client.stdout.readline().startswith(line))
+        with open(os.path.join(self.cloud.dir, "fifo"), "w") as fifo:
+            fifo.write("two\n")
+        status, out = self.cloud.finish(client)
+        self.assertEqual((status, out.split("\n")[0]), (0, "echo one; read x < fifo; echo $x\ttwo"))
+
+    def test_raw(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        client = self.cloud.client(broker, ["head -c 3000000 /dev/zero; echo err >&2; exit 4"], "--raw",
+                                   wait=False)
+        out, _ = client.communicate(timeout=PATIENCE)
+        self.assertEqual((client.returncode, out == bytes(3_000_000)), (1, True))
+        self.assertRegex(self.cloud.err(client), r"FAIL\(4\) head .*\nerr\n")
+
+    def test_labels_and_status(self):
+        broker = self.cloud.broker()
+        below = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--upstream", broker.workers)
+        self.cloud.worker(broker, "-j", "2")
+        self.cloud.worker(below, "-j", "3", "--label", "gpu")
+        status, out = self.cloud.client(broker, ["echo $TESTCLOUD_SLOT"] * 20, "--need", "gpu")
+        self.assertEqual((status, out.count("OK!")), (0, 20))
+        shown = self.cloud.start("status", "--connect", broker.clients, "--json")
+        out, _ = shown.communicate(timeout=PATIENCE)
+        workers = {row["kind"]: row for row in json.loads(out)["workers"]}
+        self.assertEqual((workers["broker"]["labels"], workers["broker"]["done"]), (["gpu"], 20))
+        shown = self.cloud.start("status", "--connect", broker.clients)
+        out, _ = shown.communicate(timeout=PATIENCE)
+        self.assertIn("2 workers, 0 of 5 slots busy, 0 clients", out.decode())
+        self.assertEqual(shown.returncode, 0)
+        client = self.cloud.client(broker, ["true"], "--need", "tpu", wait=False)
+        self.cloud.wait_for_log(client, "waiting for a worker with --label tpu: none of the 2")
+        shown = self.cloud.start("status", "--connect", broker.clients)
+        self.assertIn(b"a worker with --label tpu", shown.communicate(timeout=PATIENCE)[0])
+        nobody = self.cloud.start("status", "--connect", "127.0.0.1:9", "--wait", "1")
+        self.assertEqual(nobody.wait(PATIENCE), 3)
+        self.assertRegex(self.cloud.err(nobody), "gave up waiting: no broker at")
+
+    def test_reports_of_a_run_and_its_resumption_after_a_kill(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "1")
+        commands = [f"echo {n} >> ran; exit {n % 3}" for n in range(1, 31)]
+        client = self.cloud.client(broker, None, "--joblog", "log", wait=False)
+        client.stdin.write("".join(f"{c}\n" for c in commands[:20]).encode())
+        client.stdin.flush()
+        log = os.path.join(self.cloud.dir, "log")
+        self.cloud.wait_for(lambda: tc.read_text(log).count("\n") > 5, "some results")
+        client.kill()
+        client.wait()
+        done = len(tc.read_joblog(log))
+        status, out = self.cloud.client(broker, commands, "--joblog", "log", "--resume",
+                                        "--junit", "x.xml")
+        self.assertEqual(status, 1)
+        self.assertIn(f"Skipped {done} that an earlier run has done", out)
+        self.assertEqual(sorted(row.command for row in tc.read_joblog(log)), sorted(commands))
+        report = ET.parse(os.path.join(self.cloud.dir, "x.xml")).getroot()
+        self.assertEqual(int(report.get("tests")), 30 - done)
+        status, out = self.cloud.client(broker, commands[::-1], "--joblog", "log", "--resume-failed")
+        self.assertEqual((status, out.count("FAIL"), "Skipped 10 that" in out), (1, 20, True), out)
+        wrong = self.cloud.client(broker, ["true"], "--junit", "no/such/x.xml", wait=False)
+        self.assertEqual(wrong.wait(PATIENCE), 3)
+        self.assertRegex(self.cloud.err(wrong), "^testcloud: cannot write no/such/x.xml: no such")
+
+    def test_the_expected_hash(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "1")
+        right = naive_hash([(b"true", 0, b"")])
+        self.assertEqual(self.cloud.client(broker, ["true"], "--expect", right.upper())[0], 0)
+        client = self.cloud.client(broker, ["true"], "--expect", "0" * 40, wait=False)
+        self.assertEqual(self.cloud.finish(client)[0], 1)
+        self.assertIn(f"is {right}, and not 000", self.cloud.err(client))
+
     def limited_broker(self, soft, hard):
         return self.cloud.broker(
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
@@ -5660,6 +6955,36 @@ class TerminalTest(unittest.TestCase):
         self.assertEqual((status, out.count("FAIL"), out.count("OK!")), (1, 2, 1), out)
         self.press(worker, b"\x03")
         self.assertEqual(worker.wait(PATIENCE), 130)
+
+    def test_the_line_at_the_bottom(self):
+        """It is there on a terminal, never within other lines, and gone at the end."""
+        for more, shown in (((), True), (("--json",), True)):
+            with mock.patch.dict(os.environ, TERM="xterm"):
+                client = self.start("client", "--local", "--timeout", "30", *more)
+            self.press(client, b"echo first; sleep 1.2\necho second\n")
+            self.press(client, b"\x04")
+            status, out = self.cloud.finish(client)
+            self.assertEqual(status, 0, out)
+            self.assertEqual("/2 done, " in out or "/2+ done, " in out, shown, out)
+            for line in out.split("\n"):
+                last = line.rstrip("\r").split("\r\x1b[K")[-1]
+                self.assertTrue("done, " not in last or line == out.split("\n")[-1], repr(line))
+            self.assertNotIn("done, ", re.split(r"\r\x1b\[K", out)[-1])
+        with mock.patch.dict(os.environ, TERM="dumb"):
+            client = self.start("client", "--local", "--timeout", "30")
+        self.press(client, b"sleep 1.2\n\x04")
+        self.assertNotIn("done, ", self.cloud.finish(client)[1])
+
+    def test_a_live_status(self):
+        broker = self.cloud.broker()
+        status = self.start("status", "--watch", "--connect", broker.clients)
+        seen = b""
+        while b"0 workers" not in seen:
+            seen += os.read(status.stdout.fileno(), 1000)
+        self.press(status, b"q")
+        _, out = self.cloud.finish(status)
+        self.assertEqual(status.returncode, 0)
+        self.assertTrue((seen.decode() + out).rstrip().endswith("\x1b[?1049l"), out)
 
     def test_commands_typed_for_this_machine(self):
         client = self.start("client", "--local", "--timeout", "30")
@@ -6677,8 +8002,8 @@ class DocumentsTest(unittest.TestCase):
     def test_every_option_is_in_the_readme(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
             readme = file.read()
-        for _, rows in tc.OPTIONS.values():
-            for row in rows:
+        for role in tc.OPTIONS:
+            for row in tc.options_of(role):
                 if row.names[-1].startswith("--"):
                     self.assertIn(row.names[-1], readme)
 

@@ -55,6 +55,8 @@ Protocol
     RESEND   broker > worker            tell me again how this task stands
     RECALL   broker > worker            hand this task back, unless you have started it
     BYE      client, worker > broker    I am leaving
+    SHUN     client > broker > broker   use these hosts only if there are no others
+    STATUS   client > broker > client   who is there, and what they do
     ERROR    any > any                  what was wrong with your message; changes nothing
 
     A plain client only sends {"cmd": ...} (and cwd) and is answered with QUEUED and RESULT.
@@ -83,17 +85,21 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 # ruff: noqa: E402
 import argparse
+import base64
+import codecs
 import contextlib
 import errno
 import functools
 import hashlib
 import heapq
+import html
 import itertools
 import json
 import logging
 import math
 import os
 import queue
+import re
 import select
 import shlex
 import socket
@@ -104,7 +110,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
+from datetime import datetime, timezone
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -112,15 +119,18 @@ from typing import (
     Callable,
     Deque,
     Dict,
+    FrozenSet,
     Iterable,
     Iterator,
     List,
     NamedTuple,
     Optional,
+    Sequence,
     Set,
     Tuple,
     Union,
 )
+from xml.sax.saxutils import escape, quoteattr
 
 with contextlib.suppress(ImportError):  # on Windows, which main() refuses with better words
     import fcntl
@@ -179,6 +189,7 @@ MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
+RETRIES = 8  # of a client, that are looked at in turn: each may wait for another host
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
 NEWS_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
@@ -281,6 +292,23 @@ def texts(value: Any) -> bool:
     return type(value) is list and all(map(text, value))
 
 
+def environment(value: Any) -> bool:
+    """an object of texts, whose names have no = in them"""
+    return type(value) is dict and all(
+        name and "=" not in name and "\0" not in name + str(word) and text(word)
+        for name, word in value.items())
+
+
+def rows_of(needs: Dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
+    """A check for a list of objects that all have these fields."""
+    def rows(value: Any) -> bool:
+        """a list of objects as of STATUS"""
+        return type(value) is list and all(
+            type(row) is dict and all(name in row and check(row[name]) for name, check in needs.items())
+            for row in value)
+    return rows
+
+
 def pairs(value: Any) -> bool:
     """a list of [id, attempt]"""
     return type(value) is list and all(counts(row) and len(row) == 2 for row in value)
@@ -305,6 +333,14 @@ class Spec(NamedTuple):
 
 
 COMMAND = "{"  # the verb of a line that is a command
+COUNTS = dict.fromkeys(("running", "held", "done", "failed"), count)
+WORKER_ROWS = rows_of({
+    "name": text, "host": text, "kind": text,  # worker, plain or broker
+    "below": texts, "labels": texts, "slots": count, "weight": integer, **COUNTS,
+    "load": number, "there": flag, "silent": number})  # load: 0 if unknown; silent: for seconds
+CLIENT_ROWS = rows_of({
+    "host": text, "kind": text,  # client, plain or above
+    "there": flag, "queued": count, **COUNTS, "waits_for": text})
 
 MESSAGES: Dict[str, Spec] = {
     COMMAND: Spec("client > broker > worker", {"cmd": text}, {
@@ -313,14 +349,19 @@ MESSAGES: Dict[str, Spec] = {
         "had": text, "avoid": text,  # names of workers
         "careful": flag,  # workers were lost with it: let no others wait behind it
         "elsewhere": flag,  # wait for another than the one to avoid, if there is one
+        "on": text, "not_on": text,  # hosts: wait for it, or for another, if there is one
+        "needs": texts,  # labels that a worker must have
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
+        "env": environment,  # variables to set
+        "split": flag,  # have the output in PIECES, of stdout and of stderr
         "cut": count}),  # send at most so many bytes of output, inline
     "HELLO": Spec("client > broker", {"run": name}, {
         "join": count, "beat": count, "unreported": counts, "version": text, "host": text}),
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
         "running": triples, "held": triples, "version": text, "host": text,
+        "labels": texts, "load": number,  # of its machine: how many processes want a processor
         "more": flag,  # only a part of what it has: the rest follows,
         "parts": count,  # after so many such
         "below": texts,  # the brokers of this subtree, if it is a chained broker
@@ -328,6 +369,7 @@ MESSAGES: Dict[str, Spec] = {
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "above": texts,
+        "lacks": text,  # what the client's commands wait for, if it may wait for ever
         "patience": number}),  # seconds after which a silent peer is given up
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
@@ -335,7 +377,8 @@ MESSAGES: Dict[str, Spec] = {
     "RESULT": Spec("worker > broker > client", {"exitcode": integer}, {
         "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
         "started": number, "size": count, "worker": text, "host": text, "signal": count,
-        "reason": text}),
+        "slot": count, "reason": text,
+        "split": flag}),  # it is in PIECES, as was asked for
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
         "fault": text, "worker": text}),  # fault: CRASH, SPAWN or ""
     "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
@@ -346,6 +389,9 @@ MESSAGES: Dict[str, Spec] = {
     "RESEND": Spec("broker > worker", {"tasks": pairs}, {}),
     "RECALL": Spec("broker > worker", {"tasks": pairs}, {}),
     "BYE": Spec("client, worker > broker", {}, {}),
+    "SHUN": Spec("client > broker > broker", {"hosts": texts}, {}),
+    "STATUS": Spec("client > broker > client", {}, {
+        "broker": text, "above": texts, "workers": WORKER_ROWS, "clients": CLIENT_ROWS}),
     "ERROR": Spec("any > any", {}, {"message": text, "reason": text}),
 }
 
@@ -865,7 +911,8 @@ class ClientLink:
     """A run: its client, and the tasks it wants."""
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
-                 "claimed", "lost", "last_id", "announced", "join", "owed", "key")
+                 "claimed", "lost", "last_id", "announced", "join", "owed", "key", "host",
+                 "shunned", "needs", "done", "failed")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -884,6 +931,10 @@ class ClientLink:
         self.owed = 0  # bytes of results that it got and has not confirmed with DONE
         self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
         self.key = ""  # public, with which it joined: nobody else is taken for it
+        self.host = ""
+        self.shunned: FrozenSet[str] = frozenset()  # hosts
+        self.needs: FrozenSet[str] = frozenset()  # labels, of its last command that had such needs
+        self.done = self.failed = 0  # results passed on, and how many of these were failures
 
     @property
     def plain(self) -> bool:
@@ -894,12 +945,14 @@ class ClientLink:
         return self.link == BROKER or not self.claimed or id in self.announced
 
     def next_tasks(self) -> List[Task]:
-        """What can be assigned next: the first of the retries, the first of the others."""
-        found = []
-        for tasks in (self.retries, self.waiting):
+        """What can be assigned next: the first of the retries, which may wait for different workers,
+        and the first of the others."""
+        found: List[Task] = []
+        for tasks, most in ((self.retries, RETRIES), (self.waiting, 1)):
             while tasks and tasks[0].state != WAITING:
                 tasks.popleft()
-            found += [tasks[0]] if tasks else []
+            if tasks:
+                found += itertools.islice((task for task in tasks if task.state == WAITING), most)
         return found
 
 
@@ -907,7 +960,8 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token", "key")
+                 "careful", "ahead", "ready", "join", "stamp", "token", "key", "host", "labels",
+                 "load", "done", "failed", "kept")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -926,10 +980,19 @@ class WorkerLink:
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
         self.key = ""  # public, with which it joined: nobody else is taken for it
+        self.host = name  # of which it tells if it is ours, and no chained broker
+        self.labels: FrozenSet[str] = frozenset()
+        self.load = 0.0  # of its machine, if we were told
+        self.done = self.failed = 0  # as of a ClientLink
+        self.kept: Optional[Task] = None  # its next free slot is for this one, while it waits
 
     def free(self) -> int:
         """How many slots are free; less than 0 if commands wait there for one."""
         return self.slots - self.busy if self.ready and self.peer is not None else 0
+
+    def is_kept(self, task: Optional[Task]) -> bool:
+        """Whether its next free slot is for another task."""
+        return self.kept is not None and self.kept is not task and self.kept.state == WAITING
 
     def has_room(self) -> bool:
         """Whether it may be given another command."""
@@ -962,10 +1025,32 @@ class Faults:
         return ""
 
 
+class Wanted(NamedTuple):
+    """By whom a task is to be run. One wish after the other, as far as somebody is left."""
+
+    needs: FrozenSet[str] = frozenset()  # labels: without these nobody
+    shunned: FrozenSet[str] = frozenset()  # by none of these hosts
+    on: str = ""  # by this host
+    not_on: str = ""  # by another host
+    avoid: str = ""  # by another worker
+
+    def choose(self, workers: Iterable[WorkerLink]) -> Set[WorkerLink]:
+        left = {worker for worker in workers if self.needs <= worker.labels}
+        for wish in (lambda worker: worker.host not in self.shunned,
+                     lambda worker: not self.on or worker.host == self.on,
+                     lambda worker: worker.host != self.not_on,
+                     lambda worker: worker.name != self.avoid):
+            left = set(filter(wish, left)) or left
+        return left
+
+
+ANYBODY = Wanted()
+
+
 class Task:
     """One attempt of one command."""
 
-    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "elsewhere", "had",
+    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "wanted", "had",
                  "careful", "until", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
@@ -976,7 +1061,7 @@ class Task:
         self.line = line  # as the client sent it; b"" if we know it only from its worker
         self.worker: Optional[WorkerLink] = None  # in ASSIGNED, RUNNING and DELIVERED
         self.avoid = ""  # name of the worker that did not work out last time
-        self.elsewhere = False  # wait for another one, if there is one
+        self.wanted = ANYBODY  # whom to wait for, beside what its client shuns
         self.had = ""  # in LIMBO: name of the worker that was last known to have it
         self.careful = False  # workers were lost with it: let no others wait behind it
         self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
@@ -1038,9 +1123,10 @@ class Broker(Machine):
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
         self.untold: Dict[Key, Fields] = {}  # LOST, while the broker above could not hear it
-        self.told = (0, 0)  # slots and weight, as the broker above was told
+        self.told: Tuple[int, int, List[str]] = (0, 0, [])  # to_tell(), as the broker above knows it
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
+        self.choices: Dict[Wanted, Optional[Set[WorkerLink]]] = {}  # until the crew changes
 
     # --- who is there: clients
 
@@ -1100,7 +1186,7 @@ class Broker(Machine):
         client.key = key
         if message.fields["join"] <= client.join:  # was under way for long, on an older connection
             return
-        client.join = message.fields["join"]
+        client.join, client.host = message.fields["join"], message.fields.get("host", "")
         if client.link == CLIENTS and client.peer is not None and client.peer != peer:
             self.run_of.pop(client.peer, None)
         client.link, client.peer = CLIENTS, peer  # whatever a broker above may have thought
@@ -1172,7 +1258,18 @@ class Broker(Machine):
         lines = {CLIENTS: encode("OK", self.state_of_cloud()),
                  WORKERS: encode("OK", self.state_for_worker())}
         for (link, peer), beat in greeted.items():
-            self.pass_on(link, peer, "", b'%s,"beat":%d}' % (lines[link][:-1], beat))
+            line, client = lines[link], self.clients.get(self.run_of.get(peer, ""))
+            if link == CLIENTS and client is not None and self.lacks(client):
+                line = encode("OK", dict(self.state_of_cloud(), lacks=self.lacks(client)))
+            self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
+
+    def lacks(self, client: ClientLink) -> str:
+        """What the commands of a client may wait for in vain, while others are run."""
+        if not client.needs or not client.next_tasks():
+            return ""
+        if any(client.needs <= worker.labels for worker in self.workers.values()):
+            return ""
+        return "a worker with " + " and ".join(f"--label {name}" for name in sorted(client.needs))
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
         """Keep a part of a READY until the last one comes: of all peers together only so many, the
@@ -1219,7 +1316,7 @@ class Broker(Machine):
             self.heard(WORKERS, message.peer)
             self.log(logging.INFO, f"plain worker {worker.name} joined")
             self.slots += 1
-            self.crew_changed = True
+            self.change_crew()
         elif not worker.plain:
             raise ProtocolError("READY needs the name given before")
         worker.weight = message.fields.get("weight", worker.weight)
@@ -1232,9 +1329,16 @@ class Broker(Machine):
         slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
         worker.below = fields.get("below", worker.below)
         worker.depth = fields.get("depth", worker.depth)
+        worker.load = fields.get("load", worker.load)
+        worker.host = fields.get("host") or worker.host
+        labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
+        if labels != worker.labels:
+            worker.labels = labels
+            self.change_crew()
         if worker.ready and (slots, weight) == (worker.slots, worker.weight):
             return
-        self.crew_changed |= (slots, weight) != (worker.slots, worker.weight)
+        if (slots, weight) != (worker.slots, worker.weight):
+            self.change_crew()
         self.slots += slots - worker.slots
         worker.slots, worker.weight = slots, weight
         worker.ahead = min(worker.ahead, AHEAD * slots)
@@ -1265,9 +1369,11 @@ class Broker(Machine):
             self.workers.pop(worker.peer, None)
         worker.peer, worker.join, worker.ready = peer, message.fields["join"], False
         self.workers[peer] = worker
-        self.crew_changed = True
+        self.change_crew()
         self.heard(WORKERS, peer)
         self.update_worker(worker, message.fields)
+        for client in self.clients.values() if worker.below else ():
+            self.tell_shunned(client, [worker])
         unwanted, recall, resend = self.reconcile(worker, fields)
         for run, tasks in unwanted.items():  # before OK lets it start things
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
@@ -1358,7 +1464,7 @@ class Broker(Machine):
         if worker.peer is not None:
             self.workers.pop(worker.peer, None)
             self.slots -= worker.slots
-            self.crew_changed = True
+            self.change_crew()
             worker.peer = None
             self.rank(worker)
 
@@ -1424,14 +1530,36 @@ class Broker(Machine):
         if known is not None:  # its owner has given up the older attempt
             self.drop([known])
         task = Task(client, id, attempt, message.line)
-        task.avoid = message.fields.get("avoid", "")
-        task.elsewhere = message.fields.get("elsewhere", False)
-        task.careful = message.fields.get("careful", False)
+        self.note_wishes(task, message.fields)
         if client.link == BROKER and self.session:
             self.session.take_command()
             self.say(BROKER, b"", client.run, "QUEUED", {"tasks": [[id, attempt]],
                                                          "worker": self.name})
         self.queue(task, message.fields)
+
+    def note_wishes(self, task: Task, fields: Fields) -> None:
+        task.avoid = fields.get("avoid", "")
+        task.careful = fields.get("careful", False)
+        if "needs" in fields or "elsewhere" in fields or "on" in fields:
+            needs = frozenset(fields.get("needs", ()))
+            if needs != task.client.needs:
+                task.client.needs = needs
+                self.greeted.setdefault((CLIENTS, task.client.peer or b""), 0)  # of whom it lacks
+                self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+            task.wanted = Wanted(needs, on=fields.get("on", ""), not_on=fields.get("not_on", ""),
+                                 avoid=task.avoid if fields.get("elsewhere") else "")
+
+    def on_shun(self, message: Message) -> None:
+        client = self.client_of(message)
+        if client is not None:
+            client.shunned = frozenset(message.fields["hosts"])
+            self.tell_shunned(client, [w for w in self.workers.values() if w.below])
+
+    def tell_shunned(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
+        """Have brokers below shun the same hosts as we do for this client."""
+        for broker in brokers if client.shunned else ():
+            self.say(WORKERS, broker.peer or b"", client.run, "SHUN",
+                     {"hosts": sorted(client.shunned)})
 
     def add_plain_client(self, peer: Peer) -> None:
         self.plain_peers += 1
@@ -1542,7 +1670,8 @@ class Broker(Machine):
 
     def on_fetch(self, message: Message) -> None:
         for task in self.asked_for(message, [[message.fields["id"], message.fields["attempt"]]]):
-            if task.state == DELIVERED and task.worker and task.worker.peer is not None:
+            has_output = task.state in (RUNNING, DELIVERED)
+            if has_output and task.worker and task.worker.peer is not None and not task.worker.plain:
                 self.pass_on(WORKERS, task.worker.peer, task.client.run, message.line)
 
     # --- assigning
@@ -1596,23 +1725,39 @@ class Broker(Machine):
                 self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
                 heapq.heapify(self.ranking)
 
-    def best_worker(self, avoid: str = "") -> Optional[WorkerLink]:
+    def choice(self, task: Task) -> Optional[Set[WorkerLink]]:
+        """The workers that may be given this task; None if all may."""
+        wanted, shunned = task.wanted, task.client.shunned
+        if wanted is ANYBODY and not shunned:
+            return None
+        wanted = wanted._replace(shunned=shunned)
+        if wanted not in self.choices:
+            able = [worker for worker in self.workers.values() if worker.slots]
+            chosen = wanted.choose(able)
+            self.choices[wanted] = None if len(chosen) == len(able) else chosen
+        return self.choices[wanted]
+
+    def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerLink]:
         """The worker with free slots of highest weight and most free slots, the one to avoid
         only if there is no other; or else one that may be given some ahead."""
-        avoided = None
-        best = None
+        avoid, among = ("", None) if task is None else (task.avoid, self.choice(task))
+        passed_over = []
+        avoided = best = None
         while self.ranking and best is None:
             row = self.ranking[0]
             if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
+            elif among is not None and row[4] not in among or row[4].is_kept(task):
+                passed_over.append(heapq.heappop(self.ranking))
             elif row[4].name == avoid and avoided is None:
                 avoided = heapq.heappop(self.ranking)
+                passed_over.append(avoided)
             else:
                 best = row[4]
-        if avoided is not None:
-            heapq.heappush(self.ranking, avoided)
-            if best is None or best.free() <= 0 < avoided[4].free():
-                best = avoided[4]
+        for row in passed_over:
+            heapq.heappush(self.ranking, row)
+        if avoided is not None and (best is None or best.free() <= 0 < avoided[4].free()):
+            best = avoided[4]
         return best
 
     def dispatch(self) -> None:
@@ -1626,22 +1771,20 @@ class Broker(Machine):
                 client.in_turn = False
                 continue
             passed_over += 1
-            waits = False  # for a slot that it need not share: that comes before all others
             for task in tasks:
-                worker = self.best_worker(task.avoid)
-                if worker is None:
+                worker = self.best_worker(task)
+                if worker is None and not self.ranking:
                     return
-                others = self.slots > worker.slots
-                if task.careful and worker.free() <= 0:
-                    waits = True
-                    worker.ahead = 0  # or others would be given all its slots in advance, for ever
+                if worker is None:
+                    continue
+                # who may not run elsewhere would be taken back in vain, if it waited there
+                if (task.careful or self.choice(task) is not None) and worker.free() <= 0:
+                    worker.kept, worker.ahead = task, 0  # or others would always be before it
                     self.rank(worker)
-                elif not (task.elsewhere and others and worker.name == task.avoid):
-                    self.assign(task, worker)
-                    passed_over = 0
-                    break
-            if waits and self.best_worker() is None:  # so it is still its turn
-                return
+                    continue
+                self.assign(task, worker)
+                passed_over = 0
+                break
             self.turns.rotate(-1)
 
     def may_start(self, client: ClientLink) -> bool:
@@ -1731,7 +1874,9 @@ class Broker(Machine):
             return
         for task in self.tasks_at(worker, message):
             fields = plain_workers_fields(message) if worker.plain else message.fields
-            if task.state in BUSY and not worker.plain:  # told again it teaches nothing new
+            if task.state in BUSY:  # told again it teaches nothing new
+                self.count(task, worker, fields["exitcode"])
+            if task.state in BUSY and not worker.plain:
                 each = min(AHEAD, AHEAD_TIME / max(fields.get("time", math.inf), 1))
                 worker.ahead = min(worker.ahead + 1, int(each * worker.slots))
             if task.client.plain:
@@ -1749,6 +1894,11 @@ class Broker(Machine):
                 spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
                 self.charge(task, len(message.line) + spooled)
                 self.tell_line(task, message.line)
+
+    def count(self, task: Task, worker: WorkerLink, exitcode: int) -> None:
+        for link in (task.client, worker):
+            link.done += 1
+            link.failed += exitcode != 0
 
     def on_chunk(self, message: Message) -> None:
         worker = self.worker_of(message)
@@ -1819,15 +1969,62 @@ class Broker(Machine):
             self.announce_crew()
         self.observe(self.watch, self.waits_for())
 
+    def change_crew(self) -> None:
+        """A worker has come or gone, or is not what it was."""
+        self.crew_changed = True
+        self.choices.clear()
+
     def announce_crew(self) -> None:
         """Slots or weights have changed: tell those for whom it matters."""
-        if self.session and self.session.joined and self.told != (self.slots, self.weight()):
+        if self.session and self.session.joined and self.told != self.to_tell():
             self.session.greet(self.now)
         if self.was_empty != (self.slots == 0):
             self.was_empty = not self.was_empty
             for peer, run in self.run_of.items():
                 if not run.startswith(PLAIN):
                     self.say(CLIENTS, peer, "", "OK", self.state_of_cloud())
+
+    # --- the status
+
+    def on_status(self, message: Message) -> None:
+        """Somebody wants to see the cloud: of clients no commands, and nothing of the runs' names."""
+        self.say(CLIENTS, message.peer, "", "STATUS", {
+            "broker": self.name, "above": self.above,
+            "workers": [self.status_of_worker(worker) for worker in self.named.values()]
+            + [self.status_of_worker(worker) for worker in self.workers.values() if worker.plain],
+            "clients": [self.status_of_client(client) for client in self.clients.values()]})
+
+    def status_of_worker(self, worker: WorkerLink) -> Fields:
+        states = Counter(task.state for task in worker.tasks.values())
+        return {"name": worker.name, "host": worker.host, "kind":
+                "broker" if worker.below else "plain" if worker.plain else "worker",
+                "below": worker.below, "labels": sorted(worker.labels), "slots": worker.slots,
+                "running": min(worker.busy, worker.slots), "held": states[DELIVERED],
+                "done": worker.done, "failed": worker.failed, "weight": worker.weight,
+                "load": worker.load, "there": worker.peer is not None,
+                "silent": round(self.now - self.workers_seen.get(worker, self.now), 1)}
+
+    def status_of_client(self, client: ClientLink) -> Fields:
+        states = Counter(task.state for task in client.tasks.values())
+        return {"host": client.host or "?", "kind": "above" if client.link == BROKER else
+                "plain" if client.plain else "client", "there": client.peer is not None,
+                "queued": states[WAITING] + states[LIMBO],
+                "running": states[ASSIGNED] + states[RUNNING],
+                "held": states[DELIVERED], "done": client.done, "failed": client.failed,
+                "waits_for": self.waited_for(client) if states[WAITING] else ""}
+
+    def waited_for(self, client: ClientLink) -> str:
+        """What keeps the waiting tasks of a client from being run."""
+        if client.owed >= CREDIT:
+            return "itself: it does not take its results"
+        if not self.slots:
+            return "a worker"
+        return self.lacks(client) or "a free slot"
+
+    # --- the crew
+
+    def labels(self) -> List[str]:
+        return sorted({name for worker in self.workers.values() for name in worker.labels})
 
     def weight(self) -> int:
         return max((worker.weight for worker in self.workers.values()), default=0)
@@ -1984,12 +2181,16 @@ class Broker(Machine):
             self.session.trouble = why
         self.settle()
 
+    def to_tell(self) -> Tuple[int, int, List[str]]:
+        """Of our crew, what the broker above should know: slots, weight, labels."""
+        return self.slots, self.weight(), self.labels()
+
     def greeting(self, joining: bool) -> Fields:
-        self.told = (self.slots, self.weight())
+        self.told = self.to_tell()
         workers = self.workers.values()
         below = sorted({name for worker in workers for name in worker.below})
         fields: Fields = {"name": self.name, "slots": self.slots, "weight": self.told[1],
-                          "below": [self.name] + below, "version": __version__,
+                          "labels": self.told[2], "below": [self.name] + below, "version": __version__,
                           "depth": 1 + max((worker.depth for worker in workers), default=0)}
         if joining:
             tasks = self.tasks_above()
@@ -2054,7 +2255,8 @@ class Broker(Machine):
         (CLIENTS, "HELLO"): "on_hello", (CLIENTS, COMMAND): "on_command",
         (CLIENTS, "DONE"): "on_done", (CLIENTS, "CANCEL"): "on_cancel",
         (CLIENTS, "FETCH"): "on_fetch", (CLIENTS, "BYE"): "on_client_bye",
-        (CLIENTS, "ERROR"): "on_error",
+        (CLIENTS, "SHUN"): "on_shun", (BROKER, "SHUN"): "on_shun",
+        (CLIENTS, "STATUS"): "on_status", (CLIENTS, "ERROR"): "on_error",
         (WORKERS, "READY"): "on_ready", (WORKERS, "QUEUED"): "on_queued",
         (WORKERS, "RESULT"): "on_result", (WORKERS, "LOST"): "on_lost",
         (WORKERS, "CHUNK"): "on_chunk", (WORKERS, "BYE"): "on_worker_bye",
@@ -2129,34 +2331,41 @@ class Kill(NamedTuple):
     hard: bool
 
 
+PIECE = struct.Struct("!BI")  # before each piece of a split output: 1 or 2, its stream, and its size
+
+
 class Output:
     """What a command printed. Kept in memory while small, in an unlinked file beyond that.
-    What comes after `limit` bytes is only counted; 0 is no limit."""
+    What comes after `limit` bytes is only counted; 0 is no limit. Written in one thread, it may be
+    read meanwhile in another."""
 
-    def __init__(self, limit: int = 0) -> None:
+    def __init__(self, limit: int = 0, split: bool = False) -> None:
         self.limit = limit or sys.maxsize
-        self.lost = 0  # bytes beyond the limit
+        self.split = split  # kept in pieces, each after a PIECE
+        self.kept = 0  # bytes of what the command printed
+        self.lost = 0  # those beyond the limit
         self.failure = ""  # why it could not be kept whole
-        self.size = 0  # of what is safely kept
+        self.size = 0  # of what is safely kept, in all
         self.head = bytearray()  # all of it, until there is a file
         self.file: Optional[IO[bytes]] = None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, stream: int = 1) -> None:
         """Keep this. If there is no room for it, `failure` says so from then on, and what was
         kept before stays."""
-        room = max(0, self.limit - self.size)
+        room = max(0, self.limit - self.kept)
         self.lost += max(0, len(data) - room)
-        self.keep(data[:room])
+        self.keep(data[:room], stream)
 
     def end(self) -> None:
         """Nothing more will be written: if something was cut off, say so at the end."""
         if self.lost:
-            self.keep(to_bytes(cut_mark(self.size, self.size + self.lost)))
+            self.keep(to_bytes(cut_mark(self.kept, self.kept + self.lost)), 1)
 
-    def keep(self, data: bytes) -> None:
+    def keep(self, data: bytes, stream: int) -> None:
         try:
             if data and not self.failure:
-                self.append(data)
+                self.append(PIECE.pack(stream, len(data)) + data if self.split else data)
+                self.kept += len(data)
         except OSError as error:
             self.failure = error.strerror or "error"
 
@@ -2164,22 +2373,17 @@ class Output:
         if self.file is None and self.size + len(data) > INLINE:
             file = spool()
             try:
-                self.write_all(file, bytes(self.head))
+                write_all(file, bytes(self.head), 0)
             except OSError:
                 file.close()
                 raise
-            self.file, self.head = file, bytearray()
+            self.file = file
+            self.head = bytearray()
         if self.file is None:
             self.head += data
         else:
-            self.file.seek(self.size)
-            self.write_all(self.file, data)
+            write_all(self.file, data, self.size)
         self.size += len(data)
-
-    def write_all(self, file: IO[bytes], data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[file.write(rest):]
 
     def read(self, offset: int, size: int) -> bytes:
         """Up to that many bytes; fewer only at the end."""
@@ -2188,13 +2392,20 @@ class Output:
             return b""
         if self.file is None:
             return bytes(self.head[offset:offset + size])
-        self.file.seek(offset)
-        return self.file.read(size)
+        return os.pread(self.file.fileno(), size, offset)
 
     def close(self) -> None:
         if self.file is not None:
             with contextlib.suppress(OSError):  # on a network's disk; it is not needed any more
                 self.file.close()
+
+
+def write_all(file: IO[bytes], data: Any, offset: int) -> None:
+    """Write a buffer to that place of a file."""
+    rest = memoryview(data)
+    while rest:
+        done = os.pwrite(file.fileno(), rest, offset)
+        rest, offset = rest[done:], offset + done
 
 
 def spool() -> IO[bytes]:
@@ -2217,6 +2428,7 @@ class Ending(NamedTuple):
     output: Any  # an Output, or whatever has size, read() and close()
     signal: int = 0  # that killed it
     reason: str = ""  # why it could not be run
+    slot: int = 0  # that it ran in, from 1
     unable: bool = False  # it was not started, and others may: we lack something, or handed it back
 
 
@@ -2228,8 +2440,8 @@ def unable(why: str) -> Ending:
 class Job:
     """A command that the worker has accepted."""
 
-    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "state", "until", "killed",
-                 "cancelled", "ending")
+    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "env", "split", "state", "until",
+                 "killed", "cancelled", "ending", "output", "asked", "told")
 
     def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
@@ -2239,11 +2451,16 @@ class Job:
         self.limit: int = fields.get("limit", 0)  # bytes of output, 0: none
         # 0, or how many go inline and no others at all; they must fit in a frame
         self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
+        self.env: Dict[str, str] = fields.get("env", {})
+        self.split: bool = fields.get("split", False)
         self.state = WAITING  # for a slot, as far as we were told; then RUNNING, DELIVERED (held), GONE
         self.until: Seconds = math.inf  # when its timeout is over
         self.killed = False  # was told to end
         self.cancelled = ""  # why nobody wants its result
         self.ending: Optional[Ending] = None  # in DELIVERED
+        self.output: Optional[Output] = None  # so far, while it runs
+        self.asked = -1  # from here on its client wants more of that; -1: it does not
+        self.told = False  # the Runner has told that there is more
 
 
 class Worker(Member):
@@ -2251,8 +2468,12 @@ class Worker(Member):
 
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
                  times: Times = Times(), wait: Seconds = math.inf, address: str = "",
-                 drain: Seconds = 0.0) -> None:
+                 drain: Seconds = 0.0, labels: Sequence[str] = (),
+                 max_load: float = math.inf) -> None:
         super().__init__("READY", times, wait)
+        self.labels = sorted(labels)
+        self.max_load = max_load  # beyond it we take nothing more
+        self.load = -1.0  # of this machine, if we were told
         self.drain = drain  # what running commands get when the worker is stopped
         self.name = name  # this incarnation
         self.slots = slots
@@ -2269,10 +2490,12 @@ class Worker(Member):
         self.left = False
 
     def greeting(self, joining: bool) -> Fields:
-        slots = 0 if self.stopping is not None else self.slots
+        slots = 0 if self.stopping is not None or self.load >= self.max_load else self.slots
         fields: Fields = {"name": self.name, "slots": slots, "weight": self.weight}
+        if self.load >= 0:
+            fields["load"] = round(self.load, 2)
         if joining:
-            fields.update(host=self.host, version=__version__)
+            fields.update(host=self.host, version=__version__, labels=self.labels)
             live = [job for job in self.jobs.values() if not job.cancelled]
             fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
@@ -2346,6 +2569,10 @@ class Worker(Member):
         fields = {"id": id, "attempt": attempt, "exitcode": ending.exitcode, "time": ending.time,
                   "started": ending.started, "size": ending.output.size, "worker": self.name,
                   "host": self.host}
+        if ending.slot:
+            fields["slot"] = ending.slot
+        if job.split:
+            fields["split"] = True
         if ending.signal:
             fields["signal"] = ending.signal
         if ending.reason:
@@ -2377,6 +2604,15 @@ class Worker(Member):
         if job.timeout and not job.killed:
             job.until = when + job.timeout
             self.kills[job] = min(self.kills.get(job, math.inf), job.until)
+
+    def printed(self, job: Job, now: Seconds) -> None:
+        """The Runner says that a running command has printed something."""
+        self.now = now
+        job.told = False
+        if job.output and 0 <= job.asked < job.output.size and job.key in self.jobs:
+            offset, job.asked = job.asked, -1
+            with contextlib.suppress(OSError):  # its end will tell
+                self.send_part(job.key, offset, job.output.read(offset, CHUNK_SIZE))
 
     def finished(self, job: Job, ending: Ending, now: Seconds) -> None:
         """The Runner says that a command has ended. Call settle() after the last of a batch."""
@@ -2458,8 +2694,12 @@ class Worker(Member):
         fields = message.fields
         key = (message.token, fields["id"], fields["attempt"])
         job = self.jobs.get(key)
-        if job is None or job.ending is None:
+        if job is None:
             self.tell_lost(key, "unknown to the worker")
+            return
+        if job.ending is None:
+            job.asked = fields["offset"]
+            self.printed(job, self.now)
             return
         if len(self.bulk) >= MAX_BULK:  # no client of ours asks for so much at once
             return
@@ -2468,8 +2708,25 @@ class Worker(Member):
         except OSError as error:
             self.tell_unreadable(job, error)
             return
-        line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": fields["offset"]})
+        self.send_part(key, fields["offset"], data)
+
+    def send_part(self, key: Key, offset: int, data: bytes) -> None:
+        line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
         self.bulk.append(Frame(BROKER, b"", key[0], line, data))
+
+    def loaded(self, load: float, now: Seconds) -> None:
+        """How many processes want a processor, on average. Beyond max_load we take nothing more,
+        and hand back what we have not started."""
+        was, self.load = self.load >= self.max_load, load
+        if (load >= self.max_load) == was:
+            return
+        self.now = now
+        if not was:
+            self.log(logging.INFO, f"load {load:.1f}: no new commands until it is below "
+                                   f"{self.max_load:g}")
+            self.effects += [Recall(job) for job in self.jobs.values() if job.state == WAITING]
+        if self.session.joined:
+            self.session.greet(now)
 
     # --- time, and the end
 
@@ -2496,7 +2753,7 @@ class Worker(Member):
     def waits_for(self) -> str:
         if self.session.joined:
             return broker_is_silent(self.address) if self.session.unanswered > 1 else ""
-        return waiting_for_broker(self.session, self.address, "worker")
+        return waiting_for_broker(self.session.trouble, self.session.up, self.address, "worker")
 
     def deadline(self) -> Seconds:
         kills = min(self.kills.values(), default=math.inf)
@@ -2540,11 +2797,11 @@ class Worker(Member):
     }
 
 
-def waiting_for_broker(session: Session, address: str, role: str) -> str:
+def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
     """Why a client or worker has not joined yet, and what to do about it."""
-    if session.trouble:
-        return f"waiting: {session.trouble}"
-    if session.up:
+    if trouble:
+        return f"waiting: {trouble}"
+    if up:
         return (f"waiting for an answer: something listens at {address}, but it does not answer "
                 f"as a broker does to a {role}; is that the port for {role}s?")
     return f"waiting: no broker at {address} (yet); start one with: testcloud.py broker"
@@ -2747,9 +3004,9 @@ def signals_to_handle() -> Set[int]:
 class Process:
     """A command's first process, the leader of its process group."""
 
-    def __init__(self, pid: int, pipe: int) -> None:
+    def __init__(self, pid: int, pipes: List[int]) -> None:
         self.pid = pid
-        self.pipe = pipe  # from which its output is read
+        self.pipes = pipes  # from which its output is read: one, or those of stdout and stderr
         self.leaving = False  # its group was asked to end, and is not being killed yet
         self.status: Optional[int] = None  # once it is reaped
 
@@ -2797,21 +3054,25 @@ class Spawner:
         libc.sigaddset(default, signal.SIGXFSZ)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
-    def spawn(self, argv: List[bytes], marks: List[bytes], cwd: Optional[bytes],
-              stdin: int, stdout: int) -> int:
-        """Start a program; its pid. None of the texts has a NUL in it. Raises OSError."""
-        environment = type(self.environment).from_buffer_copy(self.environment)
-        environment[-1 - len(MARKS):] = [*marks, *[None] * (len(MARKS) + 1 - len(marks))]
+    def spawn(self, argv: List[bytes], marks: List[bytes], environment: Optional[List[bytes]],
+              cwd: Optional[bytes], files: Tuple[int, int, int]) -> int:
+        """Start a program; its pid. None of the texts has a NUL in it. `marks` are added to our own
+        environment, or to the one given. Raises OSError."""
+        if environment is None:
+            variables = type(self.environment).from_buffer_copy(self.environment)
+            variables[-1 - len(MARKS):] = [*marks, *[None] * (len(MARKS) + 1 - len(marks))]
+        else:
+            variables = self.texts(environment + marks)
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
-            for file, to in ((stdin, 0), (stdout, 1), (stdout, 2)):
+            for to, file in enumerate(files):
                 libc.posix_spawn_file_actions_adddup2(actions, file, to)
             if cwd is not None:
                 self.set_directory(actions, cwd)
             pid = self.ctypes.c_int()
             error = libc.posix_spawn(self.ctypes.byref(pid), argv[0], actions, self.attributes,
-                                     self.texts(argv), environment)
+                                     self.texts(argv), variables)
         finally:
             libc.posix_spawn_file_actions_destroy(actions)
         if error:
@@ -2823,7 +3084,8 @@ class Spawner:
         return (self.ctypes.c_char_p * (len(texts) + 1))(*texts)
 
 
-News = Tuple[Job, Union[Seconds, Ending]]  # when it was started (by our clock), or how it ended
+# when it was started (by our clock), or that it has printed something, or how it ended
+News = Tuple[Job, Union[Seconds, Output, Ending]]
 
 
 class Runner:
@@ -2832,7 +3094,8 @@ class Runner:
     thread, which has no others."""
 
     def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
-                 adopting: bool = False) -> None:
+                 adopting: bool = False, nice: int = 0) -> None:
+        self.nice = nice  # added to what we have ourselves, for commands
         self.wake = wake
         self.slots = slots
         self.name = name  # the worker's
@@ -2921,7 +3184,7 @@ class Runner:
 
     # --- in any thread
 
-    def tell(self, job: Job, what: Union[Seconds, Ending]) -> None:
+    def tell(self, job: Job, what: Union[Seconds, Output, Ending]) -> None:
         """Add to the news, and wake the loop if they should not wait."""
         now = time.monotonic()
         self.news.append((job, what))
@@ -2964,6 +3227,10 @@ class Runner:
 
     def work(self, slot: int) -> None:
         """A slot's thread; slots are numbered from 1."""
+        if self.nice:  # Linux has it for each thread, and processes have it from who starts them
+            thread = threading.get_native_id() if sys.platform == "linux" else 0
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
         for job in iter(self.next_job, None):
             try:
                 ending = self.run(job, slot)
@@ -2971,7 +3238,7 @@ class Runner:
                 ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
                                 reason=f"testcloud failed to run it: {error!r}")
                 self.forget(job)
-            self.tell(job, ending)
+            self.tell(job, ending._replace(slot=slot))
 
     def next_job(self) -> Optional[Job]:
         """Wait until there is one that may be started; None when we are closing."""
@@ -3001,7 +3268,7 @@ class Runner:
 
     def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
-        output = Output(job.limit)
+        job.output = output = Output(job.limit, job.split)
         wall, began = time.time(), time.monotonic()
         try:
             process = self.spawn(job, slot)
@@ -3017,7 +3284,8 @@ class Runner:
             if not self.drain_quickly(process, output, began + QUICK):
                 self.drain(job, process, output, began)
         finally:
-            os.close(process.pipe)
+            for pipe in process.pipes:
+                os.close(pipe)
             self.clear_up(job, process)
             code = process.wait()
         output.end()
@@ -3058,21 +3326,37 @@ class Runner:
         to be impossible and why, the slow way."""
         argv = [b"/bin/sh", b"-c", to_bytes(job.cmd)]
         cwd = None if job.cwd is None else to_bytes(job.cwd)
-        ours, theirs = os.pipe()
+        environment = self.environment(job.env) if job.env else None
+        ours: List[int] = []
+        theirs: List[int] = []
         try:
+            for _ in range(1 + job.split):
+                ends = os.pipe()
+                ours.append(ends[0])
+                theirs.append(ends[1])
             if self.spawner and b"\0" not in argv[2] + (cwd or b""):
                 with contextlib.suppress(OSError):
-                    return Process(self.spawner.spawn(argv, marks, cwd, self.null, theirs), ours)
+                    return Process(self.spawner.spawn(argv, marks, environment, cwd, (
+                        self.null, theirs[0], theirs[-1])), ours)
+            rows = (environment or self.inherited) + marks
             process = subprocess.Popen(
-                argv, stdin=self.null, stdout=theirs, stderr=theirs, cwd=cwd, start_new_session=True,
-                env=dict(row.split(b"=", 1) for row in self.inherited + marks))
+                argv, stdin=self.null, stdout=theirs[0], stderr=theirs[-1], cwd=cwd,
+                start_new_session=True, env=dict(row.split(b"=", 1) for row in rows))
             process.returncode = 0  # as if it had been waited for: that is our business
             return Process(process.pid, ours)
         except BaseException:
-            os.close(ours)
+            for pipe in ours:
+                os.close(pipe)
             raise
         finally:
-            os.close(theirs)
+            for pipe in theirs:
+                os.close(pipe)
+
+    def environment(self, more: Dict[str, str]) -> List[bytes]:
+        """Our own environment with other values, or more of them."""
+        ours = dict(row.split(b"=", 1) for row in self.inherited)
+        ours.update((to_bytes(name), to_bytes(value)) for name, value in more.items())
+        return [b"%s=%s" % row for row in ours.items() if row[0] not in MARKS]
 
     def clear_up(self, job: Job, process: Process) -> None:
         """The leader has ended (and is a zombie still, if possible): kill what it left behind."""
@@ -3123,11 +3407,14 @@ class Runner:
     def drain_quickly(self, process: Process, output: Output, until: Seconds) -> bool:
         """Collect output for a moment; true if the command has ended with it: then there is nothing
         more to wait for, and no need of what it takes to do so."""
+        if len(process.pipes) > 1:
+            return False
+        pipe, = process.pipes
         poller = select.poll()
-        poller.register(process.pipe, select.POLLIN)
+        poller.register(pipe, select.POLLIN)
         left = until - time.monotonic()
         while left > 0 and poller.poll(left * 1000):
-            data = os.read(process.pipe, PIPE_SIZE)
+            data = os.read(pipe, PIPE_SIZE)
             if not data:
                 return not process.leaving and process.has_ended()
             output.write(data)
@@ -3137,15 +3424,16 @@ class Runner:
     def drain(self, job: Job, process: Process, output: Output, began: Seconds) -> None:
         """Collect output until the leader has ended; then kill what it left behind. But if it was
         asked to end, so were its children, and have the same grace: shells die at once."""
-        pipe, leader = process.pipe, pidfd(process.pid)
+        leader = pidfd(process.pid)
         poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        if leader >= 0:
-            poller.register(leader, select.POLLIN)
-        open_pipe, ended, until, part = True, False, math.inf, PIPE_SIZE
+        for file in (*process.pipes, *([leader] if leader >= 0 else ())):
+            poller.register(file, select.POLLIN)
+        # the open pipes, and how much to read from each at a time
+        parts, streams = dict.fromkeys(process.pipes, PIPE_SIZE), dict(zip(process.pipes, (1, 2)))
+        ended, until = False, math.inf
         late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
         tell_at = min(began + NEWS_DELAY, self.news_until)
-        while until == math.inf or (open_pipe and late):
+        while until == math.inf or (parts and late):
             now = time.monotonic()
             late -= now >= until
             if now >= tell_at:
@@ -3157,15 +3445,18 @@ class Runner:
             events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
             if not events and time.monotonic() >= until:
                 break
-            if pipe in events:
-                data = os.read(pipe, part)
-                if data:
-                    output.write(data)
-                    if len(data) == PIPE_SIZE:
-                        part = enlarge(pipe)
-                else:
-                    open_pipe = False
+            for pipe in [pipe for pipe in parts if pipe in events]:
+                data = os.read(pipe, parts[pipe])
+                if not data:
+                    del parts[pipe]
                     poller.unregister(pipe)
+                    continue
+                output.write(data, streams[pipe])
+                if len(data) == PIPE_SIZE:
+                    parts[pipe] = enlarge(pipe)
+                if 0 <= job.asked < output.size and not job.told:
+                    job.told = True
+                    self.tell(job, output)
             if not ended and (leader in events if leader >= 0 else process.has_ended()):
                 ended = True
                 if leader >= 0:
@@ -3252,11 +3543,48 @@ def read_text(path: str) -> str:
 # the RESULT, larger outputs are fetched one at a time, a few chunks ahead.
 
 
+OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed, wherever it was tried
+FLAKY, ONLY = "FLAKY", "ONLY"  # failed, but passed in the end; failed on one host only
+SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
+
+
+class Try(NamedTuple):
+    """How a try of a command ended."""
+
+    exitcode: int
+    host: str
+
+
+def verdict_of(tries: Sequence[Try]) -> str:
+    """What several tries of a command show. ONLY: it failed twice on the first host, and passed on
+    another."""
+    passed = [row.host for row in tries if row.exitcode == 0]
+    failed = [row.host for row in tries if row.exitcode != 0]
+    if not failed:
+        return OK
+    if not passed:
+        return FAIL
+    return ONLY if len(failed) > 1 and len({*failed}) == 1 and failed[0] not in passed else FLAKY
+
+
+def next_try(tries: Sequence[Try], retries: int) -> Optional[Fields]:
+    """Where to try again what has failed, in turn on another host and on the first one again. A pass
+    elsewhere is followed by one more try on the first, which shows whose fault it was. None if it
+    is to be tried no more."""
+    if len(tries) > retries:
+        return None
+    first = tries[0].host
+    if tries[-1].exitcode == 0:
+        doubtful = [row.host for row in tries[:-1]] == [first] and tries[-1].host != first
+        return {"on": first} if doubtful else None
+    return {"not_on": first} if len(tries) % 2 else {"on": first}
+
+
 class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
-    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "failures", "again", "worker", "avoid",
-                 "result", "asked", "got", "due")
+    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "again", "worker",
+                 "avoid", "result", "asked", "got", "shown", "due")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -3264,13 +3592,20 @@ class Entry:
         self.cwd = cwd
         self.attempt = 1
         self.faults = Faults()
-        self.failures: List[Tuple[int, str]] = []  # exit code and host of tries before this one
+        self.tries: Dict[int, Try] = {}  # by attempt: those that have ended
+        self.place: Fields = {}  # where to run it, if it is tried again
+        self.kept: Optional[Fields] = None  # what to report, while its failure is looked into
         self.again = False  # this attempt has been submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
         self.avoid = ""  # the worker that lost the last one, or where it failed
         self.result: Optional[Fields] = None  # while its output is being fetched
         self.asked = self.got = 0  # bytes of its output
+        self.shown = 0  # bytes of it that came while it was running
         self.due: Seconds = math.inf  # when a chunk is overdue
+
+    @property
+    def verdict(self) -> str:
+        return verdict_of(list(self.tries.values()))
 
 
 class Released(NamedTuple):
@@ -3286,8 +3621,24 @@ class Store(NamedTuple):
     data: Any  # a buffer with a length
 
 
+class Live(NamedTuple):
+    """Effect: a running command has printed this."""
+
+    entry: Entry
+    data: Any
+
+
+class Keep(NamedTuple):
+    """Effect: keep this result, to be reported later; `output` as of a Report."""
+
+    entry: Entry
+    result: Fields
+    output: Optional[bytes]
+
+
 class Report(NamedTuple):
-    """Effect: report this result; `output` is None if it is what was stored."""
+    """Effect: report this result, or the one that was kept; `output` is None if it is what was
+    stored."""
 
     entry: Entry
     result: Fields
@@ -3295,11 +3646,18 @@ class Report(NamedTuple):
 
 
 class Wishes(NamedTuple):
-    """What the user wants of each command."""
+    """What the user wants of each command, and of all together."""
 
     timeout: Seconds = 0  # to run; 0: no limit
     retries: int = 0  # more tries if it fails
     max_output: int = 0  # bytes of output to keep; 0: all
+    env: Dict[str, str] = {}  # variables to set
+    needs: Tuple[str, ...] = ()  # labels of workers
+    split: bool = False  # stdout and stderr apart
+    live: bool = False  # what it prints while it runs
+    serial: bool = False  # one command at a time
+    fail_fast: int = 0  # failures, after which to stop everything; 0: never
+    fail_on_flaky: bool = False  # what does not always pass has failed
 
 
 class Client(Member):
@@ -3310,6 +3668,11 @@ class Client(Member):
         super().__init__("HELLO", times, wait)
         self.run = run
         self.wishes = wishes
+        # fields of all our commands
+        self.standing: Fields = {name: value for name, value in (
+            ("timeout", wishes.timeout), ("limit", wishes.max_output), ("env", wishes.env),
+            ("needs", list(wishes.needs)), ("split", wishes.split)) if value}
+        self.standing_size = len(encode("", self.standing))
         self.address = address  # for notices
         self.host = host
         self.backlog: Deque[Entry] = deque()  # not submitted yet
@@ -3319,7 +3682,11 @@ class Client(Member):
         self.storing: Optional[Entry] = None  # whose output was stored last, perhaps in part
         self.done: List[List[int]] = []  # [id, attempt] to be told DONE
         self.done_until: Seconds = math.inf  # when to do so at the latest
-        self.total = self.reported = self.failed = 0
+        self.last_id = 0  # of the commands; some of the input may have been left out
+        self.total = self.reported = self.failed = self.flaky = 0
+        self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
+        self.shunned: Set[str] = set()  # hosts
+        self.timings: Dict[str, float] = {}  # of earlier runs, to begin with the longest
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
         self.released = False  # the commands have been announced
@@ -3327,7 +3694,8 @@ class Client(Member):
         self.status: Optional[int] = None  # the exit status, once the end is decided
         self.leave_at: Seconds = math.inf
         self.left = False
-        self.slots = 0  # of the cloud, as the broker says
+        self.workers = self.slots = 0  # of the cloud, as the broker says
+        self.lacks = ""  # what it says we wait for, perhaps in vain
 
     def greeting(self, joining: bool) -> Fields:
         fields: Fields = {"run": self.run}
@@ -3343,7 +3711,12 @@ class Client(Member):
     def add(self, cmd: str, cwd: str) -> None:
         """One more command. Call settle() after the last of a batch."""
         self.total += 1
-        self.backlog.append(Entry(self.total, cmd, cwd))
+        self.last_id += 1
+        self.backlog.append(Entry(self.last_id, cmd, cwd))
+
+    def leave_out(self) -> None:
+        """One more command, which need not be run."""
+        self.last_id += 1
 
     def end_input(self, now: Seconds) -> None:
         self.now = now
@@ -3351,29 +3724,30 @@ class Client(Member):
         self.settle()
 
     def submit(self, entry: Entry) -> None:
-        fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd}
+        fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd,
+                  **entry.place, **self.standing}
         if entry.again:
             fields["again"] = True
             if entry.worker:
                 fields["had"] = entry.worker
         if entry.avoid:
             fields["avoid"] = entry.avoid
-        if entry.failures:
-            fields["elsewhere"] = True
         if entry.faults.crashes:
             fields["careful"] = True
-        if self.wishes.timeout:
-            fields["timeout"] = self.wishes.timeout
-        if self.wishes.max_output:
-            fields["limit"] = self.wishes.max_output
+        if entry.kept is not None:
+            fields["limit"] = 1  # only how it ends is wanted
         entry.again = True
         self.say(BROKER, b"", "", COMMAND, fields)
 
     def settle(self) -> None:
         if self.backlog and self.session.joined:
             self.release_at = min(self.release_at, self.now + RELEASE_DELAY)
-        room = WINDOW - len(self.window)
-        if self.session.joined and room >= min(REFILL * WINDOW, len(self.backlog)):
+        if self.timings and self.backlog and (self.input_ended or self.release_at <= self.now):
+            self.longest_first()
+        size = 1 if self.wishes.serial else WINDOW
+        room = size - len(self.window)
+        if self.session.joined and not self.timings \
+                and room >= min(REFILL * size, len(self.backlog)):
             for _ in range(min(room, len(self.backlog))):
                 self.begin(self.backlog.popleft())
         if self.release_at < math.inf and (self.input_ended or self.release_at <= self.now):
@@ -3381,16 +3755,34 @@ class Client(Member):
         if self.done_until <= self.now or len(self.done) >= MAX_DONE:
             self.tell_done()
         if self.status is None and not self.left:
+            self.stop_early()
             self.observe(self.watch, self.waits_for())
         if self.input_ended and not self.backlog and not self.window and not self.left:
-            self.leave(1 if self.failed else 0)
+            self.leave(1 if self.bad() else 0)
+
+    def longest_first(self) -> None:
+        """Put the backlog in order, if it is whole: first what we know nothing of."""
+        timings, self.timings = self.timings, {}
+        if self.input_ended:
+            self.backlog = deque(sorted(self.backlog,
+                                        key=lambda entry: -timings.get(entry.cmd, math.inf)))
+
+    def bad(self) -> int:
+        """How many commands have not done what they should."""
+        return self.failed + (self.flaky if self.wishes.fail_on_flaky else 0)
+
+    def stop_early(self) -> None:
+        if 0 < self.wishes.fail_fast <= self.bad():
+            plural = "command has" if self.bad() == 1 else "commands have"
+            self.effects.append(Notice(f"stopping: {self.bad()} {plural} failed (--fail-fast)"))
+            self.cancel(1, self.now)
 
     def begin(self, entry: Entry) -> None:
         """Submit a command for the first time, unless it is too long."""
         self.window[entry.id] = entry
         limit = MAX_COMMAND - OTHER_FIELDS
-        if 12 * (len(entry.cmd) + len(entry.cwd)) > limit \
-                and len(encode("", {"cmd": entry.cmd, "cwd": entry.cwd})) > limit:
+        if 12 * (len(entry.cmd) + len(entry.cwd)) + self.standing_size > limit and len(
+                encode("", {"cmd": entry.cmd, "cwd": entry.cwd})) + self.standing_size > limit:
             self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
                                 f"a command is at most {MAX_COMMAND} bytes of JSON"}, b"")
         else:
@@ -3421,11 +3813,14 @@ class Client(Member):
         self.effects.append(Exit(status if self.status is None else self.status))
 
     def on_ok(self, message: Message) -> None:
-        self.slots = message.fields.get("slots", 0)
+        self.slots, self.workers = message.fields.get("slots", 0), message.fields.get("workers", 0)
+        self.lacks = printable(message.fields.get("lacks", ""), 300)
         if self.session.ok(message.fields):
             for entry in self.window.values():
                 self.submit(entry)
             self.fetching.clear()  # what the cloud still has of their outputs, it will tell again
+            if self.shunned:
+                self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(self.shunned)})
             if self.status is not None:
                 self.say(BROKER, b"", "", "CANCEL")
 
@@ -3445,6 +3840,13 @@ class Client(Member):
             entry = self.entry_of(id, attempt)
             if entry is not None:
                 self.confirm(entry, message.fields.get("worker") or "?")
+                self.listen(entry)
+
+    def listen(self, entry: Entry) -> None:
+        """Ask for what a running command prints next."""
+        if self.wishes.live and entry.result is None and entry.kept is None:
+            self.say(BROKER, b"", "", "FETCH", {
+                "id": entry.id, "attempt": entry.attempt, "offset": entry.shown, "size": CHUNK_SIZE})
 
     def on_result(self, message: Message) -> None:
         fields = message.fields
@@ -3462,21 +3864,35 @@ class Client(Member):
             self.fetch()
 
     def take_result(self, entry: Entry, fields: Fields) -> None:
-        if fields["exitcode"] and len(entry.failures) < self.wishes.retries and self.status is None:
-            self.try_elsewhere(entry, fields)
-            return
+        entry.tries[entry.attempt] = Try(fields["exitcode"], fields.get("host", "?"))
         output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
-        if len(output) < fields.get("size", 0):
+        if entry.kept is not None or fields["exitcode"] and self.place_for(entry):
+            self.conclude(entry, fields, b"")
+        elif len(output) < fields.get("size", 0):
             entry.result = fields
             self.fetching.append(entry)
             self.fetch()
         else:
-            self.report(entry, fields, output)
+            self.conclude(entry, fields, output)
 
-    def try_elsewhere(self, entry: Entry, fields: Fields) -> None:
-        """The command has failed, and the user wants another try."""
+    def place_for(self, entry: Entry) -> Optional[Fields]:
+        """Where to try it again; None if not at all."""
+        if self.status is not None:
+            return None
+        return next_try(list(entry.tries.values()), self.wishes.retries)
+
+    def conclude(self, entry: Entry, fields: Fields, output: Optional[bytes]) -> None:
+        """A try has ended, and its output is there if it is wanted."""
+        place = self.place_for(entry)
+        if place is None:
+            self.report(entry, fields, output)
+            return
+        if not fields["exitcode"]:
+            self.stop_fetching(entry)
+            entry.kept = fields
+            self.effects.append(Keep(entry, fields, output))
         self.finish_with(entry.id, entry.attempt)
-        entry.failures.append((fields["exitcode"], fields.get("host", "?")))
+        entry.place = dict(place, elsewhere=True)
         self.next_attempt(entry, fields.get("worker", ""))
 
     def next_attempt(self, entry: Entry, avoid: str) -> None:
@@ -3484,10 +3900,13 @@ class Client(Member):
         entry.attempt += 1
         entry.again = False
         entry.avoid = avoid
+        entry.shown = 0
         if self.session.joined:
             self.submit(entry)
 
     def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
+        if entry.kept is not None:
+            result, output = entry.kept, None
         self.release()
         self.confirm(entry, "")
         del self.window[entry.id]
@@ -3495,6 +3914,20 @@ class Client(Member):
         self.failed += result["exitcode"] != 0
         self.finish_with(entry.id, entry.attempt)
         self.effects.append(Report(entry, result, output))
+        if len(entry.tries) > 1 and not result["exitcode"]:
+            self.flaky += 1
+            if entry.verdict == ONLY:
+                self.blame(next(iter(entry.tries.values())).host)
+
+    def blame(self, host: str) -> None:
+        """A command failed only there. If others did as well, take no more of this host."""
+        self.only_on[host] += 1
+        if self.only_on[host] == SET_ASIDE:
+            self.shunned.add(host)
+            self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(self.shunned)})
+            self.effects.append(Notice(
+                f"SETTING ASIDE host {printable(host)} for the rest of this run, if there are others: "
+                f"{SET_ASIDE} commands failed there, twice each, and nowhere else"))
 
     def fetch(self) -> None:
         """Keep FETCH_AHEAD chunks of the first large output under way."""
@@ -3527,8 +3960,15 @@ class Client(Member):
     def on_chunk(self, message: Message) -> None:
         fields = message.fields
         entry = self.entry_of(fields["id"], fields["attempt"])
-        if entry is None or not self.fetching or self.fetching[0] is not entry \
-                or fields["offset"] != entry.got or not len(message.data):
+        if entry is None or not len(message.data):
+            return
+        if self.wishes.live and entry.result is None:
+            if fields["offset"] == entry.shown:
+                self.effects.append(Live(entry, message.data))
+                entry.shown += len(message.data)
+                self.listen(entry)
+            return
+        if not self.fetching or self.fetching[0] is not entry or fields["offset"] != entry.got:
             return
         assert entry.result is not None
         if self.storing is not entry:
@@ -3539,7 +3979,7 @@ class Client(Member):
         entry.got += len(message.data)
         if entry.got >= entry.result["size"]:
             self.fetching.popleft()
-            self.report(entry, entry.result, None)
+            self.conclude(entry, entry.result, None)
         self.fetch()
 
     def on_lost(self, message: Message) -> None:
@@ -3553,13 +3993,14 @@ class Client(Member):
     def lose(self, entry: Entry, why: str, fault: str, worker: str) -> None:
         """The entry's attempt brings no result: try the next one, if that is wise."""
         self.stop_fetching(entry)
+        entry.tries.pop(entry.attempt, None)  # it had ended, but its output is lost
         verdict = entry.faults.count(fault, why, self.times)
-        if self.status is not None:
+        if self.status is not None and entry.kept is None:
             self.stopped += bool(entry.worker)
             self.never_ran += not entry.worker
             self.confirm(entry, "")
             del self.window[entry.id]
-        elif verdict:
+        elif verdict or self.status is not None:
             self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
         else:
             self.next_attempt(entry, worker)
@@ -3589,12 +4030,14 @@ class Client(Member):
 
     def waits_for(self) -> str:
         if not self.session.joined:
-            return waiting_for_broker(self.session, self.address, "client")
+            return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
         if self.session.unanswered > 1:
             return broker_is_silent(self.address)
         if self.window and not self.slots:
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
+        if self.window and self.lacks:
+            return f"waiting for {self.lacks}: none of the {self.workers} workers is one"
         if self.window and not self.accepted and not self.fetching:
             return (f"waiting for a free slot: all {self.slots} are busy, or the broker has just been "
                     f"started")
@@ -3634,16 +4077,75 @@ class Client(Member):
     }
 
 
+class Viewed(NamedTuple):
+    """Effect: show this STATUS."""
+
+    fields: Fields
+
+
+class Viewer(Machine):
+    """Asks the broker how the cloud stands: once, or again and again. Its link is BROKER."""
+
+    def __init__(self, address: str, wait: Seconds, interval: Seconds = math.inf) -> None:
+        super().__init__()
+        self.address = address  # for notices
+        self.interval = interval
+        self.up = False
+        self.trouble = ""  # why the link cannot come up
+        self.ask_at: Seconds = math.inf
+        self.answered = False
+        self.watch = Watch(wait)
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.now, self.up, self.trouble, self.ask_at = now, True, "", now
+        self.tick(now)
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now, self.up, self.answered, self.ask_at = now, False, False, math.inf
+        self.settle()
+
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        self.now, self.trouble = now, why
+        self.settle()
+
+    def on_status(self, message: Message) -> None:
+        if not {"broker", "workers", "clients"} <= set(message.fields):
+            raise ProtocolError("STATUS without what we have asked for")
+        self.answered = True
+        self.effects.append(Viewed(message.fields))
+        if self.interval == math.inf:
+            self.effects.append(Exit(0))
+
+    def settle(self) -> None:
+        self.observe(self.watch, "" if self.answered else waiting_for_broker(
+            self.trouble, self.up, self.address, "client"))
+
+    def tick(self, now: Seconds) -> None:
+        self.now = now
+        if self.ask_at <= now:
+            self.say(BROKER, b"", "", "STATUS")
+            self.ask_at = now + self.interval
+        self.settle()
+        if self.watch.given_up(now):
+            self.effects += [Notice("gave up " + self.watch.cause), Exit(3)]
+
+    def deadline(self) -> Seconds:
+        return min(self.ask_at, self.watch.deadline())
+
+    HANDLERS = {(BROKER, "STATUS"): "on_status", (BROKER, "ERROR"): "on_error"}
+
+
 # === Reporting ========================================================================
 #
-# What the person at the client's terminal sees: the seed's transcript on stdout, all that
-# concerns the run's own troubles on stderr. The outputs are kept in unlinked files until
-# the end, because the result hash takes the commands in byte order, not as they come; and
-# because whoever reads our stdout may take its time: a thread of its own writes it.
+# What becomes of results. Reports keeps their outputs in unlinked files until the end,
+# because the result hash takes the commands in byte order, not as they come, and hands
+# each on as an Outcome to reporters, one for each format: the seed's transcript, lines of
+# JSON, a job log, JUnit's XML, a page of HTML. A thread of its own writes to stdout, for whoever
+# reads that may take its time.
 
 STYLES = {  # SGR codes of the seed's colours
-    "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "time": "37",
-    "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
+    "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "flaky": "1;93",
+    "flaky cmd": "33", "time": "37", "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
 }
 COPY = 1024 * 1024  # bytes of an output in memory at once
 
@@ -3658,10 +4160,45 @@ class Record(NamedTuple):
     size: int
 
 
+class Outcome(NamedTuple):
+    """What is known of a reported command."""
+
+    seq: int  # its place in the input, from 1
+    cmd: str
+    exitcode: int
+    verdict: str
+    only_on: str  # the host, if the verdict is ONLY
+    host: str  # where the reported try ran; "" if it never did, as for the next three
+    worker: str
+    slot: int  # from 1
+    started: float  # seconds since 1970
+    spent: float  # ms
+    signal: int
+    reason: str  # why it could not be run, or was stopped
+    tries: Tuple[Try, ...]  # the others, in order
+    shown: int  # bytes of its output that came while it ran
+    record: Record
+
+
+class Summary(NamedTuple):
+    """What there is to say at the end."""
+
+    complete: bool
+    ran: int
+    failed: int
+    flaky: int
+    only_on: Dict[str, int]  # hosts: how many commands failed only there
+    skipped: int  # commands that an earlier run has done, and of them
+    skipped_failed: int
+    spent: Seconds
+    hash: str
+
+
 class Tally:
     """The outputs of all results, and the seed's hash over them."""
 
-    def __init__(self) -> None:
+    def __init__(self, split: bool = False) -> None:
+        self.split = split  # they come in PIECES
         self.records: List[Record] = []
         # inline outputs and fetched ones: both kinds come in turns, each has to be in one piece
         self.files: Tuple[IO[bytes], IO[bytes]] = (
@@ -3682,16 +4219,10 @@ class Tally:
             self.failure = None
         if not self.failure:
             try:
-                self.put(1, self.ends[1] + offset, data)
+                write_all(self.files[1], data, self.ends[1] + offset)
             except OSError as error:
                 self.failure = error
                 os.ftruncate(self.files[1].fileno(), self.ends[1])
-
-    def put(self, file: int, offset: int, data: Any) -> None:
-        rest = memoryview(data)
-        while rest:
-            done = os.pwrite(self.files[file].fileno(), rest, offset)
-            rest, offset = rest[done:], offset + done
 
     def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> Record:
         """A result with its output, or with what was stored if that is None. Raises OSError, and
@@ -3700,25 +4231,45 @@ class Tally:
             raise self.failure
         file, size = (1, self.stored) if output is None else (0, len(output))
         if output:
-            self.put(0, self.ends[0], output)
+            write_all(self.files[0], output, self.ends[0])
         record = Record(cmd, exitcode, file, self.ends[file], size)
         self.ends[file] += size
         self.stored = 0
         self.records.append(record)
         return record
 
-    def parts(self, record: Record) -> Iterator[bytes]:
-        """A record's output, piece by piece. In any thread."""
+    def raw(self, record: Record) -> Iterator[bytes]:
+        """What is stored for a record, in blocks of COPY bytes. In any thread."""
         file = self.files[record.file].fileno()
         for at in range(0, record.size, COPY):
             yield os.pread(file, min(COPY, record.size - at), record.offset + at)
 
+    def pieces(self, record: Record) -> Iterator[Tuple[int, bytes]]:
+        """A record's output, piece by piece, each with its stream: 1 is stdout, 2 stderr."""
+        stream, left, head = 1, 0 if self.split else sys.maxsize, b""
+        for block in self.raw(record):
+            rest = head + block
+            while rest and (left or len(rest) >= PIECE.size):
+                if not left:
+                    stream, left = PIECE.unpack_from(rest)
+                    rest = rest[PIECE.size:]
+                piece, rest = rest[:left], rest[left:]
+                left -= len(piece)
+                if piece:
+                    yield stream, piece
+            head = rest
+
+    def parts(self, record: Record) -> Iterator[bytes]:
+        """A record's output, piece by piece."""
+        return (piece for _, piece in self.pieces(record)) if self.split else self.raw(record)
+
     def compare(self, a: Record, b: Record) -> int:
         """Which record's output comes first in byte order, -1, 0 or 1, as for sorting."""
-        for x, y in zip(self.parts(a), self.parts(b)):
+        left, right = blocks(self.parts(a)), blocks(self.parts(b))
+        for x, y in itertools.zip_longest(left, right, fillvalue=b""):
             if x != y:
                 return -1 if x < y else 1
-        return (a.size > b.size) - (a.size < b.size)
+        return 0
 
     def hash(self) -> str:
         """The seed's result hash: sha1 over the results in order of command, exit code and
@@ -3735,8 +4286,67 @@ class Tally:
         return total
 
 
+def blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of COPY, the last of which may be shorter."""
+    rest = b""
+    for part in parts:
+        rest = rest + part if rest else part
+        while len(rest) >= COPY:
+            yield rest[:COPY]
+            rest = rest[COPY:]
+    if rest:
+        yield rest
+
+
+class Bar:
+    """A line at the bottom of the terminal, on stderr. It is taken away while anything else is
+    written there, so whoever writes does it inside of away()."""
+
+    def __init__(self) -> None:
+        self.text = ""  # that is wanted
+        self.drawn = 0  # columns of what is there
+        self.lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The line is not there, until the end of this; then it is drawn as it should be."""
+        with self.lock:
+            self.draw("")
+            yield
+            self.draw(self.text)
+
+    def draw(self, text: str) -> None:
+        if not text and not self.drawn:
+            return
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        with contextlib.suppress(OSError, ValueError):  # the terminal has gone
+            room = max(10, screen_size(2)[0]) - 1
+            text = text[:room]
+            wipe = f"\r{' ' * min(self.drawn, room)}\r" if dumb else "\r\033[K"
+            sys.stderr.write((wipe if self.drawn else "") + text)
+            sys.stderr.flush()
+        self.drawn = len(text)
+
+
+def screen_size(file: int) -> Tuple[int, int]:
+    """Columns and rows of a terminal; as usual, if it does not know. Raises OSError."""
+    columns, rows = os.get_terminal_size(file)
+    return columns or 80, rows or 24
+
+
+BAR = Bar()
+
+
+class BarHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """A log on stderr that does not write over the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with BAR.away():
+            super().emit(record)
+
+
 class Writer:
-    """Writes the transcript to a descriptor, in a thread, for that may block for hours."""
+    """Writes to a descriptor, in a thread, for that may block for hours."""
 
     def __init__(self, file: int, failed: Callable[[OSError], None]) -> None:
         self.file = file
@@ -3744,7 +4354,7 @@ class Writer:
         self.ended: Callable[[], None] = lambda: None
         self.batch: List[Iterable[bytes]] = []  # to be handed over together
         self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
-        threading.Thread(target=self.write, daemon=True, name="stdout").start()
+        threading.Thread(target=self.write, daemon=True, name="output").start()
 
     def put(self, item: Iterable[bytes]) -> None:
         """Have this written, after flush()."""
@@ -3755,6 +4365,11 @@ class Writer:
             self.batches.put(self.batch)
             self.batch = []
 
+    def redraw(self) -> None:
+        """Have the bar drawn, unless we are held up."""
+        if self.batches.empty():
+            self.batches.put([])
+
     def end(self, ended: Callable[[], None]) -> None:
         """Nothing more will come; have this called when all is written."""
         self.ended = ended
@@ -3763,103 +4378,1284 @@ class Writer:
 
     def write(self) -> None:
         try:
+            shared = os.isatty(self.file)  # with the bar; what is not may hold up nobody else
             # not sys.stdout: its lock, held by this thread, would abort the exit of Python
             with open(self.file, "wb", closefd=False) as out:
                 for batch in iter(self.batches.get, None):
-                    out.writelines(itertools.chain.from_iterable(batch))
-                    if self.batches.empty():
-                        out.flush()
+                    with BAR.away() if shared else contextlib.nullcontext():
+                        out.writelines(itertools.chain.from_iterable(batch))
+                        if self.batches.empty() or shared:
+                            out.flush()
+                    if BAR.text and not shared:
+                        with BAR.away():
+                            pass  # it is drawn as it is now
             self.ended()
         except OSError as error:
             self.failed(error)
 
 
 class Reporter:
-    """Makes the transcript, in pieces for `put`: these are read later, in another thread."""
+    """What a format does with what is to be reported. These are called in the loop's thread; the
+    pieces that they put somewhere are read later, in another one."""
 
-    def __init__(self, put: Callable[[Iterable[bytes]], None], colour: bool = False,
-                 brief: bool = False, fail_only: bool = False, slow: float = math.inf,
-                 verbose: bool = False) -> None:
-        self.put = put
+    def released(self, commands: Optional[int]) -> None:
+        """Commands have gone out, of so many."""
+
+    def live(self, seq: int, cmd: str, data: bytes) -> None:
+        """A running command has printed this."""
+
+    def result(self, outcome: Outcome) -> None:
+        """A command has ended. Raises OSError."""
+
+    def ended(self, summary: Summary) -> None:
+        """There is no more. Raises OSError."""
+
+
+class Reports:
+    """Takes what the client says, and tells reporters."""
+
+    def __init__(self, tally: Tally, reporters: Sequence[Reporter], keep_order: bool = False) -> None:
+        self.tally = tally
+        self.reporters = reporters
+        self.keep_order = keep_order
+        self.order: Deque[int] = deque()  # of what is to be reported, if that matters
+        self.early: Dict[int, Outcome] = {}  # what came before its turn
+        self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
+        self.failed = 0
+        self.times: List[float] = []  # ms
+        self.began = time.monotonic()
+
+    def expect(self, seq: int) -> None:
+        """This command will be reported."""
+        if self.keep_order:
+            self.order.append(seq)
+
+    def released(self, effect: Released) -> None:
+        for reporter in self.reporters:
+            reporter.released(effect.commands)
+
+    def live(self, effect: Live) -> None:
+        for reporter in self.reporters:
+            reporter.live(effect.entry.id, effect.entry.cmd, bytes(effect.data))
+
+    def store(self, effect: Store) -> None:
+        self.tally.store(effect.offset, effect.data)
+
+    def keep(self, effect: Keep) -> None:
+        self.kept[effect.entry.id] = self.record(effect)
+
+    def record(self, effect: Union[Keep, Report]) -> Tuple[Record, str]:
+        """Put a result into the tally; why its output could not be."""
+        cmd, output = to_bytes(effect.entry.cmd), effect.output
+        if output and self.tally.split and not effect.result.get("split"):  # of a plain worker
+            output = PIECE.pack(1, len(output)) + output
+        try:
+            return self.tally.add(cmd, effect.result["exitcode"], output), ""
+        except OSError as error:
+            return (self.tally.add(cmd, NOT_RUN, b""), f"no room for its output in "
+                    f"{tempfile.gettempdir()} of the client: {error.strerror}")
+
+    def report(self, effect: Report) -> None:
+        entry, result = effect.entry, effect.result
+        record, lost = self.kept.pop(entry.id) if entry.id in self.kept else self.record(effect)
+        verdict = FAIL if record.exitcode else entry.verdict
+        tries = [row for attempt, row in entry.tries.items() if attempt != result.get("attempt")]
+        outcome = Outcome(
+            entry.id, entry.cmd, record.exitcode, verdict, tries[0].host if verdict == ONLY else "",
+            result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
+            result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
+            lost or result.get("reason", ""), tuple(tries), entry.shown, record)
+        self.failed += verdict == FAIL
+        self.times.append(outcome.spent)
+        if not self.keep_order:
+            self.hand_on(outcome)
+            return
+        self.early[outcome.seq] = outcome
+        while self.order and self.order[0] in self.early:
+            self.hand_on(self.early.pop(self.order.popleft()))
+
+    def hand_on(self, outcome: Outcome) -> None:
+        for reporter in self.reporters:
+            reporter.result(outcome)
+
+    def end(self, client: Client, complete: bool, skipped: int, skipped_failed: int) -> Summary:
+        for seq in sorted(self.early):  # those before them never ran
+            self.hand_on(self.early[seq])
+        summary = Summary(complete, len(self.tally.records), self.failed, client.flaky,
+                          dict(client.only_on), skipped, skipped_failed,
+                          time.monotonic() - self.began, self.tally.hash())
+        for reporter in self.reporters:
+            reporter.ended(summary)
+        return summary
+
+
+class Transcript(Reporter):
+    """The seed's transcript. `say` takes the pieces of its lines, `show` shows a result's output."""
+
+    def __init__(self, tally: Tally, say: Callable[[Iterable[bytes]], None],
+                 show: Callable[[Outcome], object], colour: bool = False, fail_only: bool = False,
+                 slow: float = math.inf, verbose: bool = False) -> None:
+        self.tally = tally
+        self.say = say
+        self.show = show
         self.colour = colour
-        self.brief = brief
         self.fail_only = fail_only
         self.slow = slow  # ms
         self.verbose = verbose
-        self.tally = Tally()
-        self.failed = 0
-        self.began = time.monotonic()
 
     def paint(self, style: str, text: str) -> str:
         return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
 
     def line(self, text: str) -> None:
-        self.put([to_bytes(text + "\n")])
+        self.say([to_bytes(text + "\n")])
 
-    def released(self, effect: Released) -> None:
-        if effect.commands is None:
+    def released(self, commands: Optional[int]) -> None:
+        if commands is None:
             self.line("Releasing the hounds: commands to execute as they come")
         else:
-            plural = "" if effect.commands == 1 else "s"
-            self.line(f"Releasing the hounds: {effect.commands} command{plural} to execute")
+            plural = "" if commands == 1 else "s"
+            self.line(f"Releasing the hounds: {commands} command{plural} to execute")
 
-    def store(self, effect: Store) -> None:
-        self.tally.store(effect.offset, effect.data)
-
-    def report(self, effect: Report) -> None:
-        """A result: its line and, unless told otherwise, its output."""
-        entry, result = effect.entry, effect.result
-        code, spent = result["exitcode"], result.get("time", 0.0)
-        reason = result.get("reason")
-        try:
-            record = self.tally.add(to_bytes(entry.cmd), code, effect.output)
-        except OSError as error:
-            code, reason = NOT_RUN, f"no room for its output in {tempfile.gettempdir()} of the " \
-                                    f"client: {error.strerror}"
-            record = self.tally.add(to_bytes(entry.cmd), code, b"")
-        self.failed += code != 0
-        if self.fail_only and code == 0:
+    def result(self, outcome: Outcome) -> None:
+        """Its line and its output."""
+        code, verdict = outcome.exitcode, outcome.verdict
+        if self.fail_only and verdict == OK:
             return
-        verdict = self.paint("ok", "OK! ") if code == 0 else self.paint("fail", f"FAIL({code}) ")
-        name = self.paint("ok cmd" if code == 0 else "fail cmd", visible(entry.cmd) + " ")
-        took = self.paint("slow" if spent > self.slow else "time", f"⌚{spent:.2f}ms")
-        self.line(verdict + name + took)
-        if reason:
-            self.line(f"testcloud: {printable(reason, 1000)}")
-        if entry.failures:
-            before = ", ".join(f"{code} on {printable(host)}" for code, host in entry.failures)
-            self.line(f"testcloud: try {len(entry.failures) + 1}; exit codes before: {before}")
+        if verdict == FAIL:
+            style, words = "fail", f"FAIL({code}) "
+        elif verdict == OK:
+            style, words = "ok", "OK! "
+        else:
+            style = "flaky"
+            words = f"ONLY ON {printable(outcome.only_on)}! " if verdict == ONLY else "FLAKY! "
+        took = self.paint("slow" if outcome.spent > self.slow else "time", f"⌚{outcome.spent:.2f}ms")
+        name = self.paint(style + " cmd", visible(outcome.cmd) + " ")
+        self.line(self.paint(style, words) + name + took)
+        if outcome.reason:
+            self.line(f"testcloud: {printable(outcome.reason, 1000)}")
+        if outcome.tries:
+            others = ", ".join(f"{row.exitcode} on {printable(row.host)}" for row in outcome.tries)
+            self.line(f"testcloud: tried {len(outcome.tries) + 1} times; other exit codes: {others}")
         if self.verbose:
-            complain(f"{printable(entry.cmd)} ran on {printable(result.get('host', '?'))}, "
-                     f"attempt {entry.attempt}")
-        if not self.brief:
-            self.put(self.output(record))
+            complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}, "
+                     f"try {len(outcome.tries) + 1}")
+        self.show(outcome)
 
-    def output(self, record: Record) -> Iterator[bytes]:
-        """The output as it is, ended with a newline if it has none, and an empty line."""
-        last = b"\n"
-        for part in self.tally.parts(record):
-            yield part
-            last = part[-1:]
-        yield b"\n" if last == b"\n" else b"\n\n"
-
-    def summary(self, complete: bool = True) -> None:
-        spent = time.monotonic() - self.began
-        if not complete:
+    def ended(self, summary: Summary) -> None:
+        if not summary.complete:
             self.line(self.paint("some failed", "Not all commands were executed :("))
-        elif self.failed:
+        elif summary.failed or summary.skipped_failed:
             self.line(self.paint("some failed", "Some commands failed :("))
         else:
             self.line(self.paint("all ok", "All commands successfully executed ☃"))
-        ran = len(self.tally.records)
-        self.line(f"Ran {ran} command{'' if ran == 1 else 's'} in ⌚{spent:.2f}s, result hash "
-                  f"{'' if complete else 'of these '}is {self.tally.hash()}")
+        if summary.flaky:
+            hosts = ", ".join(f"{n} only on {printable(host)}" for host, n in summary.only_on.items())
+            self.line(f"{summary.flaky} of them failed at first, and passed elsewhere or later"
+                      + (f": {hosts}" if hosts else ""))
+        if summary.skipped:
+            failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
+            self.line(f"Skipped {summary.skipped} that an earlier run has done{failed}")
+        self.line(f"Ran {summary.ran} command{'' if summary.ran == 1 else 's'} in "
+                  f"⌚{summary.spent:.2f}s, result hash "
+                  f"{'' if summary.complete else 'of these '}is {summary.hash}")
+
+
+class Plain:
+    """Shows outputs as the seed does: after the line of their command."""
+
+    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], tag: bool = False) -> None:
+        self.tally = tally
+        self.put = put
+        self.tag = tag
+
+    def __call__(self, outcome: Outcome) -> None:
+        parts = self.tally.parts(outcome.record)
+        self.put(ended(tagged(to_bytes(visible(outcome.cmd)), parts) if self.tag else parts, b"\n"))
+
+
+def ended(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
+    """The output, ended with a newline if it has none, and what follows."""
+    last = b"\n"
+    for part in parts:
+        yield part
+        last = part[-1:]
+    yield more if last == b"\n" else b"\n" + more
+
+
+def tagged(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The same lines, each after the tag and a tab."""
+    fresh = True
+    for part in parts:
+        lines = part.split(b"\n")
+        last = lines.pop()
+        for line in lines:
+            yield tag + b"\t" + line + b"\n" if fresh else line + b"\n"
+            fresh = True
+        if last:
+            yield tag + b"\t" + last if fresh else last
+            fresh = False
+
+
+class LiveLines(Reporter):
+    """Shows whole lines of running commands as they come, each with the command before it; and in the
+    end what has not been shown."""
+
+    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None]) -> None:
+        self.tally = tally
+        self.put = put
+        self.begun: Dict[int, bytes] = {}  # by command: a line of which the end has not come
+
+    def live(self, seq: int, cmd: str, data: bytes) -> None:
+        lines, newline, rest = (self.begun.pop(seq, b"") + data).rpartition(b"\n")
+        self.put(tagged(to_bytes(visible(cmd)), [lines + newline]))
+        self.begun[seq] = rest
+
+    def result(self, outcome: Outcome) -> None:
+        rest = after(self.tally.parts(outcome.record), outcome.shown)
+        self.put(ended(tagged(to_bytes(visible(outcome.cmd)), itertools.chain(
+            [self.begun.pop(outcome.seq, b"")], rest)), b""))
+
+
+def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """What follows the first so many bytes."""
+    for part in parts:
+        yield part[size:]
+        size = max(0, size - len(part))
+
+
+class JsonLines(Reporter):
+    """An object of JSON a line for each result."""
+
+    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], brief: bool) -> None:
+        self.tally = tally
+        self.put = put
+        self.brief = brief
+
+    def result(self, outcome: Outcome) -> None:
+        fields = outcome._asdict()
+        del fields["record"], fields["shown"], fields["cmd"], fields["spent"]
+        fields.update(command=outcome.cmd, time=outcome.spent,
+                      tries=[row._asdict() for row in outcome.tries])
+        self.put(self.line(json.dumps(fields), outcome))
+
+    def line(self, head: str, outcome: Outcome) -> Iterator[bytes]:
+        if self.brief:
+            yield head.encode() + b"\n"
+            return
+        decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        yield head[:-1].encode() + b', "output": "'
+        for part in itertools.chain(self.tally.parts(outcome.record), [b""]):
+            yield json.dumps(decode(part, final=not part))[1:-1].encode()
+        yield b'"}\n'
+
+
+JOBLOG_HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
+
+
+class JobLog(Reporter):
+    """A line for each result, in the columns of GNU parallel's --joblog. A line is written at once,
+    and whole: whatever happens to us, it is there or not."""
+
+    def __init__(self, path: str, rows: Sequence[str]) -> None:
+        """Begin with these lines of an earlier run. Raises OSError."""
+        if rows:
+            write_whole(path, [JOBLOG_HEAD, *rows])
+        self.file = open(path, "ab" if rows else "wb", buffering=0)
+        if not rows:
+            self.file.write(JOBLOG_HEAD.encode())
+
+    def result(self, outcome: Outcome) -> None:
+        self.file.write(to_bytes(joblog_line(outcome)))
+
+    def ended(self, summary: Summary) -> None:
+        self.file.close()
+
+
+def joblog_line(outcome: Outcome) -> str:
+    """As GNU parallel has it: seconds, and newlines of the command as NUL. The verdict of one that
+    passed after it failed is added to the host."""
+    verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
+    host = printable(outcome.host or ":") + printable(verdict)
+    return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t0\t"
+            f"{outcome.record.size}\t{outcome.exitcode}\t{outcome.signal}\t"
+            + outcome.cmd.replace("\n", "\0") + "\n")
+
+
+class Logged(NamedTuple):
+    """A line of a job log."""
+
+    command: str
+    failed: bool
+    seconds: float
+    line: str
+
+
+def read_joblog(path: str) -> List[Logged]:
+    """The lines of a job log, ours or GNU parallel's; what is no such line, as one that was being
+    written when its writer was killed, is passed over. Raises OSError."""
+    found = []
+    with open(path, "rb") as file:
+        for raw in file:
+            line = to_text(raw)
+            columns = line.rstrip("\n").split("\t", 8)
+            with contextlib.suppress(ValueError, IndexError):
+                if raw.endswith(b"\n"):
+                    failed = int(columns[6]) != 0 or int(columns[7]) != 0
+                    command, spent = columns[8].replace("\0", "\n"), float(columns[3])
+                    found.append(Logged(command, failed, spent, line))
+    return found
+
+
+class Resumed:
+    """What an earlier run has done. A command is known by its text and by which of its occurrences
+    in the input it is, never by its place."""
+
+    def __init__(self, logged: Sequence[Logged], failures_too: bool) -> None:
+        self.rows = [row for row in logged if not (failures_too and row.failed)]
+        self.left = Counter(row.command for row in self.rows)
+        failed = Counter(row.command for row in self.rows if row.failed)
+        self.left_failed = failed
+        self.skipped = self.skipped_failed = 0
+
+    def has_done(self, command: str) -> bool:
+        """Whether this occurrence of the command need not be run."""
+        if not self.left[command]:
+            return False
+        self.left[command] -= 1
+        self.skipped += 1
+        if self.left_failed[command]:
+            self.left_failed[command] -= 1
+            self.skipped_failed += 1
+        return True
+
+
+OUR_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a file in place of these nobody would look into
+
+
+def write_whole(path: str, pieces: Iterable[str]) -> None:
+    """Replace a file by a new one, as soon as all of it is on the disk; if that fails, the old one
+    stays. Our own streams, pipes and devices are written to directly. Raises OSError."""
+    if path in OUR_STREAMS or is_no_file(path):
+        ours = OUR_STREAMS.get(path)
+        with open_text(os.open(path, os.O_WRONLY) if ours is None else os.dup(ours)) as stream:
+            stream.writelines(pieces)
+        return
+    target = os.path.realpath(path)  # a link stays a link
+    new = os.path.join(os.path.dirname(target), f".testcloud-{os.urandom(8).hex()}")
+    # not tempfile: that is for our eyes only, and a thread cannot ask for the umask
+    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open_text(file) as stream:
+            stream.writelines(pieces)
+            stream.flush()
+            os.fsync(file)
+        os.replace(new, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+def open_text(file: int) -> IO[str]:
+    return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+def is_no_file(path: str) -> bool:
+    """There is something else than a file, which cannot be replaced."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+CASE_NAME = 240  # characters of a command in its case's name: GitLab keeps 255, Jenkins makes a URL
+CLIPPED = 1000  # characters of a reason or a name from elsewhere
+EXCERPT_HEAD = 16 * 1024  # bytes of an output's beginning, and of its end, which mostly says what
+EXCERPT_TAIL = 32 * 1024  # failed: GitHub takes 64 KiB with an annotation
+JUNIT_SIZE = 16 * 1024 * 1024  # characters of failures; then without output: GitLab reads up to 30 MB
+WHOLE_RUN = "(the whole run)"  # the case of an interrupted run
+XML_ILLEGAL = re.compile(  # colours, only noise here; then what XML 1.0 cannot express
+    "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class WholeFile(Reporter):
+    """A report that is written at the end, of all outcomes."""
+
+    def __init__(self, path: str, tally: Tally) -> None:
+        """Raises OSError if it cannot be written there."""
+        self.path = path
+        self.tally = tally
+        self.outcomes: List[Outcome] = []
+        folder = os.path.dirname(os.path.realpath(path))
+        if os.path.isdir(path) or not os.access(folder, os.W_OK | os.X_OK):
+            number = errno.EISDIR if os.path.isdir(path) else errno.EACCES
+            raise OSError(number, os.strerror(number) if os.path.isdir(folder) else "no such directory",
+                          path)
+
+    def result(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    def output_of(self, outcome: Outcome) -> Iterator[bytes]:
+        return self.tally.parts(outcome.record)
+
+    def ended(self, summary: Summary) -> None:
+        write_whole(self.path, self.pieces(summary))
+
+    def pieces(self, summary: Summary) -> Iterator[str]:
+        """The file's content."""
+        raise NotImplementedError
+
+
+class JUnit(WholeFile):
+    """What Jenkins, GitLab and GitHub read."""
+
+    def pieces(self, summary: Summary) -> Iterator[str]:
+        return junit_xml("testcloud", self.outcomes, self.output_of, not summary.complete,
+                         summary.spent * 1000)
+
+
+def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
+              interrupted: bool, spent: float) -> Iterator[str]:
+    """The report of a run of `spent` ms, piece by piece, the commands in order of input. An output
+    is only read, while its piece is made, if its command failed.
+
+    It is the dialect of Jenkins' xunit plugin (junit-10.xsd), with its elements in the order of
+    surefire's schema. There is one suite, for readers know a test of an earlier run again by suite,
+    class and name: with hosts in these a command would be a new one wherever it happens to run.
+
+        failure        it ran and did not exit with 0: also after a timeout or a signal
+        error          it could not be run: that says nothing about the command
+        rerunFailure   another try, of one that failed; of one that passed: flakyFailure
+
+    The output is in the text of the failure, which all readers show. An interrupted run has a case
+    more, an error, lest a report without the missing commands is taken for success."""
+    rows = sorted(outcomes)
+    errors = sum(map(could_not_run, rows))
+    failures = sum(row.exitcode != 0 for row in rows) - errors
+    totals = {"name": name, "tests": str(len(rows) + interrupted), "failures": str(failures),
+              "errors": str(errors + interrupted), "time": in_seconds(spent)}
+    times = list(filter(None, (iso_time(row.started) for row in rows)))
+    began = {"timestamp": min(times)} if times else {}
+    yield f'<?xml version="1.0" encoding="UTF-8"?>\n{xml_tag("testsuites", totals)}\n'
+    yield xml_tag("testsuite", {**totals, "skipped": "0", **began}) + "\n"
+    names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * interrupted)
+    room = JUNIT_SIZE
+    for row, shown in zip(rows, names):
+        failure = ""
+        if row.exitcode:
+            kind, message = how_failed(row)
+            whole = f"command: {clipped(row.cmd, EXCERPT_HEAD)}\n"
+            command = "" if xml_legal(row.cmd) == shown else whole
+            output = excerpt(output_of(row)) if room > 0 else "[output left out: the report is long]"
+            failure = xml_element("error" if could_not_run(row) else "failure",
+                              xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
+            room -= len(failure)
+        before = "".join(other_try(row, one) for one in row.tries)
+        told = story_of(row)
+        yield xml_element(
+            "testcase", *([before, failure] if could_not_run(row) else [failure, before]),
+            xml_element("system-out", xml_text(told)) if told else "", name=shown, classname=name,
+            time=in_seconds(row.spent)) + "\n"
+    if interrupted:
+        message = f"interrupted: others than the {len(rows)} reported commands are missing"
+        error = xml_element("error", message, type="Interrupted", message=message)
+        yield xml_element("testcase", error, name=next(names), classname=name,
+                          time=in_seconds(0)) + "\n"
+    yield "</testsuite>\n</testsuites>\n"
+
+
+def could_not_run(row: Outcome) -> bool:
+    """It could not be run: its exit code is ours, or that of nothing."""
+    return row.exitcode == NOT_RUN and bool(row.reason or not row.host)
+
+
+def how_failed(row: Outcome) -> Tuple[str, str]:
+    """How a command failed, as a type and in words."""
+    what = f"exit code {row.exitcode}"
+    kind = "Timeout" if row.exitcode == TIMED_OUT else "Signal" if row.signal else "ExitCode"
+    if could_not_run(row):
+        kind, what = "NotRun", "could not be run"
+    where = f" on {clipped(row.host)}" if row.host else ""
+    signal = f", signal {row.signal}" if row.signal else ""
+    return kind, what + where + signal + (f": {clipped(row.reason)}" if row.reason else "")
+
+
+def story_of(row: Outcome) -> str:
+    """Where and when a command ran, and what its tries tell."""
+    lines = []
+    if row.host:
+        lines.append(f"ran on {clipped(row.host)} (worker {clipped(row.worker)}, slot {row.slot}) "
+                     f"at {iso_time(row.started) or 'an unknown time'}")
+    if row.tries:
+        before = ", ".join(f"{one.exitcode} on {clipped(one.host)}" for one in row.tries)
+        lines.append(f"{row.verdict}: try {len(row.tries) + 1}; exit codes before: {before}")
+    if row.only_on:
+        lines.append(f"failed on {clipped(row.only_on)} only")
+    return "\n".join(lines)
+
+
+def other_try(row: Outcome, one: Try) -> str:
+    """A try before the reported one."""
+    how = f"exit code {one.exitcode} on {clipped(one.host)}"
+    return xml_element("rerunFailure" if row.exitcode else "flakyFailure",
+                   xml_element("stackTrace", xml_text(how)), type="ExitCode", message=how)
+
+
+def distinct_names(commands: Iterable[str]) -> Iterator[str]:
+    """Names for commands: GitLab ignores a second case of the same name, others mix them up."""
+    used: Dict[str, int] = {}
+    for command in commands:
+        name = first = clipped(xml_legal(command), CASE_NAME)
+        while name in used:
+            used[first] += 1
+            name = f"{first} [{used[first]}]"
+        used[name] = 1
+        yield name
+
+
+def excerpt(pieces: Iterable[bytes]) -> str:
+    """An output, without its middle if it is long. Bytes that are no UTF-8 are shown as \\xff."""
+    head, left_out, tail = both_ends(pieces, EXCERPT_HEAD, EXCERPT_TAIL)
+    mark = b"\n[... %d bytes left out ...]\n" % left_out if left_out else b""
+    return (head + mark + tail).decode("utf-8", "backslashreplace")
+
+
+def both_ends(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
+    """So many first and last bytes of an output, and how many there are between them."""
+    head, tail, size = b"", b"", 0
+    for piece in pieces:
+        room = first - len(head)
+        head += piece[:room]
+        tail = (tail + piece[room:])[-last:]
+        size += len(piece)
+    return head, size - len(head) - len(tail), tail
+
+
+def clipped(text: str, limit: int = CLIPPED) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def in_seconds(ms: float) -> str:
+    return f"{ms / 1000:.3f}"
+
+
+def iso_time(since_1970: float) -> str:
+    """A time as in ISO 8601; "" if it is unknown, or nonsense of a worker's clock."""
+    with contextlib.suppress(OverflowError, OSError, ValueError):
+        if since_1970 > 0:
+            return datetime.fromtimestamp(since_1970, timezone.utc).isoformat(timespec="seconds")
+    return ""
+
+
+def xml_legal(text: str) -> str:
+    """A text with escapes for the characters that XML cannot have."""
+    def visible(match: re.Match[str]) -> str:
+        found = match.group()
+        if len(found) > 1:
+            return ""
+        return f"\\x{ord(found) & 0xff:02x}" if "\udc80" <= found <= "\udcff" else repr(found)[1:-1]
+    return XML_ILLEGAL.sub(visible, text)
+
+
+def xml_text(text: str) -> str:
+    return escape(xml_legal(text))
+
+
+def xml_tag(name: str, attributes: Dict[str, str]) -> str:
+    said = "".join(f" {key}={quoteattr(xml_legal(value))}" for key, value in attributes.items())
+    return f"<{name}{said}>"
+
+
+def xml_element(tag_name: str, *content: str, **attributes: str) -> str:
+    """An element of content that is XML already."""
+    return f"{xml_tag(tag_name, attributes)}{''.join(content)}</{tag_name}>"
+
+
+PAGE_OUTPUT = 32 * 1024  # bytes from either end of an output: there the reasons stand
+PAGE_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browsers get slow past it
+PAGE_ENTRIES = 1000  # failures shown with their output, and flaky commands: the list has all
+PAGE_SLOWEST = 20  # commands in that table: what fits on a screen
+MARK_OF = {"OK": "✓", "FAIL": "✗", "FLAKY": "~", "ONLY": "◐"}  # so that nobody needs colours
+ODD = re.compile(r"[^ -~\t\n]+")  # what may be more than a character with a shape
+
+
+class HtmlPage(WholeFile):
+    """One file that shows a whole run, opens from anywhere and asks nobody for anything. The commands
+    are in it once, as JSON, from which its script draws the timeline and only those lines of the
+    list that are in sight: it stays quick with 100,000 of them. Failures, flaky and slowest commands
+    are plain HTML and need no script. Nothing that comes from a command is ever taken for HTML, and
+    if it were, no script but ours would run: the page says so by its hash."""
+
+    def pieces(self, summary: Summary) -> Iterator[str]:
+        hosts = {outcome.host for outcome in self.outcomes if outcome.host}
+        title = f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}"
+        return html_page(title, self.outcomes, self.output_of, [
+            ("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
+            ("result hash", summary.hash if summary.complete else "not all commands were executed")])
+
+
+def with_shape(c: str) -> str:
+    """A character, or its escape if it cannot be seen, moves others, or stands for a byte."""
+    if "\udc80" <= c <= "\udcff":
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return c if c.isprintable() else repr(c)[1:-1]
+
+
+def readable(text: str) -> str:
+    """Any text, with escapes for what has no shape; tabs and line ends stay."""
+    return ODD.sub(lambda odd: "".join(map(with_shape, odd[0])), text)
+
+
+def one_line(text: str) -> str:
+    return readable(text).replace("\n", "\\n")
+
+
+def html_line(text: str) -> str:
+    """A text from outside as one line of HTML, for an attribute too."""
+    return html.escape(one_line(text))
+
+
+def took_words(ms: float) -> str:
+    if ms < 1000:
+        return f"{ms:.2f} ms"
+    minutes, rest = divmod(int(ms), 60_000)
+    return f"{minutes}:{rest / 1000:06.3f}" if minutes else f"{rest / 1000:.3f} s"
+
+
+def ending_words(outcome: Outcome) -> str:
+    """How a command ended, and its tries before, in words."""
+    words = [f"exit code {outcome.exitcode}"]
+    if outcome.exitcode == TIMED_OUT:
+        words.append("timed out")
+    if outcome.signal:
+        words.append(f"signal {outcome.signal}")
+        with contextlib.suppress(ValueError):  # one that this system does not know
+            words[-1] += f" ({signal.Signals(outcome.signal).name})"
+    if outcome.reason:
+        words.append(one_line(outcome.reason))
+    if outcome.only_on:
+        words.append(f"fails only on {one_line(outcome.only_on)}")
+    if outcome.tries:
+        before = ", ".join(f"{code} on {one_line(host)}" for code, host in outcome.tries)
+        words.append(f"before: {before}")
+    return "; ".join(words)
+
+
+def output_html(parts: Iterable[bytes], end: int) -> str:
+    head, left_out, tail = both_ends(parts, end, end)
+    if not left_out:
+        head, tail = head + tail, b""
+    first, last = (html.escape(readable(part.decode("utf-8", "replace").replace("\r\n", "\n")), False)
+                   for part in (head, tail))
+    cut = f"<mark>{left_out:,} bytes left out</mark>" if left_out else ""
+    return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
+
+
+def html_badge(verdict: str) -> str:
+    return f'<b class="badge {verdict}">{MARK_OF[verdict]} {verdict}</b>'
+
+
+def html_name(outcome: Outcome) -> str:
+    return f'<a href="#seq={outcome.seq}">{outcome.seq}</a> <code>{html_line(outcome.cmd)}</code>'
+
+
+def html_entry(outcome: Outcome, output: str) -> str:
+    """A command that asks for attention."""
+    where = f"; {html_line(outcome.host)}, slot {outcome.slot} of {html_line(outcome.worker)}, "
+    return (f'<article id="c{outcome.seq}"><h3>{html_name(outcome)}</h3>\n'
+            f"<p>{html_badge(outcome.verdict)} {html.escape(ending_words(outcome))}"
+            f"{where + took_words(outcome.spent) if outcome.host else ''}</p>\n{output}</article>\n")
+
+
+def html_entries(chosen: List[Outcome], output: Callable[[Outcome], str]) -> Iterator[str]:
+    yield from (html_entry(outcome, output(outcome)) for outcome in chosen[:PAGE_ENTRIES])
+    if len(chosen) > PAGE_ENTRIES:
+        more = len(chosen) - PAGE_ENTRIES
+        yield f"<p>And {more:,} more, which are in the list of all commands.</p>\n"
+    if not chosen:
+        yield "<p>None.</p>\n"
+
+
+def slowest_rows(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    for outcome in sorted(outcomes, key=lambda outcome: -outcome.spent)[:PAGE_SLOWEST]:
+        yield (f"<tr><td>{took_words(outcome.spent)}<td>{html_badge(outcome.verdict)}"
+               f"<td>{html_line(outcome.host)}<td>{html_name(outcome)}\n")
+
+
+def row_place(outcome: Outcome) -> Tuple[str, str, int]:
+    return outcome.host, outcome.worker, outcome.slot
+
+
+def human_order(names: Tuple[str, str, int]) -> List[object]:
+    """For sorting: host2 comes before host10."""
+    return [[int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", str(name)))]
+            for name in names]
+
+
+def script_json(value: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """All commands for the page's script, which names the fields of a row."""
+    began = min((outcome.started for outcome in outcomes if outcome.started), default=0.0)
+    slots = sorted({row_place(outcome) for outcome in outcomes if outcome.started}, key=human_order)
+    rows = {slot: row for row, slot in enumerate(slots)}
+    shown = script_json([(one_line(host), one_line(worker), slot) for host, worker, slot in slots])
+    yield f'{{"began":{began},\n"marks":{script_json(MARK_OF)},\n"rows":{shown},\n"commands":['
+    verdicts = {verdict: at for at, verdict in enumerate(MARK_OF)}
+    comma = itertools.chain(["\n"], itertools.repeat(",\n"))
+    for outcome in outcomes:
+        end = ending_words(outcome)
+        yield next(comma) + script_json((
+            outcome.seq, one_line(outcome.cmd), verdicts[outcome.verdict],
+            rows[row_place(outcome)] if outcome.started else -1,
+            round(max(0.0, outcome.started - began) * 1000, 1), round(outcome.spent, 2),
+            "" if end == "exit code 0" else end))
+    yield "]}"
+
+
+def page_headline(counts: Dict[str, int]) -> str:
+    total, failed = sum(counts.values()), counts["FAIL"]
+    commands = f"{total:,} command{'' if total == 1 else 's'}"
+    if failed:
+        return f"{failed:,} of {commands} failed"
+    return f"{commands}, all passed" if total else "No commands"
+
+
+def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
+              facts: Sequence[Tuple[str, str]]) -> Iterator[str]:
+    """The page, in pieces that are UTF-8 without exception."""
+    outcomes = sorted(outcomes, key=lambda outcome: outcome.seq)
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    failed = [outcome for outcome in outcomes if outcome.verdict == "FAIL"]
+    flaky = [outcome for outcome in outcomes if outcome.verdict in ("FLAKY", "ONLY")]
+    end = min(PAGE_OUTPUT, PAGE_OUTPUTS // (2 * max(1, min(len(failed), PAGE_ENTRIES))))
+    script = PAGE.partition("<script>")[2].partition("</script>")[0]
+    pieces: Dict[str, Iterable[str]] = {
+        "title": [html_line(title)],
+        "hash": [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()],
+        "state": ["FAIL" if failed else "OK"],
+        "headline": [page_headline(counts)],
+        "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
+                   for verdict in MARK_OF if counts[verdict]),
+        "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
+        "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)),
+        "flaky": html_entries(flaky, lambda outcome: ""),
+        "slowest": slowest_rows(outcomes),
+        "options": (f'<option value="{verdict}">{MARK_OF[verdict]} {verdict}' for verdict in MARK_OF),
+        "data": commands_json(outcomes),
+    }
+    for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", PAGE)):
+        if at % 2:
+            yield from pieces[part]
+        else:
+            yield part
+
+
+class Timings(Reporter):
+    """Remembers how long commands took, for the next run to begin with the longest."""
+
+    MOST = 100_000  # commands: some 7 MB
+    FORGET: Seconds = 0.05  # what is shorter need not be remembered: the order hardly matters
+
+    def __init__(self, path: str, known: Dict[str, float]) -> None:
+        self.path = path
+        self.known = known
+        self.fresh: Dict[str, float] = {}
+
+    def result(self, outcome: Outcome) -> None:
+        if outcome.host and not outcome.reason:
+            self.fresh[outcome.cmd] = outcome.spent / 1000
+
+    def ended(self, summary: Summary) -> None:
+        if max(self.fresh.values(), default=0) < self.FORGET:
+            return
+        for command in self.fresh:
+            self.known.pop(command, None)
+        rows = [*self.known.items(), *self.fresh.items()][-self.MOST:]
+        with contextlib.suppress(OSError):  # it is only a cache
+            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+            write_whole(self.path, [json.dumps(dict(rows))])
+
+
+def read_timings(path: str) -> Dict[str, float]:
+    """What Timings has written; nothing if that cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        return {command: seconds for command, seconds in found.items() if number(seconds)}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def advice(times: Sequence[float], slots: int) -> str:
+    """What more slots would have done for commands that took so long (in seconds)."""
+    longest, total = max(*times, 1e-3), sum(times)
+    enough = max(1, math.ceil(total / (1.1 * longest)))
+    while makespan(times, enough) > 1.1 * longest:
+        enough += 1
+    if enough <= slots:
+        return (f"longest command {longest:.3g} s: more slots than {enough} do not help, only shorter "
+                f"commands")
+    return (f"longest command {longest:.3g} s; {enough} slots would reach "
+            f"{makespan(times, enough):.3g} s; more will not help")
+
+
+def makespan(times: Sequence[float], slots: int) -> float:
+    """Seconds that slots need for all, the longest first (R. L. Graham, 1969)."""
+    if len(times) > 20_000:  # then the bound is close
+        return max(max(times), sum(times) / slots)
+    ends = [0.0] * slots
+    for spent in sorted(times, reverse=True):
+        heapq.heapreplace(ends, ends[0] + spent)
+    return max(ends)
+
+
+def progress(client: Client, spent: Seconds) -> str:
+    """How far a run is, on one line."""
+    rate = client.reported / max(spent, 0.001)
+    words = [f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"]
+    if client.failed:
+        words.append(f"{client.failed} failed")
+    if client.flaky:
+        words.append(f"{client.flaky} flaky")
+    words.append(f"{min(client.accepted, client.slots)} running")
+    if client.reported:
+        words.append(f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
+        if client.input_ended:
+            words.append(f"ETA {duration((client.total - client.reported) / rate)}")
+    words.append(f"{client.workers} worker{'' if client.workers == 1 else 's'}, {client.slots} slots")
+    return ", ".join(words)
+
+
+def duration(seconds: Seconds) -> str:
+    """For people: 7 s, 3:07, 2:03:07."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+PAGE = r"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
+ script-src 'sha256-{{hash}}'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{{title}}</title>
+<style>
+:root { --paper: #fff; --card: #f5f6f8; --ink: #1b1f24; --soft: #5b6470; --rule: #d8dce2;
+  --link: #0b5cad; --OK: #6aaee0; --FAIL: #b8320a; --FLAKY: #f0b400; --ONLY: #5b2a86 }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1d2229; --ink: #e6e9ee;
+  --soft: #9aa4b1; --rule: #353c47;
+  --link: #7db8f5; --OK: #3583ac; --FAIL: #f4561d; --FLAKY: #f7ecb0; --ONLY: #a04cf6 } }
+* { box-sizing: border-box }
+body { max-width: 1500px; margin: auto; padding: 1rem 1.2rem 3rem; background: var(--paper);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { margin: 0; font-size: clamp(1.4rem, 6vw, 2rem); line-height: 1.2 }
+h2 { margin: 2.2rem 0 .6rem; font-size: 1.2rem } h3 { margin: 0; font-size: 1em } p { margin: .3rem 0 }
+header { border-left: 8px solid var(--OK); padding-left: 1rem }
+header.FAIL { border-color: var(--FAIL) }
+a { color: var(--link) } .bar a { text-decoration: none } dt, small, .n { color: var(--soft) }
+.bar, dl { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; margin: .6rem 0; align-items: center }
+dt { font-size: 13px } dd { margin: 0 } .n, dd, td { font-variant-numeric: tabular-nums }
+code, pre { font: 13px/1.45 ui-monospace, monospace }
+pre { margin: .4rem 0; padding: .6rem .8rem; max-height: 26rem; overflow: auto; white-space: pre-wrap;
+  background: var(--card); border: 1px solid var(--rule); border-radius: 6px }
+mark { display: block; margin: .5rem 0; padding: 0 .5rem; background: var(--FLAKY); color: #000 }
+.badge { white-space: nowrap; font-size: 12px; color: var(--ink) }
+.badge::before { content: ""; display: inline-block; width: 1.1em; height: .9em; margin-right: .4em;
+  vertical-align: -1px; background: var(--OK); print-color-adjust: exact }
+.badge.FAIL::before { background: repeating-linear-gradient(45deg, #fff8 0 1px, #0000 1px 4px),
+  repeating-linear-gradient(135deg, #fff8 0 1px, var(--FAIL) 1px 4px) }
+.badge.FLAKY::before {
+  background: repeating-linear-gradient(135deg, #0009 0 1.5px, var(--FLAKY) 1.5px 4px) }
+.badge.ONLY::before { background: repeating-linear-gradient(#fffb 0 1.5px, var(--ONLY) 1.5px 4px) }
+button, input, select { font: inherit; color: inherit; background: var(--paper); padding: .25rem .6rem;
+  border: 1px solid var(--rule); border-radius: 5px } #q { flex: 1 1 14rem; min-width: 0 }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 1px }
+#lanes, #list, #pick { overflow: auto; border: 1px solid var(--rule); border-radius: 6px }
+#lanes { max-height: 70vh } canvas { position: sticky; left: 0; top: 0; display: block }
+#tip { position: fixed; z-index: 1; max-width: min(32rem, 92vw); padding: .4rem .7rem; font-size: 13px;
+  background: var(--ink); color: var(--paper); border-radius: 6px; white-space: pre-line;
+  pointer-events: none }
+.two { display: grid; grid-template-columns: 3fr 2fr; gap: .8rem } #pick { padding: .6rem .9rem }
+#list, #pick { min-height: 13rem; max-height: 60vh; background: var(--card) }
+#list > div { position: relative } #list .n { text-align: right }
+#list [role=option] { position: absolute; width: 100%; height: 28px; padding: 0 .6rem; display: grid;
+  grid-template-columns: 3.5rem 4.6rem 5.5rem minmax(0, 1fr) 8rem; gap: .8rem; align-items: center;
+  cursor: pointer }
+#list [aria-selected=true] { background: var(--paper); box-shadow: inset 3px 0 var(--link) }
+#list span, #list code { overflow: hidden; text-overflow: ellipsis; white-space: pre; font-size: 13px }
+article { margin-bottom: 1.2rem; content-visibility: auto; contain-intrinsic-size: auto 9rem }
+table { border-collapse: collapse; width: 100% } td:first-child { white-space: nowrap }
+td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
+  border-bottom: 1px solid var(--rule) }
+html:not(.js) .js, [hidden] { display: none }
+@media (max-width: 800px) { .two { grid-template-columns: minmax(0, 1fr) } #list { max-height: 45vh }
+  #pick { min-height: 0 } #list .ms { order: 1 }
+  #list .where, td:nth-child(3), th:nth-child(3) { display: none }
+  #list .badge { width: 1.2em; overflow: hidden }
+  #list [role=option] { grid-template-columns: 3rem 1.2em minmax(0, 1fr) 5rem; gap: .5rem } }
+@media print { #commands, nav, button, label, #tip { display: none !important } body { padding: 0 }
+  #lanes, pre { max-height: none; overflow: visible } article { content-visibility: visible }
+  #lanes > div, canvas { width: 100% !important; height: auto !important } }
+</style></head><body>
+<header class="{{state}}"><h1>{{headline}}</h1><p>{{title}}</p></header>
+<div class="bar">{{counts}}</div>
+<dl>{{facts}}</dl>
+<nav class="bar" aria-label="Sections"><a class="js" href="#timeline">Timeline</a>
+<a class="js" href="#commands">All commands</a> <a href="#failures">Failures</a>
+<a href="#flaky">Flaky</a> <a href="#slowest">Slowest</a></nav>
+<noscript><p>The timeline and the list of all commands need JavaScript.</p></noscript>
+<section id="timeline" class="js"><h2>Timeline</h2>
+<div class="bar"><span><button id="out" aria-label="Zoom out">−</button>
+<button id="in" aria-label="Zoom in">+</button> <button id="whole">Whole run</button></span>
+<label id="apart" title="As the clocks of hosts may differ">
+<input type="checkbox" id="align"> Each host from its first command</label>
+<small id="caption"></small></div>
+<div id="lanes" tabindex="0" role="region" aria-label="Timeline"><div>
+<canvas role="img" aria-label="A row for each slot, a bar for each command; the list has them all">
+</canvas></div></div><div id="tip" role="tooltip" hidden></div></section>
+<section id="commands" class="js"><h2>All commands</h2>
+<div class="bar" role="search"><input id="q" type="search" placeholder="Filter: command, host, reason"
+aria-label="Text to filter by"><select id="verdict" aria-label="Verdict to filter by">
+<option value="">any verdict{{options}}</select><small id="found" role="status"></small></div>
+<div class="two">
+<div id="list" role="listbox" tabindex="0" aria-label="Commands"><div role="none"></div></div>
+<div id="pick" role="region" tabindex="0" aria-live="polite" aria-label="Chosen command">
+<p class="n">Choose a command to see all about it.</p></div></div></section>
+<section id="failures"><h2>Failures</h2>
+{{failures}}</section>
+<section id="flaky"><h2>Flaky: passed in the end, or elsewhere</h2>
+{{flaky}}</section>
+<section id="slowest"><h2>Slowest commands</h2>
+<table><thead><tr><th scope="col">Time<th scope="col">Verdict<th scope="col">Host<th scope="col">Command
+<tbody>
+{{slowest}}</table></section>
+<script type="application/json" id="data">{{data}}</script>
+<script>"use strict";
+document.documentElement.classList.add("js");
+const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
+const {began, marks, rows} = data, VERDICTS = Object.keys(marks);  // a row is [host, worker, slot]
+const commands = data.commands.map(([seq, cmd, verdict, row, at, spent, note]) =>
+  ({seq, cmd, verdict, row, at, spent, note: note || "exit code 0", shown: true}));
+const bySeq = new Map(commands.map(c => [c.seq, c]));
+let chosen = null, found = commands;
+
+function where({row}) {
+  return row < 0 ? "never ran" : `${rows[row][0]}, slot ${rows[row][2]} of ${rows[row][1]}`;
+}
+function duration(ms) {
+  if (ms < 60000) return ms < 1000 ? ms.toFixed(2) + " ms" : (ms / 1000).toFixed(3) + " s";
+  return Math.floor(ms / 60000) + ":" + (Math.floor(ms % 60000) / 1000).toFixed(3).padStart(6, "0");
+}
+function element(parent, tag, text, name = "") {  // a text stays a text, whatever is in it
+  const made = parent.appendChild(document.createElement(tag));
+  made.textContent = text; made.className = name;
+  return made;
+}
+function badge(parent, {verdict: v}) {
+  element(parent, "b", marks[VERDICTS[v]] + " " + VERDICTS[v], "badge " + VERDICTS[v]);
+}
+
+// The timeline: a canvas as large as what is in sight, in a box that scrolls over all of it.
+const lanes = $("lanes"), tip = $("tip"), canvas = lanes.querySelector("canvas");
+const pen = canvas.getContext("2d");
+const AXIS = 24, LOW = 3, READABLE = 12, TALL = 22;  // pixels
+const TURNS = {OK: 0, FLAKY: 1, ONLY: 1, FAIL: 2};  // to be painted
+const SECOND = 1000, MINUTE = 60 * SECOND, DAY = 1440 * MINUTE;
+const TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, ...[1, 2, 5, 10, 15, 30].map(n => n * SECOND),
+  ...[1, 2, 5, 10, 15, 30, 60, 120, 360, 720, 1440].map(n => n * MINUTE)];
+const lists = rows.map(() => []), tops = [], firsts = {}, lasts = {}, colours = {};
+for (const c of commands) if (c.row >= 0) {
+  const host = "@" + rows[c.row][0];  // there may be one of the name __proto__
+  lists[c.row].push(c);
+  firsts[host] = Math.min(c.at, firsts[host] ?? c.at);
+  lasts[host] = Math.max(c.at + c.spent, lasts[host] ?? 0);
+}
+for (const list of lists) list.sort((a, b) => a.at - b.at);
+const total = Math.max(1, ...Object.values(lasts));
+const longest = Math.max(1, ...Object.keys(lasts).map(host => lasts[host] - firsts[host]));
+$("align").checked = total > 4 * longest + MINUTE;  // hardly a gap in the run: some clock is wrong
+$("apart").hidden = Object.keys(lasts).length < 2;
+const time = at => new Date(began * 1000 + at).toLocaleString();
+$("caption").textContent = rows.length ? `from ${time(0)}` : "nothing ran";
+let zoom = 1, height = 0, gutter = 0, span = 1, scale = 1, patterns = [], pointed = null;
+
+const heads = row => rows[row][0] !== rows[row - 1]?.[0];  // is it its host's first?
+const from = row => $("align").checked ? firsts["@" + rows[row][0]] : 0;
+const left = c => gutter + (c.at - from(c.row)) * scale - lanes.scrollLeft;
+const fill = (style, x, y, w, h) => { pen.fillStyle = style; pen.fillRect(x, y, w, h); };
+
+function layout() {
+  span = $("align").checked ? longest : total;
+  gutter = Math.round(Math.min(190, lanes.clientWidth * .28));
+  scale = (lanes.clientWidth - gutter - 8) * zoom / span;  // pixels a ms
+  height = Math.min(Math.max(480 / rows.length, LOW) * zoom, TALL);
+  let y = AXIS;
+  rows.forEach((_, row) => {
+    if (heads(row)) y += height < READABLE ? 6 : 20;
+    tops[row] = y;
+    y += height;
+  });
+  canvas.parentNode.style.height = y + 6 + "px";
+  canvas.parentNode.style.width = gutter + 8 + span * scale + "px";
+  const style = getComputedStyle(document.documentElement);
+  for (const name of ["paper", "card", "ink", "soft", "rule", ...VERDICTS])
+    colours[name] = style.getPropertyValue("--" + name);
+  patterns = VERDICTS.map(pattern);
+  paint();
+}
+function pattern(name) {  // the stripes of the badges
+  const tile = document.createElement("canvas"), to = tile.getContext("2d");
+  tile.width = tile.height = 8;
+  to.fillStyle = colours[name]; to.fillRect(0, 0, 8, 8);
+  to.strokeStyle = name === "FLAKY" ? "#0009" : "#fffa";
+  const stroke = (x, y, right, down) => { to.moveTo(x, y); to.lineTo(x + right, y + down); };
+  if (name === "ONLY") { stroke(0, 2, 8, 0); stroke(0, 6, 8, 0); }
+  if (name === "FAIL") for (const x of [-8, 0, 8]) stroke(x, 0, 8, 8);
+  if (name === "FAIL" || name === "FLAKY") for (const x of [0, 8, 16]) stroke(x, 0, -8, 8);
+  to.stroke();
+  return pen.createPattern(tile, "repeat");
+}
+function paint() {
+  const W = lanes.clientWidth, H = lanes.clientHeight, dots = devicePixelRatio || 1;
+  const up = lanes.scrollTop, before = lanes.scrollLeft;
+  canvas.width = W * dots; canvas.height = H * dots;
+  canvas.style.width = W + "px"; canvas.style.height = H + "px";
+  pen.scale(dots, dots);
+  pen.textBaseline = "middle";
+  fill(colours.paper, 0, 0, W, H);
+  const step = TICKS.find(tick => tick * scale > 90) || Math.ceil(90 / scale / DAY) * DAY, ticks = [];
+  const seen = Math.min(span, (before + W) / scale);
+  for (let at = Math.ceil(before / scale / step) * step; at <= seen; at += step) {
+    ticks.push([gutter + at * scale - before, at ? duration(at).replace(/\.0+(?!\d)/, "") : "0"]);
+    fill(colours.rule, gutter + at * scale - before, 0, 1, H);
+  }
+  const inSight = [...rows.keys()].filter(row => tops[row] + height > up && tops[row] < up + H + 20);
+  for (const turn of [0, 1, 2]) {  // OK, then what passed in the end, and failures on top
+    for (const row of inSight) {
+      const y = tops[row] - up, zero = gutter - from(row) * scale - before;
+      const thin = height > 8 ? 3 : height > 4 ? 1 : 0;
+      let end = gutter;  // what ends before it is hidden, or painted already
+      for (const c of lists[row]) {
+        const x = zero + c.at * scale, w = Math.max(c.spent * scale, turn ? 2 : 1);
+        if (x > W) break;
+        if (turn !== TURNS[VERDICTS[c.verdict]] || x + c.spent * scale < end) continue;
+        const style = w > 5 && height > 7 ? patterns[c.verdict] : colours[VERDICTS[c.verdict]];
+        pen.globalAlpha = c.shown ? 1 : .15;
+        if (!turn) fill(colours.OK, x, y + thin, w - (w > 3), height - 2 * thin);
+        else fill(style, x, y, w - (w > 6), height);
+        if (c.shown) end = Math.max(end, x + w);
+      }
+    }
+  }
+  pen.globalAlpha = 1;
+  pen.lineWidth = 2; pen.strokeStyle = colours.ink;
+  for (const c of [chosen, pointed]) if (c?.row >= 0)
+    pen.strokeRect(left(c) - 2, tops[c.row] - up - 1, Math.max(c.spent * scale, 3) + 3, height + 2);
+  fill(colours.card, 0, 0, gutter, H);
+  let free = -Infinity;  // from here there is room for a name
+  for (const row of inSight) {
+    const [host, worker, slot] = rows[row], y = tops[row] - up, readable = height >= READABLE;
+    const name = worker.startsWith(host + "-") ? worker.slice(host.length + 1) : worker;
+    const middle = readable ? y - 9 : y + 7;  // of the host's name: above its rows, or beside them
+    if (heads(row)) fill(colours.rule, 0, y - (readable ? 20 : 3), W, 1);
+    if (heads(row) && middle >= free) { label(host, 8, middle, "ink", "600"); free = middle + 15; }
+    if (readable) label(slot + " · " + name, 18, y + height / 2, "soft");
+  }
+  fill(colours.card, 0, 0, W, AXIS);
+  fill(colours.rule, 0, AXIS, W, 1);
+  for (const [x, text] of ticks) if (x >= gutter) label(text, x + 4, AXIS / 2, "soft", "400", W);
+}
+function label(text, x, y, colour, weight = "400", right = gutter - 6) {
+  pen.font = weight + " 12px system-ui, sans-serif"; pen.fillStyle = colours[colour];
+  let shown = text;
+  for (let n = text.length; n && pen.measureText(shown).width > right - x; n--)
+    shown = text.slice(0, n - 1) + "…";
+  pen.fillText(shown, x, y);
+}
+function under(event) {  // the bar at the pointer or beside it, a small failure before its neighbours
+  const x = event.offsetX, y = event.offsetY;
+  const down = y + lanes.scrollTop, row = tops.findIndex(top => down >= top && down < top + height);
+  if (row < 0 || x < gutter || y < AXIS) return null;
+  let best = null, nearest = 5;  // pixels
+  for (const c of lists[row]) {
+    const w = c.spent * scale, favour = c.verdict && w < 5 ? 1.5 : 0;
+    const gap = Math.max(left(c) - x, x - left(c) - w, 0) - favour;
+    if (gap < nearest) { nearest = gap; best = c; }
+  }
+  return best;
+}
+function point(c, x, y) {  // names a bar
+  tip.hidden = !c;
+  canvas.style.cursor = c ? "pointer" : "default";
+  if (c) {
+    const verdict = VERDICTS[c.verdict];
+    tip.textContent = `${c.seq}: ${c.cmd.slice(0, 300)}\n${marks[verdict]} ${verdict}, ${c.note}\n`
+      + `${duration(c.spent)} on ${where(c)}`;
+    const above = y + 18 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 12 : y + 18;
+    tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = Math.max(4, above) + "px";
+  }
+  if (c !== pointed) { pointed = c; paint(); }
+}
+function zoomTo(wanted) {  // what is in the middle stays there
+  const middle = (lanes.clientWidth - gutter) / 2, at = (lanes.scrollLeft + middle) / scale;
+  const down = (lanes.scrollTop + lanes.clientHeight / 2) / lanes.scrollHeight;
+  zoom = Math.max(1, Math.min(wanted, 4000));  // browsers know no longer boxes
+  layout();
+  lanes.scrollTo(at * scale - middle, down * lanes.scrollHeight - lanes.clientHeight / 2);
+}
+canvas.onpointermove = event => {
+  if (event.pointerType === "mouse") point(under(event), event.clientX, event.clientY);
+};
+canvas.onpointerleave = event => { if (event.pointerType === "mouse") point(null); };
+canvas.onclick = event => {
+  const c = under(event), known = c === pointed || event.pointerType === "mouse";
+  point(c, event.clientX, event.clientY);
+  if (c && known) location.hash = "seq=" + c.seq;  // a finger's first tap only names it
+};
+lanes.onscroll = paint;
+addEventListener("scroll", () => point(null));
+$("in").onclick = () => zoomTo(zoom * 2);
+$("out").onclick = () => zoomTo(zoom / 2);
+$("whole").onclick = () => zoomTo(1);
+$("align").onchange = layout;
+
+// The list: only the lines in sight are elements.
+const LINE = 28, list = $("list"), inner = list.firstElementChild, pick = $("pick");
+function show() {
+  const first = Math.max(0, Math.floor(list.scrollTop / LINE) - 5);
+  inner.replaceChildren();
+  found.slice(first, first + Math.ceil(list.clientHeight / LINE) + 10).forEach((c, at) => {
+    const item = element(inner, "div", ""), is = (name, value) => item.setAttribute(name, value);
+    item.id = "l" + c.seq;
+    item.style.top = (first + at) * LINE + "px";
+    is("role", "option"); is("aria-selected", c === chosen);
+    is("aria-posinset", first + at + 1); is("aria-setsize", found.length);
+    element(item, "span", c.seq, "n"); badge(item, c);
+    element(item, "span", duration(c.spent), "n ms"); element(item, "code", c.cmd.slice(0, 500));
+    element(item, "span", c.row < 0 ? "never ran" : rows[c.row][0], "where");
+  });
+}
+function filter() {
+  const text = $("q").value.toLowerCase(), verdict = $("verdict").value;
+  for (const c of commands) c.shown = (!verdict || VERDICTS[c.verdict] === verdict)
+    && (!text || `${c.cmd}\n${c.note}\n${where(c)}`.toLowerCase().includes(text));
+  found = commands.filter(c => c.shown);
+  inner.style.height = found.length * LINE + "px";
+  $("found").textContent = `${found.length.toLocaleString()} of ${commands.length.toLocaleString()}`;
+  list.scrollTop = 0;
+  show(); paint();
+}
+function choose(c) {  // all about it beside the list, and its bar in sight
+  chosen = c;
+  const y = found.indexOf(c) * LINE - list.scrollTop;
+  if (y < 0 || y > list.clientHeight - LINE) list.scrollTop += y - list.clientHeight / 2;
+  const x = c.row < 0 ? gutter : left(c), down = tops[c.row] - lanes.scrollTop;
+  if (x < gutter || x > lanes.clientWidth - 9) lanes.scrollLeft += x - (lanes.clientWidth + gutter) / 2;
+  const sunk = down < AXIS || down > lanes.clientHeight - height;
+  if (sunk) lanes.scrollTop += down - lanes.clientHeight / 2;
+  show(); paint();
+  list.setAttribute("aria-activedescendant", "l" + c.seq);
+  pick.replaceChildren();
+  element(element(pick, "h3", c.seq + " "), "code", c.cmd);
+  const how = element(pick, "p", "");
+  badge(how, c); how.append(" " + c.note);
+  element(pick, "p", where(c));
+  if (c.row >= 0) element(pick, "p", `${duration(c.spent)}, from ${time(c.at)}`, "n");
+  const output = document.querySelector(`#c${c.seq} pre`);
+  if (output) pick.append(output.cloneNode(true));
+}
+function remember() {  // in the address, to be passed on
+  const words = Object.entries({q: $("q").value, verdict: $("verdict").value, seq: chosen?.seq});
+  history.replaceState(null, "", "#" + new URLSearchParams(words.filter(([, value]) => value)));
+}
+function arrive() {  // what the address asks for: #q=TEXT&verdict=FAIL&seq=17
+  if (!location.hash.includes("=")) return;  // a section
+  const words = new URLSearchParams(location.hash.slice(1)), c = bySeq.get(Number(words.get("seq")));
+  $("q").value = words.get("q") || ""; $("verdict").value = words.get("verdict") || "";
+  filter();
+  if (c) choose(c);
+  $("commands").scrollIntoView();
+}
+list.onscroll = show;
+list.onclick = event => {
+  const c = found[Math.floor((event.clientY - inner.getBoundingClientRect().top) / LINE)];
+  if (c) { choose(c); remember(); }
+};
+list.onkeydown = event => {
+  const page = Math.floor(list.clientHeight / LINE), end = found.length - 1, at = found.indexOf(chosen);
+  const to = {ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + page, PageUp: at - page,
+    Home: 0, End: end}[event.key];
+  if (to === undefined || end < 0) return;
+  event.preventDefault();
+  choose(found[Math.max(0, Math.min(to, end))]);
+  remember();
+};
+$("q").oninput = $("verdict").onchange = () => { filter(); remember(); };
+addEventListener("hashchange", arrive);
+matchMedia("(prefers-color-scheme: dark)").onchange = layout;
+new ResizeObserver(layout).observe(lanes);
+new ResizeObserver(show).observe(list);
+layout(); filter(); arrive();
+</script></body></html>
+"""
+
+
+def status_lines(fields: Fields, broker: str) -> List[str]:
+    """The answer to STATUS as tables for people."""
+    workers = sorted(fields["workers"], key=lambda row: (row["host"], row["name"]))
+    clients = fields["clients"]
+    there = [row for row in workers if row["there"]]
+    slots, running = (sum(row[name] for row in there) for name in ("slots", "running"))
+    lines = [f"{broker}: {len(workers)} worker{'' if len(workers) == 1 else 's'}, {running} of {slots} "
+             f"slots busy, {len(clients)} client{'' if len(clients) == 1 else 's'}"]
+    if fields.get("above"):
+        lines.append(f"below {', '.join(fields['above'])}")
+    if workers:
+        head = ["HOST", "SLOTS", "RUNNING", "DONE", "FAILED", "WEIGHT", "LOAD", "SEEN", ""]
+        lines += ["", *table([head, *map(worker_row, workers)])]
+    if clients:
+        head = ["CLIENT", "QUEUED", "RUNNING", "DONE", "FAILED", "WAITS FOR"]
+        lines += ["", *table([head, *map(client_row, clients)])]
+    return [printable(line, 1000) for line in lines]
+
+
+def worker_row(row: Fields) -> List[str]:
+    """What is known of a worker; of a broker below, with the brokers below that."""
+    notes = [] if row["there"] else ["connection lost"]
+    if row["kind"] != WORKER_ROLE:
+        notes.append(" ".join([row["kind"], *row["below"]]))
+    notes += [f"label {name}" for name in row["labels"]]
+    cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
+    return [*cells, f"{row['load']:.1f}", f"{row['silent']:.0f} s ago", "; ".join(notes)]
+
+
+def client_row(row: Fields) -> List[str]:
+    kind = {"above": " (broker above)", "plain": " (plain)"}.get(row["kind"], "")
+    cells = [str(row[name]) for name in ("queued", "running", "done", "failed")]
+    return [row["host"] + kind, *cells, row["waits_for"] if row["there"] else "its connection"]
+
+
+def table(rows: List[List[str]]) -> List[str]:
+    """Lines with columns of the width that they need: texts to the left, numbers to the right."""
+    rows = [[printable(cell, 60) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    last = len(widths) - 1
+    return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
+                      for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
 def complain(text: str) -> None:
     """One line to the person at the terminal."""
     if sys.stderr is not None:  # closed: and print() would take stdout
-        print(f"testcloud: {text}", file=sys.stderr, flush=True)
+        with BAR.away():
+            print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
 # === Sockets ==========================================================================
@@ -3885,6 +5681,10 @@ RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 REFUSED_DELAY: Seconds = 1.0  # between attempts to connect with a key that is not accepted
 GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
 REFUSAL_INTERVAL: Seconds = 10.0  # between lines about connections that were refused
+LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
+ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster
+PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
+STATUS_INTERVAL: Seconds = 1.0  # of status --watch
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
 TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
 GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end
@@ -4952,110 +6752,192 @@ def natural(text: str) -> int:
     return value
 
 
+def label(text: str) -> str:
+    """For argparse: a name for what a worker has."""
+    if not name(text):
+        raise ValueError
+    return text
+
+
+def load_limit(text: str) -> float:
+    """For argparse: a load average above 0."""
+    value = float(text)
+    if not value > 0:
+        raise ValueError
+    return value
+
+
 def byte_count(text: str) -> int:
     """For argparse: a number of bytes, 1 or more, with a unit of k, M or G if you like."""
     factor = {"k": 2**10, "m": 2**20, "g": 2**30}.get(text[-1:].lower(), 1)
     return positive(text[:-1] if factor > 1 else text) * factor
 
 
-natural.__name__ = "number"
+natural.__name__ = load_limit.__name__ = "number"
 byte_count.__name__ = "number of bytes"
 milliseconds.__name__ = "number of milliseconds"
 weight.__name__ = "weight"
+label.__name__ = "name"
 positive.__name__ = "positive number"  # how argparse calls them in its errors
 seconds.__name__ = "number of seconds"
 
 KEY = option("--key", metavar="FILE",
-             help=f"the cloud's key (default: $TESTCLOUD_KEY_FILE, {KEY_FILE} beside the script, or "
+             help=f"the cloud's key (default: $TESTCLOUD_KEY_FILE, {KEY_FILE} beside the script, "
                   f"~/.config/testcloud/{KEY_FILE})")
 INSECURE = option("--insecure", action="store_true",
                   help="use no key: nothing is encrypted, and whoever reaches the broker can run "
                        "commands on its workers")
 VERBOSE = option("-v", "--verbose", action="store_true", help="say more on stderr")
-WAIT = option("--wait", type=seconds, default=math.inf, metavar="SECONDS",
-              help="give up with exit status 3 after waiting so long for a broker, a worker or a "
-                   "free slot (default: never)")
-SLOTS = option("-j", "--slots", type=positive, default=0, metavar="N",
-               help="commands to run at once (default: the CPUs this process may use)")
+WAIT = option("--wait", type=seconds, default=math.inf, metavar="TIME",
+              help="give up, with status 3, after waiting so long for a broker, worker or slot")
 
 
 def time_option(name: str, help: str) -> Option:
     """An option for a row of Times, with its default."""
     default = Times._field_defaults[name]
-    kind, metavar = (positive, "N") if isinstance(default, int) else (seconds, "SECONDS")
+    kind, metavar = (positive, "N") if isinstance(default, int) else (seconds, "TIME")
     return option("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar,
                   help=f"{help} (default: {default})")
 
 
+def connect_option(port: int) -> Option:
+    return option("--connect", metavar="ADDR", help=f"the broker (default: $TESTCLOUD_BROKER, or "
+                                                    f"tcp://localhost:{port})")
+
+
 READY_INTERVAL = time_option("ready_interval", "say that we are there this often")
 MISSED_OKS = time_option("missed_oks", "unanswered so often, take a new connection")
-CRASH_LIMIT = time_option("crash_limit", "a command that ran on so many workers when they were "
-                          "lost has failed")
+CRASH_LIMIT = time_option("crash_limit", "so many workers lost with a command: it has failed")
 KILL_GRACE = time_option("kill_grace", "between SIGTERM and SIGKILL for a command")
+SHELLS = ("bash", "zsh", "fish")
 
-OPTIONS: Dict[str, Tuple[str, List[Option]]] = {
+Groups = List[Tuple[str, List[Option]]]
+OPTIONS: Dict[str, Tuple[str, Groups]] = {
     "broker": ("take commands from clients and give them to workers", [
-        option("--clients", metavar="ADDR",
-               help=f"listen here for clients (default: tcp://*:{CLIENT_PORT}; without a key "
-                    f"tcp://127.0.0.1:{CLIENT_PORT})"),
-        option("--workers", metavar="ADDR",
-               help=f"listen here for workers (default: tcp://*:{WORKER_PORT}; without a key "
-                    f"tcp://127.0.0.1:{WORKER_PORT})"),
-        option("--upstream", metavar="ADDR",
-               help="join the broker at ADDR as a worker with all our workers' slots"),
-        option("--upstream-key", metavar="FILE",
-               help="a worker's key for that, if it is of another cloud (default: our own)"),
-        KEY, INSECURE, VERBOSE,
-        time_option("queued_timeout", "a command not confirmed in time goes to another worker"),
-        time_option("worker_expiry", "forget a worker that was silent for so long"),
-        time_option("client_lease", "drop the commands of a client that was silent for so long"),
-        time_option("lost_grace", "a worker may take so long to connect again"),
-        CRASH_LIMIT, READY_INTERVAL, MISSED_OKS]),
+        ("where", [
+            option("--clients", metavar="ADDR",
+                   help=f"listen here for clients (default: tcp://*:{CLIENT_PORT}; without a key "
+                        f"tcp://127.0.0.1:{CLIENT_PORT})"),
+            option("--workers", metavar="ADDR",
+                   help=f"listen here for workers (default: tcp://*:{WORKER_PORT}; without a key "
+                        f"tcp://127.0.0.1:{WORKER_PORT})"),
+            option("--upstream", metavar="ADDR",
+                   help="join the broker at ADDR as a worker with all our workers' slots"),
+            option("--upstream-key", metavar="FILE",
+                   help="a worker's key for that, if it is of another cloud (default: our own)"),
+            KEY, INSECURE, VERBOSE]),
+        ("times", [
+            time_option("queued_timeout", "a command not confirmed in time goes to another worker"),
+            time_option("worker_expiry", "forget a worker that was silent for so long"),
+            time_option("client_lease", "drop the commands of a client that was silent for so long"),
+            time_option("lost_grace", "a worker may take so long to connect again"),
+            CRASH_LIMIT, READY_INTERVAL, MISSED_OKS])]),
     "worker": ("run commands for a broker", [
-        option("--connect", default="localhost", metavar="ADDR",
-               help=f"the broker (default: tcp://localhost:{WORKER_PORT})"),
-        SLOTS,
-        option("--weight", type=weight, default=0, metavar="W",
-               help="workers of higher weight are used first (default: 0)"),
-        option("--drain", type=seconds, default=0.0, metavar="SECONDS",
-               help="when told to stop, give running commands so long to end (default: 0)"),
-        KEY, INSECURE, WAIT, VERBOSE, READY_INTERVAL, MISSED_OKS, KILL_GRACE]),
+        ("where", [connect_option(WORKER_PORT), KEY, INSECURE, WAIT, VERBOSE]),
+        ("what it takes", [
+            option("-j", "--slots", type=positive, default=0, metavar="N",
+                   help="commands to run at once (default: the CPUs this process may use)"),
+            option("--weight", type=weight, default=0, metavar="W",
+                   help="workers of higher weight are used first (default: 0)"),
+            option("--label", action="append", default=[], type=label, metavar="NAME",
+                   help="for commands that need it (client --need NAME); may be repeated"),
+            option("--max-load", type=load_limit, default=math.inf, metavar="X",
+                   help="take nothing more while the load average is X or higher"),
+            option("--nice", type=natural, default=0, metavar="N",
+                   help="run commands with a priority lower by N (default: 0)"),
+            option("--drain", type=seconds, default=0.0, metavar="TIME",
+                   help="when told to stop, give running commands so long to end (default: 0)")]),
+        ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
     "client": ("run commands, one a line from stdin, and report their results", [
-        option("--connect", default="localhost", metavar="ADDR",
-               help=f"the broker (default: tcp://localhost:{CLIENT_PORT})"),
-        option("--local", action="store_true", help="run on this machine, without a broker"),
-        option("-j", "--slots", type=positive, default=0, metavar="N",
-               help="with --local: commands at once (default: the CPUs we may use)"),
-        option("-C", "--cwd", metavar="DIR",
-               help="directory to run in, on the worker (default: the current one)"),
-        option("-b", "--brief", action="store_true", help="leave the outputs out"),
-        option("-f", "--fail-only", action="store_true", help="show failures only"),
-        option("-s", "--slow", type=milliseconds, default=math.inf, metavar="MS",
-               help="underline what took longer than MS milliseconds"),
-        option("--color", choices=("auto", "always", "never"), default="auto",
-               help="auto: on a terminal, unless NO_COLOR is set (default)"),
-        option("--timeout", type=seconds, default=0.0, metavar="SECONDS",
-               help="stop a command that runs longer, as failed (also: 500ms, 30s, 5m, 2h, 1d)"),
-        option("--retries", type=natural, default=0, metavar="N",
-               help="try a command that fails up to N more times, on another worker if there is one"),
-        option("--max-output", type=byte_count, default=0, metavar="SIZE",
-               help="keep so many bytes of each output (also: 64k, 10M, 2G; default: all)"),
-        KEY, INSECURE, WAIT, VERBOSE, CRASH_LIMIT, READY_INTERVAL, MISSED_OKS, KILL_GRACE,
-        option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
-               help="a command for each line of stdin, which takes the place of {} (shell-"
-                    "quoted) or is appended; without a template each line is a whole command")]),
+        ("what to run", [
+            option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
+                   help="a command for each line of stdin: {} is the line (shell-quoted; appended if "
+                        "there is no {}), {#} its number; without, lines are commands"),
+            option("-0", "--null", action="store_true", help="NUL ends a line of stdin, not newline"),
+            option("-C", "--cwd", metavar="DIR",
+                   help="directory to run in, on the worker (default: the current one)"),
+            option("--env", action="append", default=[], metavar="NAME",
+                   help="set this variable as it is here (or: NAME=VALUE); may be repeated"),
+            option("--dry-run", action="store_true", help="only print the commands")]),
+        ("where", [
+            connect_option(CLIENT_PORT),
+            option("--local", action="store_true", help="run on this machine, without a broker"),
+            option("-j", "--slots", type=positive, default=0, metavar="N",
+                   help="with --local: commands at once (default: the CPUs we may use)"),
+            option("--need", action="append", default=[], type=label, metavar="NAME",
+                   help="only on workers with this --label; may be repeated"),
+            option("--serial", action="store_true", help="one command at a time"),
+            KEY, INSECURE, WAIT]),
+        ("failures", [
+            option("--timeout", type=seconds, default=0.0, metavar="TIME",
+                   help="stop a command that runs longer, as failed (500ms, 30s, 5m, 2h, 1d)"),
+            option("--retries", type=natural, default=0, metavar="N",
+                   help="try what fails up to N more times: on another host, on the first again ..."),
+            option("--fail-fast", nargs="?", type=positive, const=1, default=0, metavar="N",
+                   help="stop everything after N failures (default: 1)"),
+            option("--fail-on-flaky", action="store_true",
+                   help="what passes only sometimes, or only on some hosts, has failed"),
+            option("--expect", metavar="HASH", help="fail if the result hash is another one"),
+            CRASH_LIMIT, KILL_GRACE]),
+        ("what to show", [
+            option("-p", "--progress", action="store_true",
+                   help="a line at the bottom (default: on a terminal)"),
+            option("-k", "--keep-order", action="store_true", help="results in order of the input"),
+            option("--tag", action="store_true", help="lines of output after their command and a tab"),
+            option("--live", action="store_true", help="lines of output, tagged, as they come"),
+            option("--raw", action="store_true",
+                   help="the commands' own stdout and stderr; all else goes to stderr"),
+            option("--json", action="store_true", help="a JSON object a line for each result"),
+            option("-b", "--brief", action="store_true", help="leave the outputs out"),
+            option("-f", "--fail-only", action="store_true", help="show failures only"),
+            option("-s", "--slow", type=milliseconds, default=math.inf, metavar="MS",
+                   help="underline what took longer than MS milliseconds"),
+            option("--color", choices=("auto", "always", "never"), default="auto",
+                   help="auto: on a terminal, unless NO_COLOR is set (default)"),
+            option("--max-output", type=byte_count, default=0, metavar="SIZE",
+                   help="keep so many bytes of each output (64k, 10M, 2G; default: all)"),
+            VERBOSE]),
+        ("reports", [
+            option("--joblog", metavar="FILE", help="a line for each result, as of GNU parallel"),
+            option("--resume", action="store_true", help="leave out what the joblog has"),
+            option("--resume-failed", action="store_true",
+                   help="leave out what has passed according to the joblog"),
+            option("--junit", metavar="FILE", help="what Jenkins, GitLab and GitHub read"),
+            option("--html", metavar="FILE", help="a page with a picture of the run"),
+            option("--timings", metavar="JOBLOG",
+                   help="begin with what took longest there (default: in earlier runs)")]),
+        ("times", [READY_INTERVAL, MISSED_OKS])]),
+    "status": ("show who is in the cloud, and what they do", [
+        ("what to show", [
+            connect_option(CLIENT_PORT),
+            option("--watch", action="store_true", help="again and again, until q or Ctrl-C"),
+            option("--json", action="store_true", help="as JSON, an object a line"),
+            option("--wait", type=seconds, default=5.0, metavar="TIME",
+                   help="give up, with status 3, after waiting so long for a broker (default: 5)"),
+            KEY, INSECURE, VERBOSE])]),
     "keygen": ("make the key of a cloud, or one for somebody who is to play one role in it", [
-        option("file", nargs="?", metavar="FILE",
-               help=f"where to write it (default: {KEY_FILE} beside the script; with --role, "
-                    f"testcloud-NAME.key in the current directory)"),
-        option("--role", choices=tuple(ROLE_OF.values()),
-               help="make a file for a worker's or a client's machine, with which nothing else can be "
-                    "done"),
-        option("--name", metavar="NAME",
-               help="whose it is, to be able to revoke it (default: the role)"),
-        option("--revoke", metavar="NAME", help="that key is not accepted any more, from now on"),
-        KEY, VERBOSE]),
+        ("what to make", [
+            option("file", nargs="?", metavar="FILE",
+                   help=f"where to write it (default: {KEY_FILE} beside the script; with --role, "
+                        f"testcloud-NAME.key in the current directory)"),
+            option("--role", choices=tuple(ROLE_OF.values()),
+                   help="make a file for a worker's or a client's machine, with which nothing else can "
+                        "be done"),
+            option("--name", metavar="NAME",
+                   help="whose it is, to be able to revoke it (default: the role)"),
+            option("--revoke", metavar="NAME", help="that key is not accepted any more, from now on"),
+            KEY, VERBOSE])]),
+    "completion": ("print what a shell needs to complete our options", [
+        ("for which", [option("shell", choices=SHELLS,
+                              help='as in: eval "$(testcloud.py completion bash)"')])]),
 }
+
+
+USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "completion": " SHELL"}
+
+
+def options_of(role: str) -> List[Option]:
+    return [row for _, rows in OPTIONS[role][1] for row in rows]
 
 
 class Parser(argparse.ArgumentParser):
@@ -5069,12 +6951,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="testcloud.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
-    roles = parser.add_subparsers(dest="subcommand", metavar="broker | worker | client | keygen",
-                                  required=True, parser_class=Parser)
-    for role, (purpose, options) in OPTIONS.items():
-        part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".")
-        for row in options:
-            part.add_argument(*row.names, **row.settings)
+    roles = parser.add_subparsers(dest="subcommand", metavar=" | ".join(OPTIONS), required=True,
+                                  parser_class=Parser)
+    for role, (purpose, groups) in OPTIONS.items():
+        part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
+                                usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
+                                add_help=False, allow_abbrev=False,
+                                formatter_class=functools.partial(
+                                    argparse.HelpFormatter, max_help_position=22))
+        for title, rows in groups:
+            group = part.add_argument_group(title)
+            for row in rows:
+                group.add_argument(*row.names, **row.settings)
+        group.add_argument("-h", "--help", action="help", help="show this")
     return parser
 
 
@@ -5082,6 +6971,55 @@ def times_from(settings: argparse.Namespace) -> Times:
     """The Times that the command line gives; those it does not know keep their default."""
     given = vars(settings)
     return Times(**{name: given[name] for name in Times._fields if name in given})
+
+
+def broker_address(settings: argparse.Namespace, port: int) -> str:
+    """The broker to connect to. Raises UsageError, SetupError."""
+    address = parse_address(
+        settings.connect or os.environ.get("TESTCLOUD_BROKER") or "localhost", port)
+    resolve(address)
+    return address
+
+
+RUN_NAMES = "testcloud testcloud.py"  # commands that completion is for
+
+
+def completion(shell: str) -> str:
+    """What a shell evaluates, to complete our options."""
+    words = {role: sorted(name for row in options_of(role) for name in row.names if name[0] == "-")
+             for role in OPTIONS}
+    if shell == "fish":
+        lines = []
+        for command in RUN_NAMES.split():
+            for role, (purpose, _) in OPTIONS.items():
+                lines.append(f"complete -c {command} -n __fish_use_subcommand -a {role} -d "
+                             f"{shlex.quote(purpose)}")
+                for row in options_of(role):
+                    names = " ".join(f"-l {name[2:]}" if name[:2] == "--" else f"-s {name[1:]}"
+                                     for name in row.names if name[0] == "-")
+                    if names:
+                        lines.append(f"complete -c {command} -n '__fish_seen_subcommand_from {role}' "
+                                     f"{names} -d {shlex.quote(row.settings['help'])}")
+        return "\n".join(lines) + "\n"
+    cases = "\n".join(f"    {role}) words='{' '.join(found)}';;" for role, found in words.items())
+    bash = f"""\
+_testcloud() {{
+  local words='{' '.join(OPTIONS)}' current="${{COMP_WORDS[COMP_CWORD]}}"
+  [ "$COMP_CWORD" -gt 1 ] && case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  [ "$COMP_CWORD" -gt 1 ] && [ "${{current#-}}" = "$current" ] && words=
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _testcloud {RUN_NAMES}
+"""
+    return ("autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n" if shell == "zsh"
+            else "") + bash
+
+
+def run_completion(settings: argparse.Namespace) -> int:
+    announce(completion(settings.shell).rstrip("\n"))
+    return 0
 
 
 def incarnation() -> str:
@@ -5164,16 +7102,34 @@ def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys
         DealerLink(loop, node, BROKER, address, keys.broker, keys.pairs[role])
 
 
-def attach_runner(loop: Loop, worker: Worker, adopting: bool) -> Tuple[Node, Runner]:
+class LoadMeter:
+    """Tells a worker the load of its machine, from time to time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.look_at: Seconds = 0.0
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now >= self.look_at:
+            self.look_at = now + LOAD_INTERVAL
+            with contextlib.suppress(OSError, AttributeError):  # where nobody knows
+                self.worker.loaded(os.getloadavg()[0], now)
+
+
+def attach_runner(loop: Loop, worker: Worker, adopting: bool,
+                  nice: int = 0) -> Tuple[Node, Runner]:
     """A node for the worker, with a Runner for its commands."""
     def deliver(now: Seconds) -> None:
         for job, what in runner.take_news():
             if isinstance(what, Ending):
                 worker.finished(job, what, now)
+            elif isinstance(what, Output):
+                worker.printed(job, now)
             else:
                 worker.started(job, what, now)
         worker.settle()
-    runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting)
+    runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting, nice)
     # the clock comes first: if we were stopped, it is what tells the worker that its lease is doubtful
     loop.between.append(lambda: runner.go_on(min(loop.clock() + UNAWARE, worker.start_until())))
     loop.between.append(runner.reap)
@@ -5233,8 +7189,7 @@ def add_holder(own: str, keys: Keys, role: str, name: str, path: Optional[str]) 
 
 
 def run_worker(settings: argparse.Namespace) -> int:
-    address = parse_address(settings.connect, WORKER_PORT)
-    resolve(address)
+    address = broker_address(settings, WORKER_PORT)
     _, keys = keys_of(settings, WORKER_ROLE)
     return supervise(lambda control: work(settings, address, keys, control))
 
@@ -5245,9 +7200,10 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
         leave_terminal()
     worker = Worker(incarnation(), settings.slots or usable_cpus(), settings.weight,
                     socket.gethostname(), times_from(settings), settings.wait, address,
-                    settings.drain)
+                    settings.drain, settings.label, settings.max_load)
     with contextlib.closing(Loop(sockets=True)) as loop:
-        node, runner = attach_runner(loop, worker, control >= 0)
+        node, runner = attach_runner(loop, worker, control >= 0, settings.nice)
+        loop.between.append(LoadMeter(worker).look)
         connect(loop, node, address, WORKER_ROLE, keys)
         loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {worker.slots} slot"
@@ -5256,33 +7212,35 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
             return loop.run()
 
 
-def fill_template(template: List[str], line: str) -> str:
+def fill_template(template: List[str], line: str, seq: int) -> str:
     """The command for an input line: with a template, the line is its (quoted) argument."""
     if not template:
         return line
     words, argument = " ".join(template), shlex.quote(line)
-    return words.replace("{}", argument) if "{}" in words else f"{words} {argument}"
+    filled = re.sub(r"\{#?\}", lambda found: argument if found[0] == "{}" else str(seq), words)
+    return filled if re.search(r"\{#?\}", words) else f"{words} {argument}"
 
 
-def short_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file. Of one that is too long for a command only the beginning is given,
-    which is too long as well."""
-    limit = MAX_COMMAND + 1
-    for line in iter(lambda: file.readline(limit), b""):
-        rest = line
-        while len(rest) == limit and not rest.endswith(b"\n"):
-            rest = file.readline(limit)
-        yield line
+def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
+    """What stands between those ends in a file. Of one that is too long for a command only the
+    beginning is given, which is too long as well."""
+    rest = b""
+    for part in iter(lambda: file.read1(65536), b""):  # type: ignore[attr-defined]
+        *lines, last = (rest + part).split(end)
+        yield from (line[:MAX_COMMAND + 1] for line in lines)
+        rest = last[:MAX_COMMAND + 1]
+    if rest:
+        yield rest
 
 
 class Reader:
     """Reads commands from stdin in a thread, not too far ahead of the client."""
 
-    def __init__(self, loop: Loop, client: Client, template: List[str], cwd: str) -> None:
+    def __init__(self, loop: Loop, client: Client, add: Callable[[str], None], end: bytes) -> None:
         self.loop = loop
         self.client = client
-        self.template = template
-        self.cwd = cwd
+        self.add = add  # called in the loop's thread
+        self.end = end  # of a line
         self.lines: Deque[Optional[str]] = deque()  # read, not delivered; None is the end
         self.posted = False  # deliver() will be called
         self.room = threading.Event()  # set unless the client has enough
@@ -5294,8 +7252,8 @@ class Reader:
         try:
             # not sys.stdin: its lock, held by this thread, would abort the exit of Python
             with open(0, "rb", closefd=False) as stdin:
-                for line in short_lines(stdin):
-                    text = to_text(line.rstrip(b"\r\n"))
+                for line in short_lines(stdin, self.end):
+                    text = to_text(line.rstrip(b"\r\n") if self.end == b"\n" else line)
                     if text.strip():
                         self.hand_over(text)
                         self.room.wait()
@@ -5319,7 +7277,7 @@ class Reader:
             if text is None:
                 self.client.end_input(now)
             elif not self.client.input_ended:  # unless interrupted
-                self.client.add(fill_template(self.template, text), self.cwd)
+                self.add(text)
         self.client.now = now
         self.client.settle()
 
@@ -5354,31 +7312,189 @@ def use_colour(choice: str) -> bool:
 
 
 def run_client(settings: argparse.Namespace) -> int:
+    if settings.template[:1] == ["--"]:
+        del settings.template[0]
+    for wrong, why in (
+            ((settings.resume or settings.resume_failed) and not settings.joblog,
+             "--resume and --resume-failed need --joblog: the log of the earlier run"),
+            (settings.raw + settings.json + settings.live > 1,
+             "--raw, --json and --live are three ways to show outputs: choose one"),
+            (settings.live and settings.keep_order, "--live shows lines as they come, not in order")):
+        if wrong:
+            raise UsageError(why)
+    if sys.stdin is None:
+        raise UsageError("stdin is closed: there are no commands to read")
+    if sys.stdout is None:
+        raise SetupError("stdout is closed: there is nowhere to report to")
+    if settings.dry_run:
+        return show_commands(settings)
     if settings.local:
         return supervise(lambda control: submit(settings, "this machine", control))
     if settings.slots:
         raise UsageError("-j counts what runs on this machine, and needs --local (in a cloud the "
                          "workers have slots: testcloud.py worker -j N)")
-    address = parse_address(settings.connect, CLIENT_PORT)
-    resolve(address)
-    return submit(settings, address, -1)
+    return submit(settings, broker_address(settings, CLIENT_PORT), -1)
+
+
+def show_commands(settings: argparse.Namespace) -> int:
+    """Print what would be run."""
+    done, seq = resumed(settings), 0
+    with open(0, "rb", closefd=False) as stdin, open(1, "wb", closefd=False) as out:
+        for line in short_lines(stdin, b"\0" if settings.null else b"\n"):
+            text = to_text(line.rstrip(b"\r\n"))
+            seq += bool(text.strip())
+            if text.strip():
+                command = fill_template(settings.template, text, seq)
+                if not done.has_done(command):
+                    out.write(to_bytes(command + "\n"))
+    return 0
+
+
+def wishes_of(settings: argparse.Namespace) -> Wishes:
+    """What is wanted of each command. Raises UsageError."""
+    env = {}
+    for word in settings.env:
+        name, given, value = word.partition("=")
+        if not given and name not in os.environ:
+            raise UsageError(f"--env {printable(name)}: there is no such variable here")
+        env[name] = value if given else os.environ[name]
+    if not environment(env):
+        raise UsageError("--env needs the name of a variable, or NAME=VALUE")
+    if len(encode("", env)) > MAX_COMMAND // 4:
+        raise UsageError(f"--env: these variables are longer than {MAX_COMMAND // 4} bytes together")
+    return Wishes(settings.timeout, settings.retries, settings.max_output, env, tuple(settings.need),
+                  settings.raw, settings.live, settings.serial, settings.fail_fast,
+                  settings.fail_on_flaky)
+
+
+def resumed(settings: argparse.Namespace) -> Resumed:
+    """What need not be run. Raises SetupError."""
+    if not settings.resume and not settings.resume_failed:
+        return Resumed([], False)
+    try:
+        return Resumed(read_joblog(settings.joblog), settings.resume_failed)
+    except FileNotFoundError:
+        return Resumed([], False)  # the first run
+    except OSError as error:
+        raise SetupError(f"cannot read {printable(settings.joblog)}: {error.strerror}") from None
+
+
+def cache_of_timings() -> str:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "testcloud", "timings.json")
+
+
+def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
+    """Seconds that commands took, as far as is known. Raises SetupError."""
+    if not settings.timings:
+        return read_timings(cache_of_timings())
+    try:
+        return {row.command: row.seconds for row in read_joblog(settings.timings)}
+    except OSError as error:
+        raise SetupError(f"cannot read {printable(settings.timings)}: {error.strerror}") from None
+
+
+class Show:
+    """Where everything that a client has to say goes."""
+
+    def __init__(self, settings: argparse.Namespace, tally: Tally,
+                 failed: Callable[[OSError], None]) -> None:
+        self.out = Writer(1, failed)
+        # with --raw and --json all but the outputs; nobody needs to read that
+        self.err = Writer(2, lambda error: None) if settings.raw or settings.json else None
+        say = (self.err or self.out).put
+        plain = Plain(tally, self.out.put, settings.tag)
+        kind = Closing if settings.json else Transcript
+        show: Callable[[Outcome], object] = plain
+        if settings.raw:
+            show = self.show_raw
+        if settings.brief or settings.live:
+            show = type
+        self.tally = tally
+        self.transcript = kind(tally, say, show, use_colour(settings.color), settings.fail_only,
+                               settings.slow, settings.verbose)
+        self.reporters: List[Reporter] = [self.transcript]
+        if settings.json:
+            self.reporters.append(JsonLines(tally, self.out.put, settings.brief))
+        if settings.live:
+            self.reporters.insert(0, LiveLines(tally, self.out.put))
+
+    def show_raw(self, outcome: Outcome) -> None:
+        self.out.put(self.stream(outcome, 1))
+        (self.err or self.out).put(ended(self.stream(outcome, 2), b""))  # our own lines follow
+
+    def stream(self, outcome: Outcome, wanted: int) -> Iterator[bytes]:
+        return (piece for stream, piece in self.tally.pieces(outcome.record) if stream == wanted)
+
+    def flush(self) -> None:
+        self.out.flush()
+        if self.err:
+            self.err.flush()
+
+    def end(self, ended: Callable[[], None]) -> None:
+        """Nothing more will come; have this called when all is written to stdout."""
+        if self.err:
+            written = threading.Event()
+            self.err.end(written.set)
+            written.wait(LAST_WORDS)
+        self.out.end(ended)
+
+
+class Closing(Transcript):
+    """Only the transcript's end."""
+
+    def released(self, commands: Optional[int]) -> None:
+        pass
+
+    def result(self, outcome: Outcome) -> None:
+        pass
+
+
+class Progress:
+    """Shows on the bar how far the client is."""
+
+    def __init__(self, client: Client, writer: Writer) -> None:
+        self.client = client
+        self.writer = writer
+        self.began = time.monotonic()
+        self.look_at = self.began + NOTICE_DELAY  # a short run needs none
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now >= self.look_at and not self.client.left:
+            self.look_at = now + PROGRESS_INTERVAL
+            BAR.text = progress(self.client, now - self.began)
+            self.writer.redraw()
+
+
+def wants_progress(settings: argparse.Namespace) -> bool:
+    """On a terminal, unless it has no cursor or its screen is somebody else's: that of a pager."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return False
+    dumb, piped = os.environ.get("TERM", "dumb") == "dumb", stat.S_ISFIFO(os.fstat(1).st_mode)
+    return bool(settings.progress) or not dumb and not piped
 
 
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     """What a client does; below a supervisor if it runs the commands itself."""
     times, slots = times_from(settings), settings.slots or usable_cpus()
     keys = None if settings.local else keys_of(settings, CLIENT_ROLE)[1]
-    if sys.stdin is None:
-        raise UsageError("stdin is closed: there are no commands to read")
-    if sys.stdout is None:
-        raise SetupError("stdout is closed: there is nowhere to report to")
     client = Client(os.urandom(16).hex(), times, settings.wait, address, socket.gethostname(),
-                    Wishes(settings.timeout, settings.retries, settings.max_output))
+                    wishes_of(settings))
+    client.timings = known_timings(settings)
+    done, cwd = resumed(settings), working_directory(settings.cwd)
+    tally = Tally(settings.raw)
     loop: Loop
-    writer = Writer(1, lambda error: loop.post(lambda now: fail(error)))
-    reporter = Reporter(writer.put, use_colour(settings.color), settings.brief,
-                        settings.fail_only, settings.slow, settings.verbose)
-    template = settings.template[1:] if settings.template[:1] == ["--"] else settings.template
+    show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)))
+    reports = Reports(tally, [*show.reporters, *files_of(settings, tally, done)], settings.keep_order)
+
+    def add(line: str) -> None:
+        command = fill_template(settings.template, line, client.last_id + 1)
+        if done.has_done(command):
+            client.leave_out()
+        else:
+            client.add(command, cwd)
+            reports.expect(client.last_id)
 
     def interrupt(status: int, now: Seconds) -> None:
         if client.left:  # only the transcript is still being written
@@ -5387,15 +7503,19 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             client.cancel(status, now)
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
-        node = loop.add(client, {Released: reporter.released, Store: reporter.store,
-                                 Report: reporter.report})
-        loop.between.append(writer.flush)
+        node = loop.add(client, {Released: reports.released, Store: reports.store, Live: reports.live,
+                                 Keep: reports.keep, Report: reports.report})
+        loop.between.append(show.flush)
         loop.on_signals(interrupt, control)
         if sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
-        Reader(loop, client, template, working_directory(settings.cwd))
+        Reader(loop, client, add, b"\0" if settings.null else b"\n")
         stack.enter_context(stopping_when_unheard(loop, client))
-        reporter.line(f"Connecting to {address}")
+        if wants_progress(settings):
+            stack.callback(take_bar_away)
+            loop.between.append(Progress(client, show.out).look)
+        if not settings.json:
+            show.transcript.line(f"Connecting to {address}")
         if settings.local:
             if control >= 0 and not sys.stdin.isatty():  # else we need it, to be stopped by Ctrl-Z
                 leave_terminal()
@@ -5404,19 +7524,116 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         else:
             connect(loop, node, address, CLIENT_ROLE, keys)
         status = loop.run()
-        if status == 0 and reporter.failed:  # it had no room for an output
-            status = 1
-        if status not in (0, 1):
+        take_bar_away()
+        complete = client.status is None and status in (0, 1)
+        if not complete:
             say_what_is_missing(client, status)
-        reporter.summary(complete=status in (0, 1))
+        status = conclude(settings, client, reports, done, complete, status)
         if status > 128:
             written = threading.Event()
-            writer.end(written.set)
+            show.end(written.set)
             written.wait(LAST_WORDS)
             return status
         loop.status = None
-        writer.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
+        show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
         return loop.run()
+
+
+def take_bar_away() -> None:
+    BAR.text = ""
+    with BAR.away():
+        pass
+
+
+def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[Reporter]:
+    """The reporters that write files. Raises SetupError, if one of these cannot be written."""
+    found: List[Reporter] = []
+    path = ""
+    try:
+        if settings.joblog:
+            path = settings.joblog
+            found.append(JobLog(path, [row.line for row in done.rows]))
+        if settings.junit:
+            path = settings.junit
+            found.append(JUnit(path, tally))
+        if settings.html:
+            path = settings.html
+            found.append(HtmlPage(path, tally))
+    except OSError as error:
+        raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
+    found.append(Timings(cache_of_timings(), read_timings(cache_of_timings())))
+    return found
+
+
+def conclude(settings: argparse.Namespace, client: Client, reports: Reports, done: Resumed,
+             complete: bool, status: int) -> int:
+    """The end of a run, in all reports; the exit status."""
+    try:
+        summary = reports.end(client, complete, done.skipped, done.skipped_failed)
+    except OSError as error:
+        complain(f"cannot write {printable(error.filename or 'a report')}: {error.strerror}")
+        return status if status > 1 else 3
+    if status == 0 and (reports.failed or done.skipped_failed):  # the former: no room for an output
+        status = 1
+    if settings.expect and summary.hash != settings.expect.lower():
+        complain(f"the result hash is {summary.hash}, and not {printable(settings.expect)} as expected")
+        status = status or 1
+    if complete and len(reports.times) > 1 and summary.spent >= ADVISE:
+        complain(advice([spent / 1000 for spent in reports.times], client.slots))
+    return status
+
+
+def run_status(settings: argparse.Namespace) -> int:
+    address = broker_address(settings, CLIENT_PORT)
+    _, keys = keys_of(settings, CLIENT_ROLE)
+    screen = settings.watch and not settings.json and sys.stdout.isatty()
+    viewer = Viewer(address, settings.wait, STATUS_INTERVAL if settings.watch else math.inf)
+
+    def show(effect: Viewed) -> None:
+        if settings.json:
+            announce(json.dumps(effect.fields))
+        else:
+            lines = status_lines(effect.fields, address)
+            announce(fitted(lines) if screen else "\n".join([*lines, ""] if settings.watch else lines))
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(Loop(sockets=True)))
+        node = loop.add(viewer, {Viewed: show})
+        loop.on_signals(lambda status, now: loop.exit(Exit(status)))
+        if screen:
+            stack.enter_context(whole_screen(loop))
+        connect(loop, node, address, CLIENT_ROLE, keys)
+        loop.post(viewer.tick)
+        return loop.run()
+
+
+def fitted(lines: List[str]) -> str:
+    """What replaces a terminal's screen: as much of the lines as it has room for."""
+    columns, rows = screen_size(1)
+    shown = lines if len(lines) < rows else [*lines[:rows - 2], f"({len(lines) - rows + 2} more lines)"]
+    return "\033[H" + "".join(line[:columns - 1] + "\033[K\n" for line in shown) + "\033[J"
+
+
+@contextlib.contextmanager
+def whole_screen(loop: Loop) -> Iterator[None]:
+    """Take the terminal's other screen, until the end; q ends the program."""
+    saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
+
+    def key_pressed(now: Seconds) -> None:
+        if os.read(0, 100) in (b"q", b"Q", b""):
+            loop.exit(Exit(0))
+    try:
+        announce("\033[?1049h")
+        if saved:
+            now = termios.tcgetattr(0)
+            now[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(0, termios.TCSADRAIN, now)
+            loop.watch(0, key_pressed)
+        yield
+    finally:
+        with contextlib.suppress(OSError, SetupError):
+            announce("\033[?1049l")
+            if saved:
+                termios.tcsetattr(0, termios.TCSADRAIN, saved)
 
 
 def fail(error: OSError) -> None:
@@ -5453,12 +7670,13 @@ def working_directory(given: Optional[str]) -> str:
 def say_what_is_missing(client: Client, status: int) -> None:
     """The run ended early: how much of it was done."""
     unknown = len(client.window) + len(client.backlog)
-    complain(f"{'interrupted' if status > 128 else 'gave up'}: {client.reported} commands "
-             f"reported, {client.stopped} stopped, {client.never_ran} never ran"
-             + (f", {unknown} not run or unknown" if unknown else ""))
+    how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
+    complain(f"{how}: {client.reported} commands reported, {client.stopped} stopped, "
+             f"{client.never_ran} never ran" + (f", {unknown} not run or unknown" if unknown else ""))
 
 
-RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "keygen": run_keygen}
+RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status": run_status,
+       "keygen": run_keygen, "completion": run_completion}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -5468,11 +7686,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 3
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
-        settings = build_parser().parse_args(argv)
+        settings = build_parser().parse_args(with_defaults(sys.argv[1:] if argv is None else argv))
         level = logging.DEBUG if settings.verbose else logging.INFO
         if settings.subcommand == "client" and not settings.verbose:
             level = logging.WARNING
-        logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(message)s")
+        logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
         return RUN[settings.subcommand](settings)
     except UsageError as error:
         complain(str(error))
@@ -5484,6 +7702,39 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
         discard_stdout()
         return 141
+
+
+def mark_template(argv: List[str]) -> List[str]:
+    """A client's arguments with -- before the template, for that begins where options end, whatever
+    argparse thinks of it; and with a number for --fail-fast."""
+    valued = {name: row.settings.get("action") in (None, "append")
+              for row in options_of(CLIENT_ROLE) for name in row.names}
+    marked, rest = [], deque(argv)
+    while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
+        word = rest.popleft()
+        if word == "--fail-fast":
+            word += "=" + (rest.popleft() if rest and rest[0].isdigit() else "1")
+        marked.append(word)
+        name = word
+        if not word.startswith("--"):  # -kj 4, -j4: the first that has a value ends it
+            letters = next((at for at, c in enumerate(word[1:], 1) if valued.get("-" + c)), 0)
+            name = "-" + word[letters] if letters == len(word) - 1 else ""
+        if valued.get(name) and rest:
+            marked.append(rest.popleft())
+    return [*marked, *(["--"] if rest and rest[0] != "--" else []), *rest]
+
+
+def with_defaults(argv: List[str]) -> List[str]:
+    """With the user's own options for clients, which come before those given. Raises UsageError."""
+    if argv[:1] != [CLIENT_ROLE]:
+        return argv
+    try:
+        own = mark_template(shlex.split(os.environ.get("TESTCLOUD", "")))
+        if build_parser().parse_args([CLIENT_ROLE, *own]).template:
+            raise ValueError("it has a template")
+    except (ValueError, UsageError) as error:
+        raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
+    return [CLIENT_ROLE, *own, *mark_template(argv[1:])]
 
 
 def discard_stdout() -> None:
