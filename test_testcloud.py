@@ -1447,6 +1447,7 @@ class MisbehavingPeersTest(unittest.TestCase):
                 if isinstance(value, (dict, list, set, deque)) and value and name != "effects"}
         self.assertEqual(list(kept), [], kept)
 
+    @mock.patch.object(tc, "MAX_COMPLAINTS", 1000)
     def test_malformed_lines_get_an_error_and_change_nothing(self):
         d = Desk()
         d.join(b"w", slots=1)
@@ -1955,7 +1956,7 @@ class World:
             if actor.role == "broker" and actor.machine is not None and run in actor.machine.clients \
                     and actor.machine.clients[run].lost.get(id, (-1,))[0] >= attempt:
                 return True
-        client = self.actors[run[3:]].machine  # None: it has left
+        client = self.actors[run.rpartition("run")[2]].machine  # None: it has left
         if client is None or client.status is not None or id not in client.window:
             return True
         return client.window[id].attempt > attempt
@@ -2306,13 +2307,16 @@ class World:
             actor.machine = (PlainWorker() if actor.role == "worker"
                              else PlainClient(actor.commands))
         elif actor.role == "broker":
+            name += self.mark(actor)
             actor.machine = tc.Broker(name, self.times, actor.wants is not None,
                                       actor.clock(self.now))
         elif actor.role == "worker":
+            name += self.mark(actor)
             actor.machine = tc.Worker(name, actor.slots, host=actor.host, times=self.times,
                                       drain=actor.drain)
         else:
-            actor.machine = tc.Client("run" + actor.name, self.times, wishes=actor.wishes)
+            actor.machine = tc.Client(f"{self.mark(actor)}run{actor.name}", self.times,
+                                      wishes=actor.wishes)
             for cmd in actor.commands:
                 self.after(self.r.random() * 20, lambda cmd=cmd: self.add_command(actor, cmd))
             self.at(self.now + 20, lambda: self.do(actor, actor.generation,
@@ -2320,6 +2324,10 @@ class World:
                                                        actor.clock(self.now))))
         self.connect(actor)
         self.settle(actor)
+
+    def mark(self, actor):
+        """What a name has to have in it that is to be bound to a key."""
+        return tc.fingerprint(actor.name) if self.keyed else ""
 
     def add_command(self, actor, cmd):
         def add(machine):
@@ -5574,14 +5582,16 @@ class KeyFilesTest(unittest.TestCase):
             tc.write_keys(self.path, keys)
             self.assertEqual(tc.read_keys(self.path), keys)
             self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
-        tc.replace_keys(self.path, self.KEYS)
+        with tc.changing(self.path) as replace:
+            replace(self.KEYS)
         self.assertEqual(tc.read_keys(self.path), self.KEYS)
         self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
 
     def test_what_is_damaged_is_refused_without_showing_it(self):
         good = self.KEYS.to_json()
         for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20], good.replace("B" * 40, "B" * 39),
-                     good.replace('"public": "a', '"pub": "a'), good.replace("s" * 40, "\u00e9" * 40),
+                     good.replace('"public": "a', '"pub": "a'),
+                     good.replace("s" * 40, "\u00e9" * 40), good.replace("s" * 40, "~" * 40),
                      json.dumps({"broker": {"public": "B" * 40}}), good.replace('"d', '1, "d')):
             with open(self.path, "w", encoding="utf-8") as file:
                 file.write(text)
@@ -5625,12 +5635,45 @@ class KeyFilesTest(unittest.TestCase):
             self.assertEqual(tc.find_key("/given"), "/given")
 
     def test_who_may_connect_as_what(self):
-        for role, key, name in [
-                ("client", "a", "alice"), ("client", "c", "the cloud's key"), ("client", "h", ""),
-                ("client", "w", ""), ("client", "B", ""), ("worker", "h", "hub"), ("worker", "a", ""),
-                ("worker", "w", "the cloud's key"), ("nobody", "a", ""), ("client", "z", "")]:
-            self.assertEqual(self.KEYS.admits(role, key * 40), name, (role, key))
-        self.assertEqual(self.KEYS.admits("client", ""), "")
+        tc.write_keys(self.path, self.KEYS)
+        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
+                contextlib.closing(tc.Gate(loop, self.path)) as gate:
+            for role, key, admitted in [
+                    ("client", "a", True), ("client", "c", True), ("client", "h", False),
+                    ("client", "w", False), ("client", "B", False), ("worker", "h", True),
+                    ("worker", "a", False), ("worker", "w", True), ("nobody", "a", False),
+                    ("client", "z", False)]:
+                self.assertEqual(gate.admits(role, key * 40), admitted, (role, key))
+            self.assertFalse(gate.admits("client", ""))
+
+    def test_a_change_that_is_made_while_the_broker_starts_counts(self):
+        tc.write_keys(self.path, self.KEYS)
+        real = tc.keys_for
+
+        def slowly(path, role):
+            keys = real(path, role)
+            with tc.changing(path) as replace:
+                replace(self.KEYS._replace(holders=()))
+            return keys
+        with contextlib.ExitStack() as stack:
+            loop = stack.enter_context(contextlib.closing(tc.Loop(sockets=True)))
+            with mock.patch.object(tc, "keys_for", slowly):
+                gate = stack.enter_context(contextlib.closing(tc.Gate(loop, self.path)))
+            self.assertTrue(gate.admits("client", "a" * 40))
+            gate.refresh()
+            self.assertFalse(gate.admits("client", "a" * 40))
+
+    def test_two_changes_at_once_are_both_made(self):
+        tc.write_keys(self.path, self.KEYS)
+        roles = ["--role=client", "--role=worker"] * 4
+        jobs = [subprocess.Popen(
+            [sys.executable, SCRIPT, "keygen", "--key", self.path, role, f"--name=n{n}"],
+            cwd=self.dir, stdout=subprocess.DEVNULL) for n, role in enumerate(roles)]
+        jobs.append(subprocess.Popen([sys.executable, SCRIPT, "keygen", "--key", self.path,
+                                      "--revoke", "hub"], stdout=subprocess.DEVNULL))
+        self.assertEqual([job.wait(PATIENCE) for job in jobs], [0] * 9)
+        self.assertEqual({who.name for who in tc.read_keys(self.path).holders},
+                         {"alice", *(f"n{n}" for n in range(8))})
 
 
 class KeysTest(unittest.TestCase):
@@ -5696,8 +5739,9 @@ class KeysTest(unittest.TestCase):
 
     def test_a_run_belongs_to_the_key_that_began_it(self):
         """Whoever knows its name can neither take its results nor cancel it."""
-        cloud, run = tc.read_keys(self.path), b"r" * 32
+        cloud = tc.read_keys(self.path)
         alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
+        run = tc.fingerprint(alice.public).encode() + b"r"
         self.cloud.wait_for_log(self.broker, "read the keys again: 2 names")
         one, _ = self.raw(self.broker.clients, alice, cloud.broker)
         two, _ = self.raw(self.broker.clients, eve, cloud.broker)
@@ -5713,20 +5757,22 @@ class KeysTest(unittest.TestCase):
         self.assertTrue(again.recv().startswith(b"OK"))
 
     def test_what_those_inside_may_not_do(self):
-        cloud, run = tc.read_keys(self.path), b"r" * 32
+        cloud = tc.read_keys(self.path)
         alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
+        run, other = (tc.fingerprint(pair.public).encode() + b"r" for pair in (alice, eve))
         hand = tc.read_keys(self.holder("worker", "w")).pairs["worker"]
         self.cloud.wait_for_log(self.broker, "read the keys again: 3 names")
         worker, _ = self.raw(self.broker.workers, hand, cloud.broker)
         one, _ = self.raw(self.broker.clients, alice, cloud.broker)
         two, _ = self.raw(self.broker.clients, eve, cloud.broker)
-        worker.send(b'READY {"name":"w1","slots":5,"join":1}')
+        name = b"w1." + tc.fingerprint(hand.public).encode()
+        worker.send(b'READY {"name":"%s","slots":5,"join":1}' % name)
         self.assertTrue(worker.recv().startswith(b"OK"))
         for at_workers in (b'{"cmd":"true","id":1,"attempt":1}', b'HELLO {"run":"x","join":1}',
                            b"CANCEL", b'FETCH {"id":1,"attempt":1,"offset":0,"size":9}'):
             worker.send(at_workers)
             self.assertIn(b"is not understood on the link to workers", worker.recv())
-        for sock, name in ((one, run), (two, b"e" * 32)):
+        for sock, name in ((one, run), (two, other)):
             sock.send(b'HELLO {"run":"%s","join":1}' % name)
             self.assertTrue(sock.recv().startswith(b"OK"))
         for at_clients in (b'READY {"name":"w2","slots":9,"join":1}', b'QUEUED {"tasks":[[1,1]]}',
@@ -5741,7 +5787,7 @@ class KeysTest(unittest.TestCase):
                   b'FETCH {"id":1,"attempt":1,"offset":0,"size":9}')
         for frames in (*([line] for line in theirs), *([b"", run, line] for line in theirs)):
             two.send_multipart(frames)
-        two.send(b'HELLO {"run":"%s"}' % (b"e" * 32))
+        two.send(b'HELLO {"run":"%s"}' % other)
         self.assertTrue(two.recv().startswith(b"OK"))  # so all that is heard, and answered with nothing
         self.assertFalse(worker.poll(0))
         worker.send_multipart([b"", run, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"y"}'])
@@ -5791,13 +5837,14 @@ class KeysTest(unittest.TestCase):
         one, _ = self.raw(self.broker.workers, good, cloud.broker)
         two, _ = self.raw(self.broker.workers, eve, cloud.broker)
         client, _ = self.raw(self.broker.clients, cloud.pairs["client"], cloud.broker)
-        one.send(b'READY {"name":"w1","slots":1,"join":1}')
+        w1, w2 = (b"w." + tc.fingerprint(pair.public).encode() for pair in (good, eve))
+        one.send(b'READY {"name":"%s","slots":1,"join":1}' % w1)
         self.assertTrue(one.recv().startswith(b"OK"))
         client.send(b'{"cmd":"x"}')
         _, token, _ = one.recv_multipart()
-        two.send(b'READY {"name":"w1","slots":1,"join":2,"running":[["%s",1,1]]}' % token)
+        two.send(b'READY {"name":"%s","slots":1,"join":2,"running":[["%s",1,1]]}' % (w1, token))
         self.assertIn(b"belongs to another key", two.recv())
-        two.send(b'READY {"name":"w2","slots":1,"join":1,"running":[["%s",1,1]]}' % token)
+        two.send(b'READY {"name":"%s","slots":0,"join":1,"running":[["%s",1,1]]}' % (w2, token))
         self.assertEqual(two.recv_multipart()[1:], [token, b'CANCEL {"tasks":[[1,1]]}'])
         self.assertTrue(two.recv().startswith(b"OK"))
         two.send_multipart([b"", token, b'RESULT {"id":1,"attempt":1,"exitcode":9,"stdout":"bad"}'])
@@ -5815,6 +5862,25 @@ class KeysTest(unittest.TestCase):
         sock.connect(self.broker.clients)
         sock.send(b'HELLO {"run":"r1","join":1}')
         self.assertFalse(sock.poll(300))
+
+    def test_who_was_given_up_for_not_reading_may_come_back(self):
+        import zmq
+        cloud = tc.read_keys(self.path)
+        pair = cloud.pairs["client"]
+        self.cloud.worker(self.broker, "--key", self.path)
+        deaf = self.cloud.dealer()
+        deaf.setsockopt(zmq.RCVHWM, 1)
+        for option, key in ((zmq.CURVE_SERVERKEY, cloud.broker), (zmq.CURVE_PUBLICKEY, pair.public),
+                            (zmq.CURVE_SECRETKEY, pair.secret)):
+            deaf.setsockopt(option, key.encode())
+        deaf.connect(self.broker.clients)
+        for _ in range(1000):
+            deaf.send(b'{"cmd":"head -c 250000 /dev/zero | tr \\\\0 x"}')
+        self.cloud.wait_for_log(self.broker, "does not read what we send")
+        while not (answer := deaf.recv()).startswith(b"OK"):
+            if not deaf.poll(200):
+                deaf.send(b'HELLO {"run":"%s1","join":1}' % tc.fingerprint(pair.public).encode())
+        self.assertIn(b'"join":1', answer)
 
     def test_a_run_with_files_for_each_role(self):
         worker, client = self.holder("worker", "w"), self.holder("client", "c")
@@ -5858,7 +5924,8 @@ class KeysTest(unittest.TestCase):
         before = tc.read_keys(self.path)
         self.keygen("--key", self.path, "--revoke", "alice")
         self.cloud.wait_for_log(client, "does not accept our key")
-        tc.replace_keys(self.path, before)
+        with tc.changing(self.path) as replace:
+            replace(before)
         client.stdin.write(b"echo two\n")
         client.stdin.close()
         client.stdin = None
@@ -7366,7 +7433,9 @@ class RawPeersTest(unittest.TestCase):
             peer = socket.create_connection(tc.split_tcp(self.broker.clients))
             self.addCleanup(peer.close)
             peer.sendall(self.HELLO)
-            self.assertTrue(peer.recv(200))
+            answer = b""
+            while b"READY" not in answer:
+                answer += peer.recv(200)
             if words:
                 peer.sendall(words)
                 self.cloud.wait_for_log(self.broker, "plain client")
@@ -7389,6 +7458,25 @@ class RawPeersTest(unittest.TestCase):
             for _ in range(200):
                 self.assertIn(b"unknown verb", peer.recv())
         self.assertLess(peak_memory(self.broker.pid), 500 * 1024)  # of 1.2 GB that came
+
+    def test_no_web_page_can_have_a_browser_send_a_command(self):
+        """A body of frames as of ZMTP 1.0, which shakes no hands, after headers that are noise."""
+        self.cloud.worker(self.broker)
+        ran = os.path.join(self.cloud.dir, "ran")
+        command = b'{"cmd":"touch %s"}' % ran.encode()
+        body = b"\1\0" * 600 + bytes([len(command) + 1]) + b"\0" + command
+        for path in range(1, 40):
+            head = (b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
+                    b"Content-Length: %d\r\n\r\n" % (b"x" * path, len(body)))
+            with socket.create_connection(tc.split_tcp(self.broker.clients)) as page, \
+                    contextlib.suppress(OSError):
+                page.sendall(head + body)
+                page.shutdown(socket.SHUT_WR)
+                while page.recv(1000):
+                    pass
+        self.cloud.wait_for_log(self.broker, "left without a word")
+        status, out = self.cloud.client(self.broker, [f"ls {ran}"])
+        self.assertEqual(status, 1, out)
 
     def test_noise_at_both_ports_disturbs_nobody(self):
         self.cloud.worker(self.broker, "-j", "2")

@@ -177,6 +177,8 @@ MAX_COMMAND = 512 * 1024  # bytes of a command's JSON; Linux takes 128 KiB of sh
 OTHER_FIELDS = 2048  # bytes of it beside cmd and cwd: numbers, and names of workers
 MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLAIN_INLINE
 MAX_BAD_LINES = 100  # in one body; then the rest is noise as well
+MAX_COMPLAINTS = 20  # about bad messages in the log, in an interval
+COMPLAINT_INTERVAL: Seconds = 10.0
 MAX_FRAMES = 8  # frames a peer may send in one message
 CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfirmed
 SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
@@ -468,6 +470,12 @@ def decode(line: bytes) -> Tuple[str, Fields]:
     return verb, fields
 
 
+def fingerprint(key: str) -> str:
+    """Of a public key, for the names that only its holder may use: runs begin and workers end with
+    it, so that after a broker's restart nobody can be before them. "" without a key."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
+
+
 def require_run(token: Run) -> None:
     """Raise ProtocolError if this names no run: we could not announce a command of it."""
     if not name(token):
@@ -559,6 +567,8 @@ class Machine:
         self.effects: List[Any] = []
         self.now: Seconds = 0.0  # the time of the event in hand
         self.last_complaint = ""  # the reason in the last ERROR that we got
+        self.complaints = 0  # about bad messages, until then
+        self.complain_at: Seconds = 0.0
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
             fields: Optional[Fields] = None) -> None:
@@ -600,7 +610,11 @@ class Machine:
 
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
         """Answer a bad message with ERROR; one that is itself an ERROR only with a log line."""
-        self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+        if self.now >= self.complain_at:
+            self.complain_at, self.complaints = self.now + COMPLAINT_INTERVAL, 0
+        self.complaints += 1
+        if self.complaints <= MAX_COMPLAINTS:
+            self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
         if not line.startswith(b"ERROR"):
             self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
 
@@ -911,7 +925,7 @@ class ClientLink:
     """A run: its client, and the tasks it wants."""
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
-                 "claimed", "lost", "last_id", "announced", "join", "owed", "key", "host",
+                 "claimed", "lost", "last_id", "announced", "join", "owed", "host",
                  "shunned", "needs", "done", "failed")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
@@ -930,7 +944,6 @@ class ClientLink:
         self.join = 0  # number of its last HELLO that told what it has
         self.owed = 0  # bytes of results that it got and has not confirmed with DONE
         self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
-        self.key = ""  # public, with which it joined: nobody else is taken for it
         self.host = ""
         self.shunned: FrozenSet[str] = frozenset()  # hosts
         self.needs: FrozenSet[str] = frozenset()  # labels, of its last command that had such needs
@@ -960,7 +973,7 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token", "key", "host", "labels",
+                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "labels",
                  "load", "done", "failed", "kept")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
@@ -979,7 +992,6 @@ class WorkerLink:
         self.join = 0  # number of its last READY that told what it has
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
-        self.key = ""  # public, with which it joined: nobody else is taken for it
         self.host = name  # of which it tells if it is ours, and no chained broker
         self.labels: FrozenSet[str] = frozenset()
         self.load = 0.0  # of its machine, if we were told
@@ -1119,6 +1131,7 @@ class Broker(Machine):
         self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
         self.plain_peers = 0
         self.keys: Dict[Tuple[str, Peer], str] = {}  # public, of peers that have proven to have them
+        self.keyed = False  # whether all have such
         self.session = Session(self, "READY", self.greeting, times) if chained else None
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
@@ -1179,11 +1192,9 @@ class Broker(Machine):
             return
         if known is not None and known != run:
             raise ProtocolError("HELLO from a peer that is another run already")
-        key = self.keys.get((CLIENTS, peer), "")
-        if run in self.clients and self.clients[run].join and self.clients[run].key != key:
-            raise ProtocolError("this run belongs to another key")
+        if not run.startswith(self.mark_of(CLIENTS, peer)):
+            raise ProtocolError("this run belongs to another key: it begins with our fingerprint")
         client = self.require_client(run, CLIENTS, peer)
-        client.key = key
         if message.fields["join"] <= client.join:  # was under way for long, on an older connection
             return
         client.join, client.host = message.fields["join"], message.fields.get("host", "")
@@ -1279,7 +1290,8 @@ class Broker(Machine):
         _, parts = self.parts.pop(peer, (0.0, []))
         if parts and parts[0]["join"] != fields["join"]:
             parts = []
-        self.parts[peer] = self.now + self.times.worker_expiry, [*parts, fields]
+        part = {key: fields[key] for key in ("join", *LISTS) if key in fields}
+        self.parts[peer] = self.now + self.times.worker_expiry, [*parts, part]
         while sum(len(parts) for _, parts in self.parts.values()) > MAX_PARTS:
             del self.parts[next(iter(self.parts))]
 
@@ -1351,15 +1363,14 @@ class Broker(Machine):
         known = self.workers.get(peer)
         if known is not None and (known.plain or known.name != name):
             raise ProtocolError("READY with a name other than before")
-        worker, key = self.named.get(name), self.keys.get((WORKERS, peer), "")
-        if worker is not None and worker.key != key:
-            raise ProtocolError("this name belongs to another key")
+        if not name.endswith(self.mark_of(WORKERS, peer)):
+            raise ProtocolError("this name belongs to another key: it ends with our fingerprint")
+        worker = self.named.get(name)
         if worker is not None and message.fields["join"] <= worker.join:
             return  # was under way for long, on an older connection
         fields = self.whole(peer, message.fields)
         if worker is None:
             worker = self.named[name] = WorkerLink(peer, name, False)
-            worker.key = key
             self.log(logging.INFO, f"worker {printable(name)} joined")
             self.slots += worker.slots
         elif worker.peer is None:
@@ -1431,8 +1442,10 @@ class Broker(Machine):
             if not client.may_want(id):
                 return None
             task = client.tasks[id] = Task(client, id, attempt, b"")
-        holder = task.worker
-        if task.attempt != attempt or holder not in (None, worker) and holder and holder.peer:
+        # of what we know ourselves only that is believed which we, or one before us, may have given it
+        unknown = not task.line or task.state == LIMBO and not task.had
+        if task.attempt != attempt or not (
+                task.worker is worker or unknown and task.worker is None or task.had == worker.name):
             return None
         if task.worker is worker and task.state == DELIVERED:
             return task
@@ -1469,7 +1482,14 @@ class Broker(Machine):
             self.rank(worker)
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
+        self.keyed = True
         self.keys[link, peer] = key
+
+    def mark_of(self, link: str, peer: Peer) -> str:
+        """What the names have in them that this peer may use. Raises ProtocolError."""
+        if self.keyed and (link, peer) not in self.keys:
+            raise ProtocolError("this connection has been given up: connect again")
+        return fingerprint(self.keys.get((link, peer), ""))
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
         self.now = now
@@ -2089,7 +2109,8 @@ class Broker(Machine):
         assert worker is not None
         worker.ready = False
         why = f"worker {printable(worker.name)} did not confirm it"
-        self.log(logging.WARNING, f"{why}: command {task.id} of run {task.client.run[:8]}")
+        self.log(logging.WARNING, f"{why}: command {task.id} of run "
+                                  f"{printable(task.client.run, 8)}")
         self.instruct([("CANCEL", task)])
         self.lose(task, why)
 
@@ -5680,7 +5701,8 @@ LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often know
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 REFUSED_DELAY: Seconds = 1.0  # between attempts to connect with a key that is not accepted
 GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
-REFUSAL_INTERVAL: Seconds = 10.0  # between lines about connections that were refused
+REFUSAL_INTERVAL: Seconds = 10.0  # between lines that say the same about refused connections
+MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
 LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
 ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster
 PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
@@ -5688,6 +5710,7 @@ STATUS_INTERVAL: Seconds = 1.0  # of status --watch
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
 TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
 GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end
+MAX_HANDSHAKE = 64 * 1024  # bytes that one may then have sent that has not said anything yet
 MAX_UNHEARD = 16 * 1024 * 1024  # bytes that a connection may then send before a message is complete;
 #   of ours none is larger than MAX_FRAME
 
@@ -6126,6 +6149,7 @@ class RouterLink(SocketLink):
                  gate: Optional[Gate] = None) -> None:
         super().__init__(loop, node, name, address)
         self.gate = gate
+        self.keyed = gate is not None and gate.keys is not None
         self.users: Dict[Peer, str] = {}  # their public keys, if there is a gate
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
@@ -6139,15 +6163,17 @@ class RouterLink(SocketLink):
                   | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
                   | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
+        if not self.keyed:  # with keys nobody takes over from another
+            self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
         self.socket.setsockopt(zmq.BACKLOG, 4096)
         self.bind()
 
     def protect(self) -> None:
         if self.gate is not None:
             self.gate.links.append(self)
-            self.socket.setsockopt(zmq.CURVE_SERVER, 1)
-            self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.gate.keys.secret.encode())
+            if self.gate.keys is not None:
+                self.socket.setsockopt(zmq.CURVE_SERVER, 1)
+                self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.gate.keys.secret.encode())
             self.socket.setsockopt(zmq.ZAP_DOMAIN, ROLE_OF[self.name].encode())
             self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else all may in whom nobody asks about
 
@@ -6198,7 +6224,7 @@ class RouterLink(SocketLink):
         if any(event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
                for event, _ in news):
             self.loop.refusals.tell(now, f"somebody could not connect to {self.address}: " + (
-                "with another key, with none, or with no program of ours" if self.gate else
+                "with another key, with none, or with no program of ours" if self.keyed else
                 "with a key, and we have none (testcloud.py keygen), or with no program of ours"))
         if any(event == zmq.EVENT_ACCEPTED and file >= self.limit - SPARE for event, file in news):
             limit, self.limit = self.limit, sys.maxsize  # said once
@@ -6217,16 +6243,31 @@ class RouterLink(SocketLink):
         if self.silent:
             self.silent.pop(self.known.get(peer, -1), None)
         frames = self.rest(frame)
-        if self.gate is None or self.may_speak(peer):
+        if self.may_speak(peer, frame, now):
             self.hand_over(peer, frames, now)
         return True
 
-    def may_speak(self, peer: Peer) -> bool:
-        """With a gate: whether its key is (still) accepted, and it lets libzmq number it, so that
-        nobody can take another's place."""
+    def give_up(self, peer: Peer) -> None:
+        super().give_up(peer)
+        self.cut(peer)
+        self.gone(peer, time.monotonic())  # it comes back as somebody new
+
+    def may_speak(self, peer: Peer, frame: Any, now: Seconds) -> bool:
+        """With keys: whether this is who we took it for, its key is (still) accepted, and it seems to
+        let libzmq number it. (A number of its own choice may be another's, whose connection has ended;
+        while that stands, libzmq lets nobody else use it.)"""
+        if not self.keyed:
+            return True
+        if self.users.get(peer) != frame.get("User-Id"):
+            self.gone(peer, now)
+            self.meet(peer, frame, now)
+        return self.is_welcome(peer)
+
+    def is_welcome(self, peer: Peer) -> bool:
+        """Whether its key is (still) accepted; or else it is cut off."""
         assert self.gate is not None
         if len(peer) == 5 and peer[:1] == b"\0" \
-                and self.gate.keys.admits(ROLE_OF[self.name], self.users.get(peer, "")):
+                and self.gate.admits(ROLE_OF[self.name], self.users.get(peer, "")):
             return True
         self.cut(peer)
         return False
@@ -6240,9 +6281,9 @@ class RouterLink(SocketLink):
         """Cut the connections that have sent too much since they said something."""
         for file in (*self.unmet, *self.peers):
             with contextlib.suppress(OSError), borrowed(file) as connection:
-                size = received(connection)
+                size, known = received(connection), file in self.silent
                 before = self.silent.setdefault(file, 0 if file in self.unmet else size)
-                if size - before > MAX_UNHEARD:
+                if size - before > (MAX_HANDSHAKE if file in self.unmet and known else MAX_UNHEARD):
                     del self.silent[file]
                     host = printable(connection.getpeername()[0])
                     self.loop.refusals.tell(now, f"cut off {host}: it sends but never ends its message")
@@ -6286,7 +6327,7 @@ class RouterLink(SocketLink):
         self.peers[descriptor] = peer
         self.known[peer] = descriptor
         self.unmet.discard(descriptor)
-        if self.gate is not None:
+        if self.keyed:
             self.users[peer] = frame.get("User-Id")
             self.node.machine.identified(self.name, peer, self.users[peer])
 
@@ -6371,15 +6412,21 @@ class Guard:
 
 class Gate:
     """Tells libzmq who may connect (ZAP, rfc.zeromq.org/spec/27), and cuts off who may not any
-    more. Must be there before the first RouterLink."""
+    more. Without keys all may; but where somebody is asked, libzmq no longer takes just any bytes for
+    messages of its oldest protocol, as a web page could have a browser send them. Must be there
+    before the first RouterLink."""
 
-    def __init__(self, loop: Loop, path: str, keys: Keys) -> None:
+    def __init__(self, loop: Loop, path: str) -> None:
+        """With the keys in this file, "" for none. Raises SetupError."""
         self.loop = loop
         self.path = path
-        self.keys = keys
         self.links: List[RouterLink] = []
-        self.state = self.state_of_file()
         self.look_at: Seconds = 0.0
+        self.state = self.state_of_file()  # before it is read: it may change meanwhile
+        self.keys: Optional[Keys] = None
+        self.allowed: Set[Tuple[str, str]] = set()  # role, public key
+        if path:
+            self.use(keys_for(path, BROKER_ROLE))
         self.socket = loop.context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind("inproc://zeromq.zap.01")
@@ -6390,6 +6437,14 @@ class Gate:
         self.loop.poller.unregister(self.socket)
         self.socket.close()
 
+    def use(self, keys: Keys) -> None:
+        self.keys = keys
+        self.allowed = {(role, pair.public) for role, pair in keys.pairs.items()}
+        self.allowed.update((who.role, who.public) for who in keys.holders)
+
+    def admits(self, role: str, key: str) -> bool:
+        return self.keys is None or (role, key) in self.allowed
+
     def answer(self, now: Seconds) -> None:
         """Answer all requests there are: each is a connection in its handshake."""
         while True:
@@ -6397,8 +6452,9 @@ class Gate:
                 request = self.socket.recv_multipart(NOBLOCK)
             except zmq.Again:
                 return
-            number, role, place, key = request[1], request[2].decode(), request[3], z85(request[-1])
-            status = b"200" if self.keys.admits(role, key) else b"400"
+            number, role, place = request[1], request[2].decode(), request[3]
+            key = z85(request[-1]) if request[5] == b"CURVE" else ""
+            status = b"200" if self.admits(role, key) else b"400"
             if status == b"400":
                 self.loop.refusals.tell(now, f"refused somebody at {printable(place)} as a {role}: a "
                                              f"key that is unknown, revoked, or for another role")
@@ -6414,7 +6470,7 @@ class Gate:
     def refresh(self) -> None:
         """Read the key file again if it has changed: keys were made, or revoked."""
         now = time.monotonic()
-        if now < self.look_at:
+        if now < self.look_at or self.keys is None:
             return
         self.look_at = now + GATE_INTERVAL
         state = self.state_of_file()
@@ -6429,11 +6485,11 @@ class Gate:
         if keys.secret != self.keys.secret:
             logging.warning("%s is the key of another cloud: restart the broker to use it", self.path)
             return
-        self.keys = keys
+        self.use(keys)
         logging.info("read the keys again: %d names", len(keys.holders))
         for link in self.links:
             for peer in list(link.users):
-                link.may_speak(peer)
+                link.is_welcome(peer)
 
 
 def z85(public: bytes) -> str:
@@ -6443,16 +6499,17 @@ def z85(public: bytes) -> str:
 
 
 class Refusals:
-    """Says who could not connect, but not all the time."""
+    """Says who could not connect, but not all the time: each thing once in an interval, and not too
+    many things."""
 
     def __init__(self) -> None:
-        self.next_at: Dict[str, Seconds] = {}
+        self.said: Dict[str, Seconds] = {}  # when, in that order
 
     def tell(self, now: Seconds, text: str) -> None:
-        if now >= self.next_at.get(text, 0.0):
-            if len(self.next_at) > MAX_BAD_LINES:  # from as many addresses
-                self.next_at.clear()
-            self.next_at[text] = now + REFUSAL_INTERVAL
+        for old in [old for old, when in self.said.items() if when + REFUSAL_INTERVAL <= now]:
+            del self.said[old]
+        if text not in self.said and len(self.said) < MAX_REFUSALS:
+            self.said[text] = now
             logging.warning("%s", text)
 
 
@@ -6554,6 +6611,7 @@ class DealerLink(SocketLink):
 
 KEY_FILE = "testcloud.key"
 KEY_LENGTH = 40
+Z85 = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
 MAX_KEY_FILE = 1024 * 1024  # bytes: thousands of names
 
 
@@ -6580,13 +6638,6 @@ class Keys(NamedTuple):
     pairs: Dict[str, Pair] = {}  # by role: with what to connect as such
     holders: Tuple[Holder, ...] = ()  # who else may connect; only in the cloud's own file
 
-    def admits(self, role: str, public: str) -> str:
-        """The name of who has this public key and may connect as this; "" if nobody may."""
-        if role in self.pairs and public == self.pairs[role].public:
-            return "the cloud's key"
-        names = [who.name for who in self.holders if (who.role, who.public) == (role, public)]
-        return names[0] if names else ""
-
     def serve(self, role: str) -> bool:
         """Whether they are what it takes to be a broker, a worker or a client."""
         return bool(self.secret) if role == BROKER_ROLE else role in self.pairs
@@ -6612,7 +6663,7 @@ def keys_from_json(text: str) -> Keys:
             tuple(Holder(**row) for row in fields.get("holders", ())))
         keys = [found.broker, *filter(None, [found.secret]), *(who.public for who in found.holders)]
         keys += [key for pair in found.pairs.values() for key in pair]
-        sound = all(type(key) is str and len(key) == KEY_LENGTH and key.isascii() for key in keys)
+        sound = all(type(key) is str and len(key) == KEY_LENGTH and Z85.issuperset(key) for key in keys)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
@@ -6686,11 +6737,31 @@ def write_keys(path: str, keys: Keys) -> None:
                          ) from None
 
 
-def replace_keys(path: str, keys: Keys) -> None:
-    """Change a cloud's key file as a whole, one of us at a time. Raises SetupError."""
+@contextlib.contextmanager
+def changing(path: str) -> Iterator[Callable[[Keys], None]]:
+    """For a change of a cloud's key file: what writes it, as a whole. One of us at a time, from before
+    the file is read. Raises SetupError."""
     path = os.path.realpath(path)
-    write_keys(path + ".new", keys)
-    os.replace(path + ".new", path)
+
+    def replace(keys: Keys) -> None:
+        new = f"{path}.{os.urandom(4).hex()}"
+        try:
+            write_keys(new, keys)
+            os.replace(new, path)
+        except OSError as error:
+            raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+    try:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SetupError(f"cannot change {printable(path)}: {error.strerror}") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield replace
+    finally:
+        os.close(folder)
 
 
 # === Command line =====================================================================
@@ -7022,10 +7093,12 @@ def run_completion(settings: argparse.Namespace) -> int:
     return 0
 
 
-def incarnation() -> str:
-    """A name for this process that no other has, and a person can place."""
+def incarnation(keys: Optional[Keys] = None) -> str:
+    """A name for this process that no other has, and a person can place; with keys, one that is ours
+    as a worker."""
     host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
-    return f"{host[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
+    name = f"{host[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
+    return f"{name}.{fingerprint(keys.pairs[WORKER_ROLE].public)}" if keys else name
 
 
 def announce(text: str) -> None:
@@ -7044,6 +7117,16 @@ def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys
         raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
     path = "" if settings.insecure else find_key(settings.key)
     return path, keys_for(path, role) if path else None
+
+
+def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Optional[Keys]:
+    """The keys to connect with; None without, of which the user is warned if that is not what was
+    asked for. Raises UsageError, SetupError."""
+    _, keys = keys_of(settings, role)
+    if keys is None and not settings.insecure and not is_loopback(resolve(address)):
+        complain(f"warning: there is no key, so nothing is encrypted, and whoever poses as {address} "
+                 f"is believed (see testcloud.py keygen; --insecure says no more about it)")
+    return keys
 
 
 def keys_for(path: str, role: str) -> Keys:
@@ -7072,10 +7155,8 @@ def run_broker(settings: argparse.Namespace) -> int:
                              f"(--insecure does without, and lets anybody run commands here)")
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=True)))
-        gate = None if keys is None else Gate(loop, path, keys)
-        if gate is not None:
-            stack.enter_context(contextlib.closing(gate))
-        broker = Broker(incarnation(), times_from(settings), bool(upstream), time.monotonic())
+        gate = stack.enter_context(contextlib.closing(Gate(loop, path)))
+        broker = Broker(incarnation(above), times_from(settings), bool(upstream), time.monotonic())
         node = loop.add(broker, {})
         clients = RouterLink(loop, node, CLIENTS, places[0], gate)
         workers = RouterLink(loop, node, WORKERS, places[1], gate)
@@ -7149,14 +7230,20 @@ def run_keygen(settings: argparse.Namespace) -> int:
     own = find_key(settings.key)
     if not own:
         raise SetupError("there is no cloud's key yet: make it first, with: testcloud.py keygen")
-    keys = read_keys(own)
-    if not keys.serve(BROKER_ROLE):
-        raise SetupError(f"{printable(own)} is one holder's key: only with the cloud's own one can "
-                         f"keys be made or revoked (see --key)")
-    if settings.revoke:
-        revoke(own, keys, settings.revoke)
-    else:
-        add_holder(own, keys, settings.role, settings.name or settings.role, settings.file)
+    with changing(own) as replace:
+        keys = read_keys(own)
+        if not keys.serve(BROKER_ROLE):
+            raise SetupError(f"{printable(own)} is one holder's key: only with the cloud's own one can "
+                             f"keys be made or revoked (see --key)")
+        if settings.revoke:
+            replace(without_holder(keys, settings.revoke))
+            announce(f"Revoked the key of {settings.revoke}")
+        else:
+            name = settings.name or settings.role
+            path = settings.file or f"testcloud-{name}.key"
+            replace(with_holder(keys, settings.role, name, path))
+            announce(f"Wrote {printable(path, 1000)}: copy it to the {settings.role}'s machine, as "
+                     f"{KEY_FILE} beside the script")
     return 0
 
 
@@ -7164,33 +7251,36 @@ def make_cloud(path: str) -> None:
     broker = new_pair()
     pairs = {role: new_pair() for role in ROLE_OF.values()}
     write_keys(path, Keys(broker.public, broker.secret, pairs))
-    announce(f"Wrote {path}: the key of a new cloud, for machines that you trust with all of it")
+    announce(f"Wrote {printable(path, 1000)}: the key of a new cloud, for machines that you trust "
+             f"with all of it")
 
 
-def revoke(own: str, keys: Keys, name: str) -> None:
+def without_holder(keys: Keys, name: str) -> Keys:
+    """Raises UsageError if there is no such holder."""
     rest = tuple(who for who in keys.holders if who.name != name)
     if rest == keys.holders:
-        names = ", ".join(who.name for who in keys.holders) or "nobody"
+        names = ", ".join(printable(who.name) for who in keys.holders) or "nobody"
         raise UsageError(f"no key has been made for {printable(name)}: there are those of {names}")
-    replace_keys(own, keys._replace(holders=rest))
-    announce(f"Revoked the key of {name}")
+    return keys._replace(holders=rest)
 
 
-def add_holder(own: str, keys: Keys, role: str, name: str, path: Optional[str]) -> None:
-    """A key file for one role, and its name in the cloud's own."""
-    if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum():
-        raise UsageError("a name has letters, digits, - and _ only")
+def with_holder(keys: Keys, role: str, name: str, path: str) -> Keys:
+    """With one more holder, whose own file is written. Raises UsageError, SetupError."""
+    if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum() or len(name) > 100:
+        raise UsageError("a name has letters, digits, - and _ only, up to 100 of them")
     if any(who.name == name for who in keys.holders):
         raise UsageError(f"there is a key of {name} already: choose another --name, or --revoke it")
-    pair, path = new_pair(), path or f"testcloud-{name}.key"
+    pair = new_pair()
+    more = keys._replace(holders=(*keys.holders, Holder(name, role, pair.public)))
+    if len(more.to_json()) > MAX_KEY_FILE:
+        raise UsageError(f"there are {len(keys.holders)} names already, as many as fit: --revoke some")
     write_keys(path, Keys(keys.broker, pairs={role: pair}))
-    replace_keys(own, keys._replace(holders=(*keys.holders, Holder(name, role, pair.public))))
-    announce(f"Wrote {path}: copy it to the {role}'s machine, as {KEY_FILE} beside the script")
+    return more
 
 
 def run_worker(settings: argparse.Namespace) -> int:
     address = broker_address(settings, WORKER_PORT)
-    _, keys = keys_of(settings, WORKER_ROLE)
+    keys = keys_to_connect(settings, WORKER_ROLE, address)
     return supervise(lambda control: work(settings, address, keys, control))
 
 
@@ -7198,7 +7288,7 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
     """What a worker does, below its supervisor."""
     if control >= 0:
         leave_terminal()
-    worker = Worker(incarnation(), settings.slots or usable_cpus(), settings.weight,
+    worker = Worker(incarnation(keys), settings.slots or usable_cpus(), settings.weight,
                     socket.gethostname(), times_from(settings), settings.wait, address,
                     settings.drain, settings.label, settings.max_load)
     with contextlib.closing(Loop(sockets=True)) as loop:
@@ -7478,8 +7568,9 @@ def wants_progress(settings: argparse.Namespace) -> bool:
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     """What a client does; below a supervisor if it runs the commands itself."""
     times, slots = times_from(settings), settings.slots or usable_cpus()
-    keys = None if settings.local else keys_of(settings, CLIENT_ROLE)[1]
-    client = Client(os.urandom(16).hex(), times, settings.wait, address, socket.gethostname(),
+    keys = None if settings.local else keys_to_connect(settings, CLIENT_ROLE, address)
+    run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
+    client = Client(run, times, settings.wait, address, socket.gethostname(),
                     wishes_of(settings))
     client.timings = known_timings(settings)
     done, cwd = resumed(settings), working_directory(settings.cwd)
@@ -7585,7 +7676,7 @@ def conclude(settings: argparse.Namespace, client: Client, reports: Reports, don
 
 def run_status(settings: argparse.Namespace) -> int:
     address = broker_address(settings, CLIENT_PORT)
-    _, keys = keys_of(settings, CLIENT_ROLE)
+    keys = keys_to_connect(settings, CLIENT_ROLE, address)
     screen = settings.watch and not settings.json and sys.stdout.isatty()
     viewer = Viewer(address, settings.wait, STATUS_INTERVAL if settings.watch else math.inf)
 
