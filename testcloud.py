@@ -85,14 +85,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 # ruff: noqa: E402
 import argparse
-import base64
 import codecs
 import contextlib
 import errno
 import functools
 import hashlib
 import heapq
-import html
 import itertools
 import json
 import logging
@@ -111,7 +109,6 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from datetime import datetime, timezone
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -130,7 +127,6 @@ from typing import (
     Tuple,
     Union,
 )
-from xml.sax.saxutils import escape, quoteattr
 
 with contextlib.suppress(ImportError):  # on Windows, which main() refuses with better words
     import fcntl
@@ -668,8 +664,14 @@ class Machine:
     def refused(self, link: str, why: str, now: Seconds) -> None:
         """The link to the broker cannot come up, and why."""
 
+    def has_key(self, mark: str) -> None:
+        """There is a key to connect with, and this is its fingerprint."""
+
     def identified(self, link: str, peer: Peer, key: str) -> None:
         """Of a new connection: the public key that its peer has proven to have."""
+
+    def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
+        """Its key is not accepted any more, and it has been cut off."""
 
     def overslept(self, gap: Seconds, now: Seconds) -> None:
         """The process was stopped, or busy, for so long after something was due."""
@@ -891,6 +893,14 @@ class Member(Machine):
         self.now = now
         self.session.trouble = why
         self.settle()
+
+    def has_key(self, mark: str) -> None:
+        if self.session.patience == math.inf:  # we have never joined: our name may still change
+            self.rename(mark)
+
+    def rename(self, mark: str) -> None:
+        """Take a name that goes with this key."""
+        raise NotImplementedError
 
     def on_who(self, message: Message) -> None:
         if self.session.joined:
@@ -1484,6 +1494,15 @@ class Broker(Machine):
     def identified(self, link: str, peer: Peer, key: str) -> None:
         self.keyed = True
         self.keys[link, peer] = key
+
+    def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        why = "has no valid key any more"
+        if link == CLIENTS and peer in self.run_of:
+            self.forget_client(self.clients[self.run_of[peer]], why)
+        elif link == WORKERS and peer in self.workers:
+            self.forget_worker(self.workers[peer], why, "")
+        self.settle()
 
     def mark_of(self, link: str, peer: Peer) -> str:
         """What the names have in them that this peer may use. Raises ProtocolError."""
@@ -2521,6 +2540,9 @@ class Worker(Member):
             fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
         return fields
+
+    def rename(self, mark: str) -> None:
+        self.name = f"{self.name.partition('.')[0]}.{mark}"
 
     def accepts(self, link: str, verb: str) -> bool:
         return self.session.accepts(verb)
@@ -3723,6 +3745,9 @@ class Client(Member):
         if joining:
             fields.update(unreported=list(self.window), host=self.host, version=__version__)
         return fields
+
+    def rename(self, mark: str) -> None:
+        self.run = mark + self.run
 
     def accepts(self, link: str, verb: str) -> bool:
         return self.session.accepts(verb) and not self.left
@@ -4962,6 +4987,7 @@ def in_seconds(ms: float) -> str:
 
 def iso_time(since_1970: float) -> str:
     """A time as in ISO 8601; "" if it is unknown, or nonsense of a worker's clock."""
+    from datetime import datetime, timezone
     with contextlib.suppress(OverflowError, OSError, ValueError):
         if since_1970 > 0:
             return datetime.fromtimestamp(since_1970, timezone.utc).isoformat(timespec="seconds")
@@ -4979,10 +5005,12 @@ def xml_legal(text: str) -> str:
 
 
 def xml_text(text: str) -> str:
+    from xml.sax.saxutils import escape
     return escape(xml_legal(text))
 
 
 def xml_tag(name: str, attributes: Dict[str, str]) -> str:
+    from xml.sax.saxutils import quoteattr
     said = "".join(f" {key}={quoteattr(xml_legal(value))}" for key, value in attributes.items())
     return f"<{name}{said}>"
 
@@ -5031,9 +5059,14 @@ def one_line(text: str) -> str:
     return readable(text).replace("\n", "\\n")
 
 
+def html_escape(text: str, quote: bool = True) -> str:
+    import html  # late, as others that only reports need: each takes time at every start
+    return html.escape(text, quote)
+
+
 def html_line(text: str) -> str:
     """A text from outside as one line of HTML, for an attribute too."""
-    return html.escape(one_line(text))
+    return html_escape(one_line(text))
 
 
 def took_words(ms: float) -> str:
@@ -5066,7 +5099,7 @@ def output_html(parts: Iterable[bytes], end: int) -> str:
     head, left_out, tail = both_ends(parts, end, end)
     if not left_out:
         head, tail = head + tail, b""
-    first, last = (html.escape(readable(part.decode("utf-8", "replace").replace("\r\n", "\n")), False)
+    first, last = (html_escape(readable(part.decode("utf-8", "replace").replace("\r\n", "\n")), False)
                    for part in (head, tail))
     cut = f"<mark>{left_out:,} bytes left out</mark>" if left_out else ""
     return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
@@ -5084,7 +5117,7 @@ def html_entry(outcome: Outcome, output: str) -> str:
     """A command that asks for attention."""
     where = f"; {html_line(outcome.host)}, slot {outcome.slot} of {html_line(outcome.worker)}, "
     return (f'<article id="c{outcome.seq}"><h3>{html_name(outcome)}</h3>\n'
-            f"<p>{html_badge(outcome.verdict)} {html.escape(ending_words(outcome))}"
+            f"<p>{html_badge(outcome.verdict)} {html_escape(ending_words(outcome))}"
             f"{where + took_words(outcome.spent) if outcome.host else ''}</p>\n{output}</article>\n")
 
 
@@ -5148,6 +5181,7 @@ def page_headline(counts: Dict[str, int]) -> str:
 def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
               facts: Sequence[Tuple[str, str]]) -> Iterator[str]:
     """The page, in pieces that are UTF-8 without exception."""
+    import base64
     outcomes = sorted(outcomes, key=lambda outcome: outcome.seq)
     counts = Counter(outcome.verdict for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.verdict == "FAIL"]
@@ -6153,9 +6187,10 @@ class RouterLink(SocketLink):
         self.users: Dict[Peer, str] = {}  # their public keys, if there is a gate
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
-        self.unmet: Set[int] = set()  # descriptors of connections that have not said anything yet
+        # by descriptor: from where the connections are that have not said anything yet
+        self.unmet: Dict[int, str] = {}
         self.silent: Dict[int, int] = {}  # by descriptor: the Guard's
-        self.told = 0  # connections that failed, and it was said why
+        self.failed: Deque[int] = deque()  # events of handshakes that failed, before the closing
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
         self.limit = raise_limit()  # of open files: one for each peer
         self.bound = False
@@ -6221,11 +6256,6 @@ class RouterLink(SocketLink):
     def notice(self, now: Seconds) -> None:
         news = list(self.events())
         self.news += news
-        if any(event in (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-               for event, _ in news):
-            self.loop.refusals.tell(now, f"somebody could not connect to {self.address}: " + (
-                "with another key, with none, or with no program of ours" if self.keyed else
-                "with a key, and we have none (testcloud.py keygen), or with no program of ours"))
         if any(event == zmq.EVENT_ACCEPTED and file >= self.limit - SPARE for event, file in news):
             limit, self.limit = self.limit, sys.maxsize  # said once
             complain(f"no more peers can connect: this process may have only {limit} open files; "
@@ -6294,18 +6324,28 @@ class RouterLink(SocketLink):
         news, self.news = self.news, []
         for event, descriptor in news:
             if event == zmq.EVENT_ACCEPTED:
-                self.unmet.add(descriptor)
+                self.unmet[descriptor] = place_of(descriptor)
             elif event != zmq.EVENT_DISCONNECTED:
-                self.told += 1
+                self.failed.append(event)
             elif descriptor in self.peers:
                 self.gone(self.peers[descriptor], now)
-            elif self.told:
-                self.told -= 1
-                self.unmet.discard(descriptor)
             elif descriptor in self.unmet:
-                self.unmet.remove(descriptor)
-                self.loop.refusals.tell(now, f"somebody came to {self.address} and left without a "
-                                             f"word: no program of ours (browser, ssh, port scan?)")
+                self.tell_refusal(self.unmet.pop(descriptor),
+                                  self.failed.popleft() if self.failed else 0, now)
+
+    def tell_refusal(self, place: str, event: int, now: Seconds) -> None:
+        """Say who has not got in, and why; event 0: it left by itself. (The gate has told already about
+        keys that it does not accept.)"""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return
+        why = "left without a word: no program of ours (browser, ssh, port scan?)"
+        if event and self.keyed:
+            why = ("could not connect: it has the key of another cloud, or none, or is no program of "
+                   f"ours; it needs a copy of our {KEY_FILE}")
+        elif event:
+            why = ("could not connect: it has a key, and we have none (testcloud.py keygen), or is no "
+                   "program of ours")
+        self.loop.refusals.tell(now, f"somebody at {place}, who came to {self.address}, {why}")
 
     def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
         """Note the descriptor of a peer's connection, if it is new."""
@@ -6326,7 +6366,7 @@ class RouterLink(SocketLink):
         self.news = [row for at, row in enumerate(self.news) if at not in old]
         self.peers[descriptor] = peer
         self.known[peer] = descriptor
-        self.unmet.discard(descriptor)
+        self.unmet.pop(descriptor, None)
         if self.keyed:
             self.users[peer] = frame.get("User-Id")
             self.node.machine.identified(self.name, peer, self.users[peer])
@@ -6359,6 +6399,14 @@ def borrowed(file: int) -> Iterator[socket.socket]:
         yield connection
     finally:
         connection.detach()
+
+
+def place_of(file: int) -> str:
+    """From where a connection comes, for people."""
+    with contextlib.suppress(OSError), borrowed(file) as connection:
+        place = connection.getpeername()
+        return printable(str(place[0])) if place else "this machine"
+    return "an unknown place"
 
 
 def received(connection: socket.socket) -> int:
@@ -6465,7 +6513,7 @@ class Gate:
             facts = os.stat(self.path)
         except OSError:
             return ()
-        return facts.st_ino, facts.st_mtime_ns, facts.st_size
+        return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
 
     def refresh(self) -> None:
         """Read the key file again if it has changed: keys were made, or revoked."""
@@ -6486,10 +6534,11 @@ class Gate:
             logging.warning("%s is the key of another cloud: restart the broker to use it", self.path)
             return
         self.use(keys)
-        logging.info("read the keys again: %d names", len(keys.holders))
+        logging.info("read the keys again: of %d holders", len(keys.holders))
         for link in self.links:
             for peer in list(link.users):
-                link.is_welcome(peer)
+                if not link.is_welcome(peer):
+                    link.node.machine.revoked(link.name, peer, now)
 
 
 def z85(public: bytes) -> str:
@@ -6516,17 +6565,22 @@ class Refusals:
 class DealerLink(SocketLink):
     """The link of a client, a worker or a chained broker to its broker."""
 
-    def __init__(self, loop: Loop, node: Node, name: str, address: str, server: str = "",
-                 pair: Optional[Pair] = None) -> None:
+    def __init__(self, loop: Loop, node: Node, name: str, address: str, role: str = "",
+                 keys: Optional[Keys] = None, hint: str = "",
+                 renew: Callable[[], Optional[Keys]] = lambda: None) -> None:
         super().__init__(loop, node, name, address)
         self.up = False
+        self.reached = False  # something listens there
         self.refused = False  # then libzmq may not try again, so we do
-        self.server = server  # the broker's public key, if there are keys
-        self.pair = pair
+        self.role = role
+        self.keys = keys
+        self.hint = hint  # how to get a key
+        self.renew = renew  # other keys than before, if there are any
         self.connect()
 
     def connect(self) -> None:
         self.open(zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+                  | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
                   | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
                   | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         self.socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a broker that is not there
@@ -6539,27 +6593,31 @@ class DealerLink(SocketLink):
                              f"that the address of a broker?") from None
 
     def protect(self) -> None:
-        if self.pair is not None:
-            self.socket.setsockopt(zmq.CURVE_SERVERKEY, self.server.encode())
-            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, self.pair.public.encode())
-            self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.pair.secret.encode())
+        if self.keys is not None:
+            pair = self.keys.pairs[self.role]
+            self.socket.setsockopt(zmq.CURVE_SERVERKEY, self.keys.broker.encode())
+            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public.encode())
+            self.socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret.encode())
 
     def why_refused(self, event: int) -> str:
         """What a failed handshake means."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return (f"the broker at {self.address} does not accept our key: it has been revoked, or "
-                    f"is for another role; ask for a new one (testcloud.py keygen --role ...)")
-        if self.pair is None:
-            return (f"what listens at {self.address} wants a key, or is no broker: copy the cloud's "
-                    f"{KEY_FILE} beside this script (see --key)")
+            return (f"the broker at {self.address} does not accept our key: it has been revoked, or is "
+                    f"for another role (a new one: testcloud.py keygen --role ...), or that is not the "
+                    f"port for {self.role}s")
+        if self.keys is None:
+            return f"what listens at {self.address} wants a key, or is no broker: {self.hint}"
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             return (f"what listens at {self.address} uses no key, or is no broker: start the broker "
                     f"again, now that there is a key (or use --insecure here as well)")
-        return (f"the broker at {self.address} has another key than ours: copy the {KEY_FILE} of its "
-                f"cloud to this machine")
+        return f"the broker at {self.address} has another key than ours: {self.hint}"
 
     def retry(self, now: Seconds) -> None:
         if self.refused:
+            keys = self.renew()
+            if keys is not None:
+                self.keys = keys
+                self.node.machine.has_key(fingerprint(keys.pairs[self.role].public))
             self.reset()
         else:
             super().retry(now)
@@ -6574,6 +6632,9 @@ class DealerLink(SocketLink):
 
     def notice(self, now: Seconds) -> None:
         for event, _ in self.events():
+            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
+                self.note_listener(event == zmq.EVENT_CONNECTED, now)
+                continue
             self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.late.clear()
             if not self.up and event != zmq.EVENT_DISCONNECTED:
@@ -6585,6 +6646,16 @@ class DealerLink(SocketLink):
                 self.node.machine.connected(self.name, now)
             else:
                 self.node.machine.disconnected(self.name, b"", now)
+
+    def note_listener(self, reached: bool, now: Seconds) -> None:
+        """Whether something listens there, of which we do not know yet what it is. A retry tells that
+        nothing does, unless a connection was there before it."""
+        if reached and not self.refused:
+            self.node.machine.refused(self.name, f"something listens at {self.address} that does not "
+                                      f"answer as a broker: are host and port right?", now)
+        elif not reached and not self.reached:
+            self.node.machine.refused(self.name, "", now)
+        self.reached = reached
 
     def receive_one(self, now: Seconds) -> bool:
         try:
@@ -6667,7 +6738,8 @@ def keys_from_json(text: str) -> Keys:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         sound = False
     if not sound or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
-        raise ValueError("it is no key file, or damaged; make one with: testcloud.py keygen")
+        raise ValueError("it is no key file, or damaged: copy it again (a new cloud's: testcloud.py "
+                         "keygen)")
     return found
 
 
@@ -6688,7 +6760,8 @@ def find_key(given: Optional[str]) -> str:
     if named:
         return named
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    places = [beside_script(KEY_FILE), os.path.join(config, "testcloud", KEY_FILE)]
+    real = os.path.join(os.path.dirname(os.path.realpath(__file__)), KEY_FILE)
+    places = [beside_script(KEY_FILE), real, os.path.join(config, "testcloud", KEY_FILE)]
     return next(filter(os.path.lexists, places), "")
 
 
@@ -7113,6 +7186,8 @@ def announce(text: str) -> None:
 
 def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys]]:
     """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
+    if settings.key == "":
+        raise UsageError("--key needs the name of a file")
     if settings.insecure and settings.key:
         raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
     path = "" if settings.insecure else find_key(settings.key)
@@ -7120,12 +7195,13 @@ def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys
 
 
 def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Optional[Keys]:
-    """The keys to connect with; None without, of which the user is warned if that is not what was
-    asked for. Raises UsageError, SetupError."""
+    """The keys to connect with; None without, then only to this machine, unless that is insisted on.
+    Raises UsageError, SetupError."""
     _, keys = keys_of(settings, role)
     if keys is None and not settings.insecure and not is_loopback(resolve(address)):
-        complain(f"warning: there is no key, so nothing is encrypted, and whoever poses as {address} "
-                 f"is believed (see testcloud.py keygen; --insecure says no more about it)")
+        raise UsageError(f"without a key only a broker on this machine is believed, and {address} is "
+                         f"on another: copy the cloud's {KEY_FILE} beside this script (see --key; "
+                         f"--insecure does without, and believes whoever answers)")
     return keys
 
 
@@ -7170,17 +7246,25 @@ def run_broker(settings: argparse.Namespace) -> int:
                          f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
                          f"results")
         if upstream:
-            connect(loop, node, upstream, WORKER_ROLE, above)
+            DealerLink(loop, node, BROKER, upstream, WORKER_ROLE, above, "have a key made there "
+                       "(testcloud.py keygen --role worker), and name it with --upstream-key")
             announce(f"Joining the broker at {upstream}")
         return loop.run()
 
 
-def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys]) -> None:
-    """A link to the broker, for that role."""
-    if keys is None:
-        DealerLink(loop, node, BROKER, address)
-    else:
-        DealerLink(loop, node, BROKER, address, keys.broker, keys.pairs[role])
+def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys],
+            settings: argparse.Namespace) -> None:
+    """A link to the broker, for that role. A key that is there later is used then."""
+    def renew() -> Optional[Keys]:
+        nonlocal keys
+        with contextlib.suppress(UsageError, SetupError):
+            found = keys_of(settings, role)[1]
+            if found is not None and found != keys:
+                keys = found
+                return found
+        return None
+    DealerLink(loop, node, BROKER, address, role, keys,
+               f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
 
 
 class LoadMeter:
@@ -7222,6 +7306,8 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool,
 
 
 def run_keygen(settings: argparse.Namespace) -> int:
+    if "" in (settings.name, settings.key, settings.revoke, settings.file):
+        raise UsageError("keygen needs names that are not empty")
     if settings.role and settings.revoke or settings.name and not settings.role:
         raise UsageError("--name goes with --role, and --revoke with neither")
     if not settings.role and not settings.revoke:
@@ -7237,7 +7323,8 @@ def run_keygen(settings: argparse.Namespace) -> int:
                              f"keys be made or revoked (see --key)")
         if settings.revoke:
             replace(without_holder(keys, settings.revoke))
-            announce(f"Revoked the key of {settings.revoke}")
+            announce(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: that counts "
+                     f"for the broker that reads this file")
         else:
             name = settings.name or settings.role
             path = settings.file or f"testcloud-{name}.key"
@@ -7260,7 +7347,7 @@ def without_holder(keys: Keys, name: str) -> Keys:
     rest = tuple(who for who in keys.holders if who.name != name)
     if rest == keys.holders:
         names = ", ".join(printable(who.name) for who in keys.holders) or "nobody"
-        raise UsageError(f"no key has been made for {printable(name)}: there are those of {names}")
+        raise UsageError(f"there is no key of {printable(name)} (any more), only of: {names}")
     return keys._replace(holders=rest)
 
 
@@ -7294,7 +7381,7 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
     with contextlib.closing(Loop(sockets=True)) as loop:
         node, runner = attach_runner(loop, worker, control >= 0, settings.nice)
         loop.between.append(LoadMeter(worker).look)
-        connect(loop, node, address, WORKER_ROLE, keys)
+        connect(loop, node, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {worker.slots} slot"
                  f"{'' if worker.slots == 1 else 's'}")
@@ -7613,7 +7700,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
         else:
-            connect(loop, node, address, CLIENT_ROLE, keys)
+            connect(loop, node, address, CLIENT_ROLE, keys, settings)
         status = loop.run()
         take_bar_away()
         complete = client.status is None and status in (0, 1)
@@ -7692,7 +7779,7 @@ def run_status(settings: argparse.Namespace) -> int:
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         if screen:
             stack.enter_context(whole_screen(loop))
-        connect(loop, node, address, CLIENT_ROLE, keys)
+        connect(loop, node, address, CLIENT_ROLE, keys, settings)
         loop.post(viewer.tick)
         return loop.run()
 
