@@ -2847,7 +2847,9 @@ def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
     if up:
         return (f"waiting for an answer: something listens at {address}, but it does not answer "
                 f"as a broker does to a {role}; is that the port for {role}s?")
-    return f"waiting: no broker at {address} (yet); start one with: testcloud.py broker"
+    here = "//localhost:" in address or is_loopback(address)
+    return f"waiting: no broker at {address} (yet); start one with: testcloud.py broker" + (
+        "" if here else f" (there; with {KEY_FILE}, or it listens to its own machine only)")
 
 
 def broker_is_silent(address: str) -> str:
@@ -7240,6 +7242,10 @@ def run_broker(settings: argparse.Namespace) -> int:
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         announce(f"Listening for clients on {clients.address}")
         announce(f"Listening for workers on {workers.address}")
+        if keys is not None:
+            logging.info("encrypted, and only for those with a key: %s", printable(path, 1000))
+        elif not settings.insecure:
+            logging.info("for this machine only, as there is no key (testcloud.py keygen)")
         for link in (clients, workers):
             if keys is None and not is_loopback(link.address):
                 complain(f"warning: {link.address} can be reached from the network, without a key: "
