@@ -6928,14 +6928,12 @@ positive.__name__ = "positive number"  # how argparse calls them in its errors
 seconds.__name__ = "number of seconds"
 
 KEY = option("--key", metavar="FILE",
-             help=f"the cloud's key (default: $TESTCLOUD_KEY_FILE, {KEY_FILE} beside the script, "
-                  f"~/.config/testcloud/{KEY_FILE})")
+             help="key file (else: $TESTCLOUD_KEY_FILE, beside the script)")
 INSECURE = option("--insecure", action="store_true",
-                  help="use no key: nothing is encrypted, and whoever reaches the broker can run "
-                       "commands on its workers")
+                  help="without a key: unencrypted, and open to everybody")
 VERBOSE = option("-v", "--verbose", action="store_true", help="say more on stderr")
 WAIT = option("--wait", type=seconds, default=math.inf, metavar="TIME",
-              help="give up, with status 3, after waiting so long for a broker, worker or slot")
+              help="give up (status 3) after waiting so long")
 
 
 def time_option(name: str, help: str) -> Option:
@@ -6946,15 +6944,12 @@ def time_option(name: str, help: str) -> Option:
                   help=f"{help} (default: {default})")
 
 
-def connect_option(port: int) -> Option:
-    return option("--connect", metavar="ADDR", help=f"the broker (default: $TESTCLOUD_BROKER, or "
-                                                    f"tcp://localhost:{port})")
-
-
-READY_INTERVAL = time_option("ready_interval", "say that we are there this often")
-MISSED_OKS = time_option("missed_oks", "unanswered so often, take a new connection")
-CRASH_LIMIT = time_option("crash_limit", "so many workers lost with a command: it has failed")
-KILL_GRACE = time_option("kill_grace", "between SIGTERM and SIGKILL for a command")
+CONNECT = option("--connect", metavar="ADDR",
+                 help="the broker (default: $TESTCLOUD_BROKER or localhost)")
+READY_INTERVAL = time_option("ready_interval", "say so often that we are there")
+MISSED_OKS = time_option("missed_oks", "unanswered: connect anew")
+CRASH_LIMIT = time_option("crash_limit", "fail what lost so many workers")
+KILL_GRACE = time_option("kill_grace", "from SIGTERM to SIGKILL")
 SHELLS = ("bash", "zsh", "fish")
 
 Groups = List[Tuple[str, List[Option]]]
@@ -6962,67 +6957,62 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
             option("--clients", metavar="ADDR",
-                   help=f"listen here for clients (default: tcp://*:{CLIENT_PORT}; without a key "
-                        f"tcp://127.0.0.1:{CLIENT_PORT})"),
+                   help=f"listen for clients (default: port {CLIENT_PORT})"),
             option("--workers", metavar="ADDR",
-                   help=f"listen here for workers (default: tcp://*:{WORKER_PORT}; without a key "
-                        f"tcp://127.0.0.1:{WORKER_PORT})"),
-            option("--upstream", metavar="ADDR",
-                   help="join the broker at ADDR as a worker with all our workers' slots"),
-            option("--upstream-key", metavar="FILE",
-                   help="a worker's key for that, if it is of another cloud (default: our own)"),
+                   help=f"listen for workers (default: port {WORKER_PORT})"),
+            option("--upstream", metavar="ADDR", help="join that broker with all our slots"),
+            option("--upstream-key", metavar="FILE", help="a worker's key for it (default: our own)"),
             KEY, INSECURE, VERBOSE]),
         ("times", [
-            time_option("queued_timeout", "a command not confirmed in time goes to another worker"),
-            time_option("worker_expiry", "forget a worker that was silent for so long"),
-            time_option("client_lease", "drop the commands of a client that was silent for so long"),
-            time_option("lost_grace", "a worker may take so long to connect again"),
+            time_option("queued_timeout", "for a worker to confirm a command"),
+            time_option("worker_expiry", "forget workers silent for so long"),
+            time_option("client_lease", "forget clients silent for so long"),
+            time_option("lost_grace", "for a worker to connect again"),
             CRASH_LIMIT, READY_INTERVAL, MISSED_OKS])]),
     "worker": ("run commands for a broker", [
-        ("where", [connect_option(WORKER_PORT), KEY, INSECURE, WAIT, VERBOSE]),
+        ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE]),
         ("what it takes", [
             option("-j", "--slots", type=positive, default=0, metavar="N",
-                   help="commands to run at once (default: the CPUs this process may use)"),
+                   help="commands at once (default: the CPUs we may use)"),
             option("--weight", type=weight, default=0, metavar="W",
-                   help="workers of higher weight are used first (default: 0)"),
+                   help="the heaviest are used first (default: 0)"),
             option("--label", action="append", default=[], type=label, metavar="NAME",
-                   help="for commands that need it (client --need NAME); may be repeated"),
+                   help="for client --need NAME; may be repeated"),
             option("--max-load", type=load_limit, default=math.inf, metavar="X",
-                   help="take nothing more while the load average is X or higher"),
+                   help="take nothing more at a load average from X on"),
             option("--nice", type=natural, default=0, metavar="N",
-                   help="run commands with a priority lower by N (default: 0)"),
+                   help="run commands with less priority (default: 0)"),
             option("--drain", type=seconds, default=0.0, metavar="TIME",
-                   help="when told to stop, give running commands so long to end (default: 0)")]),
+                   help="for running commands when told to stop (default: 0)")]),
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
             option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
-                   help="a command for each line of stdin: {} is the line (shell-quoted; appended if "
-                        "there is no {}), {#} its number; without, lines are commands"),
+                   help="command for each line: {} the line, {#} its number"),
             option("-0", "--null", action="store_true", help="NUL ends a line of stdin, not newline"),
             option("-C", "--cwd", metavar="DIR",
-                   help="directory to run in, on the worker (default: the current one)"),
+                   help="directory on the worker (default: the current one)"),
             option("--env", action="append", default=[], metavar="NAME",
-                   help="set this variable as it is here (or: NAME=VALUE); may be repeated"),
+                   help="set a variable as it is here; also: NAME=VALUE"),
             option("--dry-run", action="store_true", help="only print the commands")]),
         ("where", [
-            connect_option(CLIENT_PORT),
+            CONNECT,
             option("--local", action="store_true", help="run on this machine, without a broker"),
             option("-j", "--slots", type=positive, default=0, metavar="N",
-                   help="with --local: commands at once (default: the CPUs we may use)"),
+                   help="with --local: commands at once (default: the CPUs)"),
             option("--need", action="append", default=[], type=label, metavar="NAME",
-                   help="only on workers with this --label; may be repeated"),
+                   help="only on workers with this --label"),
             option("--serial", action="store_true", help="one command at a time"),
             KEY, INSECURE, WAIT]),
         ("failures", [
             option("--timeout", type=seconds, default=0.0, metavar="TIME",
-                   help="stop a command that runs longer, as failed (500ms, 30s, 5m, 2h, 1d)"),
+                   help="stop what runs longer: 500ms, 30s, 5m, 2h, 1d"),
             option("--retries", type=natural, default=0, metavar="N",
-                   help="try what fails up to N more times: on another host, on the first again ..."),
+                   help="try failures again, in turn on another host"),
             option("--fail-fast", nargs="?", type=positive, const=1, default=0, metavar="N",
                    help="stop everything after N failures (default: 1)"),
             option("--fail-on-flaky", action="store_true",
-                   help="what passes only sometimes, or only on some hosts, has failed"),
+                   help="what passes only at times, or in places, has failed"),
             option("--expect", metavar="HASH", help="fail if the result hash is another one"),
             CRASH_LIMIT, KILL_GRACE]),
         ("what to show", [
@@ -7030,55 +7020,49 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
                    help="a line at the bottom (default: on a terminal)"),
             option("-k", "--keep-order", action="store_true", help="results in order of the input"),
             option("--tag", action="store_true", help="lines of output after their command and a tab"),
-            option("--live", action="store_true", help="lines of output, tagged, as they come"),
-            option("--raw", action="store_true",
-                   help="the commands' own stdout and stderr; all else goes to stderr"),
+            option("--live", action="store_true", help="lines of output as they come, tagged"),
+            option("--raw", action="store_true", help="the commands' own stdout and stderr"),
             option("--json", action="store_true", help="a JSON object a line for each result"),
             option("-b", "--brief", action="store_true", help="leave the outputs out"),
             option("-f", "--fail-only", action="store_true", help="show failures only"),
             option("-s", "--slow", type=milliseconds, default=math.inf, metavar="MS",
                    help="underline what took longer than MS milliseconds"),
-            option("--color", choices=("auto", "always", "never"), default="auto",
-                   help="auto: on a terminal, unless NO_COLOR is set (default)"),
+            option("--color", choices=("auto", "always", "never"), default="auto", metavar="WHEN",
+                   help="auto (on a terminal; the default), always, never"),
             option("--max-output", type=byte_count, default=0, metavar="SIZE",
-                   help="keep so many bytes of each output (64k, 10M, 2G; default: all)"),
+                   help="keep so much of each output: 64k, 10M, 2G"),
             VERBOSE]),
         ("reports", [
             option("--joblog", metavar="FILE", help="a line for each result, as of GNU parallel"),
             option("--resume", action="store_true", help="leave out what the joblog has"),
             option("--resume-failed", action="store_true",
-                   help="leave out what has passed according to the joblog"),
+                   help="leave out what has passed by the joblog"),
             option("--junit", metavar="FILE", help="what Jenkins, GitLab and GitHub read"),
             option("--html", metavar="FILE", help="a page with a picture of the run"),
-            option("--timings", metavar="JOBLOG",
-                   help="begin with what took longest there (default: in earlier runs)")]),
+            option("--timings", metavar="JOBLOG", help="begin with what took longest there")]),
         ("times", [READY_INTERVAL, MISSED_OKS])]),
     "status": ("show who is in the cloud, and what they do", [
         ("what to show", [
-            connect_option(CLIENT_PORT),
+            CONNECT,
             option("--watch", action="store_true", help="again and again, until q or Ctrl-C"),
             option("--json", action="store_true", help="as JSON, an object a line"),
             option("--wait", type=seconds, default=5.0, metavar="TIME",
-                   help="give up, with status 3, after waiting so long for a broker (default: 5)"),
+                   help="give up (status 3) after waiting so long (default: 5)"),
             KEY, INSECURE, VERBOSE])]),
     "keygen": ("make the key of a cloud, or one for somebody who is to play one role in it", [
         ("what to make", [
             option("file", nargs="?", metavar="FILE",
-                   help=f"where to write it (default: {KEY_FILE} beside the script; with --role, "
+                   help=f"where (default: {KEY_FILE} beside the script; with --role: "
                         f"testcloud-NAME.key in the current directory)"),
-            option("--role", choices=tuple(ROLE_OF.values()),
-                   help="make a file for a worker's or a client's machine, with which nothing else can "
-                        "be done"),
-            option("--name", metavar="NAME",
-                   help="whose it is, to be able to revoke it (default: the role)"),
-            option("--revoke", metavar="NAME", help="that key is not accepted any more, from now on"),
+            option("--role", choices=tuple(ROLE_OF.values()), metavar="ROLE",
+                   help="a key for a worker or a client, and nothing else"),
+            option("--name", metavar="NAME", help="whose it is (default: the role)"),
+            option("--revoke", metavar="NAME", help="that one's key is not accepted any more"),
             KEY, VERBOSE])]),
     "completion": ("print what a shell needs to complete our options", [
-        ("for which", [option("shell", choices=SHELLS,
-                              help='as in: eval "$(testcloud.py completion bash)"')])]),
+        ("for which", [option("shell", choices=SHELLS, metavar="SHELL",
+                              help=f"one of {', '.join(SHELLS)}")])]),
 }
-
-
 USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "completion": " SHELL"}
 
 
@@ -7104,7 +7088,7 @@ def build_parser() -> argparse.ArgumentParser:
                                 usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
                                 add_help=False, allow_abbrev=False,
                                 formatter_class=functools.partial(
-                                    argparse.HelpFormatter, max_help_position=22))
+                                    argparse.HelpFormatter, max_help_position=25, width=80))
         for title, rows in groups:
             group = part.add_argument_group(title)
             for row in rows:
