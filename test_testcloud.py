@@ -1851,6 +1851,7 @@ class Actor:
         self.offset = 0.0  # and what that shows when the world begins
         self.slots = 1
         self.host = "h" + str(int(name[1:]) // 2)
+        self.labels = ()
         self.drain = 0.0
         self.commands = []  # of a client
         self.wishes = tc.Wishes()
@@ -1881,7 +1882,7 @@ class World:
     thieves."""
 
     MIX = ("crash", "pause", "cut_wire", "cut_wire", "swallow", "freeze", "terminate", "interrupt",
-           "steal")
+           "steal", "load")
 
     def __init__(self, seed, faults=None, adversary=False, story=False):
         self.r = random.Random(seed)
@@ -2305,7 +2306,10 @@ class World:
             if skewed:
                 actor.rate, actor.offset = r.uniform(0.8, 1.2), r.uniform(0, 1e6)
             if actor.role == "client" and r.random() < 0.3:
-                actor.wishes = tc.Wishes(timeout=r.choice([0, 3.0]), retries=r.choice([0, 2]))
+                actor.wishes = tc.Wishes(timeout=r.choice([0, 3.0]), retries=r.choice([0, 2, 3]),
+                                         needs=r.choice([(), (), ("l",)]), serial=r.random() < 0.2)
+            if actor.name == "w0" or r.random() < 0.2:
+                actor.labels = ("l",)
             if actor.role == "client" and r.random() < 0.05:
                 actor.commands[0] += "poison"
 
@@ -2333,7 +2337,7 @@ class World:
         elif actor.role == "worker":
             name += self.mark(actor)
             actor.machine = tc.Worker(name, actor.slots, host=actor.host, times=self.times,
-                                      drain=actor.drain)
+                                      drain=actor.drain, labels=actor.labels, max_load=3.0)
         else:
             actor.machine = tc.Client(f"{self.mark(actor)}run{actor.name}", self.times,
                                       wishes=actor.wishes)
@@ -2429,6 +2433,14 @@ class World:
             for way in self.r.choice([[0, 1], [0], [1]]):
                 actor.wire.last[way] = max(actor.wire.last[way], self.now + self.r.random() * 40)
 
+    def load(self, actor):
+        """Somebody works at a worker's machine, or has gone."""
+        if actor.role == "worker" and not actor.plain:
+            self.seen["load"] += 1
+            load = self.r.choice([0.0, 9.0])
+            self.do(actor, actor.generation, lambda m: (
+                m.loaded(load, actor.clock(self.now)), m.settle()))
+
     def steal(self, actor):
         """Somebody who has a key of their own, and knows all names, says what only this one may."""
         if not self.keyed or actor.plain or actor.wants is None or actor.wants[0].machine is None:
@@ -2512,6 +2524,9 @@ class World:
                 self.begin(actor)
             elif actor.wire is not None and (self.adversary or any(actor.wire.swallow)):
                 self.cut(actor.wire)
+            if actor.role == "worker" and not actor.plain:
+                self.do(actor, actor.generation, lambda m, a=actor: (
+                    m.loaded(0.0, a.clock(self.now)), m.settle()))
 
     # --- the run
 
@@ -2649,7 +2664,7 @@ class SimulationTest(unittest.TestCase):
                 "pause worker", "pause client", "overslept", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
-                "looked into", "forgotten",
+                "looked into", "load", "forgotten",
                 "stale result", "held results announced", "steal from a worker",
                 "steal from a client", *(set(tc.MESSAGES) - {"STATUS"}))
 
