@@ -7069,9 +7069,9 @@ class TerminalTest(unittest.TestCase):
             self.assertEqual(status, 0, out)
             self.assertEqual("/2 done, " in out or "/2+ done, " in out, shown, out)
             for line in out.split("\n"):
-                last = line.rstrip("\r").split("\r\x1b[K")[-1]
+                last = line.rstrip("\r").split("\r\x1b[J")[-1]
                 self.assertTrue("done, " not in last or line == out.split("\n")[-1], repr(line))
-            self.assertNotIn("done, ", re.split(r"\r\x1b\[K", out)[-1])
+            self.assertNotIn("done, ", re.split(r"\r\x1b\[J", out)[-1])
         with mock.patch.dict(os.environ, TERM="dumb"):
             client = self.start("client", "--local", "--timeout", "30")
         self.press(client, b"sleep 1.2\n\x04")

@@ -22,7 +22,7 @@ Between machines it needs a key, which broker, workers and clients find beside t
 
 Exit status of the client
     0  every command was run and exited with 0, in the end (--retries)
-    1  some command failed, or was flaky (--fail-on-flaky); the result hash is not as expected
+    1  some command failed, or was flaky (--fail-on-flaky), or the result hash is another
     2  wrong usage
     3  not everything could be run: no broker, no worker, or pyzmq is missing
     129, 130, 143  terminal closed, interrupted with Ctrl-C, ended by SIGTERM
@@ -4368,9 +4368,10 @@ class Bar:
             return
         dumb = os.environ.get("TERM", "dumb") == "dumb"
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone
-            room = max(10, screen_size(2)[0]) - 1
-            text = text[:room]
-            wipe = f"\r{' ' * min(self.drawn, room)}\r" if dumb else "\r\033[K"
+            columns = max(10, screen_size(2)[0])
+            text = text[:columns - 1]
+            up = "\033[A" * ((self.drawn - 1) // columns)  # if the terminal has become narrower
+            wipe = f"\r{' ' * min(self.drawn, columns - 1)}\r" if dumb else f"\r{up}\033[J"
             sys.stderr.write((wipe if self.drawn else "") + text)
             sys.stderr.flush()
         self.drawn = len(text)
