@@ -712,6 +712,23 @@ class BrokerTest(unittest.TestCase):
         self.overtake({"elsewhere": True, "on": "h1"}, {"elsewhere": True, "not_on": "h1"},
                       {"needs": ["l0"]})
 
+    def test_a_slot_is_not_kept_for_a_client_that_does_not_take_its_results(self):
+        d = self.desk
+        d.join(b"w", slots=1, labels=["gpu"])
+        d.join(b"v", slots=1)
+        for peer in (b"c", b"e"):
+            d.hello(peer, peer.decode())
+        d.submit(b"c", 1, needs=["gpu"])
+        d.takes(b"w", "c", 1)
+        d.submit(b"e", 1)
+        d.takes(b"v", "e", 1)
+        d.submit(b"c", 2, needs=["gpu"])
+        d.submit(b"e", 2)
+        d.letters.clear()
+        with mock.patch.object(tc, "CREDIT", 10):
+            d.ends(b"w", "c", 1)
+        d.expect(b"w", "{", token="e")
+
     def overtake(self, *wishes):
         for seed, wish in enumerate(wishes * (12 // len(wishes))):
             r, d = random.Random(seed), Desk()
@@ -3488,6 +3505,18 @@ class RunnerTest(unittest.TestCase):
         runner.go_on(math.inf)
         self.assertEqual(self.result(job).output.read(0, 99), b"%d\n" % (ours + 3))
         self.assertEqual(os.getpriority(os.PRIO_PROCESS, 0), ours)
+
+    def test_what_a_command_prints_at_once_is_told_before_its_end(self):
+        job = tc.Job(("r", 1, 1), {"cmd": "echo one; read x < fifo", "cwd": self.dir})
+        os.mkfifo(os.path.join(self.dir, "fifo"))
+        job.asked = 0
+        with mock.patch.object(tc, "QUICK", 0.5):
+            self.start_job(job)
+            with self.ended:
+                self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
+        with open(os.path.join(self.dir, "fifo"), "w") as fifo:
+            fifo.write("\n")
+        self.result(job)
 
     def test_what_a_command_prints_is_told_while_it_runs(self):
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 0.05; echo one; read x < fifo", "cwd": self.dir})

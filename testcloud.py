@@ -187,6 +187,7 @@ MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
+MAX_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
 RETRIES = 8  # of a client, that are looked at in turn: each may wait for another host
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
@@ -984,7 +985,7 @@ class WorkerLink:
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
                  "careful", "ahead", "ready", "join", "stamp", "token", "host", "labels",
-                 "load", "done", "failed", "kept")
+                 "load", "done", "failed")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -1006,15 +1007,10 @@ class WorkerLink:
         self.labels: FrozenSet[str] = frozenset()
         self.load = 0.0  # of its machine, if we were told
         self.done = self.failed = 0  # as of a ClientLink
-        self.kept: Optional[Task] = None  # its next free slot is for this one, while it waits
 
     def free(self) -> int:
         """How many slots are free; less than 0 if commands wait there for one."""
         return self.slots - self.busy if self.ready and self.peer is not None else 0
-
-    def is_kept(self, task: Optional[Task]) -> bool:
-        """Whether its next free slot is for another task."""
-        return self.kept is not None and self.kept is not task and self.kept.state == WAITING
 
     def has_room(self) -> bool:
         """Whether it may be given another command."""
@@ -1149,7 +1145,9 @@ class Broker(Machine):
         self.told: Tuple[int, int, List[str]] = (0, 0, [])  # to_tell(), as the broker above knows it
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
-        self.choices: Dict[Wanted, Optional[Set[WorkerLink]]] = {}  # until the crew changes
+        # until the crew changes: who may run what is wanted so; None: all may
+        self.choices: Dict[Wanted, Optional[Set[WorkerLink]]] = {}
+        self.kept: Dict[WorkerLink, Task] = {}  # for whom a worker's next free slot is, while it waits
 
     # --- who is there: clients
 
@@ -1771,10 +1769,22 @@ class Broker(Machine):
             return None
         wanted = wanted._replace(shunned=shunned)
         if wanted not in self.choices:
+            if len(self.choices) >= MAX_CHOICES:
+                self.choices.clear()
             able = [worker for worker in self.workers.values() if worker.slots]
             chosen = wanted.choose(able)
             self.choices[wanted] = None if len(chosen) == len(able) else chosen
         return self.choices[wanted]
+
+    def is_kept(self, worker: WorkerLink, task: Optional[Task]) -> bool:
+        """Whether the worker's next free slot is for another task."""
+        kept = self.kept.get(worker)
+        if kept is None or kept is task:
+            return False
+        if kept.state == WAITING and kept.client.owed < CREDIT and self.may_start(kept.client):
+            return True
+        del self.kept[worker]
+        return False
 
     def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerLink]:
         """The worker with free slots of highest weight and most free slots, the one to avoid
@@ -1786,7 +1796,7 @@ class Broker(Machine):
             row = self.ranking[0]
             if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
-            elif among is not None and row[4] not in among or row[4].is_kept(task):
+            elif among is not None and row[4] not in among or self.is_kept(row[4], task):
                 passed_over.append(heapq.heappop(self.ranking))
             elif row[4].name == avoid and avoided is None:
                 avoided = heapq.heappop(self.ranking)
@@ -1818,7 +1828,7 @@ class Broker(Machine):
                     continue
                 # who may not run elsewhere would be taken back in vain, if it waited there
                 if (task.careful or self.choice(task) is not None) and worker.free() <= 0:
-                    worker.kept, worker.ahead = task, 0  # or others would always be before it
+                    self.kept[worker], worker.ahead = task, 0  # or others would always be before it
                     self.rank(worker)
                     continue
                 self.assign(task, worker)
@@ -2012,6 +2022,7 @@ class Broker(Machine):
         """A worker has come or gone, or is not what it was."""
         self.crew_changed = True
         self.choices.clear()
+        self.kept.clear()
 
     def announce_crew(self) -> None:
         """Slots or weights have changed: tell those for whom it matters."""
@@ -3485,6 +3496,9 @@ class Runner:
                 tell_at = math.inf
                 self.tell(job, began)
                 self.call_loop()
+            if 0 <= job.asked < output.size and not job.told:
+                job.told = True
+                self.tell(job, output)
             look_at = now + LOOK_INTERVAL if leader < 0 or ended else math.inf
             due = min(look_at if until == math.inf else until, tell_at)
             events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
@@ -3499,9 +3513,6 @@ class Runner:
                 output.write(data, streams[pipe])
                 if len(data) == PIPE_SIZE:
                     parts[pipe] = enlarge(pipe)
-                if 0 <= job.asked < output.size and not job.told:
-                    job.told = True
-                    self.tell(job, output)
             if not ended and (leader in events if leader >= 0 else process.has_ended()):
                 ended = True
                 if leader >= 0:
@@ -7402,14 +7413,24 @@ def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
         yield rest
 
 
+def input_lines(null: bool) -> Iterator[str]:
+    """The lines of stdin, or what NULs end in it, but for blank ones. Raises OSError."""
+    # not sys.stdin: its lock, held by a thread, would abort the exit of Python
+    with open(0, "rb", closefd=False) as stdin:
+        for line in short_lines(stdin, b"\0" if null else b"\n"):
+            text = to_text(line if null else line.rstrip(b"\r"))
+            if text.strip():
+                yield text
+
+
 class Reader:
     """Reads commands from stdin in a thread, not too far ahead of the client."""
 
-    def __init__(self, loop: Loop, client: Client, add: Callable[[str], None], end: bytes) -> None:
+    def __init__(self, loop: Loop, client: Client, add: Callable[[str], None], null: bool) -> None:
         self.loop = loop
         self.client = client
         self.add = add  # called in the loop's thread
-        self.end = end  # of a line
+        self.null = null  # ends a line
         self.lines: Deque[Optional[str]] = deque()  # read, not delivered; None is the end
         self.posted = False  # deliver() will be called
         self.room = threading.Event()  # set unless the client has enough
@@ -7419,13 +7440,9 @@ class Reader:
 
     def read(self) -> None:
         try:
-            # not sys.stdin: its lock, held by this thread, would abort the exit of Python
-            with open(0, "rb", closefd=False) as stdin:
-                for line in short_lines(stdin, self.end):
-                    text = to_text(line.rstrip(b"\r\n") if self.end == b"\n" else line)
-                    if text.strip():
-                        self.hand_over(text)
-                        self.room.wait()
+            for text in input_lines(self.null):
+                self.hand_over(text)
+                self.room.wait()
         except OSError as error:
             complain(f"cannot read commands from stdin: {error.strerror}")
             self.loop.post(lambda now: self.client.cancel(3, now))
@@ -7507,15 +7524,12 @@ def run_client(settings: argparse.Namespace) -> int:
 
 def show_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
-    done, seq = resumed(settings), 0
-    with open(0, "rb", closefd=False) as stdin, open(1, "wb", closefd=False) as out:
-        for line in short_lines(stdin, b"\0" if settings.null else b"\n"):
-            text = to_text(line.rstrip(b"\r\n"))
-            seq += bool(text.strip())
-            if text.strip():
-                command = fill_template(settings.template, text, seq)
-                if not done.has_done(command):
-                    out.write(to_bytes(command + "\n"))
+    done = resumed(settings)
+    with open(1, "wb", closefd=False) as out:
+        for seq, line in enumerate(input_lines(settings.null), 1):
+            command = fill_template(settings.template, line, seq)
+            if not done.has_done(command):
+                out.write(to_bytes(command + "\n"))
     return 0
 
 
@@ -7681,7 +7695,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         loop.on_signals(interrupt, control)
         if sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
-        Reader(loop, client, add, b"\0" if settings.null else b"\n")
+        Reader(loop, client, add, settings.null)
         stack.enter_context(stopping_when_unheard(loop, client))
         if wants_progress(settings):
             stack.callback(take_bar_away)
