@@ -4251,7 +4251,7 @@ class ClientTest(unittest.TestCase):
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
-        self.add(*"abcd", end=True)
+        self.add(*"abcde", end=True)
         b.lines.clear()
         for id in range(1, tc.SET_ASIDE + 1):
             self.assertFalse(self.client.shunned)
@@ -4260,6 +4260,10 @@ class ClientTest(unittest.TestCase):
         self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
         self.assertIn("SETTING ASIDE host h", "".join(
             e.text for e in b.effects if isinstance(e, tc.Notice)))
+        self.result(4, 1, 1, host="h")  # it was there already: now that needs no more proof
+        self.result(4, 2, 0, host="i")
+        self.assertEqual([e.entry.verdict for e in b.effects if isinstance(e, tc.Report)],
+                         [tc.ONLY] * (tc.SET_ASIDE + 1))
         b.lines.clear()
         b.hear("WHO")
         b.expect("HELLO")
@@ -4512,6 +4516,7 @@ class ReportingTest(unittest.TestCase):
         entry = tc.Entry(next(self.ids), cmd, "/")
         attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, "h")]
         entry.tries = dict(enumerate(attempts, 1))
+        entry.verdict = tc.verdict_of(attempts)
         self.reports.report(tc.Report(entry, dict(
             {"exitcode": exitcode, "time": 8.14, "attempt": len(attempts), "host": "h"}, **result),
             output))

@@ -114,6 +114,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Container,
     Deque,
     Dict,
     FrozenSet,
@@ -3611,16 +3612,17 @@ class Try(NamedTuple):
     host: str
 
 
-def verdict_of(tries: Sequence[Try]) -> str:
+def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
     """What several tries of a command show. ONLY: it failed twice on the first host, and passed on
-    another."""
+    another; once is enough on a host that we shun."""
     passed = [row.host for row in tries if row.exitcode == 0]
     failed = [row.host for row in tries if row.exitcode != 0]
     if not failed:
         return OK
     if not passed:
         return FAIL
-    return ONLY if len(failed) > 1 and len({*failed}) == 1 and failed[0] not in passed else FLAKY
+    proven = len(failed) > 1 or failed[0] in shunned
+    return ONLY if proven and len({*failed}) == 1 and failed[0] not in passed else FLAKY
 
 
 def next_try(tries: Sequence[Try], retries: int) -> Optional[Fields]:
@@ -3640,7 +3642,7 @@ class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
     __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "again", "worker",
-                 "avoid", "result", "asked", "got", "shown", "due")
+                 "avoid", "result", "asked", "got", "shown", "due", "verdict")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -3658,10 +3660,7 @@ class Entry:
         self.asked = self.got = 0  # bytes of its output
         self.shown = 0  # bytes of it that came while it was running
         self.due: Seconds = math.inf  # when a chunk is overdue
-
-    @property
-    def verdict(self) -> str:
-        return verdict_of(list(self.tries.values()))
+        self.verdict = OK  # once it is reported
 
 
 class Released(NamedTuple):
@@ -3938,7 +3937,9 @@ class Client(Member):
         """Where to try it again; None if not at all."""
         if self.status is not None:
             return None
-        return next_try(list(entry.tries.values()), self.wishes.retries)
+        place = next_try(list(entry.tries.values()), self.wishes.retries)
+        passed = entry.tries[entry.attempt].exitcode == 0
+        return None if passed and place and place["on"] in self.shunned else place
 
     def conclude(self, entry: Entry, fields: Fields, output: Optional[bytes]) -> None:
         """A try has ended, and its output is there if it is wanted."""
@@ -3972,8 +3973,10 @@ class Client(Member):
         self.reported += 1
         self.failed += result["exitcode"] != 0
         self.finish_with(entry.id, entry.attempt)
+        entry.verdict = FAIL if result["exitcode"] else verdict_of(
+            list(entry.tries.values()), self.shunned)
         self.effects.append(Report(entry, result, output))
-        if len(entry.tries) > 1 and not result["exitcode"]:
+        if entry.verdict in (FLAKY, ONLY):
             self.flaky += 1
             if entry.verdict == ONLY:
                 self.blame(next(iter(entry.tries.values())).host)
@@ -3981,7 +3984,7 @@ class Client(Member):
     def blame(self, host: str) -> None:
         """A command failed only there. If others did as well, take no more of this host."""
         self.only_on[host] += 1
-        if self.only_on[host] == SET_ASIDE:
+        if self.only_on[host] >= SET_ASIDE and host not in self.shunned:
             self.shunned.add(host)
             self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(self.shunned)})
             self.effects.append(Notice(
