@@ -4693,14 +4693,28 @@ class ReportingTest(unittest.TestCase):
                 [(b"c", 0, b"abcdx"), (b"c", 0, b"abcdw"), (b"c", 0, b"aaaaa")]))
 
     def test_json_lines(self):
-        out = self.text("--json")
+        out = self.text("--json", "-f")
+        self.report("passed")
         with mock.patch.object(tc, "COPY", 2):
             self.report("a '\udcff", 3, b"1\xe2\x98\x83\xff\n", tries=[(1, "i")], slot=2, signal=9)
         row = json.loads(out.getvalue())
         self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"], row["time"]),
                          ("a '\udcff", "1☃\udcff\n", 3, "FAIL", 8.14))
         self.assertEqual((row["tries"], row["slot"], row["seq"]),
-                         ([{"exitcode": 1, "host": "i"}], 2, 1))
+                         ([{"exitcode": 1, "host": "i"}], 2, 2))
+
+    def test_one_report_that_cannot_be_written_does_not_keep_others_from_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.text("-b", "-f")
+            one, two = os.path.join(folder, "gone", "x.xml"), os.path.join(folder, "y.html")
+            os.mkdir(os.path.dirname(one))
+            tally = self.reports.tally
+            self.reports.reporters = [tc.JUnit(one, tally), tc.HtmlPage(two, tally)]
+            shutil.rmtree(os.path.dirname(one))
+            self.report("a")
+            self.end()
+            self.assertEqual([error.filename for error in self.reports.troubles], [one])
+            self.assertIn("1 command, all passed", tc.read_text(two))
 
     def log(self, path, rows=(), *reports):
         """A job log that is written with these results, and its lines."""

@@ -4471,7 +4471,7 @@ class Reporter:
         """A command has ended. Raises OSError."""
 
     def ended(self, summary: Summary) -> None:
-        """There is no more. Raises OSError."""
+        """There is no more. Raises OSError, with the file's name."""
 
 
 class Reports:
@@ -4485,6 +4485,7 @@ class Reports:
         self.early: Dict[int, Outcome] = {}  # what came before its turn
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
         self.failed = 0
+        self.troubles: List[OSError] = []  # of reports that could not be written
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
@@ -4548,7 +4549,10 @@ class Reports:
                           dict(client.only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, self.tally.hash())
         for reporter in self.reporters:
-            reporter.ended(summary)
+            try:
+                reporter.ended(summary)
+            except OSError as error:
+                self.troubles.append(error)
         return summary
 
 
@@ -4689,12 +4693,16 @@ def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
 class JsonLines(Reporter):
     """An object of JSON a line for each result."""
 
-    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], brief: bool) -> None:
+    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], brief: bool,
+                 fail_only: bool) -> None:
         self.tally = tally
         self.put = put
         self.brief = brief
+        self.fail_only = fail_only
 
     def result(self, outcome: Outcome) -> None:
+        if self.fail_only and outcome.verdict == OK:
+            return
         fields = outcome._asdict()
         del fields["record"], fields["shown"], fields["cmd"], fields["spent"]
         fields.update(command=outcome.cmd, time=outcome.spent,
@@ -4863,7 +4871,11 @@ class WholeFile(Reporter):
         return self.tally.parts(outcome.record)
 
     def ended(self, summary: Summary) -> None:
-        write_whole(self.path, self.pieces(summary))
+        try:
+            write_whole(self.path, self.pieces(summary))
+        except OSError as error:
+            error.filename = self.path
+            raise
 
     def pieces(self, summary: Summary) -> Iterator[str]:
         """The file's content."""
@@ -7601,7 +7613,7 @@ class Show:
                                settings.slow, settings.verbose)
         self.reporters: List[Reporter] = [self.transcript]
         if settings.json:
-            self.reporters.append(JsonLines(tally, self.out.put, settings.brief))
+            self.reporters.append(JsonLines(tally, self.out.put, settings.brief, settings.fail_only))
         if settings.live:
             self.reporters.insert(0, LiveLines(tally, self.out.put))
 
@@ -7756,11 +7768,10 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
 def conclude(settings: argparse.Namespace, client: Client, reports: Reports, done: Resumed,
              complete: bool, status: int) -> int:
     """The end of a run, in all reports; the exit status."""
-    try:
-        summary = reports.end(client, complete, done.skipped, done.skipped_failed)
-    except OSError as error:
-        complain(f"cannot write {printable(error.filename or 'a report')}: {error.strerror}")
-        return status if status > 1 else 3
+    summary = reports.end(client, complete, done.skipped, done.skipped_failed)
+    for error in reports.troubles:
+        complain(f"cannot write {printable(str(error.filename or 'a report'))}: {error.strerror}")
+        status = max(status, 3)
     if status == 0 and (reports.failed or done.skipped_failed):  # the former: no room for an output
         status = 1
     if settings.expect and summary.hash != settings.expect.lower():
@@ -7774,6 +7785,8 @@ def conclude(settings: argparse.Namespace, client: Client, reports: Reports, don
 def run_status(settings: argparse.Namespace) -> int:
     address = broker_address(settings, CLIENT_PORT)
     keys = keys_to_connect(settings, CLIENT_ROLE, address)
+    if sys.stdout is None:
+        raise SetupError("stdout is closed: there is nowhere to show it")
     screen = settings.watch and not settings.json and sys.stdout.isatty()
     viewer = Viewer(address, settings.wait, STATUS_INTERVAL if settings.watch else math.inf)
 
