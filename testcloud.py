@@ -5768,7 +5768,8 @@ GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
 REFUSAL_INTERVAL: Seconds = 10.0  # between lines that say the same about refused connections
 MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
 LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
-ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster
+ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster,
+ADVISE_FROM = 100.0  # nor do commands, in ms: there it is not the slots that count
 PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
 STATUS_INTERVAL: Seconds = 1.0  # of status --watch
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
@@ -7777,7 +7778,8 @@ def conclude(settings: argparse.Namespace, client: Client, reports: Reports, don
     if settings.expect and summary.hash != settings.expect.lower():
         complain(f"the result hash is {summary.hash}, and not {printable(settings.expect)} as expected")
         status = status or 1
-    if complete and len(reports.times) > 1 and summary.spent >= ADVISE:
+    worth_it = summary.spent >= ADVISE and max(reports.times, default=0) >= ADVISE_FROM
+    if complete and len(reports.times) > 1 and worth_it:
         complain(advice([spent / 1000 for spent in reports.times], client.slots))
     return status
 
