@@ -6200,7 +6200,8 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(bash("testcloud.py worker --res"), [])
         self.assertEqual(bash("testcloud.py client --junit ''"), [])  # then files are offered
         for shell in tc.SHELLS:
-            text = tc.completion(shell)
+            status, text, _ = self.main("completion", shell)
+            self.assertEqual(status, 0)
             self.assertIn("resume-failed", text)
             if shutil.which(shell):
                 check = [shell, "--no-execute"] if shell == "fish" else [shell, "-n"]

@@ -7890,8 +7890,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
         settings = build_parser().parse_args(with_defaults(sys.argv[1:] if argv is None else argv))
-        level = logging.DEBUG if settings.verbose else logging.INFO
-        if settings.subcommand == "client" and not settings.verbose:
+        verbose = getattr(settings, "verbose", False)  # not every one of them can be
+        level = logging.DEBUG if verbose else logging.INFO
+        if settings.subcommand == "client" and not verbose:
             level = logging.WARNING
         logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
         return RUN[settings.subcommand](settings)
