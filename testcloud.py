@@ -5758,7 +5758,7 @@ READ_TIME: Seconds = 0.1  # and how long that may take
 IN_LIBZMQ = 50  # messages that libzmq keeps for a peer that does not read, or of one that floods us:
 #   mostly of a few KiB, but of MAX_FRAME at the most
 MAX_LATE = 500  # frames that we keep for it beyond that
-LATE_BYTES = 40 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
+LATE_BYTES = 34 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
 OVERSLEPT: Seconds = 0.25  # later than that we are not slow, but were stopped
 LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
 #   takes longer than both together
