@@ -4095,6 +4095,11 @@ class Client(Member):
             return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
         if self.session.unanswered > 1:
             return broker_is_silent(self.address)
+        if self.window and not self.slots and self.workers:
+            some = "its one worker" if self.workers == 1 else f"none of its {self.workers} workers"
+            return (f"waiting: the broker at {self.address} is there, but {some} takes "
+                    f"{'nothing' if self.workers == 1 else 'anything'} new (busy: --max-load; or it is "
+                    f"being stopped)")
         if self.window and not self.slots:
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
