@@ -5779,7 +5779,8 @@ PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
 STATUS_INTERVAL: Seconds = 1.0  # of status --watch
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
 TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
-GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end
+GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end,
+PEER_MEMORY = 64 * 1024  # and for each peer: with 2,000 idle ones we have 122 MB
 MAX_HANDSHAKE = 64 * 1024  # bytes that one may then have sent that has not said anything yet
 MAX_UNHEARD = 16 * 1024 * 1024  # bytes that a connection may then send before a message is complete;
 #   of ours none is larger than MAX_FRAME
@@ -6483,7 +6484,8 @@ class Guard:
         if now < self.look_at:
             return
         self.look_at = now + GUARD_INTERVAL
-        if memory_in_use() < GUARDED:
+        peers = sum(len(link.peers) for link in self.links)
+        if memory_in_use() < GUARDED + PEER_MEMORY * peers:
             for link in self.links:
                 link.silent.clear()
             return
