@@ -4785,6 +4785,9 @@ class ReportingTest(unittest.TestCase):
                 ([38.0] + [9.0] * 40, 12, "longest command 38 s: more slots than 11 do not help"),
                 ([1.0], 1, "more slots than 1"), ([0.0, 0.0], 3, "more slots than 1")):
             self.assertIn(words, tc.advice(times, slots))
+        with mock.patch.object(tc, "makespan", wraps=tc.makespan) as tried:
+            self.assertIn("; 500 slots would reach 1 s", tc.advice([1.0] * 500, 8))
+        self.assertLess(tried.call_count, 20)
         r = random.Random(3)
         for _ in range(100):
             times = [r.expovariate(1) for _ in range(r.randint(1, 50))]

@@ -5283,9 +5283,13 @@ def read_timings(path: str) -> Dict[str, float]:
 def advice(times: Sequence[float], slots: int) -> str:
     """What more slots would have done for commands that took so long (in seconds)."""
     longest, total = max(*times, 1e-3), sum(times)
-    enough = max(1, math.ceil(total / (1.1 * longest)))
-    while makespan(times, enough) > 1.1 * longest:
-        enough += 1
+    enough, most = max(1, math.ceil(total / (1.1 * longest))), len(times)
+    while enough < most:  # more slots never take longer
+        middle = (enough + most) // 2
+        if makespan(times, middle) > 1.1 * longest:
+            enough = middle + 1
+        else:
+            most = middle
     if enough <= slots:
         return (f"longest command {longest:.3g} s: more slots than {enough} do not help, only shorter "
                 f"commands")
