@@ -6896,76 +6896,39 @@ def option(*names: str, **settings: Any) -> Option:
     return Option(names, settings)
 
 
-def positive(text: str) -> int:
-    """For argparse: a whole number, 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
+            called: str) -> Callable[[str], Any]:
+    """For argparse: what makes a value of a text. Its name is what argparse calls it in an error."""
+    def value_of(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise ValueError
+        return value
+    value_of.__name__ = called
+    return value_of
 
 
-def seconds(text: str) -> Seconds:
-    """For argparse: a number of seconds above 0, or one with the unit ms, s, m, h or d."""
-    number = text.rstrip("msdh")
-    factor = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[text[len(number):]]
-    value = float(number) * factor
-    if not 0 < value < math.inf:
-        raise ValueError
-    return value
-
-
-def milliseconds(text: str) -> float:
-    """For argparse: a number of milliseconds, 0 or more."""
-    value = float(text)
-    if not value >= 0:
-        raise ValueError
-    return value
-
-
-def weight(text: str) -> int:
-    """For argparse: a weight that fits into READY."""
-    value = int(text)
-    if not integer(value):
-        raise ValueError
-    return value
-
-
-def natural(text: str) -> int:
-    """For argparse: a whole number, 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-def label(text: str) -> str:
-    """For argparse: a name for what a worker has."""
-    if not name(text):
-        raise ValueError
-    return text
-
-
-def load_limit(text: str) -> float:
-    """For argparse: a load average above 0."""
-    value = float(text)
-    if not value > 0:
-        raise ValueError
-    return value
-
-
-def byte_count(text: str) -> int:
-    """For argparse: a number of bytes, 1 or more, with a unit of k, M or G if you like."""
+def in_bytes(text: str) -> int:
+    """A number of bytes, with a unit of k, M or G if you like."""
     factor = {"k": 2**10, "m": 2**20, "g": 2**30}.get(text[-1:].lower(), 1)
-    return positive(text[:-1] if factor > 1 else text) * factor
+    return int(text[:-1] if factor > 1 else text) * factor
 
 
-natural.__name__ = load_limit.__name__ = "number"
-byte_count.__name__ = "number of bytes"
-milliseconds.__name__ = "number of milliseconds"
-weight.__name__ = "weight"
-label.__name__ = "name"
-positive.__name__ = "positive number"  # how argparse calls them in its errors
-seconds.__name__ = "number of seconds"
+def time_span(text: str) -> Seconds:
+    """A number of seconds, or one with the unit ms, s, m, h or d."""
+    number = text.rstrip("msdh")
+    units = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+    return float(number) * units.get(text[len(number):], math.nan)
+
+
+positive = checked(int, lambda n: n >= 1, "positive number")
+natural = checked(int, lambda n: n >= 0, "number")
+load_limit = checked(float, lambda load: load > 0, "number")
+milliseconds = checked(float, lambda ms: ms >= 0, "number of milliseconds")
+seconds = checked(time_span, lambda span: 0 < span < math.inf, "number of seconds")
+byte_count = checked(in_bytes, lambda n: n >= 1, "number of bytes")
+weight = checked(int, integer, "weight")  # that fits into READY
+label = checked(str, name, "name")
 
 KEY = option("--key", metavar="FILE",
              help="key file (else: $TESTCLOUD_KEY_FILE, beside the script)")
