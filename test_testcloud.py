@@ -4764,13 +4764,19 @@ class ReportingTest(unittest.TestCase):
             path = os.path.join(folder, "new", "timings.json")
             self.assertEqual(tc.read_timings(path), {})
             self.text()
-            self.reports.reporters = [tc.Timings(path, {"old": 1.0, "a": 9.0})]
+            self.reports.reporters = [tc.Timings(path)]
+            self.report("first", time=70.0)
+            self.end()
+            self.assertEqual(tc.read_timings(path), {"first": 0.07})
+            self.reports.reporters = [tc.Timings(path)]
             self.report("a", time=70.0)
+            with open(path, "w") as file:  # another client has just ended
+                file.write('{"old": 1.0, "a": 9.0}')
             self.report("never ran", 126, reason="no directory")
             self.end()
             self.assertEqual(tc.read_timings(path), {"old": 1.0, "a": 0.07})
             with mock.patch.object(tc.Timings, "MOST", 1):
-                self.reports.reporters = [tc.Timings(path, tc.read_timings(path))]
+                self.reports.reporters = [tc.Timings(path)]
                 self.report("b", time=70.0)
                 self.end()
             self.assertEqual(tc.read_timings(path), {"b": 0.07})

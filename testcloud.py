@@ -5250,9 +5250,8 @@ class Timings(Reporter):
     MOST = 20_000  # commands: some 1.4 MB, which are read in 10 ms
     FORGET: Seconds = 0.05  # what is shorter need not be remembered: the order hardly matters
 
-    def __init__(self, path: str, known: Dict[str, float]) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self.known = known
         self.fresh: Dict[str, float] = {}
 
     def result(self, outcome: Outcome) -> None:
@@ -5262,9 +5261,10 @@ class Timings(Reporter):
     def ended(self, summary: Summary) -> None:
         if max(self.fresh.values(), default=0) < self.FORGET:
             return
+        known = read_timings(self.path)  # as it is now: others have ended since we began
         for command in self.fresh:
-            self.known.pop(command, None)
-        rows = [*self.known.items(), *self.fresh.items()][-self.MOST:]
+            known.pop(command, None)
+        rows = [*known.items(), *self.fresh.items()][-self.MOST:]
         with contextlib.suppress(OSError):  # it is only a cache
             os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
             write_whole(self.path, [json.dumps(dict(rows))], sure=False)
@@ -7656,13 +7656,12 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     client = Client(run, times, settings.wait, address, socket.gethostname(),
                     wishes_of(settings))
     client.timings = known_timings(settings)
-    remembered = Timings(cache_of_timings(), dict(client.timings))
     done, cwd = resumed(settings), working_directory(settings.cwd)
     tally = Tally(settings.raw)
     loop: Loop
     show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)))
-    reports = Reports(tally, [*show.reporters, *files_of(settings, tally, done), remembered],
-                      settings.keep_order)
+    reports = Reports(tally, [*show.reporters, *files_of(settings, tally, done),
+                              Timings(cache_of_timings())], settings.keep_order)
 
     def add(line: str) -> None:
         command = fill_template(settings.template, line, client.last_id + 1)
