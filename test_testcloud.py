@@ -4330,6 +4330,21 @@ class ClientTest(unittest.TestCase):
         self.result(1, stdout="ab\nc", size=4)
         self.assertEqual(b.effect(tc.Report).entry.shown, 3)
 
+    def test_what_was_shown_of_the_try_that_is_reported(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(live=True, retries=2))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", end=True)
+        for attempt, code, host, shown in ((1, 1, "h", 1), (2, 0, "i", 2), (3, 1, "h", 0)):
+            b.effects.clear()
+            b.hear(f'QUEUED {{"tasks":[[1,{attempt}]],"worker":"w"}}')
+            b.hear(f'CHUNK {{"id":1,"attempt":{attempt},"offset":0}}', data=b"x" * shown)
+            self.assertEqual([(e.offset, len(e.data)) for e in b.effects if isinstance(e, tc.Live)],
+                             [(0, shown)] if shown else [])
+            self.result(1, attempt, code, host=host, stdout="xxx", size=3)
+        self.assertEqual(b.effect(tc.Report).entry.shown, 2)
+
     def test_large_output_is_fetched_in_order_and_again_if_chunks_stay_away(self):
         b = self.bench
         size = 6 * tc.CHUNK_SIZE + 5
@@ -4661,11 +4676,32 @@ class ReportingTest(unittest.TestCase):
         out = self.text("--live")
         entry = tc.Entry(1, "a", "/")
         for data in (b"1\n2", b"2\n", b"3"):
-            self.reports.live(tc.Live(entry, data))
+            self.reports.live(tc.Live(entry, entry.shown, data))
             entry.shown += len(data)
         self.assertEqual(out.getvalue(), b"a\t1\na\t22\n")
         self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"1\n22\n33\n4"))
         self.assertEqual(out.getvalue().decode(), "a\t1\na\t22\na\t33\na\t4\nOK! a ⌚1.00ms\n")
+
+    def test_a_live_line_ends_with_its_try(self):
+        for shown in (b"", b"3\n4"):
+            out = self.text("--live")
+            entry = tc.Entry(1, "a", "/")
+            self.reports.live(tc.Live(entry, 0, b"1\n2"))
+            if shown:
+                self.reports.live(tc.Live(entry, 0, shown))
+            entry.shown = len(shown)
+            self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"3\n4\n5"))
+            self.assertEqual(out.getvalue().decode(),
+                             "a\t1\na\t2\na\t3\na\t4\na\t5\nOK! a ⌚1.00ms\n")
+
+    def test_a_live_line_without_end(self):
+        out = self.text("--live")
+        entry = tc.Entry(1, "a", "/")
+        with mock.patch.object(tc, "COPY", 5):
+            for data in (b"123", b"456", b"7\n"):
+                self.reports.live(tc.Live(entry, entry.shown, data))
+                entry.shown += len(data)
+        self.assertEqual(out.getvalue(), b"a\t123456\na\t7\n")
 
     def pieces(self, *rows):
         return b"".join(tc.PIECE.pack(stream, len(data)) + data for stream, data in rows)

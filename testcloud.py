@@ -3658,7 +3658,7 @@ class Entry:
         self.avoid = ""  # the worker that lost the last one, or where it failed
         self.result: Optional[Fields] = None  # while its output is being fetched
         self.asked = self.got = 0  # bytes of its output
-        self.shown = 0  # bytes of it that came while it was running
+        self.shown = 0  # bytes of what is to be reported that came while it was running
         self.due: Seconds = math.inf  # when a chunk is overdue
         self.verdict = OK  # once it is reported
 
@@ -3677,9 +3677,10 @@ class Store(NamedTuple):
 
 
 class Live(NamedTuple):
-    """Effect: a running command has printed this."""
+    """Effect: a running command has printed this. At offset 0 another try begins."""
 
     entry: Entry
+    offset: int
     data: Any
 
 
@@ -3960,7 +3961,8 @@ class Client(Member):
         entry.attempt += 1
         entry.again = False
         entry.avoid = avoid
-        entry.shown = 0
+        if entry.kept is None:
+            entry.shown = 0
         if self.session.joined:
             self.submit(entry)
 
@@ -4026,7 +4028,7 @@ class Client(Member):
             return
         if self.wishes.live and entry.result is None:
             if fields["offset"] == entry.shown:
-                self.effects.append(Live(entry, message.data))
+                self.effects.append(Live(entry, entry.shown, message.data))
                 entry.shown += len(message.data)
                 self.listen(entry)
             return
@@ -4469,8 +4471,8 @@ class Reporter:
     def released(self, commands: Optional[int]) -> None:
         """Commands have gone out, of so many."""
 
-    def live(self, seq: int, cmd: str, data: bytes) -> None:
-        """A running command has printed this."""
+    def live(self, seq: int, cmd: str, offset: int, data: bytes) -> None:
+        """A running command has printed this. At offset 0 another try begins."""
 
     def result(self, outcome: Outcome) -> None:
         """A command has ended. Raises OSError."""
@@ -4505,7 +4507,7 @@ class Reports:
 
     def live(self, effect: Live) -> None:
         for reporter in self.reporters:
-            reporter.live(effect.entry.id, effect.entry.cmd, bytes(effect.data))
+            reporter.live(effect.entry.id, effect.entry.cmd, effect.offset, bytes(effect.data))
 
     def store(self, effect: Store) -> None:
         self.tally.store(effect.offset, effect.data)
@@ -4670,22 +4672,29 @@ def tagged(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
 
 class LiveLines(Reporter):
     """Shows whole lines of running commands as they come, each with the command before it; and in the
-    end what has not been shown."""
+    end what has not been shown. What goes on for more than COPY bytes is taken for a line."""
 
     def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None]) -> None:
         self.tally = tally
         self.put = put
         self.begun: Dict[int, bytes] = {}  # by command: a line of which the end has not come
 
-    def live(self, seq: int, cmd: str, data: bytes) -> None:
-        lines, newline, rest = (self.begun.pop(seq, b"") + data).rpartition(b"\n")
+    def live(self, seq: int, cmd: str, offset: int, data: bytes) -> None:
+        lines, newline, rest = (self.line_of(seq, offset) + data).rpartition(b"\n")
+        if len(rest) > COPY:
+            lines, newline, rest = lines + newline + rest, b"\n", b""
         self.put(tagged(to_bytes(visible(cmd)), [lines + newline]))
         self.begun[seq] = rest
+
+    def line_of(self, seq: int, offset: int) -> bytes:
+        """The line that goes on there; one of a try before ends."""
+        begun = self.begun.pop(seq, b"")
+        return begun + b"\n" if begun and offset == 0 else begun
 
     def result(self, outcome: Outcome) -> None:
         rest = after(self.tally.parts(outcome.record), outcome.shown)
         self.put(ended(tagged(to_bytes(visible(outcome.cmd)), itertools.chain(
-            [self.begun.pop(outcome.seq, b"")], rest)), b""))
+            [self.line_of(outcome.seq, outcome.shown)], rest)), b""))
 
 
 def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
