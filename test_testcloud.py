@@ -4553,7 +4553,7 @@ class ReportingTest(unittest.TestCase):
         tally = self.tally(settings.raw or split)
         with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(put=self.out.writelines)):
             show = tc.Show(settings, tally, None)
-        self.reports = tc.Reports(tally, show.reporters, settings.keep_order)
+        self.reports = tc.Reports(tally, show.reporters)
         return self.out
 
     def end(self, complete=True):
@@ -4656,12 +4656,15 @@ class ReportingTest(unittest.TestCase):
 
     def test_in_the_order_of_the_input(self):
         out = self.text("-b", "-k")
+        log = mock.Mock(tc.Reporter)  # a file has them as they come: we may be killed
+        self.reports.reporters.append(log)
         for seq in range(1, 6):
             self.reports.expect(seq)
         for seq in (3, 2, 1, 5):
             self.ids = iter([seq])
             self.report(f"c{seq}")
         self.assertEqual(re.findall("OK! c(.)", out.getvalue().decode()), ["1", "2", "3"])
+        self.assertEqual([call.args[0].seq for call in log.result.call_args_list], [3, 2, 1, 5])
         self.end(complete=False)  # the fourth never ran
         self.assertEqual(re.findall("OK! c(.)", out.getvalue().decode()), ["1", "2", "3", "5"])
 
@@ -6267,7 +6270,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--max-output", "0"], ["client", "--retries", "-1"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
                      ["client", "-j", "2"], ["client", "-C", ""], ["client", "--resume"],
-                     ["client", "--raw", "--json"], ["client", "--live", "-k"],
+                     ["client", "--raw", "--json"],
                      ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
                      ["worker", "--label", "\u00e9"], ["worker", "--max-load", "0"],
                      ["completion", "csh"], ["client", "--fail-fast=0"]):

@@ -4468,6 +4468,9 @@ class Reporter:
     """What a format does with what is to be reported. These are called in the loop's thread; the
     pieces that they put somewhere are read later, in another one."""
 
+    def expect(self, seq: int) -> None:
+        """This command of the input will be reported."""
+
     def released(self, commands: Optional[int]) -> None:
         """Commands have gone out, of so many."""
 
@@ -4484,12 +4487,9 @@ class Reporter:
 class Reports:
     """Takes what the client says, and tells reporters."""
 
-    def __init__(self, tally: Tally, reporters: Sequence[Reporter], keep_order: bool = False) -> None:
+    def __init__(self, tally: Tally, reporters: Sequence[Reporter]) -> None:
         self.tally = tally
         self.reporters = reporters
-        self.keep_order = keep_order
-        self.order: Deque[int] = deque()  # of what is to be reported, if that matters
-        self.early: Dict[int, Outcome] = {}  # what came before its turn
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
         self.failed = 0
         self.troubles: List[OSError] = []  # of reports that could not be written
@@ -4497,9 +4497,8 @@ class Reports:
         self.began = time.monotonic()
 
     def expect(self, seq: int) -> None:
-        """This command will be reported."""
-        if self.keep_order:
-            self.order.append(seq)
+        for reporter in self.reporters:
+            reporter.expect(seq)
 
     def released(self, effect: Released) -> None:
         for reporter in self.reporters:
@@ -4538,20 +4537,10 @@ class Reports:
             lost or result.get("reason", ""), tuple(tries), entry.shown, record)
         self.failed += verdict == FAIL
         self.times.append(outcome.spent)
-        if not self.keep_order:
-            self.hand_on(outcome)
-            return
-        self.early[outcome.seq] = outcome
-        while self.order and self.order[0] in self.early:
-            self.hand_on(self.early.pop(self.order.popleft()))
-
-    def hand_on(self, outcome: Outcome) -> None:
         for reporter in self.reporters:
             reporter.result(outcome)
 
     def end(self, client: Client, complete: bool, skipped: int, skipped_failed: int) -> Summary:
-        for seq in sorted(self.early):  # those before them never ran
-            self.hand_on(self.early[seq])
         summary = Summary(complete, len(self.tally.records), self.failed, client.flaky,
                           dict(client.only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, self.tally.hash())
@@ -4561,6 +4550,41 @@ class Reports:
             except OSError as error:
                 self.troubles.append(error)
         return summary
+
+
+class InOrder(Reporter):
+    """Passes results on to others in the order of the input."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self.reporters = reporters
+        self.order: Deque[int] = deque()
+        self.early: Dict[int, Outcome] = {}  # what came before its turn
+
+    def expect(self, seq: int) -> None:
+        self.order.append(seq)
+
+    def released(self, commands: Optional[int]) -> None:
+        for reporter in self.reporters:
+            reporter.released(commands)
+
+    def live(self, seq: int, cmd: str, offset: int, data: bytes) -> None:
+        for reporter in self.reporters:
+            reporter.live(seq, cmd, offset, data)
+
+    def result(self, outcome: Outcome) -> None:
+        self.early[outcome.seq] = outcome
+        while self.order and self.order[0] in self.early:
+            self.hand_on(self.early.pop(self.order.popleft()))
+
+    def hand_on(self, outcome: Outcome) -> None:
+        for reporter in self.reporters:
+            reporter.result(outcome)
+
+    def ended(self, summary: Summary) -> None:
+        for seq in sorted(self.early):  # those before them never ran
+            self.hand_on(self.early[seq])
+        for reporter in self.reporters:
+            reporter.ended(summary)
 
 
 class Transcript(Reporter):
@@ -7503,8 +7527,7 @@ def run_client(settings: argparse.Namespace) -> int:
             ((settings.resume or settings.resume_failed) and not settings.joblog,
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
             (settings.raw + settings.json + settings.live > 1,
-             "--raw, --json and --live are three ways to show outputs: choose one"),
-            (settings.live and settings.keep_order, "--live shows lines as they come, not in order")):
+             "--raw, --json and --live are three ways to show outputs: choose one")):
         if wrong:
             raise UsageError(why)
     if sys.stdin is None:
@@ -7600,6 +7623,8 @@ class Show:
             self.reporters.append(JsonLines(tally, self.out.put, settings.brief, settings.fail_only))
         if settings.live:
             self.reporters.insert(0, LiveLines(tally, self.out.put))
+        if settings.keep_order:
+            self.reporters = [InOrder(self.reporters)]
 
     def show_raw(self, outcome: Outcome) -> None:
         self.out.put(self.stream(outcome, 1))
@@ -7670,7 +7695,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     loop: Loop
     show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)))
     reports = Reports(tally, [*show.reporters, *files_of(settings, tally, done),
-                              Timings(cache_of_timings())], settings.keep_order)
+                              Timings(cache_of_timings())])
 
     def add(line: str) -> None:
         command = fill_template(settings.template, line, client.last_id + 1)
