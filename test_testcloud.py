@@ -116,6 +116,8 @@ def check_broker(broker):
     assert broker.slots == sum(worker.slots for worker in broker.workers.values())
     for row in broker.limbo.values():
         assert row.state == tc.LIMBO
+    for workers in broker.exhausted:
+        assert not any(worker.has_room() for worker in workers)
 
 
 # === Messages =========================================================================
@@ -727,6 +729,21 @@ class BrokerTest(unittest.TestCase):
         with mock.patch.object(tc, "CREDIT", 10):
             d.ends(b"w", "c", 2)
         d.expect(b"w", "{", token="e")
+
+    def test_many_who_wait_for_a_busy_worker_cost_little_beside_idle_ones(self):
+        d = self.desk
+        d.join(b"w", labels=["gpu"])
+        for n in range(50):
+            d.join(b"v%d" % n)
+        for n in range(10):
+            d.hello(b"c%d" % n, f"r{n}")
+            d.submit(b"c%d" % n, 1, 2, needs=["gpu"], attempt=2)
+        d.hello(b"e", "e")
+        d.letters.clear()
+        with mock.patch.object(tc.heapq, "heappop", wraps=heapq.heappop) as popped:
+            d.submit(b"e", 1)
+        self.assertLess(popped.call_count, 50)
+        self.assertEqual(d.letters[0][3], "{")
 
     def overtake(self, *wishes):
         for seed, wish in enumerate(wishes * (12 // len(wishes))):
@@ -2727,6 +2744,8 @@ class SimulationTest(unittest.TestCase):
          "self.change_crew()\n            worker.peer", "            worker.peer"),
         ("a choice of workers outlives them", "        self.crew_changed = True\n"
          "        self.choices.clear()\n", "        self.crew_changed = True\n"),
+        ("who once had no room never has", "            self.exhausted = {some for some in "
+         "self.exhausted if some and worker not in some}\n", ""),
         ("what was kept is not reported", "            result, output = entry.kept, None\n",
          "            output = b''\n"),
         ("commands resubmitted to a new broker start at once", "            if self.now < task.until:"

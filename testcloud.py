@@ -189,6 +189,7 @@ AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
 MAX_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
+PASSED_OVER = 16  # workers better than those that may have a task: then these are gone through
 RETRIES = 8  # of a client, that are looked at in turn: each may wait for another host
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
@@ -1147,7 +1148,8 @@ class Broker(Machine):
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
         # until the crew changes: who may run what is wanted so; None: all may
-        self.choices: Dict[Wanted, Optional[Set[WorkerLink]]] = {}
+        self.choices: Dict[Wanted, Optional[FrozenSet[WorkerLink]]] = {}
+        self.exhausted: Set[Optional[FrozenSet[WorkerLink]]] = set()  # of these none has room
         self.kept: Dict[WorkerLink, Task] = {}  # for whom a worker's next free slot is, while it waits
 
     # --- who is there: clients
@@ -1757,13 +1759,14 @@ class Broker(Machine):
         self.stamps += 1
         worker.stamp = self.stamps
         if worker.has_room():
+            self.exhausted = {some for some in self.exhausted if some and worker not in some}
             free = worker.free()
             heapq.heappush(self.ranking, (free <= 0, -worker.weight, -free, self.stamps, worker))
             if len(self.ranking) > 2 * len(self.workers) + 64:  # mostly void: sweep
                 self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
                 heapq.heapify(self.ranking)
 
-    def choice(self, task: Task) -> Optional[Set[WorkerLink]]:
+    def choice(self, task: Task) -> Optional[FrozenSet[WorkerLink]]:
         """The workers that may be given this task; None if all may."""
         wanted, shunned = task.wanted, task.client.shunned
         if wanted is ANYBODY and not shunned:
@@ -1774,7 +1777,7 @@ class Broker(Machine):
                 self.choices.clear()
             able = [worker for worker in self.workers.values() if worker.slots]
             chosen = wanted.choose(able)
-            self.choices[wanted] = None if len(chosen) == len(able) else chosen
+            self.choices[wanted] = None if len(chosen) == len(able) else frozenset(chosen)
         return self.choices[wanted]
 
     def is_kept(self, worker: WorkerLink, task: Optional[Task]) -> bool:
@@ -1791,9 +1794,11 @@ class Broker(Machine):
         """The worker with free slots of highest weight and most free slots, the one to avoid
         only if there is no other; or else one that may be given some ahead."""
         avoid, among = ("", None) if task is None else (task.avoid, self.choice(task))
-        passed_over = []
+        if among in self.exhausted:
+            return None
+        passed_over: List[Tuple[bool, int, int, int, WorkerLink]] = []
         avoided = best = None
-        while self.ranking and best is None:
+        while self.ranking and best is None and (among is None or len(passed_over) < PASSED_OVER):
             row = self.ranking[0]
             if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
@@ -1806,9 +1811,20 @@ class Broker(Machine):
                 best = row[4]
         for row in passed_over:
             heapq.heappush(self.ranking, row)
+        if best is None and among is not None:
+            return self.best_among(among, task, avoid)
         if avoided is not None and (best is None or best.free() <= 0 < avoided[4].free()):
             best = avoided[4]
         return best
+
+    def best_among(self, workers: FrozenSet[WorkerLink], task: Optional[Task],
+                   avoid: str) -> Optional[WorkerLink]:
+        """The same, of these workers."""
+        open = [worker for worker in workers if worker.has_room()]
+        if not open:
+            self.exhausted.add(workers)
+        return min((worker for worker in open if not self.is_kept(worker, task)), default=None,
+                   key=lambda it: (it.free() <= 0, it.name == avoid, -it.weight, -it.free(), it.stamp))
 
     def dispatch(self) -> None:
         """Give waiting tasks to free workers, one client after the other."""
@@ -2023,6 +2039,7 @@ class Broker(Machine):
         """A worker has come or gone, or is not what it was."""
         self.crew_changed = True
         self.choices.clear()
+        self.exhausted.clear()
         self.kept.clear()
 
     def announce_crew(self) -> None:
