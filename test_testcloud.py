@@ -128,7 +128,7 @@ class MessagesTest(unittest.TestCase):
         "{": {"cmd": "pi 2", "cwd": "/tmp", "id": 1, "attempt": 1, "again": True},
         "HELLO": {"run": "a1", "join": 1, "unreported": [1, 2]},
         "READY": {"name": "w", "slots": 2, "weight": -5, "running": [["a", 1, 1]], "held": [],
-                  "below": ["x"], "join": 3, "depth": 1},
+                  "below": ["x"], "hosts": ["h1", "h2"], "join": 3, "depth": 1},
         "OK": {"broker": "b", "join": 1, "workers": 2, "slots": 4, "above": []},
         "WHO": {},
         "QUEUED": {"tasks": [[1, 1]], "worker": "w"},
@@ -549,6 +549,22 @@ class BrokerTest(unittest.TestCase):
         d.worker(b"w", "BYE")
         d.expect(b"c", "LOST", tasks=[[1, 2]])
         d.takes(b"v", "r1", 2, 2)
+
+    def test_a_chained_broker_is_all_the_hosts_below_it(self):
+        for wishes, takes in (({"on": "h1"}, {b"a"}), ({"on": "h2"}, {b"a"}), ({"on": "h3"}, {b"b"}),
+                              ({"not_on": "h1"}, {b"a", b"b"}), ({"not_on": "h3"}, {b"a"}),
+                              ({"on": "h9"}, {b"a", b"b"})):
+            d = Desk()
+            d.join(b"a", slots=4, below=["a"], hosts=["h1", "h2"])
+            d.join(b"b", slots=3, below=["b"], hosts=["h3"])
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1, 2, 3, attempt=2, **wishes, elsewhere=True)
+            self.assertEqual({peer for _, peer, _, verb, *_ in d.letters if verb == "{"}, takes)
+            d.letters.clear()
+            d.client(b"c", 'SHUN {"hosts":["h1","h3"]}')
+            d.letters.clear()
+            d.submit(b"c", 4)
+            d.expect(b"a", "{")
 
     def test_a_command_waits_for_a_worker_with_the_labels_that_it_needs(self):
         d = self.desk
@@ -1587,6 +1603,18 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "READY", slots=5, weight=7)
         d.gone(WORKERS, b"v")
         d.expect(b"", "READY", slots=2, weight=1)
+        d.quiet()
+
+    def test_it_announces_the_hosts_labels_and_brokers_below(self):
+        d = self.desk
+        d.join(b"w", host="h2", labels=["y"])
+        d.expect(b"", "READY", hosts=["h2"], labels=["y"])
+        d.join(b"v", below=["v", "u"], hosts=["h1", "h2"], labels=["x", "y"], depth=2)
+        d.expect(b"", "READY", hosts=["h1", "h2"], labels=["x", "y"], below=["b1", "u", "v"], depth=3)
+        d.worker(b"v", 'READY {"name":"v","slots":1,"below":["v"],"hosts":["h3"],"depth":1}')
+        d.expect(b"", "READY", hosts=["h2", "h3"], below=["b1", "v"], depth=2)
+        d.gone(WORKERS, b"w")
+        d.expect(b"", "READY", slots=1, hosts=["h3"], labels=["x", "y"])
         d.quiet()
 
     def test_slots_that_change_while_it_joins_are_told_at_once(self):

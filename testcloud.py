@@ -365,8 +365,9 @@ MESSAGES: Dict[str, Spec] = {
         "labels": texts, "load": number,  # of its machine: how many processes want a processor
         "more": flag,  # only a part of what it has: the rest follows,
         "parts": count,  # after so many such
-        "below": texts,  # the brokers of this subtree, if it is a chained broker
-        "depth": count}),  # how many of them stand in its longest chain
+        "below": texts,  # the brokers of this subtree, if it is a chained broker,
+        "hosts": texts,  # and the machines of its workers
+        "depth": count}),  # how many of the brokers stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "above": texts,
@@ -986,8 +987,8 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "labels",
-                 "load", "done", "failed")
+                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "hosts",
+                 "labels", "load", "done", "failed")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -1006,6 +1007,7 @@ class WorkerLink:
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
         self.host = name  # of which it tells if it is ours, and no chained broker
+        self.hosts = frozenset([name])  # where it may run things: its own, or those below
         self.labels: FrozenSet[str] = frozenset()
         self.load = 0.0  # of its machine, if we were told
         self.done = self.failed = 0  # as of a ClientLink
@@ -1056,9 +1058,9 @@ class Wanted(NamedTuple):
 
     def choose(self, workers: Iterable[WorkerLink]) -> Set[WorkerLink]:
         left = {worker for worker in workers if self.needs <= worker.labels}
-        for wish in (lambda worker: worker.host not in self.shunned,
-                     lambda worker: not self.on or worker.host == self.on,
-                     lambda worker: worker.host != self.not_on,
+        for wish in (lambda worker: not worker.hosts <= self.shunned,
+                     lambda worker: not self.on or self.on in worker.hosts,
+                     lambda worker: worker.hosts != {self.not_on},
                      lambda worker: worker.name != self.avoid):
             left = set(filter(wish, left)) or left
         return left
@@ -1144,7 +1146,7 @@ class Broker(Machine):
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
         self.untold: Dict[Key, Fields] = {}  # LOST, while the broker above could not hear it
-        self.told: Tuple[int, int, List[str]] = (0, 0, [])  # to_tell(), as the broker above knows it
+        self.told: Fields = {}  # of to_tell(), as the broker above knows it
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
         # until the crew changes: who may run what is wanted so; None: all may
@@ -1355,8 +1357,9 @@ class Broker(Machine):
         worker.load = fields.get("load", worker.load)
         worker.host = fields.get("host") or worker.host
         labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
-        if labels != worker.labels:
-            worker.labels = labels
+        hosts = frozenset(fields.get("hosts", [worker.host]))
+        if (labels, hosts) != (worker.labels, worker.hosts):
+            worker.labels, worker.hosts = labels, hosts
             self.change_crew()
         if worker.ready and (slots, weight) == (worker.slots, worker.weight):
             return
@@ -2091,12 +2094,6 @@ class Broker(Machine):
 
     # --- the crew
 
-    def labels(self) -> List[str]:
-        return sorted({name for worker in self.workers.values() for name in worker.labels})
-
-    def weight(self) -> int:
-        return max((worker.weight for worker in self.workers.values()), default=0)
-
     def still_unconfirmed(self, task: Task, until: Seconds) -> bool:
         return task.state == ASSIGNED and task.until == until
 
@@ -2250,17 +2247,18 @@ class Broker(Machine):
             self.session.trouble = why
         self.settle()
 
-    def to_tell(self) -> Tuple[int, int, List[str]]:
-        """Of our crew, what the broker above should know: slots, weight, labels."""
-        return self.slots, self.weight(), self.labels()
+    def to_tell(self) -> Fields:
+        """Of our crew, what the broker above should know: the fields of a READY."""
+        workers = self.workers.values()
+        return {"slots": self.slots, "weight": max((it.weight for it in workers), default=0),
+                "labels": sorted({name for worker in workers for name in worker.labels}),
+                "hosts": sorted({name for worker in workers for name in worker.hosts}),
+                "below": [self.name, *sorted({name for worker in workers for name in worker.below})],
+                "depth": 1 + max((worker.depth for worker in workers), default=0)}
 
     def greeting(self, joining: bool) -> Fields:
         self.told = self.to_tell()
-        workers = self.workers.values()
-        below = sorted({name for worker in workers for name in worker.below})
-        fields: Fields = {"name": self.name, "slots": self.slots, "weight": self.told[1],
-                          "labels": self.told[2], "below": [self.name] + below, "version": __version__,
-                          "depth": 1 + max((worker.depth for worker in workers), default=0)}
+        fields: Fields = {"name": self.name, "version": __version__, **self.told}
         if joining:
             tasks = self.tasks_above()
             running = [t.key for t in tasks if t.state != DELIVERED]
