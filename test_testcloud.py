@@ -3240,6 +3240,28 @@ class WorkerTest(unittest.TestCase):
                 b.expect("ERROR")
             b.quiet()
 
+    def test_an_output_may_be_read_while_it_grows_out_of_memory(self):
+        class Growing(tc.Output):
+            grow = place = None
+
+            @property
+            def file(self):
+                was, grow, self.grow = self.place, self.grow, None
+                if grow:
+                    grow()
+                return was
+
+            @file.setter
+            def file(self, file):
+                self.place = file
+
+        output = Growing()
+        self.addCleanup(output.close)
+        output.write(b"abc")
+        output.grow = lambda: output.write(b"d" * tc.INLINE)
+        self.assertEqual(output.read(1, 2), b"bc")
+        self.assertEqual(output.read(1, 3), b"bcd")
+
     def test_odd_fetches_do_no_harm(self):
         b = self.bench
         self.give(1)

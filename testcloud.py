@@ -2457,8 +2457,9 @@ class Output:
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
+        head = self.head  # first: it is replaced after there is a file
         if self.file is None:
-            return bytes(self.head[offset:offset + size])
+            return bytes(head[offset:offset + size])
         return os.pread(self.file.fileno(), size, offset)
 
     def close(self) -> None:
