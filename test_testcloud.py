@@ -3587,10 +3587,13 @@ class RunnerTest(unittest.TestCase):
         self.result(job)
 
     def test_what_a_command_prints_is_told_while_it_runs(self):
+        self.runner = self.new_runner(1)
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 0.05; echo one; read x < fifo", "cwd": self.dir})
         os.mkfifo(os.path.join(self.dir, "fifo"))
         job.asked = 0
-        self.start_job(job)
+        self.runner.start(job)
+        for n in range(tc.SHORT_LINE):  # others wait: that is no reason to wait for their news
+            self.start(f"true {n}")
         with self.ended:
             self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
         self.assertEqual(self.printed, [b"one\n"])

@@ -3516,6 +3516,7 @@ class Runner:
             if 0 <= job.asked < output.size and not job.told:
                 job.told = True
                 self.tell(job, output)
+                self.call_loop()
             look_at = now + LOOK_INTERVAL if leader < 0 or ended else math.inf
             due = min(look_at if until == math.inf else until, tell_at)
             events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
