@@ -6942,10 +6942,6 @@ class Option(NamedTuple):
     settings: Dict[str, Any]
 
 
-def option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
-
-
 def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
             called: str) -> Callable[[str], Any]:
     """For argparse: what makes a value of a text. Its name is what argparse calls it in an error."""
@@ -6979,6 +6975,18 @@ seconds = checked(time_span, lambda span: 0 < span < math.inf, "number of second
 byte_count = checked(in_bytes, lambda n: n >= 1, "number of bytes")
 weight = checked(int, integer, "weight")  # that fits into READY
 label = checked(str, name, "name")
+result_hash = checked(str.lower, lambda text: len(text) == 40 and not text.strip("0123456789abcdef"),
+                      "result hash")
+
+TEXTS = {"ADDR": "address", "DIR": "directory", "FILE": "file name", "JOBLOG": "file name",
+         "NAME": "name"}  # what may not be empty: that was a variable which is not set
+
+
+def option(*names: str, **settings: Any) -> Option:
+    if settings.get("metavar") in TEXTS:
+        settings.setdefault("type", checked(str, bool, TEXTS[settings["metavar"]]))
+    return Option(names, settings)
+
 
 KEY = option("--key", metavar="FILE",
              help="key file (else: $TESTCLOUD_KEY_FILE, beside the script)")
@@ -7066,7 +7074,8 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
                    help="stop everything after N failures (default: 1)"),
             option("--fail-on-flaky", action="store_true",
                    help="what passes only at times, or in places, has failed"),
-            option("--expect", metavar="HASH", help="fail if the result hash is another one"),
+            option("--expect", type=result_hash, metavar="HASH",
+                   help="fail if the result hash is another one"),
             CRASH_LIMIT, KILL_GRACE]),
         ("what to show", [
             option("-p", "--progress", action="store_true",
@@ -7225,8 +7234,6 @@ def announce(text: str) -> None:
 
 def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys]]:
     """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
-    if settings.key == "":
-        raise UsageError("--key needs the name of a file")
     if settings.insecure and settings.key:
         raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
     path = "" if settings.insecure else find_key(settings.key)
@@ -7349,8 +7356,6 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool,
 
 
 def run_keygen(settings: argparse.Namespace) -> int:
-    if "" in (settings.name, settings.key, settings.revoke, settings.file):
-        raise UsageError("keygen needs names that are not empty")
     if settings.role and settings.revoke or settings.name and not settings.role:
         raise UsageError("--name goes with --role, and --revoke with neither")
     if not settings.role and not settings.revoke:
@@ -7544,7 +7549,9 @@ def run_client(settings: argparse.Namespace) -> int:
             ((settings.resume or settings.resume_failed) and not settings.joblog,
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
             (settings.raw + settings.json + settings.live > 1,
-             "--raw, --json and --live are three ways to show outputs: choose one")):
+             "--raw, --json and --live are three ways to show outputs: choose one"),
+            (share_a_file([settings.joblog, settings.junit, settings.html]),
+             "--joblog, --junit and --html need a file each")):
         if wrong:
             raise UsageError(why)
     if sys.stdin is None:
@@ -7559,6 +7566,12 @@ def run_client(settings: argparse.Namespace) -> int:
         raise UsageError("-j counts what runs on this machine, and needs --local (in a cloud the "
                          "workers have slots: testcloud.py worker -j N)")
     return submit(settings, broker_address(settings, CLIENT_PORT), -1)
+
+
+def share_a_file(paths: Iterable[Optional[str]]) -> bool:
+    """Whether two of these are the same file, and not a device or the like."""
+    files = [os.path.realpath(path) for path in paths if path and not is_no_file(path)]
+    return len({*files}) < len(files)
 
 
 def show_commands(settings: argparse.Namespace) -> int:
@@ -7799,8 +7812,8 @@ def conclude(settings: argparse.Namespace, client: Client, reports: Reports, don
         status = max(status, 3)
     if status == 0 and (reports.failed or done.skipped_failed):  # the former: no room for an output
         status = 1
-    if settings.expect and summary.hash != settings.expect.lower():
-        complain(f"the result hash is {summary.hash}, and not {printable(settings.expect)} as expected")
+    if settings.expect and summary.hash != settings.expect:
+        complain(f"the result hash is {summary.hash}, and not {settings.expect} as expected")
         status = status or 1
     worth_it = summary.spent >= ADVISE and max(reports.times, default=0) >= ADVISE_FROM
     if complete and len(reports.times) > 1 and worth_it:
@@ -7885,8 +7898,6 @@ def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
 
 def working_directory(given: Optional[str]) -> str:
     """The absolute directory that the commands are to run in."""
-    if given == "":
-        raise UsageError("--cwd needs the name of a directory")
     try:
         return os.path.abspath(given or os.getcwd())
     except FileNotFoundError:
