@@ -4726,6 +4726,15 @@ class ReportingTest(unittest.TestCase):
             "Some commands failed :(",
             "2 of them failed at first, and passed elsewhere or later: 1 only on i"])
 
+    def test_what_is_flaky_may_count_as_failed(self):
+        for counts, words in ((False, "All commands success"), (True, "Some commands failed")):
+            out = self.text("-b")
+            self.client = tc.Client("r1", wishes=tc.Wishes(fail_on_flaky=counts))
+            self.report("a")
+            self.client.flaky = 1
+            self.end()
+            self.assertIn(f"\n{words}", out.getvalue().decode())
+
     def test_in_the_order_of_the_input(self):
         out = self.text("-b", "-k")
         log = mock.Mock(tc.Reporter)  # a file has them as they come: we may be killed

@@ -482,6 +482,10 @@ def require_run(token: Run) -> None:
         raise ProtocolError("a command needs the name of its run as token")
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def printable(value: Union[str, bytes], limit: int = 80) -> str:
     """What a peer sent, safe to show on one line of a terminal or log."""
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -3849,8 +3853,9 @@ class Client(Member):
 
     def stop_early(self) -> None:
         if 0 < self.wishes.fail_fast <= self.bad():
-            plural = "command has" if self.bad() == 1 else "commands have"
-            self.effects.append(Notice(f"stopping: {self.bad()} {plural} failed (--fail-fast)"))
+            have = "has" if self.bad() == 1 else "have"
+            self.effects.append(Notice(
+                f"stopping: {counted(self.bad(), 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
     def begin(self, entry: Entry) -> None:
@@ -4273,6 +4278,7 @@ class Summary(NamedTuple):
     ran: int
     failed: int
     flaky: int
+    flaky_counts: bool  # as failed
     only_on: Dict[str, int]  # hosts: how many commands failed only there
     skipped: int  # commands that an earlier run has done, and of them
     skipped_failed: int
@@ -4559,7 +4565,7 @@ class Reports:
 
     def end(self, client: Client, complete: bool, skipped: int, skipped_failed: int) -> Summary:
         summary = Summary(complete, len(self.tally.records), self.failed, client.flaky,
-                          dict(client.only_on), skipped, skipped_failed,
+                          client.wishes.fail_on_flaky, dict(client.only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, self.tally.hash())
         for reporter in self.reporters:
             try:
@@ -4628,8 +4634,7 @@ class Transcript(Reporter):
         if commands is None:
             self.line("Releasing the hounds: commands to execute as they come")
         else:
-            plural = "" if commands == 1 else "s"
-            self.line(f"Releasing the hounds: {commands} command{plural} to execute")
+            self.line(f"Releasing the hounds: {counted(commands, 'command')} to execute")
 
     def result(self, outcome: Outcome) -> None:
         """Its line and its output."""
@@ -4659,7 +4664,7 @@ class Transcript(Reporter):
     def ended(self, summary: Summary) -> None:
         if not summary.complete:
             self.line(self.paint("some failed", "Not all commands were executed :("))
-        elif summary.failed or summary.skipped_failed:
+        elif summary.failed or summary.skipped_failed or summary.flaky and summary.flaky_counts:
             self.line(self.paint("some failed", "Some commands failed :("))
         else:
             self.line(self.paint("all ok", "All commands successfully executed ☃"))
@@ -4670,8 +4675,7 @@ class Transcript(Reporter):
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
             self.line(f"Skipped {summary.skipped} that an earlier run has done{failed}")
-        self.line(f"Ran {summary.ran} command{'' if summary.ran == 1 else 's'} in "
-                  f"⌚{summary.spent:.2f}s, result hash "
+        self.line(f"Ran {counted(summary.ran, 'command')} in ⌚{summary.spent:.2f}s, result hash "
                   f"{'' if summary.complete else 'of these '}is {summary.hash}")
 
 
@@ -5370,7 +5374,7 @@ def progress(client: Client, spent: Seconds) -> str:
         words.append(f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
         if client.input_ended:
             words.append(f"ETA {duration((client.total - client.reported) / rate)}")
-    words.append(f"{client.workers} worker{'' if client.workers == 1 else 's'}, {client.slots} slots")
+    words += [counted(client.workers, "worker"), counted(client.slots, "slot")]
     return ", ".join(words)
 
 
@@ -5757,8 +5761,8 @@ def status_lines(fields: Fields, broker: str) -> List[str]:
     clients = fields["clients"]
     there = [row for row in workers if row["there"]]
     slots, running = (sum(row[name] for row in there) for name in ("slots", "running"))
-    lines = [f"{broker}: {len(workers)} worker{'' if len(workers) == 1 else 's'}, {running} of {slots} "
-             f"slots busy, {len(clients)} client{'' if len(clients) == 1 else 's'}"]
+    lines = [f"{broker}: {counted(len(workers), 'worker')}, {running} of {counted(slots, 'slot')} "
+             f"busy, {counted(len(clients), 'client')}"]
     if fields.get("above"):
         lines.append(f"below {', '.join(fields['above'])}")
     if workers:
@@ -7431,8 +7435,7 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
         loop.between.append(LoadMeter(worker).look)
         connect(loop, node, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
-        announce(f"Connecting to {address} to run commands in {worker.slots} slot"
-                 f"{'' if worker.slots == 1 else 's'}")
+        announce(f"Connecting to {address} to run commands in {counted(worker.slots, 'slot')}")
         with contextlib.closing(runner):
             return loop.run()
 
@@ -7909,7 +7912,7 @@ def say_what_is_missing(client: Client, status: int) -> None:
     """The run ended early: how much of it was done."""
     unknown = len(client.window) + len(client.backlog)
     how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
-    complain(f"{how}: {client.reported} commands reported, {client.stopped} stopped, "
+    complain(f"{how}: {counted(client.reported, 'command')} reported, {client.stopped} stopped, "
              f"{client.never_ran} never ran" + (f", {unknown} not run or unknown" if unknown else ""))
 
 
