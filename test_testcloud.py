@@ -5280,6 +5280,14 @@ class WholeFileTest(unittest.TestCase):
             subprocess.run([sys.executable, "-c", code], stdout=file, env=env, check=True)
         self.assertEqual(self.read(), "before\n<a/>after\n")
 
+    def test_a_joblog_on_stdout_leaves_the_rest_of_it(self):
+        with open(self.path, "wb") as file:
+            subprocess.run([sys.executable, SCRIPT, "client", "--local", "--joblog", "/dev/stdout"],
+                           input=b"true", stdout=file, check=True, timeout=PATIENCE)
+        self.assertRegex(self.read(), r"\ASeq\t.*\tCommand\nConnecting")
+        self.assertRegex(self.read(), r"\n1\t.*\ttrue\n")
+        self.assertRegex(self.read(), r"\nRan 1 command in .*\n\Z")
+
     def test_it_holds_one_piece_at_a_time(self):
         tracemalloc.start()
         tc.write_whole(self.path, ("x" * 100_000 for _ in range(500)))

@@ -4790,7 +4790,8 @@ class JobLog(Reporter):
         """Begin with these lines of an earlier run. Raises OSError."""
         if rows:
             write_whole(path, [JOBLOG_HEAD, *rows])
-        self.file = open(path, "ab" if rows else "wb", buffering=0)
+        ours = OUR_STREAMS.get(path)
+        self.file = open(path if ours is None else os.dup(ours), "ab" if rows else "wb", buffering=0)
         if not rows:
             self.file.write(JOBLOG_HEAD.encode())
 
