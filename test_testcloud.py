@@ -3470,6 +3470,7 @@ class WorkerTest(unittest.TestCase):
 
 class RunnerTest(unittest.TestCase):
     def setUp(self):
+        self.ids = itertools.count(1000)
         self.began = {}
         self.printed = []
         self.endings = {}
@@ -3497,7 +3498,7 @@ class RunnerTest(unittest.TestCase):
             self.ended.notify_all()
 
     def start(self, cmd, cwd=None, **more):
-        job = tc.Job(("r", id(cmd), 1), dict({"cmd": cmd, "cwd": cwd}, **more))
+        job = tc.Job(("r", next(self.ids), 1), dict({"cmd": cmd, "cwd": cwd}, **more))
         self.start_job(job)
         return job
 
