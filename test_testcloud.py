@@ -2333,7 +2333,7 @@ class World:
         failed = [n for n in endings if any(code for code, _, _ in endings[n])]
         self.seen["tried elsewhere"] += len(effect.entry.tries) > 1
         assert not result["exitcode"] or actor.machine.status is not None or \
-            len(failed) > actor.wishes.retries, f"{cmd} should have been tried again"
+            len(failed) >= actor.wishes.tries, f"{cmd} should have been tried again"
 
     # --- who lives in it
 
@@ -2367,7 +2367,7 @@ class World:
             if skewed:
                 actor.rate, actor.offset = r.uniform(0.8, 1.2), r.uniform(0, 1e6)
             if actor.role == "client" and r.random() < 0.3:
-                actor.wishes = tc.Wishes(timeout=r.choice([0, 3.0]), retries=r.choice([0, 2, 3]),
+                actor.wishes = tc.Wishes(timeout=r.choice([0, 3.0]), tries=r.choice([1, 3, 4]),
                                          needs=r.choice([(), (), ("l",)]), serial=r.random() < 0.2)
             if actor.name == "w0" or r.random() < 0.2:
                 actor.labels = ("l",)
@@ -4252,7 +4252,7 @@ class ClientTest(unittest.TestCase):
         self.assertIn("no memory", b.effect(tc.Report).result["reason"])
 
     def test_a_failing_command_is_tried_elsewhere(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(timeout=30, retries=2, max_output=100))
+        self.client = tc.Client("r1", wishes=tc.Wishes(timeout=30, tries=3, max_output=100))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -4273,9 +4273,9 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(list(report.entry.tries.values()), [(3, "h"), (4, "i"), (5, "?")])
         self.assertEqual(report.entry.verdict, tc.FAIL)
 
-    def examine(self, retries, *tries):
+    def examine(self, most, *tries):
         """Have a command end so, on these hosts; where it was wanted each time, and its report."""
-        self.client = tc.Client("r1", wishes=tc.Wishes(retries=retries))
+        self.client = tc.Client("r1", wishes=tc.Wishes(tries=most))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -4290,18 +4290,18 @@ class ClientTest(unittest.TestCase):
         return wanted, reports[0] if reports else None
 
     def test_cross_examination(self):
-        for retries, tries, verdict, exitcode in [
-                (2, [(0, "h")], tc.OK, 0),
-                (2, [(1, "h"), (1, "i"), (1, "h")], tc.FAIL, 1),
-                (2, [(1, "h"), (1, "i"), (0, "h")], tc.FLAKY, 0),
-                (2, [(1, "h"), (0, "i"), (0, "h")], tc.FLAKY, 0),
-                (2, [(1, "h"), (0, "i"), (1, "h")], tc.ONLY, 0),
-                (2, [(1, "h"), (0, "h")], tc.FLAKY, 0),  # there is no other host
-                (1, [(1, "h"), (0, "i")], tc.FLAKY, 0),  # that must do
-                (4, [(1, "h"), (1, "i"), (1, "h"), (1, "j"), (0, "h")], tc.FLAKY, 0),
-                (0, [(1, "h")], tc.FAIL, 1)]:
+        for most, tries, verdict, exitcode in [
+                (3, [(0, "h")], tc.OK, 0),
+                (3, [(1, "h"), (1, "i"), (1, "h")], tc.FAIL, 1),
+                (3, [(1, "h"), (1, "i"), (0, "h")], tc.FLAKY, 0),
+                (3, [(1, "h"), (0, "i"), (0, "h")], tc.FLAKY, 0),
+                (3, [(1, "h"), (0, "i"), (1, "h")], tc.ONLY, 0),
+                (3, [(1, "h"), (0, "h")], tc.FLAKY, 0),  # there is no other host
+                (2, [(1, "h"), (0, "i")], tc.FLAKY, 0),  # that must do
+                (5, [(1, "h"), (1, "i"), (1, "h"), (1, "j"), (0, "h")], tc.FLAKY, 0),
+                (1, [(1, "h")], tc.FAIL, 1)]:
             with self.subTest(tries):
-                wanted, report = self.examine(retries, *tries)
+                wanted, report = self.examine(most, *tries)
                 self.assertEqual(wanted, [(None, "h"), ("h", None), (None, "h"), ("h", None)][
                     :len(tries) - 1])
                 self.assertEqual((report.entry.verdict, report.result["exitcode"]), (verdict, exitcode))
@@ -4309,7 +4309,7 @@ class ClientTest(unittest.TestCase):
                 self.assertEqual(self.client.flaky, verdict in (tc.FLAKY, tc.ONLY))
 
     def test_what_passed_is_kept_while_its_failure_is_looked_into(self):
-        _, report = self.examine(2, (1, "h"), (0, "i"))
+        _, report = self.examine(3, (1, "h"), (0, "i"))
         self.assertIsNone(report)
         keep = self.bench.effect(tc.Keep)
         self.assertEqual((keep.result["host"], keep.output), ("i", b"from i"))
@@ -4320,7 +4320,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(self.bench.effect(tc.Exit).status, 130)
 
     def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(retries=2))
+        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -4404,7 +4404,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Report).entry.shown, 3)
 
     def test_what_was_shown_of_the_try_that_is_reported(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(live=True, retries=2))
+        self.client = tc.Client("r1", wishes=tc.Wishes(live=True, tries=3))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -6357,7 +6357,7 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
                      ["client", "--timeout", "3x"], ["client", "--timeout", "3sm"],
                      ["client", "--timeout", "s"], ["client", "--timeout", "0"],
-                     ["client", "--max-output", "0"], ["client", "--retries", "-1"],
+                     ["client", "--max-output", "0"], ["client", "--retries", "0"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
                      ["client", "-j", "2"], ["client", "-C", ""], ["client", "--resume"],
                      ["client", "--joblog", ""], ["client", "--connect", ""], ["client", "--key", ""],
@@ -7050,7 +7050,7 @@ class LimitsTest(unittest.TestCase):
             self.cloud.wait_for_log(worker, "joined")
         path = os.path.join(self.cloud.dir, "where")
         fails_twice = f"echo $TESTCLOUD_WORKER >> {path}; [ $(wc -l < {path}) = 3 ]"
-        status, out = self.cloud.client(broker, [fails_twice, "exit 7", "true"], "--retries", "2")
+        status, out = self.cloud.client(broker, [fails_twice, "exit 7", "true"], "--retries", "3")
         self.assertEqual(status, 1)
         one, two, three = tc.read_text(path).split()
         self.assertEqual(one, three)

@@ -3646,11 +3646,11 @@ def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
     return ONLY if proven and len({*failed}) == 1 and failed[0] not in passed else FLAKY
 
 
-def next_try(tries: Sequence[Try], retries: int) -> Optional[Fields]:
+def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
     """Where to try again what has failed, in turn on another host and on the first one again. A pass
     elsewhere is followed by one more try on the first, which shows whose fault it was. None if it
     is to be tried no more."""
-    if len(tries) > retries:
+    if len(tries) >= most:
         return None
     first = tries[0].host
     if tries[-1].exitcode == 0:
@@ -3726,7 +3726,7 @@ class Wishes(NamedTuple):
     """What the user wants of each command, and of all together."""
 
     timeout: Seconds = 0  # to run; 0: no limit
-    retries: int = 0  # more tries if it fails
+    tries: int = 1  # in all, as long as it fails
     max_output: int = 0  # bytes of output to keep; 0: all
     env: Dict[str, str] = {}  # variables to set
     needs: Tuple[str, ...] = ()  # labels of workers
@@ -3960,7 +3960,7 @@ class Client(Member):
         """Where to try it again; None if not at all."""
         if self.status is not None:
             return None
-        place = next_try(list(entry.tries.values()), self.wishes.retries)
+        place = next_try(list(entry.tries.values()), self.wishes.tries)
         passed = entry.tries[entry.attempt].exitcode == 0
         return None if passed and place and place["on"] in self.shunned else place
 
@@ -7073,8 +7073,8 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
         ("failures", [
             option("--timeout", type=seconds, default=0.0, metavar="TIME",
                    help="stop what runs longer: 500ms, 30s, 5m, 2h, 1d"),
-            option("--retries", type=natural, default=0, metavar="N",
-                   help="try failures again, in turn on another host"),
+            option("--retries", type=positive, default=1, metavar="N",
+                   help="try up to N times, in turn on another host (default: 1)"),
             option("--fail-fast", nargs="?", type=positive, const=1, default=0, metavar="N",
                    help="stop everything after N failures (default: 1)"),
             option("--fail-on-flaky", action="store_true",
