@@ -4603,8 +4603,13 @@ def naive_hash(results):
 
 
 class ReportingTest(unittest.TestCase):
-    def report(self, cmd, exitcode=0, output=b"", tries=(), **result):
+    def entry(self, cmd, line=None):
         entry = tc.Entry(next(self.ids), cmd, "/")
+        self.reports.lines.setdefault(entry.id, line or cmd)
+        return entry
+
+    def report(self, cmd, exitcode=0, output=b"", tries=(), line=None, **result):
+        entry = self.entry(cmd, line)
         attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, "h")]
         entry.tries = dict(enumerate(attempts, 1))
         entry.verdict = tc.verdict_of(attempts)
@@ -4741,7 +4746,7 @@ class ReportingTest(unittest.TestCase):
         log = mock.Mock(tc.Reporter)  # a file has them as they come: we may be killed
         self.reports.reporters.append(log)
         for seq in range(1, 6):
-            self.reports.expect(seq)
+            self.reports.expect(seq, "")
         for seq in (3, 2, 1, 5):
             self.ids = iter([seq])
             self.report(f"c{seq}")
@@ -4753,24 +4758,24 @@ class ReportingTest(unittest.TestCase):
     def test_tags(self):
         out = self.text("--tag")
         with mock.patch.object(tc, "COPY", 3):
-            self.report("a\x1b", output=b"1\n\n345678\n9")
+            self.report("echo a\x1b", output=b"1\n\n345678\n9", line="a\x1b")
         self.assertEqual(out.getvalue().decode().split("\n", 1)[1],
                          "a\\x1b\t1\na\\x1b\t\na\\x1b\t345678\na\\x1b\t9\n\n")
 
     def test_live_lines(self):
         out = self.text("--live")
-        entry = tc.Entry(1, "a", "/")
+        entry = self.entry("echo a", "a")
         for data in (b"1\n2", b"2\n", b"3"):
             self.reports.live(tc.Live(entry, entry.shown, data))
             entry.shown += len(data)
         self.assertEqual(out.getvalue(), b"a\t1\na\t22\n")
         self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"1\n22\n33\n4"))
-        self.assertEqual(out.getvalue().decode(), "a\t1\na\t22\na\t33\na\t4\nOK! a ⌚1.00ms\n")
+        self.assertEqual(out.getvalue().decode(), "a\t1\na\t22\na\t33\na\t4\nOK! echo a ⌚1.00ms\n")
 
     def test_a_live_line_ends_with_its_try(self):
         for shown in (b"", b"3\n4"):
             out = self.text("--live")
-            entry = tc.Entry(1, "a", "/")
+            entry = self.entry("a")
             self.reports.live(tc.Live(entry, 0, b"1\n2"))
             if shown:
                 self.reports.live(tc.Live(entry, 0, shown))
@@ -4781,7 +4786,7 @@ class ReportingTest(unittest.TestCase):
 
     def test_a_live_line_without_end(self):
         out = self.text("--live")
-        entry = tc.Entry(1, "a", "/")
+        entry = self.entry("a")
         with mock.patch.object(tc, "COPY", 5):
             for data in (b"123", b"456", b"7\n"):
                 self.reports.live(tc.Live(entry, entry.shown, data))
@@ -4973,7 +4978,7 @@ ODD = "\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ <&
 def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
     known = {"verdict": "FAIL" if exitcode else "OK", "only_on": "", "host": "h1", "worker": "w1",
              "slot": 2, "started": 1700000000.5, "spent": 1500.0, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "record": None}
+             "tries": (), "shown": 0, "record": None, "line": ""}
     return tc.Outcome(seq, cmd, exitcode, **{**known, **more})
 
 
@@ -5315,7 +5320,7 @@ def paged(seq, verdict="OK", **fields):
     known = {"cmd": f"./run --case {seq}", "exitcode": int(verdict == "FAIL"), "only_on": "",
              "host": f"host{seq % 3}", "worker": f"host{seq % 3}-7-ab", "slot": seq % 2 + 1,
              "started": 1764080000.0 + seq, "spent": 10.0 * seq, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "record": None}
+             "tries": (), "shown": 0, "record": None, "line": ""}
     return tc.Outcome(seq=seq, verdict=verdict, **{**known, **fields})
 
 

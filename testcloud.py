@@ -4269,6 +4269,7 @@ class Outcome(NamedTuple):
     tries: Tuple[Try, ...]  # the others, in order
     shown: int  # bytes of its output that came while it ran
     record: Record
+    line: str  # of the input, of which it was made
 
 
 class Summary(NamedTuple):
@@ -4497,8 +4498,8 @@ class Reporter:
     def released(self, commands: Optional[int]) -> None:
         """Commands have gone out, of so many."""
 
-    def live(self, seq: int, cmd: str, offset: int, data: bytes) -> None:
-        """A running command has printed this. At offset 0 another try begins."""
+    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
+        """The command of this line of the input has printed this. At offset 0 another try begins."""
 
     def result(self, outcome: Outcome) -> None:
         """A command has ended. Raises OSError."""
@@ -4514,12 +4515,15 @@ class Reports:
         self.tally = tally
         self.reporters = reporters
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
+        self.lines: Dict[int, str] = {}  # of the input, which are not reported yet
         self.failed = 0
         self.troubles: List[OSError] = []  # of reports that could not be written
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
-    def expect(self, seq: int) -> None:
+    def expect(self, seq: int, line: str) -> None:
+        """The command of this line of the input will be reported."""
+        self.lines[seq] = line
         for reporter in self.reporters:
             reporter.expect(seq)
 
@@ -4529,7 +4533,8 @@ class Reports:
 
     def live(self, effect: Live) -> None:
         for reporter in self.reporters:
-            reporter.live(effect.entry.id, effect.entry.cmd, effect.offset, bytes(effect.data))
+            reporter.live(effect.entry.id, self.lines[effect.entry.id], effect.offset,
+                          bytes(effect.data))
 
     def store(self, effect: Store) -> None:
         self.tally.store(effect.offset, effect.data)
@@ -4557,7 +4562,8 @@ class Reports:
             entry.id, entry.cmd, record.exitcode, verdict, tries[0].host if verdict == ONLY else "",
             result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
             result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
-            lost or result.get("reason", ""), tuple(tries), entry.shown, record)
+            lost or result.get("reason", ""), tuple(tries), entry.shown, record,
+            self.lines.pop(entry.id))
         self.failed += verdict == FAIL
         self.times.append(outcome.spent)
         for reporter in self.reporters:
@@ -4590,9 +4596,9 @@ class InOrder(Reporter):
         for reporter in self.reporters:
             reporter.released(commands)
 
-    def live(self, seq: int, cmd: str, offset: int, data: bytes) -> None:
+    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
         for reporter in self.reporters:
-            reporter.live(seq, cmd, offset, data)
+            reporter.live(seq, line, offset, data)
 
     def result(self, outcome: Outcome) -> None:
         self.early[outcome.seq] = outcome
@@ -4689,7 +4695,7 @@ class Plain:
 
     def __call__(self, outcome: Outcome) -> None:
         parts = self.tally.parts(outcome.record)
-        self.put(ended(tagged(to_bytes(visible(outcome.cmd)), parts) if self.tag else parts, b"\n"))
+        self.put(ended(tagged(to_bytes(visible(outcome.line)), parts) if self.tag else parts, b"\n"))
 
 
 def ended(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
@@ -4716,7 +4722,7 @@ def tagged(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class LiveLines(Reporter):
-    """Shows whole lines of running commands as they come, each with the command before it; and in the
+    """Shows whole lines of running commands as they come, each after its line of the input; and in the
     end what has not been shown. What goes on for more than COPY bytes is taken for a line."""
 
     def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None]) -> None:
@@ -4724,11 +4730,11 @@ class LiveLines(Reporter):
         self.put = put
         self.begun: Dict[int, bytes] = {}  # by command: a line of which the end has not come
 
-    def live(self, seq: int, cmd: str, offset: int, data: bytes) -> None:
+    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
         lines, newline, rest = (self.line_of(seq, offset) + data).rpartition(b"\n")
         if len(rest) > COPY:
             lines, newline, rest = lines + newline + rest, b"\n", b""
-        self.put(tagged(to_bytes(visible(cmd)), [lines + newline]))
+        self.put(tagged(to_bytes(visible(line)), [lines + newline]))
         self.begun[seq] = rest
 
     def line_of(self, seq: int, offset: int) -> bytes:
@@ -4738,7 +4744,7 @@ class LiveLines(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         rest = after(self.tally.parts(outcome.record), outcome.shown)
-        self.put(ended(tagged(to_bytes(visible(outcome.cmd)), itertools.chain(
+        self.put(ended(tagged(to_bytes(visible(outcome.line)), itertools.chain(
             [self.line_of(outcome.seq, outcome.shown)], rest)), b""))
 
 
@@ -4763,7 +4769,7 @@ class JsonLines(Reporter):
         if self.fail_only and outcome.verdict == OK:
             return
         fields = outcome._asdict()
-        del fields["record"], fields["shown"], fields["cmd"], fields["spent"]
+        del fields["record"], fields["shown"], fields["cmd"], fields["spent"], fields["line"]
         fields.update(command=outcome.cmd, time=outcome.spent,
                       tries=[row._asdict() for row in outcome.tries])
         self.put(self.line(json.dumps(fields), outcome))
@@ -7086,7 +7092,7 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
             option("-p", "--progress", action="store_true",
                    help="a line at the bottom (default: on a terminal)"),
             option("-k", "--keep-order", action="store_true", help="results in order of the input"),
-            option("--tag", action="store_true", help="lines of output after their command and a tab"),
+            option("--tag", action="store_true", help="lines of output after that of the input"),
             option("--live", action="store_true", help="lines of output as they come, tagged"),
             option("--raw", action="store_true", help="the commands' own stdout and stderr"),
             option("--json", action="store_true", help="a JSON object a line for each result"),
@@ -7737,7 +7743,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             client.leave_out()
         else:
             client.add(command, cwd)
-            reports.expect(client.last_id)
+            reports.expect(client.last_id, line)
 
     def interrupt(status: int, now: Seconds) -> None:
         if client.left:  # only the transcript is still being written
