@@ -4319,6 +4319,37 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(self.bench.effect(tc.Report).result["host"], "i")
         self.assertEqual(self.bench.effect(tc.Exit).status, 130)
 
+    @mock.patch.object(tc, "EXAMINE_WAIT", 0.5)
+    def test_what_failed_on_a_host_that_stays_busy_is_reported_when_all_else_is_done(self):
+        self.examine(3, (1, "h"), (0, "i"))
+        b = self.bench
+        b.effect(tc.Keep)
+        b.wait(0.4)
+        self.client.add("b", "/")
+        self.client.end_input(b.now)  # there is more to do
+        b.collect()
+        b.wait(0.7)
+        self.assertNotIn(tc.Report, map(type, b.effects))
+        self.result(2)
+        b.effects.clear()
+        b.wait(0.4)
+        self.assertNotIn(tc.Report, map(type, b.effects))
+        b.effects.clear()
+        b.wait(0.2)
+        report = b.effect(tc.Report)
+        self.assertEqual((report.entry.verdict, report.entry.kept["host"]), (tc.FLAKY, "i"))
+        self.assertEqual(b.effects[-1], tc.Exit(0))
+
+    @mock.patch.object(tc, "EXAMINE_WAIT", 0.5)
+    def test_what_runs_again_where_it_failed_is_waited_for(self):
+        self.examine(3, (1, "h"), (0, "i"))
+        b = self.bench
+        b.effect(tc.Keep)
+        b.hear('QUEUED {"tasks":[[1,3]],"worker":"w"}')
+        b.wait(1.5)
+        self.result(1, 3, 1, host="h")
+        self.assertEqual(b.effect(tc.Report).entry.verdict, tc.ONLY)
+
     def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
         self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
         b = self.bench = Bench(self.client)

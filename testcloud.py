@@ -3624,6 +3624,7 @@ def read_text(path: str) -> str:
 OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed, wherever it was tried
 FLAKY, ONLY = "FLAKY", "ONLY"  # failed, but passed in the end; failed on one host only
 SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
+EXAMINE_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
 
 
 class Try(NamedTuple):
@@ -3763,6 +3764,8 @@ class Client(Member):
         self.total = self.reported = self.failed = self.flaky = 0
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.shunned: Set[str] = set()  # hosts
+        self.examined = 0  # entries of the window that have passed, but failed before
+        self.examine_until: Seconds = math.inf  # when to wait no longer for where they failed
         self.timings: Dict[str, float] = {}  # of earlier runs, to begin with the longest
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
@@ -3834,6 +3837,7 @@ class Client(Member):
             self.release()
         if self.done_until <= self.now or len(self.done) >= MAX_DONE:
             self.tell_done()
+        self.stop_examining()
         if self.status is None and not self.left:
             self.stop_early()
             self.observe(self.watch, self.waits_for())
@@ -3973,6 +3977,7 @@ class Client(Member):
         if not fields["exitcode"]:
             self.stop_fetching(entry)
             entry.kept = fields
+            self.examined += 1
             self.effects.append(Keep(entry, fields, output))
         self.finish_with(entry.id, entry.attempt)
         entry.place = dict(place, elsewhere=True)
@@ -3991,6 +3996,7 @@ class Client(Member):
     def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
         if entry.kept is not None:
             result, output = entry.kept, None
+            self.examined -= 1
         self.release()
         self.confirm(entry, "")
         del self.window[entry.id]
@@ -4004,6 +4010,18 @@ class Client(Member):
             self.flaky += 1
             if entry.verdict == ONLY:
                 self.blame(next(iter(entry.tries.values())).host)
+
+    def stop_examining(self) -> None:
+        """If nothing else keeps the run, report what only waits for a slot where it failed."""
+        rest = self.input_ended and not self.backlog or self.wishes.serial
+        if not self.window or self.examined < len(self.window) or not rest:
+            self.examine_until = math.inf
+        elif self.now < self.examine_until:
+            self.examine_until = min(self.examine_until, self.now + EXAMINE_WAIT)
+        else:
+            self.examine_until = self.now + EXAMINE_WAIT
+            for entry in [entry for entry in self.window.values() if not entry.worker]:
+                self.report(entry, {}, None)
 
     def blame(self, host: str) -> None:
         """A command failed only there. If others did as well, take no more of this host."""
@@ -4141,7 +4159,7 @@ class Client(Member):
         release = math.inf if self.released else self.release_at
         done = self.done_until if self.session.joined else math.inf
         return min(self.session.next_greeting, due, release, done, self.leave_at,
-                   self.watch.deadline())
+                   self.examine_until, self.watch.deadline())
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
