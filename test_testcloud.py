@@ -564,6 +564,7 @@ class BrokerTest(unittest.TestCase):
             d.client(b"c", 'SHUN {"hosts":["h1","h3"]}')
             d.letters.clear()
             d.submit(b"c", 4)
+            d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])  # it may have forgotten the run
             d.expect(b"a", "{")
 
     def test_a_command_waits_for_a_worker_with_the_labels_that_it_needs(self):
@@ -614,6 +615,7 @@ class BrokerTest(unittest.TestCase):
         d.ends(b"w", "r1", 1, exitcode=3)
         d.letters.clear()
         d.client(b"s", "STATUS")
+        d.wait(tc.OK_DELAY)
         status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
         worker, plain = status["workers"]
         self.assertEqual([worker[name] for name in (
@@ -625,8 +627,16 @@ class BrokerTest(unittest.TestCase):
             "done": 1, "failed": 1, "waits_for": ""}])
         d.submit(b"c", 5, 6, 7)
         d.client(b"s", "STATUS")
+        d.wait(tc.OK_DELAY)
         status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
         self.assertEqual(status["clients"][0]["waits_for"], "a free slot")
+
+    def test_the_status_is_told_once_to_who_asks_often(self):
+        d = self.desk
+        d.client(b"s", "\n".join(["STATUS"] * 500))
+        d.client(b"t", "STATUS")
+        d.wait(tc.OK_DELAY)
+        self.assertEqual([letter[1] for letter in d.letters], [b"s", b"t"])
 
     def test_a_worker_is_not_believed_about_commands_that_it_was_not_given(self):
         d = self.desk
@@ -647,6 +657,20 @@ class BrokerTest(unittest.TestCase):
             self.assertNotIn("RESULT", [letter[3] for letter in d.letters])
             d.worker(b"v", "BYE")
             d.letters.clear()
+
+    def test_retries_that_have_gone_leave_no_trace_behind_one_that_waits(self):
+        d = self.desk
+        d.join(b"w", host="h1")
+        d.join(b"v", host="h2")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, attempt=2, on="h1", elsewhere=True)
+        for id in range(3, 100):
+            d.submit(b"c", id, attempt=2)
+            d.ends(b"v", "r1", id, attempt=2)
+        self.assertLess(len(d.broker.clients["r1"].retries), 5)
+        d.client(b"c", tc.encode("CANCEL", {"tasks": [[2, 2]]}))
+        d.submit(b"c", 100, attempt=2)
+        self.assertFalse(d.broker.clients["r1"].retries)
 
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
@@ -1616,6 +1640,16 @@ class ChainTest(unittest.TestCase):
         d.gone(WORKERS, b"w")
         d.expect(b"", "READY", slots=1, hosts=["h3"], labels=["x", "y"])
         d.quiet()
+
+    def test_hosts_are_shunned_of_whose_run_it_has_no_command_yet(self):
+        d = self.desk
+        d.join(b"w", slots=9, host="h1")
+        d.join(b"v", slots=1, host="h2")
+        d.tell(BROKER, b"", 'SHUN {"hosts":["h1"]}', "up")
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1,"needs":[],"elsewhere":true}', "up")
+        d.takes(b"v", "up", 1)
+        d.wait(1)
+        self.assertNotIn("OK", [letter[3] for letter in d.letters])  # to nobody
 
     def test_slots_that_change_while_it_joins_are_told_at_once(self):
         d = Desk(chained=True)

@@ -980,10 +980,13 @@ class ClientLink:
         and the first of the others."""
         found: List[Task] = []
         for tasks, most in ((self.retries, RETRIES), (self.waiting, 1)):
-            while tasks and tasks[0].state != WAITING:
-                tasks.popleft()
-            if tasks:
-                found += itertools.islice((task for task in tasks if task.state == WAITING), most)
+            first: List[Task] = []
+            while tasks and len(first) < most:
+                task = tasks.popleft()
+                if task.state == WAITING:
+                    first.append(task)
+            tasks.extendleft(reversed(first))
+            found += first
         return found
 
 
@@ -1129,6 +1132,7 @@ class Broker(Machine):
         self.ranking: List[Tuple[bool, int, int, int, WorkerLink]] = []  # heap: best worker first
         self.stamps = 0  # counts entries of the ranking
         self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of who is to be told OK
+        self.viewers: Dict[Peer, None] = {}  # who are to be told STATUS
         self.answer_at: Seconds = math.inf  # when to do so
         # of READYs that are not whole yet, the latest last; until when they are kept
         self.parts: Dict[Peer, Tuple[Seconds, List[Fields]]] = {}
@@ -1185,7 +1189,7 @@ class Broker(Machine):
     def client_of(self, message: Message) -> Optional[ClientLink]:
         """Who said this; a peer that we do not know is asked to join, and gets None."""
         if message.link == BROKER:
-            if message.token not in self.clients and message.verb != COMMAND:
+            if message.token not in self.clients and message.verb not in (COMMAND, "SHUN"):
                 return None
             require_run(message.token)
             client = self.require_client(message.token, BROKER, b"")
@@ -1290,6 +1294,10 @@ class Broker(Machine):
             if link == CLIENTS and client is not None and self.lacks(client):
                 line = encode("OK", dict(self.state_of_cloud(), lacks=self.lacks(client)))
             self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
+        viewers, self.viewers = self.viewers, {}
+        status = encode("STATUS", self.status()) if viewers else b""
+        for peer in viewers:
+            self.pass_on(CLIENTS, peer, "", status)
 
     def lacks(self, client: ClientLink) -> str:
         """What the commands of a client may wait for in vain, while others are run."""
@@ -1591,8 +1599,9 @@ class Broker(Machine):
             needs = frozenset(fields.get("needs", ()))
             if needs != task.client.needs:
                 task.client.needs = needs
-                self.greeted.setdefault((CLIENTS, task.client.peer or b""), 0)  # of whom it lacks
-                self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+                if task.client.link == CLIENTS and task.client.peer is not None:  # of whom it lacks
+                    self.greeted.setdefault((CLIENTS, task.client.peer), 0)
+                    self.answer_at = min(self.answer_at, self.now + OK_DELAY)
             task.wanted = Wanted(needs, on=fields.get("on", ""), not_on=fields.get("not_on", ""),
                                  avoid=task.avoid if fields.get("elsewhere") else "")
 
@@ -1869,6 +1878,8 @@ class Broker(Machine):
         task.until = max(self.now + self.times.queued_timeout, self.lenient_until)
         self.unconfirmed.append((task, task.until))
         run, peer = task.client.run, worker.peer or b""
+        if worker.below:  # it may have forgotten the run
+            self.tell_shunned(task.client, [worker])
         if worker.plain:
             worker.ready = False
             worker.token = f"{run} {task.id} {task.attempt}"
@@ -2062,12 +2073,16 @@ class Broker(Machine):
     # --- the status
 
     def on_status(self, message: Message) -> None:
-        """Somebody wants to see the cloud: of clients no commands, and nothing of the runs' names."""
-        self.say(CLIENTS, message.peer, "", "STATUS", {
-            "broker": self.name, "above": self.above,
-            "workers": [self.status_of_worker(worker) for worker in self.named.values()]
-            + [self.status_of_worker(worker) for worker in self.workers.values() if worker.plain],
-            "clients": [self.status_of_client(client) for client in self.clients.values()]})
+        """Somebody wants to see the cloud. That is much to tell: once for all who ask meanwhile."""
+        self.viewers[message.peer] = None
+        self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+
+    def status(self) -> Fields:
+        """Of clients no commands, and nothing of the runs' names."""
+        plain = [worker for worker in self.workers.values() if worker.plain]
+        return {"broker": self.name, "above": self.above,
+                "workers": list(map(self.status_of_worker, (*self.named.values(), *plain))),
+                "clients": list(map(self.status_of_client, self.clients.values()))}
 
     def status_of_worker(self, worker: WorkerLink) -> Fields:
         states = Counter(task.state for task in worker.tasks.values())
