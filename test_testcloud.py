@@ -4438,6 +4438,16 @@ class ClientTest(unittest.TestCase):
                 self.bench.wait(tc.RELEASE_DELAY)
             self.assertEqual("".join(line[2]["cmd"] for line in self.bench.lines), order)
 
+    def test_longest_first_only_where_it_may_help(self):
+        for wishes, slots in ((tc.Wishes(serial=True), 2), (tc.Wishes(), 1)):
+            self.client = tc.Client("r1", wishes=wishes)
+            self.client.timings = {"a": 1, "b": 5}
+            self.bench = b = Bench(self.client)
+            b.answer(broker="b", slots=slots, workers=1, patience=30)
+            self.add(*"ab", end=True)
+            commands = [line[2]["cmd"] for line in b.lines if line[1] == "{"]
+            self.assertEqual(commands, ["a", "b"][:1 if wishes.serial else 2])
+
     def test_one_at_a_time(self):
         self.client = tc.Client("r1", wishes=tc.Wishes(serial=True))
         b = self.bench = Bench(self.client)
@@ -4652,6 +4662,21 @@ class ClientTest(unittest.TestCase):
         self.assertFalse(b.effects)
         b.wait(5.0)
         self.assertIn("does not answer", b.effect(tc.Notice).text)
+
+
+class ViewerTest(unittest.TestCase):
+    def test_a_broker_that_falls_silent(self):
+        b = Bench(tc.Viewer("tcp://b:1", math.inf, 1.0))
+        for _ in range(3):
+            b.expect("STATUS")
+            b.hear(tc.encode("STATUS", MessagesTest.EXAMPLES["STATUS"]))
+            b.effect(tc.Viewed)
+            b.wait(1)
+            self.assertFalse(b.effects)
+        b.wait(3)
+        self.assertIn("does not answer", b.effect(tc.Notice).text)
+        b.hear(tc.encode("STATUS", MessagesTest.EXAMPLES["STATUS"]))
+        self.assertIn("is over", b.effects[-1].text)
 
 
 # === Reporting ========================================================================
@@ -5350,6 +5375,14 @@ class WholeFileTest(unittest.TestCase):
         with open(self.path, "wb") as file:
             subprocess.run([sys.executable, "-c", code], stdout=file, env=env, check=True)
         self.assertEqual(self.read(), "before\n<a/>after\n")
+
+    def test_a_joblog_stays_as_it_is_if_another_report_is_refused(self):
+        with open(self.path, "w") as file:
+            file.write("kept")
+        done = subprocess.run([sys.executable, SCRIPT, "client", "--local", "--joblog", self.path,
+                               "--junit", "/no/such"], input=b"true", stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((done.returncode, self.read()), (3, "kept"))
 
     def test_a_joblog_on_stdout_leaves_the_rest_of_it(self):
         with open(self.path, "wb") as file:

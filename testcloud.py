@@ -3860,9 +3860,9 @@ class Client(Member):
             self.leave(1 if self.bad() else 0)
 
     def longest_first(self) -> None:
-        """Put the backlog in order, if it is whole: first what we know nothing of."""
+        """Put the backlog in order, if it is whole and that may help: first what we know nothing of."""
         timings, self.timings = self.timings, {}
-        if self.input_ended:
+        if self.input_ended and self.slots != 1 and not self.wishes.serial:
             self.backlog = deque(sorted(self.backlog,
                                         key=lambda entry: -timings.get(entry.cmd, math.inf)))
 
@@ -4218,10 +4218,11 @@ class Viewer(Machine):
         self.trouble = ""  # why the link cannot come up
         self.ask_at: Seconds = math.inf
         self.answered = False
+        self.unanswered = 0  # of our questions
         self.watch = Watch(wait)
 
     def connected(self, link: str, now: Seconds) -> None:
-        self.now, self.up, self.trouble, self.ask_at = now, True, "", now
+        self.now, self.up, self.trouble, self.ask_at, self.unanswered = now, True, "", now, 0
         self.tick(now)
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
@@ -4235,19 +4236,21 @@ class Viewer(Machine):
     def on_status(self, message: Message) -> None:
         if not {"broker", "workers", "clients"} <= set(message.fields):
             raise ProtocolError("STATUS without what we have asked for")
-        self.answered = True
+        self.answered, self.unanswered = True, 0
         self.effects.append(Viewed(message.fields))
         if self.interval == math.inf:
             self.effects.append(Exit(0))
 
     def settle(self) -> None:
-        self.observe(self.watch, "" if self.answered else waiting_for_broker(
+        silent = broker_is_silent(self.address) if self.unanswered > 1 else ""
+        self.observe(self.watch, silent if self.answered else waiting_for_broker(
             self.trouble, self.up, self.address, "client"))
 
     def tick(self, now: Seconds) -> None:
         self.now = now
         if self.ask_at <= now:
             self.say(BROKER, b"", "", "STATUS")
+            self.unanswered += 1
             self.ask_at = now + self.interval
         self.settle()
         if self.watch.given_up(now):
@@ -7832,15 +7835,15 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
     found: List[Reporter] = []
     path = ""
     try:
-        if settings.joblog:
-            path = settings.joblog
-            found.append(JobLog(path, [row.line for row in done.rows]))
         if settings.junit:
             path = settings.junit
             found.append(JUnit(path, tally))
         if settings.html:
             path = settings.html
             found.append(HtmlPage(path, tally))
+        if settings.joblog:  # last: it empties a file
+            path = settings.joblog
+            found.append(JobLog(path, [row.line for row in done.rows]))
     except OSError as error:
         raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
     return found
