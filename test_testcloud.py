@@ -108,6 +108,8 @@ def check_broker(broker):
         assert (worker.peer is None) == (worker.name in broker.away), worker.name
         assert worker.careful == sum(t.careful and t.state in tc.BUSY
                                      for t in worker.tasks.values())
+        assert +worker.needy == Counter(t.wanted.needs for t in worker.tasks.values()
+                                        if t.state in tc.BUSY)
         ranked = [row for row in broker.ranking if row[4] is worker and row[3] == worker.stamp]
         assert len(ranked) == worker.has_room(), (worker.name, worker.free(), ranked)
         assert not ranked or ranked[0][:3] == (worker.free() <= 0, -worker.weight, -worker.free())
@@ -128,7 +130,7 @@ class MessagesTest(unittest.TestCase):
         "{": {"cmd": "pi 2", "cwd": "/tmp", "id": 1, "attempt": 1, "again": True},
         "HELLO": {"run": "a1", "join": 1, "unreported": [1, 2]},
         "READY": {"name": "w", "slots": 2, "weight": -5, "running": [["a", 1, 1]], "held": [],
-                  "below": ["x"], "hosts": ["h1", "h2"], "join": 3, "depth": 1},
+                  "below": ["x"], "crew": [["h1", 1], ["h2", 9, "gpu"]], "join": 3, "depth": 1},
         "OK": {"broker": "b", "join": 1, "workers": 2, "slots": 4, "above": []},
         "WHO": {},
         "QUEUED": {"tasks": [[1, 1]], "worker": "w"},
@@ -553,10 +555,13 @@ class BrokerTest(unittest.TestCase):
     def test_a_chained_broker_is_all_the_hosts_below_it(self):
         for wishes, takes in (({"on": "h1"}, {b"a"}), ({"on": "h2"}, {b"a"}), ({"on": "h3"}, {b"b"}),
                               ({"not_on": "h1"}, {b"a", b"b"}), ({"not_on": "h3"}, {b"a"}),
-                              ({"on": "h9"}, {b"a", b"b"})):
+                              ({"on": "h9"}, {b"a", b"b"}), ({"needs": ["x"]}, {b"a", b"b"}),
+                              ({"needs": ["x", "y"]}, set()), ({"needs": ["x", "z"]}, {b"b"}),
+                              ({"needs": ["x"], "not_on": "h1"}, {b"b"}),
+                              ({"needs": ["y"], "on": "h1"}, {b"a"})):
             d = Desk()
-            d.join(b"a", slots=4, below=["a"], hosts=["h1", "h2"])
-            d.join(b"b", slots=3, below=["b"], hosts=["h3"])
+            d.join(b"a", slots=4, below=["a"], crew=[["h1", 4, "x"], ["h2", 4, "y"]])
+            d.join(b"b", slots=3, below=["b"], crew=[["h3", 3, "x", "z"]])
             d.hello(b"c", "r1")
             d.submit(b"c", 1, 2, 3, attempt=2, **wishes, elsewhere=True)
             self.assertEqual({peer for _, peer, _, verb, *_ in d.letters if verb == "{"}, takes)
@@ -566,6 +571,31 @@ class BrokerTest(unittest.TestCase):
             d.submit(b"c", 4)
             d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])  # it may have forgotten the run
             d.expect(b"a", "{")
+
+    def test_a_chained_broker_has_only_so_many_slots_with_a_label(self):
+        d = self.desk
+        d.join(b"m", slots=9, below=["m"], crew=[["h1", 1, "gpu"], ["h2", 8]])
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3, needs=["gpu"])
+        d.takes(b"m", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.join(b"v", slots=1, labels=["gpu"])
+        d.takes(b"v", "r1", 2)
+        d.expect(b"c", "QUEUED")
+        d.hello(b"e", "r2")
+        d.submit(b"e", *range(8))
+        for id in range(8):
+            d.takes(b"m", "r2", id)
+        d.letters.clear()
+        d.ends(b"m", "r2", 1, time=9999.0)  # the slot is for others than gpu
+        d.submit(b"e", 8)
+        d.expect(b"e", "RESULT")
+        d.takes(b"m", "r2", 8)
+        d.letters.clear()
+        d.ends(b"m", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.takes(b"m", "r1", 3)
 
     def test_a_command_waits_for_a_worker_with_the_labels_that_it_needs(self):
         d = self.desk
@@ -1629,16 +1659,17 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "READY", slots=2, weight=1)
         d.quiet()
 
-    def test_it_announces_the_hosts_labels_and_brokers_below(self):
+    def test_it_announces_hosts_with_labels_and_brokers_below(self):
         d = self.desk
         d.join(b"w", host="h2", labels=["y"])
-        d.expect(b"", "READY", hosts=["h2"], labels=["y"])
-        d.join(b"v", below=["v", "u"], hosts=["h1", "h2"], labels=["x", "y"], depth=2)
-        d.expect(b"", "READY", hosts=["h1", "h2"], labels=["x", "y"], below=["b1", "u", "v"], depth=3)
-        d.worker(b"v", 'READY {"name":"v","slots":1,"below":["v"],"hosts":["h3"],"depth":1}')
-        d.expect(b"", "READY", hosts=["h2", "h3"], below=["b1", "v"], depth=2)
+        d.expect(b"", "READY", crew=[["h2", 1, "y"]])
+        d.join(b"v", slots=5, below=["v", "u"], crew=[["h1", 2, "z", "x"], ["h2", 3, "y"]], depth=2)
+        d.expect(b"", "READY", crew=[["h1", 2, "x", "z"], ["h2", 4, "y"]], below=["b1", "u", "v"],
+                 depth=3)
+        d.worker(b"v", 'READY {"name":"v","slots":1,"below":["v"],"crew":[["h3",1]],"depth":1}')
+        d.expect(b"", "READY", crew=[["h2", 1, "y"], ["h3", 1]], below=["b1", "v"], depth=2)
         d.gone(WORKERS, b"w")
-        d.expect(b"", "READY", slots=1, hosts=["h3"], labels=["x", "y"])
+        d.expect(b"", "READY", slots=1, crew=[["h3", 1]])
         d.quiet()
 
     def test_hosts_are_shunned_of_whose_run_it_has_no_command_yet(self):
@@ -1650,6 +1681,20 @@ class ChainTest(unittest.TestCase):
         d.takes(b"v", "up", 1)
         d.wait(1)
         self.assertNotIn("OK", [letter[3] for letter in d.letters])  # to nobody
+
+    def test_what_nobody_has_the_labels_for_any_more_is_handed_back(self):
+        d = self.desk
+        d.join(b"w", slots=1, labels=["gpu"])
+        d.join(b"v", slots=1)
+        d.letters.clear()
+        for id in (1, 2, 3):
+            d.tell(BROKER, b"", f'{{"cmd":"x","id":{id},"attempt":1,"needs":["gpu"]}}', "up")
+        d.takes(b"w", "up", 1)
+        d.letters.clear()
+        d.worker(b"w", "BYE")
+        lost = [letter[4]["tasks"] for letter in d.letters if letter[3] == "LOST"]
+        self.assertEqual(sorted(lost), [[[1, 1]], [[2, 1]], [[3, 1]]])
+        self.assertIn("READY", [letter[3] for letter in d.letters])
 
     def test_slots_that_change_while_it_joins_are_told_at_once(self):
         d = Desk(chained=True)

@@ -293,6 +293,13 @@ def texts(value: Any) -> bool:
     return type(value) is list and all(map(text, value))
 
 
+def machines(value: Any) -> bool:
+    """a list of [host, slots, label, label...]"""
+    return type(value) is list and all(
+        type(row) is list and len(row) > 1 and text(row[0]) and slot_count(row[1]) and texts(row[2:])
+        for row in value)
+
+
 def environment(value: Any) -> bool:
     """an object of texts, whose names have no = in them"""
     return type(value) is dict and all(
@@ -366,7 +373,7 @@ MESSAGES: Dict[str, Spec] = {
         "more": flag,  # only a part of what it has: the rest follows,
         "parts": count,  # after so many such
         "below": texts,  # the brokers of this subtree, if it is a chained broker,
-        "hosts": texts,  # and the machines of its workers
+        "crew": machines,  # and where its workers are
         "depth": count}),  # how many of the brokers stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
@@ -994,8 +1001,8 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "hosts",
-                 "labels", "load", "done", "failed")
+                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "labels",
+                 "crew", "fit", "needy", "load", "done", "failed")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -1014,14 +1021,26 @@ class WorkerLink:
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
         self.host = name  # of which it tells if it is ours, and no chained broker
-        self.hosts = frozenset([name])  # where it may run things: its own, or those below
         self.labels: FrozenSet[str] = frozenset()
+        # where it runs things, itself or below: slots by host and labels
+        self.crew: Dict[Tuple[str, FrozenSet[str]], int] = {(name, self.labels): 1}
+        self.fit: Dict[FrozenSet[str], int] = {}  # how many of these slots have such labels
+        self.needy: Counter[FrozenSet[str]] = Counter()  # its busy tasks that need such
         self.load = 0.0  # of its machine, if we were told
         self.done = self.failed = 0  # as of a ClientLink
 
     def free(self) -> int:
         """How many slots are free; less than 0 if commands wait there for one."""
         return self.slots - self.busy if self.ready and self.peer is not None else 0
+
+    def fits(self, task: Task) -> bool:
+        """Whether it has a slot left for what the task needs. A broker below may have other slots."""
+        needs = task.wanted.needs
+        if not needs or not self.below:
+            return True
+        if needs not in self.fit:
+            self.fit[needs] = sum(n for (_, labels), n in self.crew.items() if needs <= labels)
+        return self.needy[needs] < self.fit[needs]
 
     def has_room(self) -> bool:
         """Whether it may be given another command."""
@@ -1064,13 +1083,14 @@ class Wanted(NamedTuple):
     avoid: str = ""  # by another worker
 
     def choose(self, workers: Iterable[WorkerLink]) -> Set[WorkerLink]:
-        left = {worker for worker in workers if self.needs <= worker.labels}
-        for wish in (lambda worker: not worker.hosts <= self.shunned,
-                     lambda worker: not self.on or self.on in worker.hosts,
-                     lambda worker: worker.hosts != {self.not_on},
-                     lambda worker: worker.name != self.avoid):
-            left = set(filter(wish, left)) or left
-        return left
+        left = [(host, worker) for worker in workers for (host, labels), slots in worker.crew.items()
+                if slots and self.needs <= labels]
+        for wish in (lambda host, worker: host not in self.shunned,
+                     lambda host, worker: not self.on or host == self.on,
+                     lambda host, worker: host != self.not_on,
+                     lambda host, worker: worker.name != self.avoid):
+            left = [row for row in left if wish(*row)] or left
+        return {worker for _, worker in left}
 
 
 ANYBODY = Wanted()
@@ -1303,7 +1323,7 @@ class Broker(Machine):
         """What the commands of a client may wait for in vain, while others are run."""
         if not client.needs or not client.next_tasks():
             return ""
-        if any(client.needs <= worker.labels for worker in self.workers.values()):
+        if any(client.needs <= labels for worker in self.workers.values() for _, labels in worker.crew):
             return ""
         return "a worker with " + " and ".join(f"--label {name}" for name in sorted(client.needs))
 
@@ -1368,10 +1388,11 @@ class Broker(Machine):
         worker.depth = fields.get("depth", worker.depth)
         worker.load = fields.get("load", worker.load)
         worker.host = fields.get("host") or worker.host
-        labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
-        hosts = frozenset(fields.get("hosts", [worker.host]))
-        if (labels, hosts) != (worker.labels, worker.hosts):
-            worker.labels, worker.hosts = labels, hosts
+        worker.labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
+        crew = {(host, frozenset(labels)): n for host, n, *labels in fields["crew"]} \
+            if "crew" in fields else {(worker.host, worker.labels): slots}
+        if crew != worker.crew:
+            worker.crew, worker.fit = crew, {}
             self.change_crew()
         if worker.ready and (slots, weight) == (worker.slots, worker.weight):
             return
@@ -1742,6 +1763,7 @@ class Broker(Machine):
             old.tasks.pop(key, None)
             old.busy -= was_busy
             old.careful -= task.careful and was_busy
+            old.needy[task.wanted.needs] -= was_busy
             if old is not worker:
                 old.token = ""
         if task.state == LIMBO:
@@ -1751,6 +1773,7 @@ class Broker(Machine):
             worker.tasks[key] = task
             worker.busy += is_busy
             worker.careful += task.careful and is_busy
+            worker.needy[task.wanted.needs] += is_busy
             if state == RUNNING and worker.busy > worker.slots:
                 self.ahead.append((task, self.now))
             if old is not worker or is_busy != was_busy:
@@ -1801,10 +1824,14 @@ class Broker(Machine):
         kept = self.kept.get(worker)
         if kept is None or kept is task:
             return False
-        if kept.state == WAITING and kept.client.owed < CREDIT and self.may_start(kept.client):
+        if kept.state == WAITING and kept.client.owed < CREDIT and self.may_start(kept.client) \
+                and worker.fits(kept):
             return True
         del self.kept[worker]
         return False
+
+    def may_take(self, worker: WorkerLink, task: Optional[Task]) -> bool:
+        return not self.is_kept(worker, task) and (task is None or worker.fits(task))
 
     def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerLink]:
         """The worker with free slots of highest weight and most free slots, the one to avoid
@@ -1818,7 +1845,7 @@ class Broker(Machine):
             row = self.ranking[0]
             if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
-            elif among is not None and row[4] not in among or self.is_kept(row[4], task):
+            elif among is not None and row[4] not in among or not self.may_take(row[4], task):
                 passed_over.append(heapq.heappop(self.ranking))
             elif row[4].name == avoid and avoided is None:
                 avoided = heapq.heappop(self.ranking)
@@ -1839,7 +1866,7 @@ class Broker(Machine):
         open = [worker for worker in workers if worker.has_room()]
         if not open:
             self.exhausted.add(workers)
-        return min((worker for worker in open if not self.is_kept(worker, task)), default=None,
+        return min((worker for worker in open if self.may_take(worker, task)), default=None,
                    key=lambda it: (it.free() <= 0, it.name == avoid, -it.weight, -it.free(), it.stamp))
 
     def dispatch(self) -> None:
@@ -1857,6 +1884,9 @@ class Broker(Machine):
                 worker = self.best_worker(task)
                 if worker is None and not self.ranking:
                     return
+                if worker is None and client.link == BROKER and self.choice(task) == frozenset():
+                    self.lose(task, "nobody here has the labels that it needs (any more)", told=True)
+                    passed_over = 0
                 if worker is None:
                     continue
                 # who may not run elsewhere would be taken back in vain, if it waited there
@@ -2088,7 +2118,8 @@ class Broker(Machine):
         states = Counter(task.state for task in worker.tasks.values())
         return {"name": worker.name, "host": worker.host, "kind":
                 "broker" if worker.below else "plain" if worker.plain else "worker",
-                "below": worker.below, "labels": sorted(worker.labels), "slots": worker.slots,
+                "below": worker.below, "slots": worker.slots,
+                "labels": sorted({name for _, labels in worker.crew for name in labels}),
                 "running": min(worker.busy, worker.slots), "held": states[DELIVERED],
                 "done": worker.done, "failed": worker.failed, "weight": worker.weight,
                 "load": worker.load, "there": worker.peer is not None,
@@ -2269,9 +2300,11 @@ class Broker(Machine):
     def to_tell(self) -> Fields:
         """Of our crew, what the broker above should know: the fields of a READY."""
         workers = self.workers.values()
+        crew: Counter[Tuple[str, FrozenSet[str]]] = Counter()
+        for worker in workers:
+            crew.update(worker.crew)
         return {"slots": self.slots, "weight": max((it.weight for it in workers), default=0),
-                "labels": sorted({name for worker in workers for name in worker.labels}),
-                "hosts": sorted({name for worker in workers for name in worker.hosts}),
+                "crew": sorted([host, n, *sorted(labels)] for (host, labels), n in crew.items()),
                 "below": [self.name, *sorted({name for worker in workers for name in worker.below})],
                 "depth": 1 + max((worker.depth for worker in workers), default=0)}
 
