@@ -86,7 +86,7 @@ def check_broker(broker):
             else:
                 assert task.state in (tc.LIMBO, tc.WAITING) or task.result, task.state
             if task.state == tc.WAITING:
-                assert task in client.waiting or task in client.retries
+                assert task in client.waiting or task in client.retries[task.wanted, task.careful]
                 assert client.in_turn or client.owed >= tc.CREDIT or not broker.may_start(client)
         assert client.in_turn == (client in broker.turns)
         assert not client.claimed or client.link != CLIENTS or client.plain \
@@ -109,7 +109,7 @@ def check_broker(broker):
         assert worker.careful == sum(t.careful and t.state in tc.BUSY
                                      for t in worker.tasks.values())
         assert +worker.needy == Counter(t.wanted.needs for t in worker.tasks.values()
-                                        if t.state in tc.BUSY)
+                                        if t.wanted.needs and t.state in tc.BUSY)
         ranked = [row for row in broker.ranking if row[4] is worker and row[3] == worker.stamp]
         assert len(ranked) == worker.has_room(), (worker.name, worker.free(), ranked)
         assert not ranked or ranked[0][:3] == (worker.free() <= 0, -worker.weight, -worker.free())
@@ -697,10 +697,33 @@ class BrokerTest(unittest.TestCase):
         for id in range(3, 100):
             d.submit(b"c", id, attempt=2)
             d.ends(b"v", "r1", id, attempt=2)
-        self.assertLess(len(d.broker.clients["r1"].retries), 5)
+        self.assertLess(sum(map(len, d.broker.clients["r1"].retries.values())), 5)
         d.client(b"c", tc.encode("CANCEL", {"tasks": [[2, 2]]}))
         d.submit(b"c", 100, attempt=2)
         self.assertFalse(d.broker.clients["r1"].retries)
+
+    def test_many_retries_that_wait_for_a_host_keep_none_from_another(self):
+        d = self.desk
+        d.join(b"w", slots=1, host="h1")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.join(b"v", slots=1, host="h2")
+        d.hello(b"e", "r2")
+        d.submit(b"e", *range(200), attempt=2, on="h1", elsewhere=True)
+        d.submit(b"e", 200, attempt=2, on="h2", elsewhere=True)
+        d.takes(b"v", "r2", 200, 2)
+
+    def test_retries_of_many_kinds_come_to_their_turn(self):
+        d = self.desk
+        d.join(b"w", slots=1, host="h1")
+        d.hello(b"c", "r1")
+        for id in range(3 * tc.RETRIES):
+            d.submit(b"c", id, attempt=2, needs=[f"l{id}"])
+        d.submit(b"c", 3 * tc.RETRIES, attempt=2)
+        for _ in range(4):
+            d.worker(b"w", 'READY {"name":"w","slots":1}')
+        d.takes(b"w", "r1", 3 * tc.RETRIES, 2)
 
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
@@ -2850,9 +2873,10 @@ class SimulationTest(unittest.TestCase):
         ("slots of the lost are counted", "            self.slots -= worker.slots\n            "
          "self.change_crew()\n            worker.peer", "            worker.peer"),
         ("a choice of workers outlives them", "        self.crew_changed = True\n"
-         "        self.choices.clear()\n", "        self.crew_changed = True\n"),
-        ("who once had no room never has", "            self.exhausted = {some for some in "
-         "self.exhausted if some and worker not in some}\n", ""),
+         "        self.kits.clear()\n        self.choices.clear()\n",
+         "        self.crew_changed = True\n"),
+        ("who once had no room never has", "                self.exhausted = {some for some in "
+         "self.exhausted if some and worker not in some}\n", "                pass\n"),
         ("what was kept is not reported", "            result, output = entry.kept, None\n",
          "            output = b''\n"),
         ("commands resubmitted to a new broker start at once", "            if self.now < task.until:"

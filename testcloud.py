@@ -190,7 +190,7 @@ AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
 MAX_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
 PASSED_OVER = 16  # workers better than those that may have a task: then these are gone through
-RETRIES = 8  # of a client, that are looked at in turn: each may wait for another host
+RETRIES = 64  # lines of a client's retries, that are looked at in turn: each may wait for another host
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
 NEWS_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
@@ -959,7 +959,8 @@ class ClientLink:
         self.peer = peer  # None while it is away
         self.tasks: Dict[int, Task] = {}  # by id
         self.waiting: Deque[Task] = deque()  # to be assigned; those not WAITING are skipped
-        self.retries: Deque[Task] = deque()  # the same, but before the others
+        # the same, before the others; in a line for each kind, for each may wait for other workers
+        self.retries: Dict[Tuple[Wanted, bool], Deque[Task]] = {}
         self.in_turn = False  # stands in Broker.turns
         self.claimed = peer is not None  # False: only workers have spoken of it so far
         # by id: the last attempt that we called LOST, and its fault; until a later one comes, or
@@ -982,19 +983,30 @@ class ClientLink:
         """Whether a command that we do not know may still be submitted to us."""
         return self.link == BROKER or not self.claimed or id in self.announced
 
+    def queue(self, task: Task, again: bool) -> None:
+        """To the end of a line."""
+        if again:
+            self.retries.setdefault((task.wanted, task.careful), deque()).append(task)
+        else:
+            self.waiting.append(task)
+
     def next_tasks(self) -> List[Task]:
-        """What can be assigned next: the first of the retries, which may wait for different workers,
-        and the first of the others."""
-        found: List[Task] = []
-        for tasks, most in ((self.retries, RETRIES), (self.waiting, 1)):
-            first: List[Task] = []
-            while tasks and len(first) < most:
-                task = tasks.popleft()
-                if task.state == WAITING:
-                    first.append(task)
-            tasks.extendleft(reversed(first))
-            found += first
-        return found
+        """What can be assigned next: the first task of each line, but of so many retries' lines, in
+        turns."""
+        found = []
+        for kind in list(itertools.islice(self.retries, RETRIES)):
+            line = self.retries.pop(kind)
+            if skip_gone(line):
+                found.append(line[0])
+                self.retries[kind] = line
+        return found + [self.waiting[0]] if skip_gone(self.waiting) else found
+
+
+def skip_gone(line: Deque[Task]) -> bool:
+    """Begin a line with one that is still WAITING; whether there is one."""
+    while line and line[0].state != WAITING:
+        line.popleft()
+    return bool(line)
 
 
 class WorkerLink:
@@ -1177,7 +1189,9 @@ class Broker(Machine):
         self.told: Fields = {}  # of to_tell(), as the broker above knows it
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
-        # until the crew changes: who may run what is wanted so; None: all may
+        # until the crew changes: which labels a worker may have, together
+        self.kits: Set[FrozenSet[str]] = set()
+        # and who may run what is wanted so; None: all may
         self.choices: Dict[Wanted, Optional[FrozenSet[WorkerLink]]] = {}
         self.exhausted: Set[Optional[FrozenSet[WorkerLink]]] = set()  # of these none has room
         self.kept: Dict[WorkerLink, Task] = {}  # for whom a worker's next free slot is, while it waits
@@ -1323,9 +1337,15 @@ class Broker(Machine):
         """What the commands of a client may wait for in vain, while others are run."""
         if not client.needs or not client.next_tasks():
             return ""
-        if any(client.needs <= labels for worker in self.workers.values() for _, labels in worker.crew):
+        if self.has_labels(client.needs):
             return ""
         return "a worker with " + " and ".join(f"--label {name}" for name in sorted(client.needs))
+
+    def has_labels(self, needs: FrozenSet[str]) -> bool:
+        """Whether a worker has them, one that may be too busy."""
+        if not self.kits:
+            self.kits = {labels for worker in self.workers.values() for _, labels in worker.crew}
+        return any(needs <= labels for labels in self.kits)
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
         """Keep a part of a READY until the last one comes: of all peers together only so many, the
@@ -1616,7 +1636,7 @@ class Broker(Machine):
     def note_wishes(self, task: Task, fields: Fields) -> None:
         task.avoid = fields.get("avoid", "")
         task.careful = fields.get("careful", False)
-        if "needs" in fields or "elsewhere" in fields or "on" in fields:
+        if {"needs", "elsewhere", "on", "not_on"} & set(fields):
             needs = frozenset(fields.get("needs", ()))
             if needs != task.client.needs:
                 task.client.needs = needs
@@ -1662,10 +1682,7 @@ class Broker(Machine):
                 self.limbo[task.key] = task
                 self.limbo_until = min(self.limbo_until, task.until)
                 return
-        if fields.get("again") or task.attempt > 1:
-            client.retries.append(task)
-        else:
-            client.waiting.append(task)
+        client.queue(task, fields.get("again", False) or task.attempt > 1)
         self.take_turn(client)
 
     def take_turn(self, client: ClientLink) -> None:
@@ -1678,7 +1695,7 @@ class Broker(Machine):
         if task.state == RUNNING:
             self.tell_queued([task])
         elif task.state == DELIVERED and task.result:
-            self.tell_line(task, task.result)
+            self.tell_line(task.client, task.result)
         elif task.state == DELIVERED:
             self.instruct([("RESEND", task)])
 
@@ -1763,7 +1780,8 @@ class Broker(Machine):
             old.tasks.pop(key, None)
             old.busy -= was_busy
             old.careful -= task.careful and was_busy
-            old.needy[task.wanted.needs] -= was_busy
+            if task.wanted.needs:
+                old.needy[task.wanted.needs] -= was_busy
             if old is not worker:
                 old.token = ""
         if task.state == LIMBO:
@@ -1773,7 +1791,8 @@ class Broker(Machine):
             worker.tasks[key] = task
             worker.busy += is_busy
             worker.careful += task.careful and is_busy
-            worker.needy[task.wanted.needs] += is_busy
+            if task.wanted.needs:
+                worker.needy[task.wanted.needs] += is_busy
             if state == RUNNING and worker.busy > worker.slots:
                 self.ahead.append((task, self.now))
             if old is not worker or is_busy != was_busy:
@@ -1798,7 +1817,8 @@ class Broker(Machine):
         self.stamps += 1
         worker.stamp = self.stamps
         if worker.has_room():
-            self.exhausted = {some for some in self.exhausted if some and worker not in some}
+            if self.exhausted:
+                self.exhausted = {some for some in self.exhausted if some and worker not in some}
             free = worker.free()
             heapq.heappush(self.ranking, (free <= 0, -worker.weight, -free, self.stamps, worker))
             if len(self.ranking) > 2 * len(self.workers) + 64:  # mostly void: sweep
@@ -1810,6 +1830,8 @@ class Broker(Machine):
         wanted, shunned = task.wanted, task.client.shunned
         if wanted is ANYBODY and not shunned:
             return None
+        if not self.has_labels(wanted.needs):
+            return frozenset()
         wanted = wanted._replace(shunned=shunned)
         if wanted not in self.choices:
             if len(self.choices) >= MAX_CHOICES:
@@ -1963,18 +1985,15 @@ class Broker(Machine):
         client, worker = tasks[0].client, tasks[0].worker
         if client.plain:
             for task in tasks:
-                self.tell_line(task, b"QUEUED " + task.line)
+                self.tell_line(task.client, b"QUEUED " + task.line)
         elif client.link == CLIENTS:
             self.tell(tasks[0], "QUEUED", {"tasks": [[task.id, task.attempt] for task in tasks],
                                            "worker": worker.name if worker else ""})
 
     def tell(self, task: Task, verb: str, fields: Fields) -> None:
-        self.tell_line(task, encode(verb, fields))
+        self.tell_line(task.client, encode(verb, fields))
 
-    def tell_line(self, task: Task, line: bytes) -> None:
-        self.tell_client(task.client, line)
-
-    def tell_client(self, client: ClientLink, line: bytes) -> None:
+    def tell_line(self, client: ClientLink, line: bytes) -> None:
         """Say something to an owner of tasks, if it is there: it will ask when it is back."""
         if client.link == BROKER:
             if self.session and self.session.joined:
@@ -2002,12 +2021,12 @@ class Broker(Machine):
                     fields, id=task.id, attempt=task.attempt, worker=worker.name))
                 self.move(task, DELIVERED, None)
                 self.charge(task, len(task.result))
-                self.tell_line(task, task.result)
+                self.tell_line(task.client, task.result)
             else:
                 self.move(task, DELIVERED, worker)
                 spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
                 self.charge(task, len(message.line) + spooled)
-                self.tell_line(task, message.line)
+                self.tell_line(task.client, message.line)
 
     def count(self, task: Task, worker: WorkerLink, exitcode: int) -> None:
         for link in (task.client, worker):
@@ -2052,7 +2071,7 @@ class Broker(Machine):
         if client.link == BROKER and self.session and not self.session.joined:
             self.untold[client.run, id, attempt] = fields
         else:
-            self.tell_client(client, encode("LOST", fields))
+            self.tell_line(client, encode("LOST", fields))
 
     def try_again(self, task: Task, why: str, fault: str) -> None:
         worker = task.worker
@@ -2066,7 +2085,7 @@ class Broker(Machine):
         task.attempt += 1
         task.avoid = worker.name if worker else ""
         task.careful = task.faults.crashes > 0
-        task.client.retries.append(task)
+        task.client.queue(task, True)
         self.take_turn(task.client)
 
     # --- time
@@ -2086,6 +2105,7 @@ class Broker(Machine):
     def change_crew(self) -> None:
         """A worker has come or gone, or is not what it was."""
         self.crew_changed = True
+        self.kits.clear()
         self.choices.clear()
         self.exhausted.clear()
         self.kept.clear()
@@ -4919,8 +4939,7 @@ class Resumed:
     def __init__(self, logged: Sequence[Logged], failures_too: bool) -> None:
         self.rows = [row for row in logged if not (failures_too and row.failed)]
         self.left = Counter(row.command for row in self.rows)
-        failed = Counter(row.command for row in self.rows if row.failed)
-        self.left_failed = failed
+        self.left_failed = Counter(row.command for row in self.rows if row.failed)
         self.skipped = self.skipped_failed = 0
 
     def has_done(self, command: str) -> bool:
