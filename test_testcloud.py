@@ -3678,6 +3678,17 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.result(job).output.read(0, 99), b"%d\n" % (ours + 3))
         self.assertEqual(os.getpriority(os.PRIO_PROCESS, 0), ours)
 
+    def test_niceness_of_the_whole_process_is_raised_once(self):
+        with mock.patch.object(sys, "platform", "darwin"), mock.patch.object(os, "nice") as nice, \
+                mock.patch.object(os, "setpriority") as each:
+            runner = tc.Runner(2, lambda: self.note(runner), nice=3)
+            self.addCleanup(runner.close)
+            self.runner = runner
+            self.run_one("true 1")
+            self.run_one("true 2")
+        nice.assert_called_once_with(3)
+        each.assert_not_called()
+
     def test_what_a_command_prints_at_once_is_told_before_its_end(self):
         job = tc.Job(("r", 1, 1), {"cmd": "echo one; read x < fifo", "cwd": self.dir})
         os.mkfifo(os.path.join(self.dir, "fifo"))

@@ -3241,6 +3241,9 @@ class Runner:
     def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
                  adopting: bool = False, nice: int = 0) -> None:
         self.nice = nice  # added to what we have ourselves, for commands
+        if nice and sys.platform != "linux":  # only there each thread has its own
+            with contextlib.suppress(OSError):
+                os.nice(nice)
         self.wake = wake
         self.slots = slots
         self.name = name  # the worker's
@@ -3372,10 +3375,10 @@ class Runner:
 
     def work(self, slot: int) -> None:
         """A slot's thread; slots are numbered from 1."""
-        if self.nice:  # Linux has it for each thread, and processes have it from who starts them
-            thread = threading.get_native_id() if sys.platform == "linux" else 0
+        if self.nice and sys.platform == "linux":  # processes have it from the thread that starts them
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(),
+                               os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
         for job in iter(self.next_job, None):
             try:
                 ending = self.run(job, slot)
