@@ -5010,10 +5010,39 @@ class ReportingTest(unittest.TestCase):
             tally = self.reports.tally
             self.reports.reporters = [tc.JUnit(one, tally), tc.HtmlPage(two, tally)]
             shutil.rmtree(os.path.dirname(one))
-            self.report("a")
-            self.end()
-            self.assertEqual([error.filename for error in self.reports.troubles], [one])
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                self.report("a")
+                self.end()
+            said = f"testcloud: cannot write {one}: No such file or directory\n"
+            self.assertEqual(err.getvalue(), said)
+            self.assertTrue(self.reports.troubled)
             self.assertIn("1 command, all passed", tc.read_text(two))
+
+    def test_a_joblog_that_has_no_more_room_does_not_end_the_run(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self.text("-b")
+            log, page = os.path.join(folder, "log"), os.path.join(folder, "page")
+            self.reports.reporters = [tc.JobLog(log, []), tc.HtmlPage(page, self.reports.tally)]
+            full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+            with contextlib.redirect_stderr(io.StringIO()) as err, \
+                    mock.patch.object(self.reports.reporters[0], "write", full):
+                self.report("a")
+                self.report("b")
+                self.end()
+            said = f"testcloud: cannot write {log}: No space left on device\n"
+            self.assertEqual(err.getvalue(), said)
+            self.assertIn("2 commands, all passed", tc.read_text(page))
+
+    def test_a_joblog_is_of_one_client_at_a_time(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            for rows in ([], ["a line\n"]):
+                log = tc.JobLog(path, rows)
+                for more in ([], ["another\n"]):
+                    with self.assertRaisesRegex(OSError, "another client writes it"):
+                        tc.JobLog(path, more)
+                log.ended(None)
+                self.assertEqual(tc.read_text(path), tc.JOBLOG_HEAD + "".join(rows))
 
     def log(self, path, rows=(), *reports):
         """A job log that is written with these results, and its lines."""
@@ -5054,6 +5083,14 @@ class ReportingTest(unittest.TestCase):
         done = tc.Resumed(rows, False)
         self.assertTrue(all(map(done.has_done, "aab")))
         self.assertEqual((done.skipped, done.skipped_failed), (3, 2))
+
+    def test_without_a_home_there_is_no_cache(self):
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": ""}), \
+                mock.patch.object(os.path, "expanduser", lambda path: path):
+            self.assertEqual(tc.cache_of_timings(), "")
+        timings = tc.Timings("")
+        timings.fresh = {"a": 1.0}
+        timings.ended(None)
 
     def test_timings_are_remembered(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -5379,7 +5416,26 @@ class WholeFileTest(unittest.TestCase):
                 os.umask(old)
             self.assertEqual(self.read(), "☃\nb\r\n")
             self.assertEqual(os.stat(self.path).st_mode & 0o777, mode)
+            os.chmod(self.path, 0o640)
+            tc.write_whole(self.path, [])
+            self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o640)
+            os.unlink(self.path)
+
+    def test_a_file_that_is_a_mount_point(self):
+        with open(self.path, "w") as file:
+            file.write("old")
+        busy = OSError(errno.EBUSY, "Device or resource busy")
+        with mock.patch.object(os, "replace", side_effect=busy):
+            tc.write_whole(self.path, ["new"])
+        self.assertEqual(self.read(), "new")
         self.only_the_report()
+
+    def test_a_device_may_be_in_a_folder_that_is_not_ours(self):
+        with mock.patch.object(os, "access", return_value=False):
+            tc.JUnit("/dev/null", None)
+            tc.JUnit("/dev/stdout", None)
+            with self.assertRaises(OSError):
+                tc.JUnit(self.path, None)
 
     def test_in_the_working_directory(self):
         code = "import testcloud; testcloud.write_whole('report.xml', ['x'])"
@@ -5568,6 +5624,11 @@ def rendered_text(parsed, id):
 
 
 class PageTest(unittest.TestCase):
+    def test_the_order_of_names(self):
+        names = ["h" + "9" * 5000, "h10", "h2", "", "h", "2", "a\u0664"]
+        self.assertEqual(sorted(names, key=lambda name: tc.human_order((name, "", 1))),
+                         ["", "2", "a\u0664", "h", "h2", "h10", "h" + "9" * 5000])
+
     def test_nothing_of_a_command_becomes_an_element_or_an_attribute(self):
         plain, hostile = Parsed(rendered([paged(1, "FAIL")])), []
         for text in HOSTILE:

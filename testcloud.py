@@ -4433,16 +4433,16 @@ class Tally:
         """A record's output, piece by piece, each with its stream: 1 is stdout, 2 stderr."""
         stream, left, head = 1, 0 if self.split else sys.maxsize, b""
         for block in self.raw(record):
-            rest = head + block
-            while rest and (left or len(rest) >= PIECE.size):
+            data, at = head + block, 0
+            while at < len(data) and (left or len(data) - at >= PIECE.size):
                 if not left:
-                    stream, left = PIECE.unpack_from(rest)
-                    rest = rest[PIECE.size:]
-                piece, rest = rest[:left], rest[left:]
-                left -= len(piece)
+                    stream, left = PIECE.unpack_from(data, at)
+                    at += PIECE.size
+                piece = data[at:at + left]
+                at, left = at + len(piece), left - len(piece)
                 if piece:
                     yield stream, piece
-            head = rest
+            head = data[at:]
 
     def parts(self, record: Record) -> Iterator[bytes]:
         """A record's output, piece by piece."""
@@ -4584,6 +4584,8 @@ class Reporter:
     """What a format does with what is to be reported. These are called in the loop's thread; the
     pieces that they put somewhere are read later, in another one."""
 
+    path = ""  # of what it writes, if that is a file
+
     def expect(self, seq: int) -> None:
         """This command of the input will be reported."""
 
@@ -4597,7 +4599,7 @@ class Reporter:
         """A command has ended. Raises OSError."""
 
     def ended(self, summary: Summary) -> None:
-        """There is no more. Raises OSError, with the file's name."""
+        """There is no more. Raises OSError."""
 
 
 class Reports:
@@ -4605,11 +4607,11 @@ class Reports:
 
     def __init__(self, tally: Tally, reporters: Sequence[Reporter]) -> None:
         self.tally = tally
-        self.reporters = reporters
+        self.reporters = list(reporters)
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
         self.lines: Dict[int, str] = {}  # of the input, which are not reported yet
         self.failed = 0
-        self.troubles: List[OSError] = []  # of reports that could not be written
+        self.troubled = False  # a report could not be written
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
@@ -4658,18 +4660,23 @@ class Reports:
             self.lines.pop(entry.id))
         self.failed += verdict == FAIL
         self.times.append(outcome.spent)
-        for reporter in self.reporters:
-            reporter.result(outcome)
+        self.tell_all(lambda reporter: reporter.result(outcome))
+
+    def tell_all(self, tell: Callable[[Reporter], None]) -> None:
+        """Go on without those that cannot write what they should."""
+        for reporter in [*self.reporters]:
+            try:
+                tell(reporter)
+            except OSError as error:
+                self.reporters.remove(reporter)
+                self.troubled = True
+                complain(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
     def end(self, client: Client, complete: bool, skipped: int, skipped_failed: int) -> Summary:
         summary = Summary(complete, len(self.tally.records), self.failed, client.flaky,
                           client.wishes.fail_on_flaky, dict(client.only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, self.tally.hash())
-        for reporter in self.reporters:
-            try:
-                reporter.ended(summary)
-            except OSError as error:
-                self.troubles.append(error)
+        self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
 
@@ -4881,23 +4888,51 @@ JOBLOG_HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\
 
 
 class JobLog(Reporter):
-    """A line for each result, in the columns of GNU parallel's --joblog. A line is written at once,
-    and whole: whatever happens to us, it is there or not."""
+    """A line for each result, in the columns of GNU parallel's --joblog, written at once: whatever
+    happens to us, it is there. No other client may write there until the end."""
 
     def __init__(self, path: str, rows: Sequence[str]) -> None:
         """Begin with these lines of an earlier run. Raises OSError."""
+        self.path = path
+        self.files = contextlib.ExitStack()
+        self.file = self.files.enter_context(open_alone(path))
         if rows:
             write_whole(path, [JOBLOG_HEAD, *rows])
-        ours = OUR_STREAMS.get(path)
-        self.file = open(path if ours is None else os.dup(ours), "ab" if rows else "wb", buffering=0)
-        if not rows:
-            self.file.write(JOBLOG_HEAD.encode())
+            self.file = self.files.enter_context(open_alone(path))
+        else:
+            if is_file(path):
+                self.file.truncate(0)
+            self.write(JOBLOG_HEAD)
+
+    def write(self, line: str) -> None:
+        rest = to_bytes(line)
+        while rest:
+            rest = rest[self.file.write(rest):]
 
     def result(self, outcome: Outcome) -> None:
-        self.file.write(to_bytes(joblog_line(outcome)))
+        try:
+            self.write(joblog_line(outcome))
+        except OSError:
+            self.files.close()
+            raise
 
     def ended(self, summary: Summary) -> None:
-        self.file.close()
+        self.files.close()
+
+
+def open_alone(path: str) -> IO[bytes]:
+    """A file to append to, which is for nobody else to open so until it is closed. Raises OSError."""
+    ours = OUR_STREAMS.get(path)
+    file = open(path if ours is None else os.dup(ours), "ab", buffering=0)
+    try:
+        if is_file(path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(error.errno, "another client writes it") from None
+    except OSError:  # on a network's disk that knows no locks
+        pass
+    return file
 
 
 def joblog_line(outcome: Outcome) -> str:
@@ -4963,7 +4998,7 @@ OUR_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a file in place of these n
 def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
     """Replace a file by a new one, as soon as all of it is (`sure`ly) on the disk; if that fails, the
     old one stays. Our own streams, pipes and devices are written to directly. Raises OSError."""
-    if path in OUR_STREAMS or is_no_file(path):
+    if not is_file(path):
         ours = OUR_STREAMS.get(path)
         with open_text(os.open(path, os.O_WRONLY) if ours is None else os.dup(ours)) as stream:
             stream.writelines(pieces)
@@ -4972,13 +5007,22 @@ def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
     new = os.path.join(os.path.dirname(target), f".testcloud-{os.urandom(8).hex()}")
     # not tempfile: that is for our eyes only, and a thread cannot ask for the umask
     file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with contextlib.suppress(OSError):
+        os.fchmod(file, stat.S_IMODE(os.stat(target).st_mode))
     try:
         with open_text(file) as stream:
             stream.writelines(pieces)
             stream.flush()
             if sure:
                 os.fsync(file)
-        os.replace(new, target)
+        try:
+            os.replace(new, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            import shutil  # late: it is rarely needed
+            shutil.copyfile(new, target)  # a mount point, as Docker makes of a single file
+            os.unlink(new)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(new)
@@ -4989,12 +5033,12 @@ def open_text(file: int) -> IO[str]:
     return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def is_no_file(path: str) -> bool:
-    """There is something else than a file, which cannot be replaced."""
+def is_file(path: str) -> bool:
+    """It is a file, or will be one: what else is there, or is ours, cannot be replaced."""
     try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
+        return path not in OUR_STREAMS and stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
-        return False
+        return True
 
 
 CASE_NAME = 240  # characters of a command in its case's name: GitLab keeps 255, Jenkins makes a URL
@@ -5016,10 +5060,11 @@ class WholeFile(Reporter):
         self.tally = tally
         self.outcomes: List[Outcome] = []
         folder = os.path.dirname(os.path.realpath(path))
-        if os.path.isdir(path) or not os.access(folder, os.W_OK | os.X_OK):
-            number = errno.EISDIR if os.path.isdir(path) else errno.EACCES
-            raise OSError(number, os.strerror(number) if os.path.isdir(folder) else "no such directory",
-                          path)
+        if os.path.isdir(path):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if is_file(path) and not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES) if os.path.isdir(folder)
+                          else "no such directory")
 
     def result(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
@@ -5028,11 +5073,7 @@ class WholeFile(Reporter):
         return self.tally.parts(outcome.record)
 
     def ended(self, summary: Summary) -> None:
-        try:
-            write_whole(self.path, self.pieces(summary))
-        except OSError as error:
-            error.filename = self.path
-            raise
+        write_whole(self.path, self.pieces(summary))
 
     def pieces(self, summary: Summary) -> Iterator[str]:
         """The file's content."""
@@ -5329,8 +5370,8 @@ def row_place(outcome: Outcome) -> Tuple[str, str, int]:
 
 def human_order(names: Tuple[str, str, int]) -> List[object]:
     """For sorting: host2 comes before host10."""
-    return [[int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", str(name)))]
-            for name in names]
+    return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
+             for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
 
 
 def script_json(value: object) -> str:
@@ -7671,7 +7712,7 @@ def run_client(settings: argparse.Namespace) -> int:
 
 def share_a_file(paths: Iterable[Optional[str]]) -> bool:
     """Whether two of these are the same file, and not a device or the like."""
-    files = [os.path.realpath(path) for path in paths if path and not is_no_file(path)]
+    files = [os.path.realpath(path) for path in paths if path and is_file(path)]
     return len({*files}) < len(files)
 
 
@@ -7716,8 +7757,9 @@ def resumed(settings: argparse.Namespace) -> Resumed:
 
 
 def cache_of_timings() -> str:
+    """The path of what is remembered; "" if we have no home."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "testcloud", "timings.json")
+    return os.path.join(cache, "testcloud", "timings.json") if os.path.isabs(cache) else ""
 
 
 def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
@@ -7908,8 +7950,7 @@ def conclude(settings: argparse.Namespace, client: Client, reports: Reports, don
              complete: bool, status: int) -> int:
     """The end of a run, in all reports; the exit status."""
     summary = reports.end(client, complete, done.skipped, done.skipped_failed)
-    for error in reports.troubles:
-        complain(f"cannot write {printable(str(error.filename or 'a report'))}: {error.strerror}")
+    if reports.troubled:
         status = max(status, 3)
     if status == 0 and (reports.failed or done.skipped_failed):  # the former: no room for an output
         status = 1
