@@ -610,7 +610,11 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'HELLO {"run":"r1","beat":2}')
         d.wait(tc.OK_DELAY)
         d.expect(b"c", "OK", lacks="a worker with --label db and --label gpu")
-        d.join(b"v", slots=1, labels=["db", "gpu", "x"])
+        d.join(b"v", slots=0, labels=["db", "gpu", "x"])
+        d.client(b"c", 'HELLO {"run":"r1","beat":2}')
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", lacks="a worker with --label db and --label gpu that takes something new")
+        d.worker(b"v", 'READY {"name":"v","slots":1}')
         d.takes(b"v", "r1", 1)
         d.expect(b"c", "QUEUED")
         d.client(b"c", 'HELLO {"run":"r1","beat":3}')
@@ -660,6 +664,14 @@ class BrokerTest(unittest.TestCase):
         d.wait(tc.OK_DELAY)
         status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
         self.assertEqual(status["clients"][0]["waits_for"], "a free slot")
+
+    def test_the_status_is_not_as_long_as_peers_like(self):
+        d = self.desk
+        d.join(b"w", host="h" * 9999, labels=[f"{n}" + "l" * 9999 for n in range(999)])
+        d.hello(b"c", "r1", host="c" * 9999)
+        d.client(b"s", "STATUS")
+        d.wait(tc.OK_DELAY)
+        self.assertLess(len(d.expect(b"s", "STATUS")[1]), 15_000)
 
     def test_the_status_is_told_once_to_who_asks_often(self):
         d = self.desk
@@ -3079,9 +3091,13 @@ class WorkerTest(unittest.TestCase):
         self.worker.loaded(9.0, b.now)
         b.collect()
         b.quiet()
-        self.worker.loaded(1.0, b.now)
+        for load in (3.9, 4.1, 3.7):  # about the limit, all the time
+            self.worker.loaded(load, b.now)
+            b.collect()
+            b.quiet()
+        self.worker.loaded(3.5, b.now)
         b.collect()
-        b.expect("READY", slots=2, load=1.0)
+        b.expect("READY", slots=2, load=3.5)
 
     def test_accepts_more_than_its_slots(self):
         b = self.bench

@@ -188,6 +188,7 @@ MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
+SHOWN = 100  # characters of a name in STATUS, and labels of a worker
 MAX_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
 PASSED_OVER = 16  # workers better than those that may have a task: then these are gone through
 RETRIES = 64  # lines of a client's retries, that are looked at in turn: each may wait for another host
@@ -1189,8 +1190,8 @@ class Broker(Machine):
         self.told: Fields = {}  # of to_tell(), as the broker above knows it
         self.was_empty = True  # no slots, as clients were told
         self.crew_changed = False  # slots or weights, since the last settle()
-        # until the crew changes: which labels a worker may have, together
-        self.kits: Set[FrozenSet[str]] = set()
+        # until the crew changes: which labels workers have, together, and their slots
+        self.kits: Counter[FrozenSet[str]] = Counter()
         # and who may run what is wanted so; None: all may
         self.choices: Dict[Wanted, Optional[FrozenSet[WorkerLink]]] = {}
         self.exhausted: Set[Optional[FrozenSet[WorkerLink]]] = set()  # of these none has room
@@ -1337,15 +1338,19 @@ class Broker(Machine):
         """What the commands of a client may wait for in vain, while others are run."""
         if not client.needs or not client.next_tasks():
             return ""
-        if self.has_labels(client.needs):
+        if self.has_labels(client.needs, 1):
             return ""
-        return "a worker with " + " and ".join(f"--label {name}" for name in sorted(client.needs))
+        labels = " and ".join(f"--label {name}" for name in sorted(client.needs))
+        busy = " that takes something new" if self.has_labels(client.needs, 0) else ""
+        return f"a worker with {printable(labels, 300)}{busy}"
 
-    def has_labels(self, needs: FrozenSet[str]) -> bool:
-        """Whether a worker has them, one that may be too busy."""
+    def has_labels(self, needs: FrozenSet[str], slots: int) -> bool:
+        """Whether workers have them, and so many slots."""
         if not self.kits:
-            self.kits = {labels for worker in self.workers.values() for _, labels in worker.crew}
-        return any(needs <= labels for labels in self.kits)
+            for worker in self.workers.values():
+                for (_, labels), n in worker.crew.items():
+                    self.kits[labels] += n
+        return any(needs <= labels and n >= slots for labels, n in self.kits.items())
 
     def add_part(self, peer: Peer, fields: Fields) -> None:
         """Keep a part of a READY until the last one comes: of all peers together only so many, the
@@ -1830,7 +1835,7 @@ class Broker(Machine):
         wanted, shunned = task.wanted, task.client.shunned
         if wanted is ANYBODY and not shunned:
             return None
-        if not self.has_labels(wanted.needs):
+        if not self.has_labels(wanted.needs, 0):
             return frozenset()
         wanted = wanted._replace(shunned=shunned)
         if wanted not in self.choices:
@@ -2136,10 +2141,11 @@ class Broker(Machine):
 
     def status_of_worker(self, worker: WorkerLink) -> Fields:
         states = Counter(task.state for task in worker.tasks.values())
-        return {"name": worker.name, "host": worker.host, "kind":
+        return {"name": worker.name[:SHOWN], "host": worker.host[:SHOWN], "kind":
                 "broker" if worker.below else "plain" if worker.plain else "worker",
                 "below": worker.below, "slots": worker.slots,
-                "labels": sorted({name for _, labels in worker.crew for name in labels}),
+                "labels": sorted({name[:SHOWN] for _, labels in worker.crew
+                                  for name in labels})[:SHOWN],
                 "running": min(worker.busy, worker.slots), "held": states[DELIVERED],
                 "done": worker.done, "failed": worker.failed, "weight": worker.weight,
                 "load": worker.load, "there": worker.peer is not None,
@@ -2147,7 +2153,7 @@ class Broker(Machine):
 
     def status_of_client(self, client: ClientLink) -> Fields:
         states = Counter(task.state for task in client.tasks.values())
-        return {"host": client.host or "?", "kind": "above" if client.link == BROKER else
+        return {"host": client.host[:SHOWN] or "?", "kind": "above" if client.link == BROKER else
                 "plain" if client.plain else "client", "there": client.peer is not None,
                 "queued": states[WAITING] + states[LIMBO],
                 "running": states[ASSIGNED] + states[RUNNING],
@@ -2447,6 +2453,7 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 
 NOT_RUN = 126  # exit code of a command that could not be started, as of sh
 TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
+RELIEF = 0.9  # of --max-load: below it all is well again, lest it change with every look
 LEAVING = "its worker was stopped"
 HANDED_BACK = "it waited for a slot"
 
@@ -2612,7 +2619,8 @@ class Worker(Member):
                  max_load: float = math.inf) -> None:
         super().__init__("READY", times, wait)
         self.labels = sorted(labels)
-        self.max_load = max_load  # beyond it we take nothing more
+        self.max_load = max_load  # from it on we take nothing more
+        self.resting = False  # so it is
         self.load = -1.0  # of this machine, if we were told
         self.drain = drain  # what running commands get when the worker is stopped
         self.name = name  # this incarnation
@@ -2630,7 +2638,7 @@ class Worker(Member):
         self.left = False
 
     def greeting(self, joining: bool) -> Fields:
-        slots = 0 if self.stopping is not None or self.load >= self.max_load else self.slots
+        slots = 0 if self.stopping is not None or self.resting else self.slots
         fields: Fields = {"name": self.name, "slots": slots, "weight": self.weight}
         if self.load >= 0:
             fields["load"] = round(self.load, 2)
@@ -2858,15 +2866,15 @@ class Worker(Member):
         self.bulk.append(Frame(BROKER, b"", key[0], line, data))
 
     def loaded(self, load: float, now: Seconds) -> None:
-        """How many processes want a processor, on average. Beyond max_load we take nothing more,
+        """How many processes want a processor, on average. From max_load on we take nothing more,
         and hand back what we have not started."""
-        was, self.load = self.load >= self.max_load, load
-        if (load >= self.max_load) == was:
+        self.load, limit = load, self.max_load * (RELIEF if self.resting else 1)
+        if (load >= limit) == self.resting:
             return
-        self.now = now
-        if not was:
+        self.now, self.resting = now, not self.resting
+        if self.resting:
             self.log(logging.INFO, f"load {load:.1f}: no new commands until it is below "
-                                   f"{self.max_load:g}")
+                                   f"{RELIEF * self.max_load:g}")
             self.effects += [Recall(job) for job in self.jobs.values() if job.state == WAITING]
         if self.session.joined:
             self.session.greet(now)
