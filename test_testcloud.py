@@ -4574,6 +4574,29 @@ class ClientTest(unittest.TestCase):
         self.result(1, stdout="ab\nc", size=4)
         self.assertEqual(b.effect(tc.Report).entry.shown, 3)
 
+    def test_nothing_more_is_asked_for_than_can_be_shown(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(live=True))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", end=True)
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.lines.clear()
+        self.client.listen_again(b.now, held_up=True)
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")
+        b.wait(1)
+        b.collect()
+        self.assertNotIn("FETCH", [line[1] for line in b.lines])
+        self.client.listen_again(b.now)
+        b.collect()
+        self.assertEqual(b.lines[-1][1:], ("FETCH", {
+            "id": 1, "attempt": 1, "offset": 3, "size": tc.CHUNK_SIZE}))
+        b.lines.clear()
+        for _ in range(5):  # that may have been lost
+            b.wait(1)
+            b.answer()
+        self.assertIn(3, [line[2].get("offset") for line in b.lines])
+
     def test_what_was_shown_of_the_try_that_is_reported(self):
         self.client = tc.Client("r1", wishes=tc.Wishes(live=True, tries=3))
         b = self.bench = Bench(self.client)
@@ -4815,7 +4838,8 @@ class ReportingTest(unittest.TestCase):
         self.client = tc.Client("r1")
         settings = tc.build_parser().parse_args(["client", *words])
         tally = self.tally(settings.raw or split)
-        with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(put=self.out.writelines)):
+        out = mock.Mock(put=lambda item, size=0: self.out.writelines(item))
+        with mock.patch.object(tc, "Writer", lambda file, failed: out):
             show = tc.Show(settings, tally, None)
         self.reports = tc.Reports(tally, show.reporters)
         return self.out
@@ -4969,6 +4993,32 @@ class ReportingTest(unittest.TestCase):
             self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"3\n4\n5"))
             self.assertEqual(out.getvalue().decode(),
                              "a\t1\na\t2\na\t3\na\t4\na\t5\nOK! a ⌚1.00ms\n")
+
+    def test_a_live_line_that_was_begun_when_all_ended(self):
+        out = self.text("--live")
+        self.reports.live(tc.Live(self.entry("a"), 0, b"1\n2"))
+        self.end(complete=False)
+        self.assertEqual(out.getvalue().decode().split("\n")[:3], [
+            "a\t1", "a\t2", "Not all commands were executed :("])
+
+    def test_a_writer_tells_when_it_has_caught_up(self):
+        ours, theirs = os.pipe()
+        self.addCleanup(os.close, ours)
+        self.addCleanup(os.close, theirs)
+        writer, caught_up, done = tc.Writer(theirs, None), threading.Event(), threading.Event()
+        writer.caught_up = caught_up.set
+        part, parts = bytes(tc.Writer.AHEAD // 4), 6
+        for _ in range(parts):
+            writer.put([part], len(part))
+            writer.flush()
+        self.assertTrue(writer.is_behind())
+        self.assertFalse(caught_up.is_set())
+        writer.end(done.set)
+        left = parts * len(part)
+        while left:
+            left -= len(os.read(ours, left))
+        self.assertTrue(done.wait(PATIENCE) and caught_up.wait(PATIENCE))
+        self.assertFalse(writer.is_behind())
 
     def test_a_live_line_without_end(self):
         out = self.text("--live")

@@ -3843,6 +3843,8 @@ class Client(Member):
         self.total = self.reported = self.failed = self.flaky = 0
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.shunned: Set[str] = set()  # hosts
+        self.held_up = False  # who reads what running commands print does not keep up
+        self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
         self.examined = 0  # entries of the window that have passed, but failed before
         self.examine_until: Seconds = math.inf  # when to wait no longer for where they failed
         self.timings: Dict[str, float] = {}  # of earlier runs, to begin with the longest
@@ -4008,9 +4010,17 @@ class Client(Member):
 
     def listen(self, entry: Entry) -> None:
         """Ask for what a running command prints next."""
-        if self.wishes.live and entry.result is None and entry.kept is None:
+        wanted = self.wishes.live and not self.held_up and self.session.joined
+        if wanted and entry.worker and entry.result is None and entry.kept is None:
+            self.listen_at = min(self.listen_at, self.now + 2 * self.times.ready_interval)
             self.say(BROKER, b"", "", "FETCH", {
                 "id": entry.id, "attempt": entry.attempt, "offset": entry.shown, "size": CHUNK_SIZE})
+
+    def listen_again(self, now: Seconds, held_up: bool = False) -> None:
+        """To all running commands; unless nobody can take more of what they print."""
+        self.now, self.held_up, self.listen_at = now, held_up, math.inf
+        for entry in self.window.values():
+            self.listen(entry)
 
     def on_result(self, message: Message) -> None:
         fields = message.fields
@@ -4201,6 +4211,8 @@ class Client(Member):
         if self.left:
             return
         self.session.tick(now)
+        if self.listen_at <= now:
+            self.listen_again(now)
         if self.fetching and self.fetching[0].due <= now:
             self.fetch_again()
             self.fetching[0].due = now + 2 * self.times.ready_interval
@@ -4238,7 +4250,7 @@ class Client(Member):
         release = math.inf if self.released else self.release_at
         done = self.done_until if self.session.joined else math.inf
         return min(self.session.next_greeting, due, release, done, self.leave_at,
-                   self.examine_until, self.watch.deadline())
+                   self.examine_until, self.listen_at, self.watch.deadline())
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
@@ -4542,17 +4554,33 @@ class BarHandler(logging.StreamHandler):  # type: ignore[type-arg]
 class Writer:
     """Writes to a descriptor, in a thread, for that may block for hours."""
 
+    AHEAD = 4 * 1024 * 1024  # bytes in memory, with which it is behind
+
     def __init__(self, file: int, failed: Callable[[OSError], None]) -> None:
         self.file = file
         self.failed = failed  # called in the thread, as is what end() is given
         self.ended: Callable[[], None] = lambda: None
+        self.caught_up: Callable[[], None] = lambda: None  # called in the thread, once it was behind
         self.batch: List[Iterable[bytes]] = []  # to be handed over together
         self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
+        self.taken = self.written = 0  # bytes of items that are in memory
         threading.Thread(target=self.write, daemon=True, name="output").start()
 
-    def put(self, item: Iterable[bytes]) -> None:
-        """Have this written, after flush()."""
-        self.batch.append(item)
+    def put(self, item: Iterable[bytes], size: int = 0) -> None:
+        """Have this written, after flush(). So many bytes of it are in memory."""
+        self.taken += size
+        self.batch.append(self.counted(item, size) if size else item)
+
+    def counted(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
+        """The same, and note when it is written."""
+        yield from item
+        was_behind = self.is_behind()
+        self.written += size
+        if was_behind and not self.is_behind():
+            self.caught_up()
+
+    def is_behind(self) -> bool:
+        return self.taken - self.written > self.AHEAD
 
     def flush(self) -> None:
         if self.batch:
@@ -4832,27 +4860,33 @@ class LiveLines(Reporter):
     """Shows whole lines of running commands as they come, each after its line of the input; and in the
     end what has not been shown. What goes on for more than COPY bytes is taken for a line."""
 
-    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None]) -> None:
+    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes], int], None]) -> None:
         self.tally = tally
         self.put = put
-        self.begun: Dict[int, bytes] = {}  # by command: a line of which the end has not come
+        # by command: its tag, and a line of which the end has not come
+        self.begun: Dict[int, Tuple[bytes, bytes]] = {}
 
     def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
         lines, newline, rest = (self.line_of(seq, offset) + data).rpartition(b"\n")
         if len(rest) > COPY:
             lines, newline, rest = lines + newline + rest, b"\n", b""
-        self.put(tagged(to_bytes(visible(line)), [lines + newline]))
-        self.begun[seq] = rest
+        tag = to_bytes(visible(line))
+        self.put(tagged(tag, [lines + newline]), len(lines) + 1)
+        self.begun[seq] = tag, rest
 
     def line_of(self, seq: int, offset: int) -> bytes:
         """The line that goes on there; one of a try before ends."""
-        begun = self.begun.pop(seq, b"")
+        _, begun = self.begun.pop(seq, (b"", b""))
         return begun + b"\n" if begun and offset == 0 else begun
 
     def result(self, outcome: Outcome) -> None:
         rest = after(self.tally.parts(outcome.record), outcome.shown)
         self.put(ended(tagged(to_bytes(visible(outcome.line)), itertools.chain(
-            [self.line_of(outcome.seq, outcome.shown)], rest)), b""))
+            [self.line_of(outcome.seq, outcome.shown)], rest)), b""), 0)
+
+    def ended(self, summary: Summary) -> None:
+        for tag, begun in self.begun.values():
+            self.put(ended(tagged(tag, [begun]), b""), 0)
 
 
 def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
@@ -7891,10 +7925,16 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             loop.exit(Exit(status))
         else:
             client.cancel(status, now)
+
+    def live(effect: Live) -> None:
+        reports.live(effect)
+        if show.out.is_behind() and not client.held_up:
+            client.listen_again(client.now, True)
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
-        node = loop.add(client, {Released: reports.released, Store: reports.store, Live: reports.live,
+        node = loop.add(client, {Released: reports.released, Store: reports.store, Live: live,
                                  Keep: reports.keep, Report: reports.report})
+        show.out.caught_up = lambda: loop.post(client.listen_again)
         loop.between.append(show.flush)
         loop.on_signals(interrupt, control)
         if sys.stdin.isatty():
