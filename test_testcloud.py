@@ -7585,8 +7585,17 @@ class TerminalTest(unittest.TestCase):
         broker = self.cloud.broker()
         status = self.start("status", "--watch", "--connect", broker.clients)
         seen = b""
-        while b"0 workers" not in seen:
-            seen += os.read(status.stdout.fileno(), 1000)
+        for wanted in (b"0 workers", b"\x1b[?1049l", b"\x1b[?1049h"):
+            while wanted not in seen:
+                seen += os.read(status.stdout.fileno(), 1000)
+            if wanted == b"0 workers":
+                seen = b""
+                self.press(status, b"\x1a")
+            elif wanted.endswith(b"l"):
+                pid = int(tc.read_text(f"/proc/{status.pid}/task/{status.pid}/children"))
+                self.cloud.wait_for(lambda pid=pid: tc.read_text(f"/proc/{pid}/stat").rpartition(
+                    ")")[2].split()[0] == "T", "its stop")
+                os.kill(pid, signal.SIGCONT)
         self.press(status, b"q")
         _, out = self.cloud.finish(status)
         self.assertEqual(status.returncode, 0)

@@ -8045,25 +8045,38 @@ def fitted(lines: List[str]) -> str:
 
 @contextlib.contextmanager
 def whole_screen(loop: Loop) -> Iterator[None]:
-    """Take the terminal's other screen, until the end; q ends the program."""
+    """Take the terminal's other screen, until the end or Ctrl-Z; q ends the program."""
     saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
 
     def key_pressed(now: Seconds) -> None:
         if os.read(0, 100) in (b"q", b"Q", b""):
             loop.exit(Exit(0))
-    try:
+
+    def take() -> None:
         announce("\033[?1049h")
         if saved:
-            now = termios.tcgetattr(0)
-            now[3] &= ~(termios.ICANON | termios.ECHO)
-            termios.tcsetattr(0, termios.TCSADRAIN, now)
-            loop.watch(0, key_pressed)
-        yield
-    finally:
+            wanted = termios.tcgetattr(0)
+            wanted[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(0, termios.TCSADRAIN, wanted)
+
+    def give_back() -> None:
         with contextlib.suppress(OSError, SetupError):
             announce("\033[?1049l")
             if saved:
                 termios.tcsetattr(0, termios.TCSADRAIN, saved)
+
+    def pause(now: Seconds) -> None:
+        give_back()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        take()
+    try:
+        take()
+        if saved:
+            loop.watch(0, key_pressed)
+            signal.signal(signal.SIGTSTP, lambda *_: loop.post(pause))
+        yield
+    finally:
+        give_back()
 
 
 def fail(error: OSError) -> None:
