@@ -5232,7 +5232,7 @@ class ReportingTest(unittest.TestCase):
     def test_bytes_are_passed_on_as_they_are(self):
         out = self.text()
         self.report("printf '\udcff' \x1b[2J\x9b\udc9b\t\u202e\x07", output=b"\x1b[0m")
-        self.assertEqual(out.getvalue(), b"OK! printf '\xff' \\x1b[2J\\x9b\\udc9b\t\\u202e\\x07 "
+        self.assertEqual(out.getvalue(), b"OK! printf '\xff' \\x1b[2J\\x9b\\x9b\t\\u202e\\x07 "
                                          b"\xe2\x8c\x9a8.14ms\n\x1b[0m\n\n")
         out.seek(0)
         out.truncate()

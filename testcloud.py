@@ -497,16 +497,31 @@ def counted(number: int, what: str) -> str:
 def printable(value: Union[str, bytes], limit: int = 80) -> str:
     """What a peer sent, safe to show on one line of a terminal or log."""
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    cut = shown[:limit] + ("..." if len(shown) > limit else "")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+    return readable(clipped(shown, limit), "")
 
 
 def visible(command: str) -> str:
     """A command as it is, but for what would steer a terminal or hide a part of it."""
-    if command.isprintable():
-        return command
-    return "".join(c if c.isprintable() or c == "\t" or "\udca0" <= c <= "\udcff" else repr(c)[1:-1]
-                   for c in command)
+    return readable(command, "\t" + LATIN)
+
+
+LATIN = "".join(map(chr, range(0xdca0, 0xdd00)))  # bytes that may be letters, on some terminal
+CLIPPED = 1000  # characters of a reason or a name from elsewhere
+ODD = re.compile("[^ -~]+")  # what may be more than characters with a shape
+
+
+def readable(text: str, keep: str = "\t\n") -> str:
+    """A text with escapes for what has no shape, moves other characters, or stands for a byte."""
+    return ODD.sub(lambda odd: "".join(c if c.isprintable() or c in keep else escape_of(c)
+                                       for c in odd[0]), text)
+
+
+def escape_of(c: str) -> str:
+    return f"\\x{ord(c) & 0xff:02x}" if "\udc80" <= c <= "\udcff" else repr(c)[1:-1]
+
+
+def clipped(text: str, limit: int = CLIPPED) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 # === Machines =========================================================================
@@ -5084,7 +5099,6 @@ def is_file(path: str) -> bool:
 
 
 CASE_NAME = 240  # characters of a command in its case's name: GitLab keeps 255, Jenkins makes a URL
-CLIPPED = 1000  # characters of a reason or a name from elsewhere
 EXCERPT_HEAD = 16 * 1024  # bytes of an output's beginning, and of its end, which mostly says what
 EXCERPT_TAIL = 32 * 1024  # failed: GitHub takes 64 KiB with an annotation
 JUNIT_SIZE = 16 * 1024 * 1024  # characters of failures; then without output: GitLab reads up to 30 MB
@@ -5247,10 +5261,6 @@ def both_ends(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, in
     return head, size - len(head) - len(tail), tail
 
 
-def clipped(text: str, limit: int = CLIPPED) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
 def in_seconds(ms: float) -> str:
     return f"{ms / 1000:.3f}"
 
@@ -5266,12 +5276,7 @@ def iso_time(since_1970: float) -> str:
 
 def xml_legal(text: str) -> str:
     """A text with escapes for the characters that XML cannot have."""
-    def visible(match: re.Match[str]) -> str:
-        found = match.group()
-        if len(found) > 1:
-            return ""
-        return f"\\x{ord(found) & 0xff:02x}" if "\udc80" <= found <= "\udcff" else repr(found)[1:-1]
-    return XML_ILLEGAL.sub(visible, text)
+    return XML_ILLEGAL.sub(lambda odd: escape_of(odd[0]) if len(odd[0]) == 1 else "", text)
 
 
 def xml_text(text: str) -> str:
@@ -5295,7 +5300,6 @@ PAGE_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browse
 PAGE_ENTRIES = 1000  # failures shown with their output, and flaky commands: the list has all
 PAGE_SLOWEST = 20  # commands in that table: what fits on a screen
 MARK_OF = {"OK": "✓", "FAIL": "✗", "FLAKY": "~", "ONLY": "◐"}  # so that nobody needs colours
-ODD = re.compile(r"[^ -~\t\n]+")  # what may be more than a character with a shape
 
 
 class HtmlPage(WholeFile):
@@ -5311,18 +5315,6 @@ class HtmlPage(WholeFile):
         return html_page(title, self.outcomes, self.output_of, [
             ("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
             ("result hash", summary.hash if summary.complete else "not all commands were executed")])
-
-
-def with_shape(c: str) -> str:
-    """A character, or its escape if it cannot be seen, moves others, or stands for a byte."""
-    if "\udc80" <= c <= "\udcff":
-        return f"\\x{ord(c) - 0xDC00:02x}"
-    return c if c.isprintable() else repr(c)[1:-1]
-
-
-def readable(text: str) -> str:
-    """Any text, with escapes for what has no shape; tabs and line ends stay."""
-    return ODD.sub(lambda odd: "".join(map(with_shape, odd[0])), text)
 
 
 def one_line(text: str) -> str:
