@@ -24,7 +24,7 @@ Exit status of the client
     0  every command was run and exited with 0, in the end (--retries)
     1  some command failed, or was flaky (--fail-on-flaky), or the result hash is another
     2  wrong usage
-    3  not everything could be run: no broker, no worker, or pyzmq is missing
+    3  not everything could be run, or written: no broker, no worker, a full disk, no pyzmq
     129, 130, 143  terminal closed, interrupted with Ctrl-C, ended by SIGTERM
     141  nobody reads our stdout any more
 A broker or worker exits with 130, 143 or 129 when it is told to stop, 2 on wrong usage
