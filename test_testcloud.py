@@ -680,6 +680,29 @@ class BrokerTest(unittest.TestCase):
         d.wait(tc.OK_DELAY)
         self.assertEqual([letter[1] for letter in d.letters], [b"s", b"t"])
 
+    def test_a_chained_broker_goes_on_where_one_before_it_died(self):
+        for names, believed in ((("m1", "m2"), True), (("m1.key", "m2.key"), True),
+                                (("m1.key", "m2.other"), False), (("m1.key", "m2"), False)):
+            for restart in (False, True):
+                d = Desk()
+                if restart:
+                    d.hello(b"c", "r1", [1])
+                    d.submit(b"c", 1, again=True, had=names[0])
+                else:
+                    d.join(b"m", below=["m"], name=names[0])
+                    d.hello(b"c", "r1")
+                    d.submit(b"c", 1)
+                    d.gone(WORKERS, b"m")
+                d.letters.clear()
+                d.worker(b"n", tc.encode("READY", {
+                    "name": names[1], "join": 99, "slots": 1, "below": ["m"], "crew": [],
+                    "running": [["r1", 1, 1]], "held": []}))
+                said = [letter[3] for letter in d.letters if letter[1] == b"n"]
+                self.assertEqual(said, ["OK"] if believed else ["CANCEL", "OK", "CANCEL"], names)
+                d.letters.clear()
+                d.ends(b"n", "r1", 1)
+                self.assertEqual("RESULT" in [letter[3] for letter in d.letters], believed, names)
+
     def test_a_worker_is_not_believed_about_commands_that_it_was_not_given(self):
         d = self.desk
         d.join(b"w", slots=1)

@@ -1529,10 +1529,7 @@ class Broker(Machine):
             if not client.may_want(id):
                 return None
             task = client.tasks[id] = Task(client, id, attempt, b"")
-        # of what we know ourselves only that is believed which we, or one before us, may have given it
-        unknown = not task.line or task.state == LIMBO and not task.had
-        if task.attempt != attempt or not (
-                task.worker is worker or unknown and task.worker is None or task.had == worker.name):
+        if task.attempt != attempt or not self.may_have(worker, task):
             return None
         if task.worker is worker and task.state == DELIVERED:
             return task
@@ -1541,6 +1538,17 @@ class Broker(Machine):
         if fresh:
             self.tell_queued([task])
         return task
+
+    def may_have(self, worker: WorkerLink, task: Task) -> bool:
+        """Whether we, or one before us, may have given it this task; or given it to a chained broker
+        that has died, in whose place it is now, with the same key."""
+        if worker is task.worker or worker.name == task.had:
+            return True
+        if task.worker is None and (not task.line or task.state == LIMBO and not task.had):
+            return True
+        before = task.had if task.worker is None else task.worker.name
+        is_gone = task.worker is None or task.worker.peer is None and bool(task.worker.below)
+        return bool(before and is_gone and worker.below) and owner_of(before) == owner_of(worker.name)
 
     def on_worker_bye(self, message: Message) -> None:
         worker = self.workers.get(message.peer)
@@ -2426,6 +2434,11 @@ class Broker(Machine):
         (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
         (BROKER, "RECALL"): "on_recall", (BROKER, "ERROR"): "on_error",
     }
+
+
+def owner_of(name: str) -> str:
+    """The fingerprint of the key that a worker's name ends with; "" if it was made without one."""
+    return name.partition(".")[2]
 
 
 def cut_mark(sent: int, size: int) -> str:
