@@ -3946,8 +3946,8 @@ class Client(Member):
             self.release()
         if self.done_until <= self.now or len(self.done) >= MAX_DONE:
             self.tell_done()
-        self.stop_examining()
         if self.status is None and not self.left:
+            self.stop_examining()
             self.stop_early()
             self.observe(self.watch, self.waits_for())
         if self.input_ended and not self.backlog and not self.window and not self.left:
