@@ -5514,8 +5514,8 @@ def read_timings(path: str) -> Dict[str, float]:
     """What Timings has written; nothing if that cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        return {command: seconds for command, seconds in found.items() if number(seconds)}
+            found: Dict[str, float] = json.load(file)
+        return found if {*map(type, found.values())} <= {int, float} else {}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
@@ -8177,7 +8177,7 @@ def with_defaults(argv: List[str]) -> List[str]:
         return argv
     try:
         own = mark_template(shlex.split(os.environ.get("TESTCLOUD", "")))
-        if build_parser().parse_args([CLIENT_ROLE, *own]).template:
+        if own and build_parser().parse_args([CLIENT_ROLE, *own]).template:
             raise ValueError("it has a template")
     except (ValueError, UsageError) as error:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
