@@ -4864,7 +4864,7 @@ class ReportingTest(unittest.TestCase):
         out = mock.Mock(put=lambda item, size=0: self.out.writelines(item))
         with mock.patch.object(tc, "Writer", lambda file, failed: out):
             show = tc.Show(settings, tally, None)
-        self.reports = tc.Reports(tally, show.reporters)
+        self.reports = tc.Reports(tally, [show.reporter])
         return self.out
 
     def end(self, complete=True):
@@ -5061,7 +5061,7 @@ class ReportingTest(unittest.TestCase):
         settings = tc.build_parser().parse_args(["client", "--raw"])
         with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(
                 put=(None, out, err)[file].writelines)):
-            self.reports.reporters = tc.Show(settings, self.reports.tally, None).reporters
+            self.reports.reporters = [tc.Show(settings, self.reports.tally, None).reporter]
         with mock.patch.object(tc, "COPY", 3):
             self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")), split=True)
         self.report("b", output=b"of a plain worker")

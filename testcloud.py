@@ -4744,16 +4744,15 @@ class Reports:
         return summary
 
 
-class InOrder(Reporter):
-    """Passes results on to others in the order of the input."""
+class Group(Reporter):
+    """Passes all on to others, one after the other."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self.reporters = reporters
-        self.order: Deque[int] = deque()
-        self.early: Dict[int, Outcome] = {}  # what came before its turn
 
     def expect(self, seq: int) -> None:
-        self.order.append(seq)
+        for reporter in self.reporters:
+            reporter.expect(seq)
 
     def released(self, commands: Optional[int]) -> None:
         for reporter in self.reporters:
@@ -4764,71 +4763,56 @@ class InOrder(Reporter):
             reporter.live(seq, line, offset, data)
 
     def result(self, outcome: Outcome) -> None:
-        self.early[outcome.seq] = outcome
-        while self.order and self.order[0] in self.early:
-            self.hand_on(self.early.pop(self.order.popleft()))
-
-    def hand_on(self, outcome: Outcome) -> None:
         for reporter in self.reporters:
             reporter.result(outcome)
 
     def ended(self, summary: Summary) -> None:
-        for seq in sorted(self.early):  # those before them never ran
-            self.hand_on(self.early[seq])
         for reporter in self.reporters:
             reporter.ended(summary)
 
 
-class Transcript(Reporter):
-    """The seed's transcript. `say` takes the pieces of its lines, `show` shows a result's output."""
+class Failures(Group):
+    """Passes on what did not simply pass."""
 
-    def __init__(self, tally: Tally, say: Callable[[Iterable[bytes]], None],
-                 show: Callable[[Outcome], object], colour: bool = False, fail_only: bool = False,
-                 slow: float = math.inf, verbose: bool = False) -> None:
-        self.tally = tally
+    def result(self, outcome: Outcome) -> None:
+        if outcome.verdict != OK:
+            super().result(outcome)
+
+
+class InOrder(Group):
+    """Passes results on in the order of the input."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        super().__init__(reporters)
+        self.order: Deque[int] = deque()
+        self.early: Dict[int, Outcome] = {}  # what came before its turn
+
+    def expect(self, seq: int) -> None:
+        self.order.append(seq)
+
+    def result(self, outcome: Outcome) -> None:
+        self.early[outcome.seq] = outcome
+        while self.order and self.order[0] in self.early:
+            super().result(self.early.pop(self.order.popleft()))
+
+    def ended(self, summary: Summary) -> None:
+        for seq in sorted(self.early):  # those before them never ran
+            super().result(self.early[seq])
+        super().ended(summary)
+
+
+class Closing(Reporter):
+    """The end of the seed's transcript. `say` takes the pieces of its lines."""
+
+    def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False) -> None:
         self.say = say
-        self.show = show
         self.colour = colour
-        self.fail_only = fail_only
-        self.slow = slow  # ms
-        self.verbose = verbose
 
     def paint(self, style: str, text: str) -> str:
         return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
 
     def line(self, text: str) -> None:
         self.say([to_bytes(text + "\n")])
-
-    def released(self, commands: Optional[int]) -> None:
-        if commands is None:
-            self.line("Releasing the hounds: commands to execute as they come")
-        else:
-            self.line(f"Releasing the hounds: {counted(commands, 'command')} to execute")
-
-    def result(self, outcome: Outcome) -> None:
-        """Its line and its output."""
-        code, verdict = outcome.exitcode, outcome.verdict
-        if self.fail_only and verdict == OK:
-            return
-        if verdict == FAIL:
-            style, words = "fail", f"FAIL({code}) "
-        elif verdict == OK:
-            style, words = "ok", "OK! "
-        else:
-            style = "flaky"
-            words = f"ONLY ON {printable(outcome.only_on)}! " if verdict == ONLY else "FLAKY! "
-        took = self.paint("slow" if outcome.spent > self.slow else "time", f"⌚{outcome.spent:.2f}ms")
-        name = self.paint(style + " cmd", visible(outcome.cmd) + " ")
-        self.line(self.paint(style, words) + name + took)
-        if outcome.reason:
-            self.line(f"testcloud: {printable(outcome.reason, 1000)}")
-        if outcome.tries:
-            others = ", ".join(f"{row.exitcode} on {printable(row.host)}" for row in outcome.tries)
-            self.line(f"testcloud: tried {len(outcome.tries) + 1} times; other exit codes: {others}")
-        if self.verbose:
-            complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}, "
-                     f"try {len(outcome.tries) + 1}")
-        self.show(outcome)
 
     def ended(self, summary: Summary) -> None:
         if not summary.complete:
@@ -4848,17 +4832,71 @@ class Transcript(Reporter):
                   f"{'' if summary.complete else 'of these '}is {summary.hash}")
 
 
-class Plain:
-    """Shows outputs as the seed does: after the line of their command."""
+class Transcript(Closing):
+    """The seed's transcript, but for the outputs."""
+
+    def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False,
+                 slow: float = math.inf, verbose: bool = False) -> None:
+        super().__init__(say, colour)
+        self.slow = slow  # ms
+        self.verbose = verbose
+
+    def released(self, commands: Optional[int]) -> None:
+        if commands is None:
+            self.line("Releasing the hounds: commands to execute as they come")
+        else:
+            self.line(f"Releasing the hounds: {counted(commands, 'command')} to execute")
+
+    def result(self, outcome: Outcome) -> None:
+        code, verdict = outcome.exitcode, outcome.verdict
+        if verdict == FAIL:
+            style, words = "fail", f"FAIL({code}) "
+        elif verdict == OK:
+            style, words = "ok", "OK! "
+        else:
+            style = "flaky"
+            words = f"ONLY ON {printable(outcome.only_on)}! " if verdict == ONLY else "FLAKY! "
+        took = self.paint("slow" if outcome.spent > self.slow else "time", f"⌚{outcome.spent:.2f}ms")
+        name = self.paint(style + " cmd", visible(outcome.cmd) + " ")
+        self.line(self.paint(style, words) + name + took)
+        if outcome.reason:
+            self.line(f"testcloud: {printable(outcome.reason, 1000)}")
+        if outcome.tries:
+            others = ", ".join(f"{row.exitcode} on {printable(row.host)}" for row in outcome.tries)
+            self.line(f"testcloud: tried {len(outcome.tries) + 1} times; other exit codes: {others}")
+        if self.verbose:
+            complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}, "
+                     f"try {len(outcome.tries) + 1}")
+
+
+class Plain(Reporter):
+    """Outputs as the seed shows them: after the line of their command."""
 
     def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], tag: bool = False) -> None:
         self.tally = tally
         self.put = put
         self.tag = tag
 
-    def __call__(self, outcome: Outcome) -> None:
+    def result(self, outcome: Outcome) -> None:
         parts = self.tally.parts(outcome.record)
         self.put(ended(tagged(to_bytes(visible(outcome.line)), parts) if self.tag else parts, b"\n"))
+
+
+class Raw(Reporter):
+    """Outputs as they are, of stdout and of stderr."""
+
+    def __init__(self, tally: Tally, out: Callable[[Iterable[bytes]], None],
+                 err: Callable[[Iterable[bytes]], None]) -> None:
+        self.tally = tally
+        self.out = out
+        self.err = err
+
+    def result(self, outcome: Outcome) -> None:
+        self.out(self.stream(outcome, 1))
+        self.err(ended(self.stream(outcome, 2), b""))  # our own lines follow
+
+    def stream(self, outcome: Outcome, wanted: int) -> Iterator[bytes]:
+        return (piece for stream, piece in self.tally.pieces(outcome.record) if stream == wanted)
 
 
 def ended(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
@@ -4927,16 +4965,12 @@ def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
 class JsonLines(Reporter):
     """An object of JSON a line for each result."""
 
-    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], brief: bool,
-                 fail_only: bool) -> None:
+    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], brief: bool) -> None:
         self.tally = tally
         self.put = put
         self.brief = brief
-        self.fail_only = fail_only
 
     def result(self, outcome: Outcome) -> None:
-        if self.fail_only and outcome.verdict == OK:
-            return
         fields = outcome._asdict()
         del fields["record"], fields["shown"], fields["cmd"], fields["spent"], fields["line"]
         fields.update(command=outcome.cmd, time=outcome.spent,
@@ -7827,31 +7861,21 @@ class Show:
         self.out = Writer(1, failed)
         # with --raw and --json all but the outputs; nobody needs to read that
         self.err = Writer(2, lambda error: None) if settings.raw or settings.json else None
-        say = (self.err or self.out).put
-        plain = Plain(tally, self.out.put, settings.tag)
-        kind = Closing if settings.json else Transcript
-        show: Callable[[Outcome], object] = plain
-        if settings.raw:
-            show = self.show_raw
-        if settings.brief or settings.live:
-            show = lambda outcome: None  # noqa: E731
-        self.tally = tally
-        self.transcript = kind(tally, say, show, use_colour(settings.color), settings.fail_only,
-                               settings.slow, settings.verbose)
-        self.reporters: List[Reporter] = [self.transcript]
+        say, colour = (self.err or self.out).put, use_colour(settings.color)
+        self.transcript = Closing(say, colour) if settings.json else Transcript(
+            say, colour, settings.slow, settings.verbose)
+        shown: List[Reporter] = [self.transcript]
         if settings.json:
-            self.reporters.append(JsonLines(tally, self.out.put, settings.brief, settings.fail_only))
+            shown.append(JsonLines(tally, self.out.put, settings.brief))
+        elif settings.raw and not settings.brief:
+            shown.append(Raw(tally, self.out.put, say))
+        elif not settings.brief and not settings.live:
+            shown.append(Plain(tally, self.out.put, settings.tag))
+        if settings.fail_only:
+            shown = [Failures(shown)]
         if settings.live:
-            self.reporters.insert(0, LiveLines(tally, self.out.put))
-        if settings.keep_order:
-            self.reporters = [InOrder(self.reporters)]
-
-    def show_raw(self, outcome: Outcome) -> None:
-        self.out.put(self.stream(outcome, 1))
-        (self.err or self.out).put(ended(self.stream(outcome, 2), b""))  # our own lines follow
-
-    def stream(self, outcome: Outcome, wanted: int) -> Iterator[bytes]:
-        return (piece for stream, piece in self.tally.pieces(outcome.record) if stream == wanted)
+            shown.insert(0, LiveLines(tally, self.out.put))
+        self.reporter = InOrder(shown) if settings.keep_order else Group(shown)
 
     def flush(self) -> None:
         self.out.flush()
@@ -7865,16 +7889,6 @@ class Show:
             self.err.end(written.set)
             written.wait(LAST_WORDS)
         self.out.end(ended)
-
-
-class Closing(Transcript):
-    """Only the transcript's end."""
-
-    def released(self, commands: Optional[int]) -> None:
-        pass
-
-    def result(self, outcome: Outcome) -> None:
-        pass
 
 
 class Progress:
@@ -7914,7 +7928,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     tally = Tally(settings.raw)
     loop: Loop
     show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)))
-    reports = Reports(tally, [*show.reporters, *files_of(settings, tally, done),
+    reports = Reports(tally, [show.reporter, *files_of(settings, tally, done),
                               Timings(cache_of_timings())])
 
     def add(line: str) -> None:
