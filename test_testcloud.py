@@ -858,6 +858,25 @@ class BrokerTest(unittest.TestCase):
             d.ends(b"w", "c", 2)
         d.expect(b"w", "{", token="e")
 
+    def test_a_slot_is_not_kept_on_a_host_that_is_shunned(self):
+        d = self.desk
+        d.join(b"w", slots=1, host="h1", labels=["gpu"])
+        d.join(b"v", slots=1, host="h2", labels=["gpu"])
+        d.join(b"x", slots=0, host="h3")  # that has it not: else all would do
+        for peer in (b"c", b"e"):
+            d.hello(peer, peer.decode())
+        d.submit(b"c", 1, 2, 3, 4, 5, needs=["gpu"])
+        d.worker(b"x", 'READY {"name":"x","slots":1}')
+        d.ends(b"w", "c", next(task.id for task in d.broker.named["w"].tasks.values()))
+        self.assertIn("w", [worker.name for worker in d.broker.kept])
+        d.client(b"c", 'SHUN {"hosts":["h1"]}')
+        d.submit(b"e", 1, 2)
+        d.letters.clear()
+        d.ends(b"w", "c", next(task.id for task in d.broker.named["w"].tasks.values()
+                               if task.state in tc.BUSY))
+        d.expect(b"c", "RESULT")
+        d.expect(b"w", "{", token="e")
+
     def test_many_who_wait_for_a_busy_worker_cost_little_beside_idle_ones(self):
         d = self.desk
         d.join(b"w", labels=["gpu"])

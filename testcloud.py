@@ -1874,8 +1874,9 @@ class Broker(Machine):
         kept = self.kept.get(worker)
         if kept is None or kept is task:
             return False
+        among = self.choice(kept)
         if kept.state == WAITING and kept.client.owed < CREDIT and self.may_start(kept.client) \
-                and worker.fits(kept):
+                and worker.fits(kept) and (among is None or worker in among):
             return True
         del self.kept[worker]
         return False
