@@ -4593,6 +4593,7 @@ class Writer:
         self.batch: List[Iterable[bytes]] = []  # to be handed over together
         self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
         self.taken = self.written = 0  # bytes of items that are in memory
+        self.awaited = False  # somebody waits for caught_up()
         threading.Thread(target=self.write, daemon=True, name="output").start()
 
     def put(self, item: Iterable[bytes], size: int = 0) -> None:
@@ -4603,13 +4604,16 @@ class Writer:
     def counted(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
         """The same, and note when it is written."""
         yield from item
-        was_behind = self.is_behind()
         self.written += size
-        if was_behind and not self.is_behind():
+        if self.awaited and self.taken - self.written <= self.AHEAD:
+            self.awaited = False
             self.caught_up()
 
     def is_behind(self) -> bool:
-        return self.taken - self.written > self.AHEAD
+        """If so, caught_up() will be called."""
+        self.awaited = True  # first: the thread may catch up just now
+        self.awaited = self.taken - self.written > self.AHEAD
+        return self.awaited
 
     def flush(self) -> None:
         if self.batch:
@@ -5003,7 +5007,8 @@ class JobLog(Reporter):
         self.file = self.files.enter_context(open_alone(path))
         if rows:
             write_whole(path, [JOBLOG_HEAD, *rows])
-            self.file = self.files.enter_context(open_alone(path))
+            if not os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
+                self.file = self.files.enter_context(open_alone(path))
         else:
             if is_file(path):
                 self.file.truncate(0)
@@ -5012,7 +5017,10 @@ class JobLog(Reporter):
     def write(self, line: str) -> None:
         rest = to_bytes(line)
         while rest:
-            rest = rest[self.file.write(rest):]
+            written = self.file.write(rest)
+            if written is None:  # a pipe that is full, and does not block
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            rest = rest[written:]
 
     def result(self, outcome: Outcome) -> None:
         try:
@@ -8087,13 +8095,18 @@ def whole_screen(loop: Loop) -> Iterator[None]:
 
     def pause(now: Seconds) -> None:
         give_back()
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # it stops us, if there is a shell that can go on
+        signal.signal(signal.SIGTSTP, stop_asked)
         take()
+
+    def stop_asked(number: int, _: Any) -> None:
+        loop.post(pause)
     try:
         take()
         if saved:
             loop.watch(0, key_pressed)
-            signal.signal(signal.SIGTSTP, lambda *_: loop.post(pause))
+            signal.signal(signal.SIGTSTP, stop_asked)
         yield
     finally:
         give_back()
