@@ -568,8 +568,13 @@ class BrokerTest(unittest.TestCase):
             d.letters.clear()
             d.client(b"c", 'SHUN {"hosts":["h1","h3"]}')
             d.letters.clear()
+            if wishes != {"on": "h1"}:
+                d.submit(b"c", 4)
+                d.expect(b"a", "{")
+                continue
+            d.broker.clients["r1"].told_shunned["a"] = -16.0  # it may have forgotten the run
             d.submit(b"c", 4)
-            d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])  # it may have forgotten the run
+            d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])
             d.expect(b"a", "{")
 
     def test_a_chained_broker_has_only_so_many_slots_with_a_label(self):
@@ -736,6 +741,23 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", tc.encode("CANCEL", {"tasks": [[2, 2]]}))
         d.submit(b"c", 100, attempt=2)
         self.assertFalse(d.broker.clients["r1"].retries)
+
+    def test_many_that_wait_for_hosts_do_not_make_us_look_at_all(self):
+        d = self.desk
+        for n in range(150):
+            d.join(b"w%d" % n, slots=1, host=f"h{n}")
+        d.hello(b"c", "r1")
+        looked, choose = [], tc.Wanted.choose
+
+        def counted(wanted, workers):
+            looked.append(len(workers))
+            return choose(wanted, workers)
+        with mock.patch.object(tc.Wanted, "choose", counted):
+            for id in range(2 * 149):  # the second half has to wait
+                d.submit(b"c", id, attempt=2, on=f"h{id % 149}", elsewhere=True)
+            for _ in range(9):
+                d.worker(b"w149", 'READY {"name":"w149","slots":1}')
+        self.assertEqual({*looked}, {1})
 
     def test_many_retries_that_wait_for_a_host_keep_none_from_another(self):
         d = self.desk
@@ -1772,6 +1794,17 @@ class ChainTest(unittest.TestCase):
         lost = [letter[4]["tasks"] for letter in d.letters if letter[3] == "LOST"]
         self.assertEqual(sorted(lost), [[[1, 1]], [[2, 1]], [[3, 1]]])
         self.assertIn("READY", [letter[3] for letter in d.letters])
+
+    def test_what_nobody_has_the_labels_for_is_handed_back_while_all_are_busy(self):
+        d = self.desk
+        d.join(b"v", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"v", "up", 1)
+        d.letters.clear()
+        for id in (2, 3):
+            d.tell(BROKER, b"", f'{{"cmd":"x","id":{id},"attempt":1,"needs":["gpu"]}}', "up")
+        lost = [letter[4]["tasks"] for letter in d.letters if letter[3] == "LOST"]
+        self.assertEqual(sorted(lost), [[[2, 1]], [[3, 1]]])
 
     def test_slots_that_change_while_it_joins_are_told_at_once(self):
         d = Desk(chained=True)
@@ -2927,7 +2960,7 @@ class SimulationTest(unittest.TestCase):
         ("slots of the lost are counted", "            self.slots -= worker.slots\n            "
          "self.change_crew()\n            worker.peer", "            worker.peer"),
         ("a choice of workers outlives them", "        self.crew_changed = True\n"
-         "        self.kits.clear()\n        self.choices.clear()\n",
+         "        self.kits.clear()\n        self.hosts.clear()\n        self.choices.clear()\n",
          "        self.crew_changed = True\n"),
         ("who once had no room never has", "                self.exhausted = {some for some in "
          "self.exhausted if some and worker not in some}\n", "                pass\n"),
@@ -4517,10 +4550,24 @@ class ClientTest(unittest.TestCase):
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
         b.effect(tc.Keep)
+        self.client.window[1].kept["time"] = 1000.0  # ms: it may take as long again
         b.hear('QUEUED {"tasks":[[1,3]],"worker":"w"}')
         b.wait(1.5)
         self.result(1, 3, 1, host="h")
         self.assertEqual(b.effect(tc.Report).entry.verdict, tc.ONLY)
+
+    @mock.patch.object(tc, "EXAMINE_WAIT", 0.5)
+    def test_what_seems_to_run_again_is_not_waited_for_without_end(self):
+        """Below a chained broker it may not be running."""
+        self.examine(3, (1, "h"), (0, "i"))
+        b = self.bench
+        b.effect(tc.Keep)
+        self.client.window[1].kept["time"] = 500.0
+        b.hear('QUEUED {"tasks":[[1,3]],"worker":"m"}')
+        b.wait(1.9)
+        self.assertNotIn(tc.Report, map(type, b.effects))
+        b.wait(0.2)
+        self.assertIn(tc.Report, map(type, b.effects))
 
     def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
         self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))

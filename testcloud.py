@@ -967,7 +967,7 @@ class ClientLink:
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
                  "claimed", "lost", "last_id", "announced", "join", "owed", "host",
-                 "shunned", "needs", "done", "failed")
+                 "shunned", "told_shunned", "needs", "done", "failed")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -988,6 +988,7 @@ class ClientLink:
         self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
         self.host = ""
         self.shunned: FrozenSet[str] = frozenset()  # hosts
+        self.told_shunned: Dict[str, Seconds] = {}  # brokers below: when they were told so
         self.needs: FrozenSet[str] = frozenset()  # labels, of its last command that had such needs
         self.done = self.failed = 0  # results passed on, and how many of these were failures
 
@@ -1207,6 +1208,7 @@ class Broker(Machine):
         self.crew_changed = False  # slots or weights, since the last settle()
         # until the crew changes: which labels workers have, together, and their slots
         self.kits: Counter[FrozenSet[str]] = Counter()
+        self.hosts: Dict[str, List[WorkerLink]] = {}  # who is where
         # and who may run what is wanted so; None: all may
         self.choices: Dict[Wanted, Optional[FrozenSet[WorkerLink]]] = {}
         self.exhausted: Set[Optional[FrozenSet[WorkerLink]]] = set()  # of these none has room
@@ -1683,6 +1685,7 @@ class Broker(Machine):
     def tell_shunned(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
         """Have brokers below shun the same hosts as we do for this client."""
         for broker in brokers if client.shunned else ():
+            client.told_shunned[broker.name] = self.now
             self.say(WORKERS, broker.peer or b"", client.run, "SHUN",
                      {"hosts": sorted(client.shunned)})
 
@@ -1864,10 +1867,19 @@ class Broker(Machine):
         if wanted not in self.choices:
             if len(self.choices) >= MAX_CHOICES:
                 self.choices.clear()
-            able = [worker for worker in self.workers.values() if worker.slots]
-            chosen = wanted.choose(able)
+            near = self.at_host(wanted.on) if wanted.on not in shunned else ()
+            able = [worker for worker in self.workers.values() if worker.slots] if not near else []
+            chosen = wanted.choose(near or able)
             self.choices[wanted] = None if len(chosen) == len(able) else frozenset(chosen)
         return self.choices[wanted]
+
+    def at_host(self, host: str) -> Sequence[WorkerLink]:
+        """The workers that run things there."""
+        if not self.hosts:
+            for worker in self.workers.values():
+                for name, _ in worker.crew:
+                    self.hosts.setdefault(name, []).append(worker)
+        return [worker for worker in self.hosts.get(host, ()) if worker.slots]
 
     def is_kept(self, worker: WorkerLink, task: Optional[Task]) -> bool:
         """Whether the worker's next free slot is for another task."""
@@ -1935,9 +1947,6 @@ class Broker(Machine):
                 worker = self.best_worker(task)
                 if worker is None and not self.ranking:
                     return
-                if worker is None and client.link == BROKER and self.choice(task) == frozenset():
-                    self.lose(task, "nobody here has the labels that it needs (any more)", told=True)
-                    passed_over = 0
                 if worker is None:
                     continue
                 # who may not run elsewhere would be taken back in vain, if it waited there
@@ -1950,6 +1959,15 @@ class Broker(Machine):
                 break
             self.turns.rotate(-1)
 
+    def hand_back(self) -> None:
+        """To the broker above: what nobody here has the labels for (any more)."""
+        for client in [client for client in self.turns if client.link == BROKER]:
+            waiting: List[Task] = client.next_tasks()
+            while waiting:
+                waiting = [task for task in client.next_tasks() if self.choice(task) == frozenset()]
+                for task in waiting:
+                    self.lose(task, "nobody here has the labels that it needs", told=True)
+
     def may_start(self, client: ClientLink) -> bool:
         """Whether its commands are surely ours to run."""
         return client.link != BROKER or self.session is not None and self.session.leased()
@@ -1959,7 +1977,8 @@ class Broker(Machine):
         task.until = max(self.now + self.times.queued_timeout, self.lenient_until)
         self.unconfirmed.append((task, task.until))
         run, peer = task.client.run, worker.peer or b""
-        if worker.below:  # it may have forgotten the run
+        told = task.client.told_shunned.get(worker.name, -math.inf) if worker.below else math.inf
+        if told < self.now - self.times.client_lease / 2:  # it may have forgotten the run
             self.tell_shunned(task.client, [worker])
         if worker.plain:
             worker.ready = False
@@ -2122,6 +2141,8 @@ class Broker(Machine):
     def settle(self) -> None:
         if self.answer_at <= self.now:
             self.answer_greetings()
+        if self.session:
+            self.hand_back()
         self.dispatch()
         self.recall()
         while self.unconfirmed and not self.still_unconfirmed(*self.unconfirmed[0]):
@@ -2135,6 +2156,7 @@ class Broker(Machine):
         """A worker has come or gone, or is not what it was."""
         self.crew_changed = True
         self.kits.clear()
+        self.hosts.clear()
         self.choices.clear()
         self.exhausted.clear()
         self.kept.clear()
@@ -3875,7 +3897,8 @@ class Client(Member):
         self.held_up = False  # who reads what running commands print does not keep up
         self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
         self.examined = 0  # entries of the window that have passed, but failed before
-        self.examine_until: Seconds = math.inf  # when to wait no longer for where they failed
+        self.examine_since: Seconds = math.inf  # when there was nothing else left to do
+        self.examine_until: Seconds = math.inf  # when to look for those to be waited for no longer
         self.timings: Dict[str, float] = {}  # of earlier runs, to begin with the longest
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
@@ -4133,13 +4156,19 @@ class Client(Member):
         """If nothing else keeps the run, report what only waits for a slot where it failed."""
         rest = self.input_ended and not self.backlog or self.wishes.serial
         if not self.window or self.examined < len(self.window) or not rest:
-            self.examine_until = math.inf
-        elif self.now < self.examine_until:
-            self.examine_until = min(self.examine_until, self.now + EXAMINE_WAIT)
-        else:
-            self.examine_until = self.now + EXAMINE_WAIT
-            for entry in [entry for entry in self.window.values() if not entry.worker]:
+            self.examine_since = self.examine_until = math.inf
+            return
+        if self.examine_since == math.inf:
+            self.examine_since, self.examine_until = self.now, self.now + EXAMINE_WAIT
+        if self.now >= self.examine_until:
+            for entry in [it for it in self.window.values() if self.now >= self.examined_until(it)]:
                 self.report(entry, {}, None)
+            self.examine_until = min(map(self.examined_until, self.window.values()), default=math.inf)
+
+    def examined_until(self, entry: Entry) -> Seconds:
+        """One that a worker has may be running; it may also wait there, at a chained broker."""
+        again = 3 * (entry.kept or {}).get("time", 0.0) / 1000 if entry.worker else 0.0
+        return self.examine_since + EXAMINE_WAIT + again
 
     def blame(self, host: str) -> None:
         """A command failed only there. If others did as well, take no more of this host."""
