@@ -1343,8 +1343,9 @@ class Broker(Machine):
                  WORKERS: encode("OK", self.state_for_worker())}
         for (link, peer), beat in greeted.items():
             line, client = lines[link], self.clients.get(self.run_of.get(peer, ""))
-            if link == CLIENTS and client is not None and self.lacks(client):
-                line = encode("OK", dict(self.state_of_cloud(), lacks=self.lacks(client)))
+            lacks = self.lacks(client) if link == CLIENTS and client is not None else ""
+            if lacks:
+                line = encode("OK", dict(self.state_of_cloud(), lacks=lacks))
             self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
         viewers, self.viewers = self.viewers, {}
         status = encode("STATUS", self.status()) if viewers else b""
@@ -1353,7 +1354,7 @@ class Broker(Machine):
 
     def lacks(self, client: ClientLink) -> str:
         """What the commands of a client may wait for in vain, while others are run."""
-        if not client.needs or not client.next_tasks():
+        if not client.needs or not client.waiting and not client.retries:
             return ""
         if self.has_labels(client.needs, 1):
             return ""
