@@ -6793,7 +6793,10 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(status, 0)
         self.assertIn(tc.__doc__.split("\n\n")[1], out)
         for role in tc.OPTIONS:
-            self.assertEqual(self.main(role, "--help")[0], 0)
+            status, out, _ = self.main(role, "--help")
+            self.assertEqual(status, 0)
+            rows = out.splitlines()
+            self.assertTrue(len(rows) <= 50 and max(map(len, rows)) <= 80, role)  # a screen
 
     def test_colour(self):
         with mock.patch.object(sys, "stdout", mock.Mock(isatty=lambda: True)):

@@ -7402,12 +7402,19 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see: testcloud.py --help)")
 
 
+class RoleParser(Parser):
+    """Its help has no blank lines, so that it fits a screen."""
+
+    def format_help(self) -> str:
+        return super().format_help().replace("\n\n", "\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="testcloud.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
     roles = parser.add_subparsers(dest="subcommand", metavar=" | ".join(OPTIONS), required=True,
-                                  parser_class=Parser)
+                                  parser_class=RoleParser)
     for role, (purpose, groups) in OPTIONS.items():
         part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
                                 usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
