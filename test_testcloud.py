@@ -7689,6 +7689,13 @@ class TerminalTest(unittest.TestCase):
         self.press(client, b"sleep 1.2\n\x04")
         self.assertNotIn("done, ", self.cloud.finish(client)[1])
 
+    def test_what_there_is_to_say_about_a_run_comes_after_it(self):
+        client = self.start("client", "--local", "--expect", "0" * 40)
+        self.press(client, b"echo a\n\x04")
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 1)
+        self.assertRegex(out.splitlines()[-1], "^testcloud: the result hash is ", out)
+
     def test_a_live_status(self):
         broker = self.cloud.broker()
         status = self.start("status", "--watch", "--connect", broker.clients)

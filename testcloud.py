@@ -8023,7 +8023,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         complete = client.status is None and status in (0, 1)
         if not complete:
             say_what_is_missing(client, status)
-        status = conclude(settings, client, reports, done, complete, status)
+        summary = reports.end(client, complete, done.skipped, done.skipped_failed)
+        status = status_of(summary, reports.troubled, settings.expect, status)
         if status > 128:
             written = threading.Event()
             show.end(written.set)
@@ -8031,7 +8032,10 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             return status
         loop.status = None
         show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
-        return loop.run()
+        status = loop.run()
+        for line in afterthoughts(summary, settings.expect, reports.times, client.slots):
+            complain(line)
+        return status
 
 
 def take_bar_away() -> None:
@@ -8059,21 +8063,22 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
     return found
 
 
-def conclude(settings: argparse.Namespace, client: Client, reports: Reports, done: Resumed,
-             complete: bool, status: int) -> int:
-    """The end of a run, in all reports; the exit status."""
-    summary = reports.end(client, complete, done.skipped, done.skipped_failed)
-    if reports.troubled:
+def status_of(summary: Summary, troubled: bool, expected: str, status: int) -> int:
+    """The exit status of a run, that would have been this one but for its reports and hash."""
+    if troubled:
         status = max(status, 3)
-    if status == 0 and (reports.failed or done.skipped_failed):  # the former: no room for an output
-        status = 1
-    if settings.expect and summary.hash != settings.expect:
-        complain(f"the result hash is {summary.hash}, and not {settings.expect} as expected")
-        status = status or 1
-    worth_it = summary.spent >= ADVISE and max(reports.times, default=0) >= ADVISE_FROM
-    if complete and len(reports.times) > 1 and worth_it:
-        complain(advice([spent / 1000 for spent in reports.times], client.slots))
-    return status
+    failed = summary.failed or summary.skipped_failed  # the former: no room for an output
+    return status or int(bool(failed or expected and summary.hash != expected))
+
+
+def afterthoughts(summary: Summary, expected: str, times: Sequence[float],
+                  slots: int) -> Iterator[str]:
+    """What there is to say once all results are shown."""
+    if expected and summary.hash != expected:
+        yield f"the result hash is {summary.hash}, and not {expected} as expected"
+    worth_it = summary.spent >= ADVISE and max(times, default=0) >= ADVISE_FROM
+    if summary.complete and len(times) > 1 and worth_it:
+        yield advice([spent / 1000 for spent in times], slots)
 
 
 def run_status(settings: argparse.Namespace) -> int:
