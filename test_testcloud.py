@@ -6738,6 +6738,11 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual((settings.brief, settings.env, settings.retries, settings.template),
                              (True, ["A=x y"], 2, ["--", "ls"]))
             self.assertEqual(tc.with_defaults(["worker", "-v"]), ["worker", "-v"])
+        with mock.patch.dict(os.environ, TESTCLOUD="-k --live"):  # what is given beats it
+            for given, whole in (("--json", "-k --json"), ("-b", "-k --live -b"),
+                                 ("ls --raw", "-k --live -- ls --raw")):
+                self.assertEqual(tc.with_defaults(["client", *given.split()]),
+                                 ["client", *whole.split()])
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")

@@ -8241,8 +8241,12 @@ def mark_template(argv: List[str]) -> List[str]:
     return [*marked, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
 
+WAYS_TO_SHOW = {"--raw", "--json", "--live"}  # of which there can be one
+
+
 def with_defaults(argv: List[str]) -> List[str]:
-    """With the user's own options for clients, which come before those given. Raises UsageError."""
+    """With the user's own options for clients, which come before those given, and yield to them.
+    Raises UsageError."""
     if argv[:1] != [CLIENT_ROLE]:
         return argv
     try:
@@ -8251,7 +8255,10 @@ def with_defaults(argv: List[str]) -> List[str]:
             raise ValueError("it has a template")
     except (ValueError, UsageError) as error:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
-    return [CLIENT_ROLE, *own, *mark_template(argv[1:])]
+    given = mark_template(argv[1:])
+    if not WAYS_TO_SHOW.isdisjoint(itertools.takewhile(lambda word: word != "--", given)):
+        own = [word for word in own if word not in WAYS_TO_SHOW]
+    return [CLIENT_ROLE, *own, *given]
 
 
 def discard_stdout() -> None:
