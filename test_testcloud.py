@@ -5349,7 +5349,8 @@ class ReportingTest(unittest.TestCase):
 HEAD, TAIL = tc.EXCERPT_HEAD, tc.EXCERPT_TAIL
 # those of surefire's elements that we have, in its order
 XML_ORDER = ["failure", "rerunFailure", "flakyFailure", "error", "system-out"]
-FAILED_BEFORE = tc.Try(3, "h1"), tc.Try(1, "h2")
+FAILED_TOO = tc.Try(3, "h1"), tc.Try(1, "h2")
+PASSED_TOO = tc.Try(3, "h1"), tc.Try(0, "h1")
 ODD = "\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ <&>'\" ]]> <![CDATA[ &#0;"
 
 
@@ -5376,13 +5377,13 @@ def cases(*outcomes, **more):
 
 EVERY_VERDICT = [
     outcome(1, "true"),
-    outcome(2, "false", 1, tries=FAILED_BEFORE),
-    outcome(3, "sometimes", verdict="FLAKY", tries=FAILED_BEFORE),
+    outcome(2, "false", 1, tries=FAILED_TOO),
+    outcome(3, "sometimes", verdict="FLAKY", tries=PASSED_TOO),
     outcome(4, "elsewhere", verdict="ONLY", only_on="h1", host="h3",
             tries=(tc.Try(3, "h1"), tc.Try(3, "h1"))),
     outcome(5, "sleep 9", 124, reason="stopped after 1 s", signal=15),
     outcome(6, "crash", 139, signal=11),
-    outcome(7, "mv x y", 126, reason="Argument list too long", tries=FAILED_BEFORE),
+    outcome(7, "mv x y", 126, reason="Argument list too long", tries=FAILED_TOO),
     outcome(8, "./not-executable", 126),
     never(9),
 ]
@@ -5402,11 +5403,11 @@ def documents():
 
 
 class JUnitTest(unittest.TestCase):
-    def test_the_last_try_decides_and_those_before_tell_more(self):
+    def test_the_reported_try_decides_and_others_that_failed_tell_more(self):
         found = [[part.tag for part in case] for case in cases(*EVERY_VERDICT)]
-        again, once = ["rerunFailure"] * 2, ["flakyFailure"] * 2
+        again, once = ["rerunFailure"] * 2, ["flakyFailure"]
         self.assertEqual(found, [parts + ["system-out"] for parts in (
-            [], ["failure", *again], once, once, ["failure"], ["failure"], [*again, "error"],
+            [], ["failure", *again], once, once * 2, ["failure"], ["failure"], [*again, "error"],
             ["failure"])] + [["error"]])
 
     def test_how_it_ended(self):
@@ -5442,11 +5443,11 @@ class JUnitTest(unittest.TestCase):
         found = cases(*EVERY_VERDICT[1:4], never(9))
         self.assertEqual([case.findtext("system-out") for case in found], [
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "FAIL: try 3; exit codes before: 3 on h1, 1 on h2",
+            "FAIL: tried 3 times; other exit codes: 3 on h1, 1 on h2",
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "FLAKY: try 3; exit codes before: 3 on h1, 1 on h2",
+            "FLAKY: tried 3 times; other exit codes: 3 on h1, 0 on h1",
             "ran on h3 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "ONLY: try 3; exit codes before: 3 on h1, 3 on h1\nfailed on h1 only", None])
+            "ONLY: tried 3 times; other exit codes: 3 on h1, 3 on h1\nfailed on h1 only", None])
 
     def test_cases_are_in_order_of_input_under_names_of_their_own(self):
         found = cases(outcome(3), outcome(1), outcome(4, "pi 2 [2]"), outcome(2),
@@ -5859,10 +5860,10 @@ class PageTest(unittest.TestCase):
 
     def test_failures_flaky_and_slowest_need_no_script(self):
         text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]
-        self.assertIn("exit code 137; signal 9 (SIGKILL); before: 1 on host2", text)
+        self.assertIn("exit code 137; signal 9 (SIGKILL); tried 2 times; other exit codes: 1 on host2", text)
         self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
-        self.assertIn("fails only on host7; before: 1 on host7, 1 on host7", text)
-        self.assertIn("before: 124 on host&lt;b&gt;", text)
+        self.assertIn("fails only on host7; tried 3 times; other exit codes: 1 on host7, 1 on host7", text)
+        self.assertIn("other exit codes: 124 on host&lt;b&gt;", text)
         self.assertEqual(text.count("an output"), 7)
         self.assertEqual(text.count("<tr><td>"), tc.PAGE_SLOWEST)
 

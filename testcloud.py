@@ -4897,11 +4897,14 @@ class Transcript(Closing):
         if outcome.reason:
             self.line(f"testcloud: {printable(outcome.reason, 1000)}")
         if outcome.tries:
-            others = ", ".join(f"{row.exitcode} on {printable(row.host)}" for row in outcome.tries)
-            self.line(f"testcloud: tried {len(outcome.tries) + 1} times; other exit codes: {others}")
+            self.line(f"testcloud: {tries_in_words(outcome, printable)}")
         if self.verbose:
-            complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}, "
-                     f"try {len(outcome.tries) + 1}")
+            complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
+
+
+def tries_in_words(outcome: Outcome, escape: Callable[[str], str]) -> str:
+    others = ", ".join(f"{row.exitcode} on {escape(row.host)}" for row in outcome.tries)
+    return f"tried {len(outcome.tries) + 1} times; other exit codes: {others}"
 
 
 class Plain(Reporter):
@@ -5241,7 +5244,7 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
 
         failure        it ran and did not exit with 0: also after a timeout or a signal
         error          it could not be run: that says nothing about the command
-        rerunFailure   another try, of one that failed; of one that passed: flakyFailure
+        rerunFailure   another failed try, of one that failed; of one that passed: flakyFailure
 
     The output is in the text of the failure, which all readers show. An interrupted run has a case
     more, an error, lest a report without the missing commands is taken for success."""
@@ -5266,10 +5269,10 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
             failure = xml_element("error" if could_not_run(row) else "failure",
                               xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
             room -= len(failure)
-        before = "".join(other_try(row, one) for one in row.tries)
+        others = "".join(other_failure(row, one) for one in row.tries if one.exitcode)
         told = story_of(row)
         yield xml_element(
-            "testcase", *([before, failure] if could_not_run(row) else [failure, before]),
+            "testcase", *([others, failure] if could_not_run(row) else [failure, others]),
             xml_element("system-out", xml_text(told)) if told else "", name=shown, classname=name,
             time=in_seconds(row.spent)) + "\n"
     if interrupted:
@@ -5303,15 +5306,14 @@ def story_of(row: Outcome) -> str:
         lines.append(f"ran on {clipped(row.host)} (worker {clipped(row.worker)}, slot {row.slot}) "
                      f"at {iso_time(row.started) or 'an unknown time'}")
     if row.tries:
-        before = ", ".join(f"{one.exitcode} on {clipped(one.host)}" for one in row.tries)
-        lines.append(f"{row.verdict}: try {len(row.tries) + 1}; exit codes before: {before}")
+        lines.append(f"{row.verdict}: {tries_in_words(row, clipped)}")
     if row.only_on:
         lines.append(f"failed on {clipped(row.only_on)} only")
     return "\n".join(lines)
 
 
-def other_try(row: Outcome, one: Try) -> str:
-    """A try before the reported one."""
+def other_failure(row: Outcome, one: Try) -> str:
+    """A try that failed, and is not the reported one."""
     how = f"exit code {one.exitcode} on {clipped(one.host)}"
     return xml_element("rerunFailure" if row.exitcode else "flakyFailure",
                    xml_element("stackTrace", xml_text(how)), type="ExitCode", message=how)
@@ -5438,8 +5440,7 @@ def ending_words(outcome: Outcome) -> str:
     if outcome.only_on:
         words.append(f"fails only on {one_line(outcome.only_on)}")
     if outcome.tries:
-        before = ", ".join(f"{code} on {one_line(host)}" for code, host in outcome.tries)
-        words.append(f"before: {before}")
+        words.append(tries_in_words(outcome, one_line))
     return "; ".join(words)
 
 
