@@ -5860,9 +5860,11 @@ class PageTest(unittest.TestCase):
 
     def test_failures_flaky_and_slowest_need_no_script(self):
         text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]
-        self.assertIn("exit code 137; signal 9 (SIGKILL); tried 2 times; other exit codes: 1 on host2", text)
+        self.assertIn("exit code 137; signal 9 (SIGKILL); tried 2 times; other exit codes: 1 on host2",
+                      text)
         self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
-        self.assertIn("fails only on host7; tried 3 times; other exit codes: 1 on host7, 1 on host7", text)
+        self.assertIn("fails only on host7; tried 3 times; other exit codes: 1 on host7, 1 on host7",
+                      text)
         self.assertIn("other exit codes: 124 on host&lt;b&gt;", text)
         self.assertEqual(text.count("an output"), 7)
         self.assertEqual(text.count("<tr><td>"), tc.PAGE_SLOWEST)
@@ -7687,9 +7689,9 @@ class TerminalTest(unittest.TestCase):
             self.assertEqual(status, 0, out)
             self.assertEqual("/2 done, " in out or "/2+ done, " in out, shown, out)
             for line in out.split("\n"):
-                last = line.rstrip("\r").split("\r\x1b[J")[-1]
+                last = line.rstrip("\r").split("\r\x1b[K")[-1]
                 self.assertTrue("done, " not in last or line == out.split("\n")[-1], repr(line))
-            self.assertNotIn("done, ", re.split(r"\r\x1b\[J", out)[-1])
+            self.assertNotIn("done, ", re.split(r"\r\x1b\[K", out)[-1])
         with mock.patch.dict(os.environ, TERM="dumb"):
             client = self.start("client", "--local", "--timeout", "30")
         self.press(client, b"sleep 1.2\n\x04")

@@ -4564,11 +4564,13 @@ def blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 class Bar:
     """A line at the bottom of the terminal, on stderr. It is taken away while anything else is
-    written there, so whoever writes does it inside of away()."""
+    written there, so whoever writes does it inside of away(). While that is within a line, as a
+    command's output may be that is shown as it is, there is none."""
 
     def __init__(self) -> None:
         self.text = ""  # that is wanted
         self.drawn = 0  # columns of what is there
+        self.within_line = False  # somebody else is, at the cursor
         self.lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -4577,7 +4579,28 @@ class Bar:
         with self.lock:
             self.draw("")
             yield
-            self.draw(self.text)
+            self.draw("" if self.within_line else self.text)
+
+    @contextlib.contextmanager
+    def making_way(self) -> Iterator[None]:
+        """As away(), for who writes lines to stderr: they begin at the left."""
+        with self.away():
+            for end in self.line_end():
+                sys.stderr.write(end)
+            yield
+
+    def line_end(self) -> Iterator[str]:
+        """What ends the line of somebody else, if that is not there yet."""
+        if self.within_line:
+            self.within_line = False
+            yield "\n"
+
+    def passed_by(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Pieces that are written to the terminal."""
+        for piece in pieces:
+            if piece:
+                self.within_line = piece[-1:] != b"\n"
+            yield piece
 
     def draw(self, text: str) -> None:
         if not text and not self.drawn:
@@ -4586,8 +4609,10 @@ class Bar:
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone
             columns = max(10, screen_size(2)[0])
             text = text[:columns - 1]
-            up = "\033[A" * ((self.drawn - 1) // columns)  # if the terminal has become narrower
-            wipe = f"\r{' ' * min(self.drawn, columns - 1)}\r" if dumb else f"\r{up}\033[J"
+            rows = (self.drawn - 1) // columns  # more, if the terminal has become narrower
+            # not \033[J: at the top of a screen, tmux and others take that for a new page
+            clear = f"{' ' * min(self.drawn, columns - 1)}\r" if dumb else "\033[K"
+            wipe = "\r" + clear + (0 if dumb else rows) * f"\033[A{clear}"
             sys.stderr.write((wipe if self.drawn else "") + text)
             sys.stderr.flush()
         self.drawn = len(text)
@@ -4606,7 +4631,7 @@ class BarHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """A log on stderr that does not write over the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with BAR.away():
+        with BAR.making_way():
             super().emit(record)
 
 
@@ -4664,11 +4689,12 @@ class Writer:
     def write(self) -> None:
         try:
             shared = os.isatty(self.file)  # with the bar; what is not may hold up nobody else
+            passed_by = BAR.passed_by if shared and os.isatty(2) else iter
             # not sys.stdout: its lock, held by this thread, would abort the exit of Python
             with open(self.file, "wb", closefd=False) as out:
                 for batch in iter(self.batches.get, None):
                     with BAR.away() if shared else contextlib.nullcontext():
-                        out.writelines(itertools.chain.from_iterable(batch))
+                        out.writelines(passed_by(itertools.chain.from_iterable(batch)))
                         if self.batches.empty() or shared:
                             out.flush()
                     if BAR.text and not shared:
@@ -6062,7 +6088,7 @@ def table(rows: List[List[str]]) -> List[str]:
 def complain(text: str) -> None:
     """One line to the person at the terminal."""
     if sys.stderr is not None:  # closed: and print() would take stdout
-        with BAR.away():
+        with BAR.making_way():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
@@ -7908,14 +7934,14 @@ class Show:
         self.out = Writer(1, failed)
         # with --raw and --json all but the outputs; nobody needs to read that
         self.err = Writer(2, lambda error: None) if settings.raw or settings.json else None
-        say, colour = (self.err or self.out).put, use_colour(settings.color)
+        say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
         self.transcript = Closing(say, colour) if settings.json else Transcript(
             say, colour, settings.slow, settings.verbose)
         shown: List[Reporter] = [self.transcript]
         if settings.json:
             shown.append(JsonLines(tally, self.out.put, settings.brief))
-        elif settings.raw and not settings.brief:
-            shown.append(Raw(tally, self.out.put, say))
+        elif self.err and not settings.brief:  # --raw
+            shown.append(Raw(tally, self.out.put, self.err.put))
         elif not settings.brief and not settings.live:
             shown.append(Plain(tally, self.out.put, settings.tag))
         if settings.fail_only:
@@ -7923,6 +7949,11 @@ class Show:
         if settings.live:
             shown.insert(0, LiveLines(tally, self.out.put))
         self.reporter = InOrder(shown) if settings.keep_order else Group(shown)
+
+    def tell(self, line: Iterable[bytes]) -> None:
+        """Put a line among the outputs that stderr gets."""
+        if self.err:
+            self.err.put(itertools.chain((end.encode() for end in BAR.line_end()), line))
 
     def flush(self) -> None:
         self.out.flush()
