@@ -7697,6 +7697,16 @@ class TerminalTest(unittest.TestCase):
         self.press(client, b"sleep 1.2\n\x04")
         self.assertNotIn("done, ", self.cloud.finish(client)[1])
 
+    def test_an_unfinished_line_of_a_command_is_left_alone(self):
+        with mock.patch.dict(os.environ, TERM="xterm"):
+            client = self.start("client", "--local", "-j", "1", "--raw")
+        self.press(client, b"sleep 0.9; echo first\nprintf unfin\nsleep 0.5; printf ished\n"
+                           b"sleep 0.5; echo last\nsleep 1\n\x04")
+        status, out = self.cloud.finish(client)
+        self.assertEqual((status, "/5 done, " in out), (0, True), out)
+        self.assertNotRegex(out, r"(unfin|ished|last|OK!)[^\n]*done, ")
+        self.assertNotRegex(out, r"unfin[^\n]*(last|OK!)")
+
     def test_what_there_is_to_say_about_a_run_comes_after_it(self):
         client = self.start("client", "--local", "--expect", "0" * 40)
         self.press(client, b"echo a\n\x04")
