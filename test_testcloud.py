@@ -145,8 +145,8 @@ class MessagesTest(unittest.TestCase):
         "BYE": {},
         "SHUN": {"hosts": ["h"]},
         "STATUS": {"broker": "b", "workers": [], "clients": [{
-            "host": "h", "kind": "client", "there": True, "queued": 1, "running": 2, "held": 0,
-            "done": 3, "failed": 1, "waits_for": "a worker"}]},
+            "host": "h", "pid": 77, "kind": "client", "there": True, "queued": 1, "running": 2,
+            "held": 0, "done": 3, "failed": 1, "waits_for": "a worker"}]},
         "ERROR": {"message": "x", "reason": "y"},
     }
 
@@ -649,7 +649,7 @@ class BrokerTest(unittest.TestCase):
         d.join(b"w", slots=2, host="h1", labels=["gpu"], load=1.5)
         d.worker(b"v", "READY")
         d.expect(b"v", "OK")
-        d.hello(b"c", "r1", host="mine")
+        d.hello(b"c", "r1", host="mine", pid=77, backlog=6)
         d.submit(b"c", 1, 2, 3, 4)
         d.ends(b"w", "r1", 1, exitcode=3)
         d.letters.clear()
@@ -662,13 +662,15 @@ class BrokerTest(unittest.TestCase):
             ["h1", 2, 2, 1, 1, 1, 1.5, ["gpu"], True])
         self.assertEqual((plain["kind"], plain["running"]), ("plain", 1))
         self.assertEqual(status["clients"], [{
-            "host": "mine", "kind": "client", "there": True, "queued": 0, "running": 3, "held": 1,
-            "done": 1, "failed": 1, "waits_for": ""}])
+            "host": "mine", "pid": 77, "kind": "client", "there": True, "queued": 2, "running": 3,
+            "held": 1, "done": 1, "failed": 1, "waits_for": ""}])
         d.submit(b"c", 5, 6, 7)
+        d.client(b"c", 'HELLO {"run":"r1","beat":2,"backlog":9}')
         d.client(b"s", "STATUS")
         d.wait(tc.OK_DELAY)
         status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
         self.assertEqual(status["clients"][0]["waits_for"], "a free slot")
+        self.assertEqual(status["clients"][0]["queued"], 2 + 9)  # one went ahead to a worker
 
     def test_the_status_is_not_as_long_as_peers_like(self):
         d = self.desk
@@ -5318,21 +5320,34 @@ class ReportingTest(unittest.TestCase):
             self.assertEqual(tc.duration(seconds), words)
 
     def test_the_tables_of_the_status(self):
-        lines = tc.status_lines(dict(MessagesTest.EXAMPLES["STATUS"], above=["b0"], workers=[
+        tables = tc.status_tables(dict(MessagesTest.EXAMPLES["STATUS"], above=["b0"], workers=[
             {"name": "w", "host": "h\x1b[2J", "kind": "worker", "below": [], "labels": ["gpu"],
              "slots": 2, "running": 1, "held": 0, "done": 12, "failed": 3, "weight": -1,
              "load": 0.52, "there": True, "silent": 1.4},
             {"name": "b2", "host": "b2", "kind": "broker", "below": ["b2", "b3"], "labels": [],
              "slots": 8, "running": 8, "held": 0, "done": 1, "failed": 0, "weight": 0, "load": 0,
              "there": False, "silent": 9}]), "tcp://b:1")
-        self.assertEqual(lines, [
+        self.assertEqual(tc.spaced(tables), [
             "tcp://b:1: 2 workers, 1 of 2 slots busy, 1 client", "below b0", "",
             "HOST      SLOTS  RUNNING  DONE  FAILED  WEIGHT  LOAD     SEEN",
             "b2            8        8     1       0       0   0.0  9 s ago  "
             "connection lost; broker b2 b3",
             "h\\x1b[2J      2        1    12       3      -1   0.5  1 s ago  label gpu", "",
-            "CLIENT  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
-            "h            1        2     3       1  a worker"])
+            "CLIENT  PID  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
+            "h        77       1        2     3       1  a worker"])
+
+    def test_tables_share_a_screen(self):
+        tables = [["the whole"], [f"worker {n}" for n in range(20)], ["CLIENTS", "one of them"]]
+        self.assertEqual(tc.fitted(tables, 80, 40), tc.spaced(tables))
+        self.assertEqual(tc.fitted(tables, 80, 10), [
+            "the whole", "", "worker 0", "worker 1", "worker 2", "(17 more lines)", "",
+            "CLIENTS", "one of them"])
+        self.assertEqual(tc.fitted([["a " * 10], ["x" * 9]], 12, 24),
+                         ["a a a a a a", "    a a a a", "", "x" * 9])
+        for rows in range(2, 30):
+            shown = tc.fitted(tables, 80, rows)
+            self.assertLess(len(shown), rows)
+            self.assertEqual(shown[0], "the whole")
 
     def test_bytes_are_passed_on_as_they_are(self):
         out = self.text()
@@ -7728,6 +7743,36 @@ class TerminalTest(unittest.TestCase):
         _, out = self.cloud.finish(status)
         self.assertEqual(status.returncode, 0)
         self.assertTrue((seen.decode() + out).rstrip().endswith("\x1b[?1049l"), out)
+
+    def test_a_live_status_that_has_no_broker_any_more(self):
+        """It waits for one, and what it says last is to be read when the screen is given back."""
+        broker = self.cloud.broker()
+        for wait, wanted in ((), b"testcloud: waiting: no broker"), (("--wait", "1"), b"gave up"):
+            with mock.patch.dict(os.environ, TERM="xterm"):
+                status = self.start("status", "--watch", "--connect", broker.clients, *wait)
+            seen = b""
+            if not wait:
+                while b"0 workers" not in seen:
+                    seen += os.read(status.stdout.fileno(), 1000)
+                broker.kill()
+            while wanted not in seen:
+                seen += os.read(status.stdout.fileno(), 1000)
+            if not wait:
+                self.press(status, b"q")
+            _, out = self.cloud.finish(status)
+            after = (seen.decode() + out).partition("\x1b[?1049l")[2]
+            self.assertEqual((status.returncode, "gave up" in after), (3, True) if wait else (0, False))
+
+    def test_a_live_status_on_a_dumb_terminal(self):
+        broker = self.cloud.broker()
+        with mock.patch.dict(os.environ, TERM="dumb"):
+            status = self.start("status", "--watch", "--connect", broker.clients)
+        seen = b""
+        while seen.count(b"0 workers") < 2:
+            seen += os.read(status.stdout.fileno(), 1000)
+        self.press(status, b"\x03")
+        self.assertEqual(status.wait(PATIENCE), 130)
+        self.assertNotIn(b"\x1b", seen)
 
     def test_commands_typed_for_this_machine(self):
         client = self.start("client", "--local", "--timeout", "30")

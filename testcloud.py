@@ -308,13 +308,16 @@ def environment(value: Any) -> bool:
         for name, word in value.items())
 
 
-def rows_of(needs: Dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
+def rows_of(needs: Dict[str, Callable[[Any], bool]],
+            may_have: Dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
     """A check for a list of objects that all have these fields."""
+    fields = {**needs, **may_have}
+
     def rows(value: Any) -> bool:
         """a list of objects as of STATUS"""
         return type(value) is list and all(
-            type(row) is dict and all(name in row and check(row[name]) for name, check in needs.items())
-            for row in value)
+            type(row) is dict and needs.keys() <= row.keys() and all(
+                check(row[name]) for name, check in fields.items() if name in row) for row in value)
     return rows
 
 
@@ -346,10 +349,10 @@ COUNTS = dict.fromkeys(("running", "held", "done", "failed"), count)
 WORKER_ROWS = rows_of({
     "name": text, "host": text, "kind": text,  # worker, plain or broker
     "below": texts, "labels": texts, "slots": count, "weight": integer, **COUNTS,
-    "load": number, "there": flag, "silent": number})  # load: 0 if unknown; silent: for seconds
+    "load": number, "there": flag, "silent": number}, {})  # load: 0 if unknown; silent: for seconds
 CLIENT_ROWS = rows_of({
     "host": text, "kind": text,  # client, plain or above
-    "there": flag, "queued": count, **COUNTS, "waits_for": text})
+    "there": flag, "queued": count, **COUNTS, "waits_for": text}, {"pid": count})  # 0 if unknown
 
 MESSAGES: Dict[str, Spec] = {
     COMMAND: Spec("client > broker > worker", {"cmd": text}, {
@@ -366,7 +369,8 @@ MESSAGES: Dict[str, Spec] = {
         "split": flag,  # have the output in PIECES, of stdout and of stderr
         "cut": count}),  # send at most so many bytes of output, inline
     "HELLO": Spec("client > broker", {"run": name}, {
-        "join": count, "beat": count, "unreported": counts, "version": text, "host": text}),
+        "join": count, "beat": count, "unreported": counts, "version": text, "host": text,
+        "pid": count, "backlog": count}),  # how many commands it keeps for later
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
         "running": triples, "held": triples, "version": text, "host": text,
@@ -967,7 +971,7 @@ class ClientLink:
 
     __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
                  "claimed", "lost", "last_id", "announced", "join", "owed", "host",
-                 "shunned", "told_shunned", "needs", "done", "failed")
+                 "pid", "backlog", "shunned", "told_shunned", "needs", "done", "failed")
 
     def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
         self.run = run
@@ -986,7 +990,8 @@ class ClientLink:
         self.join = 0  # number of its last HELLO that told what it has
         self.owed = 0  # bytes of results that it got and has not confirmed with DONE
         self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
-        self.host = ""
+        self.host, self.pid = "", 0
+        self.backlog = 0  # commands that it keeps for later, as far as we know
         self.shunned: FrozenSet[str] = frozenset()  # hosts
         self.told_shunned: Dict[str, Seconds] = {}  # brokers below: when they were told so
         self.needs: FrozenSet[str] = frozenset()  # labels, of its last command that had such needs
@@ -1261,6 +1266,7 @@ class Broker(Machine):
             if known != run:
                 self.say(CLIENTS, peer, "", "WHO")
             else:
+                self.clients[run].backlog = message.fields.get("backlog", 0)
                 self.answer(message)
             return
         if known is not None and known != run:
@@ -1270,7 +1276,8 @@ class Broker(Machine):
         client = self.require_client(run, CLIENTS, peer)
         if message.fields["join"] <= client.join:  # was under way for long, on an older connection
             return
-        client.join, client.host = message.fields["join"], message.fields.get("host", "")
+        client.join, client.backlog = message.fields["join"], message.fields.get("backlog", 0)
+        client.host, client.pid = message.fields.get("host", ""), message.fields.get("pid", 0)
         if client.link == CLIENTS and client.peer is not None and client.peer != peer:
             self.run_of.pop(client.peer, None)
         client.link, client.peer = CLIENTS, peer  # whatever a broker above may have thought
@@ -1656,6 +1663,8 @@ class Broker(Machine):
             client.lost.pop(id, None)
         if known is not None:  # its owner has given up the older attempt
             self.drop([known])
+        if client.backlog:
+            client.backlog -= 1
         task = Task(client, id, attempt, message.line)
         self.note_wishes(task, message.fields)
         if client.link == BROKER and self.session:
@@ -2200,12 +2209,15 @@ class Broker(Machine):
 
     def status_of_client(self, client: ClientLink) -> Fields:
         states = Counter(task.state for task in client.tasks.values())
-        return {"host": client.host[:SHOWN] or "?", "kind": "above" if client.link == BROKER else
-                "plain" if client.plain else "client", "there": client.peer is not None,
-                "queued": states[WAITING] + states[LIMBO],
+        kind = "above" if client.link == BROKER else "plain" if client.plain else "client"
+        return {"host": client.host[:SHOWN] or "?", "pid": client.pid, "kind": kind,
+                "there": client.peer is not None,
+                "queued": states[WAITING] + states[LIMBO] + client.backlog,
                 "running": states[ASSIGNED] + states[RUNNING],
                 "held": states[DELIVERED], "done": client.done, "failed": client.failed,
-                "waits_for": self.waited_for(client) if states[WAITING] else ""}
+                "waits_for": self.waited_for(client) if states[WAITING] else
+                "workers that may have them since before the broker's start" if states[LIMBO]
+                else ""}
 
     def waited_for(self, client: ClientLink) -> str:
         """What keeps the waiting tasks of a client from being run."""
@@ -3873,7 +3885,7 @@ class Client(Member):
     """A client's run. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
-                 address: str = "", host: str = "", wishes: Wishes = Wishes()) -> None:
+                 address: str = "", host: str = "", wishes: Wishes = Wishes(), pid: int = 0) -> None:
         super().__init__("HELLO", times, wait)
         self.run = run
         self.wishes = wishes
@@ -3883,7 +3895,7 @@ class Client(Member):
             ("needs", list(wishes.needs)), ("split", wishes.split)) if value}
         self.standing_size = len(encode("", self.standing))
         self.address = address  # for notices
-        self.host = host
+        self.host, self.pid = host, pid
         self.backlog: Deque[Entry] = deque()  # not submitted yet
         self.window: Dict[int, Entry] = {}  # submitted
         self.accepted = 0  # entries of the window that a worker has confirmed
@@ -3912,9 +3924,10 @@ class Client(Member):
         self.lacks = ""  # what it says we wait for, perhaps in vain
 
     def greeting(self, joining: bool) -> Fields:
-        fields: Fields = {"run": self.run}
+        fields: Fields = {"run": self.run, "backlog": len(self.backlog)}
         if joining:
-            fields.update(unreported=list(self.window), host=self.host, version=__version__)
+            fields.update(unreported=list(self.window), host=self.host, pid=self.pid,
+                          version=__version__)
         return fields
 
     def rename(self, mark: str) -> None:
@@ -6041,23 +6054,44 @@ layout(); filter(); arrive();
 """
 
 
-def status_lines(fields: Fields, broker: str) -> List[str]:
-    """The answer to STATUS as tables for people."""
+def status_tables(fields: Fields, broker: str) -> List[List[str]]:
+    """The answer to STATUS for people: lines about the whole, and a table of workers and clients."""
     workers = sorted(fields["workers"], key=lambda row: (row["host"], row["name"]))
     clients = fields["clients"]
     there = [row for row in workers if row["there"]]
     slots, running = (sum(row[name] for row in there) for name in ("slots", "running"))
-    lines = [f"{broker}: {counted(len(workers), 'worker')}, {running} of {counted(slots, 'slot')} "
+    whole = [f"{broker}: {counted(len(workers), 'worker')}, {running} of {counted(slots, 'slot')} "
              f"busy, {counted(len(clients), 'client')}"]
     if fields.get("above"):
-        lines.append(f"below {', '.join(fields['above'])}")
+        whole.append(f"below {', '.join(fields['above'])}")
+    tables = [whole]
     if workers:
         head = ["HOST", "SLOTS", "RUNNING", "DONE", "FAILED", "WEIGHT", "LOAD", "SEEN", ""]
-        lines += ["", *table([head, *map(worker_row, workers)])]
+        tables.append(table([head, *map(worker_row, workers)]))
     if clients:
-        head = ["CLIENT", "QUEUED", "RUNNING", "DONE", "FAILED", "WAITS FOR"]
-        lines += ["", *table([head, *map(client_row, clients)])]
-    return [printable(line, 1000) for line in lines]
+        head = ["CLIENT", "PID", "QUEUED", "RUNNING", "DONE", "FAILED", "WAITS FOR"]
+        tables.append(table([head, *map(client_row, clients)]))
+    return [[printable(line, 1000) for line in lines] for lines in tables]
+
+
+def fitted(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
+    """As much of the tables as a screen has room for, whose last row is for the cursor. Each gets
+    its share of the rows; lines that are too long go on in the next row."""
+    import textwrap
+    wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ").wrap
+    wrapped = [[piece for line in lines for piece in wrap(line)] for lines in tables]
+    room = rows - len(tables)  # one is between two tables
+    for nth, lines in enumerate(sorted(wrapped, key=len)):
+        share = max(1, room // (len(tables) - nth))
+        if len(lines) > share:
+            lines[share - 1:] = [f"({len(lines) - share + 1} more lines)"]
+        room -= len(lines)
+    return spaced(wrapped)[:rows - 1]
+
+
+def spaced(tables: Sequence[Sequence[str]]) -> List[str]:
+    """With an empty line between two tables."""
+    return [line for lines in tables for line in ("", *lines)][1:]
 
 
 def worker_row(row: Fields) -> List[str]:
@@ -6073,7 +6107,8 @@ def worker_row(row: Fields) -> List[str]:
 def client_row(row: Fields) -> List[str]:
     kind = {"above": " (broker above)", "plain": " (plain)"}.get(row["kind"], "")
     cells = [str(row[name]) for name in ("queued", "running", "done", "failed")]
-    return [row["host"] + kind, *cells, row["waits_for"] if row["there"] else "its connection"]
+    return [row["host"] + kind, str(row.get("pid") or ""), *cells,
+            row["waits_for"] if row["there"] else "its connection"]
 
 
 def table(rows: List[List[str]]) -> List[str]:
@@ -6121,6 +6156,7 @@ ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be f
 ADVISE_FROM = 100.0  # nor do commands, in ms: there it is not the slots that count
 PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
 STATUS_INTERVAL: Seconds = 1.0  # of status --watch
+STATUS_WAIT: Seconds = 5.0  # without that: somebody looks at the terminal, or a script must go on
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
 TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
 GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end,
@@ -7398,8 +7434,8 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
             CONNECT,
             option("--watch", action="store_true", help="again and again, until q or Ctrl-C"),
             option("--json", action="store_true", help="as JSON, an object a line"),
-            option("--wait", type=seconds, default=5.0, metavar="TIME",
-                   help="give up (status 3) after waiting so long (default: 5)"),
+            option("--wait", type=seconds, metavar="TIME",
+                   help="give up (status 3) after waiting so long (default: 5 s; with --watch: never)"),
             KEY, INSECURE, VERBOSE])]),
     "keygen": ("make the key of a cloud, or one for somebody who is to play one role in it", [
         ("what to make", [
@@ -8000,7 +8036,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     keys = None if settings.local else keys_to_connect(settings, CLIENT_ROLE, address)
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     client = Client(run, times, settings.wait, address, socket.gethostname(),
-                    wishes_of(settings))
+                    wishes_of(settings), os.getpid())
     client.timings = known_timings(settings)
     done, cwd = resumed(settings), working_directory(settings.cwd)
     tally = Tally(settings.raw)
@@ -8118,35 +8154,61 @@ def run_status(settings: argparse.Namespace) -> int:
     keys = keys_to_connect(settings, CLIENT_ROLE, address)
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to show it")
-    screen = settings.watch and not settings.json and sys.stdout.isatty()
-    viewer = Viewer(address, settings.wait, STATUS_INTERVAL if settings.watch else math.inf)
+    wait = settings.wait or (math.inf if settings.watch else STATUS_WAIT)
+    viewer = Viewer(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
+    dumb = os.environ.get("TERM", "dumb") == "dumb"
+    if settings.watch and not settings.json and not dumb and sys.stdout.isatty():
+        page = Page(address)
+        status = view(viewer, {Viewed: page.view, Notice: page.tell}, keys, settings, page)
+        if status == 3:
+            complain(page.notice)
+        return status
 
     def show(effect: Viewed) -> None:
-        if settings.json:
-            announce(json.dumps(effect.fields))
-        else:
-            lines = status_lines(effect.fields, address)
-            announce(fitted(lines) if screen else "\n".join([*lines, ""] if settings.watch else lines))
+        lines = spaced(status_tables(effect.fields, address))
+        announce(json.dumps(effect.fields) if settings.json else
+                 "\n".join([*lines, ""] if settings.watch else lines))
+    return view(viewer, {Viewed: show}, keys, settings)
+
+
+def view(viewer: Viewer, effects: Dict[type, Callable[[Any], object]], keys: Optional[Keys],
+         settings: argparse.Namespace, page: Optional[Page] = None) -> int:
+    """Have the viewer ask, until the end; with the whole screen for a page."""
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=True)))
-        node = loop.add(viewer, {Viewed: show})
+        node = loop.add(viewer, effects)
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
-        if screen:
-            stack.enter_context(whole_screen(loop))
-        connect(loop, node, address, CLIENT_ROLE, keys, settings)
+        if page:
+            stack.enter_context(whole_screen(loop, page))
+        connect(loop, node, viewer.address, CLIENT_ROLE, keys, settings)
         loop.post(viewer.tick)
         return loop.run()
 
 
-def fitted(lines: List[str]) -> str:
-    """What replaces a terminal's screen: as much of the lines as it has room for."""
-    columns, rows = screen_size(1)
-    shown = lines if len(lines) < rows else [*lines[:rows - 2], f"({len(lines) - rows + 2} more lines)"]
-    return "\033[H" + "".join(line[:columns - 1] + "\033[K\n" for line in shown) + "\033[J"
+class Page:
+    """What fills the terminal's other screen: how the cloud stood last, and what there is to say."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.tables: List[List[str]] = []
+        self.notice = ""  # that came since
+
+    def view(self, effect: Viewed) -> None:
+        self.tables, self.notice = status_tables(effect.fields, self.address), ""
+        self.draw()
+
+    def tell(self, effect: Notice) -> None:
+        self.notice = effect.text
+        self.draw()
+
+    def draw(self) -> None:
+        said = [[f"testcloud: {self.notice}"]] if self.notice else []
+        lines = fitted([*said, *self.tables], *screen_size(1))
+        announce("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
 
 
 @contextlib.contextmanager
-def whole_screen(loop: Loop) -> Iterator[None]:
+def whole_screen(loop: Loop, page: Page) -> Iterator[None]:
     """Take the terminal's other screen, until the end or Ctrl-Z; q ends the program."""
     saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
 
@@ -8160,6 +8222,7 @@ def whole_screen(loop: Loop) -> Iterator[None]:
             wanted = termios.tcgetattr(0)
             wanted[3] &= ~(termios.ICANON | termios.ECHO)
             termios.tcsetattr(0, termios.TCSADRAIN, wanted)
+        page.draw()
 
     def give_back() -> None:
         with contextlib.suppress(OSError, SetupError):
@@ -8178,6 +8241,8 @@ def whole_screen(loop: Loop) -> Iterator[None]:
         loop.post(pause)
     try:
         take()
+        signal.signal(signal.SIGQUIT, lambda number, _: loop.post(
+            lambda now: loop.exit(Exit(128 + number))))
         if saved:
             loop.watch(0, key_pressed)
             signal.signal(signal.SIGTSTP, stop_asked)
