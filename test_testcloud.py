@@ -4905,7 +4905,7 @@ def naive_hash(results):
 class ReportingTest(unittest.TestCase):
     def entry(self, cmd, line=None):
         entry = tc.Entry(next(self.ids), cmd, "/")
-        self.reports.lines.setdefault(entry.id, line or cmd)
+        self.reports.lines.setdefault(entry.id, (line or cmd, 0))
         return entry
 
     def report(self, cmd, exitcode=0, output=b"", tries=(), line=None, **result):
@@ -5236,26 +5236,48 @@ class ReportingTest(unittest.TestCase):
                              + "1\th\t5.250\t     0.008\t0\t2\t137\t9\ta\tb\0c\n"
                              + "2\th (flaky)\t0.000\t     0.008\t0\t2\t0\t0\tb\n")
             rows = tc.read_joblog(path)
-            self.assertEqual([row[:3] for row in rows],
-                             [("a\tb\nc", True, 0.008), ("b", False, 0.008)])
+            self.assertEqual([row[:5] for row in rows],
+                             [(1, "a\tb\nc", 0, True, 0.008), (2, "b", 0, False, 0.008)])
+            self.assertTrue(all(row.failed for row in tc.read_joblog(path, True)))
             with open(path, "ab") as file:  # its writer was killed in the middle of a line
-                file.write(b"3\th\t1.0\t2.0\t0\t2\t0\t0\tech")
-            self.assertEqual(tc.read_joblog(path), rows)
+                file.write(b"noise\n3\th\t1.0\t2.0\t0\t2\t0\t0\tech")
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(tc.read_joblog(path), rows)
+            self.assertIn("log: passing over 1 damaged line\n", err.getvalue())
             text = self.log(path, [rows[1].line], ("c", 0, {}))
             self.assertEqual([line.split("\t")[-1] for line in text.splitlines()],
                              ["Command", "b", "c"])
 
     def test_what_an_earlier_run_has_done_is_known_by_text_and_occurrence(self):
-        rows = [tc.Logged(command, failed, 1.0, "") for command, failed in (
-            ("a", False), ("b", True), ("a", True), ("c", False))]
-        for failures_too, commands, left in (
-                (False, "xacba", "x"), (False, "aaab", "a"), (True, "aabc", "ab"), (True, "", "")):
-            done = tc.Resumed(rows, failures_too)
-            self.assertEqual("".join(c for c in commands if not done.has_done(c)), left)
-        self.assertEqual((done.skipped, done.skipped_failed), (0, 0))
-        done = tc.Resumed(rows, False)
-        self.assertTrue(all(map(done.has_done, "aab")))
-        self.assertEqual((done.skipped, done.skipped_failed), (3, 2))
+        def left(rows, failures_too, commands):
+            done = tc.Resumed([tc.Logged(*row, 1.0, "") for row in rows], failures_too)
+            ran = "".join(f"{c}{n}" for c, n in ((c, done.count(c)) for c in commands)
+                          if not done.has_done(c, n))
+            return ran, done.skipped, done.skipped_failed
+        rows = [(2, "a", 1, False), (3, "b", 0, True), (5, "a", 2, True), (4, "c", 0, False)]
+        for failures_too, commands, expected in (
+                (False, "aabcaaa", ("a0a3a4", 4, 2)), (False, "xaacba", ("x0a0", 4, 2)),
+                (True, "aabca", ("a0b0a2", 2, 0)), (True, "", ("", 0, 0))):
+            self.assertEqual(left(rows, failures_too, commands), expected)
+        again = [*rows, (1, "a", 0, True), (5, "a", 2, False)]
+        self.assertEqual(left(again, False, "aabca"), ("", 5, 2))
+        # GNU parallel has 0 for all; and a line more for what was tried again
+        plain = [(1, "a", 0, False), (3, "a", 0, True), (2, "a", 0, False), (3, "a", 0, False)]
+        self.assertEqual(left(plain, False, "aaaa"), ("a3", 3, 0))
+        many = [(n, "a", 0, False) for n in range(100_000)]
+        self.assertEqual(left(many, False, "a" * 100_001), ("a100000", 100_000, 0))
+
+    def test_what_is_no_joblog_is_left_alone(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            for data, is_one in ((b"", True), (tc.JOBLOG_HEAD[:9].encode(), True),
+                                 (b"echo a\n", False), (b"\0" * 1000, False)):
+                with open(path, "wb") as file:
+                    file.write(data)
+                with contextlib.nullcontext() if is_one else self.assertRaises(tc.NoJobLog):
+                    self.assertEqual(tc.read_joblog(path), [])
+        with self.assertRaises(tc.NoJobLog):
+            tc.read_joblog("/dev/zero")  # has no end
 
     def test_without_a_home_there_is_no_cache(self):
         with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": ""}), \
@@ -5372,7 +5394,7 @@ ODD = "\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ <&
 def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
     known = {"verdict": "FAIL" if exitcode else "OK", "only_on": "", "host": "h1", "worker": "w1",
              "slot": 2, "started": 1700000000.5, "spent": 1500.0, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "record": None, "line": ""}
+             "tries": (), "shown": 0, "record": None, "line": "", "before": 0}
     return tc.Outcome(seq, cmd, exitcode, **{**known, **more})
 
 
@@ -5741,7 +5763,7 @@ def paged(seq, verdict="OK", **fields):
     known = {"cmd": f"./run --case {seq}", "exitcode": int(verdict == "FAIL"), "only_on": "",
              "host": f"host{seq % 3}", "worker": f"host{seq % 3}-7-ab", "slot": seq % 2 + 1,
              "started": 1764080000.0 + seq, "spent": 10.0 * seq, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "record": None, "line": ""}
+             "tries": (), "shown": 0, "record": None, "line": "", "before": 0}
     return tc.Outcome(seq=seq, verdict=verdict, **{**known, **fields})
 
 
@@ -7637,6 +7659,27 @@ class LimitsTest(unittest.TestCase):
         wrong = self.cloud.client(broker, ["true"], "--junit", "no/such/x.xml", wait=False)
         self.assertEqual(wrong.wait(PATIENCE), 3)
         self.assertRegex(self.cloud.err(wrong), "^testcloud: cannot write no/such/x.xml: no such")
+
+    def test_equal_commands_are_resumed_as_the_ones_they_are(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        line = "echo n$TESTCLOUD_SEQ; [ $TESTCLOUD_SEQ != 2 ] || [ -e fixed ]"
+        more = [line] * 4, "--joblog", "log"
+        self.assertEqual(self.cloud.client(broker, *more)[0], 1)
+        with open(os.path.join(self.cloud.dir, "fixed"), "w"):
+            pass
+        for ran in ("2", ""):
+            status, out = self.cloud.client(broker, *more, "--resume-failed")
+            self.assertEqual((status, re.findall("^n(.)", out, re.MULTILINE)), (0, [*ran]), out)
+        command_file = os.path.join(self.cloud.dir, "commands")
+        with open(command_file, "w") as file:
+            file.write("true\n")
+        for wrong in ("--joblog", "--timings"):
+            client = self.cloud.client(broker, ["true"], wrong, command_file,
+                                       *["--resume"] * (wrong == "--joblog"), wait=False)
+            self.assertEqual(client.wait(PATIENCE), 3)
+            self.assertIn("is no joblog", self.cloud.err(client))
+        self.assertEqual(tc.read_text(command_file), "true\n")
 
     def test_the_expected_hash(self):
         broker = self.cloud.broker()

@@ -4454,6 +4454,7 @@ class Outcome(NamedTuple):
     shown: int  # bytes of its output that came while it ran
     record: Record
     line: str  # of the input, of which it was made
+    before: int  # how many equal commands stand before it in the input; 0 if nobody asks
 
 
 class Summary(NamedTuple):
@@ -4747,15 +4748,16 @@ class Reports:
         self.tally = tally
         self.reporters = list(reporters)
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
-        self.lines: Dict[int, str] = {}  # of the input, which are not reported yet
+        # of the input, which are not reported yet; and how many equal commands were before
+        self.lines: Dict[int, Tuple[str, int]] = {}
         self.failed = 0
         self.troubled = False  # a report could not be written
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
-    def expect(self, seq: int, line: str) -> None:
+    def expect(self, seq: int, line: str, before: int = 0) -> None:
         """The command of this line of the input will be reported."""
-        self.lines[seq] = line
+        self.lines[seq] = line, before
         for reporter in self.reporters:
             reporter.expect(seq)
 
@@ -4765,7 +4767,7 @@ class Reports:
 
     def live(self, effect: Live) -> None:
         for reporter in self.reporters:
-            reporter.live(effect.entry.id, self.lines[effect.entry.id], effect.offset,
+            reporter.live(effect.entry.id, self.lines[effect.entry.id][0], effect.offset,
                           bytes(effect.data))
 
     def store(self, effect: Store) -> None:
@@ -4795,7 +4797,7 @@ class Reports:
             result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
             result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
             lost or result.get("reason", ""), tuple(tries), entry.shown, record,
-            self.lines.pop(entry.id))
+            *self.lines.pop(entry.id))
         self.failed += verdict == FAIL
         self.times.append(outcome.spent)
         self.tell_all(lambda reporter: reporter.result(outcome))
@@ -5122,36 +5124,52 @@ def open_alone(path: str) -> IO[bytes]:
 
 def joblog_line(outcome: Outcome) -> str:
     """As GNU parallel has it: seconds, and newlines of the command as NUL. The verdict of one that
-    passed after it failed is added to the host."""
+    passed after it failed is added to the host. Send, the bytes that were sent to the host, would
+    always be 0: it tells equal commands apart, for Seq is another one when the input has changed."""
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
-    return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t0\t"
-            f"{outcome.record.size}\t{outcome.exitcode}\t{outcome.signal}\t"
+    return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
+            f"{outcome.before}\t{outcome.record.size}\t{outcome.exitcode}\t{outcome.signal}\t"
             + outcome.cmd.replace("\n", "\0") + "\n")
 
 
 class Logged(NamedTuple):
     """A line of a job log."""
 
+    seq: int
     command: str
+    before: int  # equal commands, in the input
     failed: bool
     seconds: float
     line: str
 
 
-def read_joblog(path: str) -> List[Logged]:
+class NoJobLog(ValueError):
+    """A file begins like something else."""
+
+
+def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
     """The lines of a job log, ours or GNU parallel's; what is no such line, as one that was being
-    written when its writer was killed, is passed over. Raises OSError."""
-    found = []
+    written when its writer was killed, is passed over. Raises OSError, NoJobLog."""
+    found, damaged = [], 0
     with open(path, "rb") as file:
+        head = file.readline(len(JOBLOG_HEAD))
+        if not JOBLOG_HEAD.encode().startswith(head):
+            raise NoJobLog(f"{printable(path)} is no joblog: its first line is another")
         for raw in file:
+            if not raw.endswith(b"\n"):
+                break
             line = to_text(raw)
             columns = line.rstrip("\n").split("\t", 8)
-            with contextlib.suppress(ValueError, IndexError):
-                if raw.endswith(b"\n"):
-                    failed = int(columns[6]) != 0 or int(columns[7]) != 0
-                    command, spent = columns[8].replace("\0", "\n"), float(columns[3])
-                    found.append(Logged(command, failed, spent, line))
+            try:
+                flaky = re.search(r" \((flaky|only on .*)\)$", columns[1]) is not None
+                failed = int(columns[6]) != 0 or int(columns[7]) != 0 or flaky and flaky_fails
+                found.append(Logged(int(columns[0]), columns[8].replace("\0", "\n"),
+                                    int(columns[4]), failed, float(columns[3]), line))
+            except (ValueError, IndexError):
+                damaged += 1
+    if damaged:
+        complain(f"{printable(path)}: passing over {counted(damaged, 'damaged line')}")
     return found
 
 
@@ -5160,21 +5178,31 @@ class Resumed:
     in the input it is, never by its place."""
 
     def __init__(self, logged: Sequence[Logged], failures_too: bool) -> None:
-        self.rows = [row for row in logged if not (failures_too and row.failed)]
-        self.left = Counter(row.command for row in self.rows)
-        self.left_failed = Counter(row.command for row in self.rows if row.failed)
+        found: Dict[Tuple[str, int], Logged] = {}
+        places: Dict[Tuple[int, str, int], int] = {}
+        free: Counter[str] = Counter()
+        for row in logged:
+            known, before = (row.seq, row.command, row.before), row.before
+            while known not in places and (row.command, before) in found:  # GNU parallel's are all 0
+                before = free[row.command]
+                free[row.command] += 1
+            found[row.command, places.setdefault(known, before)] = row
+        self.done = {key: row for key, row in found.items() if not (failures_too and row.failed)}
+        self.seen: Counter[str] = Counter()  # commands of the input
         self.skipped = self.skipped_failed = 0
 
-    def has_done(self, command: str) -> bool:
+    def count(self, command: str) -> int:
+        """How often it was in the input before."""
+        self.seen[command] += 1
+        return self.seen[command] - 1
+
+    def has_done(self, command: str, before: int) -> bool:
         """Whether this occurrence of the command need not be run."""
-        if not self.left[command]:
-            return False
-        self.left[command] -= 1
-        self.skipped += 1
-        if self.left_failed[command]:
-            self.left_failed[command] -= 1
-            self.skipped_failed += 1
-        return True
+        row = self.done.get((command, before))
+        if row:
+            self.skipped += 1
+            self.skipped_failed += row.failed
+        return row is not None
 
 
 OUR_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a file in place of these nobody would look into
@@ -7912,7 +7940,7 @@ def show_commands(settings: argparse.Namespace) -> int:
     with open(1, "wb", closefd=False) as out:
         for seq, line in enumerate(input_lines(settings.null), 1):
             command = fill_template(settings.template, line, seq)
-            if not done.has_done(command):
+            if not done.has_done(command, done.count(command)):
                 out.write(to_bytes(command + "\n"))
     return 0
 
@@ -7939,9 +7967,11 @@ def resumed(settings: argparse.Namespace) -> Resumed:
     if not settings.resume and not settings.resume_failed:
         return Resumed([], False)
     try:
-        return Resumed(read_joblog(settings.joblog), settings.resume_failed)
+        return Resumed(read_joblog(settings.joblog, settings.fail_on_flaky), settings.resume_failed)
     except FileNotFoundError:
         return Resumed([], False)  # the first run
+    except NoJobLog as error:
+        raise SetupError(str(error)) from None
     except OSError as error:
         raise SetupError(f"cannot read {printable(settings.joblog)}: {error.strerror}") from None
 
@@ -7958,6 +7988,8 @@ def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
         return read_timings(cache_of_timings())
     try:
         return {row.command: row.seconds for row in read_joblog(settings.timings)}
+    except NoJobLog as error:
+        raise SetupError(str(error)) from None
     except OSError as error:
         raise SetupError(f"cannot read {printable(settings.timings)}: {error.strerror}") from None
 
@@ -8047,11 +8079,12 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
 
     def add(line: str) -> None:
         command = fill_template(settings.template, line, client.last_id + 1)
-        if done.has_done(command):
+        before = done.count(command) if settings.joblog else 0
+        if done.has_done(command, before):
             client.leave_out()
         else:
             client.add(command, cwd)
-            reports.expect(client.last_id, line)
+            reports.expect(client.last_id, line, before)
 
     def interrupt(status: int, now: Seconds) -> None:
         if client.left:  # only the transcript is still being written
@@ -8125,7 +8158,7 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
             found.append(HtmlPage(path, tally))
         if settings.joblog:  # last: it empties a file
             path = settings.joblog
-            found.append(JobLog(path, [row.line for row in done.rows]))
+            found.append(JobLog(path, [row.line for row in done.done.values()]))
     except OSError as error:
         raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
     return found
