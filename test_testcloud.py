@@ -5402,10 +5402,10 @@ def never(seq, reason="no worker has gpu"):
     return outcome(seq, "gpu", 126, host="", worker="", slot=0, started=0.0, spent=0.0, reason=reason)
 
 
-def document(*outcomes, output=b"", interrupted=False, name="nightly"):
+def document(*outcomes, output=b"", complete=True, name="nightly", flaky_counts=False):
     """A JUnit report of these."""
     pieces = [output] if isinstance(output, bytes) else output
-    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), interrupted, 2500.0))
+    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), complete, 2500.0, flaky_counts))
 
 
 def cases(*outcomes, **more):
@@ -5429,8 +5429,9 @@ EVERY_VERDICT = [
 def documents():
     """JUnit reports of every kind, each with its name."""
     yield "every verdict", document(*EVERY_VERDICT, output=b"some\noutput\n")
-    yield "interrupted", document(*EVERY_VERDICT, interrupted=True)
-    yield "interrupted at once", document(interrupted=True)
+    yield "flaky ones count", document(*EVERY_VERDICT, flaky_counts=True)
+    yield "not complete", document(*EVERY_VERDICT, complete=False)
+    yield "nothing was run", document(complete=False)
     yield "empty", document()
     yield "odd", document(*(row._replace(cmd=ODD, host=ODD, worker=ODD, reason=row.reason and ODD)
                             for row in EVERY_VERDICT), output=bytes(range(256)), name=ODD)
@@ -5447,6 +5448,15 @@ class JUnitTest(unittest.TestCase):
             [], ["failure", *again], once, once * 2, ["failure"], ["failure"], [*again, "error"],
             ["failure"])] + [["error"]])
 
+    def test_what_is_flaky_may_be_a_failure(self):
+        found = cases(*EVERY_VERDICT[2:4], flaky_counts=True)
+        self.assertEqual([[part.tag for part in case] for case in found], [
+            ["failure", "rerunFailure", "system-out"],
+            ["failure", "rerunFailure", "rerunFailure", "system-out"]])
+        self.assertEqual([case.find("failure").attrib for case in found], [
+            {"type": "Flaky", "message": "tried 3 times; other exit codes: 3 on h1, 0 on h1"},
+            {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1, 3 on h1"}])
+
     def test_how_it_ended(self):
         for row, kind, message in (
                 (1, "ExitCode", "exit code 1 on h1"),
@@ -5461,19 +5471,20 @@ class JUnitTest(unittest.TestCase):
             self.assertEqual(end.text, f"{message}\n\nthe output\n")
 
     def test_totals_count_what_is_there(self):
-        for interrupted in (False, True):
-            root = ET.fromstring(document(*EVERY_VERDICT, interrupted=interrupted).encode())
+        for complete, flaky_counts in itertools.product((True, False), repeat=2):
+            root = ET.fromstring(document(*EVERY_VERDICT, complete=complete,
+                                          flaky_counts=flaky_counts).encode())
             for node in (root, root.find("testsuite")):
                 for what, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error")):
                     self.assertEqual(int(node.get(what)), len(list(root.iter(tag))), what)
                 self.assertEqual((node.get("name"), node.get("time")), ("nightly", "2.500"))
             self.assertEqual(root.find("testsuite").get("timestamp"), "2023-11-14T22:13:20+00:00")
 
-    def test_an_interrupted_run_is_no_success(self):
-        *_, last = cases(outcome(), interrupted=True)
+    def test_a_run_that_is_not_complete_is_no_success(self):
+        *_, last = cases(outcome(), complete=False)
         self.assertEqual(last.get("name"), tc.WHOLE_RUN)
-        self.assertIn("the 1 reported commands", last.find("error").text)
-        self.assertEqual(cases(outcome(), outcome(2, tc.WHOLE_RUN), interrupted=True)[2].get("name"),
+        self.assertIn("others than these 1 are", last.find("error").text)
+        self.assertEqual(cases(outcome(), outcome(2, tc.WHOLE_RUN), complete=False)[2].get("name"),
                          tc.WHOLE_RUN + " [2]")
 
     def test_where_and_when_it_ran_and_what_the_tries_tell(self):
@@ -5890,10 +5901,19 @@ class PageTest(unittest.TestCase):
         self.assertNotIn("://", tc.PAGE)
 
     def test_headline_counts(self):
-        for outcomes, words in [([], "No commands"), (MIXED_RUN[:1], "1 command, all passed"),
-                                (MIXED_RUN[:40], "40 commands, all passed"),
-                                (MIXED_RUN, "7 of 49 commands failed")]:
-            self.assertEqual(Parsed(rendered(outcomes)).one("h1").text, words)
+        flaky = [paged(1), paged(2, "FLAKY"), paged(3, "ONLY", only_on="h")]
+        for outcomes, words, state, *more in [
+                ([], "No commands", "OK"), (MIXED_RUN[:1], "1 command, all passed", "OK"),
+                (MIXED_RUN[:40], "40 commands, all passed", "OK"),
+                (MIXED_RUN, "7 of 49 commands failed", "FAIL"),
+                (flaky, "3 commands, all passed", "OK"),
+                (flaky, "2 of 3 commands failed", "FAIL", True, True),
+                (flaky, "3 commands; others were not executed", "FAIL", False),
+                (MIXED_RUN, "7 of 49 commands failed; others were not executed", "FAIL", False),
+                ([], "No commands; others were not executed", "FAIL", False)]:
+            page = Parsed("".join(tc.html_page("a run", outcomes, lambda outcome: iter([]), (), *more)))
+            self.assertEqual((page.one("h1").text, page.one("header").attributes["class"]),
+                             (words, state))
 
     def test_failures_flaky_and_slowest_need_no_script(self):
         text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]

@@ -5258,7 +5258,7 @@ CASE_NAME = 240  # characters of a command in its case's name: GitLab keeps 255,
 EXCERPT_HEAD = 16 * 1024  # bytes of an output's beginning, and of its end, which mostly says what
 EXCERPT_TAIL = 32 * 1024  # failed: GitHub takes 64 KiB with an annotation
 JUNIT_SIZE = 16 * 1024 * 1024  # characters of failures; then without output: GitLab reads up to 30 MB
-WHOLE_RUN = "(the whole run)"  # the case of an interrupted run
+WHOLE_RUN = "(the whole run)"  # the case of one that is not complete
 XML_ILLEGAL = re.compile(  # colours, only noise here; then what XML 1.0 cannot express
     "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -5296,12 +5296,16 @@ class JUnit(WholeFile):
     """What Jenkins, GitLab and GitHub read."""
 
     def pieces(self, summary: Summary) -> Iterator[str]:
-        return junit_xml("testcloud", self.outcomes, self.output_of, not summary.complete,
-                         summary.spent * 1000)
+        return junit_xml("testcloud", self.outcomes, self.output_of, summary.complete,
+                         summary.spent * 1000, summary.flaky_counts)
+
+
+def has_failed(row: Outcome, flaky_counts: bool) -> bool:
+    return row.exitcode != 0 or flaky_counts and row.verdict in (FLAKY, ONLY)
 
 
 def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              interrupted: bool, spent: float) -> Iterator[str]:
+              complete: bool, spent: float, flaky_counts: bool = False) -> Iterator[str]:
     """The report of a run of `spent` ms, piece by piece, the commands in order of input. An output
     is only read, while its piece is made, if its command failed.
 
@@ -5309,26 +5313,28 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
     surefire's schema. There is one suite, for readers know a test of an earlier run again by suite,
     class and name: with hosts in these a command would be a new one wherever it happens to run.
 
-        failure        it ran and did not exit with 0: also after a timeout or a signal
+        failure        it ran and did not exit with 0: also after a timeout or a signal; or it is
+                       flaky, if that counts
         error          it could not be run: that says nothing about the command
         rerunFailure   another failed try, of one that failed; of one that passed: flakyFailure
 
-    The output is in the text of the failure, which all readers show. An interrupted run has a case
-    more, an error, lest a report without the missing commands is taken for success."""
-    rows = sorted(outcomes)
+    The output is in the text of the failure, which all readers show. A run that is not complete has
+    a case more, an error, lest a report without the missing commands is taken for success."""
+    rows, missing = sorted(outcomes), not complete
     errors = sum(map(could_not_run, rows))
-    failures = sum(row.exitcode != 0 for row in rows) - errors
-    totals = {"name": name, "tests": str(len(rows) + interrupted), "failures": str(failures),
-              "errors": str(errors + interrupted), "time": in_seconds(spent)}
+    failures = sum(has_failed(row, flaky_counts) for row in rows) - errors
+    totals = {"name": name, "tests": str(len(rows) + missing), "failures": str(failures),
+              "errors": str(errors + missing), "time": in_seconds(spent)}
     times = list(filter(None, (iso_time(row.started) for row in rows)))
     began = {"timestamp": min(times)} if times else {}
     yield f'<?xml version="1.0" encoding="UTF-8"?>\n{xml_tag("testsuites", totals)}\n'
     yield xml_tag("testsuite", {**totals, "skipped": "0", **began}) + "\n"
-    names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * interrupted)
+    names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * missing)
     room = JUNIT_SIZE
     for row, shown in zip(rows, names):
         failure = ""
-        if row.exitcode:
+        failed = has_failed(row, flaky_counts)
+        if failed:
             kind, message = how_failed(row)
             whole = f"command: {clipped(row.cmd, EXCERPT_HEAD)}\n"
             command = "" if xml_legal(row.cmd) == shown else whole
@@ -5336,15 +5342,16 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
             failure = xml_element("error" if could_not_run(row) else "failure",
                               xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
             room -= len(failure)
-        others = "".join(other_failure(row, one) for one in row.tries if one.exitcode)
+        tag = "rerunFailure" if failed else "flakyFailure"
+        others = "".join(other_failure(tag, one) for one in row.tries if one.exitcode)
         told = story_of(row)
         yield xml_element(
             "testcase", *([others, failure] if could_not_run(row) else [failure, others]),
             xml_element("system-out", xml_text(told)) if told else "", name=shown, classname=name,
             time=in_seconds(row.spent)) + "\n"
-    if interrupted:
-        message = f"interrupted: others than the {len(rows)} reported commands are missing"
-        error = xml_element("error", message, type="Interrupted", message=message)
+    if missing:
+        message = f"not all commands were executed: others than these {len(rows)} are missing"
+        error = xml_element("error", message, type="Incomplete", message=message)
         yield xml_element("testcase", error, name=next(names), classname=name,
                           time=in_seconds(0)) + "\n"
     yield "</testsuite>\n</testsuites>\n"
@@ -5357,6 +5364,8 @@ def could_not_run(row: Outcome) -> bool:
 
 def how_failed(row: Outcome) -> Tuple[str, str]:
     """How a command failed, as a type and in words."""
+    if row.verdict in (FLAKY, ONLY):
+        return row.verdict.title(), tries_in_words(row, clipped)
     what = f"exit code {row.exitcode}"
     kind = "Timeout" if row.exitcode == TIMED_OUT else "Signal" if row.signal else "ExitCode"
     if could_not_run(row):
@@ -5379,11 +5388,10 @@ def story_of(row: Outcome) -> str:
     return "\n".join(lines)
 
 
-def other_failure(row: Outcome, one: Try) -> str:
+def other_failure(tag: str, one: Try) -> str:
     """A try that failed, and is not the reported one."""
     how = f"exit code {one.exitcode} on {clipped(one.host)}"
-    return xml_element("rerunFailure" if row.exitcode else "flakyFailure",
-                   xml_element("stackTrace", xml_text(how)), type="ExitCode", message=how)
+    return xml_element(tag, xml_element("stackTrace", xml_text(how)), type="ExitCode", message=how)
 
 
 def distinct_names(commands: Iterable[str]) -> Iterator[str]:
@@ -5467,9 +5475,11 @@ class HtmlPage(WholeFile):
     def pieces(self, summary: Summary) -> Iterator[str]:
         hosts = {outcome.host for outcome in self.outcomes if outcome.host}
         title = f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}"
-        return html_page(title, self.outcomes, self.output_of, [
-            ("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
-            ("result hash", summary.hash if summary.complete else "not all commands were executed")])
+        facts = [("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
+                 ("result hash" if summary.complete else "result hash of these", summary.hash)]
+        facts += [(f"failed on {host} only", str(n)) for host, n in summary.only_on.items()]
+        return html_page(title, self.outcomes, self.output_of, facts, summary.complete,
+                         summary.flaky_counts)
 
 
 def one_line(text: str) -> str:
@@ -5586,29 +5596,32 @@ def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield "]}"
 
 
-def page_headline(counts: Dict[str, int]) -> str:
-    total, failed = sum(counts.values()), counts["FAIL"]
-    commands = f"{total:,} command{'' if total == 1 else 's'}"
+def page_headline(total: int, failed: int, complete: bool) -> str:
+    words = counted(total, "command")
     if failed:
-        return f"{failed:,} of {commands} failed"
-    return f"{commands}, all passed" if total else "No commands"
+        words = f"{failed:,} of {words} failed"
+    elif total and complete:
+        words += ", all passed"
+    return (words if total else "No commands") + ("" if complete else "; others were not executed")
 
 
 def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              facts: Sequence[Tuple[str, str]]) -> Iterator[str]:
+              facts: Sequence[Tuple[str, str]], complete: bool = True,
+              flaky_counts: bool = False) -> Iterator[str]:
     """The page, in pieces that are UTF-8 without exception."""
     import base64
     outcomes = sorted(outcomes, key=lambda outcome: outcome.seq)
     counts = Counter(outcome.verdict for outcome in outcomes)
-    failed = [outcome for outcome in outcomes if outcome.verdict == "FAIL"]
-    flaky = [outcome for outcome in outcomes if outcome.verdict in ("FLAKY", "ONLY")]
+    failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
+    flaky = [outcome for outcome in outcomes if outcome.verdict in (FLAKY, ONLY)]
+    failures = len(failed) + flaky_counts * len(flaky)
     end = min(PAGE_OUTPUT, PAGE_OUTPUTS // (2 * max(1, min(len(failed), PAGE_ENTRIES))))
     script = PAGE.partition("<script>")[2].partition("</script>")[0]
     pieces: Dict[str, Iterable[str]] = {
         "title": [html_line(title)],
         "hash": [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()],
-        "state": ["FAIL" if failed else "OK"],
-        "headline": [page_headline(counts)],
+        "state": [FAIL if failures or not complete else OK],
+        "headline": [page_headline(len(outcomes), failures, complete)],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
                    for verdict in MARK_OF if counts[verdict]),
         "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
