@@ -5330,6 +5330,17 @@ class ReportingTest(unittest.TestCase):
                 max(times), sum(times) / slots))
             self.assertLessEqual(tc.makespan(times, slots), max(times) + sum(times) / slots)
 
+    def test_advice_is_only_given_if_slots_were_what_the_run_waited_for(self):
+        summary = tc.Summary(True, 6, 0, 0, False, {}, 0, 0, 3.0, "a" * 40)
+        for change, expected, times, slots, said in (
+                ({}, "", [500.0] * 6, 1, ["longest"]), ({}, "", [500.0] * 6, 0, []),
+                ({}, "", [500.0] * 6, 2, []), ({"spent": 1.6}, "", [500.0] * 6, 2, []),
+                ({"complete": False}, "", [500.0] * 6, 1, []), ({}, "", [3000.0], 1, []),
+                ({}, "", [90.0] * 30, 1, []), ({}, "a" * 40, [], 1, []),
+                ({}, "b" * 40, [500.0] * 6, 1, ["the res", "longest"])):
+            lines = tc.afterthoughts(summary._replace(**change), expected, times, slots)
+            self.assertEqual([line[:7] for line in lines], said)
+
     def test_progress(self):
         client = tc.Client("r1")
         client.total, client.workers, client.slots = 10, 1, 4

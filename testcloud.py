@@ -6194,7 +6194,8 @@ REFUSAL_INTERVAL: Seconds = 10.0  # between lines that say the same about refuse
 MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
 LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
 ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster,
-ADVISE_FROM = 100.0  # nor do commands, in ms: there it is not the slots that count
+ADVISE_FROM = 100.0  # nor do commands, in ms: there it is not the slots that count,
+ADVISE_SHARE = 0.6  # nor if slots needed less of the run: it waited for input, other clients, tries
 PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
 STATUS_INTERVAL: Seconds = 1.0  # of status --watch
 STATUS_WAIT: Seconds = 5.0  # without that: somebody looks at the terminal, or a script must go on
@@ -8147,7 +8148,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         loop.status = None
         show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
         status = loop.run()
-        for line in afterthoughts(summary, settings.expect, reports.times, client.slots):
+        slots = 0 if settings.serial else client.slots
+        for line in afterthoughts(summary, settings.expect, reports.times, slots):
             complain(line)
         return status
 
@@ -8187,12 +8189,14 @@ def status_of(summary: Summary, troubled: bool, expected: str, status: int) -> i
 
 def afterthoughts(summary: Summary, expected: str, times: Sequence[float],
                   slots: int) -> Iterator[str]:
-    """What there is to say once all results are shown."""
+    """What there is to say once all results are shown. 0 slots: their number does not matter."""
     if expected and summary.hash != expected:
         yield f"the result hash is {summary.hash}, and not {expected} as expected"
     worth_it = summary.spent >= ADVISE and max(times, default=0) >= ADVISE_FROM
-    if summary.complete and len(times) > 1 and worth_it:
-        yield advice([spent / 1000 for spent in times], slots)
+    if summary.complete and len(times) > 1 and worth_it and slots:
+        all_spent = [spent / 1000 for spent in times]
+        if makespan(all_spent, slots) > ADVISE_SHARE * summary.spent:
+            yield advice(all_spent, slots)
 
 
 def run_status(settings: argparse.Namespace) -> int:
