@@ -4477,8 +4477,34 @@ class ClientTest(unittest.TestCase):
         self.result(1, attempt=3, exitcode=5)
         report = b.effect(tc.Report)
         self.assertEqual(report.result["exitcode"], 5)
-        self.assertEqual(list(report.entry.tries.values()), [(3, "h"), (4, "i"), (5, "?")])
+        self.assertEqual([row[:2] for row in report.entry.tries.values()],
+                         [(3, "h"), (4, "i"), (5, "?")])
         self.assertEqual(report.entry.verdict, tc.FAIL)
+
+    def test_what_a_failed_try_printed_last_is_kept_while_there_is_room(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", "b", "c", end=True)
+        b.lines.clear()
+        split = tc.PIECE.pack(1, 2) + b"o\0" + tc.PIECE.pack(2, 3) + b"err"
+        for id, attempt, more, size, output in (
+                (1, 1, {"stdout": "x" * 9000 + "last"}, 9004, "x" * (tc.TRY_OUTPUT - 4) + "last"),
+                (2, 1, {"stdout": tc.to_text(split), "split": True}, 5, "o\0err"),
+                (3, 1, {"size": 10**6}, 10**6, ""), (3, 2, {"stdout": "no room"}, 7, "")):
+            self.client.room = tc.TRY_OUTPUT if attempt == 1 else 0
+            self.result(id, attempt, 1, host="h", slot=2, time=3.5, started=9.5, **more)
+            b.lines.clear()
+            one = self.client.window[id].tries[attempt]
+            self.assertEqual(one, tc.Try(1, "h", "", 2, 9.5, 3.5, size, output.encode()))
+        b.effects.clear()
+        self.result(1, 2, host="i", stdout="passed", size=6)
+        b.effect(tc.Keep)
+        self.result(1, 3, 1, host="h", stdout="x...cut", size=7)
+        _, *others = [one[-2:] for one in b.effect(tc.Report).entry.tries.values()]
+        self.assertEqual(others, [(0, b"")] * 2)
+
 
     def examine(self, most, *tries):
         """Have a command end so, on these hosts; where it was wanted each time, and its report."""
@@ -5156,8 +5182,12 @@ class ReportingTest(unittest.TestCase):
         row = json.loads(out.getvalue())
         self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"], row["time"]),
                          ("a '\udcff", "1☃\udcff\n", 3, "FAIL", 8.14))
-        self.assertEqual((row["tries"], row["slot"], row["seq"]),
-                         ([{"exitcode": 1, "host": "i"}], 2, 2))
+        self.assertEqual((row["tries"], row["slot"], row["seq"]), ([{
+            "exitcode": 1, "host": "i", "worker": "", "slot": 0, "started": 0.0, "time": 0.0,
+            "output": ""}], 2, 2))
+        self.assertEqual({*row}, {
+            "seq", "command", "exitcode", "verdict", "only_on", "host", "worker", "slot", "started",
+            "time", "signal", "reason", "tries", "output"})
 
     def test_one_report_that_cannot_be_written_does_not_keep_others_from_it(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -5458,6 +5488,13 @@ class JUnitTest(unittest.TestCase):
         self.assertEqual(found, [parts + ["system-out"] for parts in (
             [], ["failure", *again], once, once * 2, ["failure"], ["failure"], [*again, "error"],
             ["failure"])] + [["error"]])
+
+    def test_what_a_failed_try_printed(self):
+        row = outcome(verdict="FLAKY", tries=(
+            tc.Try(3, "h1", size=9, output=b"why \xff"), tc.Try(0, "h1", size=5)))
+        case, = cases(row)
+        self.assertEqual([part.findtext("stackTrace") for part in case.findall("flakyFailure")],
+                         ["exit code 3 on h1\n\n[... 4 bytes left out ...]\nwhy \\xff"])
 
     def test_what_is_flaky_may_be_a_failure(self):
         found = cases(*EVERY_VERDICT[2:4], flaky_counts=True)
@@ -5970,6 +6007,16 @@ class PageTest(unittest.TestCase):
         self.assertEqual(data["began"], 1764080001.0)
         self.assertEqual([(seq, row, at) for seq, _, _, row, at, _, _ in data["commands"]],
                          [(1, 0, 0.0), (2, 1, 1000.0), (3, -1, 0.0), (10, 2, 9000.0)])
+
+    def test_other_tries_are_bars_and_their_outputs_are_shown(self):
+        page = Parsed(rendered([paged(3, "ONLY", only_on="host9", tries=(
+            tc.Try(7, "host9", "w", 1, 1764080001.0, 500.0, 4, b"<why"), tc.Try(7, "host9")))]))
+        data = page.data()
+        self.assertEqual([row[0] for row in data["rows"]], ["host0", "host9"])
+        self.assertEqual(data["tries"], [[3, 7, 1, 0.0, 500.0], [3, 7, -1, 0.0, 0.0]])
+        self.assertEqual(data["commands"][0][3:5], [0, 2000.0])
+        self.assertIn("Exit code 7 on host9, after this output:\n\n<why",
+                      page.one("section", id="flaky").text)
 
     def test_no_line_of_the_page_is_made_before_it_is_asked_for(self):
         pieces = tc.html_page("a run", MIXED_RUN, lambda outcome: self.fail("read too early"), ())

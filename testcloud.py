@@ -3766,6 +3766,8 @@ def read_text(path: str) -> str:
 
 OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed, wherever it was tried
 FLAKY, ONLY = "FLAKY", "ONLY"  # failed, but passed in the end; failed on one host only
+TRY_OUTPUT = 4 * 1024  # bytes of a failed try's output that are kept, if that came with its result,
+TRY_OUTPUTS = 16 * 1024 * 1024  # and in all: the rest of a run in which everything fails says no more
 SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
 EXAMINE_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
 
@@ -3775,6 +3777,18 @@ class Try(NamedTuple):
 
     exitcode: int
     host: str
+    worker: str = ""
+    slot: int = 0
+    started: float = 0.0  # seconds since 1970; 0 if unknown
+    spent: float = 0.0  # ms
+    size: int = 0  # bytes of its output, if that is not the reported one
+    output: bytes = b""  # the last of these, if there was room
+
+    def last_words(self) -> str:
+        """The output, for people."""
+        cut = self.size - len(self.output)
+        mark = f"[... {cut} bytes left out ...]\n" if cut else ""
+        return mark + self.output.decode("utf-8", "backslashreplace")
 
 
 def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
@@ -3788,6 +3802,22 @@ def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
         return FAIL
     proven = len(failed) > 1 or failed[0] in shunned
     return ONLY if proven and len({*failed}) == 1 and failed[0] not in passed else FLAKY
+
+
+def try_of(fields: Fields) -> Try:
+    """What a RESULT says, but for the output."""
+    return Try(fields["exitcode"], fields.get("host", "?"), fields.get("worker", ""),
+               fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0))
+
+
+def without_heads(output: bytes) -> bytes:
+    """What is in PIECES."""
+    found, at = [], 0
+    while at + PIECE.size <= len(output):
+        _, size = PIECE.unpack_from(output, at)
+        found.append(output[at + PIECE.size:at + PIECE.size + size])
+        at += PIECE.size + size
+    return b"".join(found)
 
 
 def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
@@ -3909,6 +3939,7 @@ class Client(Member):
         self.shunned: Set[str] = set()  # hosts
         self.held_up = False  # who reads what running commands print does not keep up
         self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
+        self.room = TRY_OUTPUTS  # bytes
         self.examined = 0  # entries of the window that have passed, but failed before
         self.examine_since: Seconds = math.inf  # when there was nothing else left to do
         self.examine_until: Seconds = math.inf  # when to look for those to be waited for no longer
@@ -4104,9 +4135,12 @@ class Client(Member):
             self.fetch()
 
     def take_result(self, entry: Entry, fields: Fields) -> None:
-        entry.tries[entry.attempt] = Try(fields["exitcode"], fields.get("host", "?"))
         output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
-        if entry.kept is not None or fields["exitcode"] and self.place_for(entry):
+        entry.tries[entry.attempt] = try_of(fields)
+        if entry.kept is not None:
+            self.conclude(entry, fields, b"")
+        elif fields["exitcode"] and self.place_for(entry):
+            self.keep_last_words(entry, fields, output)
             self.conclude(entry, fields, b"")
         elif len(output) < fields.get("size", 0):
             entry.result = fields
@@ -4114,6 +4148,14 @@ class Client(Member):
             self.fetch()
         else:
             self.conclude(entry, fields, output)
+
+    def keep_last_words(self, entry: Entry, fields: Fields, output: bytes) -> None:
+        """Of a failed try that is not the last one."""
+        said = without_heads(output) if fields.get("split") else output
+        last = said[max(0, len(said) - min(TRY_OUTPUT, self.room)):]
+        self.room -= len(last)
+        entry.tries[entry.attempt] = entry.tries[entry.attempt]._replace(
+            size=len(said) or fields.get("size", 0), output=last)
 
     def place_for(self, entry: Entry) -> Optional[Fields]:
         """Where to try it again; None if not at all."""
@@ -5051,10 +5093,17 @@ class JsonLines(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         fields = outcome._asdict()
-        del fields["record"], fields["shown"], fields["cmd"], fields["spent"], fields["line"]
+        for name in ("record", "shown", "cmd", "spent", "line", "before"):
+            del fields[name]
         fields.update(command=outcome.cmd, time=outcome.spent,
-                      tries=[row._asdict() for row in outcome.tries])
+                      tries=[*map(self.try_fields, outcome.tries)])
         self.put(self.line(json.dumps(fields), outcome))
+
+    def try_fields(self, one: Try) -> Fields:
+        fields = dict(one._asdict(), time=one.spent, output=to_text(one.output))
+        for name in ("spent", "size", *["output"] * self.brief):
+            del fields[name]
+        return fields
 
     def line(self, head: str, outcome: Outcome) -> Iterator[bytes]:
         if self.brief:
@@ -5391,7 +5440,8 @@ def story_of(row: Outcome) -> str:
 def other_failure(tag: str, one: Try) -> str:
     """A try that failed, and is not the reported one."""
     how = f"exit code {one.exitcode} on {clipped(one.host)}"
-    return xml_element(tag, xml_element("stackTrace", xml_text(how)), type="ExitCode", message=how)
+    text = xml_text("\n\n".join(filter(None, (how, one.last_words()))))
+    return xml_element(tag, xml_element("stackTrace", text), type="ExitCode", message=how)
 
 
 def distinct_names(commands: Iterable[str]) -> Iterator[str]:
@@ -5473,7 +5523,7 @@ class HtmlPage(WholeFile):
     if it were, no script but ours would run: the page says so by its hash."""
 
     def pieces(self, summary: Summary) -> Iterator[str]:
-        hosts = {outcome.host for outcome in self.outcomes if outcome.host}
+        hosts = {one.host for one in all_tries(self.outcomes)} - {""}
         title = f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}"
         facts = [("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
@@ -5531,6 +5581,13 @@ def output_html(parts: Iterable[bytes], end: int) -> str:
     return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
 
 
+def failed_tries_html(outcome: Outcome) -> str:
+    """What the tries printed that failed."""
+    return "".join(f"<p>Exit code {one.exitcode} on {html_line(one.host)}, after this output:</p>\n"
+                   + output_html([one.last_words().encode()], PAGE_OUTPUT)
+                   for one in outcome.tries if one.output)
+
+
 def html_badge(verdict: str) -> str:
     return f'<b class="badge {verdict}">{MARK_OF[verdict]} {verdict}</b>'
 
@@ -5562,8 +5619,14 @@ def slowest_rows(outcomes: Sequence[Outcome]) -> Iterator[str]:
                f"<td>{html_line(outcome.host)}<td>{html_name(outcome)}\n")
 
 
-def row_place(outcome: Outcome) -> Tuple[str, str, int]:
-    return outcome.host, outcome.worker, outcome.slot
+def all_tries(outcomes: Iterable[Outcome]) -> Iterator[Union[Outcome, Try]]:
+    for outcome in outcomes:
+        yield outcome
+        yield from outcome.tries
+
+
+def row_place(one: Union[Outcome, Try]) -> Tuple[str, str, int]:
+    return one.host, one.worker, one.slot
 
 
 def human_order(names: Tuple[str, str, int]) -> List[object]:
@@ -5578,10 +5641,15 @@ def script_json(value: object) -> str:
 
 
 def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """All commands for the page's script, which names the fields of a row."""
-    began = min((outcome.started for outcome in outcomes if outcome.started), default=0.0)
-    slots = sorted({row_place(outcome) for outcome in outcomes if outcome.started}, key=human_order)
+    """All commands for the page's script, which names the fields of a row; then their other tries."""
+    known = [one for one in all_tries(outcomes) if one.started]
+    began = min((one.started for one in known), default=0.0)
+    slots = sorted({*map(row_place, known)}, key=human_order)
     rows = {slot: row for row, slot in enumerate(slots)}
+
+    def bar(one: Union[Outcome, Try]) -> Tuple[int, float, float]:
+        return (rows[row_place(one)] if one.started else -1,
+                round(max(0.0, one.started - began) * 1000, 1), round(one.spent, 2))
     shown = script_json([(one_line(host), one_line(worker), slot) for host, worker, slot in slots])
     yield f'{{"began":{began},\n"marks":{script_json(MARK_OF)},\n"rows":{shown},\n"commands":['
     verdicts = {verdict: at for at, verdict in enumerate(MARK_OF)}
@@ -5589,11 +5657,10 @@ def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for outcome in outcomes:
         end = ending_words(outcome)
         yield next(comma) + script_json((
-            outcome.seq, one_line(outcome.cmd), verdicts[outcome.verdict],
-            rows[row_place(outcome)] if outcome.started else -1,
-            round(max(0.0, outcome.started - began) * 1000, 1), round(outcome.spent, 2),
+            outcome.seq, one_line(outcome.cmd), verdicts[outcome.verdict], *bar(outcome),
             "" if end == "exit code 0" else end))
-    yield "]}"
+    tries = [(outcome.seq, one.exitcode, *bar(one)) for outcome in outcomes for one in outcome.tries]
+    yield f'],\n"tries":{script_json(tries)}}}'
 
 
 def page_headline(total: int, failed: int, complete: bool) -> str:
@@ -5626,7 +5693,7 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
                    for verdict in MARK_OF if counts[verdict]),
         "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
         "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)),
-        "flaky": html_entries(flaky, lambda outcome: ""),
+        "flaky": html_entries(flaky, failed_tries_html),
         "slowest": slowest_rows(outcomes),
         "options": (f'<option value="{verdict}">{MARK_OF[verdict]} {verdict}' for verdict in MARK_OF),
         "data": commands_json(outcomes),
@@ -5858,7 +5925,10 @@ const SECOND = 1000, MINUTE = 60 * SECOND, DAY = 1440 * MINUTE;
 const TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, ...[1, 2, 5, 10, 15, 30].map(n => n * SECOND),
   ...[1, 2, 5, 10, 15, 30, 60, 120, 360, 720, 1440].map(n => n * MINUTE)];
 const lists = rows.map(() => []), tops = [], firsts = {}, lasts = {}, colours = {};
-for (const c of commands) if (c.row >= 0) {
+const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // bars of their own
+  Object.create(bySeq.get(seq)), {row, at, spent, note: `another try: exit code ${code}`,
+    verdict: VERDICTS.indexOf(code ? "FAIL" : "OK"), faint: .4}));
+for (const c of [...commands, ...tries]) if (c.row >= 0) {
   const host = "@" + rows[c.row][0];  // there may be one of the name __proto__
   lists[c.row].push(c);
   firsts[host] = Math.min(c.at, firsts[host] ?? c.at);
@@ -5934,7 +6004,7 @@ function paint() {
         if (x > W) break;
         if (turn !== TURNS[VERDICTS[c.verdict]] || x + c.spent * scale < end) continue;
         const style = w > 5 && height > 7 ? patterns[c.verdict] : colours[VERDICTS[c.verdict]];
-        pen.globalAlpha = c.shown ? 1 : .15;
+        pen.globalAlpha = c.shown ? c.faint ?? 1 : .15;
         if (!turn) fill(colours.OK, x, y + thin, w - (w > 3), height - 2 * thin);
         else fill(style, x, y, w - (w > 6), height);
         if (c.shown) end = Math.max(end, x + w);
