@@ -6846,7 +6846,9 @@ class CommandLineTest(unittest.TestCase):
                 ("--fail-fast 3 x", "--fail-fast=3 -- x"), ("--fail-fast", "--fail-fast=1"),
                 ("-C -b x", "-C -b -- x"), ("--cwd=/x -- -y", "--cwd=/x -- -y"), ("", ""),
                 ("--env A --json echo --json", "--env A --json -- echo --json"), ("-j", "-j"),
-                ("- x", "-- - x")):
+                ("- x", "-- - x"), ("--timeout -1 -0 x", "--timeout=-1 -0 -- x"),
+                ("-kj -2", "-kj-2"), ("--fail-fast -1", "--fail-fast=-1"),
+                ("--fail-fast -0", "--fail-fast=1 -0")):
             self.assertEqual(tc.mark_template(words.split()), marked.split())
 
     def test_options_of_the_users_own(self):
@@ -6904,7 +6906,10 @@ class CommandLineTest(unittest.TestCase):
                      ["keygen", "--revoke", ""], ["client", "--env", ""],
                      ["client", "--raw", "--json"],
                      ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
-                     ["worker", "--label", "\u00e9"], ["worker", "--max-load", "0"],
+                     ["client", "--local", "--need", "gpu"], ["worker", "--label", "a b"],
+                     ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],
+                     ["client", "--fail-fast", "-2"], ["worker", "--label", "\u00e9"],
+                     ["worker", "--max-load", "0"],
                      ["completion", "csh"], ["client", "--fail-fast=0"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
@@ -7487,6 +7492,7 @@ class ProcessesTest(unittest.TestCase):
         run = f"{sys.executable} {SCRIPT} client --local"
         for command, status, text in [
                 (f"echo 'seq 9' | {run} > /dev/full", 3, "cannot write the results"),
+                (f"seq 9 | {run} --dry-run echo > /dev/full", 3, "cannot write to stdout"),
                 (f"echo true | {run} >&-", 3, "stdout is closed"),
                 (f"{run} <&-", 2, "stdin is closed"),
                 (f"mkdir gone; cd gone; rmdir ../gone; echo true | {run}", 2, "with --cwd")]:
@@ -7495,6 +7501,14 @@ class ProcessesTest(unittest.TestCase):
             self.assertEqual(done.returncode, status, (command, done.stderr))
             self.assertRegex(done.stderr, "^testcloud: .*\n$")
             self.assertIn(text, done.stderr)
+
+    def test_a_stderr_that_cannot_be_written(self):
+        """Nobody needs it, but with --raw: there it has outputs of commands."""
+        for more, status in (("-v", 0), ("--raw", 3), ("--json", 0)):
+            run = f"{sys.executable} {SCRIPT} client --local {more} > /dev/null 2> /dev/full"
+            done = subprocess.run(["bash", "-c", f"echo 'echo x >&2' | {run}"], cwd=self.cloud.dir,
+                                  timeout=PATIENCE)
+            self.assertEqual(done.returncode, status, more)
 
     def test_address_in_use(self):
         broker = self.cloud.broker()
@@ -7706,7 +7720,7 @@ class LimitsTest(unittest.TestCase):
         self.assertIn("2 workers, 0 of 5 slots busy, 0 clients", out.decode())
         self.assertEqual(shown.returncode, 0)
         client = self.cloud.client(broker, ["true"], "--need", "tpu", wait=False)
-        self.cloud.wait_for_log(client, "waiting for a worker with --label tpu: none of the 2")
+        self.cloud.wait_for_log(client, "waiting for a worker with --label tpu; there is none among 2")
         shown = self.cloud.start("status", "--connect", broker.clients)
         self.assertIn(b"a worker with --label tpu", shown.communicate(timeout=PATIENCE)[0])
         nobody = self.cloud.start("status", "--connect", "127.0.0.1:9", "--wait", "1")

@@ -1365,9 +1365,8 @@ class Broker(Machine):
             return ""
         if self.has_labels(client.needs, 1):
             return ""
-        labels = " and ".join(f"--label {name}" for name in sorted(client.needs))
         busy = " that takes something new" if self.has_labels(client.needs, 0) else ""
-        return f"a worker with {printable(labels, 300)}{busy}"
+        return f"a worker with {printable(label_words(client.needs), 300)}{busy}"
 
     def has_labels(self, needs: FrozenSet[str], slots: int) -> bool:
         """Whether workers have them, and so many slots."""
@@ -2225,7 +2224,8 @@ class Broker(Machine):
             return "itself: it does not take its results"
         if not self.slots:
             return "a worker"
-        return self.lacks(client) or "a free slot"
+        which = f" with {printable(label_words(client.needs), 300)}" if client.needs else ""
+        return self.lacks(client) or "a free slot" + which
 
     # --- the crew
 
@@ -3010,6 +3010,10 @@ class Worker(Member):
         (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
         (BROKER, "RECALL"): "on_recall", (BROKER, "ERROR"): "on_error",
     }
+
+
+def label_words(names: Iterable[str]) -> str:
+    return " and ".join(f"--label {name}" for name in sorted(names))
 
 
 def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
@@ -4303,8 +4307,9 @@ class Client(Member):
         entry.tries.pop(entry.attempt, None)  # it had ended, but its output is lost
         verdict = entry.faults.count(fault, why, self.times)
         if self.status is not None and entry.kept is None:
-            self.stopped += bool(entry.worker)
-            self.never_ran += not entry.worker
+            may_have_run = bool(entry.worker) or entry.attempt > 1
+            self.stopped += may_have_run
+            self.never_ran += not may_have_run
             self.confirm(entry, "")
             del self.window[entry.id]
         elif verdict or self.status is not None:
@@ -4351,9 +4356,13 @@ class Client(Member):
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
         if self.window and self.lacks:
-            return f"waiting for {self.lacks}: none of the {self.workers} workers is one"
+            return (f"waiting for {self.lacks}; there is none among "
+                    f"{counted(self.workers, 'worker')}")
         if self.window and not self.accepted and not self.fetching:
-            return (f"waiting for a free slot: all {self.slots} are busy, or the broker has just been "
+            which = f"{self.slots}"
+            if self.wishes.needs:
+                which = f"of workers with {printable(label_words(self.wishes.needs), 300)}"
+            return (f"waiting for a free slot: all {which} are busy, or the broker has just been "
                     f"started")
         return ""
 
@@ -6234,7 +6243,7 @@ def table(rows: List[List[str]]) -> List[str]:
 def complain(text: str) -> None:
     """One line to the person at the terminal."""
     if sys.stderr is not None:  # closed: and print() would take stdout
-        with BAR.making_way():
+        with contextlib.suppress(OSError), BAR.making_way():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
@@ -7412,7 +7421,8 @@ milliseconds = checked(float, lambda ms: ms >= 0, "number of milliseconds")
 seconds = checked(time_span, lambda span: 0 < span < math.inf, "number of seconds")
 byte_count = checked(in_bytes, lambda n: n >= 1, "number of bytes")
 weight = checked(int, integer, "weight")  # that fits into READY
-label = checked(str, name, "name")
+label = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
+                "label (of ASCII characters, without spaces)")
 result_hash = checked(str.lower, lambda text: len(text) == 40 and not text.strip("0123456789abcdef"),
                       "result hash")
 
@@ -7574,7 +7584,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
 
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message} (see: testcloud.py --help)")
+        raise UsageError(f"{message} (see: {self.prog} --help)")
 
 
 class RoleParser(Parser):
@@ -7669,8 +7679,15 @@ def incarnation(keys: Optional[Keys] = None) -> str:
 
 def announce(text: str) -> None:
     """A line that scripts wait for. Raises SetupError."""
-    try:
+    with writing_to_stdout():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def writing_to_stdout() -> Iterator[None]:
+    """Raises SetupError, if that fails."""
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -7994,6 +8011,8 @@ def run_client(settings: argparse.Namespace) -> int:
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
             (settings.raw + settings.json + settings.live > 1,
              "--raw, --json and --live are three ways to show outputs: choose one"),
+            (settings.local and settings.need,
+             "--need is for the workers of a broker: with --local this machine runs everything"),
             (share_a_file([settings.joblog, settings.junit, settings.html]),
              "--joblog, --junit and --html need a file each")):
         if wrong:
@@ -8021,7 +8040,7 @@ def share_a_file(paths: Iterable[Optional[str]]) -> bool:
 def show_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
     done = resumed(settings)
-    with open(1, "wb", closefd=False) as out:
+    with writing_to_stdout(), open(1, "wb", closefd=False) as out:
         for seq, line in enumerate(input_lines(settings.null), 1):
             command = fill_template(settings.template, line, seq)
             if not done.has_done(command, done.count(command)):
@@ -8084,8 +8103,10 @@ class Show:
     def __init__(self, settings: argparse.Namespace, tally: Tally,
                  failed: Callable[[OSError], None]) -> None:
         self.out = Writer(1, failed)
-        # with --raw and --json all but the outputs; nobody needs to read that
-        self.err = Writer(2, lambda error: None) if settings.raw or settings.json else None
+        # with --raw and --json all but the outputs; nobody needs to read that, but those of --raw
+        needed = settings.raw and sys.stderr is not None
+        self.err = Writer(2, failed if needed else lambda error: None) if (
+            settings.raw or settings.json) else None
         say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
         self.transcript = Closing(say, colour) if settings.json else Transcript(
             say, colour, settings.slow, settings.verbose)
@@ -8438,6 +8459,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 141
 
 
+NEGATIVE = re.compile("-[1-9.]")  # a number; argparse does not see it, for -0 is an option
+
+
 def mark_template(argv: List[str]) -> List[str]:
     """A client's arguments with -- before the template, for that begins where options end, whatever
     argparse thinks of it; and with a number for --fail-fast."""
@@ -8447,14 +8471,18 @@ def mark_template(argv: List[str]) -> List[str]:
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.popleft()
         if word == "--fail-fast":
-            word += "=" + (rest.popleft() if rest and rest[0].isdigit() else "1")
+            given = rest and (rest[0].isdigit() or NEGATIVE.match(rest[0]))
+            word += "=" + (rest.popleft() if given else "1")
         marked.append(word)
         name = word
         if not word.startswith("--"):  # -kj 4, -j4: the first that has a value ends it
             letters = next((at for at, c in enumerate(word[1:], 1) if valued.get("-" + c)), 0)
             name = "-" + word[letters] if letters == len(word) - 1 else ""
         if valued.get(name) and rest:
-            marked.append(rest.popleft())
+            if NEGATIVE.match(rest[0]):
+                marked[-1] += "=" * word.startswith("--") + rest.popleft()
+            else:
+                marked.append(rest.popleft())
     return [*marked, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
 
