@@ -4637,6 +4637,18 @@ class ClientTest(unittest.TestCase):
         b.hear('LOST {"tasks":[[4,1]],"why":"cancelled"}')
         self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [1])
 
+    def test_fail_fast_when_all_has_run(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(fail_fast=1))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", end=True)
+        b.lines.clear()
+        self.result(1, exitcode=1)
+        self.assertNotIn("CANCEL", [line[1] for line in b.lines])
+        self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [1])
+        self.assertIsNone(self.client.status)
+
     def test_longest_first(self):
         for end, order in ((True, "cdba"), (False, "abcd")):
             self.setUp()

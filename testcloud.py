@@ -4038,7 +4038,8 @@ class Client(Member):
         return self.failed + (self.flaky if self.wishes.fail_on_flaky else 0)
 
     def stop_early(self) -> None:
-        if 0 < self.wishes.fail_fast <= self.bad():
+        more = self.window or self.backlog or not self.input_ended
+        if more and 0 < self.wishes.fail_fast <= self.bad():
             have = "has" if self.bad() == 1 else "have"
             self.effects.append(Notice(
                 f"stopping: {counted(self.bad(), 'command')} {have} failed (--fail-fast)"))
