@@ -5094,6 +5094,16 @@ class ReportingTest(unittest.TestCase):
         self.end(complete=False)  # the fourth never ran
         self.assertEqual(re.findall("OK! c(.)", out.getvalue().decode()), ["1", "2", "3", "5"])
 
+    def test_lines_that_come_do_not_wait_for_the_order_of_results(self):
+        out = self.text("--live", "-k")
+        for seq in (1, 2):
+            self.reports.expect(seq, f"c{seq}")
+        for seq in (2, 1):
+            self.ids = iter([seq])
+            self.report(f"c{seq}", output=b"out\n")
+        self.assertEqual(re.findall("c. *\tout|OK! c.", out.getvalue().decode()),
+                         ["c2\tout", "c1\tout", "OK! c1", "OK! c2"])
+
     def test_tags(self):
         out = self.text("--tag")
         with mock.patch.object(tc, "COPY", 3):

@@ -8120,9 +8120,9 @@ class Show:
             shown.append(Plain(tally, self.out.put, settings.tag))
         if settings.fail_only:
             shown = [Failures(shown)]
-        if settings.live:
-            shown.insert(0, LiveLines(tally, self.out.put))
         self.reporter = InOrder(shown) if settings.keep_order else Group(shown)
+        if settings.live:
+            self.reporter = Group([LiveLines(tally, self.out.put), self.reporter])
 
     def tell(self, line: Iterable[bytes]) -> None:
         """Put a line among the outputs that stderr gets."""
