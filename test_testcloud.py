@@ -670,7 +670,13 @@ class BrokerTest(unittest.TestCase):
         d.wait(tc.OK_DELAY)
         status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
         self.assertEqual(status["clients"][0]["waits_for"], "a free slot")
-        self.assertEqual(status["clients"][0]["queued"], 2 + 9)  # one went ahead to a worker
+        # one of them waits at a worker for a slot
+        self.assertEqual([status["clients"][0][name] for name in ("queued", "running")], [3 + 9, 3])
+        d.worker(b"w", 'READY {"name":"w","slots":0,"beat":5}')  # as at a high load
+        d.client(b"s", "STATUS")
+        d.wait(tc.OK_DELAY)
+        row = tc.decode(d.expect(b"s", "STATUS")[1])[1]["workers"][0]
+        self.assertEqual([row[name] for name in ("slots", "running")], [0, d.broker.workers[b"w"].busy])
 
     def test_the_status_is_not_as_long_as_peers_like(self):
         d = self.desk
@@ -5409,15 +5415,19 @@ class ReportingTest(unittest.TestCase):
             {"name": "w", "host": "h\x1b[2J", "kind": "worker", "below": [], "labels": ["gpu"],
              "slots": 2, "running": 1, "held": 0, "done": 12, "failed": 3, "weight": -1,
              "load": 0.52, "there": True, "silent": 1.4},
+            {"name": "v", "host": "v", "kind": "worker", "below": [], "labels": [],
+             "slots": 0, "running": 2, "held": 0, "done": 0, "failed": 0, "weight": 0,
+             "load": 9.0, "there": True, "silent": 0},
             {"name": "b2", "host": "b2", "kind": "broker", "below": ["b2", "b3"], "labels": [],
              "slots": 8, "running": 8, "held": 0, "done": 1, "failed": 0, "weight": 0, "load": 0,
              "there": False, "silent": 9}]), "tcp://b:1")
         self.assertEqual(tc.spaced(tables), [
-            "tcp://b:1: 2 workers, 1 of 2 slots busy, 1 client", "below b0", "",
+            "tcp://b:1: 2 workers, 3 of 4 slots busy, 1 client", "below b0", "",
             "HOST      SLOTS  RUNNING  DONE  FAILED  WEIGHT  LOAD     SEEN",
-            "b2            8        8     1       0       0   0.0  9 s ago  "
+            "b2            8        8     1       0       0        9 s ago  "
             "connection lost; broker b2 b3",
-            "h\\x1b[2J      2        1    12       3      -1   0.5  1 s ago  label gpu", "",
+            "h\\x1b[2J      2        1    12       3      -1   0.5  1 s ago  label gpu",
+            "v             0        2     0       0       0   9.0  0 s ago  takes nothing new", "",
             "CLIENT  PID  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
             "h        77       1        2     3       1  a worker"])
 

@@ -1063,6 +1063,15 @@ class WorkerLink:
         self.load = 0.0  # of its machine, if we were told
         self.done = self.failed = 0  # as of a ClientLink
 
+    def running(self) -> int:
+        """How many tasks run, as far as we know: one that takes nothing new has handed back others."""
+        return min(self.busy, self.slots or self.busy)
+
+    def stuck(self) -> Iterator[Task]:
+        """Its tasks that wait for a slot there."""
+        busy = (task for task in self.tasks.values() if task.state in (ASSIGNED, RUNNING))
+        return itertools.islice(busy, self.running(), None)
+
     def free(self) -> int:
         """How many slots are free; less than 0 if commands wait there for one."""
         return self.slots - self.busy if self.ready and self.peer is not None else 0
@@ -2189,10 +2198,12 @@ class Broker(Machine):
 
     def status(self) -> Fields:
         """Of clients no commands, and nothing of the runs' names."""
-        plain = [worker for worker in self.workers.values() if worker.plain]
+        workers = [*self.named.values(), *(w for w in self.workers.values() if w.plain)]
+        ahead = Counter(task.client for worker in workers for task in worker.stuck())
         return {"broker": self.name, "above": self.above,
-                "workers": list(map(self.status_of_worker, (*self.named.values(), *plain))),
-                "clients": list(map(self.status_of_client, self.clients.values()))}
+                "workers": [*map(self.status_of_worker, workers)],
+                "clients": [self.status_of_client(client, ahead[client])
+                            for client in self.clients.values()]}
 
     def status_of_worker(self, worker: WorkerLink) -> Fields:
         states = Counter(task.state for task in worker.tasks.values())
@@ -2201,18 +2212,19 @@ class Broker(Machine):
                 "below": worker.below, "slots": worker.slots,
                 "labels": sorted({name[:SHOWN] for _, labels in worker.crew
                                   for name in labels})[:SHOWN],
-                "running": min(worker.busy, worker.slots), "held": states[DELIVERED],
+                "running": worker.running(), "held": states[DELIVERED],
                 "done": worker.done, "failed": worker.failed, "weight": worker.weight,
                 "load": worker.load, "there": worker.peer is not None,
                 "silent": round(self.now - self.workers_seen.get(worker, self.now), 1)}
 
-    def status_of_client(self, client: ClientLink) -> Fields:
+    def status_of_client(self, client: ClientLink, ahead: int) -> Fields:
+        """So many of its tasks wait at workers for a slot."""
         states = Counter(task.state for task in client.tasks.values())
         kind = "above" if client.link == BROKER else "plain" if client.plain else "client"
         return {"host": client.host[:SHOWN] or "?", "pid": client.pid, "kind": kind,
                 "there": client.peer is not None,
-                "queued": states[WAITING] + states[LIMBO] + client.backlog,
-                "running": states[ASSIGNED] + states[RUNNING],
+                "queued": states[WAITING] + states[LIMBO] + client.backlog + ahead,
+                "running": states[ASSIGNED] + states[RUNNING] - ahead,
                 "held": states[DELIVERED], "done": client.done, "failed": client.failed,
                 "waits_for": self.waited_for(client) if states[WAITING] else
                 "workers that may have them since before the broker's start" if states[LIMBO]
@@ -6180,8 +6192,9 @@ def status_tables(fields: Fields, broker: str) -> List[List[str]]:
     workers = sorted(fields["workers"], key=lambda row: (row["host"], row["name"]))
     clients = fields["clients"]
     there = [row for row in workers if row["there"]]
-    slots, running = (sum(row[name] for row in there) for name in ("slots", "running"))
-    whole = [f"{broker}: {counted(len(workers), 'worker')}, {running} of {counted(slots, 'slot')} "
+    running = sum(row["running"] for row in there)
+    slots = sum(max(row["slots"], row["running"]) for row in there)
+    whole = [f"{broker}: {counted(len(there), 'worker')}, {running} of {counted(slots, 'slot')} "
              f"busy, {counted(len(clients), 'client')}"]
     if fields.get("above"):
         whole.append(f"below {', '.join(fields['above'])}")
@@ -6220,9 +6233,12 @@ def worker_row(row: Fields) -> List[str]:
     notes = [] if row["there"] else ["connection lost"]
     if row["kind"] != WORKER_ROLE:
         notes.append(" ".join([row["kind"], *row["below"]]))
+    elif not row["slots"]:
+        notes.append("takes nothing new")
     notes += [f"label {name}" for name in row["labels"]]
     cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
-    return [*cells, f"{row['load']:.1f}", f"{row['silent']:.0f} s ago", "; ".join(notes)]
+    load = f"{row['load']:.1f}" if row["kind"] == WORKER_ROLE else ""  # others do not tell it
+    return [*cells, load, f"{row['silent']:.0f} s ago", "; ".join(notes)]
 
 
 def client_row(row: Fields) -> List[str]:
@@ -8385,6 +8401,7 @@ def whole_screen(loop: Loop, page: Page) -> Iterator[None]:
         take()
         signal.signal(signal.SIGQUIT, lambda number, _: loop.post(
             lambda now: loop.exit(Exit(128 + number))))
+        signal.signal(signal.SIGWINCH, lambda *_: loop.post(lambda now: page.draw()))
         if saved:
             loop.watch(0, key_pressed)
             signal.signal(signal.SIGTSTP, stop_asked)
