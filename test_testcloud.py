@@ -6912,6 +6912,11 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(bash("testcloud.py client --res"), ["--resume", "--resume-failed"])
         self.assertEqual(bash("testcloud.py worker --res"), [])
         self.assertEqual(bash("testcloud.py client --junit ''"), [])  # then files are offered
+        self.assertEqual(bash("testcloud.py client --color a"), ["auto", "always"])
+        self.assertEqual(bash("testcloud.py keygen --role ''"), ["client", "worker"])
+        self.assertEqual(bash("testcloud.py completion ''"), list(tc.SHELLS))
+        self.assertEqual(bash("testcloud.py status --h"), ["--help"])
+        self.assertEqual(bash("testcloud.py client -- --ju"), [])
         for shell in tc.SHELLS:
             status, text, _ = self.main("completion", shell)
             self.assertEqual(status, 0)

@@ -7649,23 +7649,17 @@ RUN_NAMES = "testcloud testcloud.py"  # commands that completion is for
 
 
 def completion(shell: str) -> str:
-    """What a shell evaluates, to complete our options."""
-    words = {role: sorted(name for row in options_of(role) for name in row.names if name[0] == "-")
-             for role in OPTIONS}
+    """What a shell evaluates, to complete our options and those of their values that are few."""
     if shell == "fish":
-        lines = []
-        for command in RUN_NAMES.split():
-            for role, (purpose, _) in OPTIONS.items():
-                lines.append(f"complete -c {command} -n __fish_use_subcommand -a {role} -d "
-                             f"{shlex.quote(purpose)}")
-                for row in options_of(role):
-                    names = " ".join(f"-l {name[2:]}" if name[:2] == "--" else f"-s {name[1:]}"
-                                     for name in row.names if name[0] == "-")
-                    if names:
-                        lines.append(f"complete -c {command} -n '__fish_seen_subcommand_from {role}' "
-                                     f"{names} -d {shlex.quote(row.settings['help'])}")
-        return "\n".join(lines) + "\n"
-    cases = "\n".join(f"    {role}) words='{' '.join(found)}';;" for role, found in words.items())
+        return "\n".join(fish_lines()) + "\n"
+    rows = [(role, row) for role in OPTIONS for row in options_of(role)]
+    values = [(name if name[0] == "-" else role, row.settings["choices"])
+              for role, row in rows if "choices" in row.settings for name in row.names]
+    options = {role: ["-h", "--help", *(name for of, row in rows for name in row.names
+                                        if of == role and name[0] == "-")] for role in OPTIONS}
+    cases = "\n".join(f"    {role}) words='{' '.join(sorted(found))}';;"
+                      for role, found in options.items())
+    previous = "\n".join(f"    {word}) words='{' '.join(found)}';;" for word, found in values)
     bash = f"""\
 _testcloud() {{
   local words='{' '.join(OPTIONS)}' current="${{COMP_WORDS[COMP_CWORD]}}"
@@ -7673,12 +7667,36 @@ _testcloud() {{
 {cases}
   esac
   [ "$COMP_CWORD" -gt 1 ] && [ "${{current#-}}" = "$current" ] && words=
+  case "${{COMP_WORDS[COMP_CWORD-1]}}" in
+{previous}
+    --) words=;;
+  esac
   COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
 complete -o default -F _testcloud {RUN_NAMES}
 """
     return ("autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n" if shell == "zsh"
             else "") + bash
+
+
+def fish_lines() -> Iterator[str]:
+    for command in RUN_NAMES.split():
+        for role, (purpose, _) in OPTIONS.items():
+            yield (f"complete -c {command} -n __fish_use_subcommand -f -a {role} -d "
+                   f"{shlex.quote(purpose)}")
+            of_role = f"complete -c {command} -n '__fish_seen_subcommand_from {role}'"
+            yield f"{of_role} -s h -l help -d 'show this'"
+            for row in options_of(role):
+                names = " ".join(f"-l {name[2:]}" if name[:2] == "--" else f"-s {name[1:]}"
+                                 for name in row.names if name[0] == "-")
+                if "choices" in row.settings:
+                    names += f" -x -a '{' '.join(row.settings['choices'])}'"
+                elif row.settings.get("metavar") == "DIR":
+                    names += " -x -a '(__fish_complete_directories)'"
+                elif names and row.settings.get("action") in (None, "append"):
+                    names += " -r"
+                if names:
+                    yield f"{of_role} {names} -d {shlex.quote(row.settings['help'])}"
 
 
 def run_completion(settings: argparse.Namespace) -> int:
