@@ -666,6 +666,7 @@ class BrokerTest(unittest.TestCase):
             "held": 1, "done": 1, "failed": 1, "waits_for": ""}])
         d.submit(b"c", 5, 6, 7)
         d.client(b"c", 'HELLO {"run":"r1","beat":2,"backlog":9}')
+        d.submit(b"c", 5, again=True)  # it is none of the backlog
         d.client(b"s", "STATUS")
         d.wait(tc.OK_DELAY)
         status = tc.decode(d.expect(b"s", "STATUS")[1])[1]
@@ -5302,6 +5303,11 @@ class ReportingTest(unittest.TestCase):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 self.assertEqual(tc.read_joblog(path), rows)
             self.assertIn("log: passing over 1 damaged line\n", err.getvalue())
+            of_others = tc.JOBLOG_HEAD + "1\th\t5.250\t0.008\t12345\t2\t0\t0\tof GNU parallel\n"
+            with open(path, "w") as file:
+                row = outcome(record=tc.Record(b"", 0, 0, 0, 3), before=2)
+                file.write(of_others + tc.joblog_line(row))
+            self.assertEqual([row.before for row in tc.read_joblog(path)], [0, 2])
             text = self.log(path, [rows[1].line], ("c", 0, {}))
             self.assertEqual([line.split("\t")[-1] for line in text.splitlines()],
                              ["Command", "b", "c"])
@@ -5389,14 +5395,14 @@ class ReportingTest(unittest.TestCase):
             self.assertLessEqual(tc.makespan(times, slots), max(times) + sum(times) / slots)
 
     def test_advice_is_only_given_if_slots_were_what_the_run_waited_for(self):
-        summary = tc.Summary(True, 6, 0, 0, False, {}, 0, 0, 3.0, "a" * 40)
-        for change, expected, times, slots, said in (
-                ({}, "", [500.0] * 6, 1, ["longest"]), ({}, "", [500.0] * 6, 0, []),
-                ({}, "", [500.0] * 6, 2, []), ({"spent": 1.6}, "", [500.0] * 6, 2, []),
-                ({"complete": False}, "", [500.0] * 6, 1, []), ({}, "", [3000.0], 1, []),
-                ({}, "", [90.0] * 30, 1, []), ({}, "a" * 40, [], 1, []),
-                ({}, "b" * 40, [500.0] * 6, 1, ["the res", "longest"])):
-            lines = tc.afterthoughts(summary._replace(**change), expected, times, slots)
+        summary = tc.Summary(True, 6, 0, 0, False, {}, 0, 0, 3.0, "a" * 40, "")
+        for change, times, slots, said in (
+                ({}, [500.0] * 6, 1, ["longest"]), ({}, [500.0] * 6, 0, []),
+                ({}, [500.0] * 6, 2, []), ({"spent": 1.6}, [500.0] * 6, 2, []),
+                ({"complete": False}, [500.0] * 6, 1, []), ({}, [3000.0], 1, []),
+                ({}, [90.0] * 30, 1, []),
+                ({"unexpected": "the result"}, [500.0] * 6, 1, ["the res", "longest"])):
+            lines = tc.afterthoughts(summary._replace(**change), times, slots)
             self.assertEqual([line[:7] for line in lines], said)
 
     def test_progress(self):
@@ -5434,15 +5440,16 @@ class ReportingTest(unittest.TestCase):
     def test_tables_share_a_screen(self):
         tables = [["the whole"], [f"worker {n}" for n in range(20)], ["CLIENTS", "one of them"]]
         self.assertEqual(tc.fitted(tables, 80, 40), tc.spaced(tables))
-        self.assertEqual(tc.fitted(tables, 80, 10), [
-            "the whole", "", "worker 0", "worker 1", "worker 2", "(17 more lines)", "",
+        self.assertEqual(tc.fitted(tables, 80, 8), [
+            "the whole", "worker 0", "worker 1", "worker 2", "(17 more lines)",
             "CLIENTS", "one of them"])
+        self.assertEqual(tc.fitted(tables, 8, 5), ["the who", "worker ", "(19 mor", "CLIENTS"])
         self.assertEqual(tc.fitted([["a " * 10], ["x" * 9]], 12, 24),
                          ["a a a a a a", "    a a a a", "", "x" * 9])
         for rows in range(2, 30):
             shown = tc.fitted(tables, 80, rows)
             self.assertLess(len(shown), rows)
-            self.assertEqual(shown[0], "the whole")
+            self.assertEqual(shown[0], "the whole" if rows > 3 else shown[0])
 
     def test_bytes_are_passed_on_as_they_are(self):
         out = self.text()
@@ -5475,10 +5482,10 @@ def never(seq, reason="no worker has gpu"):
     return outcome(seq, "gpu", 126, host="", worker="", slot=0, started=0.0, spent=0.0, reason=reason)
 
 
-def document(*outcomes, output=b"", complete=True, name="nightly", flaky_counts=False):
+def document(*outcomes, output=b"", trouble="", name="nightly", flaky_counts=False):
     """A JUnit report of these."""
     pieces = [output] if isinstance(output, bytes) else output
-    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), complete, 2500.0, flaky_counts))
+    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), trouble, 2500.0, flaky_counts))
 
 
 def cases(*outcomes, **more):
@@ -5503,8 +5510,8 @@ def documents():
     """JUnit reports of every kind, each with its name."""
     yield "every verdict", document(*EVERY_VERDICT, output=b"some\noutput\n")
     yield "flaky ones count", document(*EVERY_VERDICT, flaky_counts=True)
-    yield "not complete", document(*EVERY_VERDICT, complete=False)
-    yield "nothing was run", document(complete=False)
+    yield "not complete", document(*EVERY_VERDICT, trouble=ODD)
+    yield "nothing was run", document(trouble="not all")
     yield "empty", document()
     yield "odd", document(*(row._replace(cmd=ODD, host=ODD, worker=ODD, reason=row.reason and ODD)
                             for row in EVERY_VERDICT), output=bytes(range(256)), name=ODD)
@@ -5536,6 +5543,15 @@ class JUnitTest(unittest.TestCase):
         self.assertEqual([case.find("failure").attrib for case in found], [
             {"type": "Flaky", "message": "tried 3 times; other exit codes: 3 on h1, 0 on h1"},
             {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1, 3 on h1"}])
+        row = outcome(verdict="FLAKY", tries=(tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
+        case, = cases(row, flaky_counts=True, output=b"passed")
+        self.assertTrue(case.findtext("failure").endswith("\n\non h1:\nwhy"))
+
+    def test_outputs_of_tries_are_bounded_too(self):
+        one = tc.Try(1, "h1", size=4096, output=b"\0" * 4096)
+        rows = [outcome(seq, str(seq), verdict="FLAKY", tries=(one,)) for seq in range(2000)]
+        with mock.patch.object(tc, "JUNIT_SIZE", 10**6):
+            self.assertLess(len(document(*rows)), 2 * 10**6)
 
     def test_how_it_ended(self):
         for row, kind, message in (
@@ -5551,8 +5567,8 @@ class JUnitTest(unittest.TestCase):
             self.assertEqual(end.text, f"{message}\n\nthe output\n")
 
     def test_totals_count_what_is_there(self):
-        for complete, flaky_counts in itertools.product((True, False), repeat=2):
-            root = ET.fromstring(document(*EVERY_VERDICT, complete=complete,
+        for trouble, flaky_counts in itertools.product(("", "x"), (True, False)):
+            root = ET.fromstring(document(*EVERY_VERDICT, trouble=trouble,
                                           flaky_counts=flaky_counts).encode())
             for node in (root, root.find("testsuite")):
                 for what, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error")):
@@ -5560,11 +5576,11 @@ class JUnitTest(unittest.TestCase):
                 self.assertEqual((node.get("name"), node.get("time")), ("nightly", "2.500"))
             self.assertEqual(root.find("testsuite").get("timestamp"), "2023-11-14T22:13:20+00:00")
 
-    def test_a_run_that_is_not_complete_is_no_success(self):
-        *_, last = cases(outcome(), complete=False)
+    def test_a_run_with_a_trouble_of_its_own_is_no_success(self):
+        *_, last = cases(outcome(), trouble="not all were run")
         self.assertEqual(last.get("name"), tc.WHOLE_RUN)
-        self.assertIn("others than these 1 are", last.find("error").text)
-        self.assertEqual(cases(outcome(), outcome(2, tc.WHOLE_RUN), complete=False)[2].get("name"),
+        self.assertEqual(last.find("error").text, "not all were run")
+        self.assertEqual(cases(outcome(), outcome(2, tc.WHOLE_RUN), trouble="x")[2].get("name"),
                          tc.WHOLE_RUN + " [2]")
 
     def test_where_and_when_it_ran_and_what_the_tries_tell(self):
@@ -5987,10 +6003,10 @@ class PageTest(unittest.TestCase):
                 (MIXED_RUN[:40], "40 commands, all passed", "OK"),
                 (MIXED_RUN, "7 of 49 commands failed", "FAIL"),
                 (flaky, "3 commands, all passed", "OK"),
-                (flaky, "2 of 3 commands failed", "FAIL", True, True),
-                (flaky, "3 commands; others were not executed", "FAIL", False),
-                (MIXED_RUN, "7 of 49 commands failed; others were not executed", "FAIL", False),
-                ([], "No commands; others were not executed", "FAIL", False)]:
+                (flaky, "2 of 3 commands failed", "FAIL", "", True),
+                (flaky, "3 commands; not <all>", "FAIL", "not <all>"),
+                (MIXED_RUN, "7 of 49 commands failed; not all", "FAIL", "not all"),
+                ([], "No commands; not all", "FAIL", "not all")]:
             page = Parsed("".join(tc.html_page("a run", outcomes, lambda outcome: iter([]), (), *more)))
             self.assertEqual((page.one("h1").text, page.one("header").attributes["class"]),
                              (words, state))
@@ -6150,6 +6166,23 @@ class BrowserTest(unittest.TestCase):
             self.assertIn(words, once.one(id="tip").text)
         twice = self.visit(MIXED_RUN, extra=self.click("touch", 41) * 2)
         self.assertEqual(twice.one(role="option", aria_selected="true").attributes["id"], "l41")
+
+    def test_other_tries_are_behind_what_is_reported(self):
+        middle = """const c = bySeq.get(1), dots = devicePixelRatio, y = tops[c.row] + height / 2;
+            document.title = pen.getImageData((left(c) + 1) * dots, y * dots, 1, 1).data"""
+        one, long = paged(1, "FAIL", spent=2.0, slot=1), paged(2, spent=60_000.0, slot=2, host="host1")
+        tries = tuple(tc.Try(1, one.host, one.worker, 1, one.started + more, 2.0)
+                      for more in (-0.003, 0.003, 0.006))
+        seen = {self.visit([row, long], extra=middle).one("title").text
+                for row in (one, one._replace(tries=tries))}
+        self.assertEqual(len(seen), 1)
+
+    def test_outputs_of_tries_stand_beside_the_list_with_what_they_are(self):
+        row = paged(1, "FLAKY", tries=(tc.Try(3, "h8", size=4, output=b"why8"),
+                                       tc.Try(4, "h9", size=4, output=b"why9")))
+        pick = self.visit([row], "#seq=1").one(id="pick").text
+        self.assertRegex(pick, r"(?s)Exit code 3 on h8, after this output:\s*why8\s*"
+                               r"Exit code 4 on h9, after this output:\s*why9")
 
     def test_zoom(self):
         parsed = self.visit(MIXED_RUN, extra="""const before = lanes.scrollWidth;
@@ -6892,9 +6925,13 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(tc.with_defaults(["worker", "-v"]), ["worker", "-v"])
         with mock.patch.dict(os.environ, TESTCLOUD="-k --live"):  # what is given beats it
             for given, whole in (("--json", "-k --json"), ("-b", "-k --live -b"),
+                                 ("--connect=h", "-k --live --connect=h"),
                                  ("ls --raw", "-k --live -- ls --raw")):
                 self.assertEqual(tc.with_defaults(["client", *given.split()]),
                                  ["client", *whole.split()])
+        with mock.patch.dict(os.environ, TESTCLOUD="--local -k"):
+            self.assertEqual(tc.with_defaults(["client", "--connect", "h", "ls"]),
+                             ["client", "-k", "--connect", "h", "--", "ls"])
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")
@@ -6943,7 +6980,7 @@ class CommandLineTest(unittest.TestCase):
                      ["keygen", "--revoke", ""], ["client", "--env", ""],
                      ["client", "--raw", "--json"],
                      ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
-                     ["client", "--local", "--need", "gpu"], ["worker", "--label", "a b"],
+                     ["worker", "--label", "a b"],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],
                      ["client", "--fail-fast", "-2"], ["worker", "--label", "\u00e9"],
                      ["worker", "--max-load", "0"],
@@ -7815,9 +7852,13 @@ class LimitsTest(unittest.TestCase):
         self.cloud.worker(broker, "-j", "1")
         right = naive_hash([(b"true", 0, b"")])
         self.assertEqual(self.cloud.client(broker, ["true"], "--expect", right.upper())[0], 0)
-        client = self.cloud.client(broker, ["true"], "--expect", "0" * 40, wait=False)
+        client = self.cloud.client(broker, ["true"], "--expect", "0" * 40, "--junit", "x.xml",
+                                   "--html", "x.html", wait=False)
         self.assertEqual(self.cloud.finish(client)[0], 1)
-        self.assertIn(f"is {right}, and not 000", self.cloud.err(client))
+        said = f"the result hash is {right}, and not {'0' * 40} as expected"
+        self.assertEqual(self.cloud.err(client), f"testcloud: {said}\n")
+        self.assertIn(f'message="{said}"', tc.read_text(os.path.join(self.cloud.dir, "x.xml")))
+        self.assertIn(f"1 command; {said}", tc.read_text(os.path.join(self.cloud.dir, "x.html")))
 
     def limited_broker(self, soft, hard):
         return self.cloud.broker(

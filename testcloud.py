@@ -1671,7 +1671,7 @@ class Broker(Machine):
             client.lost.pop(id, None)
         if known is not None:  # its owner has given up the older attempt
             self.drop([known])
-        if client.backlog:
+        if client.backlog and attempt == 1 and not message.fields.get("again"):
             client.backlog -= 1
         task = Task(client, id, attempt, message.line)
         self.note_wishes(task, message.fields)
@@ -2234,7 +2234,7 @@ class Broker(Machine):
         """What keeps the waiting tasks of a client from being run."""
         if client.owed >= CREDIT:
             return "itself: it does not take its results"
-        if not self.slots:
+        if not self.slots and not client.needs:
             return "a worker"
         which = f" with {printable(label_words(client.needs), 300)}" if client.needs else ""
         return self.lacks(client) or "a free slot" + which
@@ -3962,6 +3962,7 @@ class Client(Member):
         self.timings: Dict[str, float] = {}  # of earlier runs, to begin with the longest
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
+        self.cut_short = False  # there was more input than we have taken
         self.released = False  # the commands have been announced
         self.release_at: Seconds = math.inf  # when to do so at the latest
         self.status: Optional[int] = None  # the exit status, once the end is decided
@@ -4363,8 +4364,8 @@ class Client(Member):
         if self.window and not self.slots and self.workers:
             some = "its one worker" if self.workers == 1 else f"none of its {self.workers} workers"
             return (f"waiting: the broker at {self.address} is there, but {some} takes "
-                    f"{'nothing' if self.workers == 1 else 'anything'} new (busy: --max-load; or it is "
-                    f"being stopped)")
+                    f"{'nothing' if self.workers == 1 else 'anything'} new (busy: --max-load; being "
+                    f"stopped; or a broker that has no worker)")
         if self.window and not self.slots:
             return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
                     f"testcloud.py worker")
@@ -4392,6 +4393,7 @@ class Client(Member):
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
         this status. A second time: leave at once."""
         self.now = now
+        self.cut_short |= not self.input_ended
         self.input_ended = True
         self.never_ran += len(self.backlog)
         self.backlog.clear()
@@ -4534,6 +4536,11 @@ class Summary(NamedTuple):
     skipped_failed: int
     spent: Seconds
     hash: str
+    unexpected: str  # what to say if that is another one than expected
+
+    def trouble(self) -> str:
+        """What is wrong with the run as a whole."""
+        return "not all commands were executed" if not self.complete else self.unexpected
 
 
 class Tally:
@@ -4876,10 +4883,14 @@ class Reports:
                 self.troubled = True
                 complain(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
-    def end(self, client: Client, complete: bool, skipped: int, skipped_failed: int) -> Summary:
+    def end(self, client: Client, complete: bool, skipped: int = 0, skipped_failed: int = 0,
+            expected: Optional[str] = None) -> Summary:
+        found = self.tally.hash()
+        wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(complete, len(self.tally.records), self.failed, client.flaky,
                           client.wishes.fail_on_flaky, dict(client.only_on), skipped, skipped_failed,
-                          time.monotonic() - self.began, self.tally.hash())
+                          time.monotonic() - self.began, found,
+                          wrong if expected and expected != found else "")
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
@@ -5196,11 +5207,12 @@ def open_alone(path: str) -> IO[bytes]:
 def joblog_line(outcome: Outcome) -> str:
     """As GNU parallel has it: seconds, and newlines of the command as NUL. The verdict of one that
     passed after it failed is added to the host. Send, the bytes that were sent to the host, would
-    always be 0: it tells equal commands apart, for Seq is another one when the input has changed."""
+    always be 0: minus how many equal commands were before it tells these apart, also when the input
+    has changed, and Seq with it."""
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
     return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
-            f"{outcome.before}\t{outcome.record.size}\t{outcome.exitcode}\t{outcome.signal}\t"
+            f"{-outcome.before}\t{outcome.record.size}\t{outcome.exitcode}\t{outcome.signal}\t"
             + outcome.cmd.replace("\n", "\0") + "\n")
 
 
@@ -5236,7 +5248,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
                 flaky = re.search(r" \((flaky|only on .*)\)$", columns[1]) is not None
                 failed = int(columns[6]) != 0 or int(columns[7]) != 0 or flaky and flaky_fails
                 found.append(Logged(int(columns[0]), columns[8].replace("\0", "\n"),
-                                    int(columns[4]), failed, float(columns[3]), line))
+                                    max(0, -int(columns[4])), failed, float(columns[3]), line))
             except (ValueError, IndexError):
                 damaged += 1
     if damaged:
@@ -5249,16 +5261,22 @@ class Resumed:
     in the input it is, never by its place."""
 
     def __init__(self, logged: Sequence[Logged], failures_too: bool) -> None:
-        found: Dict[Tuple[str, int], Logged] = {}
-        places: Dict[Tuple[int, str, int], int] = {}
+        self.done: Dict[Tuple[str, int], Logged] = {}
+        moved: Dict[Tuple[int, str, int], int] = {}  # GNU parallel's rows: all have 0 before them
         free: Counter[str] = Counter()
         for row in logged:
-            known, before = (row.seq, row.command, row.before), row.before
-            while known not in places and (row.command, before) in found:  # GNU parallel's are all 0
-                before = free[row.command]
-                free[row.command] += 1
-            found[row.command, places.setdefault(known, before)] = row
-        self.done = {key: row for key, row in found.items() if not (failures_too and row.failed)}
+            before, this = row.before, (row.seq, row.command, row.before)
+            other = self.done.get((row.command, before))
+            if this in moved:
+                before = moved[this]
+            elif other is not None and other.seq != row.seq:
+                while (row.command, before) in self.done:
+                    before = free[row.command]
+                    free[row.command] += 1
+                moved[this] = before
+            self.done[row.command, before] = row
+        for key in [key for key, row in self.done.items() if failures_too and row.failed]:
+            del self.done[key]
         self.seen: Counter[str] = Counter()  # commands of the input
         self.skipped = self.skipped_failed = 0
 
@@ -5367,7 +5385,7 @@ class JUnit(WholeFile):
     """What Jenkins, GitLab and GitHub read."""
 
     def pieces(self, summary: Summary) -> Iterator[str]:
-        return junit_xml("testcloud", self.outcomes, self.output_of, summary.complete,
+        return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
                          summary.spent * 1000, summary.flaky_counts)
 
 
@@ -5376,7 +5394,7 @@ def has_failed(row: Outcome, flaky_counts: bool) -> bool:
 
 
 def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              complete: bool, spent: float, flaky_counts: bool = False) -> Iterator[str]:
+              trouble: str, spent: float, flaky_counts: bool = False) -> Iterator[str]:
     """The report of a run of `spent` ms, piece by piece, the commands in order of input. An output
     is only read, while its piece is made, if its command failed.
 
@@ -5389,18 +5407,18 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
         error          it could not be run: that says nothing about the command
         rerunFailure   another failed try, of one that failed; of one that passed: flakyFailure
 
-    The output is in the text of the failure, which all readers show. A run that is not complete has
-    a case more, an error, lest a report without the missing commands is taken for success."""
-    rows, missing = sorted(outcomes), not complete
+    The output is in the text of the failure, which all readers show. A run with a trouble of its own
+    has a case more, an error: without the commands that are missing it looks like success."""
+    rows, more = sorted(outcomes), bool(trouble)
     errors = sum(map(could_not_run, rows))
     failures = sum(has_failed(row, flaky_counts) for row in rows) - errors
-    totals = {"name": name, "tests": str(len(rows) + missing), "failures": str(failures),
-              "errors": str(errors + missing), "time": in_seconds(spent)}
+    totals = {"name": name, "tests": str(len(rows) + more), "failures": str(failures),
+              "errors": str(errors + more), "time": in_seconds(spent)}
     times = list(filter(None, (iso_time(row.started) for row in rows)))
     began = {"timestamp": min(times)} if times else {}
     yield f'<?xml version="1.0" encoding="UTF-8"?>\n{xml_tag("testsuites", totals)}\n'
     yield xml_tag("testsuite", {**totals, "skipped": "0", **began}) + "\n"
-    names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * missing)
+    names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * more)
     room = JUNIT_SIZE
     for row, shown in zip(rows, names):
         failure = ""
@@ -5409,20 +5427,20 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
             kind, message = how_failed(row)
             whole = f"command: {clipped(row.cmd, EXCERPT_HEAD)}\n"
             command = "" if xml_legal(row.cmd) == shown else whole
-            output = excerpt(output_of(row)) if room > 0 else "[output left out: the report is long]"
+            output = "[output left out: the report is long]" if room <= 0 else excerpt(
+                output_of(row)) if row.exitcode else outputs_of_tries(row)
             failure = xml_element("error" if could_not_run(row) else "failure",
                               xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
-            room -= len(failure)
         tag = "rerunFailure" if failed else "flakyFailure"
-        others = "".join(other_failure(tag, one) for one in row.tries if one.exitcode)
+        others = "".join(other_failure(tag, one, room > 0) for one in row.tries if one.exitcode)
+        room -= len(failure) + len(others)
         told = story_of(row)
         yield xml_element(
             "testcase", *([others, failure] if could_not_run(row) else [failure, others]),
             xml_element("system-out", xml_text(told)) if told else "", name=shown, classname=name,
             time=in_seconds(row.spent)) + "\n"
-    if missing:
-        message = f"not all commands were executed: others than these {len(rows)} are missing"
-        error = xml_element("error", message, type="Incomplete", message=message)
+    if trouble:
+        error = xml_element("error", xml_text(trouble), type="WholeRun", message=trouble)
         yield xml_element("testcase", error, name=next(names), classname=name,
                           time=in_seconds(0)) + "\n"
     yield "</testsuite>\n</testsuites>\n"
@@ -5459,11 +5477,18 @@ def story_of(row: Outcome) -> str:
     return "\n".join(lines)
 
 
-def other_failure(tag: str, one: Try) -> str:
+def other_failure(tag: str, one: Try, with_output: bool) -> str:
     """A try that failed, and is not the reported one."""
     how = f"exit code {one.exitcode} on {clipped(one.host)}"
-    text = xml_text("\n\n".join(filter(None, (how, one.last_words()))))
+    output = one.last_words() if with_output else ""
+    text = xml_text("\n\n".join(filter(None, (how, output))))
     return xml_element(tag, xml_element("stackTrace", text), type="ExitCode", message=how)
+
+
+def outputs_of_tries(row: Outcome) -> str:
+    """What those printed that failed."""
+    return "\n\n".join(f"on {clipped(one.host)}:\n{one.last_words()}"
+                       for one in row.tries if one.exitcode and one.size)
 
 
 def distinct_names(commands: Iterable[str]) -> Iterator[str]:
@@ -5550,7 +5575,7 @@ class HtmlPage(WholeFile):
         facts = [("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
         facts += [(f"failed on {host} only", str(n)) for host, n in summary.only_on.items()]
-        return html_page(title, self.outcomes, self.output_of, facts, summary.complete,
+        return html_page(title, self.outcomes, self.output_of, facts, summary.trouble(),
                          summary.flaky_counts)
 
 
@@ -5685,17 +5710,17 @@ def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield f'],\n"tries":{script_json(tries)}}}'
 
 
-def page_headline(total: int, failed: int, complete: bool) -> str:
-    words = counted(total, "command")
+def page_headline(total: int, failed: int, trouble: str) -> str:
+    words = f"{total:,} command{'' if total == 1 else 's'}" if total else "No commands"
     if failed:
         words = f"{failed:,} of {words} failed"
-    elif total and complete:
+    elif total and not trouble:
         words += ", all passed"
-    return (words if total else "No commands") + ("" if complete else "; others were not executed")
+    return words + (trouble and f"; {trouble}")
 
 
 def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              facts: Sequence[Tuple[str, str]], complete: bool = True,
+              facts: Sequence[Tuple[str, str]], trouble: str = "",
               flaky_counts: bool = False) -> Iterator[str]:
     """The page, in pieces that are UTF-8 without exception."""
     import base64
@@ -5709,12 +5734,13 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
     pieces: Dict[str, Iterable[str]] = {
         "title": [html_line(title)],
         "hash": [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()],
-        "state": [FAIL if failures or not complete else OK],
-        "headline": [page_headline(len(outcomes), failures, complete)],
+        "state": [FAIL if failures or trouble else OK],
+        "headline": [html_line(page_headline(len(outcomes), failures, trouble))],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
                    for verdict in MARK_OF if counts[verdict]),
         "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
-        "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)),
+        "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)
+                                 + failed_tries_html(outcome)),
         "flaky": html_entries(flaky, failed_tries_html),
         "slowest": slowest_rows(outcomes),
         "options": (f'<option value="{verdict}">{MARK_OF[verdict]} {verdict}' for verdict in MARK_OF),
@@ -6016,7 +6042,7 @@ function paint() {
     fill(colours.rule, gutter + at * scale - before, 0, 1, H);
   }
   const inSight = [...rows.keys()].filter(row => tops[row] + height > up && tops[row] < up + H + 20);
-  for (const turn of [0, 1, 2]) {  // OK, then what passed in the end, and failures on top
+  for (const turn of [-1, 0, 1, 2]) {  // other tries, OK, what passed in the end, and failures on top
     for (const row of inSight) {
       const y = tops[row] - up, zero = gutter - from(row) * scale - before;
       const thin = height > 8 ? 3 : height > 4 ? 1 : 0;
@@ -6024,7 +6050,7 @@ function paint() {
       for (const c of lists[row]) {
         const x = zero + c.at * scale, w = Math.max(c.spent * scale, turn ? 2 : 1);
         if (x > W) break;
-        if (turn !== TURNS[VERDICTS[c.verdict]] || x + c.spent * scale < end) continue;
+        if (turn !== (c.faint ? -1 : TURNS[VERDICTS[c.verdict]]) || x + c.spent * scale < end) continue;
         const style = w > 5 && height > 7 ? patterns[c.verdict] : colours[VERDICTS[c.verdict]];
         pen.globalAlpha = c.shown ? c.faint ?? 1 : .15;
         if (!turn) fill(colours.OK, x, y + thin, w - (w > 3), height - 2 * thin);
@@ -6148,8 +6174,7 @@ function choose(c) {  // all about it beside the list, and its bar in sight
   badge(how, c); how.append(" " + c.note);
   element(pick, "p", where(c));
   if (c.row >= 0) element(pick, "p", `${duration(c.spent)}, from ${time(c.at)}`, "n");
-  const output = document.querySelector(`#c${c.seq} pre`);
-  if (output) pick.append(output.cloneNode(true));
+  for (const part of document.querySelectorAll(`#c${c.seq} > p ~ *`)) pick.append(part.cloneNode(true));
 }
 function remember() {  // in the address, to be passed on
   const words = Object.entries({q: $("q").value, verdict: $("verdict").value, seq: chosen?.seq});
@@ -6209,18 +6234,25 @@ def status_tables(fields: Fields, broker: str) -> List[List[str]]:
 
 
 def fitted(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
-    """As much of the tables as a screen has room for, whose last row is for the cursor. Each gets
-    its share of the rows; lines that are too long go on in the next row."""
+    """As much of the tables as a screen has room for, whose last row is for the cursor. Lines that
+    are too long go on in the next row. If there are too many they do not, and each table gets its
+    share of the rows."""
     import textwrap
-    wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ").wrap
-    wrapped = [[piece for line in lines for piece in wrap(line)] for lines in tables]
-    room = rows - len(tables)  # one is between two tables
-    for nth, lines in enumerate(sorted(wrapped, key=len)):
-        share = max(1, room // (len(tables) - nth))
-        if len(lines) > share:
-            lines[share - 1:] = [f"({len(lines) - share + 1} more lines)"]
+    wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ",
+                                break_on_hyphens=False).wrap
+    wrapped = spaced([[piece for line in lines for piece in wrap(line)] for lines in tables])
+    if len(wrapped) < rows:
+        return wrapped
+    shown, room = [[line[:columns - 1] for line in lines] for lines in tables], rows - 1
+    for nth, lines in enumerate(sorted(shown, key=len)):
+        share = room // (len(tables) - nth)
+        left_out = len(lines) - share
+        if left_out > 0:
+            del lines[share:]
+            if share > 1:
+                lines[-1] = f"({left_out + 1} more lines)"[:columns - 1]
         room -= len(lines)
-    return spaced(wrapped)[:rows - 1]
+    return [line for lines in shown for line in lines]
 
 
 def spaced(tables: Sequence[Sequence[str]]) -> List[str]:
@@ -8046,8 +8078,6 @@ def run_client(settings: argparse.Namespace) -> int:
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
             (settings.raw + settings.json + settings.live > 1,
              "--raw, --json and --live are three ways to show outputs: choose one"),
-            (settings.local and settings.need,
-             "--need is for the workers of a broker: with --local this machine runs everything"),
             (share_a_file([settings.joblog, settings.junit, settings.html]),
              "--joblog, --junit and --html need a file each")):
         if wrong:
@@ -8059,6 +8089,9 @@ def run_client(settings: argparse.Namespace) -> int:
     if settings.dry_run:
         return show_commands(settings)
     if settings.local:
+        if settings.need:
+            complain("with --local this machine runs everything, whatever --need says")
+            settings.need = []
         return supervise(lambda control: submit(settings, "this machine", control))
     if settings.slots:
         raise UsageError("-j counts what runs on this machine, and needs --local (in a cloud the "
@@ -8261,11 +8294,11 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             connect(loop, node, address, CLIENT_ROLE, keys, settings)
         status = loop.run()
         take_bar_away()
-        complete = client.status is None and status in (0, 1)
+        complete = status in (0, 1) and client.reported == client.total and not client.cut_short
         if not complete:
             say_what_is_missing(client, status)
-        summary = reports.end(client, complete, done.skipped, done.skipped_failed)
-        status = status_of(summary, reports.troubled, settings.expect, status)
+        summary = reports.end(client, complete, done.skipped, done.skipped_failed, settings.expect)
+        status = status_of(summary, reports.troubled, status)
         if status > 128:
             written = threading.Event()
             show.end(written.set)
@@ -8275,7 +8308,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
         status = loop.run()
         slots = 0 if settings.serial else client.slots
-        for line in afterthoughts(summary, settings.expect, reports.times, slots):
+        for line in afterthoughts(summary, reports.times, slots):
             complain(line)
         return status
 
@@ -8305,19 +8338,18 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
     return found
 
 
-def status_of(summary: Summary, troubled: bool, expected: str, status: int) -> int:
+def status_of(summary: Summary, troubled: bool, status: int) -> int:
     """The exit status of a run, that would have been this one but for its reports and hash."""
     if troubled:
         status = max(status, 3)
-    failed = summary.failed or summary.skipped_failed  # the former: no room for an output
-    return status or int(bool(failed or expected and summary.hash != expected))
+    # the first: there was no room for an output
+    return status or int(bool(summary.failed or summary.skipped_failed or summary.unexpected))
 
 
-def afterthoughts(summary: Summary, expected: str, times: Sequence[float],
-                  slots: int) -> Iterator[str]:
+def afterthoughts(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
     """What there is to say once all results are shown. 0 slots: their number does not matter."""
-    if expected and summary.hash != expected:
-        yield f"the result hash is {summary.hash}, and not {expected} as expected"
+    if summary.unexpected:
+        yield summary.unexpected
     worth_it = summary.spent >= ADVISE and max(times, default=0) >= ADVISE_FROM
     if summary.complete and len(times) > 1 and worth_it and slots:
         all_spent = [spent / 1000 for spent in times]
@@ -8389,7 +8421,8 @@ def whole_screen(loop: Loop, page: Page) -> Iterator[None]:
     saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
 
     def key_pressed(now: Seconds) -> None:
-        if os.read(0, 100) in (b"q", b"Q", b""):
+        keys = os.read(0, 100)
+        if not keys or b"q" in keys.lower():
             loop.exit(Exit(0))
 
     def take() -> None:
@@ -8523,6 +8556,7 @@ def mark_template(argv: List[str]) -> List[str]:
 
 
 WAYS_TO_SHOW = {"--raw", "--json", "--live"}  # of which there can be one
+BEATS = {"--connect": {"--local"}, **dict.fromkeys(WAYS_TO_SHOW, WAYS_TO_SHOW)}
 
 
 def with_defaults(argv: List[str]) -> List[str]:
@@ -8537,9 +8571,9 @@ def with_defaults(argv: List[str]) -> List[str]:
     except (ValueError, UsageError) as error:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
     given = mark_template(argv[1:])
-    if not WAYS_TO_SHOW.isdisjoint(itertools.takewhile(lambda word: word != "--", given)):
-        own = [word for word in own if word not in WAYS_TO_SHOW]
-    return [CLIENT_ROLE, *own, *given]
+    options = itertools.takewhile(lambda word: word != "--", given)
+    beaten = {other for word in options for other in BEATS.get(word.partition("=")[0], ())}
+    return [CLIENT_ROLE, *(word for word in own if word not in beaten), *given]
 
 
 def discard_stdout() -> None:
