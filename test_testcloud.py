@@ -7578,7 +7578,7 @@ class ProcessesTest(unittest.TestCase):
 
     def test_a_stderr_that_cannot_be_written(self):
         """Nobody needs it, but with --raw: there it has outputs of commands."""
-        for more, status in (("-v", 0), ("--raw", 3), ("--json", 0)):
+        for more, status in (("-v", 0), ("--raw", 3), ("--json", 0), ("--raw -b", 0)):
             run = f"{sys.executable} {SCRIPT} client --local {more} > /dev/null 2> /dev/full"
             done = subprocess.run(["bash", "-c", f"echo 'echo x >&2' | {run}"], cwd=self.cloud.dir,
                                   timeout=PATIENCE)

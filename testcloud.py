@@ -8172,7 +8172,7 @@ class Show:
                  failed: Callable[[OSError], None]) -> None:
         self.out = Writer(1, failed)
         # with --raw and --json all but the outputs; nobody needs to read that, but those of --raw
-        needed = settings.raw and sys.stderr is not None
+        needed = settings.raw and not settings.brief and sys.stderr is not None
         self.err = Writer(2, failed if needed else lambda error: None) if (
             settings.raw or settings.json) else None
         say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
