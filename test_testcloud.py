@@ -4496,15 +4496,16 @@ class ClientTest(unittest.TestCase):
         self.add("a", "b", "c", end=True)
         b.lines.clear()
         split = tc.PIECE.pack(1, 2) + b"o\0" + tc.PIECE.pack(2, 3) + b"err"
+        self.client.room = tc.TRY_OUTPUT + 10
         for id, attempt, more, size, output in (
                 (1, 1, {"stdout": "x" * 9000 + "last"}, 9004, "x" * (tc.TRY_OUTPUT - 4) + "last"),
                 (2, 1, {"stdout": tc.to_text(split), "split": True}, 5, "o\0err"),
-                (3, 1, {"size": 10**6}, 10**6, ""), (3, 2, {"stdout": "no room"}, 7, "")):
-            self.client.room = tc.TRY_OUTPUT if attempt == 1 else 0
+                (3, 1, {"size": 10**6}, 10**6, ""), (3, 2, {"stdout": "no room"}, 7, " room")):
             self.result(id, attempt, 1, host="h", slot=2, time=3.5, started=9.5, **more)
             b.lines.clear()
             one = self.client.window[id].tries[attempt]
             self.assertEqual(one, tc.Try(1, "h", "", 2, 9.5, 3.5, size, output.encode()))
+        self.assertEqual(self.client.room, 0)
         b.effects.clear()
         self.result(1, 2, host="i", stdout="passed", size=6)
         b.effect(tc.Keep)
@@ -6056,6 +6057,14 @@ class PageTest(unittest.TestCase):
         self.assertEqual([(seq, row, at) for seq, _, _, row, at, _, _ in data["commands"]],
                          [(1, 0, 0.0), (2, 1, 1000.0), (3, -1, 0.0), (10, 2, 9000.0)])
 
+    def test_hosts_of_tries_are_hosts_of_the_run(self):
+        page = tc.HtmlPage(os.devnull, None)
+        page.outcomes = [paged(3, "FLAKY", tries=(tc.Try(7, "host8"), tc.Try(7, "host9")))]
+        summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40, "")
+        text = "".join(page.pieces(summary))
+        self.assertIn("<dt>hosts<dd>3<", text)
+        self.assertIn("<dt>failed on host&lt;9&gt; only<dd>4<", text)
+
     def test_other_tries_are_bars_and_their_outputs_are_shown(self):
         page = Parsed(rendered([paged(3, "ONLY", only_on="host9", tries=(
             tc.Try(7, "host9", "w", 1, 1764080001.0, 500.0, 4, b"<why"), tc.Try(7, "host9")))]))
@@ -6176,6 +6185,16 @@ class BrowserTest(unittest.TestCase):
         seen = {self.visit([row, long], extra=middle).one("title").text
                 for row in (one, one._replace(tries=tries))}
         self.assertEqual(len(seen), 1)
+
+    def test_other_tries_are_faint_bars_in_their_rows(self):
+        row = paged(1, "FAIL", spent=500.0, slot=1, host="h", worker="w", tries=(
+            tc.Try(1, "h", "w", 2, 1764080001.0, 500.0), tc.Try(0, "h", "w", 3, 1764080001.0, 500.0)))
+        parsed = self.visit([row], extra="""const dots = devicePixelRatio, line = pen.getImageData(
+            (left(bySeq.get(1)) + 3) * dots, 0, 1, canvas.height).data;
+            document.title = [...[0, 1, 2].map(row => tops[row] + height / 2), 1].map(y =>
+              line.slice(4 * Math.floor(y * dots)).slice(0, 4).join()).join(" ")""")
+        seen = parsed.one("title").text.split()
+        self.assertEqual(len({*seen}), 4, "failed; failed, but faint; passed, but faint; nothing")
 
     def test_outputs_of_tries_stand_beside_the_list_with_what_they_are(self):
         row = paged(1, "FLAKY", tries=(tc.Try(3, "h8", size=4, output=b"why8"),
@@ -7887,11 +7906,22 @@ class TerminalTest(unittest.TestCase):
 
     def setUp(self):
         self.cloud = Cloud(self)
+        patch = mock.patch.dict(os.environ, TERM="xterm")
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def start(self, *argv):
         cloud, command = self.cloud, [sys.executable, SCRIPT, *argv]
         with mock.patch.object(cloud, "script", "-c"):
             return cloud.start(self.SPAWN, *command, stdin=subprocess.PIPE)
+
+    def read_until(self, process, wanted, seen=b""):
+        """What it writes, after what was seen, until this is there."""
+        while wanted not in seen:
+            more = os.read(process.stdout.fileno(), 1000)
+            self.assertTrue(more, f"{wanted} never came after {seen}")
+            seen += more
+        return seen
 
     def press(self, process, keys):
         process.stdin.write(keys)
@@ -7909,8 +7939,7 @@ class TerminalTest(unittest.TestCase):
     def test_the_line_at_the_bottom(self):
         """It is there on a terminal, never within other lines, and gone at the end."""
         for more, shown in (((), True), (("--json",), True)):
-            with mock.patch.dict(os.environ, TERM="xterm"):
-                client = self.start("client", "--local", "--timeout", "30", *more)
+            client = self.start("client", "--local", "--timeout", "30", *more)
             self.press(client, b"echo first; sleep 1.2\necho second\n")
             self.press(client, b"\x04")
             status, out = self.cloud.finish(client)
@@ -7926,14 +7955,30 @@ class TerminalTest(unittest.TestCase):
         self.assertNotIn("done, ", self.cloud.finish(client)[1])
 
     def test_an_unfinished_line_of_a_command_is_left_alone(self):
-        with mock.patch.dict(os.environ, TERM="xterm"):
-            client = self.start("client", "--local", "-j", "1", "--raw")
+        client = self.start("client", "--local", "-j", "1", "--raw")
         self.press(client, b"sleep 0.9; echo first\nprintf unfin\nsleep 0.5; printf ished\n"
                            b"sleep 0.5; echo last\nsleep 1\n\x04")
         status, out = self.cloud.finish(client)
         self.assertEqual((status, "/5 done, " in out), (0, True), out)
         self.assertNotRegex(out, r"(unfin|ished|last|OK!)[^\n]*done, ")
         self.assertNotRegex(out, r"unfin[^\n]*(last|OK!)")
+
+    def test_lines_for_stderr_begin_at_the_left(self):
+        bar, pieces = tc.Bar(), [b"a\nunfinished", b""]
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual([*bar.passed_by(pieces)], pieces)
+            for said in ("one\n", "two\n"):
+                with bar.making_way():
+                    err.write(said)
+        self.assertEqual(err.getvalue(), "\none\ntwo\n")
+
+    def test_a_bar_is_wiped_when_the_terminal_has_become_narrower(self):
+        bar = tc.Bar()
+        with contextlib.redirect_stderr(io.StringIO()) as err, \
+                mock.patch.object(tc, "screen_size", side_effect=[(80, 24), (40, 24)]):
+            bar.draw("x" * 70)
+            bar.draw("")
+        self.assertEqual(err.getvalue(), "x" * 70 + "\r\x1b[K\x1b[A\x1b[K")
 
     def test_what_there_is_to_say_about_a_run_comes_after_it(self):
         client = self.start("client", "--local", "--expect", "0" * 40)
@@ -7948,9 +7993,8 @@ class TerminalTest(unittest.TestCase):
         seen = b""
         # Ctrl-Z gives the terminal back; but here is no shell, so that nothing stops us
         for wanted, key in ((b"0 workers", b"\x1a"), (b"\x1b[?1049l", b""), (b"\x1b[?1049h", b""),
-                            (b"0 workers", b"q")):
-            while wanted not in seen:
-                seen += os.read(status.stdout.fileno(), 1000)
+                            (b"0 workers", b"xq\r")):
+            seen = self.read_until(status, wanted, seen)
             seen = seen.partition(wanted)[2]
             self.press(status, key)
         _, out = self.cloud.finish(status)
@@ -7961,28 +8005,32 @@ class TerminalTest(unittest.TestCase):
         """It waits for one, and what it says last is to be read when the screen is given back."""
         broker = self.cloud.broker()
         for wait, wanted in ((), b"testcloud: waiting: no broker"), (("--wait", "1"), b"gave up"):
-            with mock.patch.dict(os.environ, TERM="xterm"):
-                status = self.start("status", "--watch", "--connect", broker.clients, *wait)
+            status = self.start("status", "--watch", "--connect", broker.clients, *wait)
             seen = b""
             if not wait:
-                while b"0 workers" not in seen:
-                    seen += os.read(status.stdout.fileno(), 1000)
+                seen = self.read_until(status, b"0 workers")
                 broker.kill()
-            while wanted not in seen:
-                seen += os.read(status.stdout.fileno(), 1000)
+            seen = self.read_until(status, wanted, seen)
             if not wait:
                 self.press(status, b"q")
             _, out = self.cloud.finish(status)
             after = (seen.decode() + out).partition("\x1b[?1049l")[2]
             self.assertEqual((status.returncode, "gave up" in after), (3, True) if wait else (0, False))
 
+    def test_a_live_status_that_is_quit(self):
+        status = self.start("status", "--watch", "--connect", self.cloud.broker().clients)
+        seen = self.read_until(status, b"0 workers")
+        self.press(status, b"\x1c")
+        _, out = self.cloud.finish(status)
+        self.assertEqual(status.returncode, 128 + signal.SIGQUIT)
+        self.assertTrue((seen.decode() + out).rstrip().endswith("\x1b[?1049l"), out)
+
     def test_a_live_status_on_a_dumb_terminal(self):
         broker = self.cloud.broker()
         with mock.patch.dict(os.environ, TERM="dumb"):
             status = self.start("status", "--watch", "--connect", broker.clients)
-        seen = b""
-        while seen.count(b"0 workers") < 2:
-            seen += os.read(status.stdout.fileno(), 1000)
+        seen = self.read_until(status, b"0 workers")
+        seen += self.read_until(status, b"0 workers")
         self.press(status, b"\x03")
         self.assertEqual(status.wait(PATIENCE), 130)
         self.assertNotIn(b"\x1b", seen)
