@@ -5148,6 +5148,23 @@ class ReportingTest(unittest.TestCase):
         self.assertEqual(out.getvalue().decode().split("\n")[:3], [
             "a\t1", "a\t2", "Not all commands were executed :("])
 
+    def test_the_summary_on_stderr_comes_after_the_outputs(self):
+        """For both may be the same pipe. Nobody waits for a reader of stdout that does not read."""
+        for reads in (True, False):
+            order = []
+
+            def writer(file, failed, reads=reads, order=order):
+                def end(ended):
+                    order.append(file)
+                    if reads or file == 2:
+                        ended()
+                return mock.Mock(end=end)
+            settings = tc.build_parser().parse_args(["client", "--raw"])
+            with mock.patch.object(tc, "Writer", writer):
+                show = tc.Show(settings, self.tally(True), None)
+            show.end(lambda order=order: order.append("ended"))
+            self.assertEqual(order, [1, "ended", 2] if reads else [1, 2])
+
     def test_a_writer_tells_when_it_has_caught_up(self):
         ours, theirs = os.pipe()
         self.addCleanup(os.close, ours)

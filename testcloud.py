@@ -8202,12 +8202,18 @@ class Show:
             self.err.flush()
 
     def end(self, ended: Callable[[], None]) -> None:
-        """Nothing more will come; have this called when all is written to stdout."""
+        """Nothing more will come; have this called when all is written to stdout. The summary on
+        stderr comes after that, for both may be one pipe; but it does not wait for long."""
+        shown, written = threading.Event(), threading.Event()
+
+        def all_shown() -> None:
+            shown.set()
+            ended()
+        self.out.end(all_shown)
         if self.err:
-            written = threading.Event()
+            shown.wait(LAST_WORDS / 4)
             self.err.end(written.set)
             written.wait(LAST_WORDS)
-        self.out.end(ended)
 
 
 class Progress:
