@@ -7612,6 +7612,16 @@ class ProcessesTest(unittest.TestCase):
             self.assertRegex(done.stderr, "^testcloud: .*\n$")
             self.assertIn(text, done.stderr)
 
+    def test_who_waits_for_the_other_end_of_a_pipe_says_so(self):
+        for name, mode in (("--timings", "wb"), ("--joblog", "rb"), ("--junit", "rb")):
+            path = os.path.join(self.cloud.dir, name)
+            os.mkfifo(path)
+            client = self.cloud.start("client", "--local", name, path, stdin=subprocess.DEVNULL)
+            self.cloud.wait_for_log(client, "testcloud: waiting for ")
+            with open(path, mode) as pipe:
+                self.assertTrue(mode == "wb" or pipe.read().startswith((b"Seq\t", b"<?xml")))
+            self.assertEqual(self.cloud.finish(client)[0], 0)
+
     def test_a_stderr_that_cannot_be_written(self):
         """Nobody needs it, but with --raw: there it has outputs of commands."""
         for more, status in (("-v", 0), ("--raw", 3), ("--json", 0), ("--raw -b", 0)):

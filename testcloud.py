@@ -5192,7 +5192,8 @@ class JobLog(Reporter):
 def open_alone(path: str) -> IO[bytes]:
     """A file to append to, which is for nobody else to open so until it is closed. Raises OSError."""
     ours = OUR_STREAMS.get(path)
-    file = open(path if ours is None else os.dup(ours), "ab", buffering=0)
+    with saying_if_it_waits(path):
+        file = open(path if ours is None else os.dup(ours), "ab", buffering=0)
     try:
         if is_file(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5235,7 +5236,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
     """The lines of a job log, ours or GNU parallel's; what is no such line, as one that was being
     written when its writer was killed, is passed over. Raises OSError, NoJobLog."""
     found, damaged = [], 0
-    with open(path, "rb") as file:
+    with saying_if_it_waits(path), open(path, "rb") as file:
         head = file.readline(len(JOBLOG_HEAD))
         if not JOBLOG_HEAD.encode().startswith(head):
             raise NoJobLog(f"{printable(path)} is no joblog: its first line is another")
@@ -5302,7 +5303,9 @@ def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
     old one stays. Our own streams, pipes and devices are written to directly. Raises OSError."""
     if not is_file(path):
         ours = OUR_STREAMS.get(path)
-        with open_text(os.open(path, os.O_WRONLY) if ours is None else os.dup(ours)) as stream:
+        with saying_if_it_waits(path):
+            file = os.open(path, os.O_WRONLY) if ours is None else os.dup(ours)
+        with open_text(file) as stream:
             stream.writelines(pieces)
         return
     target = os.path.realpath(path)  # a link stays a link
@@ -5333,6 +5336,22 @@ def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
 
 def open_text(file: int) -> IO[str]:
     return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
+
+
+@contextlib.contextmanager
+def saying_if_it_waits(path: str) -> Iterator[None]:
+    """As for a pipe that nobody has opened at its other end."""
+    if is_file(path):
+        yield
+        return
+    words = f"waiting for {printable(path)}: it is a pipe, which somebody else has to open as well"
+    timer = threading.Timer(NOTICE_DELAY, complain, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_file(path: str) -> bool:
