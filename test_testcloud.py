@@ -625,6 +625,9 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'HELLO {"run":"r1","beat":3}')
         d.wait(tc.OK_DELAY)
         d.expect(b"c", "OK", lacks=None)
+        client = d.broker.clients["r1"]
+        client.needs = frozenset(["gpu"])  # there is a slot with such, but it is busy
+        self.assertEqual(d.broker.waited_for(client), "a free slot with --label gpu")
 
     def test_hosts_that_a_client_shuns_are_used_if_there_are_no_others(self):
         d = self.desk
@@ -4873,6 +4876,16 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Exit).status, 130)
         self.assertEqual((self.client.reported, self.client.stopped, self.client.never_ran),
                          (1, 1, 2))
+
+    def test_what_was_lost_before_the_interrupt_has_run(self):
+        b = self.bench
+        self.join()
+        self.add("a", end=True)
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.hear('LOST {"tasks":[[1,1]],"why":"leaving","worker":"w"}')
+        self.client.cancel(130, b.now)
+        b.hear('LOST {"tasks":[[1,2]],"why":"cancelled"}')
+        self.assertEqual((self.client.stopped, self.client.never_ran), (1, 0))
 
     def test_interrupt_does_not_wait_for_ever_and_a_second_one_not_at_all(self):
         for again in (False, True):
