@@ -1375,7 +1375,7 @@ class Broker(Machine):
         if self.has_labels(client.needs, 1):
             return ""
         busy = " that takes something new" if self.has_labels(client.needs, 0) else ""
-        return f"a worker with {printable(label_words(client.needs), 300)}{busy}"
+        return f"a worker with {label_words(client.needs)}{busy}"
 
     def has_labels(self, needs: FrozenSet[str], slots: int) -> bool:
         """Whether workers have them, and so many slots."""
@@ -2236,7 +2236,7 @@ class Broker(Machine):
             return "itself: it does not take its results"
         if not self.slots and not client.needs:
             return "a worker"
-        which = f" with {printable(label_words(client.needs), 300)}" if client.needs else ""
+        which = f" with {label_words(client.needs)}" if client.needs else ""
         return self.lacks(client) or "a free slot" + which
 
     # --- the crew
@@ -3025,7 +3025,7 @@ class Worker(Member):
 
 
 def label_words(names: Iterable[str]) -> str:
-    return " and ".join(f"--label {name}" for name in sorted(names))
+    return printable(" and ".join(f"--label {name}" for name in sorted(names)), 300)
 
 
 def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
@@ -3826,16 +3826,6 @@ def try_of(fields: Fields) -> Try:
                fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0))
 
 
-def without_heads(output: bytes) -> bytes:
-    """What is in PIECES."""
-    found, at = [], 0
-    while at + PIECE.size <= len(output):
-        _, size = PIECE.unpack_from(output, at)
-        found.append(output[at + PIECE.size:at + PIECE.size + size])
-        at += PIECE.size + size
-    return b"".join(found)
-
-
 def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
     """Where to try again what has failed, in turn on another host and on the first one again. A pass
     elsewhere is followed by one more try on the first, which shows whose fault it was. None if it
@@ -4169,7 +4159,7 @@ class Client(Member):
 
     def keep_last_words(self, entry: Entry, fields: Fields, output: bytes) -> None:
         """Of a failed try that is not the last one."""
-        said = without_heads(output) if fields.get("split") else output
+        said = b"".join(piece for _, piece in pieces_of([output])) if fields.get("split") else output
         last = said[max(0, len(said) - min(TRY_OUTPUT, self.room)):]
         self.room -= len(last)
         entry.tries[entry.attempt] = entry.tries[entry.attempt]._replace(
@@ -4375,7 +4365,7 @@ class Client(Member):
         if self.window and not self.accepted and not self.fetching:
             which = f"{self.slots}"
             if self.wishes.needs:
-                which = f"of workers with {printable(label_words(self.wishes.needs), 300)}"
+                which = f"of workers with {label_words(self.wishes.needs)}"
             return (f"waiting for a free slot: all {which} are busy, or the broker has just been "
                     f"started")
         return ""
@@ -4595,18 +4585,8 @@ class Tally:
 
     def pieces(self, record: Record) -> Iterator[Tuple[int, bytes]]:
         """A record's output, piece by piece, each with its stream: 1 is stdout, 2 stderr."""
-        stream, left, head = 1, 0 if self.split else sys.maxsize, b""
-        for block in self.raw(record):
-            data, at = head + block, 0
-            while at < len(data) and (left or len(data) - at >= PIECE.size):
-                if not left:
-                    stream, left = PIECE.unpack_from(data, at)
-                    at += PIECE.size
-                piece = data[at:at + left]
-                at, left = at + len(piece), left - len(piece)
-                if piece:
-                    yield stream, piece
-            head = data[at:]
+        blocks = self.raw(record)
+        return pieces_of(blocks) if self.split else ((1, block) for block in blocks)
 
     def parts(self, record: Record) -> Iterator[bytes]:
         """A record's output, piece by piece."""
@@ -4633,6 +4613,22 @@ class Tally:
                     sha.update(part)
                 total = sha.hexdigest()
         return total
+
+
+def pieces_of(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
+    """What is in PIECES, in whatever blocks these come; each piece with its stream."""
+    stream, left, head = 1, 0, b""
+    for block in blocks:
+        data, at = head + block, 0
+        while at < len(data) and (left or len(data) - at >= PIECE.size):
+            if not left:
+                stream, left = PIECE.unpack_from(data, at)
+                at += PIECE.size
+            piece = data[at:at + left]
+            at, left = at + len(piece), left - len(piece)
+            if piece:
+                yield stream, piece
+        head = data[at:]
 
 
 def blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
@@ -4690,7 +4686,7 @@ class Bar:
     def draw(self, text: str) -> None:
         if not text and not self.drawn:
             return
-        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        dumb = is_dumb()
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone
             columns = max(10, screen_size(2)[0])
             text = text[:columns - 1]
@@ -4701,6 +4697,11 @@ class Bar:
             sys.stderr.write((wipe if self.drawn else "") + text)
             sys.stderr.flush()
         self.drawn = len(text)
+
+
+def is_dumb() -> bool:
+    """The terminal has no cursor that could be moved."""
+    return os.environ.get("TERM", "dumb") == "dumb"
 
 
 def screen_size(file: int) -> Tuple[int, int]:
@@ -5228,18 +5229,14 @@ class Logged(NamedTuple):
     line: str
 
 
-class NoJobLog(ValueError):
-    """A file begins like something else."""
-
-
 def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
     """The lines of a job log, ours or GNU parallel's; what is no such line, as one that was being
-    written when its writer was killed, is passed over. Raises OSError, NoJobLog."""
+    written when its writer was killed, is passed over. Raises OSError, SetupError."""
     found, damaged = [], 0
     with saying_if_it_waits(path), open(path, "rb") as file:
         head = file.readline(len(JOBLOG_HEAD))
         if not JOBLOG_HEAD.encode().startswith(head):
-            raise NoJobLog(f"{printable(path)} is no joblog: its first line is another")
+            raise SetupError(f"{printable(path)} is no joblog: its first line is another")
         for raw in file:
             if not raw.endswith(b"\n"):
                 break
@@ -5262,22 +5259,22 @@ class Resumed:
     in the input it is, never by its place."""
 
     def __init__(self, logged: Sequence[Logged], failures_too: bool) -> None:
-        self.done: Dict[Tuple[str, int], Logged] = {}
+        self.rows: Dict[Tuple[str, int], Logged] = {}
         moved: Dict[Tuple[int, str, int], int] = {}  # GNU parallel's rows: all have 0 before them
         free: Counter[str] = Counter()
         for row in logged:
             before, this = row.before, (row.seq, row.command, row.before)
-            other = self.done.get((row.command, before))
+            other = self.rows.get((row.command, before))
             if this in moved:
                 before = moved[this]
             elif other is not None and other.seq != row.seq:
-                while (row.command, before) in self.done:
+                while (row.command, before) in self.rows:
                     before = free[row.command]
                     free[row.command] += 1
                 moved[this] = before
-            self.done[row.command, before] = row
-        for key in [key for key, row in self.done.items() if failures_too and row.failed]:
-            del self.done[key]
+            self.rows[row.command, before] = row
+        for key in [key for key, row in self.rows.items() if failures_too and row.failed]:
+            del self.rows[key]
         self.seen: Counter[str] = Counter()  # commands of the input
         self.skipped = self.skipped_failed = 0
 
@@ -5288,7 +5285,7 @@ class Resumed:
 
     def has_done(self, command: str, before: int) -> bool:
         """Whether this occurrence of the command need not be run."""
-        row = self.done.get((command, before))
+        row = self.rows.get((command, before))
         if row:
             self.skipped += 1
             self.skipped_failed += row.failed
@@ -5440,16 +5437,11 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
     names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * more)
     room = JUNIT_SIZE
     for row, shown in zip(rows, names):
-        failure = ""
-        failed = has_failed(row, flaky_counts)
+        failure, failed = "", has_failed(row, flaky_counts)
         if failed:
-            kind, message = how_failed(row)
-            whole = f"command: {clipped(row.cmd, EXCERPT_HEAD)}\n"
-            command = "" if xml_legal(row.cmd) == shown else whole
-            output = "[output left out: the report is long]" if room <= 0 else excerpt(
-                output_of(row)) if row.exitcode else outputs_of_tries(row)
-            failure = xml_element("error" if could_not_run(row) else "failure",
-                              xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
+            failure = reported_failure(row, shown, "[output left out: the report is long]" if room <= 0
+                                       else excerpt(output_of(row)) if row.exitcode
+                                       else outputs_of_tries(row))
         tag = "rerunFailure" if failed else "flakyFailure"
         others = "".join(other_failure(tag, one, room > 0) for one in row.tries if one.exitcode)
         room -= len(failure) + len(others)
@@ -5463,6 +5455,15 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
         yield xml_element("testcase", error, name=next(names), classname=name,
                           time=in_seconds(0)) + "\n"
     yield "</testsuite>\n</testsuites>\n"
+
+
+def reported_failure(row: Outcome, shown: str, output: str) -> str:
+    """How the reported try failed, of a command whose case has this name."""
+    kind, message = how_failed(row)
+    whole = f"command: {clipped(row.cmd, EXCERPT_HEAD)}\n"
+    command = "" if xml_legal(row.cmd) == shown else whole
+    return xml_element("error" if could_not_run(row) else "failure",
+                       xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
 
 
 def could_not_run(row: Outcome) -> bool:
@@ -5747,7 +5748,7 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
     counts = Counter(outcome.verdict for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
     flaky = [outcome for outcome in outcomes if outcome.verdict in (FLAKY, ONLY)]
-    failures = len(failed) + flaky_counts * len(flaky)
+    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes)
     end = min(PAGE_OUTPUT, PAGE_OUTPUTS // (2 * max(1, min(len(failed), PAGE_ENTRIES))))
     script = PAGE.partition("<script>")[2].partition("</script>")[0]
     pieces: Dict[str, Iterable[str]] = {
@@ -7703,11 +7704,10 @@ def completion(shell: str) -> str:
     """What a shell evaluates, to complete our options and those of their values that are few."""
     if shell == "fish":
         return "\n".join(fish_lines()) + "\n"
-    rows = [(role, row) for role in OPTIONS for row in options_of(role)]
-    values = [(name if name[0] == "-" else role, row.settings["choices"])
-              for role, row in rows if "choices" in row.settings for name in row.names]
-    options = {role: ["-h", "--help", *(name for of, row in rows for name in row.names
-                                        if of == role and name[0] == "-")] for role in OPTIONS}
+    options = {role: ["-h", "--help", *(name for row in options_of(role) for name in row.names
+                                        if name[0] == "-")] for role in OPTIONS}
+    values = [(name if name[0] == "-" else role, row.settings["choices"]) for role in OPTIONS
+              for row in options_of(role) if "choices" in row.settings for name in row.names]
     cases = "\n".join(f"    {role}) words='{' '.join(sorted(found))}';;"
                       for role, found in options.items())
     previous = "\n".join(f"    {word}) words='{' '.join(found)}';;" for word, found in values)
@@ -8160,8 +8160,6 @@ def resumed(settings: argparse.Namespace) -> Resumed:
         return Resumed(read_joblog(settings.joblog, settings.fail_on_flaky), settings.resume_failed)
     except FileNotFoundError:
         return Resumed([], False)  # the first run
-    except NoJobLog as error:
-        raise SetupError(str(error)) from None
     except OSError as error:
         raise SetupError(f"cannot read {printable(settings.joblog)}: {error.strerror}") from None
 
@@ -8178,8 +8176,6 @@ def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
         return read_timings(cache_of_timings())
     try:
         return {row.command: row.seconds for row in read_joblog(settings.timings)}
-    except NoJobLog as error:
-        raise SetupError(str(error)) from None
     except OSError as error:
         raise SetupError(f"cannot read {printable(settings.timings)}: {error.strerror}") from None
 
@@ -8256,8 +8252,8 @@ def wants_progress(settings: argparse.Namespace) -> bool:
     """On a terminal, unless it has no cursor or its screen is somebody else's: that of a pager."""
     if sys.stderr is None or not sys.stderr.isatty():
         return False
-    dumb, piped = os.environ.get("TERM", "dumb") == "dumb", stat.S_ISFIFO(os.fstat(1).st_mode)
-    return bool(settings.progress) or not dumb and not piped
+    piped = stat.S_ISFIFO(os.fstat(1).st_mode)
+    return bool(settings.progress) or not is_dumb() and not piped
 
 
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
@@ -8319,10 +8315,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             connect(loop, node, address, CLIENT_ROLE, keys, settings)
         status = loop.run()
         take_bar_away()
-        complete = status in (0, 1) and client.reported == client.total and not client.cut_short
-        if not complete:
-            say_what_is_missing(client, status)
-        summary = reports.end(client, complete, done.skipped, done.skipped_failed, settings.expect)
+        summary = conclude(client, reports, done, settings.expect, status)
         status = status_of(summary, reports.troubled, status)
         if status > 128:
             written = threading.Event()
@@ -8357,10 +8350,19 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
             found.append(HtmlPage(path, tally))
         if settings.joblog:  # last: it empties a file
             path = settings.joblog
-            found.append(JobLog(path, [row.line for row in done.done.values()]))
+            found.append(JobLog(path, [row.line for row in done.rows.values()]))
     except OSError as error:
         raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
     return found
+
+
+def conclude(client: Client, reports: Reports, done: Resumed, expected: Optional[str],
+             status: int) -> Summary:
+    """The end of a run, in all reports."""
+    complete = status in (0, 1) and client.reported == client.total and not client.cut_short
+    if not complete:
+        say_what_is_missing(client, status)
+    return reports.end(client, complete, done.skipped, done.skipped_failed, expected)
 
 
 def status_of(summary: Summary, troubled: bool, status: int) -> int:
@@ -8389,8 +8391,7 @@ def run_status(settings: argparse.Namespace) -> int:
         raise SetupError("stdout is closed: there is nowhere to show it")
     wait = settings.wait or (math.inf if settings.watch else STATUS_WAIT)
     viewer = Viewer(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
-    dumb = os.environ.get("TERM", "dumb") == "dumb"
-    if settings.watch and not settings.json and not dumb and sys.stdout.isatty():
+    if settings.watch and not settings.json and not is_dumb() and sys.stdout.isatty():
         page = Page(address)
         status = view(viewer, {Viewed: page.view, Notice: page.tell}, keys, settings, page)
         if status == 3:
@@ -8553,7 +8554,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 141
 
 
-NEGATIVE = re.compile("-[1-9.]")  # a number; argparse does not see it, for -0 is an option
+def is_negative(word: str) -> bool:
+    """It is a number. argparse takes it for an option, for -0 is one."""
+    return len(word) > 1 and word[0] == "-" and word[1] in "123456789."
 
 
 def mark_template(argv: List[str]) -> List[str]:
@@ -8565,7 +8568,7 @@ def mark_template(argv: List[str]) -> List[str]:
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.popleft()
         if word == "--fail-fast":
-            given = rest and (rest[0].isdigit() or NEGATIVE.match(rest[0]))
+            given = rest and (rest[0].isdigit() or is_negative(rest[0]))
             word += "=" + (rest.popleft() if given else "1")
         marked.append(word)
         name = word
@@ -8573,7 +8576,7 @@ def mark_template(argv: List[str]) -> List[str]:
             letters = next((at for at, c in enumerate(word[1:], 1) if valued.get("-" + c)), 0)
             name = "-" + word[letters] if letters == len(word) - 1 else ""
         if valued.get(name) and rest:
-            if NEGATIVE.match(rest[0]):
+            if is_negative(rest[0]):
                 marked[-1] += "=" * word.startswith("--") + rest.popleft()
             else:
                 marked.append(rest.popleft())
