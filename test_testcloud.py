@@ -6049,7 +6049,7 @@ class PageTest(unittest.TestCase):
         self.assertIn("exit code 137; signal 9 (SIGKILL); tried 2 times; other exit codes: 1 on host2",
                       text)
         self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
-        self.assertIn("fails only on host7; tried 3 times; other exit codes: 1 on host7, 1 on host7",
+        self.assertIn("failed only on host7; tried 3 times; other exit codes: 1 on host7 (2 times)",
                       text)
         self.assertIn("other exit codes: 124 on host&lt;b&gt;", text)
         self.assertEqual(text.count("an output"), 7)
@@ -6095,7 +6095,7 @@ class PageTest(unittest.TestCase):
         summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40, "")
         text = "".join(page.pieces(summary))
         self.assertIn("<dt>hosts<dd>3<", text)
-        self.assertIn("<dt>failed on host&lt;9&gt; only<dd>4<", text)
+        self.assertIn("<dt>failed only on host&lt;9&gt;<dd>4<", text)
 
     def test_other_tries_are_bars_and_their_outputs_are_shown(self):
         page = Parsed(rendered([paged(3, "ONLY", only_on="host9", tries=(
@@ -6290,6 +6290,18 @@ class SocketsTest(unittest.TestCase):
                 ([b"", b"", body], ("", body, b"")),
                 ([body, b"x", b"y"], None), ([b"", b"r1", body, b"d", b"e"], None)]:
             self.assertEqual(parse(parts), expected)
+    def test_the_same_output_is_shown_once(self):
+        tries = tuple(tc.Try(1, f"h{n}", output=said) for n, said in enumerate(
+            (b"an output\n", b"another\n", b"another\n")))
+        text = rendered([paged(1, "FAIL", tries=tries), paged(2, "FLAKY", tries=tries[1:])])
+        text = text.partition('<script type="application/json"')[0]
+        self.assertEqual((text.count("an output"), text.count("another\n")), (1, 2))
+        self.assertIn("Exit code 1 on h0, after the same output.", text)
+
+    def test_failures_come_first(self):
+        ids = re.findall(r'<section id="(\w+)"', tc.PAGE)
+        self.assertEqual(ids, ["failures", "flaky", "timeline", "commands", "slowest"])
+
         for frame in (tc.Frame(WORKERS, b"p", "r1", body, b""), tc.Frame(CLIENTS, b"p", "", body, b""),
                       tc.Frame(CLIENTS, b"p", "", body, b"d"),
                       tc.Frame(WORKERS, b"p", "r1", body, b"d")):
@@ -6370,6 +6382,16 @@ class SocketsTest(unittest.TestCase):
                 loop.wait()
             for peer in peers:
                 peer.close(0)
+    def test_what_all_commands_share_makes_room_for_their_ends(self):
+        folder = "x" * 200
+        option = "-p no:cacheprovider"
+        parsed = self.visit([paged(seq, cmd=f"pytest -q {option} tests/{folder}/test_{seq}.py")
+                             for seq in (1, 2)])
+        shown = [element.text for element in parsed.all("code") if element.text.startswith("…")]
+        self.assertEqual(len(shown), 2)
+        for seq, text in enumerate(shown, 1):
+            self.assertRegex(text, rf"^…tests/x+…x+/test_{seq}\.py$")
+
         self.assertIn(WORKERS, seen[:seen.index("tick")])
         self.assertLess(seen.index("tick"), 100)
 

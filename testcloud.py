@@ -1977,14 +1977,24 @@ class Broker(Machine):
                 break
             self.turns.rotate(-1)
 
-    def hand_back(self) -> None:
-        """To the broker above: what nobody here has the labels for (any more)."""
-        for client in [client for client in self.turns if client.link == BROKER]:
+    def hand_back(self, clients: Iterable[ClientLink]) -> None:
+        """Give back what no worker here may run (any more)."""
+        for client in clients:
             waiting: List[Task] = client.next_tasks()
             while waiting:
-                waiting = [task for task in client.next_tasks() if self.choice(task) == frozenset()]
-                for task in waiting:
-                    self.lose(task, "nobody here has the labels that it needs", told=True)
+                waiting = [task for task in client.next_tasks() if self.refuse(task)]
+
+    def refuse(self, task: Task) -> bool:
+        """Lose a task that no worker here may run, if its owner should not wait for one: if only
+        another host was to run it, or if the owner is the broker above. Returns whether it is lost."""
+        only = task.wanted.only
+        if not only and task.client.link != BROKER or self.choice(task) != frozenset():
+            return False
+        if only:
+            self.lose(task, "there is no other host", NOWHERE)
+        else:
+            self.lose(task, "nobody here has the labels that it needs", told=True)
+        return True
 
     def may_start(self, client: ClientLink) -> bool:
         """Whether its commands are surely ours to run."""
@@ -5579,7 +5589,8 @@ PAGE_OUTPUT = 32 * 1024  # bytes from either end of an output: there the reasons
 PAGE_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browsers get slow past it
 PAGE_ENTRIES = 1000  # failures shown with their output, and flaky commands: the list has all
 PAGE_SLOWEST = 20  # commands in that table: what fits on a screen
-MARK_OF = {"OK": "✓", "FAIL": "✗", "FLAKY": "~", "ONLY": "◐"}  # so that nobody needs colours
+# verdicts as they are shown; with marks, so that nobody needs colours
+LABELS = {OK: "✓ OK", FAIL: "✗ FAIL", FLAKY: "~ FLAKY", ONLY: "◐ FAIL ON 1 HOST"}
 
 
 class HtmlPage(WholeFile):
@@ -5592,9 +5603,9 @@ class HtmlPage(WholeFile):
     def pieces(self, summary: Summary) -> Iterator[str]:
         hosts = {one.host for one in all_tries(self.outcomes)} - {""}
         title = f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}"
-        facts = [("took", f"{summary.spent:.2f} s"), ("hosts", str(len(hosts))),
+        facts = [("took", took_words(summary.spent * 1000)), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
-        facts += [(f"failed on {host} only", str(n)) for host, n in summary.only_on.items()]
+        facts += [(f"failed only on {host}", str(n)) for host, n in summary.only_on.items()]
         return html_page(title, self.outcomes, self.output_of, facts, summary.trouble(),
                          summary.flaky_counts)
 
@@ -5614,10 +5625,7 @@ def html_line(text: str) -> str:
 
 
 def took_words(ms: float) -> str:
-    if ms < 1000:
-        return f"{ms:.2f} ms"
-    minutes, rest = divmod(int(ms), 60_000)
-    return f"{minutes}:{rest / 1000:06.3f}" if minutes else f"{rest / 1000:.3f} s"
+    return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1000:.3f} s" if ms < 10_000 else duration(ms / 1000)
 
 
 def ending_words(outcome: Outcome) -> str:
@@ -5632,7 +5640,7 @@ def ending_words(outcome: Outcome) -> str:
     if outcome.reason:
         words.append(one_line(outcome.reason))
     if outcome.only_on:
-        words.append(f"fails only on {one_line(outcome.only_on)}")
+        words.append(f"failed only on {one_line(outcome.only_on)}")
     if outcome.tries:
         words.append(tries_in_words(outcome, one_line))
     return "; ".join(words)
@@ -5648,15 +5656,22 @@ def output_html(parts: Iterable[bytes], end: int) -> str:
     return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
 
 
-def failed_tries_html(outcome: Outcome) -> str:
-    """What the tries printed that failed."""
-    return "".join(f"<p>Exit code {one.exitcode} on {html_line(one.host)}, after this output:</p>\n"
-                   + output_html([one.last_words().encode()], PAGE_OUTPUT)
-                   for one in outcome.tries if one.output)
+def failed_tries_html(outcome: Outcome, reported: bytes = b"") -> str:
+    """What the tries printed that failed, but what is shown already: the end of the reported output,
+    or that of another try."""
+    html, shown = "", [reported]
+    for one in outcome.tries:
+        how = f"<p>Exit code {one.exitcode} on {html_line(one.host)}, after "
+        if one.output and any(output.endswith(one.output) for output in shown):
+            html += f"{how}the same output.</p>\n"
+        elif one.output:
+            shown.append(one.output)
+            html += f"{how}this output:</p>\n{output_html([one.last_words().encode()], PAGE_OUTPUT)}"
+    return html
 
 
 def html_badge(verdict: str) -> str:
-    return f'<b class="badge {verdict}">{MARK_OF[verdict]} {verdict}</b>'
+    return f'<b class="badge {verdict}">{LABELS[verdict]}</b>'
 
 
 def html_name(outcome: Outcome) -> str:
@@ -5718,8 +5733,8 @@ def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
         return (rows[row_place(one)] if one.started else -1,
                 round(max(0.0, one.started - began) * 1000, 1), round(one.spent, 2))
     shown = script_json([(one_line(host), one_line(worker), slot) for host, worker, slot in slots])
-    yield f'{{"began":{began},\n"marks":{script_json(MARK_OF)},\n"rows":{shown},\n"commands":['
-    verdicts = {verdict: at for at, verdict in enumerate(MARK_OF)}
+    yield f'{{"began":{began},\n"labels":{script_json(LABELS)},\n"rows":{shown},\n"commands":['
+    verdicts = {verdict: at for at, verdict in enumerate(LABELS)}
     comma = itertools.chain(["\n"], itertools.repeat(",\n"))
     for outcome in outcomes:
         end = ending_words(outcome)
@@ -5757,13 +5772,13 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
         "state": [FAIL if failures or trouble else OK],
         "headline": [html_line(page_headline(len(outcomes), failures, trouble))],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
-                   for verdict in MARK_OF if counts[verdict]),
+                   for verdict in LABELS if counts[verdict]),
         "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
         "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)
-                                 + failed_tries_html(outcome)),
+                                 + failed_tries_html(outcome, last_of(outcome))),
         "flaky": html_entries(flaky, failed_tries_html),
         "slowest": slowest_rows(outcomes),
-        "options": (f'<option value="{verdict}">{MARK_OF[verdict]} {verdict}' for verdict in MARK_OF),
+        "options": (f'<option value="{verdict}">{label}' for verdict, label in LABELS.items()),
         "data": commands_json(outcomes),
     }
     for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", PAGE)):
@@ -5908,7 +5923,13 @@ button, input, select { font: inherit; color: inherit; background: var(--paper);
 #list, #pick { min-height: 13rem; max-height: 60vh; background: var(--card) }
 #list > div { position: relative } #list .n { text-align: right }
 #list [role=option] { position: absolute; width: 100%; height: 28px; padding: 0 .6rem; display: grid;
-  grid-template-columns: 3.5rem 4.6rem 5.5rem minmax(0, 1fr) 8rem; gap: .8rem; align-items: center;
+
+    def last_of(outcome: Outcome) -> bytes:
+        if not any(one.output for one in outcome.tries):
+            return b""  # and need not be read
+        return both_ends(output_of(outcome), 0, TRY_OUTPUT)[2]
+
+  grid-template-columns: 3rem 7.6rem 5rem minmax(0, 1fr) 6rem; gap: .8rem; align-items: center;
   cursor: pointer }
 #list [aria-selected=true] { background: var(--paper); box-shadow: inset 3px 0 var(--link) }
 #list span, #list code { overflow: hidden; text-overflow: ellipsis; white-space: pre; font-size: 13px }
@@ -5929,9 +5950,13 @@ html:not(.js) .js, [hidden] { display: none }
 <header class="{{state}}"><h1>{{headline}}</h1><p>{{title}}</p></header>
 <div class="bar">{{counts}}</div>
 <dl>{{facts}}</dl>
-<nav class="bar" aria-label="Sections"><a class="js" href="#timeline">Timeline</a>
-<a class="js" href="#commands">All commands</a> <a href="#failures">Failures</a>
-<a href="#flaky">Flaky</a> <a href="#slowest">Slowest</a></nav>
+<nav class="bar" aria-label="Sections"><a href="#failures">Failures</a> <a href="#flaky">Flaky</a>
+<a class="js" href="#timeline">Timeline</a> <a class="js" href="#commands">All commands</a>
+<a href="#slowest">Slowest</a></nav>
+<section id="failures"><h2>Failures</h2>
+{{failures}}</section>
+<section id="flaky"><h2>Flaky: passed in the end, or elsewhere</h2>
+{{flaky}}</section>
 <noscript><p>The timeline and the list of all commands need JavaScript.</p></noscript>
 <section id="timeline" class="js"><h2>Timeline</h2>
 <div class="bar"><span><button id="out" aria-label="Zoom out">−</button>
@@ -5950,10 +5975,6 @@ aria-label="Text to filter by"><select id="verdict" aria-label="Verdict to filte
 <div id="list" role="listbox" tabindex="0" aria-label="Commands"><div role="none"></div></div>
 <div id="pick" role="region" tabindex="0" aria-live="polite" aria-label="Chosen command">
 <p class="n">Choose a command to see all about it.</p></div></div></section>
-<section id="failures"><h2>Failures</h2>
-{{failures}}</section>
-<section id="flaky"><h2>Flaky: passed in the end, or elsewhere</h2>
-{{flaky}}</section>
 <section id="slowest"><h2>Slowest commands</h2>
 <table><thead><tr><th scope="col">Time<th scope="col">Verdict<th scope="col">Host<th scope="col">Command
 <tbody>
@@ -5962,7 +5983,7 @@ aria-label="Text to filter by"><select id="verdict" aria-label="Verdict to filte
 <script>"use strict";
 document.documentElement.classList.add("js");
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
-const {began, marks, rows} = data, VERDICTS = Object.keys(marks);  // a row is [host, worker, slot]
+const {began, labels, rows} = data, VERDICTS = Object.keys(labels);  // a row is [host, worker, slot]
 const commands = data.commands.map(([seq, cmd, verdict, row, at, spent, note]) =>
   ({seq, cmd, verdict, row, at, spent, note: note || "exit code 0", shown: true}));
 const bySeq = new Map(commands.map(c => [c.seq, c]));
@@ -5972,8 +5993,10 @@ function where({row}) {
   return row < 0 ? "never ran" : `${rows[row][0]}, slot ${rows[row][2]} of ${rows[row][1]}`;
 }
 function duration(ms) {
-  if (ms < 60000) return ms < 1000 ? ms.toFixed(2) + " ms" : (ms / 1000).toFixed(3) + " s";
-  return Math.floor(ms / 60000) + ":" + (Math.floor(ms % 60000) / 1000).toFixed(3).padStart(6, "0");
+  const s = Math.round(ms / 1000), min = Math.floor(s / 60);
+  if (ms < 10000) return ms < 1000 ? ms.toFixed(2) + " ms" : (ms / 1000).toFixed(3) + " s";
+  if (s < 120) return (ms / 1000).toFixed(1) + " s";
+  return s < 7200 ? `${min} min ${s % 60} s` : `${Math.floor(min / 60)} h ${min % 60} min`;
 }
 function element(parent, tag, text, name = "") {  // a text stays a text, whatever is in it
   const made = parent.appendChild(document.createElement(tag));
@@ -5981,7 +6004,7 @@ function element(parent, tag, text, name = "") {  // a text stays a text, whatev
   return made;
 }
 function badge(parent, {verdict: v}) {
-  element(parent, "b", marks[VERDICTS[v]] + " " + VERDICTS[v], "badge " + VERDICTS[v]);
+  element(parent, "b", labels[VERDICTS[v]], "badge " + VERDICTS[v]);
 }
 
 // The timeline: a canvas as large as what is in sight, in a box that scrolls over all of it.
@@ -6121,7 +6144,7 @@ function point(c, x, y) {  // names a bar
   canvas.style.cursor = c ? "pointer" : "default";
   if (c) {
     const verdict = VERDICTS[c.verdict];
-    tip.textContent = `${c.seq}: ${c.cmd.slice(0, 300)}\n${marks[verdict]} ${verdict}, ${c.note}\n`
+    tip.textContent = `${c.seq}: ${c.cmd.slice(0, 300)}\n${labels[verdict]}, ${c.note}\n`
       + `${duration(c.spent)} on ${where(c)}`;
     const above = y + 18 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 12 : y + 18;
     tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 8)) + "px";
@@ -6164,7 +6187,9 @@ function show() {
     is("role", "option"); is("aria-selected", c === chosen);
     is("aria-posinset", first + at + 1); is("aria-setsize", found.length);
     element(item, "span", c.seq, "n"); badge(item, c);
-    element(item, "span", duration(c.spent), "n ms"); element(item, "code", c.cmd.slice(0, 500));
+    element(item, "span", duration(c.spent), "n ms");
+    const rest = shared ? "…" + c.cmd.slice(shared) : c.cmd;
+    const code = element(item, "code", rest.replace(/^(.{150}).*(.{350})$/, "$1…$2"));
     element(item, "span", c.row < 0 ? "never ran" : rows[c.row][0], "where");
   });
 }
@@ -6314,6 +6339,13 @@ def complain(text: str) -> None:
     if sys.stderr is not None:  # closed: and print() would take stdout
         with contextlib.suppress(OSError), BAR.making_way():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
+let shared = commands[0]?.cmd.length ?? 0;  // characters that all commands begin with
+for (const c of commands) while (!c.cmd.startsWith(commands[0].cmd.slice(0, shared))) shared--;
+shared = commands.length > 1 ? commands[0].cmd.lastIndexOf(" ", shared - 1) + 1 : 0;
+function shorten(code) {  // in the middle
+  const all = code.textContent, room = Math.floor(all.length * code.clientWidth / code.scrollWidth) - 2;
+  if (room < all.length - 2) code.textContent = all.slice(0, room / 3) + "…" + all.slice(-room * 2 / 3);
+}
 
 
 # === Sockets ==========================================================================
@@ -6326,6 +6358,7 @@ def complain(text: str) -> None:
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to combine
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 SPARE = 8  # of the files we may open: when no more are left we say so
+    shorten(code);
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 READ_TIME: Seconds = 0.1  # and how long that may take
 IN_LIBZMQ = 50  # messages that libzmq keeps for a peer that does not read, or of one that floods us:
