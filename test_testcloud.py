@@ -1424,6 +1424,83 @@ class BrokerTest(unittest.TestCase):
         self.assertLess(len(b.ranking), 100)
 
 
+class OnlyElsewhereTest(unittest.TestCase):
+    """What only another host is to run, and is lost if there is none."""
+
+    def setUp(self):
+        self.desk = d = Desk()
+        d.join(b"w", host="h1")
+        d.hello(b"c", "r1")
+
+    def submit(self, id=1, **more):
+        self.desk.submit(b"c", id, attempt=2, not_on="h1", elsewhere=True, avoid="w", only=True, **more)
+
+    def expect_nowhere(self, id=1):
+        self.desk.expect(b"c", "LOST", tasks=[[id, 2]], fault=tc.NOWHERE)
+        self.desk.quiet()
+        self.assertNotIn(id, self.desk.broker.clients["r1"].tasks)
+
+    def test_it_is_lost_at_once_if_there_is_no_other_host(self):
+        d = self.desk
+        self.submit()
+        self.expect_nowhere()
+        d.submit(b"c", 9)
+        d.takes(b"w", "r1", 9)
+        d.expect(b"c", "QUEUED")
+        d.join(b"v", host="h1")
+        d.join(b"x", host="h2", slots=0)  # takes nothing
+        d.submit(b"c", 8)
+        d.takes(b"v", "r1", 8)
+        d.expect(b"c", "QUEUED")
+        for wishes in {}, {"needs": ["gpu"]}:  # although no slot is free
+            d.broker.clients["r1"].lost.clear()
+            self.submit(**wishes)
+            self.expect_nowhere()
+
+    def test_it_waits_for_the_other_host_while_there_is_one(self):
+        for leaves in True, False:
+            self.setUp()
+            d = self.desk
+            d.join(b"v", host="h2")
+            d.submit(b"c", 7, not_on="h1", elsewhere=True)
+            d.takes(b"v", "r1", 7)
+            d.expect(b"c", "QUEUED")
+            self.submit()
+            d.quiet()
+            if leaves:
+                d.worker(b"v", "BYE")
+                d.expect(b"c", "LOST", tasks=[[7, 1]])
+            else:
+                d.client(b"c", 'SHUN {"hosts":["h2"]}')
+            d.expect(b"c", "LOST", tasks=[[1, 2]], fault=tc.NOWHERE)
+
+    def test_it_runs_on_the_other_host(self):
+        d = self.desk
+        d.join(b"v", host="h2")
+        self.submit()
+        d.takes(b"v", "r1", 1, attempt=2)
+
+    def test_a_broker_below_says_so_as_well(self):
+        d = self.desk = Desk(chained=True)
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.join(b"w", host="h1")
+        d.answer(above=["b0"], patience=5)
+        d.letters.clear()
+        d.tell(BROKER, b"", tc.encode("{", {
+            "cmd": "x", "id": 1, "attempt": 2, "not_on": "h1", "only": True}), "up")
+        d.expect(b"", "QUEUED", token="up")
+        d.expect(b"", "LOST", token="up", tasks=[[1, 2]], fault=tc.NOWHERE)
+
+    def test_clients_are_told_how_many_hosts_there_are(self):
+        d = self.desk
+        d.join(b"v", host="h2")
+        d.join(b"x", host="h2")
+        d.joins += 1
+        d.client(b"e", tc.encode("HELLO", {"run": "r2", "join": d.joins}))
+        d.expect(b"e", "OK", hosts=2, workers=3)
+
+
 class PlainPeersTest(unittest.TestCase):
     """Peers that know the seed's README only."""
 
@@ -2172,6 +2249,8 @@ class World:
         self.healed = False
         self.faults = self.MIX if faults is None else faults
         self.wild = faults is None
+        # where nothing can be started
+        self.bad_hosts = ("h0",) if self.wild and random.Random(f"bad{seed}").random() < 0.3 else ()
         self.adversary = adversary
         self.keyed = seed % 2 == 1
         self.times = tc.Times()
@@ -2465,6 +2544,8 @@ class World:
                 f"{cmd} is started again and again"  # a plain client may ask for it as often
         elif not actor.plain and r.random() < self.shortage:
             how = ending(tc.NOT_RUN, output, reason="no room")
+        elif actor.host in self.bad_hosts:
+            how = ending(127, output)
         else:
             how = ending(drawn.choice([0, 0, 1]), output)
         generation = actor.generation
@@ -2513,7 +2594,11 @@ class World:
         assert self.reports[cmd] == 1, f"{cmd} is reported twice"
         assert cmd in actor.commands, f"{cmd} was never asked for"
         output = self.fetched.get(actor.name) if effect.output is None else effect.output
-        output = self.kept.get(effect.entry, output) if not actor.plain else output
+        output = self.kept[effect.entry] if not actor.plain and effect.kept else output
+        if not actor.plain and effect.entry.attempt > result.get("attempt", 0):
+            self.seen["nowhere else to start"] += result["exitcode"] in tc.CANNOT_START
+        if not actor.plain and tc.unable_hosts([*effect.entry.tries.values()]):
+            self.seen["started elsewhere"] += 1
         self.seen["fetched"] += effect.output is None
         text = result.get("reason", "") + tc.to_text(output)
         if "workers were lost" in text or "could not be started" in text:
@@ -2926,7 +3011,7 @@ class SimulationTest(unittest.TestCase):
                 "pause worker", "pause client", "overslept", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
-                "looked into", "load", "forgotten",
+                "looked into", "load", "forgotten", "started elsewhere", "nowhere else to start",
                 "stale result", "held results announced", "steal from a worker",
                 "steal from a client", *(set(tc.MESSAGES) - {"STATUS"}))
 
@@ -2976,8 +3061,12 @@ class SimulationTest(unittest.TestCase):
          "        self.crew_changed = True\n"),
         ("who once had no room never has", "                self.exhausted = {some for some in "
          "self.exhausted if some and worker not in some}\n", "                pass\n"),
-        ("what was kept is not reported", "            result, output = entry.kept, None\n",
+        ("what was kept is not reported",
+         "            result, output, entry.shown = entry.kept, None, entry.kept_shown\n",
          "            output = b''\n"),
+        ("who waits for another host is never told that there is none",
+         "        if not only and task.client.link != BROKER or self.choice", "        if self.choice"
+         "(task) is None or only or self.choice"),
         ("commands resubmitted to a new broker start at once", "            if self.now < task.until:"
          "\n                task.state = LIMBO", "            if False:\n                pass"),
         ("silent clients are kept for ever", "            else:\n                self.forget_client("
@@ -4527,7 +4616,8 @@ class ClientTest(unittest.TestCase):
         b.effect(tc.Released)
         wanted = []
         for attempt, (exitcode, host) in enumerate(tries, 1):
-            b.expect("{", attempt=attempt, limit=1 if b.effects else None)
+            b.expect("{", attempt=attempt, limit=1 if self.client.examined else None,
+                     only=True if not most and attempt > 1 else None)
             self.result(1, attempt, exitcode, host=host, stdout=f"from {host}")
             wanted += [(line[2].get("on"), line[2].get("not_on")) for line in b.lines if line[1] == "{"]
         reports = [effect for effect in b.effects if isinstance(effect, tc.Report)]
@@ -4543,13 +4633,17 @@ class ClientTest(unittest.TestCase):
                 (3, [(1, "h"), (0, "h")], tc.FLAKY, 0),  # there is no other host
                 (2, [(1, "h"), (0, "i")], tc.FLAKY, 0),  # that must do
                 (5, [(1, "h"), (1, "i"), (1, "h"), (1, "j"), (0, "h")], tc.FLAKY, 0),
-                (1, [(1, "h")], tc.FAIL, 1)]:
+                (1, [(1, "h")], tc.FAIL, 1), (0, [(1, "h")], tc.FAIL, 1),
+                (1, [(127, "h")], tc.FAIL, 127),  # if that is said, not even then
+                (0, [(127, "h"), (0, "i")], tc.OK, 0), (0, [(126, "h"), (1, "i")], tc.FAIL, 1),
+                (0, [(127, "h"), (126, "i")], tc.FAIL, 126),  # all agree
+                (3, [(127, "h"), (0, "i")], tc.OK, 0)]:  # it says nothing about the command
             with self.subTest(tries):
                 wanted, report = self.examine(most, *tries)
                 self.assertEqual(wanted, [(None, "h"), ("h", None), (None, "h"), ("h", None)][
                     :len(tries) - 1])
                 self.assertEqual((report.entry.verdict, report.result["exitcode"]), (verdict, exitcode))
-                self.assertEqual(self.client.failed, exitcode)
+                self.assertEqual(self.client.failed, exitcode > 0)
                 self.assertEqual(self.client.flaky, verdict in (tc.FLAKY, tc.ONLY))
 
     def test_what_passed_is_kept_while_its_failure_is_looked_into(self):
@@ -4607,6 +4701,72 @@ class ClientTest(unittest.TestCase):
         self.assertNotIn(tc.Report, map(type, b.effects))
         b.wait(0.2)
         self.assertIn(tc.Report, map(type, b.effects))
+
+    def test_what_could_not_be_started_is_reported_if_there_is_no_other_host(self):
+        for how in ("no other", "interrupted"):
+            wanted, report = self.examine(0, (127, "h"))
+            b = self.bench
+            self.assertEqual((wanted, report), ([(None, "h")], None))
+            self.assertEqual(b.effect(tc.Keep).output, b"from h")
+            b.expect("{", attempt=2, only=True)
+            if how == "interrupted":
+                self.client.cancel(130, b.now)
+                b.collect()
+            b.hear(tc.encode("LOST", {"tasks": [[1, 2]], "why": how, "fault": tc.NOWHERE}))
+            report = b.effect(tc.Report)
+            self.assertEqual((report.kept, report.result["exitcode"]), (True, 127))
+            self.assertEqual(self.client.failed, 1)
+
+    def test_what_could_not_be_started_is_not_forgotten_with_the_worker_that_tries_it(self):
+        self.examine(0, (127, "h"))
+        b = self.bench
+        b.lines.clear()
+        b.hear('LOST {"tasks":[[1,2]],"why":"worker w is gone","fault":"crash","worker":"w"}')
+        b.expect("{", attempt=3, only=True, not_on="h")
+        self.result(1, 3, host="i", stdout="x" * 5, size=tc.INLINE + 1)  # the whole is to be fetched
+        b.expect("FETCH", attempt=3)
+        b.hear('LOST {"tasks":[[1,3]],"why":"its output is lost"}')
+        b.effect(tc.Keep)
+        b.quiet_but("DONE", "{")
+        b.hear(tc.encode("LOST", {"tasks": [[1, 4]], "why": "none", "fault": tc.NOWHERE}))
+        self.assertEqual(b.effect(tc.Report).result["attempt"], 1)
+
+    def test_what_takes_long_for_such_an_exit_code_did_start(self):
+        for exitcode, ms, again in ((127, tc.START_TIME - 1, True), (127, tc.START_TIME, False),
+                                    (126, 0, True), (125, 0, False)):
+            self.assertEqual(tc.next_try([tc.Try(exitcode, "h", spent=ms)], 0),
+                             {"not_on": "h", "only": True} if again else None)
+
+    def test_a_large_output_of_what_could_not_be_started_is_fetched_before(self):
+        self.join()
+        self.add("a", end=True)
+        b = self.bench
+        b.lines.clear()
+        b.effects.clear()
+        self.result(1, 1, 127, size=tc.INLINE + 5, host="h")
+        b.expect("FETCH", attempt=1)
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"x" * (tc.INLINE + 5))
+        b.effect(tc.Store)
+        self.assertIsNone(b.effect(tc.Keep).output)
+        b.expect("{", attempt=2, only=True)
+
+    def test_a_host_that_can_start_nothing_is_set_aside(self):
+        self.join()
+        self.add(*"abcdefgh", end=True)
+        b = self.bench
+        for id, began in enumerate((0, 0, 1, 0, 0, 0), 1):
+            self.assertFalse(self.client.shunned)
+            self.result(id, 1, 0 if began else 127, host="h")
+            if not began:
+                self.result(id, 2, 0, host="i")
+        self.assertEqual(self.client.shunned, {"h"})
+        self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
+        said = [e.text for e in b.effects if isinstance(e, tc.Notice)]
+        self.assertEqual(len(said), 1)
+        self.assertIn("SETTING ASIDE host h", said[0])
+        self.result(7, 1, 127, host="h")  # was there already
+        self.result(7, 2, 127, host="i")
+        self.assertEqual(self.client.failed, 1)
 
     def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
         self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
@@ -4969,7 +5129,7 @@ class ReportingTest(unittest.TestCase):
 
     def report(self, cmd, exitcode=0, output=b"", tries=(), line=None, **result):
         entry = self.entry(cmd, line)
-        attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, "h")]
+        attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, result.get("host", "h"))]
         entry.tries = dict(enumerate(attempts, 1))
         entry.verdict = tc.verdict_of(attempts)
         self.reports.report(tc.Report(entry, dict(
@@ -4990,12 +5150,12 @@ class ReportingTest(unittest.TestCase):
         tally = self.tally(settings.raw or split)
         out = mock.Mock(put=lambda item, size=0: self.out.writelines(item))
         with mock.patch.object(tc, "Writer", lambda file, failed: out):
-            show = tc.Show(settings, tally, None)
+            show = tc.Show(settings, tally, None, lambda: self.client.hosts > 1)
         self.reports = tc.Reports(tally, [show.reporter])
         return self.out
 
-    def end(self, complete=True):
-        return self.reports.end(self.client, complete, 0, 0)
+    def end(self, complete=True, **more):
+        return self.reports.end(self.client, complete, **more)
 
     def test_the_hash_of_the_seeds_example(self):
         tally = self.tally()
@@ -5087,10 +5247,65 @@ class ReportingTest(unittest.TestCase):
         self.end()
         self.assertEqual(out.getvalue().decode().split("\n")[:-2], [
             "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 2 on h",
-            "ONLY ON i! b ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 1 on i",
+            "FAILED ONLY ON i! b ⌚8.14ms",
+            "testcloud: tried 3 times; other exit codes: 1 on i (2 times)",
             "FAIL(3) c ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 1 on j",
             "Some commands failed :(",
-            "2 of them failed at first, and passed elsewhere or later: 1 only on i"])
+            "1 of 3 commands failed: 1 with exit code 3", "  FAIL(3) c",
+            "Flaky: 2 of 3 failed at first, and passed elsewhere or later: 1 FAILED ONLY ON i"])
+
+    def test_the_end_says_what_failed_and_where(self):
+        out = self.text("-b")
+        self.client.hosts = 2
+        for n in range(12):
+            self.report(f"c{n}", 1 + n % 2, host="h")
+        self.report("x" * 200_000, host="i", tries=[(127, "h")])
+        self.report("y" * 200_000, 4, host="i")
+        self.end(again="do it again")
+        lines = out.getvalue().decode().split("\n")
+        self.assertEqual(lines[0], "FAIL(1) on h: c0 ⌚8.14ms")
+        self.assertEqual(lines[12][:8], "OK! xxxx")
+        self.assertLess(max(map(len, lines)), 1100)
+        self.assertEqual(lines[14:17], [
+            "Some commands failed :(", "13 of 14 commands failed: 6 with exit code 1, 6 with exit code "
+            "2, 1 with exit code 4", "  FAIL(1) on h: c0"])
+        self.assertEqual(lines[25:-2], [
+            "  FAIL(2) on h: c9", "  and 3 more",
+            "12 of 13 failures were on h, where nothing passed; try --retries 2",
+            "To run just these again: do it again",
+            "1 command could not be started on h, and ran elsewhere"])
+
+    def test_only_a_host_where_nothing_passed_is_suspected(self):
+        for results, retries, suspected in (
+                ([("h", 1)] * 3 + [("i", 0)], 0, True), ([("h", 1)] * 3 + [("i", 0)], 2, False),
+                ([("h", 1)] * 2 + [("i", 0)], 0, False), ([("h", 1)] * 9, 0, False),
+                ([("h", 1)] * 9 + [("h", 0), ("i", 0)], 0, False)):
+            self.text("-b")
+            self.client = tc.Client("r1", wishes=tc.Wishes(tries=retries))
+            for host, exitcode in results:
+                self.report("c", exitcode, host=host)
+            self.assertEqual(bool(self.end().bad_host), suspected)
+
+    def test_nothing_run_is_no_success(self):
+        for given, empty in (({}, False), ({"may_be_empty": False}, True),
+                             ({"may_be_empty": False, "skipped": 1}, False)):
+            out = self.text("-b")
+            summary = self.end(**given)
+            self.assertEqual((summary.empty, tc.status_of(summary, False, 0)), (empty, 2 * empty))
+            said = "No commands to execute" in out.getvalue().decode()
+            self.assertEqual(said, "skipped" not in given)
+            self.assertEqual(list(tc.afterthoughts(summary, [], 1)), [tc.NO_COMMANDS] * empty)
+            self.assertEqual(bool(summary.trouble()), empty)
+
+    def test_the_signal_that_killed_a_command_is_named(self):
+        out = self.text("-b")
+        for exitcode, more, words in (
+                (137, {"signal": 9}, "testcloud: killed by SIGKILL"), (255, {}, ""), (3, {}, ""),
+                (139, {}, "testcloud: exit code 139 is that of a process killed by SIGSEGV"),
+                (143, {"reason": "stopped"}, "testcloud: stopped"), (128 + 200, {"signal": 200}, "")):
+            out.truncate(0)
+            self.report("c", exitcode, **more)
+            self.assertEqual(out.getvalue().decode().split("\n")[1], words)
 
     def test_what_is_flaky_may_count_as_failed(self):
         for counts, words in ((False, "All commands success"), (True, "Some commands failed")):
@@ -5412,12 +5627,13 @@ class ReportingTest(unittest.TestCase):
 
     def test_advice(self):
         for times, slots, words in (
-                ([38.0] + [9.0] * 40, 4, "longest command 38 s; 11 slots would reach 38 s; more will"),
-                ([38.0] + [9.0] * 40, 12, "longest command 38 s: more slots than 11 do not help"),
+                ([38.0] + [9.0] * 40, 4, "longest command 38.0 s; 11 slots would reach 38.0 s; more"),
+                ([38.0] + [9.0] * 40, 12, "longest command 38.0 s: more slots than 11 do not help"),
+                ([0.17] + [0.0015] * 100_000, 2, "; 28 slots would reach 5.4 s;"),  # for a broker
                 ([1.0], 1, "more slots than 1"), ([0.0, 0.0], 3, "more slots than 1")):
             self.assertIn(words, tc.advice(times, slots))
         with mock.patch.object(tc, "makespan", wraps=tc.makespan) as tried:
-            self.assertIn("; 500 slots would reach 1 s", tc.advice([1.0] * 500, 8))
+            self.assertIn("; 500 slots would reach 1.0 s", tc.advice([1.0] * 500, 8))
         self.assertLess(tried.call_count, 20)
         r = random.Random(3)
         for _ in range(100):
@@ -5446,8 +5662,13 @@ class ReportingTest(unittest.TestCase):
         client.input_ended, client.workers = True, 2
         self.assertEqual(tc.progress(client, 8.0), "4/10 done, 1 failed, 2 flaky, 4 running, 0.5/s, "
                                                    "ETA 12 s, 2 workers, 4 slots")
-        for seconds, words in ((0.2, "0 s"), (59.4, "59 s"), (187, "3:07"), (7387, "2:03:07")):
+        for seconds, words in ((0.2, "0.200 s"), (63.14, "63.1 s"), (119.7, "2 min 0 s"),
+                               (123, "2 min 3 s"), (7387, "2 h 3 min")):
             self.assertEqual(tc.duration(seconds), words)
+        for seconds, words in ((0.2, "0 s"), (59.4, "59 s")):
+            self.assertEqual(tc.duration(seconds, 0), words)
+        for spent, words in ((0.00814, "8.14ms"), (9.5, "9500.00ms"), (63.14, "63.1 s")):
+            self.assertEqual(tc.seeds_time(spent, ms=True), words)
 
     def test_the_tables_of_the_status(self):
         tables = tc.status_tables(dict(MessagesTest.EXAMPLES["STATUS"], above=["b0"], workers=[
@@ -5575,7 +5796,7 @@ class JUnitTest(unittest.TestCase):
             ["failure", "rerunFailure", "rerunFailure", "system-out"]])
         self.assertEqual([case.find("failure").attrib for case in found], [
             {"type": "Flaky", "message": "tried 3 times; other exit codes: 3 on h1, 0 on h1"},
-            {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1, 3 on h1"}])
+            {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1 (2 times)"}])
         row = outcome(verdict="FLAKY", tries=(tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
         case, = cases(row, flaky_counts=True, output=b"passed")
         self.assertTrue(case.findtext("failure").endswith("\n\non h1:\nwhy"))
@@ -5624,7 +5845,7 @@ class JUnitTest(unittest.TestCase):
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
             "FLAKY: tried 3 times; other exit codes: 3 on h1, 0 on h1",
             "ran on h3 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "ONLY: tried 3 times; other exit codes: 3 on h1, 3 on h1\nfailed on h1 only", None])
+            "ONLY: tried 3 times; other exit codes: 3 on h1 (2 times)\nfailed on h1 only", None])
 
     def test_cases_are_in_order_of_input_under_names_of_their_own(self):
         found = cases(outcome(3), outcome(1), outcome(4, "pi 2 [2]"), outcome(2),
@@ -6069,6 +6290,18 @@ class PageTest(unittest.TestCase):
         left_out = 100_009 - 2 * tc.PAGE_OUTPUT
         self.assertRegex(pre.text, f"^\nfirstx+{left_out:,} bytes left outx+last$")
 
+    def test_the_same_output_is_shown_once(self):
+        tries = tuple(tc.Try(1, f"h{n}", output=said) for n, said in enumerate(
+            (b"an output\n", b"another\n", b"another\n")))
+        text = rendered([paged(1, "FAIL", tries=tries), paged(2, "FLAKY", tries=tries[1:])])
+        text = text.partition('<script type="application/json"')[0]
+        self.assertEqual((text.count("an output"), text.count("another\n")), (1, 2))
+        self.assertIn("Exit code 1 on h0, after the same output.", text)
+
+    def test_failures_come_first(self):
+        ids = re.findall(r'<section id="(\w+)"', tc.PAGE)
+        self.assertEqual(ids, ["failures", "flaky", "timeline", "commands", "slowest"])
+
     def test_output_that_is_no_utf_8(self):
         pre = failure_in_page([b"a\xff\r\n\x1b[1m\rb"])
         self.assertEqual(pre.text, "\na\ufffd\n\\x1b[1m\\rb")
@@ -6148,6 +6381,16 @@ class BrowserTest(unittest.TestCase):
         self.assertEqual(parsed.all("img") + parsed.all("svg"), [])
         self.assertEqual(self.lines(parsed)[:3], ["l1", "l2", "l3"])
         self.assertGreater(int(parsed.one("canvas").attributes["width"]), 1000)
+
+    def test_what_all_commands_share_makes_room_for_their_ends(self):
+        folder = "x" * 200
+        option = "-p no:cacheprovider"
+        parsed = self.visit([paged(seq, cmd=f"pytest -q {option} tests/{folder}/test_{seq}.py")
+                             for seq in (1, 2)])
+        shown = [element.text for element in parsed.all("code") if element.text.startswith("…")]
+        self.assertEqual(len(shown), 2)
+        for seq, text in enumerate(shown, 1):
+            self.assertRegex(text, rf"^…tests/x+…x+/test_{seq}\.py$")
 
     def test_only_lines_in_sight_are_elements(self):
         parsed = self.visit([paged(seq) for seq in range(1, 5001)], "#seq=2500")
@@ -6290,18 +6533,6 @@ class SocketsTest(unittest.TestCase):
                 ([b"", b"", body], ("", body, b"")),
                 ([body, b"x", b"y"], None), ([b"", b"r1", body, b"d", b"e"], None)]:
             self.assertEqual(parse(parts), expected)
-    def test_the_same_output_is_shown_once(self):
-        tries = tuple(tc.Try(1, f"h{n}", output=said) for n, said in enumerate(
-            (b"an output\n", b"another\n", b"another\n")))
-        text = rendered([paged(1, "FAIL", tries=tries), paged(2, "FLAKY", tries=tries[1:])])
-        text = text.partition('<script type="application/json"')[0]
-        self.assertEqual((text.count("an output"), text.count("another\n")), (1, 2))
-        self.assertIn("Exit code 1 on h0, after the same output.", text)
-
-    def test_failures_come_first(self):
-        ids = re.findall(r'<section id="(\w+)"', tc.PAGE)
-        self.assertEqual(ids, ["failures", "flaky", "timeline", "commands", "slowest"])
-
         for frame in (tc.Frame(WORKERS, b"p", "r1", body, b""), tc.Frame(CLIENTS, b"p", "", body, b""),
                       tc.Frame(CLIENTS, b"p", "", body, b"d"),
                       tc.Frame(WORKERS, b"p", "r1", body, b"d")):
@@ -6382,16 +6613,6 @@ class SocketsTest(unittest.TestCase):
                 loop.wait()
             for peer in peers:
                 peer.close(0)
-    def test_what_all_commands_share_makes_room_for_their_ends(self):
-        folder = "x" * 200
-        option = "-p no:cacheprovider"
-        parsed = self.visit([paged(seq, cmd=f"pytest -q {option} tests/{folder}/test_{seq}.py")
-                             for seq in (1, 2)])
-        shown = [element.text for element in parsed.all("code") if element.text.startswith("…")]
-        self.assertEqual(len(shown), 2)
-        for seq, text in enumerate(shown, 1):
-            self.assertRegex(text, rf"^…tests/x+…x+/test_{seq}\.py$")
-
         self.assertIn(WORKERS, seen[:seen.index("tick")])
         self.assertLess(seen.index("tick"), 100)
 

@@ -23,7 +23,7 @@ Between machines it needs a key, which broker, workers and clients find beside t
 Exit status of the client
     0  every command was run and exited with 0, in the end (--retries)
     1  some command failed, or was flaky (--fail-on-flaky), or the result hash is another
-    2  wrong usage
+    2  wrong usage, or no commands at all (--allow-empty)
     3  not everything could be run, or written: no broker, no worker, a full disk, no pyzmq
     129, 130, 143  terminal closed, interrupted with Ctrl-C, ended by SIGTERM
     141  nobody reads our stdout any more
@@ -362,6 +362,7 @@ MESSAGES: Dict[str, Spec] = {
         "careful": flag,  # workers were lost with it: let no others wait behind it
         "elsewhere": flag,  # wait for another than the one to avoid, if there is one
         "on": text, "not_on": text,  # hosts: wait for it, or for another, if there is one
+        "only": flag,  # if there is no other, it is LOST
         "needs": texts,  # labels that a worker must have
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
@@ -382,7 +383,7 @@ MESSAGES: Dict[str, Spec] = {
         "depth": count}),  # how many of the brokers stand in its longest chain
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
-        "broker": text, "workers": count, "slots": count, "above": texts,
+        "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
         "lacks": text,  # what the client's commands wait for, if it may wait for ever
         "patience": number}),  # seconds after which a silent peer is given up
     "WHO": Spec("broker > client, worker", {}, {}),
@@ -394,7 +395,7 @@ MESSAGES: Dict[str, Spec] = {
         "slot": count, "reason": text,
         "split": flag}),  # it is in PIECES, as was asked for
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
-        "fault": text, "worker": text}),  # fault: CRASH, SPAWN or ""
+        "fault": text, "worker": text}),  # fault: CRASH, SPAWN, NOWHERE or ""
     "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
     "CANCEL": Spec("client > broker > worker", {}, {"tasks": pairs}),
     "FETCH": Spec("client > broker > worker", {
@@ -526,6 +527,12 @@ def escape_of(c: str) -> str:
 
 def clipped(text: str, limit: int = CLIPPED) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def shortened(text: str, limit: int = CLIPPED) -> str:
+    """A text without its middle if it is longer: names and commands differ at their ends."""
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:limit - 3 - half]}...{text[len(text) - half:]}"
 
 
 # === Machines =========================================================================
@@ -1092,7 +1099,8 @@ class WorkerLink:
         return self.busy < self.slots + (0 if self.careful else self.ahead)
 
 
-CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process
+CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process;
+NOWHERE = "nowhere"  # there is no other host
 
 
 class Faults:
@@ -1124,6 +1132,7 @@ class Wanted(NamedTuple):
     on: str = ""  # by this host
     not_on: str = ""  # by another host
     avoid: str = ""  # by another worker
+    only: bool = False  # the wish for another host is a need
 
     def choose(self, workers: Iterable[WorkerLink]) -> Set[WorkerLink]:
         left = [(host, worker) for worker in workers for (host, labels), slots in worker.crew.items()
@@ -1133,6 +1142,8 @@ class Wanted(NamedTuple):
                      lambda host, worker: host != self.not_on,
                      lambda host, worker: worker.name != self.avoid):
             left = [row for row in left if wish(*row)] or left
+        if self.only:
+            left = [(host, worker) for host, worker in left if host != self.not_on]
         return {worker for _, worker in left}
 
 
@@ -1299,11 +1310,14 @@ class Broker(Machine):
         client.lost = {id: row for id, row in client.lost.items() if id in wanted}
         client.claimed = True
         self.departed.pop(run, None)
-        self.say(CLIENTS, peer, "", "OK", dict(self.state_of_cloud(), join=message.fields["join"]))
+        self.say(CLIENTS, peer, "", "OK", dict(self.state_for_client(), join=message.fields["join"]))
 
     def state_of_cloud(self) -> Fields:
         return {"broker": self.name, "workers": len(self.workers), "slots": self.slots,
                 "patience": self.times.client_lease}
+
+    def state_for_client(self) -> Fields:
+        return dict(self.state_of_cloud(), hosts=len(self.workers_at()))
 
     def on_client_bye(self, message: Message) -> None:
         run = self.run_of.get(message.peer)
@@ -1355,13 +1369,13 @@ class Broker(Machine):
 
     def answer_greetings(self) -> None:
         greeted, self.greeted, self.answer_at = self.greeted, {}, math.inf
-        lines = {CLIENTS: encode("OK", self.state_of_cloud()),
+        lines = {CLIENTS: encode("OK", self.state_for_client()),
                  WORKERS: encode("OK", self.state_for_worker())}
         for (link, peer), beat in greeted.items():
             line, client = lines[link], self.clients.get(self.run_of.get(peer, ""))
             lacks = self.lacks(client) if link == CLIENTS and client is not None else ""
             if lacks:
-                line = encode("OK", dict(self.state_of_cloud(), lacks=lacks))
+                line = encode("OK", dict(self.state_for_client(), lacks=lacks))
             self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
         viewers, self.viewers = self.viewers, {}
         status = encode("STATUS", self.status()) if viewers else b""
@@ -1692,12 +1706,14 @@ class Broker(Machine):
                     self.greeted.setdefault((CLIENTS, task.client.peer), 0)
                     self.answer_at = min(self.answer_at, self.now + OK_DELAY)
             task.wanted = Wanted(needs, on=fields.get("on", ""), not_on=fields.get("not_on", ""),
-                                 avoid=task.avoid if fields.get("elsewhere") else "")
+                                 avoid=task.avoid if fields.get("elsewhere") else "",
+                                 only=fields.get("only", False))
 
     def on_shun(self, message: Message) -> None:
         client = self.client_of(message)
         if client is not None:
             client.shunned = frozenset(message.fields["hosts"])
+            self.hand_back([client])
             self.tell_shunned(client, [w for w in self.workers.values() if w.below])
 
     def tell_shunned(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
@@ -1733,6 +1749,8 @@ class Broker(Machine):
                 return
         client.queue(task, fields.get("again", False) or task.attempt > 1)
         self.take_turn(client)
+        if task.wanted.only:
+            self.hand_back([client])
 
     def take_turn(self, client: ClientLink) -> None:
         if not client.in_turn:
@@ -1885,19 +1903,20 @@ class Broker(Machine):
         if wanted not in self.choices:
             if len(self.choices) >= MAX_CHOICES:
                 self.choices.clear()
-            near = self.at_host(wanted.on) if wanted.on not in shunned else ()
+            near = [worker for worker in self.workers_at().get(wanted.on, ()) if worker.slots
+                    and wanted.on not in shunned]
             able = [worker for worker in self.workers.values() if worker.slots] if not near else []
             chosen = wanted.choose(near or able)
             self.choices[wanted] = None if len(chosen) == len(able) else frozenset(chosen)
         return self.choices[wanted]
 
-    def at_host(self, host: str) -> Sequence[WorkerLink]:
-        """The workers that run things there."""
+    def workers_at(self) -> Dict[str, List[WorkerLink]]:
+        """The workers that run things, by host."""
         if not self.hosts:
             for worker in self.workers.values():
                 for name, _ in worker.crew:
                     self.hosts.setdefault(name, []).append(worker)
-        return [worker for worker in self.hosts.get(host, ()) if worker.slots]
+        return self.hosts
 
     def is_kept(self, worker: WorkerLink, task: Optional[Task]) -> bool:
         """Whether the worker's next free slot is for another task."""
@@ -1966,6 +1985,7 @@ class Broker(Machine):
                 if worker is None and not self.ranking:
                     return
                 if worker is None:
+                    self.refuse(task)
                     continue
                 # who may not run elsewhere would be taken back in vain, if it waited there
                 if (task.careful or self.choice(task) is not None) and worker.free() <= 0:
@@ -2169,8 +2189,10 @@ class Broker(Machine):
     def settle(self) -> None:
         if self.answer_at <= self.now:
             self.answer_greetings()
-        if self.session:
-            self.hand_back()
+        if self.crew_changed:
+            self.hand_back([*self.clients.values()])
+        elif self.session:
+            self.hand_back([client for client in self.turns if client.link == BROKER])
         self.dispatch()
         self.recall()
         while self.unconfirmed and not self.still_unconfirmed(*self.unconfirmed[0]):
@@ -2197,7 +2219,7 @@ class Broker(Machine):
             self.was_empty = not self.was_empty
             for peer, run in self.run_of.items():
                 if not run.startswith(PLAIN):
-                    self.say(CLIENTS, peer, "", "OK", self.state_of_cloud())
+                    self.say(CLIENTS, peer, "", "OK", self.state_for_client())
 
     # --- the status
 
@@ -3795,6 +3817,8 @@ FLAKY, ONLY = "FLAKY", "ONLY"  # failed, but passed in the end; failed on one ho
 TRY_OUTPUT = 4 * 1024  # bytes of a failed try's output that are kept, if that came with its result,
 TRY_OUTPUTS = 16 * 1024 * 1024  # and in all: the rest of a run in which everything fails says no more
 SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
+CANNOT_START = (126, 127)  # exit codes of sh: what it was to run is not there, or is no program
+START_TIME = 1000.0  # ms: a command that takes longer for such an exit code did start
 EXAMINE_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
 
 
@@ -3810,6 +3834,11 @@ class Try(NamedTuple):
     size: int = 0  # bytes of its output, if that is not the reported one
     output: bytes = b""  # the last of these, if there was room
 
+    @property
+    def began(self) -> bool:
+        """Whether the command could be started there."""
+        return self.exitcode not in CANNOT_START or self.spent >= START_TIME
+
     def last_words(self) -> str:
         """The output, for people."""
         cut = self.size - len(self.output)
@@ -3819,7 +3848,8 @@ class Try(NamedTuple):
 
 def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
     """What several tries of a command show. ONLY: it failed twice on the first host, and passed on
-    another; once is enough on a host that we shun."""
+    another; once is enough on a host that we shun. Tries that could not be started show nothing."""
+    tries = [row for row in tries if row.began] or tries
     passed = [row.host for row in tries if row.exitcode == 0]
     failed = [row.host for row in tries if row.exitcode != 0]
     if not failed:
@@ -3830,6 +3860,17 @@ def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
     return ONLY if proven and len({*failed}) == 1 and failed[0] not in passed else FLAKY
 
 
+def only_host(tries: Sequence[Try]) -> str:
+    """The host on which a command failed that has the verdict ONLY."""
+    return next(row.host for row in tries if row.exitcode and row.began)
+
+
+def unable_hosts(tries: Sequence[Try]) -> List[str]:
+    """The hosts on which a command could not be started, if others could."""
+    able = [row.host for row in tries if row.began]
+    return sorted({row.host for row in tries if not row.began}.difference(able)) if able else []
+
+
 def try_of(fields: Fields) -> Try:
     """What a RESULT says, but for the output."""
     return Try(fields["exitcode"], fields.get("host", "?"), fields.get("worker", ""),
@@ -3838,22 +3879,25 @@ def try_of(fields: Fields) -> Try:
 
 def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
     """Where to try again what has failed, in turn on another host and on the first one again. A pass
-    elsewhere is followed by one more try on the first, which shows whose fault it was. None if it
-    is to be tried no more."""
+    elsewhere is followed by one more try on the first, which shows whose fault it was. Without
+    retries (`most` is 0) only what could not be started is tried again, and only if there is another
+    host. None if it is to be tried no more."""
+    first = tries[0]
+    if not most and len(tries) == 1 and not first.began:
+        return {"not_on": first.host, "only": True}
     if len(tries) >= most:
         return None
-    first = tries[0].host
     if tries[-1].exitcode == 0:
-        doubtful = [row.host for row in tries[:-1]] == [first] and tries[-1].host != first
-        return {"on": first} if doubtful else None
-    return {"not_on": first} if len(tries) % 2 else {"on": first}
+        doubtful = [row.host for row in tries[:-1]] == [first.host] and tries[-1].host != first.host
+        return {"on": first.host} if doubtful and first.began else None
+    return {"not_on": first.host} if len(tries) % 2 else {"on": first.host}
 
 
 class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
     __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "again", "worker",
-                 "avoid", "result", "asked", "got", "shown", "due", "verdict")
+                 "avoid", "result", "asked", "got", "shown", "kept_shown", "due", "verdict")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -3863,15 +3907,23 @@ class Entry:
         self.faults = Faults()
         self.tries: Dict[int, Try] = {}  # by attempt: those that have ended
         self.place: Fields = {}  # where to run it, if it is tried again
-        self.kept: Optional[Fields] = None  # what to report, while its failure is looked into
+        # what to report, while a failure is looked into: a pass, or what could not be started, unless
+        # it can be elsewhere
+        self.kept: Optional[Fields] = None
         self.again = False  # this attempt has been submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
         self.avoid = ""  # the worker that lost the last one, or where it failed
         self.result: Optional[Fields] = None  # while its output is being fetched
         self.asked = self.got = 0  # bytes of its output
         self.shown = 0  # bytes of what is to be reported that came while it was running
+        self.kept_shown = 0  # the same of what is kept
         self.due: Seconds = math.inf  # when a chunk is overdue
         self.verdict = OK  # once it is reported
+
+    @property
+    def passed(self) -> bool:
+        """It has, and only its failures are being looked into."""
+        return self.kept is not None and not self.kept["exitcode"]
 
 
 class Released(NamedTuple):
@@ -3904,19 +3956,20 @@ class Keep(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Effect: report this result, or the one that was kept; `output` is None if it is what was
-    stored."""
+    """Effect: report this result; `output` is None if it is what was stored, or, if `kept`, what
+    was kept."""
 
     entry: Entry
     result: Fields
     output: Optional[bytes]
+    kept: bool = False
 
 
 class Wishes(NamedTuple):
     """What the user wants of each command, and of all together."""
 
     timeout: Seconds = 0  # to run; 0: no limit
-    tries: int = 1  # in all, as long as it fails
+    tries: int = 0  # in all, as long as it fails; 0: one, and one elsewhere if it could not start
     max_output: int = 0  # bytes of output to keep; 0: all
     env: Dict[str, str] = {}  # variables to set
     needs: Tuple[str, ...] = ()  # labels of workers
@@ -3952,6 +4005,7 @@ class Client(Member):
         self.last_id = 0  # of the commands; some of the input may have been left out
         self.total = self.reported = self.failed = self.flaky = 0
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
+        self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
         self.shunned: Set[str] = set()  # hosts
         self.held_up = False  # who reads what running commands print does not keep up
         self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
@@ -3968,7 +4022,7 @@ class Client(Member):
         self.status: Optional[int] = None  # the exit status, once the end is decided
         self.leave_at: Seconds = math.inf
         self.left = False
-        self.workers = self.slots = 0  # of the cloud, as the broker says
+        self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
         self.lacks = ""  # what it says we wait for, perhaps in vain
 
     def greeting(self, joining: bool) -> Fields:
@@ -4012,7 +4066,7 @@ class Client(Member):
             fields["avoid"] = entry.avoid
         if entry.faults.crashes:
             fields["careful"] = True
-        if entry.kept is not None:
+        if entry.passed:
             fields["limit"] = 1  # only how it ends is wanted
         entry.again = True
         self.say(BROKER, b"", "", COMMAND, fields)
@@ -4094,7 +4148,8 @@ class Client(Member):
         self.effects.append(Exit(status if self.status is None else self.status))
 
     def on_ok(self, message: Message) -> None:
-        self.slots, self.workers = message.fields.get("slots", 0), message.fields.get("workers", 0)
+        self.slots, self.workers, self.hosts = (
+            message.fields.get(name, 0) for name in ("slots", "workers", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
         if self.session.ok(message.fields):
             for entry in self.window.values():
@@ -4126,7 +4181,7 @@ class Client(Member):
     def listen(self, entry: Entry) -> None:
         """Ask for what a running command prints next."""
         wanted = self.wishes.live and not self.held_up and self.session.joined
-        if wanted and entry.worker and entry.result is None and entry.kept is None:
+        if wanted and entry.worker and entry.result is None and not entry.passed:
             self.listen_at = min(self.listen_at, self.now + 2 * self.times.ready_interval)
             self.say(BROKER, b"", "", "FETCH", {
                 "id": entry.id, "attempt": entry.attempt, "offset": entry.shown, "size": CHUNK_SIZE})
@@ -4154,11 +4209,16 @@ class Client(Member):
 
     def take_result(self, entry: Entry, fields: Fields) -> None:
         output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
-        entry.tries[entry.attempt] = try_of(fields)
-        if entry.kept is not None:
+        entry.tries[entry.attempt] = this = try_of(fields)
+        if this.began:
+            self.unable.pop(this.host, None)
+        if entry.passed:
             self.conclude(entry, fields, b"")
-        elif fields["exitcode"] and self.place_for(entry):
+            return
+        place = self.place_for(entry) if this.exitcode else None
+        if place:
             self.keep_last_words(entry, fields, output)
+        if place and "only" not in place:
             self.conclude(entry, fields, b"")
         elif len(output) < fields.get("size", 0):
             entry.result = fields
@@ -4187,12 +4247,14 @@ class Client(Member):
         """A try has ended, and its output is there if it is wanted."""
         place = self.place_for(entry)
         if place is None:
+            if not entry.passed:
+                entry.kept = None
             self.report(entry, fields, output)
             return
-        if not fields["exitcode"]:
+        if not fields["exitcode"] or "only" in place:
             self.stop_fetching(entry)
-            entry.kept = fields
-            self.examined += 1
+            entry.kept, entry.kept_shown = fields, entry.shown
+            self.examined += not fields["exitcode"]
             self.effects.append(Keep(entry, fields, output))
         self.finish_with(entry.id, entry.attempt)
         entry.place = dict(place, elsewhere=True)
@@ -4203,28 +4265,35 @@ class Client(Member):
         entry.attempt += 1
         entry.again = False
         entry.avoid = avoid
-        if entry.kept is None:
+        if not entry.passed:
             entry.shown = 0
         if self.session.joined:
             self.submit(entry)
 
     def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
+        kept = entry.kept is not None
         if entry.kept is not None:
-            result, output = entry.kept, None
-            self.examined -= 1
+            result, output, entry.shown = entry.kept, None, entry.kept_shown
+            self.examined -= not result["exitcode"]
         self.release()
         self.confirm(entry, "")
         del self.window[entry.id]
         self.reported += 1
         self.failed += result["exitcode"] != 0
         self.finish_with(entry.id, entry.attempt)
-        entry.verdict = FAIL if result["exitcode"] else verdict_of(
-            list(entry.tries.values()), self.shunned)
-        self.effects.append(Report(entry, result, output))
-        if entry.verdict in (FLAKY, ONLY):
-            self.flaky += 1
-            if entry.verdict == ONLY:
-                self.blame(next(iter(entry.tries.values())).host)
+        tries = list(entry.tries.values())
+        entry.verdict = FAIL if result["exitcode"] else verdict_of(tries, self.shunned)
+        self.effects.append(Report(entry, result, output, kept))
+        self.flaky += entry.verdict in (FLAKY, ONLY)
+        if entry.verdict == ONLY:
+            host = only_host(tries)
+            self.only_on[host] += 1
+            if self.only_on[host] >= SET_ASIDE:
+                self.set_aside(host, "failed there, twice each, and nowhere else")
+        for host in unable_hosts(tries):
+            self.unable[host] += 1
+            if self.unable[host] >= SET_ASIDE:
+                self.set_aside(host, "in a row could not be started there, and could elsewhere")
 
     def stop_examining(self) -> None:
         """If nothing else keeps the run, report what only waits for a slot where it failed."""
@@ -4244,15 +4313,14 @@ class Client(Member):
         again = 3 * (entry.kept or {}).get("time", 0.0) / 1000 if entry.worker else 0.0
         return self.examine_since + EXAMINE_WAIT + again
 
-    def blame(self, host: str) -> None:
-        """A command failed only there. If others did as well, take no more of this host."""
-        self.only_on[host] += 1
-        if self.only_on[host] >= SET_ASIDE and host not in self.shunned:
+    def set_aside(self, host: str, why: str) -> None:
+        """Have no more commands run on this host, if there are others."""
+        if host not in self.shunned:
             self.shunned.add(host)
             self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(self.shunned)})
             self.effects.append(Notice(
                 f"SETTING ASIDE host {printable(host)} for the rest of this run, if there are others: "
-                f"{SET_ASIDE} commands failed there, twice each, and nowhere else"))
+                f"{SET_ASIDE} commands {why}"))
 
     def fetch(self) -> None:
         """Keep FETCH_AHEAD chunks of the first large output under way."""
@@ -4326,8 +4394,8 @@ class Client(Member):
             self.never_ran += not may_have_run
             self.confirm(entry, "")
             del self.window[entry.id]
-        elif verdict or self.status is not None:
-            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
+        elif verdict or self.status is not None or fault == NOWHERE:
+            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict or why}, b"")
         else:
             self.next_attempt(entry, worker)
 
@@ -4489,6 +4557,8 @@ STYLES = {  # SGR codes of the seed's colours
     "flaky cmd": "33", "time": "37", "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
 }
 COPY = 1024 * 1024  # bytes of an output in memory at once
+NAMED_FAILURES = 10  # at the end of the transcript: they fit on a screen
+PER_COMMAND: Seconds = 5e-5  # of broker and client: no number of slots makes a run faster than that
 
 
 class Record(NamedTuple):
@@ -4536,11 +4606,19 @@ class Summary(NamedTuple):
     skipped_failed: int
     spent: Seconds
     hash: str
-    unexpected: str  # what to say if that is another one than expected
+    unexpected: str = ""  # what to say if that is another one than expected
+    unable: Dict[str, int] = {}  # hosts: how many commands could only be started elsewhere
+    codes: Dict[int, int] = {}  # exit codes: how many commands failed with them
+    failures: Sequence[Outcome] = ()  # the first of them
+    bad_host: str = ""  # what to say of a host where nothing passed, while elsewhere it did
+    again: str = ""  # how to run just the failures again, if that is known
+    empty: bool = False  # there were no commands, and there should be
 
     def trouble(self) -> str:
         """What is wrong with the run as a whole."""
-        return "not all commands were executed" if not self.complete else self.unexpected
+        if not self.complete:
+            return "not all commands were executed"
+        return "the input had no commands" if self.empty else self.unexpected
 
 
 class Tally:
@@ -4832,7 +4910,11 @@ class Reports:
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
         # of the input, which are not reported yet; and how many equal commands were before
         self.lines: Dict[int, Tuple[str, int]] = {}
-        self.failed = 0
+        self.codes: Counter[int] = Counter()  # of failures
+        self.failures: List[Outcome] = []  # the first of them
+        self.passed_on: Counter[str] = Counter()  # hosts: commands reported from there
+        self.failed_on: Counter[str] = Counter()
+        self.unable: Counter[str] = Counter()  # hosts: commands that could only be started elsewhere
         self.troubled = False  # a report could not be written
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
@@ -4857,6 +4939,7 @@ class Reports:
 
     def keep(self, effect: Keep) -> None:
         self.kept[effect.entry.id] = self.record(effect)
+        self.tally.records.pop()  # it counts if it is reported
 
     def record(self, effect: Union[Keep, Report]) -> Tuple[Record, str]:
         """Put a result into the tally; why its output could not be."""
@@ -4871,16 +4954,25 @@ class Reports:
 
     def report(self, effect: Report) -> None:
         entry, result = effect.entry, effect.result
-        record, lost = self.kept.pop(entry.id) if entry.id in self.kept else self.record(effect)
+        kept = self.kept.pop(entry.id, None)
+        if kept and effect.kept:
+            record, lost = kept
+            self.tally.records.append(record)
+        else:
+            record, lost = self.record(effect)
         verdict = FAIL if record.exitcode else entry.verdict
         tries = [row for attempt, row in entry.tries.items() if attempt != result.get("attempt")]
         outcome = Outcome(
-            entry.id, entry.cmd, record.exitcode, verdict, tries[0].host if verdict == ONLY else "",
+            entry.id, entry.cmd, record.exitcode, verdict, only_host(tries) if verdict == ONLY else "",
             result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
             result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
             lost or result.get("reason", ""), tuple(tries), entry.shown, record,
             *self.lines.pop(entry.id))
-        self.failed += verdict == FAIL
+        self.unable.update(unable_hosts([*entry.tries.values()]))
+        if verdict == FAIL:
+            self.codes[outcome.exitcode] += 1
+            self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
+        (self.failed_on if verdict == FAIL else self.passed_on)[outcome.host] += 1
         self.times.append(outcome.spent)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
@@ -4894,14 +4986,26 @@ class Reports:
                 self.troubled = True
                 complain(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
+    def bad_host(self) -> str:
+        """Of a host where all commands failed, while others passed elsewhere: that may be its fault."""
+        total = sum(self.codes.values())
+        for host, failed in self.failed_on.most_common(1):
+            if host and failed >= SET_ASIDE and self.passed_on and not self.passed_on[host]:
+                return (f"{failed} of {counted(total, 'failure')} were on {printable(host)}, where "
+                        f"nothing passed; try --retries 2")
+        return ""
+
     def end(self, client: Client, complete: bool, skipped: int = 0, skipped_failed: int = 0,
-            expected: Optional[str] = None) -> Summary:
-        found = self.tally.hash()
+            expected: Optional[str] = None, again: str = "", may_be_empty: bool = True) -> Summary:
+        found, ran = self.tally.hash(), len(self.tally.records)
         wrong = f"the result hash is {found}, and not {expected} as expected"
-        summary = Summary(complete, len(self.tally.records), self.failed, client.flaky,
+        summary = Summary(complete, ran, sum(self.codes.values()), client.flaky,
                           client.wishes.fail_on_flaky, dict(client.only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, found,
-                          wrong if expected and expected != found else "")
+                          wrong if expected and expected != found else "", dict(self.unable),
+                          dict(self.codes), self.failures,
+                          "" if client.wishes.tries > 1 else self.bad_host(), again,
+                          complete and not may_be_empty and not ran and not skipped)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
@@ -4964,11 +5068,14 @@ class InOrder(Group):
 
 
 class Closing(Reporter):
-    """The end of the seed's transcript. `say` takes the pieces of its lines."""
+    """The end of the seed's transcript. `say` takes the pieces of its lines; `several` tells whether
+    commands run on several hosts, so that those of failures must be named."""
 
-    def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False) -> None:
+    def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False,
+                 several: Callable[[], bool] = lambda: False) -> None:
         self.say = say
         self.colour = colour
+        self.several = several
 
     def paint(self, style: str, text: str) -> str:
         return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
@@ -4976,30 +5083,76 @@ class Closing(Reporter):
     def line(self, text: str) -> None:
         self.say([to_bytes(text + "\n")])
 
+    def headline(self, outcome: Outcome) -> str:
+        """How a command ended, and its text."""
+        if outcome.verdict == OK:
+            style, words = "ok", "OK! "
+        elif outcome.verdict == FAIL:
+            where = f" on {printable(outcome.host)}:" if outcome.host and self.several() else ""
+            style, words = "fail", f"FAIL({outcome.exitcode}){where} "
+        else:
+            style = "flaky"
+            words = f"FAILED ONLY ON {printable(outcome.only_on)}! " if outcome.only_on else "FLAKY! "
+        return self.paint(style, words) + self.paint(
+            style + " cmd", shortened(visible(outcome.cmd)) + " ")
+
     def ended(self, summary: Summary) -> None:
         if not summary.complete:
             self.line(self.paint("some failed", "Not all commands were executed :("))
+        elif not summary.ran and not summary.skipped:
+            style = "some failed" if summary.empty else "all ok"
+            self.line(self.paint(style, "No commands to execute"))
+            return
         elif summary.failed or summary.skipped_failed or summary.flaky and summary.flaky_counts:
             self.line(self.paint("some failed", "Some commands failed :("))
         else:
             self.line(self.paint("all ok", "All commands successfully executed ☃"))
+        for line in self.what_failed(summary):
+            self.line(line)
         if summary.flaky:
-            hosts = ", ".join(f"{n} only on {printable(host)}" for host, n in summary.only_on.items())
-            self.line(f"{summary.flaky} of them failed at first, and passed elsewhere or later"
-                      + (f": {hosts}" if hosts else ""))
+            hosts = ", ".join(f"{n} FAILED ONLY ON {printable(host)}"
+                              for host, n in summary.only_on.items())
+            self.line(f"Flaky: {summary.flaky} of {summary.ran} failed at first, and passed elsewhere "
+                      f"or later" + (f": {hosts}" if hosts else ""))
+        for host, n in summary.unable.items():
+            self.line(f"{counted(n, 'command')} could not be started on {printable(host)}, and ran "
+                      f"elsewhere")
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
             self.line(f"Skipped {summary.skipped} that an earlier run has done{failed}")
-        self.line(f"Ran {counted(summary.ran, 'command')} in ⌚{summary.spent:.2f}s, result hash "
-                  f"{'' if summary.complete else 'of these '}is {summary.hash}")
+        self.line(f"Ran {counted(summary.ran, 'command')} in ⌚{seeds_time(summary.spent)}, result "
+                  f"hash {'' if summary.complete else 'of these '}is {summary.hash}")
+
+    def what_failed(self, summary: Summary) -> Iterator[str]:
+        """How many commands failed and how, the first of them, and what to do."""
+        if not summary.failed:
+            return
+        codes = ", ".join(f"{n} with exit code {code}" for code, n in sorted(summary.codes.items()))
+        yield f"{summary.failed} of {counted(summary.ran, 'command')} failed: {codes}"
+        for outcome in summary.failures:
+            yield "  " + self.headline(outcome).rstrip()
+        if summary.failed > len(summary.failures):
+            yield f"  and {summary.failed - len(summary.failures)} more"
+        if summary.bad_host:
+            yield summary.bad_host
+        if summary.again:
+            yield f"To run just these again: {summary.again}"
+
+
+def seeds_time(seconds: Seconds, ms: bool = False) -> str:
+    """A time as the seed writes it; one that takes longer than 10 s as people read it."""
+    if seconds >= 10:
+        return duration(seconds)
+    return f"{seconds * 1000:.2f}ms" if ms else f"{seconds:.2f}s"
 
 
 class Transcript(Closing):
     """The seed's transcript, but for the outputs."""
 
     def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False,
-                 slow: float = math.inf, verbose: bool = False) -> None:
-        super().__init__(say, colour)
+                 slow: float = math.inf, verbose: bool = False,
+                 several: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(say, colour, several)
         self.slow = slow  # ms
         self.verbose = verbose
 
@@ -5010,28 +5163,33 @@ class Transcript(Closing):
             self.line(f"Releasing the hounds: {counted(commands, 'command')} to execute")
 
     def result(self, outcome: Outcome) -> None:
-        code, verdict = outcome.exitcode, outcome.verdict
-        if verdict == FAIL:
-            style, words = "fail", f"FAIL({code}) "
-        elif verdict == OK:
-            style, words = "ok", "OK! "
-        else:
-            style = "flaky"
-            words = f"ONLY ON {printable(outcome.only_on)}! " if verdict == ONLY else "FLAKY! "
-        took = self.paint("slow" if outcome.spent > self.slow else "time", f"⌚{outcome.spent:.2f}ms")
-        name = self.paint(style + " cmd", visible(outcome.cmd) + " ")
-        self.line(self.paint(style, words) + name + took)
-        if outcome.reason:
-            self.line(f"testcloud: {printable(outcome.reason, 1000)}")
-        if outcome.tries:
+        took = "⌚" + seeds_time(outcome.spent / 1000, ms=True)
+        self.line(self.headline(outcome)
+                  + self.paint("slow" if outcome.spent > self.slow else "time", took))
+        for why in filter(None, (killed_by(outcome), printable(outcome.reason, 1000))):
+            self.line(f"testcloud: {why}")
+        if outcome.tries and outcome.verdict != OK:
             self.line(f"testcloud: {tries_in_words(outcome, printable)}")
         if self.verbose:
             complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
 
 
+def killed_by(outcome: Outcome) -> str:
+    """By which signal a command was killed, or a process whose end it passed on; "" if by none."""
+    with contextlib.suppress(ValueError):  # one that this system does not know
+        if outcome.signal:
+            return f"killed by {signal.Signals(outcome.signal).name}"
+        if not outcome.reason:
+            name = signal.Signals(outcome.exitcode - 128).name
+            return f"exit code {outcome.exitcode} is that of a process killed by {name}"
+    return ""
+
+
 def tries_in_words(outcome: Outcome, escape: Callable[[str], str]) -> str:
-    others = ", ".join(f"{row.exitcode} on {escape(row.host)}" for row in outcome.tries)
-    return f"tried {len(outcome.tries) + 1} times; other exit codes: {others}"
+    others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.began else ' (not started)'}"
+                     for row in outcome.tries)
+    words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
+    return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
 
 
 class Plain(Reporter):
@@ -5453,7 +5611,8 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
                                        else excerpt(output_of(row)) if row.exitcode
                                        else outputs_of_tries(row))
         tag = "rerunFailure" if failed else "flakyFailure"
-        others = "".join(other_failure(tag, one, room > 0) for one in row.tries if one.exitcode)
+        others = "".join(other_failure(tag, one, room > 0) for one in row.tries
+                         if one.exitcode and row.verdict != OK)
         room -= len(failure) + len(others)
         told = story_of(row)
         yield xml_element(
@@ -5764,6 +5923,12 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
     failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
     flaky = [outcome for outcome in outcomes if outcome.verdict in (FLAKY, ONLY)]
     failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes)
+
+    def last_of(outcome: Outcome) -> bytes:
+        if not any(one.output for one in outcome.tries):
+            return b""  # and need not be read
+        return both_ends(output_of(outcome), 0, TRY_OUTPUT)[2]
+
     end = min(PAGE_OUTPUT, PAGE_OUTPUTS // (2 * max(1, min(len(failed), PAGE_ENTRIES))))
     script = PAGE.partition("<script>")[2].partition("</script>")[0]
     pieces: Dict[str, Iterable[str]] = {
@@ -5827,18 +5992,19 @@ def read_timings(path: str) -> Dict[str, float]:
 def advice(times: Sequence[float], slots: int) -> str:
     """What more slots would have done for commands that took so long (in seconds)."""
     longest, total = max(*times, 1e-3), sum(times)
-    enough, most = max(1, math.ceil(total / (1.1 * longest))), len(times)
+    least = max(longest, PER_COMMAND * len(times))
+    enough, most = max(1, math.ceil(total / (1.1 * least))), len(times)
     while enough < most:  # more slots never take longer
         middle = (enough + most) // 2
-        if makespan(times, middle) > 1.1 * longest:
+        if makespan(times, middle) > 1.1 * least:
             enough = middle + 1
         else:
             most = middle
     if enough <= slots:
-        return (f"longest command {longest:.3g} s: more slots than {enough} do not help, only shorter "
-                f"commands")
-    return (f"longest command {longest:.3g} s; {enough} slots would reach "
-            f"{makespan(times, enough):.3g} s; more will not help")
+        return (f"longest command {duration(longest)}: more slots than {enough} do not help, only "
+                f"shorter commands")
+    return (f"longest command {duration(longest)}; {enough} slots would reach "
+            f"{duration(max(least, makespan(times, enough)))}; more will not help")
 
 
 def makespan(times: Sequence[float], slots: int) -> float:
@@ -5863,18 +6029,18 @@ def progress(client: Client, spent: Seconds) -> str:
     if client.reported:
         words.append(f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
         if client.input_ended:
-            words.append(f"ETA {duration((client.total - client.reported) / rate)}")
+            words.append(f"ETA {duration((client.total - client.reported) / rate, 0)}")
     words += [counted(client.workers, "worker"), counted(client.slots, "slot")]
     return ", ".join(words)
 
 
-def duration(seconds: Seconds) -> str:
-    """For people: 7 s, 3:07, 2:03:07."""
+def duration(seconds: Seconds, digits: int = 1) -> str:
+    """For people: 63.1 s, 2 min 3 s, 2 h 3 min."""
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
+    if whole < 120:
+        return f"{seconds:.{digits if seconds >= 1 else 3 * digits}f} s"
     minutes, rest = divmod(whole, 60)
-    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 PAGE = r"""<!DOCTYPE html>
@@ -5923,12 +6089,6 @@ button, input, select { font: inherit; color: inherit; background: var(--paper);
 #list, #pick { min-height: 13rem; max-height: 60vh; background: var(--card) }
 #list > div { position: relative } #list .n { text-align: right }
 #list [role=option] { position: absolute; width: 100%; height: 28px; padding: 0 .6rem; display: grid;
-
-    def last_of(outcome: Outcome) -> bytes:
-        if not any(one.output for one in outcome.tries):
-            return b""  # and need not be read
-        return both_ends(output_of(outcome), 0, TRY_OUTPUT)[2]
-
   grid-template-columns: 3rem 7.6rem 5rem minmax(0, 1fr) 6rem; gap: .8rem; align-items: center;
   cursor: pointer }
 #list [aria-selected=true] { background: var(--paper); box-shadow: inset 3px 0 var(--link) }
@@ -6177,6 +6337,13 @@ $("align").onchange = layout;
 
 // The list: only the lines in sight are elements.
 const LINE = 28, list = $("list"), inner = list.firstElementChild, pick = $("pick");
+let shared = commands[0]?.cmd.length ?? 0;  // characters that all commands begin with
+for (const c of commands) while (!c.cmd.startsWith(commands[0].cmd.slice(0, shared))) shared--;
+shared = commands.length > 1 ? commands[0].cmd.lastIndexOf(" ", shared - 1) + 1 : 0;
+function shorten(code) {  // in the middle
+  const all = code.textContent, room = Math.floor(all.length * code.clientWidth / code.scrollWidth) - 2;
+  if (room < all.length - 2) code.textContent = all.slice(0, room / 3) + "…" + all.slice(-room * 2 / 3);
+}
 function show() {
   const first = Math.max(0, Math.floor(list.scrollTop / LINE) - 5);
   inner.replaceChildren();
@@ -6191,6 +6358,7 @@ function show() {
     const rest = shared ? "…" + c.cmd.slice(shared) : c.cmd;
     const code = element(item, "code", rest.replace(/^(.{150}).*(.{350})$/, "$1…$2"));
     element(item, "span", c.row < 0 ? "never ran" : rows[c.row][0], "where");
+    shorten(code);
   });
 }
 function filter() {
@@ -6339,13 +6507,6 @@ def complain(text: str) -> None:
     if sys.stderr is not None:  # closed: and print() would take stdout
         with contextlib.suppress(OSError), BAR.making_way():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
-let shared = commands[0]?.cmd.length ?? 0;  // characters that all commands begin with
-for (const c of commands) while (!c.cmd.startsWith(commands[0].cmd.slice(0, shared))) shared--;
-shared = commands.length > 1 ? commands[0].cmd.lastIndexOf(" ", shared - 1) + 1 : 0;
-function shorten(code) {  // in the middle
-  const all = code.textContent, room = Math.floor(all.length * code.clientWidth / code.scrollWidth) - 2;
-  if (room < all.length - 2) code.textContent = all.slice(0, room / 3) + "…" + all.slice(-room * 2 / 3);
-}
 
 
 # === Sockets ==========================================================================
@@ -6358,7 +6519,6 @@ function shorten(code) {  // in the middle
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to combine
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 SPARE = 8  # of the files we may open: when no more are left we say so
-    shorten(code);
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
 READ_TIME: Seconds = 0.1  # and how long that may take
 IN_LIBZMQ = 50  # messages that libzmq keeps for a peer that does not read, or of one that floods us:
@@ -7618,14 +7778,15 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
         ("failures", [
             option("--timeout", type=seconds, default=0.0, metavar="TIME",
                    help="stop what runs longer: 500ms, 30s, 5m, 2h, 1d"),
-            option("--retries", type=positive, default=1, metavar="N",
-                   help="try up to N times, in turn on another host (default: 1)"),
+            option("--retries", type=positive, default=0, metavar="N",
+                   help="try up to N times, in turn on another host"),
             option("--fail-fast", nargs="?", type=positive, const=1, default=0, metavar="N",
                    help="stop everything after N failures (default: 1)"),
             option("--fail-on-flaky", action="store_true",
                    help="what passes only at times, or in places, has failed"),
             option("--expect", type=result_hash, metavar="HASH",
                    help="fail if the result hash is another one"),
+            option("--allow-empty", action="store_true", help="an input without commands is no error"),
             CRASH_LIMIT, KILL_GRACE]),
         ("what to show", [
             option("-p", "--progress", action="store_true",
@@ -8216,16 +8377,16 @@ def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
 class Show:
     """Where everything that a client has to say goes."""
 
-    def __init__(self, settings: argparse.Namespace, tally: Tally,
-                 failed: Callable[[OSError], None]) -> None:
+    def __init__(self, settings: argparse.Namespace, tally: Tally, failed: Callable[[OSError], None],
+                 several: Callable[[], bool] = lambda: False) -> None:
         self.out = Writer(1, failed)
         # with --raw and --json all but the outputs; nobody needs to read that, but those of --raw
         needed = settings.raw and not settings.brief and sys.stderr is not None
         self.err = Writer(2, failed if needed else lambda error: None) if (
             settings.raw or settings.json) else None
         say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
-        self.transcript = Closing(say, colour) if settings.json else Transcript(
-            say, colour, settings.slow, settings.verbose)
+        self.transcript = Closing(say, colour, several) if settings.json else Transcript(
+            say, colour, settings.slow, settings.verbose, several)
         shown: List[Reporter] = [self.transcript]
         if settings.json:
             shown.append(JsonLines(tally, self.out.put, settings.brief))
@@ -8300,7 +8461,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     done, cwd = resumed(settings), working_directory(settings.cwd)
     tally = Tally(settings.raw)
     loop: Loop
-    show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)))
+    show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)),
+                lambda: client.hosts > 1)
     reports = Reports(tally, [show.reporter, *files_of(settings, tally, done),
                               Timings(cache_of_timings())])
 
@@ -8348,7 +8510,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             connect(loop, node, address, CLIENT_ROLE, keys, settings)
         status = loop.run()
         take_bar_away()
-        summary = conclude(client, reports, done, settings.expect, status)
+        summary = conclude(client, reports, done, settings, status)
         status = status_of(summary, reports.troubled, status)
         if status > 128:
             written = threading.Event()
@@ -8389,25 +8551,43 @@ def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[
     return found
 
 
-def conclude(client: Client, reports: Reports, done: Resumed, expected: Optional[str],
+def conclude(client: Client, reports: Reports, done: Resumed, settings: argparse.Namespace,
              status: int) -> Summary:
     """The end of a run, in all reports."""
     complete = status in (0, 1) and client.reported == client.total and not client.cut_short
     if not complete:
         say_what_is_missing(client, status)
-    return reports.end(client, complete, done.skipped, done.skipped_failed, expected)
+    return reports.end(client, complete, done.skipped, done.skipped_failed, settings.expect,
+                       again(settings), settings.allow_empty)
+
+
+def again(settings: argparse.Namespace) -> str:
+    """The command line that runs a run's failures again; "" if it has no joblog to tell these."""
+    if not settings.joblog:
+        return ""
+    words = [word for word in settings.argv if word not in ("--resume", "--resume-failed")]
+    return "the same input | " + shlex.join(
+        ["python3", sys.argv[0], words[0], "--resume-failed", *words[1:]])
 
 
 def status_of(summary: Summary, troubled: bool, status: int) -> int:
     """The exit status of a run, that would have been this one but for its reports and hash."""
     if troubled:
         status = max(status, 3)
+    if summary.empty:
+        return status or 2
     # the first: there was no room for an output
     return status or int(bool(summary.failed or summary.skipped_failed or summary.unexpected))
 
 
+NO_COMMANDS = ("the input had no commands: did the program fail that writes them? (--allow-empty: that "
+               "is no error)")
+
+
 def afterthoughts(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
     """What there is to say once all results are shown. 0 slots: their number does not matter."""
+    if summary.empty:
+        yield NO_COMMANDS
     if summary.unexpected:
         yield summary.unexpected
     worth_it = summary.spent >= ADVISE and max(times, default=0) >= ADVISE_FROM
@@ -8574,6 +8754,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if settings.subcommand == "client" and not verbose:
             level = logging.WARNING
         logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
+        settings.argv = sys.argv[1:] if argv is None else argv
         return RUN[settings.subcommand](settings)
     except UsageError as error:
         complain(str(error))
