@@ -7190,13 +7190,119 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(self.parse("client", "--max-output", text).max_output, wanted)
 
     def test_templates(self):
-        for template, line, command in [
-                ([], "echo  a", "echo  a"), (["wc", "-l"], "a b", "wc -l 'a b'"),
-                (["cp {} {}.bak"], "it's", "cp 'it'\"'\"'s' 'it'\"'\"'s'.bak"),
-                (["test", "{}", "-ef", "{}"], "x", "test x -ef x"),
-                (["echo"], "$HOME", "echo '$HOME'"), (["{#} {} {#}"], "{#}", "7 '{#}' 7"),
-                (["echo", "{#}"], "x", "echo 7")]:
-            self.assertEqual(tc.fill_template(template, line, 7), command)
+        for template, arguments, command in [
+                ("", ["echo  a"], "echo  a"), ("wc -l", ["a b"], "wc -l 'a b'"),
+                ("cp {} {}.bak", ["it's"], "cp 'it'\"'\"'s' 'it'\"'\"'s'.bak"),
+                ("test {} -ef {}", ["x"], "test x -ef x"), ("echo", ["$HOME"], "echo '$HOME'"),
+                ("{#} {} {#}", ["{#}"], "7 '{#}' 7"), ("echo {#}", ["x"], "echo 7"),
+                ("cat", ["a", "b c"], "cat a 'b c'"), ("cat {} > {#}", ["a", "b"], "cat a b > 7"),
+                ("{2}{1}{3}", ["a", "b c"], "'b c'a"), ("{1/} {2.}", ["a/b", "c.d"], "b c"),
+                ("echo ${1} ${}", ["x"], "echo ${1} ${} x"), ("a{''}{''1}", ["x"], "a{''}{''1} x"),
+                ("{.}", ["a.b", "c d.e"], "a 'c d'")]:
+            self.assertEqual(tc.fill_template(template, tuple(arguments), 7), command)
+
+    def test_parts_of_a_path(self):
+        """As GNU parallel has them."""
+        for path, *parts in [
+                ("a.b/foo.tar.gz", "a.b/foo.tar", "foo.tar.gz", "a.b", "foo.tar"),
+                ("foo.", "foo", "foo.", ".", "foo"), (".bashrc", "", ".bashrc", ".", ""),
+                ("a/b/", "a/b/", "", "a", ""), ("foo", "foo", "foo", ".", "foo"),
+                ("/x", "/x", "x", "/", "x"), ("a.b/c", "a.b/c", "c", "a.b", "c")]:
+            self.assertEqual([tc.WAYS[way](path) for way in (".", "/", "//", "/.")], parts)
+
+    def test_templates_that_would_not_do_what_they_say_are_refused(self):
+        for words, hint in (
+                (["rm", "-rf", "old stuff/{}"], """'rm -rf "old stuff/"{}'"""),
+                (["cmd", "", "{}"], """'cmd '"'"''"'"' {}'"""),
+                (["a", "$x y"], """a '"'"'$x y'"'"''"""),
+                (["sh", "-c", "echo {}; date"], "'echo {}; date'"),
+                (["bash", "-c", "echo {};"], """'bash -c '"'"'echo "$1";'"'"' - {}'"""),
+                (['wc -c "{}"'], "{} stands in quotes"), (["wc", "'{}'"], "{} stands in quotes"),
+                (["""curl -d '{"a": {}}'"""], "write {''}"), (['"$(echo "{.}")"'], "{.} stands in q"),
+                ([r"""'\'"{1}" """], "{1} stands in quotes"), (["{%}"], "$TESTCLOUD_SLOT"),
+                (["{2}"], "--colsep"), (["{0}"], "write {''0}"), (["{-1}"], "{-1} has no meaning"),
+                (["{= s/a/b/ =}"], "has no meaning"), (["{##}"], "{##} has"), (["{..}"], "{..} has"),
+                (["x", "[0-9]{3}"], "write {''3}")):
+            with self.assertRaises(tc.UsageError) as caught:
+                tc.read_template(words, 1)
+            self.assertIn(hint, str(caught.exception))
+        for template in ("convert {} {}.jpg && rm {}", '"a b"/{}', "'it'{}\"s\"",
+                         '"$(wc -c {})"', '"`wc {}`"', r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
+                         "(cd {}; ls)", "{1}{.}{//}"):
+            self.assertEqual(tc.read_template([template], 1), template)
+        self.assertEqual(tc.read_template(["a", "{7}"], math.inf), "a {7}")
+
+    def arguments(self, *words, stdin=b""):
+        """What is made of these words of a client's command line."""
+        settings = self.parse("client", *words)
+        settings.template, settings.sources = tc.split_template(settings.template)
+        with tempfile.TemporaryFile() as file:
+            file.write(stdin)
+            file.seek(0)
+            with mock.patch.object(tc, "open_source", lambda path: os.dup(file.fileno())):
+                return [*tc.open_sources(settings)]
+
+    def test_sources_of_arguments(self):
+        for words, stdin, wanted in [
+                ("x", b"a\n\nb c\n", [("a",), ("b c",)]), ("x ::: a b", b"no", [("a",), ("b",)]),
+                ("x ::: a b ::: c d", b"", ["ac", "ad", "bc", "bd"]), ("::: a", b"", ["a"]),
+                ("x ::: a b c :::+ d e", b"", ["ad", "be"]), ("x :::: f", b"1\n2\n", ["1", "2"]),
+                ("x ::: a b :::+ c d ::: e f", b"", ["ace", "acf", "bde", "bdf"]),
+                ("x ::: a :::: f", b"1\n2\n", ["a1", "a2"]), ("x :::", b"no", []),
+                ("-0 x :::: f", b"a\nb\0c", [("a\nb",), ("c",)]),
+                ("-n 2 x", b"1\n2\n3\n", ["12", "3"]), ("-n 2 x ::: a b", b"", ["ab"]),
+                ("-n 9 x", b"", []), ("--colsep , x", b"a,b\nc\n,\n", ["ab", "c", ("", "")]),
+                (r"--colsep \s+ x ::: 1", b"", ["1"]), ("--colsep : x ::: a:b ::: c", b"", ["abc"])]:
+            self.assertEqual(self.arguments(*words.split(), stdin=stdin), [*map(tuple, wanted)], words)
+        self.assertEqual(self.arguments(":::", "", "a"), [("a",)])
+        self.assertEqual(self.arguments("x", ":::", "", "a"), [("",), ("a",)])
+
+    def test_a_client_without_an_option_says_how_to_have_it_here(self):
+        for words, hint in (
+                ("--halt now,fail=1 x", "--fail-fast"), ("--eta x", "--progress"),
+                ("-P 4 x", "-j N --local"),
+                ("-P4 x", "-j N --local"), ("-I {} x", "{} in the template"), ("-X x", "-n N"),
+                ("-L 2 x", "-n N"), ("--results d x", "--json"), ("--wd d x", "--cwd"),
+                ("--pipe x", "no stdin"), ("--bar", "--progress"), ("--retry 2 x", "mean --retries?"),
+                ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
+                ("--joblgo=x ls", "--joblog?"), ("-q x", "one word")):
+            status, out, err = self.main("client", *words.split())
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(hint, err)
+            self.assertIn("testcloud.py client --help", err)
+        self.assertIn("did you mean --slots?", self.main("worker", "--slot", "3")[2])
+        self.assertIn("worker has no argument ls", self.main("worker", "ls")[2])
+        names = {name for row in tc.options_of("client") for name in row.names}
+        self.assertFalse(names & {*" ".join(tc.HOW_HERE).split()})
+
+    def test_arguments_take_the_place_of_stdin(self):
+        status, out, _ = self.main_process(
+            "client", "--dry-run", "echo", "{1}", "{2}", ":::", "a b", "c", ":::", "d")
+        self.assertEqual((status, out), (0, "echo 'a b' d\necho c d\n"))
+        status, out, err = self.main_process(
+            "client", "--local", "--joblog", os.devnull, "false", ":::", "a")
+        self.assertEqual(status, 1)
+        self.assertRegex(out, r"To run just these again: python3 \S+ client --resume-failed --local "
+                              r"--joblog /dev/null false ::: a\n")
+        status, out, err = self.main_process("client", "x", "::::", "/no/such")
+        self.assertEqual((status, err), (
+            3, "testcloud: cannot read /no/such: No such file or directory\n"))
+
+    def main_process(self, *argv):
+        """With a stdin that must not be read."""
+        silent, other = os.pipe()
+        self.addCleanup(os.close, other)
+        self.addCleanup(os.close, silent)
+        done = subprocess.run([sys.executable, SCRIPT, *argv], stdin=silent, capture_output=True,
+                              text=True, timeout=PATIENCE)
+        return done.returncode, done.stdout, done.stderr
+
+    def test_a_directory_from_the_workers_home(self):
+        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, HOME=home):
+            os.mkdir(os.path.join(home, "d"))
+            for given, wanted in (("~", home), ("~/d", os.path.join(home, "d"))):
+                out = self.main_process("client", "--local", "-C", given, ":::", "pwd -P")[1]
+                self.assertIn("\n" + os.path.realpath(wanted) + "\n", out)
 
     def test_a_template_begins_where_the_options_end(self):
         for words, marked in (
@@ -7261,6 +7367,11 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "-j", "x"], ["worker", "--connect", "a b"],
                      ["broker", "--clients", "x:y"], ["broker", "--upstream", "x:y"],
                      ["client", "--color", "blue"], ["client", "--wait", "-1"],
+                     ["worker", "-j", str(2**20 + 1)], ["broker", "--worker-expiry", "1e18"],
+                     ["client", "--timeout", "1e18"], ["client", "--max-output", str(2**54)],
+                     ["client", "-n", "2", ":::", "a"], ["client", "--colsep", "x", ":::", "a"],
+                     ["client", "-n", "2", "--colsep", ",", "x"], ["client", "--colsep", "[", "x"],
+                     ["client", "-n", "2", "x", ":::", "a", ":::", "b"], ["client", "echo", "{2}"],
                      ["worker", "--weight", "heavy"], ["worker", "--weight", "1" + "0" * 12],
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
                      ["client", "--timeout", "3x"], ["client", "--timeout", "3sm"],
@@ -7292,7 +7403,10 @@ class CommandLineTest(unittest.TestCase):
             status, out, _ = self.main(role, "--help")
             self.assertEqual(status, 0)
             rows = out.splitlines()
-            self.assertTrue(len(rows) <= 50 and max(map(len, rows)) <= 80, role)  # a screen
+            self.assertTrue(len(rows) <= 64 and max(map(len, rows)) <= 80, role)  # a large screen
+            if role == "client":
+                begins = ["testcloud.py client" in row for row in rows[:4]]
+                self.assertEqual(begins, [True] * 3 + [False])
 
     def test_colour(self):
         with mock.patch.object(sys, "stdout", mock.Mock(isatty=lambda: True)):

@@ -31,6 +31,19 @@ A broker or worker exits with 130, 143 or 129 when it is told to stop, 2 on wron
 or a loop of brokers, and 3 when it cannot listen, has no usable key, or (with --wait) finds
 no broker. keygen: 0, 2, or 3 when it cannot read or write a key.
 
+Promises
+    A client reports every command exactly once. A command is started again only when it
+    could not be started, or when the worker that had it is gone, or silent for too long.
+    The broker keeps nothing on disk: after a restart clients and workers tell it all it
+    must know.
+
+Tasks (one attempt of one command, as its broker sees it)
+    LIMBO      > RUNNING DELIVERED GONE                    resubmitted to a new broker
+    WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
+    ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
+    RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
+    DELIVERED  > DELIVERED GONE                            RESULT passed on, no DONE yet
+
 Protocol
     ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds a ROUTER for
     clients (port 2224) and one for workers (port 2225); these connect a DEALER. A body is
@@ -62,18 +75,6 @@ Protocol
     A plain client only sends {"cmd": ...} (and cwd) and is answered with QUEUED and RESULT.
     A plain worker says READY, takes one command, and answers QUEUED, RESULT and READY with
     the token it was given. Plain peers need nothing else.
-
-Tasks (one attempt of one command, as its broker sees it)
-    LIMBO      > RUNNING DELIVERED GONE                    resubmitted to a new broker
-    WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
-    ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
-    RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
-    DELIVERED  > DELIVERED GONE                            RESULT passed on, no DONE yet
-
-Promises
-    A client reports every command exactly once. A command is started again only when the
-    worker that had it is gone, or silent for too long. The broker keeps nothing on disk:
-    after a restart clients and workers tell it all it must know.
 """
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
@@ -3592,6 +3593,8 @@ class Runner:
     def start_shell(self, job: Job, marks: List[bytes]) -> Process:
         """Start a shell with a job's command. What cannot be done the quick way is done, or found
         to be impossible and why, the slow way."""
+        if job.cwd is not None:
+            job.cwd = os.path.expanduser(job.cwd)
         argv = [b"/bin/sh", b"-c", to_bytes(job.cmd)]
         cwd = None if job.cwd is None else to_bytes(job.cwd)
         environment = self.environment(job.env) if job.env else None
@@ -7676,12 +7679,21 @@ def time_span(text: str) -> Seconds:
     return float(number) * units.get(text[len(number):], math.nan)
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression. Raises ValueError."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(str(error)) from None
+
+
 positive = checked(int, lambda n: n >= 1, "positive number")
+slots = checked(int, lambda n: n >= 1 and slot_count(n), "number of slots")
 natural = checked(int, lambda n: n >= 0, "number")
 load_limit = checked(float, lambda load: load > 0, "number")
 milliseconds = checked(float, lambda ms: ms >= 0, "number of milliseconds")
-seconds = checked(time_span, lambda span: 0 < span < math.inf, "number of seconds")
-byte_count = checked(in_bytes, lambda n: n >= 1, "number of bytes")
+seconds = checked(time_span, lambda span: span > 0 and number(span), "number of seconds")
+byte_count = checked(in_bytes, lambda n: n >= 1 and count(n), "number of bytes")
 weight = checked(int, integer, "weight")  # that fits into READY
 label = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
                 "label (of ASCII characters, without spaces)")
@@ -7743,7 +7755,7 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
     "worker": ("run commands for a broker", [
         ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE]),
         ("what it takes", [
-            option("-j", "--slots", type=positive, default=0, metavar="N",
+            option("-j", "--slots", type=slots, default=0, metavar="N",
                    help="commands at once (default: the CPUs we may use)"),
             option("--weight", type=weight, default=0, metavar="W",
                    help="the heaviest are used first (default: 0)"),
@@ -7759,17 +7771,25 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
             option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
-                   help="command for each line: {} the line, {#} its number"),
+                   help="command for each line: {} the line, {#} its number, {.} without "
+                        "extension, {/} without directory, {//} its directory, {/.} both, "
+                        "{1} its first column; at its end, instead of stdin: "
+                        "::: ARGUMENTS, :::: FILES; :::+ links these to those before"),
             option("-0", "--null", action="store_true", help="NUL ends a line of stdin, not newline"),
+            option("-n", "--max-args", type=positive, default=1, metavar="N",
+                   help="so many lines for each command"),
+            option("--colsep", metavar="REGEX", type=checked(
+                pattern, lambda found: found.pattern, "regular expression"),
+                   help="what separates the columns of a line"),
             option("-C", "--cwd", metavar="DIR",
-                   help="directory on the worker (default: the current one)"),
+                   help="directory on the worker; from the current one here, or from ~ there"),
             option("--env", action="append", default=[], metavar="NAME",
                    help="set a variable as it is here; also: NAME=VALUE"),
             option("--dry-run", action="store_true", help="only print the commands")]),
         ("where", [
             CONNECT,
             option("--local", action="store_true", help="run on this machine, without a broker"),
-            option("-j", "--slots", type=positive, default=0, metavar="N",
+            option("-j", "--slots", type=slots, default=0, metavar="N",
                    help="with --local: commands at once (default: the CPUs)"),
             option("--need", action="append", default=[], type=label, metavar="NAME",
                    help="only on workers with this --label"),
@@ -7836,6 +7856,12 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
         ("for which", [option("shell", choices=SHELLS, metavar="SHELL",
                               help=f"one of {', '.join(SHELLS)}")])]),
 }
+EXAMPLES = {CLIENT_ROLE: """\
+ls tests/test_*.py | testcloud.py client pytest -q {}   each file on some worker
+testcloud.py client --local gzip -k {} ::: *.log        on this machine alone
+testcloud.py client --retries 3 --junit out.xml < file  a command in each line
+
+"""}
 USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "completion": " SHELL"}
 
 
@@ -7851,17 +7877,57 @@ class Parser(argparse.ArgumentParser):
 
 
 class RoleParser(Parser):
-    """Its help has no blank lines, so that it fits a screen."""
+    """Its help begins with examples, and has no blank lines after these, so that it fits a screen."""
 
     def format_help(self) -> str:
-        return super().format_help().replace("\n\n", "\n")
+        return EXAMPLES.get(self.prog.split()[-1], "") + super().format_help().replace("\n\n", "\n")
+
+
+# options of xargs and GNU parallel, and how to have here what they do there
+HOW_HERE = {
+    "-P --max-procs --jobs": "-j N --local; in a cloud each worker has its slots (worker -j N)",
+    "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
+    "-I --replace -i": "{} in the template is where the line goes",
+    "-d -D --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
+    "-L --max-lines -N --max-replace-args -X -m --xargs -l": "-n N",
+    "-r --no-run-if-empty": "--allow-empty", "-q --quote": "write the template as one word",
+    "-u --ungroup --line-buffer --lb": "--live", "--tagstring": "--tag",
+    "--halt --halt-on-error -H": "--fail-fast N", "--eta --bar": "--progress",
+    "--results --files": "--json has all outputs; --joblog and --html how it went",
+    "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
+    "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
+    "--load": "worker --max-load X", "--nice": "worker --nice N", "--sem --semaphore": "--serial",
+    "-S --sshlogin --sshloginfile --slf": "start a worker on each host: worker --connect HOST",
+    "-t --silent": "--verbose"}
+
+
+def unknown(role: str, word: str) -> UsageError:
+    """What to say of an argument that the role does not have."""
+    name = word.partition("=")[0] if word.startswith("--") else word[:2]
+    hints = [how for names, how in HOW_HERE.items() if name in names.split()] * (role == CLIENT_ROLE)
+    if not hints and name.startswith("--"):
+        import difflib  # late: it is rarely needed
+        ours = [option for row in options_of(role) for option in row.names]
+        hints = [f"did you mean {near}?" for near in difflib.get_close_matches(name, ours, 1, 0.7)]
+    hint = f": {hints[0]}" if hints else ""
+    return UsageError(f"{role} has no {'option' if word.startswith('-') else 'argument'} "
+                      f"{printable(word)}{hint} (see: testcloud.py {role} --help)")
+
+
+def parse(argv: List[str]) -> argparse.Namespace:
+    """The settings of a command line. Raises UsageError."""
+    settings, rest = build_parser().parse_known_args(argv)
+    if rest:
+        raise unknown(settings.subcommand, rest[0])
+    return settings
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="testcloud.py", description=__doc__,
+    start, heading, rest = (__doc__ or "").partition("Exit status")
+    parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
-    roles = parser.add_subparsers(dest="subcommand", metavar=" | ".join(OPTIONS), required=True,
+    roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE",
                                   parser_class=RoleParser)
     for role, (purpose, groups) in OPTIONS.items():
         part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
@@ -8178,13 +8244,136 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
             return loop.run()
 
 
-def fill_template(template: List[str], line: str, seq: int) -> str:
-    """The command for an input line: with a template, the line is its (quoted) argument."""
+Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
+SOURCES = (":::", ":::+", "::::", "::::+")  # arguments, or files of them; linked to those before
+# what takes the place of arguments in a template, as in GNU parallel: a number, or else all, and a way
+PLACE = re.compile(r"(?<!\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
+WAYS: Dict[str, Callable[[str], str]] = {
+    "": str, "/": lambda text: text.rpartition("/")[2],
+    ".": lambda text: re.sub(r"\.[^/.]*$", "", text),
+    "//": lambda text: os.path.dirname(text.rstrip("/")) or "/" * text.startswith("/") or ".",
+    "/.": lambda text: WAYS["."](WAYS["/"](text))}
+FOREIGN = re.compile(r"(?<!\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}")  # GNU parallel has these as well
+
+
+def fill_template(template: str, arguments: Arguments, seq: int) -> str:
+    """The command for these arguments: they are put, quoted, into their places in the template, or
+    else after it; without a template they are the command."""
     if not template:
-        return line
-    words, argument = " ".join(template), shlex.quote(line)
-    filled = re.sub(r"\{#?\}", lambda found: argument if found[0] == "{}" else str(seq), words)
-    return filled if re.search(r"\{#?\}", words) else f"{words} {argument}"
+        return " ".join(arguments)
+
+    def fill(place: re.Match[str]) -> str:
+        if place[0] == "{#}":
+            return str(seq)
+        chosen = arguments[int(place[1]) - 1:int(place[1])] if place[1] else arguments
+        return " ".join(shlex.quote(WAYS[place[2] or ""](text)) for text in chosen)
+    filled = PLACE.sub(fill, template)
+    return filled if PLACE.search(template) else f"{template} {' '.join(map(shlex.quote, arguments))}"
+
+
+def read_template(words: List[str], most: float) -> str:
+    """A template as the shell is to read it, for up to so many arguments. Raises UsageError for what
+    would do something else than it seems to say."""
+    template = " ".join(words)
+    if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
+        raise UsageError(f"the words of a template are joined, so that none may be empty or have a "
+                         f"space in it: write it as one word: {shlex.quote(as_one_word(words))}")
+
+    def literally(place: str) -> str:
+        return f"to have it as it is, write {{''{place[1:]}"
+    for place in FOREIGN.finditer(template):
+        known = PLACE.fullmatch(place[0])
+        if not known or int(known[1] or 0) > most:
+            why = ("is an argument that no command has (see --colsep, -n, and :::)" if known else
+                   "is known only where it runs: there it is $TESTCLOUD_SLOT" if "%" in place[0] else
+                   "has no meaning here")
+            raise UsageError(f"{place[0]} {why}; {literally(place[0])}")
+    for place in quoted_places(template):
+        raise UsageError(f"{place[0]} stands in quotes, and is quoted itself: write it outside of "
+                         f"them, as in: cat \"my dir\"/{{}}; {literally(place[0])}")
+    return template
+
+
+def as_one_word(words: List[str]) -> str:
+    """A template that means what these words seem to say."""
+    if words[:2] == ["sh", "-c"] and len(words) == 3:
+        return words[2]  # what a template is run by anyway
+    if words[-2] == "-c" and PLACE.search(words[-1]):  # the places become arguments of that shell
+        script = shlex.quote(PLACE.sub('"$1"', words[-1]))
+        return " ".join([*words[:-1], script, "-", "{}"])
+    return " ".join(map(as_meant, words))
+
+
+def as_meant(word: str) -> str:
+    """A word of a template, quoted for the shell but for the places in it."""
+    def quoted(text: str) -> str:
+        if shlex.quote(text) == text or not text:
+            return text
+        return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
+    parts, end = [], 0
+    for place in PLACE.finditer(word):
+        parts += [quoted(word[end:place.start()]), place[0]]
+        end = place.end()
+    return "".join([*parts, quoted(word[end:])]) or "''"
+
+
+def quoted_places(template: str) -> Iterator[re.Match[str]]:
+    """The places of arguments within quotes of the shell, but for a $(...) or `...` in these."""
+    within = [""]  # quotes and parentheses that are open
+    for token in re.finditer(rf"{PLACE.pattern}|\\.|\$\(|[()'\"`]", template, re.S):
+        mark, last = token[0], within[-1]
+        if last == "'" and mark == "\\'":
+            mark = "'"
+        if mark[0] == "{":
+            if last in ("'", '"') and mark != "{#}":
+                yield token
+        elif mark == last or mark == ")" and last == "(":
+            within.pop()
+        elif last != "'" and mark[0] != "\\" and mark != ")" and not (last == '"' and mark in "'("):
+            within.append(mark[-1])
+
+
+def split_template(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
+    """The words of a template, and the sources after it: what each begins with, and its words."""
+    marks = [at for at, word in enumerate(words) if word in SOURCES]
+    ends = [*marks[1:], len(words)]
+    return words[:marks[0]] if marks else words, [
+        (words[at], words[at + 1:end]) for at, end in zip(marks, ends)]
+
+
+def open_sources(settings: argparse.Namespace) -> Iterator[Arguments]:
+    """The arguments for each command, in the order of the input; they are read while you go on.
+    Raises UsageError, SetupError; and while they are read, OSError."""
+    groups: List[List[Iterable[Arguments]]] = []  # of sources that are linked
+
+    def columns(lines: Iterable[str]) -> Iterator[Arguments]:
+        return (tuple(settings.colsep.split(line)) if settings.colsep else (line,) for line in lines)
+
+    def joined(rows: Iterable[Iterable[Arguments]]) -> Iterator[Arguments]:
+        return (tuple(itertools.chain.from_iterable(row)) for row in rows)
+    for mark, words in settings.sources or [("::::", ["-"])]:
+        lists: List[Iterable[str]] = [words]
+        if mark.startswith("::::"):
+            lists = [lines_of(open_source(path), settings.null) for path in words]
+        for values in map(columns, lists):
+            if mark.endswith("+") and groups:
+                groups[-1].append(values)
+            else:
+                groups.append([values])
+    linked = [joined(zip(*group)) for group in groups]
+    rows = linked[0] if len(linked) == 1 else joined(itertools.product(*linked))
+    if settings.max_args > 1:
+        single = rows
+        rows = joined(iter(lambda: [*itertools.islice(single, settings.max_args)], []))
+    return (row for row in rows if settings.template or "".join(row).strip())
+
+
+def open_source(path: str) -> int:
+    """A descriptor for a file of arguments; - is stdin. Raises SetupError."""
+    try:
+        return 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SetupError(f"cannot read {printable(path)}: {error.strerror}") from None
 
 
 def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
@@ -8199,25 +8388,26 @@ def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
         yield rest
 
 
-def input_lines(null: bool) -> Iterator[str]:
-    """The lines of stdin, or what NULs end in it, but for blank ones. Raises OSError."""
+def lines_of(file: int, null: bool) -> Iterator[str]:
+    """The lines of a descriptor, or what NULs end in it, but for blank ones. Raises OSError."""
     # not sys.stdin: its lock, held by a thread, would abort the exit of Python
-    with open(0, "rb", closefd=False) as stdin:
-        for line in short_lines(stdin, b"\0" if null else b"\n"):
+    with open(file, "rb", closefd=file != 0) as stream:
+        for line in short_lines(stream, b"\0" if null else b"\n"):
             text = to_text(line if null else line.rstrip(b"\r"))
             if text.strip():
                 yield text
 
 
 class Reader:
-    """Reads commands from stdin in a thread, not too far ahead of the client."""
+    """Reads arguments in a thread, not too far ahead of the client."""
 
-    def __init__(self, loop: Loop, client: Client, add: Callable[[str], None], null: bool) -> None:
+    def __init__(self, loop: Loop, client: Client, add: Callable[[Arguments], None],
+                 source: Iterator[Arguments]) -> None:
         self.loop = loop
         self.client = client
         self.add = add  # called in the loop's thread
-        self.null = null  # ends a line
-        self.lines: Deque[Optional[str]] = deque()  # read, not delivered; None is the end
+        self.source = source
+        self.rows: Deque[Optional[Arguments]] = deque()  # read, not delivered; None is the end
         self.posted = False  # deliver() will be called
         self.room = threading.Event()  # set unless the client has enough
         self.room.set()
@@ -8226,17 +8416,17 @@ class Reader:
 
     def read(self) -> None:
         try:
-            for text in input_lines(self.null):
-                self.hand_over(text)
+            for row in self.source:
+                self.hand_over(row)
                 self.room.wait()
         except OSError as error:
-            complain(f"cannot read commands from stdin: {error.strerror}")
+            complain(f"cannot read the input: {error.strerror}")
             self.loop.post(lambda now: self.client.cancel(3, now))
         self.hand_over(None)
 
-    def hand_over(self, text: Optional[str]) -> None:
-        self.lines.append(text)
-        if len(self.lines) > READ_AHEAD:
+    def hand_over(self, row: Optional[Arguments]) -> None:
+        self.rows.append(row)
+        if len(self.rows) > READ_AHEAD:
             self.room.clear()
         if not self.posted:
             self.posted = True
@@ -8244,12 +8434,12 @@ class Reader:
 
     def deliver(self, now: Seconds) -> None:
         self.posted = False
-        while self.lines:
-            text = self.lines.popleft()
-            if text is None:
+        while self.rows:
+            row = self.rows.popleft()
+            if row is None:
                 self.client.end_input(now)
             elif not self.client.input_ended:  # unless interrupted
-                self.add(text)
+                self.add(row)
         self.client.now = now
         self.client.settle()
 
@@ -8295,8 +8485,17 @@ def run_client(settings: argparse.Namespace) -> int:
              "--joblog, --junit and --html need a file each")):
         if wrong:
             raise UsageError(why)
-    if sys.stdin is None:
+    words, settings.sources = split_template(settings.template)
+    if not settings.sources and sys.stdin is None:
         raise UsageError("stdin is closed: there are no commands to read")
+    several = settings.max_args > 1
+    if not words and (several or settings.colsep):
+        raise UsageError("-n and --colsep need a TEMPLATE, for the arguments that they make")
+    if several and (settings.colsep or len(settings.sources) > 1):
+        raise UsageError("-n goes with one source of arguments, and without --colsep")
+    counts = [len(files) if mark.startswith("::::") else 1 for mark, files in settings.sources]
+    settings.template = read_template(
+        words, math.inf if settings.colsep else max(settings.max_args, sum(counts)))
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
     if settings.dry_run:
@@ -8322,8 +8521,8 @@ def show_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
     done = resumed(settings)
     with writing_to_stdout(), open(1, "wb", closefd=False) as out:
-        for seq, line in enumerate(input_lines(settings.null), 1):
-            command = fill_template(settings.template, line, seq)
+        for seq, arguments in enumerate(open_sources(settings), 1):
+            command = fill_template(settings.template, arguments, seq)
             if not done.has_done(command, done.count(command)):
                 out.write(to_bytes(command + "\n"))
     return 0
@@ -8459,6 +8658,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
                     wishes_of(settings), os.getpid())
     client.timings = known_timings(settings)
     done, cwd = resumed(settings), working_directory(settings.cwd)
+    source = open_sources(settings)
     tally = Tally(settings.raw)
     loop: Loop
     show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)),
@@ -8466,14 +8666,14 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     reports = Reports(tally, [show.reporter, *files_of(settings, tally, done),
                               Timings(cache_of_timings())])
 
-    def add(line: str) -> None:
-        command = fill_template(settings.template, line, client.last_id + 1)
+    def add(arguments: Arguments) -> None:
+        command = fill_template(settings.template, arguments, client.last_id + 1)
         before = done.count(command) if settings.joblog else 0
         if done.has_done(command, before):
             client.leave_out()
         else:
             client.add(command, cwd)
-            reports.expect(client.last_id, line, before)
+            reports.expect(client.last_id, " ".join(arguments), before)
 
     def interrupt(status: int, now: Seconds) -> None:
         if client.left:  # only the transcript is still being written
@@ -8492,9 +8692,9 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         show.out.caught_up = lambda: loop.post(client.listen_again)
         loop.between.append(show.flush)
         loop.on_signals(interrupt, control)
-        if sys.stdin.isatty():
+        if not settings.sources and sys.stdin.isatty():
             complain("reading commands from the terminal, one a line; end with Ctrl-D")
-        Reader(loop, client, add, settings.null)
+        Reader(loop, client, add, source)
         stack.enter_context(stopping_when_unheard(loop, client))
         if wants_progress(settings):
             stack.callback(take_bar_away)
@@ -8502,7 +8702,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         if not settings.json:
             show.transcript.line(f"Connecting to {address}")
         if settings.local:
-            if control >= 0 and not sys.stdin.isatty():  # else we need it, to be stopped by Ctrl-Z
+            # else we need it, to be stopped by Ctrl-Z
+            if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
                 leave_terminal()
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
@@ -8566,7 +8767,7 @@ def again(settings: argparse.Namespace) -> str:
     if not settings.joblog:
         return ""
     words = [word for word in settings.argv if word not in ("--resume", "--resume-failed")]
-    return "the same input | " + shlex.join(
+    return "the same input | " * (not settings.sources) + shlex.join(
         ["python3", sys.argv[0], words[0], "--resume-failed", *words[1:]])
 
 
@@ -8721,8 +8922,10 @@ def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
 
 
 def working_directory(given: Optional[str]) -> str:
-    """The absolute directory that the commands are to run in."""
+    """The directory that the commands are to run in: absolute, or from ~, their worker's home."""
     try:
+        if given and given.partition("/")[0] == "~":
+            return given
         return os.path.abspath(given or os.getcwd())
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more: say where to run the "
@@ -8748,7 +8951,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 3
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
-        settings = build_parser().parse_args(with_defaults(sys.argv[1:] if argv is None else argv))
+        settings = parse(with_defaults(sys.argv[1:] if argv is None else argv))
         verbose = getattr(settings, "verbose", False)  # not every one of them can be
         level = logging.DEBUG if verbose else logging.INFO
         if settings.subcommand == "client" and not verbose:
@@ -8808,7 +9011,7 @@ def with_defaults(argv: List[str]) -> List[str]:
         return argv
     try:
         own = mark_template(shlex.split(os.environ.get("TESTCLOUD", "")))
-        if own and build_parser().parse_args([CLIENT_ROLE, *own]).template:
+        if own and parse([CLIENT_ROLE, *own]).template:
             raise ValueError("it has a template")
     except (ValueError, UsageError) as error:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
