@@ -7496,8 +7496,8 @@ class Cloud:
         process.clients, process.workers = (line.split()[-1] for line in lines)
         return process
 
-    def worker(self, broker, *more):
-        return self.start("worker", "--connect", getattr(broker, "workers", broker), *more)
+    def worker(self, broker, *more, **settings):
+        return self.start("worker", "--connect", getattr(broker, "workers", broker), *more, **settings)
 
     def inner(self, process):
         """The pid of the process that does the work, below its supervisor."""
@@ -9473,17 +9473,58 @@ class DocumentsTest(unittest.TestCase):
             self.assertLessEqual(len(line), 92, line)
 
     def test_every_option_is_in_the_readme(self):
-        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            readme = file.read()
+        readme = self.readme()
         for role in tc.OPTIONS:
             for row in tc.options_of(role):
                 if row.names[-1].startswith("--"):
                     self.assertIn(row.names[-1], readme)
 
-    def test_the_commands_of_the_readme_run(self):
-        """Its first example, typed into a shell in a directory with only the two scripts."""
+    # what the README's commands need that is not here, by how these begin
+    NEEDS = {"make ": "this is run by it", "scp ": "another host", "ssh ": "another host",
+             "hub$": "another host", "mine$": "another host", "sudo ": "root", "docker ": "docker",
+             "sudo useradd": "root", "uv ": "uv"}
+
+    def readme(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
-            readme = file.read()
+            return file.read()
+
+    def test_every_command_of_the_readme_runs_or_needs_what_is_not_here(self):
+        """In a directory with scripts in place of the programs that they run, and with our broker."""
+        cloud = Cloud(self)
+        broker = cloud.broker()
+        folder = os.path.join(cloud.dir, "here")
+        for name in ("tests/test_a.py", "tests/test_b.py", "tests/ATest.php", "a.png", "x y.png",
+                     "run.sh", "bin/"):
+            os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+            if not name.endswith("/"):
+                pathlib.Path(folder, name).touch()
+        shutil.copy(SCRIPT, folder)
+        for name in ("pytest", "convert", "make", "gzip", "phpunit", "go", "git", "shellcheck"):
+            program = pathlib.Path(folder, "bin", name)
+            program.write_text(f'#!/bin/sh\necho "$0 $*" | tee -a {cloud.dir}/called\n'
+                               f'case "$*" in *.png) : > "$2";; *collect*) echo a.py::b; esac\n')
+            program.chmod(0o755)
+        path = f"{folder}/bin:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+        env = dict(os.environ, TESTCLOUD_BROKER=broker.clients, HOME=cloud.dir, PATH=path)
+        cloud.worker(broker, "-j", "2", env=env)
+        blocks = re.findall(r"^```sh\n(.*?)^```", self.readme().replace("\\\n", " "), re.M | re.S)
+        lines = [line for block in blocks if "&\n" not in block for line in block.splitlines()]
+        self.assertGreater(len(lines), 15)
+        ran = 0
+        for line in filter(lambda line: not line.startswith(tuple(self.NEEDS)), lines):
+            done = subprocess.run(["sh", "-c", line.replace("python3 ", f"{sys.executable} ")], env=env,
+                                  cwd=folder, timeout=PATIENCE, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, (line, done.stdout, done.stderr))
+            ran += 1
+        self.assertGreater(ran, 8)
+        called = tc.read_text(os.path.join(cloud.dir, "called"))
+        for words in ("pytest -q tests/test_a.py", "convert x y.png x y.jpg", "make release CC=clang",
+                      "gzip ./run.sh", "pytest -q a.py::b", "go test ", "shellcheck "):
+            self.assertIn("/" + words, called)
+
+    def test_the_first_example_of_the_readme_runs(self):
+        """Typed into a shell in a directory with only the two scripts."""
+        readme = self.readme()
         block = re.search(r"```sh\n(python3 testcloud\.py broker &\n.*?)```", readme, re.S).group(1)
         cloud = Cloud(self)
         for name in ("testcloud.py", "pi.py"):
