@@ -4151,6 +4151,24 @@ class RunnerTest(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 500)
         self.assert_gone(self.wait_for_file("pid"))
 
+    def test_helpers_may_write_for_a_moment_after_their_leader(self):
+        """As of `exec > >(tee log)`: into our pipe, and elsewhere."""
+        helper = f"(sleep 0.02; echo late; echo late > {self.dir}/log) & echo done"
+        for split in (False, True):
+            with mock.patch.object(tc, "DRAIN_TIME", PATIENCE):
+                ending = self.result(self.start(helper, split=split))
+            self.assertRegex(ending.output.read(0, 99), rb"(?s)done\n.*late\n")
+            self.assertEqual(self.wait_for_file("log"), "late")
+            os.unlink(os.path.join(self.dir, "log"))
+
+    def test_who_has_closed_our_pipe_is_not_waited_for(self):
+        with mock.patch.object(tc, "DRAIN_TIME", 2 * PATIENCE):
+            for wait in ("", "sleep 0.05; "):
+                code, data = self.run_one(
+                    f"sleep 1000 > {self.dir}/log 2>&1 & echo $! > {self.dir}/pid; {wait}echo done")
+                self.assertEqual((code, data), (0, b"done\n"))
+                self.assert_gone(self.wait_for_file("pid"))
+
     def test_without_pidfd_the_same(self):
         with mock.patch.object(tc, "pidfd", lambda pid: -1):
             self.assertEqual(self.run_one("echo a; exit 3"), (3, b"a\n"))

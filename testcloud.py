@@ -198,7 +198,7 @@ OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
 NEWS_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
 DONE_DELAY: Seconds = 0.05  # in which DONEs gather
 MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
-DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader
+DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader, and its kill
 LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
@@ -3693,20 +3693,21 @@ class Runner:
         return False
 
     def drain(self, job: Job, process: Process, output: Output, began: Seconds) -> None:
-        """Collect output until the leader has ended; then kill what it left behind. But if it was
-        asked to end, so were its children, and have the same grace: shells die at once."""
+        """Collect output until the leader has ended, and then what its helpers still write for
+        DRAIN_TIME; then kill what it left behind. But if it was asked to end, so were its children,
+        and have the same grace: shells die at once."""
         leader = pidfd(process.pid)
         poller = select.poll()
         for file in (*process.pipes, *([leader] if leader >= 0 else ())):
             poller.register(file, select.POLLIN)
         # the open pipes, and how much to read from each at a time
         parts, streams = dict.fromkeys(process.pipes, PIPE_SIZE), dict(zip(process.pipes, (1, 2)))
-        ended, until = False, math.inf
+        ended, cleared, until = False, False, math.inf
         late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
         tell_at = min(began + NEWS_DELAY, self.news_until)
-        while until == math.inf or (parts and late):
+        while not cleared or (parts and late):
             now = time.monotonic()
-            late -= now >= until
+            late -= cleared and now >= until
             if now >= tell_at:
                 tell_at = math.inf
                 self.tell(job, began)
@@ -3718,7 +3719,7 @@ class Runner:
             look_at = now + LOOK_INTERVAL if leader < 0 or ended else math.inf
             due = min(look_at if until == math.inf else until, tell_at)
             events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
-            if not events and time.monotonic() >= until:
+            if cleared and not events and time.monotonic() >= until:
                 break
             for pipe in [pipe for pipe in parts if pipe in events]:
                 data = os.read(pipe, parts[pipe])
@@ -3735,8 +3736,10 @@ class Runner:
                     poller.unregister(leader)
                     os.close(leader)
             if ended and until == math.inf and not (process.leaving and group_lives(process.pid)):
+                until = time.monotonic() + DRAIN_TIME  # tee, for one, has something to pass on
+            if not cleared and until < math.inf and (not parts or time.monotonic() >= until):
                 self.clear_up(job, process)
-                until = time.monotonic() + DRAIN_TIME
+                cleared, until = True, time.monotonic() + DRAIN_TIME
 
 
 def enlarge(pipe: int) -> int:
