@@ -24,6 +24,7 @@ import pathlib
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -72,6 +73,13 @@ class FakeOutput:
 
 def ending(exitcode=0, output=b"", time=1.5, **more):
     return tc.Ending(exitcode, time, 1700000000.0, FakeOutput(output), **more)
+
+
+def wait_until_full(pipe):
+    """Of which we have the end that is written to."""
+    end = time.monotonic() + PATIENCE
+    while select.select([], [pipe], [], 0)[1] and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def check_broker(broker):
@@ -5531,14 +5539,25 @@ class ReportingTest(unittest.TestCase):
             self.assertEqual(tc.read_text(path), tc.JOBLOG_HEAD + "b\nc\n")
 
     def test_a_joblog_on_a_pipe_that_is_full_and_does_not_block(self):
+        """It is waited for, as for any other pipe."""
         ours, theirs = os.pipe()
-        self.addCleanup(os.close, ours)
         os.set_blocking(theirs, False)
-        log = tc.JobLog(os.devnull, [])
-        with open(theirs, "wb", buffering=0) as log.file, self.assertRaises(OSError):
-            for _ in range(1000):
-                log.write("x" * 1000)
+        found, lines = [], [f"{n:999}\n" for n in range(1000)]
+
+        def read():
+            wait_until_full(theirs)
+            with open(ours) as file:
+                found.extend(file)
+        reader = threading.Thread(target=read)
+        reader.start()
+        with mock.patch.dict(tc.OUR_STREAMS, {"/dev/stdout": theirs}):
+            log = tc.JobLog("/dev/stdout", [])
+        for line in lines:
+            log.write(line)
         log.ended(None)
+        os.close(theirs)
+        reader.join(PATIENCE)
+        self.assertEqual(found, [tc.JOBLOG_HEAD, *lines])
 
     def log(self, path, rows=(), *reports):
         """A job log that is written with these results, and its lines."""
@@ -7918,6 +7937,61 @@ class ProcessesTest(unittest.TestCase):
             self.assertFalse(os.path.exists(f"/proc/{file.read().strip()}"))
         self.cloud.worker(broker, "-j", "1")
         self.assertEqual(self.cloud.finish(client)[0], 0)
+
+    def test_a_stdin_that_does_not_block_is_waited_for(self):
+        theirs, ours = os.pipe()
+        os.set_blocking(theirs, False)
+        with open(ours, "w") as ours:
+            process = self.cloud.start("client", "--local", stdin=theirs)
+            os.close(theirs)
+            for line in ("\ufeffecho a", "exit 3"):  # such a mark is no part of the command
+                ours.write(line + "\n")
+                ours.flush()
+                for found in iter(process.stdout.readline, b""):
+                    if found.startswith((b"OK! echo a ", b"FAIL(3) exit 3 ")):
+                        break
+        self.assertEqual(self.cloud.finish(process)[0], 1)
+
+    def test_streams_that_do_not_block_are_waited_for(self):
+        """As ssh makes them, in the background of the same terminal or pipe."""
+        numbers = b"".join(b"%d\n" % n for n in range(1, 30001))
+        for options, command, wanted in (
+                (["--raw"], "seq 30000; seq 30000 >&2", numbers),
+                (["--dry-run"], "\n".join(["true"] * 30000), b"true\n" * 30000),
+                (["--junit", "/dev/stdout", "-b"], "\n".join(["seq 9000; exit 1"] * 9), b"</testsuites>\n")):
+            (out, theirs), (err, theirs_too) = pipes = os.pipe(), os.pipe()
+            for file in (theirs, theirs_too):
+                os.set_blocking(file, False)
+            process = subprocess.Popen(
+                [sys.executable, SCRIPT, "client", "--local", "-j", "1", *options],
+                stdin=subprocess.PIPE, stdout=theirs, stderr=theirs_too, cwd=self.cloud.dir)
+            self.cloud.processes.append(process)
+            process.stdin.write(command.encode() + b"\n")
+            process.stdin.close()
+            wait_until_full(theirs)
+            if options == ["--raw"]:
+                wait_until_full(theirs_too)
+            for _, file in pipes:
+                os.close(file)
+            with open(out, "rb") as out, open(err, "rb") as err, \
+                    concurrent.futures.ThreadPoolExecutor() as pool:
+                out, err = pool.map(lambda file: file.read(), (out, err))
+            self.assertEqual((process.wait(PATIENCE), wanted in out),
+                             ("--junit" in options, True), (options, out[-99:], err[-99:]))
+            if options == ["--raw"]:
+                self.assertIn(numbers, err)
+
+    def test_lines_for_a_stderr_that_does_not_block(self):
+        ours, theirs = os.pipe()
+        os.set_blocking(theirs, False)
+        program = ("import sys, testcloud as tc; tc.make_patient('stderr'); "
+                   "[tc.complain('x' * 999) for _ in range(200)]")
+        with subprocess.Popen([sys.executable, "-c", program], stderr=theirs, cwd=HERE) as process:
+            wait_until_full(theirs)
+            os.close(theirs)
+            with open(ours) as ours:
+                self.assertEqual(ours.read(), f"testcloud: {'x' * 999}\n" * 200)
+        self.assertEqual(process.returncode, 0)
 
     def test_a_blocked_stdout_does_not_expire_the_local_worker(self):
         loop = tc.Loop(sockets=False)

@@ -92,6 +92,7 @@ import errno
 import functools
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -4871,7 +4872,7 @@ class Writer:
             shared = os.isatty(self.file)  # with the bar; what is not may hold up nobody else
             passed_by = BAR.passed_by if shared and os.isatty(2) else iter
             # not sys.stdout: its lock, held by this thread, would abort the exit of Python
-            with open(self.file, "wb", closefd=False) as out:
+            with io.BufferedWriter(Patient(self.file, "w", closefd=False)) as out:
                 for batch in iter(self.batches.get, None):
                     with BAR.away() if shared else contextlib.nullcontext():
                         out.writelines(passed_by(itertools.chain.from_iterable(batch)))
@@ -5348,10 +5349,7 @@ class JobLog(Reporter):
     def write(self, line: str) -> None:
         rest = to_bytes(line)
         while rest:
-            written = self.file.write(rest)
-            if written is None:  # a pipe that is full, and does not block
-                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            rest = rest[written:]
+            rest = rest[self.file.write(rest):]
 
     def result(self, outcome: Outcome) -> None:
         try:
@@ -5364,11 +5362,11 @@ class JobLog(Reporter):
         self.files.close()
 
 
-def open_alone(path: str) -> IO[bytes]:
+def open_alone(path: str) -> Patient:
     """A file to append to, which is for nobody else to open so until it is closed. Raises OSError."""
     ours = OUR_STREAMS.get(path)
     with saying_if_it_waits(path):
-        file = open(path if ours is None else os.dup(ours), "ab", buffering=0)
+        file = Patient(path if ours is None else os.dup(ours), "a")
     try:
         if is_file(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -5506,7 +5504,36 @@ def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
 
 
 def open_text(file: int) -> IO[str]:
-    return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(io.BufferedWriter(Patient(file, "w")), "utf-8", "surrogateescape", "")
+
+
+class Patient(io.FileIO):
+    """A file that always blocks. What we share a terminal or a pipe with, as ssh in the background,
+    may have set that not to block, for all who have it open."""
+
+    def readinto(self, buffer: Any) -> int:
+        return self.until_done(super().readinto, buffer, select.POLLIN)
+
+    def write(self, data: Any) -> int:
+        return self.until_done(super().write, data, select.POLLOUT)
+
+    def until_done(self, act: Callable[[Any], Optional[int]], data: Any, event: int) -> int:
+        while True:
+            done = act(data)
+            if done is not None:
+                return done
+            poller = select.poll()
+            poller.register(self, event)
+            poller.poll()
+
+
+def make_patient(name: str) -> None:
+    """Have sys.stdout or sys.stderr block, unless it is closed, or another than ours."""
+    stream = getattr(sys, name)
+    if stream is not None and stream is getattr(sys, f"__{name}__"):
+        raw = Patient(stream.fileno(), "w", closefd=False)
+        setattr(sys, name, io.TextIOWrapper(
+            io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True))
 
 
 @contextlib.contextmanager
@@ -8394,8 +8421,10 @@ def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
 def lines_of(file: int, null: bool) -> Iterator[str]:
     """The lines of a descriptor, or what NULs end in it, but for blank ones. Raises OSError."""
     # not sys.stdin: its lock, held by a thread, would abort the exit of Python
-    with open(file, "rb", closefd=file != 0) as stream:
+    mark = codecs.BOM_UTF8
+    with io.BufferedReader(Patient(file, "r", closefd=file != 0)) as stream:
         for line in short_lines(stream, b"\0" if null else b"\n"):
+            line, mark = line.removeprefix(mark), b""
             text = to_text(line if null else line.rstrip(b"\r"))
             if text.strip():
                 yield text
@@ -8523,7 +8552,7 @@ def share_a_file(paths: Iterable[Optional[str]]) -> bool:
 def show_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
     done = resumed(settings)
-    with writing_to_stdout(), open(1, "wb", closefd=False) as out:
+    with writing_to_stdout(), io.BufferedWriter(Patient(1, "w", closefd=False)) as out:
         for seq, arguments in enumerate(open_sources(settings), 1):
             command = fill_template(settings.template, arguments, seq)
             if not done.has_done(command, done.count(command)):
@@ -8952,6 +8981,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if os.name != "posix":
         complain("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
         return 3
+    make_patient("stdout")
+    make_patient("stderr")
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
         settings = parse(with_defaults(sys.argv[1:] if argv is None else argv))
