@@ -52,6 +52,9 @@ os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # a key of the developer's is no
 os.environ["XDG_CACHE_HOME"] = "/dev/null"  # nor are the timings
 for own in ("TESTCLOUD_KEY_FILE", "TESTCLOUD", "TESTCLOUD_BROKER"):
     os.environ.pop(own, None)
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ours may be ignored, theirs not
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 
 # === Helpers ==========================================================================
@@ -7910,7 +7913,8 @@ class ProcessesTest(unittest.TestCase):
     def test_interrupted_client_stops_its_commands(self):
         broker = self.cloud.broker()
         self.cloud.worker(broker, "-j", "2")
-        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143),
+                               (signal.SIGUSR1, 128 + signal.SIGUSR1)):
             pids = os.path.join(self.cloud.dir, f"pids-{status}")
             client = self.cloud.client(broker, [f"echo $$ >> {pids}; exec sleep 1000"] * 5, wait=False)
             self.cloud.wait_for(lambda pids=pids: len(tc.read_text(pids).split()) == 2, "two starts")
@@ -7958,7 +7962,7 @@ class ProcessesTest(unittest.TestCase):
         for options, command, wanted in (
                 (["--raw"], "seq 30000; seq 30000 >&2", numbers),
                 (["--dry-run"], "\n".join(["true"] * 30000), b"true\n" * 30000),
-                (["--junit", "/dev/stdout", "-b"], "\n".join(["seq 9000; exit 1"] * 9), b"</testsuites>\n")):
+                (["--junit", "/dev/stdout"], "\n".join(["seq 9000; exit 1"] * 9), b"</testsuites>")):
             (out, theirs), (err, theirs_too) = pipes = os.pipe(), os.pipe()
             for file in (theirs, theirs_too):
                 os.set_blocking(file, False)
@@ -8656,6 +8660,47 @@ class NothingLeftBehindTest(unittest.TestCase):
         os.killpg(worker.pid, signal.SIGINT)
         self.assertEqual(worker.wait(PATIENCE), 130)
         self.assertEqual(tc.read_text(flag), "done\n")  # was given its time
+
+    def test_whatever_signal_ends_both_of_us_ends_the_commands(self):
+        for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM, signal.SIGPROF, signal.SIGIO,
+                       signal.SIGABRT, signal.SIGRTMIN + 1, signal.SIGSEGV):
+            client = self.cloud.start("client", "--local", stdin=subprocess.PIPE,
+                                      start_new_session=True)
+            pid = os.path.join(self.cloud.dir, f"pid-{number}")
+            client.stdin.write(f"echo $$ > {pid}; sleep 1000\n".encode())
+            client.stdin.flush()
+            self.cloud.wait_for(lambda pid=pid: tc.read_text(pid), "the start")
+            os.killpg(client.pid, number)
+            self.assertEqual(client.wait(PATIENCE), 128 + number, number)
+            self.assertFalse(is_alive(int(tc.read_text(pid))), number)
+
+    def test_commands_do_not_inherit_what_we_ignore_or_block(self):
+        ignored = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTTOU}
+        blocked = {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM}
+
+        def be_started_so():
+            for number in ignored:
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        show = "grep -E '^Sig(Blk|Ign):' /proc/self/status"
+        for portable in (False, True):
+            flag = os.path.join(self.cloud.dir, f"up-{portable}")
+            self.cloud.script = os.path.join(self.cloud.dir, "start.py")
+            with open(self.cloud.script, "w") as file:
+                file.write("import sys, testcloud as tc\ndef none(_):\n  raise OSError\n"
+                           f"if {portable}: tc.Spawner = none\nsys.exit(tc.main())")
+            process = self.cloud.start(
+                "client", "--local", "--raw", stdin=subprocess.PIPE, preexec_fn=be_started_so,
+                env=dict(os.environ, PYTHONPATH=HERE))
+            process.stdin.write(f"{show}; echo > {flag}\n".encode())
+            process.stdin.flush()
+            self.cloud.wait_for(lambda flag=flag: tc.read_text(flag), "the command")
+            for number in ignored - {signal.SIGUSR1, signal.SIGTTOU}:  # they go on being ignored
+                process.send_signal(number)
+            status, out = self.cloud.finish(process)
+            wanted = "SigBlk:\t" + "0" * 16 + "\nSigIgn:\t" + "0" * 16 + "\n"
+            left = wanted[:-7] + "200000\n" if portable else wanted  # SIGTTOU
+            self.assertEqual((status, out), (0, left), portable)
 
 
 class Proxy:

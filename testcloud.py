@@ -25,9 +25,9 @@ Exit status of the client
     1  some command failed, or was flaky (--fail-on-flaky), or the result hash is another
     2  wrong usage, or no commands at all (--allow-empty)
     3  not everything could be run, or written: no broker, no worker, a full disk, no pyzmq
-    129, 130, 143  terminal closed, interrupted with Ctrl-C, ended by SIGTERM
+    128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 as its terminal closed
     141  nobody reads our stdout any more
-A broker or worker exits with 130, 143 or 129 when it is told to stop, 2 on wrong usage
+A broker or worker exits with 128 + N when signal N tells it to stop, 2 on wrong usage
 or a loop of brokers, and 3 when it cannot listen, has no usable key, or (with --wait) finds
 no broker. keygen: 0, 2, or 3 when it cannot read or write a key.
 
@@ -3211,7 +3211,7 @@ def supervise(run: Callable[[int], int]) -> int:
         return run(-1)
     control, signals = os.pipe()
     # handlers would come too late for a signal just before waitpid(); so we take them one by one
-    awaited = {signal.SIGCHLD, *signals_to_handle()}
+    awaited = {signal.SIGCHLD, *signals_to_handle(HARMLESS)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
@@ -3262,10 +3262,22 @@ def reaped(pid: int) -> bool:
         return True
 
 
-def signals_to_handle() -> Set[int]:
-    """Those of Ctrl-C, of kill, and of a terminal that closes, unless under nohup."""
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return {signal.SIGINT, signal.SIGTERM} | (set() if ignored else {signal.SIGHUP})
+# signals that end nothing, or that cannot be caught
+HARMLESS = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
+            "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}
+# a process cannot go on after these, and none of its handlers would run
+FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}
+# Python ignores the first two, and so they are reset for commands; the others, if ignored, need
+# that: with a handler, whatever they interrupt would be tried again for ever
+IGNORED = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
+
+
+def signals_to_handle(but: Set[str] = HARMLESS | FAULTS) -> Set[int]:
+    """The signals that would end us, unless they are ignored: as SIGHUP is under nohup, and SIGINT
+    and SIGQUIT in the background of a script."""
+    left_out = {getattr(signal, name, None) for name in but}
+    return {number for number in signal.valid_signals() - left_out
+            if signal.getsignal(number) != signal.SIG_IGN}
 
 
 class Process:
@@ -3313,12 +3325,10 @@ class Spawner:
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
-        default = ctypes.create_string_buffer(self.STRUCT)  # signals that Python ignores
+        # sigfillset() would leave out those of libc itself, and posix_spawn() have them ignored
+        default = ctypes.create_string_buffer(b"\xff" * self.STRUCT)
         libc.posix_spawnattr_init(self.attributes)
         libc.posix_spawnattr_setflags(self.attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
-        libc.sigemptyset(default)
-        libc.sigaddset(default, signal.SIGPIPE)
-        libc.sigaddset(default, signal.SIGXFSZ)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
     def spawn(self, argv: List[bytes], marks: List[bytes], environment: Optional[List[bytes]],
@@ -6749,8 +6759,9 @@ class Loop:
         self.poller.register(file, select.POLLIN)
 
     def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
-        """Have the loop call handler(status, now) on Ctrl-C (130), SIGTERM (143), and when the
-        terminal is closed (129, unless under nohup).
+        """Have the loop call handler(128 + number, now) on each of the signals_to_handle(). From now
+        on none is blocked, and those ignored have a handler that does nothing: commands inherit
+        neither.
 
         With a supervisor, its `control` says what it was sent. A Ctrl-C in the terminal comes
         to both of us, but must count only once: so it is the supervisor who counts."""
@@ -6772,8 +6783,13 @@ class Loop:
                 act(number, next(passed_on), now)
             if not numbers:
                 self.exit(Exit(128 + signal.SIGKILL))
-        for number in signals_to_handle():
-            signal.signal(number, caught)
+        handled = signals_to_handle()
+        for number in signal.valid_signals() - IGNORED:
+            if number in handled:
+                signal.signal(number, caught)
+            elif signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         # one that comes when we are about to wait must end the waiting
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         if control >= 0:
@@ -8922,8 +8938,6 @@ def whole_screen(loop: Loop, page: Page) -> Iterator[None]:
         loop.post(pause)
     try:
         take()
-        signal.signal(signal.SIGQUIT, lambda number, _: loop.post(
-            lambda now: loop.exit(Exit(128 + number))))
         signal.signal(signal.SIGWINCH, lambda *_: loop.post(lambda now: page.draw()))
         if saved:
             loop.watch(0, key_pressed)
