@@ -4135,6 +4135,46 @@ class RunnerTest(unittest.TestCase):
         ending = self.result(self.start("kill -9 $$"))
         self.assertEqual((ending.exitcode, ending.signal), (137, 9))
 
+    def test_killed_for_want_of_memory(self):
+        def told(cmd):
+            ending = self.result(self.start(cmd))
+            self.assertEqual(ending.exitcode, 137)
+            return ending.reason == tc.OUT_OF_MEMORY
+        kills = [3]
+        with mock.patch.object(tc, "oom_kills", lambda: kills[0]):
+            self.runner = self.new_runner(2)
+            self.assertFalse(told("kill -9 $$"))
+            kills[0] += 1  # as of a command that was killed and did not tell
+            self.runner.reap_at = 0.0
+            self.runner.reap()
+            self.assertFalse(told("kill -9 $$; true"))
+            other = self.start(f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done; kill -9 $$")
+            with self.ended:
+                self.assertTrue(self.ended.wait_for(lambda: other.key in self.began, PATIENCE))
+            kills[0] += 2
+            self.assertTrue(told("sh -c 'kill -9 $$'; exit $?"))
+            open(f"{self.dir}/end", "w").close()
+            self.assertIn("fewer slots (-j)", self.result(other).reason)
+            self.assertFalse(told("kill -9 $$"))
+            kills[0] += 1
+            self.assertEqual(self.result(self.start("exit 3")).reason, "")
+
+    def test_count_of_those_killed_for_want_of_memory(self):
+        own, folder = os.path.join(self.dir, "own"), os.path.join(self.dir, "a b")
+        os.mkdir(folder)
+        for path, text in ((own, "1:name=systemd:/x\n0::/a b\n"),
+                           (f"{folder}/memory.events", "oom 7\noom_kill 5\noom_group_kill 1\n")):
+            with open(path, "w") as file:
+                file.write(text)
+        self.assertEqual(tc.oom_kills(self.dir, own), 5)
+        self.assertEqual((tc.oom_kills("/nowhere", own), tc.oom_kills(self.dir, "/no")), (0, 0))
+
+    def test_a_command_is_no_option_of_the_shell(self):
+        for cmd in ("-x", "+x", "-c 'exit 3'", "--version", "-"):
+            code, output = self.run_one(cmd)
+            self.assertEqual((code, cmd.split()[0].encode() in output), (127, True), output)
+        self.assertTrue(self.run_one("-x 2> /dev/null; echo $0")[1].endswith(b"/bin/sh\n"))
+
     def test_time_is_in_milliseconds(self):
         ending = self.result(self.start("sleep 0.2"))
         self.assertGreater(ending.time, 200)
@@ -7179,6 +7219,24 @@ class CommandLineTest(unittest.TestCase):
             stderr=subprocess.PIPE, timeout=PATIENCE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.assertEqual((done.returncode, done.stderr), (-signal.SIGINT, b""))
+
+    def test_a_python_that_is_too_old_is_told_which_it_needs(self):
+        tried = 0
+        for name in ("2.7", "3.6", "3.7", "3.8"):
+            for python in filter(None, (
+                    shutil.which(f"python{name}"),
+                    *pathlib.Path.home().glob(f".pyenv/versions/{name}.*/bin/python"))):
+                if subprocess.run([python, "-V"], capture_output=True).returncode:
+                    continue  # it only seems to be there
+                tried += 1
+                for role in tc.RUN:
+                    done = subprocess.run([python, SCRIPT, role], capture_output=True, timeout=PATIENCE)
+                    said = done.stderr.replace(b"testcloud:", b"testcloud")
+                    self.assertIn(b"testcloud needs Python 3.9 or newer", said)
+                    if name in ("3.7", "3.8"):  # older ones cannot read the file
+                        self.assertEqual((done.returncode, said.count(b"\n")), (3, 1), said)
+        if not tried:
+            self.skipTest("no old Python is here")
 
     def test_windows_is_refused_in_one_line(self):
         program = ("import os, subprocess, sys, tempfile; os.name = 'nt'; "

@@ -77,10 +77,17 @@ Protocol
     the token it was given. Plain peers need nothing else.
 """
 # SPDX-License-Identifier: MIT
-from __future__ import annotations
+from __future__ import annotations  # testcloud needs Python 3.9 or newer
 
 import signal
+import sys
 
+PYTHON: tuple[int, int] = (3, 9)  # testcloud needs Python 3.9 or newer
+# what is older than 3.7 cannot read this file, and shows the first such line that it does not know
+if sys.version_info < PYTHON:
+    sys.stderr.write(f"testcloud: needs Python 3.9 or newer, and {sys.executable} is "
+                     f"{sys.version.split()[0]}: start it with another python3\n")
+    sys.exit(3)
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
 
@@ -106,7 +113,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -3102,6 +3108,8 @@ LOOK_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tel
 BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
 QUICK: Seconds = 0.002  # who ends sooner is not watched for anything but its output
+OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer slots "
+                 "(-j), or more memory")
 SHORT_LINE = 2  # commands for each slot: with fewer waiting, more are wanted at once
 
 
@@ -3389,6 +3397,7 @@ class Runner:
                 self.spawner = Spawner(self.inherited)
                 inherit_nothing()
         self.reap_at: Seconds = 0.0
+        self.oom_kills, self.oom_at = oom_kills(), -math.inf  # how many, and when the last was found
         self.stuck: List[int] = []  # orphans that cannot be killed
         self.start_until: Seconds = math.inf  # see go_on()
         self.todo: OrderedDict[Key, Job] = OrderedDict()  # the line
@@ -3571,9 +3580,18 @@ class Runner:
         output.end()
         reason = f"no room for its output on the worker: {output.failure}" if output.failure else ""
         spent = (time.monotonic() - began) * 1000
+        if not reason and code in (-signal.SIGKILL, 128 + signal.SIGKILL) and self.lacked_memory(began):
+            reason = OUT_OF_MEMORY
         if code < 0:
             return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
-        return Ending(code if not reason else NOT_RUN, spent, wall, output, reason=reason)
+        return Ending(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
+
+    def lacked_memory(self, since: Seconds) -> bool:
+        """Whether the system has killed a process of our cgroup since then, for want of memory."""
+        count = oom_kills()
+        if count > self.oom_kills:
+            self.oom_at, self.oom_kills = time.monotonic(), count
+        return self.oom_at >= since
 
     def spawn(self, job: Job, slot: int) -> Process:
         """Start a job's command. What this machine lacks now it may have in a moment."""
@@ -3606,7 +3624,10 @@ class Runner:
         to be impossible and why, the slow way."""
         if job.cwd is not None:
             job.cwd = os.path.expanduser(job.cwd)
-        argv = [b"/bin/sh", b"-c", to_bytes(job.cmd)]
+        command = to_bytes(job.cmd)
+        if command[:1] in (b"-", b"+"):
+            command = b" " + command  # or it would be options of the shell
+        argv = [b"/bin/sh", b"-c", command]
         cwd = None if job.cwd is None else to_bytes(job.cwd)
         environment = self.environment(job.env) if job.env else None
         ours: List[int] = []
@@ -3682,9 +3703,11 @@ class Runner:
 
     def reap(self) -> None:
         """Call this often: from time to time it looks after orphans."""
-        if time.monotonic() >= self.reap_at:
-            self.reap_at = time.monotonic() + REAP_INTERVAL
+        now = time.monotonic()
+        if now >= self.reap_at:
+            self.reap_at = now + REAP_INTERVAL
             self.sweep()
+            self.lacked_memory(now)  # lest a later command is taken for its victim
 
     def drain_quickly(self, process: Process, output: Output, until: Seconds) -> bool:
         """Collect output for a moment; true if the command has ended with it: then there is nothing
@@ -3810,6 +3833,14 @@ def cgroup_quotas(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") 
                 break
             path = os.path.dirname(path.rstrip("/"))
     return quotas
+
+
+def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """How many processes of our cgroup (version 2) were killed for want of memory; 0 if unknown."""
+    path = re.search("^0::(.*)$", read_text(own), re.M)
+    events = read_text(f"{root}{path[1]}/memory.events") if path else ""
+    count = re.search("^oom_kill ([0-9]+)$", events, re.M)
+    return int(count[1]) if count else 0
 
 
 def read_text(path: str) -> str:
