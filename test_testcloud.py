@@ -18,6 +18,7 @@ import html.parser
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -50,7 +51,7 @@ SCRIPT = os.path.join(HERE, "testcloud.py")
 PATIENCE = 60.0  # seconds a test waits for what must happen; far more than it takes
 os.environ["XDG_CONFIG_HOME"] = "/nonexistent"  # a key of the developer's is not for the tests,
 os.environ["XDG_CACHE_HOME"] = "/dev/null"  # nor are the timings
-for own in ("TESTCLOUD_KEY_FILE", "TESTCLOUD", "TESTCLOUD_BROKER"):
+for own in ("TESTCLOUD_KEY_FILE", "TESTCLOUD", "TESTCLOUD_BROKER", "SSH_CONNECTION"):
     os.environ.pop(own, None)
 for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ours may be ignored, theirs not
     if signal.getsignal(number) == signal.SIG_IGN:
@@ -365,6 +366,28 @@ class BrokerTest(unittest.TestCase):
         d.ends(b"w", "r1", 1)
         d.expect(b"c", "RESULT")
         d.takes(b"w", "r1", 2)
+
+    def test_a_second_worker_of_the_same_user_and_host_is_told_once(self):
+        def ready(peer, join=1, **more):
+            d.worker(peer, tc.encode("READY", dict(
+                {"name": peer.decode(), "slots": 2, "join": join, "host": "h", "user": "user 1"},
+                **more)))
+            note = next(row[4]["note"] for row in d.letters if row[1] == peer)
+            d.letters.clear()
+            return note
+        d = self.desk
+        for peer, more in ((b"v", {}), (b"w", {"host": "i"}), (b"x", {"user": "user 2"}),
+                           (b"y", {"user": ""}), (b"z", {"user": ""})):
+            self.assertEqual(ready(peer, **more), "")
+        told = ready(b"b")
+        self.assertIn("user 1 runs 1 other worker on h already, with 2 slots (v)", told)
+        warnings = [log.text for log in d.logs if log.level == logging.WARNING]
+        self.assertEqual(warnings, [f"worker b: {told}"])
+        for peer in (b"v", b"b"):  # they come back, as to a new broker
+            self.assertEqual(ready(peer, join=2), "")
+        self.assertIn("2 other workers on h already, with 4 slots", ready(b"c"))
+        d.gone(WORKERS, b"v")
+        self.assertIn("2 other workers", ready(b"d"))
 
     def test_clients_take_turns(self):
         d = self.desk
@@ -3221,6 +3244,14 @@ class WorkerTest(unittest.TestCase):
         self.bench.hear(tc.encode("{", dict({"id": id, "attempt": attempt, "cmd": f"c{id}"},
                                             **more)), "r")
         self.bench.wait(tc.NEWS_DELAY)
+
+    def test_a_note_of_the_broker_is_for_the_person_who_started_it(self):
+        worker = tc.Worker("w1", slots=2, user="user 7")
+        b = Bench(worker)
+        b.expect("READY", user="user 7")
+        b.answer(note="stop\nit")
+        self.assertEqual(b.effect(tc.Notice).text, "notice: stop\\nit")
+        b.quiet()
 
     def test_runs_a_command_and_holds_its_result_until_done(self):
         b = self.bench
@@ -8718,6 +8749,38 @@ class NothingLeftBehindTest(unittest.TestCase):
         os.killpg(worker.pid, signal.SIGINT)
         self.assertEqual(worker.wait(PATIENCE), 130)
         self.assertEqual(tc.read_text(flag), "done\n")  # was given its time
+
+    def test_a_worker_ends_with_the_ssh_that_started_it(self):
+        """Not before: without stdin, as of `ssh -n`, it goes on. Nor does it end with another pipe."""
+        broker = self.cloud.broker()
+        ssh, nohup = {"SSH_CONNECTION": "x"}, {
+            "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+        for connection, more in (({}, {}), (ssh, nohup), (ssh, {})):
+            worker = self.cloud.start(
+                "worker", "--connect", broker.workers, "-j", "1", "--drain", "9",
+                start_new_session=True, stdin=subprocess.PIPE,
+                env=dict(os.environ, **connection), **more)
+            worker.stdout.readline()
+            worker.stdin.close()
+            self.assertEqual(self.cloud.client(broker, ["true"])[0], 0)
+            flag = os.path.join(self.cloud.dir, "flag")
+            client = self.cloud.client(
+                broker, [f"echo up > {flag}; until [ -e {flag}-end ]; do sleep 0.01; done"], wait=False)
+            self.cloud.wait_for(lambda flag=flag: tc.read_text(flag), "the start")
+            worker.stdout.close()
+            tied = bool(connection and not more)
+            if tied:
+                ask = ("status", "--json", "--connect", broker.clients)
+                self.cloud.wait_for(lambda: '"slots": 0' in self.cloud.finish(
+                    self.cloud.start(*ask))[1], "its leaving")  # noqa: B023
+            open(f"{flag}-end", "w").close()
+            self.assertEqual(self.cloud.finish(client)[0], 0)  # it was given time to end
+            if not tied:
+                self.assertEqual(self.cloud.client(broker, ["true"])[0], 0)
+                worker.terminate()
+            self.assertEqual(worker.wait(PATIENCE), 129 if tied else 143)
+            os.unlink(flag)
+            os.unlink(f"{flag}-end")
 
     def test_whatever_signal_ends_both_of_us_ends_the_commands(self):
         for number in (signal.SIGQUIT, signal.SIGUSR1, signal.SIGALRM, signal.SIGPROF, signal.SIGIO,

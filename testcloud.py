@@ -382,7 +382,7 @@ MESSAGES: Dict[str, Spec] = {
         "pid": count, "backlog": count}),  # how many commands it keeps for later
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
-        "running": triples, "held": triples, "version": text, "host": text,
+        "running": triples, "held": triples, "version": text, "host": text, "user": text,
         "labels": texts, "load": number,  # of its machine: how many processes want a processor
         "more": flag,  # only a part of what it has: the rest follows,
         "parts": count,  # after so many such
@@ -393,6 +393,7 @@ MESSAGES: Dict[str, Spec] = {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
         "lacks": text,  # what the client's commands wait for, if it may wait for ever
+        "note": text,  # for the person who has started the worker
         "patience": number}),  # seconds after which a silent peer is given up
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
@@ -1050,8 +1051,8 @@ class WorkerLink:
     """A worker (or a chained broker), and the tasks it has."""
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "labels",
-                 "crew", "fit", "needy", "load", "done", "failed")
+                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "user",
+                 "labels", "crew", "fit", "needy", "load", "done", "failed")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -1070,6 +1071,7 @@ class WorkerLink:
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
         self.host = name  # of which it tells if it is ours, and no chained broker
+        self.user = ""  # as whom it runs commands, if it tells
         self.labels: FrozenSet[str] = frozenset()
         # where it runs things, itself or below: slots by host and labels
         self.crew: Dict[Tuple[str, FrozenSet[str]], int] = {(name, self.labels): 1}
@@ -1510,6 +1512,8 @@ class Broker(Machine):
         self.change_crew()
         self.heard(WORKERS, peer)
         self.update_worker(worker, message.fields)
+        worker.user = fields.get("user", "")
+        note = self.tell_apart(worker) if fields["join"] == 1 else ""  # not for each broker
         for client in self.clients.values() if worker.below else ():
             self.tell_shunned(client, [worker])
         unwanted, recall, resend = self.reconcile(worker, fields)
@@ -1517,11 +1521,24 @@ class Broker(Machine):
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(recall)
         self.say(WORKERS, peer, "", "OK",
-                 dict(self.state_for_worker(), join=message.fields["join"]))
+                 dict(self.state_for_worker(), join=message.fields["join"], note=note))
         for run, tasks in unwanted.items() if worker.below else ():
             # in between, workers of its own may have told it of these
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(resend)
+
+    def tell_apart(self, worker: WorkerLink) -> str:
+        """What to tell a worker whose user has others on the same host, as after a lost ssh; or ""."""
+        others = [other for other in self.workers.values() if other is not worker and worker.user
+                  and (other.user, other.host) == (worker.user, worker.host)]
+        if not others:
+            return ""
+        slots = counted(sum(other.slots for other in others), "slot")
+        note = (f"{printable(worker.user)} runs {counted(len(others), 'other worker')} on "
+                f"{printable(worker.host)} already, with {slots} ({printable(others[0].name)}): stop "
+                f"what is not wanted, or they share its CPUs")
+        self.log(logging.WARNING, f"worker {printable(worker.name)}: {note}")
+        return note
 
     def reconcile(self, worker: WorkerLink, fields: Fields) -> Tuple[
             Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
@@ -2732,8 +2749,9 @@ class Worker(Member):
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
                  times: Times = Times(), wait: Seconds = math.inf, address: str = "",
                  drain: Seconds = 0.0, labels: Sequence[str] = (),
-                 max_load: float = math.inf) -> None:
+                 max_load: float = math.inf, user: str = "") -> None:
         super().__init__("READY", times, wait)
+        self.user = user
         self.labels = sorted(labels)
         self.max_load = max_load  # from it on we take nothing more
         self.resting = False  # so it is
@@ -2759,7 +2777,7 @@ class Worker(Member):
         if self.load >= 0:
             fields["load"] = round(self.load, 2)
         if joining:
-            fields.update(host=self.host, version=__version__, labels=self.labels)
+            fields.update(host=self.host, version=__version__, labels=self.labels, user=self.user)
             live = [job for job in self.jobs.values() if not job.cancelled]
             fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
@@ -2774,6 +2792,8 @@ class Worker(Member):
     def on_ok(self, message: Message) -> None:
         if self.session.ok(message.fields):
             self.log(logging.INFO, "joined the broker")
+            if message.fields.get("note"):
+                self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
             for run, id, attempt in self.session.announced["running"]:
                 job = self.jobs.get((run, id, attempt))
                 if job is None or job.state == DELIVERED:  # it has ended meanwhile
@@ -3270,13 +3290,10 @@ def reaped(pid: int) -> bool:
         return True
 
 
-# signals that end nothing, or that cannot be caught
 HARMLESS = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
-            "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}
-# a process cannot go on after these, and none of its handlers would run
-FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}
-# Python ignores the first two, and so they are reset for commands; the others, if ignored, need
-# that: with a handler, whatever they interrupt would be tried again for ever
+            "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}  # end nothing
+FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}  # no handler would run
+# the first two are reset for commands anyway; what the others interrupt would be tried for ever
 IGNORED = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
 
 
@@ -3624,10 +3641,8 @@ class Runner:
         to be impossible and why, the slow way."""
         if job.cwd is not None:
             job.cwd = os.path.expanduser(job.cwd)
-        command = to_bytes(job.cmd)
-        if command[:1] in (b"-", b"+"):
-            command = b" " + command  # or it would be options of the shell
-        argv = [b"/bin/sh", b"-c", command]
+        apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
+        argv = [b"/bin/sh", b"-c", apart + to_bytes(job.cmd)]
         cwd = None if job.cwd is None else to_bytes(job.cwd)
         environment = self.environment(job.env) if job.env else None
         ours: List[int] = []
@@ -3839,8 +3854,7 @@ def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> i
     """How many processes of our cgroup (version 2) were killed for want of memory; 0 if unknown."""
     path = re.search("^0::(.*)$", read_text(own), re.M)
     events = read_text(f"{root}{path[1]}/memory.events") if path else ""
-    count = re.search("^oom_kill ([0-9]+)$", events, re.M)
-    return int(count[1]) if count else 0
+    return int((re.findall("^oom_kill ([0-9]+)$", events, re.M) or ["0"])[0])
 
 
 def read_text(path: str) -> str:
@@ -7829,7 +7843,7 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
             time_option("client_lease", "forget clients silent for so long"),
             time_option("lost_grace", "for a worker to connect again"),
             CRASH_LIMIT, READY_INTERVAL, MISSED_OKS])]),
-    "worker": ("run commands for a broker", [
+    "worker": ("run commands for a broker (started by ssh, without -t: until that ends)", [
         ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE]),
         ("what it takes", [
             option("-j", "--slots", type=slots, default=0, metavar="N",
@@ -8202,6 +8216,22 @@ def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys
                f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
 
 
+def tied_to_ssh(worker: Worker) -> Callable[[], None]:
+    """A function, to be called often, that stops a worker when the ssh that started it has ended: then
+    stdin and another of its pipes or sockets are broken. `ssh -n` breaks stdin alone, at once."""
+    poller = select.poll()
+    lasting = has_terminal() or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
+    for file in range(3) if "SSH_CONNECTION" in os.environ and not lasting else ():
+        poller.register(file, 0)
+
+    def look() -> None:
+        broken = {file for file, event in poller.poll(0) if event & (select.POLLHUP | select.POLLERR)}
+        if 0 in broken and len(broken) > 1:
+            poller.unregister(0)
+            worker.stop(128 + signal.SIGHUP, time.monotonic())
+    return look
+
+
 class LoadMeter:
     """Tells a worker the load of its machine, from time to time."""
 
@@ -8306,14 +8336,15 @@ def run_worker(settings: argparse.Namespace) -> int:
 
 def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], control: int) -> int:
     """What a worker does, below its supervisor."""
-    if control >= 0:
-        leave_terminal()
     worker = Worker(incarnation(keys), settings.slots or usable_cpus(), settings.weight,
                     socket.gethostname(), times_from(settings), settings.wait, address,
-                    settings.drain, settings.label, settings.max_load)
+                    settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
+    tie = tied_to_ssh(worker)  # while we still have our terminal
+    if control >= 0:
+        leave_terminal()
     with contextlib.closing(Loop(sockets=True)) as loop:
         node, runner = attach_runner(loop, worker, control >= 0, settings.nice)
-        loop.between.append(LoadMeter(worker).look)
+        loop.between += [LoadMeter(worker).look, tie]
         connect(loop, node, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {counted(worker.slots, 'slot')}")
