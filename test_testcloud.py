@@ -7032,7 +7032,7 @@ class KeysTest(unittest.TestCase):
                     false.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
                 address = f"tcp://127.0.0.1:{false.bind_to_random_port('tcp://127.0.0.1')}"
                 client = self.cloud.client(address, ["true"], "--key", self.path, wait=False)
-                self.cloud.wait_for_log(client, "has another key" if secret else "uses no key")
+                self.cloud.wait_for_log(client, "has another key" if secret else "has no key")
                 self.assertFalse(false.poll(0))
                 client.terminate()
                 self.assertEqual(client.wait(PATIENCE), 143)
@@ -7124,21 +7124,83 @@ class KeysTest(unittest.TestCase):
             self.assertRegex(self.cloud.err(process),
                              "^testcloud: .*is (not for a|one holder's key).*\n$")
 
-    def test_what_is_wrong_is_said_soon(self):
+    def test_whoever_cannot_get_in_is_told_the_one_true_reason_once(self):
+        """Both sides' keys, and the roles: nobody is told another reason, or the same one again."""
         self.keygen(os.path.join(self.cloud.dir, "other.key"))
+        revoked = {role: self.holder(role, f"revoked-{role}") for role in ("client", "worker")}
+        for role in revoked:
+            self.keygen("--key", self.path, "--revoke", f"revoked-{role}")
+        self.cloud.wait_for_log(self.broker, "read the keys again: of 0 holders")
         plain = self.cloud.broker()
-        for broker, argv, what in [
-                (self.broker, ["--insecure"], "wants a key"),
-                (self.broker, ["--key", "other.key"], "has another key than ours"),
-                (plain, ["--key", self.path], "uses no key")]:
-            with self.subTest(what):
-                peers = (self.cloud.client(broker, ["true"], *argv, wait=False),
-                         self.cloud.worker(broker, *argv))
-                for peer in peers:
-                    self.cloud.wait_for_log(peer, what)
-                self.cloud.wait_for_log(broker, "could not connect")
-                for peer in peers:
-                    self.assertNotIn("Traceback", self.cloud.err(peer))
+        started = []
+        for broker, key, what in [
+                (self.broker, None, "wants a key"),
+                (self.broker, "other.key", "has another key than ours"),
+                (self.broker, revoked, "does not accept our key: it has been revoked"),
+                (plain, "other.key", "has no key, but we have one"),
+                (plain, revoked, "has no key, but we have one")]:
+            for role in ("client", "worker", "broker"):
+                path = key["client" if role == "client" else "worker"] if key is revoked else key
+                argv = ["--key", path] if path else ["--insecure"]
+                if role == "client":
+                    peer = self.cloud.client(broker, ["true"], *argv, "--wait", "5", wait=False)
+                elif role == "worker":
+                    peer = self.cloud.worker(broker, *argv, "--wait", "5")
+                else:
+                    above = ["--upstream-key", path] if path else []
+                    peer = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--insecure", "--upstream",
+                                             broker.workers, *above)
+                started.append((role, what, peer))
+        for role, what, peer in started:
+            with self.subTest(what, role=role):
+                if role != "broker":
+                    self.assertEqual(peer.wait(PATIENCE), 3)
+                self.cloud.wait_for_log(peer, what)
+                told = re.findall("^testcloud: waiting.*|gave up waiting.*", self.cloud.err(peer), re.M)
+                self.assertEqual(len(told), 1 + (role != "broker"), told)
+                self.assertEqual([what in line for line in told], [True] * len(told), told)
+                self.assertNotIn("Traceback", self.cloud.err(peer))
+        for broker, reasons in ((self.broker, ("has it no key, or is it", "the key of another cloud",
+                                               "a key that is revoked")),
+                                (plain, ("has it a key, and we have none",))):
+            for reason in reasons:
+                self.cloud.wait_for_log(broker, reason)
+            told = [line[24:] for line in self.cloud.err(broker).splitlines()
+                    if "somebody at 127" in line]
+            self.assertEqual(len(told), len({*told}), told)
+
+    def test_the_other_roles_port_is_told_from_a_revoked_key(self):
+        for role, port in (("client", self.broker.workers), ("worker", self.broker.clients)):
+            peer = self.cloud.start(role, "--connect", port, "--key", self.path, "--wait", "3",
+                                    stdin=subprocess.PIPE)
+            self.cloud.wait_for_log(peer, f"does not accept our key: that is not the port for {role}s")
+        self.cloud.wait_for_log(self.broker, "a key for another role")
+
+    def test_what_listens_is_known_by_its_greeting(self):
+        """Even if its connections end like those of a broker with another key."""
+        path = os.path.join(self.cloud.dir, "ipc")
+        self.cloud.start("broker", "--insecure", "--clients", f"ipc://{path}", "--workers",
+                         "127.0.0.1:0").stdout.readline()
+        self.assertEqual(tc.mechanism_of(f"ipc://{path}"), "NULL")
+        self.assertEqual(tc.mechanism_of(self.broker.clients), "CURVE")
+        for words in (None, b"", b"SSH-2.0-x\r\n", b"\xff"):
+            with socket.create_server(("127.0.0.1", 0)) as server, \
+                    mock.patch.object(tc, "PROBE_TIME", PATIENCE if words is not None else 0.05):
+                address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+                thread = threading.Thread(target=self.hang_up, args=(server, words))
+                thread.start()
+                self.assertEqual(tc.mechanism_of(address), "", words)
+                thread.join()
+            self.assertIsNone(tc.mechanism_of(address))
+
+    def hang_up(self, server, words):
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            if words is not None:
+                connection.sendall(words)
+                connection.shutdown(socket.SHUT_WR)
+            while connection.recv(100):
+                pass
 
     def test_a_revoked_key_is_cut_off_and_one_made_later_gets_in_by_itself(self):
         self.cloud.worker(self.broker, "--key", self.path)

@@ -6619,7 +6619,10 @@ LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often know
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 REFUSED_DELAY: Seconds = 1.0  # between attempts to connect with a key that is not accepted
 GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
-REFUSAL_INTERVAL: Seconds = 10.0  # between lines that say the same about refused connections
+PROBE_TIME: Seconds = 1.0  # for a greeting: a broker answers at once
+UNREADABLE = 0x11000001  # detail of a failed handshake (zmq.h): it was not encrypted for our key
+WRONG_ROLE = b"500"  # ZAP's status for a key of another role; b"400": for one that is not accepted
+REFUSAL_INTERVAL: Seconds = 10.0  # until the same is said again of connections that had ceased
 MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
 LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
 ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster,
@@ -7084,7 +7087,8 @@ class RouterLink(SocketLink):
         # by descriptor: from where the connections are that have not said anything yet
         self.unmet: Dict[int, str] = {}
         self.silent: Dict[int, int] = {}  # by descriptor: the Guard's
-        self.failed: Deque[int] = deque()  # events of handshakes that failed, before the closing
+        # (event, detail) of handshakes that failed, before the closing
+        self.failed: Deque[Tuple[int, int]] = deque()
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
         self.limit = raise_limit()  # of open files: one for each peer
         self.bound = False
@@ -7110,7 +7114,7 @@ class RouterLink(SocketLink):
         place = resolve(self.address)
         if place.startswith("ipc://") and self.is_no_socket(place[6:]):
             raise SetupError(f"cannot listen on {place}: there is something else, which is no socket")
-        if place.startswith("ipc://") and self.somebody_listens(place[6:]):
+        if place.startswith("ipc://") and mechanism_of(place) is not None:
             raise SetupError(f"Address already in use: is another broker running on {place}?")
         try:
             self.socket.bind(place)
@@ -7137,15 +7141,6 @@ class RouterLink(SocketLink):
             return not stat.S_ISSOCK(os.stat(path).st_mode)
         except OSError:
             return False
-
-    def somebody_listens(self, path: str) -> bool:
-        """Whether an ipc path is in use: libzmq would take it from its owner."""
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(path)
-            except OSError:
-                return False
-            return True
 
     def notice(self, now: Seconds) -> None:
         news = list(self.events())
@@ -7220,26 +7215,31 @@ class RouterLink(SocketLink):
             if event == zmq.EVENT_ACCEPTED:
                 self.unmet[descriptor] = place_of(descriptor)
             elif event != zmq.EVENT_DISCONNECTED:
-                self.failed.append(event)
+                self.failed.append((event, descriptor))
             elif descriptor in self.peers:
                 self.gone(self.peers[descriptor], now)
             elif descriptor in self.unmet:
                 self.tell_refusal(self.unmet.pop(descriptor),
-                                  self.failed.popleft() if self.failed else 0, now)
+                                  *(self.failed.popleft() if self.failed else (0, 0)), now)
 
-    def tell_refusal(self, place: str, event: int, now: Seconds) -> None:
+    def tell_refusal(self, place: str, event: int, detail: int, now: Seconds) -> None:
         """Say who has not got in, and why; event 0: it left by itself. (The gate has told already about
         keys that it does not accept.)"""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return
         why = "left without a word: no program of ours (browser, ssh, port scan?)"
         if event and self.keyed:
-            why = ("could not connect: it has the key of another cloud, or none, or is no program of "
-                   f"ours; it needs a copy of our {KEY_FILE}")
+            why = ("it has the key of another cloud" if detail == UNREADABLE else
+                   "has it no key, or is it no program of ours?")
+            why = f"could not connect: {why} (it needs a copy of our {KEY_FILE})"
         elif event:
-            why = ("could not connect: it has a key, and we have none (testcloud.py keygen), or is no "
-                   "program of ours")
-        self.loop.refusals.tell(now, f"somebody at {place}, who came to {self.address}, {why}")
+            why = ("could not connect: has it a key, and we have none (testcloud.py keygen), or is it "
+                   "no program of ours?")
+        # it hung up, or is gone: there may be better words about it
+        vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or not place
+        self.loop.refusals.tell(
+            now, f"somebody at {place or 'an unknown place'}, who came to {self.address}, {why}",
+            (f"at {place}", self.address) if vague else ())
 
     def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
         """Note the descriptor of a peer's connection, if it is new."""
@@ -7296,11 +7296,11 @@ def borrowed(file: int) -> Iterator[socket.socket]:
 
 
 def place_of(file: int) -> str:
-    """From where a connection comes, for people."""
+    """From where a connection comes, for people; "" if it is over."""
     with contextlib.suppress(OSError), borrowed(file) as connection:
         place = connection.getpeername()
         return printable(str(place[0])) if place else "this machine"
-    return "an unknown place"
+    return ""
 
 
 def received(connection: socket.socket) -> int:
@@ -7397,10 +7397,13 @@ class Gate:
                 return
             number, role, place = request[1], request[2].decode(), request[3]
             key = z85(request[-1]) if request[5] == b"CURVE" else ""
-            status = b"200" if self.admits(role, key) else b"400"
-            if status == b"400":
-                self.loop.refusals.tell(now, f"refused somebody at {printable(place)} as a {role}: a "
-                                             f"key that is unknown, revoked, or for another role")
+            status, why = b"200", ""
+            if not self.admits(role, key):
+                known = any(self.admits(other, key) for other in ROLE_OF.values())
+                status, why = (WRONG_ROLE, "a key for another role") if known else (
+                    b"400", "a key that is revoked, or unknown")
+                self.loop.refusals.tell(
+                    now, f"refused somebody at {printable(place)} as a {role}: {why}")
             self.socket.send_multipart([b"1.0", number, status, b"", key.encode(), b""])
 
     def state_of_file(self) -> Tuple[int, ...]:
@@ -7443,18 +7446,23 @@ def z85(public: bytes) -> str:
 
 
 class Refusals:
-    """Says who could not connect, but not all the time: each thing once in an interval, and not too
-    many things."""
+    """Says who could not connect, but not all the time: each thing once, as long as it goes on, and
+    not too many things."""
 
     def __init__(self) -> None:
-        self.said: Dict[str, Seconds] = {}  # when, in that order
+        self.said: Dict[str, Seconds] = {}  # when it was so last
+        self.times: Deque[Seconds] = deque([-math.inf] * MAX_REFUSALS, MAX_REFUSALS)
 
-    def tell(self, now: Seconds, text: str) -> None:
-        for old in [old for old, when in self.said.items() if when + REFUSAL_INTERVAL <= now]:
-            del self.said[old]
-        if text not in self.said and len(self.said) < MAX_REFUSALS:
-            self.said[text] = now
+    def tell(self, now: Seconds, text: str, unless: Tuple[str, ...] = ()) -> None:
+        """Say it, but not if something was said lately that has all the words of `unless` in it."""
+        self.said = {old: when for old, when in self.said.items() if when + REFUSAL_INTERVAL > now}
+        told = unless and any(all(word in old for word in unless) for old in self.said)
+        if text not in self.said:
+            if told or self.times[0] + REFUSAL_INTERVAL > now:
+                return
+            self.times.append(now)
             logging.warning("%s", text)
+        self.said[text] = now
 
 
 class DealerLink(SocketLink):
@@ -7467,6 +7475,7 @@ class DealerLink(SocketLink):
         self.up = False
         self.reached = False  # something listens there
         self.refused = False  # then libzmq may not try again, so we do
+        self.probing = False
         self.role = role
         self.keys = keys
         self.hint = hint  # how to get a key
@@ -7494,18 +7503,36 @@ class DealerLink(SocketLink):
             self.socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public.encode())
             self.socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret.encode())
 
-    def why_refused(self, event: int) -> str:
-        """What a failed handshake means."""
+    def refuse(self, event: int, detail: int, now: Seconds) -> None:
+        """A handshake has failed. Only a refused key is sure to show in the event: any other cause
+        may look as if the broker had ended just then. So a second look tells what is there."""
+        if not self.refused:
+            self.refused, self.retry_at = True, now + REFUSED_DELAY
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return (f"the broker at {self.address} does not accept our key: it has been revoked, or is "
-                    f"for another role (a new one: testcloud.py keygen --role ...), or that is not the "
-                    f"port for {self.role}s")
-        if self.keys is None:
-            return f"what listens at {self.address} wants a key, or is no broker: {self.hint}"
-        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            return (f"what listens at {self.address} uses no key, or is no broker: start the broker "
-                    f"again, now that there is a key (or use --insecure here as well)")
-        return f"the broker at {self.address} has another key than ours: {self.hint}"
+            self.explain(str(detail), now)
+        elif not self.probing:
+            self.probing = True
+            threading.Thread(target=self.probe, daemon=True, name="probe").start()
+
+    def probe(self) -> None:
+        found = mechanism_of(self.address)
+        self.probing = False
+        self.loop.post(lambda now: self.explain(found, now))
+
+    def explain(self, found: Optional[str], now: Seconds) -> None:
+        """Tell why we cannot connect to what has this mechanism, or has refused our key with this
+        status of ZAP; None if nothing is there."""
+        what = {"400": "does not accept our key: it has been revoked, or was not made with the "
+                       "broker's own file (a new one: testcloud.py keygen --role ...)",
+                "500": f"does not accept our key: that is not the port for {self.role}s",
+                "CURVE": f"{'has another key than ours' if self.keys else 'wants a key'}: {self.hint}",
+                "NULL": "has no key, but we have one: start it again, now that there is a key (or use "
+                        "--insecure here as well)" if self.keys else ""}.get(found or "")
+        why = f"the broker at {self.address} {what}" if what else (
+            f"something listens at {self.address} that does not answer as a broker: are host and port "
+            f"right?")
+        if not self.up:
+            self.node.machine.refused(self.name, "" if found is None else why, now)
 
     def retry(self, now: Seconds) -> None:
         if self.refused:
@@ -7526,16 +7553,14 @@ class DealerLink(SocketLink):
         self.connect()
 
     def notice(self, now: Seconds) -> None:
-        for event, _ in self.events():
+        for event, detail in self.events():
             if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
                 self.note_listener(event == zmq.EVENT_CONNECTED, now)
                 continue
             self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             self.late.clear()
             if not self.up and event != zmq.EVENT_DISCONNECTED:
-                self.node.machine.refused(self.name, self.why_refused(event), now)
-                if not self.refused:
-                    self.refused, self.retry_at = True, now + REFUSED_DELAY
+                self.refuse(event, detail, now)
                 continue
             if self.up:
                 self.node.machine.connected(self.name, now)
@@ -7546,10 +7571,9 @@ class DealerLink(SocketLink):
         """Whether something listens there, of which we do not know yet what it is. A retry tells that
         nothing does, unless a connection was there before it."""
         if reached and not self.refused:
-            self.node.machine.refused(self.name, f"something listens at {self.address} that does not "
-                                      f"answer as a broker: are host and port right?", now)
+            self.explain("", now)
         elif not reached and not self.reached:
-            self.node.machine.refused(self.name, "", now)
+            self.explain(None, now)
         self.reached = reached
 
     def receive_one(self, now: Seconds) -> bool:
@@ -7566,6 +7590,27 @@ class DealerLink(SocketLink):
         except zmq.Again:
             return not self.up  # without a connection it is dropped: we join again anyway
         return True
+
+
+def mechanism_of(address: str) -> Optional[str]:
+    """NULL or CURVE, as what listens there says in its greeting (rfc.zeromq.org/spec/37); "" if that
+    is no ZeroMQ, or silent; None if nothing listens."""
+    try:
+        if address.startswith("ipc://"):
+            probe = socket.socket(socket.AF_UNIX)
+            probe.connect(address[6:])
+        else:
+            probe = socket.create_connection(split_tcp(resolve(address)), PROBE_TIME)
+    except (OSError, SetupError):
+        return None
+    greeting = b""
+    with probe, contextlib.suppress(OSError):
+        probe.settimeout(PROBE_TIME)
+        probe.sendall(b"\xff" + bytes(8) + b"\x7f\3")  # all that it waits for
+        while len(greeting) < 32:
+            part = probe.recv(64)
+            greeting += part or bytes(32)
+    return greeting[12:32].rstrip(b"\0").decode("ascii", "replace") if greeting[:1] == b"\xff" else ""
 
 
 # === Keys =============================================================================
