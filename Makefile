@@ -12,7 +12,7 @@ RULES = E,F,W,I,B,UP,C4,SIM,RET,PIE,PLE
 .PHONY: test check cover demo soak chaos fuzz bench toc version clean setup tools
 
 test: setup
-	$(RUN) -m unittest -q test_testcloud
+	$(RUN) test_testcloud.py
 
 setup:
 	@$(PYTHON) -c 'import zmq' 2>/dev/null || $(VENV)/bin/python -c 'import zmq' 2>/dev/null || { \

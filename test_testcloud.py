@@ -9771,6 +9771,40 @@ class FuzzTest(unittest.TestCase):
 # === Documents ========================================================================
 
 
+class RunnerOfTestsTest(unittest.TestCase):
+    def test_it_says_what_ran_and_how_long_it_took(self):
+        class Some(unittest.TestCase):
+            def test_good(self):
+                pass
+
+            def test_bad(self):
+                for n in range(2):
+                    with self.subTest(n):
+                        self.fail()
+
+            @unittest.skip("the moon is full")
+            def test_skipped(self):
+                pass
+
+            @unittest.expectedFailure
+            def test_better_than_thought(self):
+                pass
+        said = io.StringIO()
+        result = Runner(stream=said).run(unittest.defaultTestLoader.loadTestsFromTestCase(Some))
+        self.assertFalse(result.wasSuccessful())
+        lines = said.getvalue().splitlines()
+        self.assertEqual(lines[-1], "1 passed, 2 failed, 1 skipped")
+        self.assertIn("skipped 1: the moon is full", lines)
+        self.assertRegex(lines[-2], r"^ +\d+\.\d s \S+Some\.test_")
+
+    def test_its_status_tells_scripts(self):
+        for name, status, last in (("ClientTest.test_a_run", 0, "1 passed, 0 failed, 0 skipped"),
+                                   ("NoSuchTest", 1, "0 passed, 1 failed, 0 skipped")):
+            done = subprocess.run([sys.executable, os.path.join(HERE, "test_testcloud.py"), name],
+                                  capture_output=True, text=True)
+            self.assertEqual((done.returncode, done.stderr.splitlines()[-1]), (status, last))
+
+
 class DocumentsTest(unittest.TestCase):
     def test_the_manual_lists_every_message_with_its_way(self):
         rows = re.findall(r"^    ([A-Z]+|\{) +(\S.*?)  +\S", tc.__doc__, re.M)
@@ -10255,9 +10289,47 @@ def bench(settings):
     return {}, True
 
 
+class Result(unittest.TextTestResult):
+    """A dot for each test, and at the end the slowest ones, and why any were skipped."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.took, self.passed = [], 0
+
+    def addSuccess(self, test):
+        super().addSuccess(test)
+        self.passed += 1
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.took.append((-time.monotonic(), test.id()))
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        self.took[-1] = self.took[-1][0] + time.monotonic(), test.id()
+
+    def say_more(self):
+        say, bad = self.stream.writeln, [test for test, _ in self.failures + self.errors]
+        failed = {getattr(test, "test_case", test).id() for test in bad + self.unexpectedSuccesses}
+        for why, count in Counter(why for _, why in self.skipped).items():
+            say(f"skipped {count}: {why}")
+        for took, name in sorted(self.took, reverse=True)[:5]:
+            say(f"{took:7.1f} s {name}")
+        say(f"{self.passed} passed, {len(failed)} failed, {len(self.skipped)} skipped")
+
+
+class Runner(unittest.TextTestRunner):
+    resultclass = Result
+
+    def run(self, test):
+        result = super().run(test)
+        result.say_more()
+        return result
+
+
 def main():
     if sys.argv[1:2] not in (["soak"], ["chaos"], ["fuzz"], ["bench"]):
-        unittest.main()
+        unittest.main(testRunner=Runner)
     parser = argparse.ArgumentParser()
     tools = parser.add_subparsers(required=True)
     for function, *options in (
