@@ -9079,7 +9079,11 @@ def working_directory(given: Optional[str]) -> str:
     try:
         if given and given.partition("/")[0] == "~":
             return given
-        return os.path.abspath(given or os.getcwd())
+        here = os.environ.get("PWD", "")  # has the links in it: on workers they may lead elsewhere
+        if not (os.path.isabs(here) and os.path.normpath(here) == here and os.path.isdir(here)
+                and os.path.samefile(here, ".")):
+            here = ""
+        return os.path.abspath(os.path.join(here, given or ""))
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more: say where to run the "
                          "commands with --cwd") from None
