@@ -6654,8 +6654,35 @@ def require_zmq() -> None:
     try:
         import zmq
     except ImportError:
-        raise SetupError("Python's package pyzmq is missing: pip install pyzmq (or: apt install "
-                         "python3-zmq)") from None
+        python = python_with_zmq()
+        raise SetupError("Python's package pyzmq is missing: " + (
+            f"run this with {printable(python, 1000)}, which has it" if python else
+            "apt install python3-zmq (or, beside this script: python3 -m venv .venv && "
+            ".venv/bin/pip install pyzmq)")) from None
+
+
+def python_with_zmq() -> str:
+    """The interpreter of .venv beside the script, or of $VIRTUAL_ENV, if it has pyzmq; else ""."""
+    import glob
+    for venv in filter(None, [beside_script(".venv"), os.environ.get("VIRTUAL_ENV")]):
+        if glob.glob(os.path.join(glob.escape(venv), "lib", "python*", "site-packages", "zmq")):
+            return os.path.join(venv, "bin", "python")
+    return ""
+
+
+def borrow_zmq() -> None:
+    """If our interpreter lacks pyzmq, and .venv beside the script has it (make demo puts it there), go
+    on with that; but only if both are our own: it is a program that we start."""
+    from importlib.machinery import PathFinder
+    tried = os.environ.pop("TESTCLOUD_BORROWED", "")
+    if PathFinder.find_spec("zmq") is not None or tried:
+        return
+    python = beside_script(".venv/bin/python")
+    with contextlib.suppress(OSError):
+        owners = {os.lstat(beside_script(name)).st_uid for name in ("", ".venv")}
+        if python == python_with_zmq() and owners == {os.geteuid()}:
+            os.execve(python, [python, os.path.abspath(__file__), *sys.argv[1:]],
+                      {**os.environ, "TESTCLOUD_BORROWED": "1"})
 
 
 def shuffle_routing_ids() -> None:
@@ -9117,6 +9144,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             level = logging.WARNING
         logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
         settings.argv = sys.argv[1:] if argv is None else argv
+        if argv is None and settings.subcommand != "completion" and not getattr(settings, "local", 0):
+            borrow_zmq()
         return RUN[settings.subcommand](settings)
     except UsageError as error:
         complain(str(error))
