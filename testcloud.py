@@ -6513,8 +6513,9 @@ layout(); filter(); arrive();
 """
 
 
-def status_tables(fields: Fields, broker: str) -> List[List[str]]:
-    """The answer to STATUS for people: lines about the whole, and a table of workers and clients."""
+def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[str]]:
+    """The answer to STATUS for people: lines about the whole, and a table of workers and clients. With
+    long names cut short to fit into so many columns."""
     workers = sorted(fields["workers"], key=lambda row: (row["host"], row["name"]))
     clients = fields["clients"]
     there = [row for row in workers if row["there"]]
@@ -6527,10 +6528,10 @@ def status_tables(fields: Fields, broker: str) -> List[List[str]]:
     tables = [whole]
     if workers:
         head = ["HOST", "SLOTS", "RUNNING", "DONE", "FAILED", "WEIGHT", "LOAD", "SEEN", ""]
-        tables.append(table([head, *map(worker_row, workers)]))
+        tables.append(table([head, *map(worker_row, workers)], columns))
     if clients:
         head = ["CLIENT", "PID", "QUEUED", "RUNNING", "DONE", "FAILED", "WAITS FOR"]
-        tables.append(table([head, *map(client_row, clients)]))
+        tables.append(table([head, *map(client_row, clients)], columns))
     return [[printable(line, 1000) for line in lines] for lines in tables]
 
 
@@ -6581,11 +6582,14 @@ def client_row(row: Fields) -> List[str]:
             row["waits_for"] if row["there"] else "its connection"]
 
 
-def table(rows: List[List[str]]) -> List[str]:
+def table(rows: List[List[str]], columns: int = 0) -> List[str]:
     """Lines with columns of the width that they need: texts to the left, numbers to the right."""
-    rows = [[printable(cell, 60) for cell in row] for row in rows]
+    rows = [[shortened(printable(cell, CLIPPED), 60) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     last = len(widths) - 1
+    if columns:
+        widths[0] = min(widths[0], max(12, columns - 1 - 2 * last - sum(widths[1:])))
+        rows = [[shortened(row[0], widths[0]), *row[1:]] for row in rows]
     return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
                       for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
@@ -8995,7 +8999,8 @@ def run_status(settings: argparse.Namespace) -> int:
         return status
 
     def show(effect: Viewed) -> None:
-        lines = spaced(status_tables(effect.fields, address))
+        columns = screen_size(1)[0] if sys.stdout.isatty() else 0
+        lines = spaced(status_tables(effect.fields, address, columns))
         announce(json.dumps(effect.fields) if settings.json else
                  "\n".join([*lines, ""] if settings.watch else lines))
     return view(viewer, {Viewed: show}, keys, settings)
@@ -9024,7 +9029,8 @@ class Page:
         self.notice = ""  # that came since
 
     def view(self, effect: Viewed) -> None:
-        self.tables, self.notice = status_tables(effect.fields, self.address), ""
+        self.tables = status_tables(effect.fields, self.address, screen_size(1)[0])
+        self.notice = ""
         self.draw()
 
     def tell(self, effect: Notice) -> None:
