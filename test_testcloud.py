@@ -7575,6 +7575,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--html", "a", "--junit", "./a"], ["keygen", ""],
                      ["keygen", "--revoke", ""], ["client", "--env", ""],
                      ["client", "--raw", "--json"],
+                     ["worker", "--host", "a/b"], ["worker", "--host", ""],
                      ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
                      ["worker", "--label", "a b"],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],

@@ -382,7 +382,8 @@ MESSAGES: Dict[str, Spec] = {
         "pid": count, "backlog": count}),  # how many commands it keeps for later
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
-        "running": triples, "held": triples, "version": text, "host": text, "user": text,
+        "running": triples, "held": triples, "version": text, "user": text,
+        "host": text,  # NAME/ID
         "labels": texts, "load": number,  # of its machine: how many processes want a processor
         "more": flag,  # only a part of what it has: the rest follows,
         "parts": count,  # after so many such
@@ -912,6 +913,23 @@ class Watch:
             return math.inf
         notice = self.since + NOTICE_DELAY if self.said != self.cause else math.inf
         return min(notice, self.began + self.limit)
+
+
+class HostNames:
+    """Names to show for hosts. An identity is NAME/ID, as its worker tells; those with the same NAME
+    are vm, vm~2, in the order in which they are seen. One without ID (a plain worker's) is a name."""
+
+    def __init__(self) -> None:
+        self.shown: Dict[str, str] = {}  # by identity
+        self.identity: Dict[str, str] = {}  # by what is shown
+
+    def show(self, identity: str) -> str:
+        if identity not in self.shown:
+            name = identity.rpartition("/")[0] or identity
+            names = itertools.chain([name], (f"{name}~{n}" for n in itertools.count(2)))
+            free = next(name for name in names if name not in self.identity)
+            self.shown[identity], self.identity[free] = free, identity
+        return self.shown[identity]
 
 
 class Member(Machine):
@@ -1534,9 +1552,10 @@ class Broker(Machine):
         if not others:
             return ""
         slots = counted(sum(other.slots for other in others), "slot")
-        note = (f"{printable(worker.user)} runs {counted(len(others), 'other worker')} on "
-                f"{printable(worker.host)} already, with {slots} ({printable(others[0].name)}): stop "
-                f"what is not wanted, or they share its CPUs")
+        host = printable(worker.host.partition("/")[0])
+        note = (f"{printable(worker.user)} runs {counted(len(others), 'other worker')} on {host} "
+                f"already, with {slots} ({printable(others[0].name)}): stop what is not wanted, or "
+                f"they share its CPUs")
         self.log(logging.WARNING, f"worker {printable(worker.name)}: {note}")
         return note
 
@@ -4066,6 +4085,7 @@ class Client(Member):
         self.done_until: Seconds = math.inf  # when to do so at the latest
         self.last_id = 0  # of the commands; some of the input may have been left out
         self.total = self.reported = self.failed = self.flaky = 0
+        self.names = HostNames()  # the broker is told identities; all else here is by what is shown
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
         self.shunned: Set[str] = set()  # hosts
@@ -4120,6 +4140,8 @@ class Client(Member):
     def submit(self, entry: Entry) -> None:
         fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd,
                   **entry.place, **self.standing}
+        for key in {"on", "not_on"} & entry.place.keys():
+            fields[key] = self.names.identity.get(fields[key], fields[key])
         if entry.again:
             fields["again"] = True
             if entry.worker:
@@ -4218,7 +4240,7 @@ class Client(Member):
                 self.submit(entry)
             self.fetching.clear()  # what the cloud still has of their outputs, it will tell again
             if self.shunned:
-                self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(self.shunned)})
+                self.shun()
             if self.status is not None:
                 self.say(BROKER, b"", "", "CANCEL")
 
@@ -4258,6 +4280,8 @@ class Client(Member):
         fields = message.fields
         if "id" not in fields or "attempt" not in fields:
             raise ProtocolError("RESULT needs 'id' and 'attempt'")
+        if "host" in fields:
+            fields["host"] = self.names.show(fields["host"])
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None:  # reported before: our DONE was lost
             self.finish_with(fields["id"], fields["attempt"])
@@ -4379,10 +4403,14 @@ class Client(Member):
         """Have no more commands run on this host, if there are others."""
         if host not in self.shunned:
             self.shunned.add(host)
-            self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(self.shunned)})
+            self.shun()
             self.effects.append(Notice(
                 f"SETTING ASIDE host {printable(host)} for the rest of this run, if there are others: "
                 f"{SET_ASIDE} commands {why}"))
+
+    def shun(self) -> None:
+        hosts = sorted(self.names.identity.get(host, host) for host in self.shunned)
+        self.say(BROKER, b"", "", "SHUN", {"hosts": hosts})
 
     def fetch(self) -> None:
         """Keep FETCH_AHEAD chunks of the first large output under way."""
@@ -4564,6 +4592,7 @@ class Viewer(Machine):
         self.answered = False
         self.unanswered = 0  # of our questions
         self.watch = Watch(wait)
+        self.names = HostNames()
 
     def connected(self, link: str, now: Seconds) -> None:
         self.now, self.up, self.trouble, self.ask_at, self.unanswered = now, True, "", now, 0
@@ -4581,6 +4610,8 @@ class Viewer(Machine):
         if not {"broker", "workers", "clients"} <= set(message.fields):
             raise ProtocolError("STATUS without what we have asked for")
         self.answered, self.unanswered = True, 0
+        for row in message.fields["workers"]:
+            row["host"] = self.names.show(row["host"])
         self.effects.append(Viewed(message.fields))
         if self.interval == math.inf:
             self.effects.append(Exit(0))
@@ -7864,6 +7895,8 @@ byte_count = checked(in_bytes, lambda n: n >= 1 and count(n), "number of bytes")
 weight = checked(int, integer, "weight")  # that fits into READY
 label = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
                 "label (of ASCII characters, without spaces)")
+host_name = checked(str, lambda text: 0 < len(text) <= 64 and text.isprintable() and not
+                    {*"/ "} & {*text}, "host name (up to 64 characters, without spaces and /)")
 result_hash = checked(str.lower, lambda text: len(text) == 40 and not text.strip("0123456789abcdef"),
                       "result hash")
 
@@ -7928,6 +7961,8 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
                    help="the heaviest are used first (default: 0)"),
             option("--label", action="append", default=[], type=label, metavar="NAME",
                    help="for client --need NAME; may be repeated"),
+            option("--host", type=host_name, metavar="NAME",
+                   help="name of this machine in reports (default: its host name)"),
             option("--max-load", type=load_limit, default=math.inf, metavar="X",
                    help="take nothing more at a load average from X on"),
             option("--nice", type=natural, default=0, metavar="N",
@@ -8190,6 +8225,16 @@ def incarnation(keys: Optional[Keys] = None) -> str:
     return f"{name}.{fingerprint(keys.pairs[WORKER_ROLE].public)}" if keys else name
 
 
+def host_identity(given: Optional[str]) -> str:
+    """NAME/ID of this machine; with the name that was given. Cloned machines may have any of these in
+    common but the boot's id, containers all but the name."""
+    marks = read_text("/etc/machine-id") + read_text("/proc/sys/kernel/random/boot_id")
+    if not marks:  # no Linux
+        import uuid
+        marks = str(uuid.getnode())
+    return f"{given or socket.gethostname()[:64]}/{hashlib.sha256(marks.encode()).hexdigest()[:12]}"
+
+
 def announce(text: str) -> None:
     """A line that scripts wait for. Raises SetupError."""
     with writing_to_stdout():
@@ -8413,7 +8458,7 @@ def run_worker(settings: argparse.Namespace) -> int:
 def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], control: int) -> int:
     """What a worker does, below its supervisor."""
     worker = Worker(incarnation(keys), settings.slots or usable_cpus(), settings.weight,
-                    socket.gethostname(), times_from(settings), settings.wait, address,
+                    host_identity(settings.host), times_from(settings), settings.wait, address,
                     settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
     tie = tied_to_ssh(worker)  # while we still have our terminal
     if control >= 0:
