@@ -4487,17 +4487,65 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((b.effect(tc.Report).entry.id, b.effect(tc.Exit).status), (2, 0))
         self.assertEqual((self.client.reported, self.client.failed), (2, 0))
 
-    def test_who_was_stopped_for_longer_than_its_lease_is_told(self):
+    def test_who_was_stopped_for_longer_than_its_lease_is_told_what_runs_again(self):
+        """But not of commands whose results had come before."""
+        for ended, said in ((1, "1 command that"), (2, "")):
+            self.setUp()
+            b = self.bench
+            self.add("a", "b")
+            b.hear('OK {"join":1,"slots":2,"patience":30}')
+            b.hear('QUEUED {"tasks":[[1,1],[2,1]],"worker":"w"}')
+            self.client.overslept(40.0, 60.0)
+            b.collect()
+            b.effects.clear()
+            for id in range(1, ended + 1):
+                self.result(id)
+                b.effects.clear()
+            b.hear("WHO")
+            b.hear('OK {"join":2,"slots":2,"patience":30}')
+            told = [effect.text for effect in b.effects if type(effect) is tc.Notice]
+            self.assertEqual(len(told), bool(said), told)
+            for text in told:
+                self.assertRegex(text, f"stopped for 40 s.* {said}")
+
+    def test_a_rejoin_long_after_a_stop_is_not_taken_for_its_end(self):
         b = self.bench
         self.add("a")
         b.hear('OK {"join":1,"slots":1,"patience":30}')
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        self.client.overslept(40.0, b.now)
+        b.wait(31)
         b.effects.clear()
-        self.client.overslept(20.0, 20.0)
+        self.client.connected(BROKER, b.now)
+        b.hear(tc.encode("OK", {"join": self.client.session.number, "slots": 1}))
+        self.assertFalse([effect for effect in b.effects
+                          if type(effect) is tc.Notice and "stopped" in effect.text])
+
+    def test_hosts_of_one_name_are_two(self):
+        """The broker is told identities, people a name for each."""
+        self.client.wishes = tc.Wishes(tries=3)
+        b = self.bench
+        self.join()
+        self.add("a", end=True)
+        b.lines.clear()
+        b.effects.clear()
+        self.result(1, exitcode=1, host="vm/aa", worker="w1")
+        b.expect("{", id=1, attempt=2, not_on="vm/aa")
+        self.result(1, attempt=2, host="vm/bb", worker="w2")
+        b.expect("{", id=1, attempt=3, on="vm/aa")
+        b.lines.clear()
+        b.effects.clear()
+        self.result(1, attempt=3, exitcode=1, host="vm/aa", worker="w1")
+        report = b.effect(tc.Report)
+        self.assertEqual(report.entry.verdict, tc.ONLY)
+        self.assertEqual([row.host for row in report.entry.tries.values()], ["vm", "vm~2", "vm"])
+        self.client.shunned = {"vm", "plain"}
+        self.client.shun()
         b.collect()
-        self.assertEqual(b.effects, [])
-        self.client.overslept(40.0, 60.0)
-        b.collect()
-        self.assertIn("stopped for 40 s", b.effect(tc.Notice).text)
+        b.lines.clear()
+        names = tc.HostNames()
+        self.assertEqual([names.show(one) for one in ("vm~2", "vm/a", "vm/b", "vm/a", "a b", "x/y/z")],
+                         ["vm~2", "vm", "vm~3", "vm", "a b", "x/y"])
 
     def test_a_run(self):
         b = self.bench

@@ -4079,6 +4079,8 @@ class Client(Member):
         self.backlog: Deque[Entry] = deque()  # not submitted yet
         self.window: Dict[int, Entry] = {}  # submitted
         self.accepted = 0  # entries of the window that a worker has confirmed
+        # how long we were stopped, if that is too long for the broker; told if we join until then
+        self.slept: Tuple[Seconds, Seconds] = (0, 0)
         self.fetching: Deque[Entry] = deque()  # the first one is being fetched
         self.storing: Optional[Entry] = None  # whose output was stored last, perhaps in part
         self.done: List[List[int]] = []  # [id, attempt] to be told DONE
@@ -4236,6 +4238,12 @@ class Client(Member):
             message.fields.get(name, 0) for name in ("slots", "workers", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
         if self.session.ok(message.fields):
+            if self.accepted and self.now < self.slept[1]:  # results that came in time are read
+                self.effects.append(Notice(
+                    f"was stopped for {self.slept[0]:.0f} s, longer than the broker waits for a client "
+                    f"(--client-lease): {counted(self.accepted, 'command')} that workers had at its "
+                    f"end will be run again"))
+            self.slept = (0, 0)
             for entry in self.window.values():
                 self.submit(entry)
             self.fetching.clear()  # what the cloud still has of their outputs, it will tell again
@@ -4492,10 +4500,8 @@ class Client(Member):
     # --- time, and the end
 
     def overslept(self, gap: Seconds, now: Seconds) -> None:
-        if self.window and gap > self.session.patience:
-            self.effects.append(Notice(
-                f"was stopped for {gap:.0f} s, longer than the broker waits for a client "
-                f"(--client-lease): commands that ran meanwhile were stopped, and run again"))
+        if gap > self.session.patience:
+            self.slept = gap, now + self.session.patience
 
     def tick(self, now: Seconds) -> None:
         self.now = now
