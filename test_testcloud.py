@@ -5821,6 +5821,11 @@ class ReportingTest(unittest.TestCase):
         client.input_ended, client.workers = True, 2
         self.assertEqual(tc.progress(client, 8.0), "4/10 done, 1 failed, 2 flaky, 4 running, 0.5/s, "
                                                    "ETA 12 s, 2 workers, 4 slots")
+        for words in ("4/10 done, 1 failed, 2 flaky, 4 running, ETA 12 s, 2 workers, 4 slots",
+                      "4/10 done, 1 failed, 2 flaky, 4 running, ETA 12 s",
+                      "4/10 done, 1 failed, 2 flaky, ETA 12 s", "4/10 done, ETA 12 s"):
+            self.assertEqual(tc.progress(client, 8.0, len(words)), words)
+            self.assertNotEqual(tc.progress(client, 8.0, len(words) - 1), words)
         for seconds, words in ((0.2, "0.200 s"), (63.14, "63.1 s"), (119.7, "2 min 0 s"),
                                (123, "2 min 3 s"), (7387, "2 h 3 min")):
             self.assertEqual(tc.duration(seconds), words)
@@ -5849,6 +5854,44 @@ class ReportingTest(unittest.TestCase):
             "v             0        2     0       0       0   9.0  0 s ago  takes nothing new", "",
             "CLIENT  PID  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
             "h        77       1        2     3       1  a worker"])
+
+    def test_long_names_are_cut_in_the_middle_where_columns_are_few(self):
+        rows = [["HOST", "SLOTS", ""], ["build-machine-number-17", "2", "a note"], ["h", "4", ""]]
+        self.assertEqual(tc.table(rows)[1], "build-machine-number-17      2  a note")
+        self.assertEqual(tc.table(rows, 33), ["HOST               SLOTS",
+                                              "build-m...mber-17      2  a note",
+                                              "h                      4"])
+        self.assertTrue(tc.table(rows, 10)[1].startswith("build...r-17  "))
+
+    def test_a_sign_of_life_names_what_takes_longest(self):
+        client = tc.Client("r1")
+        client.total = client.slots = client.workers = 1
+        self.assertNotIn(";", tc.sign_of_life(client, 1.0, 9.0))
+        client.accepted = 2
+        for since, id, cmd in ((5.0, 1, "short"), (2.0, 2, "long\x1b")):
+            entry = client.window[id] = tc.Entry(id, cmd, "/")
+            entry.worker, entry.since = "w", since
+        self.assertEqual(tc.sign_of_life(client, 1.0, 9.0),
+                         "0/1+ done, 1 running, 1 worker, 1 slot; for 7 s: long\\x1b")
+
+    def test_a_sign_of_life_comes_when_nothing_else_was_said(self):
+        client, bar, said = tc.Client("r1"), tc.Bar(), []
+        with mock.patch.object(tc, "BAR", bar), mock.patch.object(tc, "complain", said.append), \
+                mock.patch.object(tc.time, "monotonic") as clock:
+            for steady, heard, wanted in ((False, (), [60, 120]), (False, (50,), [110]),
+                                          (True, (50,), [60, 120])):
+                clock.return_value = 1000.0
+                shown, found = tc.Progress(client, None, 60.0, steady), []
+                for second in range(130):
+                    clock.return_value = 1000.0 + second
+                    if second in heard:
+                        bar.said_at = clock()
+                    shown.look()
+                    if said:
+                        found.append(second)
+                        bar.said_at = clock()  # as the real one does
+                        said.clear()
+                self.assertEqual(found, wanted, (steady, heard))
 
     def test_tables_share_a_screen(self):
         tables = [["the whole"], [f"worker {n}" for n in range(20)], ["CLIENTS", "one of them"]]
@@ -8372,6 +8415,160 @@ class ProcessesTest(unittest.TestCase):
         itself = self.cloud.broker("127.0.0.1:0", one.workers[6:] if ended is one else
                                    two.workers[6:], "--upstream", ended.workers)
         self.assertEqual(itself.wait(PATIENCE), 2)
+
+
+class WhatIsSaidTest(unittest.TestCase):
+    """What comes to stderr, and where from the program runs."""
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.dir)
+
+    def run_client(self, *argv, lines=("true",), code=None, **more):
+        """With parts of the program replaced by this code."""
+        start = [SCRIPT] if code is None else [
+            "-c", f"import os, sys; sys.path.insert(0, {HERE!r}); import testcloud as tc\n{code}\n"
+                  f"os._exit(tc.main())"]
+        return subprocess.run([sys.executable, *start, "client", "--local", *argv], text=True,
+                              input="".join(f"{line}\n" for line in lines), timeout=PATIENCE,
+                              **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                                 "cwd": self.dir, **more})
+
+    def test_quiet_is_nothing_but_errors(self):
+        for argv, lines, status, err in (
+                (("--raw", "-f"), ("true", "echo a >&2"), 0, "^$"),
+                (("--json",), ("true",), 0, "^$"), ((), ("true", "false"), 1, "^$"),
+                (("--raw",), ("echo a >&2", "false"), 1, r"^a\nFAIL\(1\).*false .*\nSome commands f"),
+                (("--expect", "0" * 40), ("true",), 1, "^testcloud: the result hash is"),
+                (("--fail-fast",), ("false", "sleep 9"), 1, "^testcloud: stopped early")):
+            done = self.run_client("--quiet", "-j1", *argv, lines=lines)
+            self.assertEqual(done.returncode, status, argv)
+            self.assertRegex(done.stderr, err, argv)
+            self.assertEqual(bool(done.stdout), "--raw" not in argv)
+
+    def test_ones_own_option_for_quiet_yields(self):
+        with mock.patch.dict(os.environ, TESTCLOUD="--quiet"):
+            self.assertIn("true ran on", self.run_client("-v").stderr)
+            self.assertEqual(self.run_client("--raw").stderr, "")
+        self.assertEqual(self.run_client("--raw", "-v", "--quiet").stderr, "")  # the last one counts
+
+    def test_signs_of_life_without_a_terminal(self):
+        """Each of them lets the command go on; results that nobody sees do not put them off."""
+        fifo = os.path.join(self.dir, "fifo")
+        os.mkfifo(fifo)
+        code = f"""tc.SILENCE = tc.STEADY = 0.3
+real = tc.complain
+def complain(text):
+    real(text)
+    if "; for " in text:
+        open({fifo!r}, "w").close()
+tc.complain = complain"""
+        with open(os.path.join(self.dir, "out"), "w") as out:
+            for argv in ((), ("-p",)):
+                done = self.run_client(*argv, lines=["read x < fifo; true"], code=code, stdout=out)
+                self.assertEqual(done.returncode, 0)
+                self.assertRegex(done.stderr, "^testcloud: 0/1 done, 1 running, 1 worker, .* slots?; "
+                                              r"for \d s: read x < fifo; true\n$")
+        quiet = self.run_client("--quiet", lines=["sleep 1"], code=code)
+        self.assertEqual(quiet.stderr, "")
+
+    def test_results_that_are_seen_put_signs_of_life_off(self):
+        run = functools.partial(self.run_client, "-j1", lines=["sleep 0.2"] * 12,
+                                code="tc.SILENCE = 1.2")
+        self.assertNotIn("/12 done, ", run().stderr)
+        path = os.path.join(self.dir, "log")
+        for more in ({}, {"stderr": subprocess.STDOUT}):
+            with open(path, "w") as log:
+                done = run(**{"stdout": log, **more})
+            self.assertEqual("/12 done, " in tc.read_text(path) + (done.stderr or ""), not more)
+
+    def test_the_directory_is_sent_with_its_links(self):
+        real, link = os.path.join(os.path.realpath(self.dir), "real"), os.path.join(self.dir, "link")
+        os.makedirs(os.path.join(real, "in"))
+        os.symlink(real, link)
+        for here, pwd, given, sent in (
+                (real, link, None, link), (real, link, "in", f"{link}/in"), (real, link, "/x", "/x"),
+                (f"{real}/in", f"{link}/in", "..", link), (real, self.dir, None, real),
+                (real, "/no/such", None, real), (real, "", ".", real),
+                (real, f"{link}/in/..", None, real),
+                (real, os.path.relpath(link, real), None, real), (real, ".", None, real)):
+            code = (f"import testcloud as tc; print(tc.working_directory({given!r}))")
+            done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True,
+                                  text=True, env={**os.environ, "PWD": pwd, "PYTHONPATH": HERE})
+            self.assertEqual(done.stdout, sent + "\n", (pwd, given, done.stderr))
+
+    def lone(self, which):
+        """A script of its own, whose python3 lacks pyzmq, beside a .venv with that interpreter."""
+        script = shutil.copy(SCRIPT, self.dir)
+        venv = os.path.join(self.dir, ".venv")
+        os.makedirs(os.path.join(venv, "lib", "python3", "site-packages", "zmq"), exist_ok=True)
+        os.makedirs(os.path.join(venv, "bin"), exist_ok=True)
+        python = os.path.join(venv, "bin", "python")
+        with open(python, "w") as file:
+            file.write(f'#!/bin/sh\necho borrowed >&2\nexec {sys.executable} {which} "$@"\n')
+        os.chmod(python, 0o755)
+        return [sys.executable, "-S", script, "keygen", os.path.join(self.dir, f"key{which}")], python
+
+    @unittest.skipIf(subprocess.run([sys.executable, "-S", "-c", "import zmq"],
+                                    stderr=subprocess.DEVNULL).returncode == 0, "zmq is everywhere")
+    def test_pyzmq_of_a_venv_beside_the_script(self):
+        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=PATIENCE)
+        argv, python = self.lone("")
+        done = run(argv)
+        self.assertEqual((done.returncode, done.stderr), (0, "borrowed\n"))
+        self.assertIn("Wrote ", done.stdout)
+        argv, python = self.lone("-S")  # it does not have it after all: tried once
+        done = run(argv)
+        self.assertEqual(done.returncode, 3)
+        self.assertEqual(done.stderr, f"borrowed\ntestcloud: Python's package pyzmq is missing: "
+                                      f"run this with {python}, which has it\n")
+        code = (f"import os, sys; sys.path.insert(0, {self.dir!r}); import testcloud as tc\n"
+                f"uid = os.geteuid(); os.geteuid = lambda: uid + 1\n"
+                f"sys.argv = {argv[2:]!r}; sys.exit(tc.main())")
+        done = run([sys.executable, "-S", "-c", code])  # it is another user's
+        self.assertEqual((done.returncode, "borrowed" in done.stderr), (3, False))
+        self.assertIn(f"run this with {python}", done.stderr)
+        shutil.rmtree(os.path.join(self.dir, ".venv"))
+        self.assertRegex(run(argv).stderr, "pyzmq is missing: apt install python3-zmq .*-m venv .venv")
+
+
+class HostsTest(unittest.TestCase):
+    def setUp(self):
+        self.cloud = Cloud(self)
+
+    def test_what_a_machine_is_known_by(self):
+        facts = {"/etc/machine-id": "m\n", "/proc/sys/kernel/random/boot_id": "b\n"}
+        found = set()
+        for change, names in (({}, (None, "vm", "x")), ({"/etc/machine-id": "n"}, (None, "x")),
+                              ({"/proc/sys/kernel/random/boot_id": "c"}, (None,)),
+                              (dict.fromkeys(facts, ""), (None,))):  # the last: no Linux
+            with mock.patch.object(tc, "read_text", {**facts, **change}.get), \
+                    mock.patch.object(tc.socket, "gethostname", lambda: "vm"):
+                for name in names:
+                    self.assertRegex(tc.host_identity(name), f"^{name or 'vm'}/[0-9a-f]{{12}}$")
+                    found.add(tc.host_identity(name))
+        self.assertEqual(len(found), 6)  # the given name vm is the same as vm
+        self.assertLess(len(tc.host_identity("x" * 64)), tc.SHOWN)
+
+    def test_a_host_has_one_name_wherever_it_is_shown(self):
+        broker = self.cloud.broker()
+        for name in ("one", "two", "two"):
+            self.cloud.worker(broker, "-j1", "--host", name)
+        self.cloud.wait_for(lambda: len(self.status(broker)) == 3, "three workers")
+        self.assertEqual(sorted(self.status(broker)), ["one", "two", "two"])
+        report = os.path.join(self.cloud.dir, "report")
+        status, out = self.cloud.client(
+            broker, ["echo $TESTCLOUD_WORKER >> tried; [ $(wc -l < tried) = 2 ]"], "--retries", "3",
+            "--json", "--joblog", report)
+        result = json.loads(out)
+        self.assertEqual(status, 0, result)
+        hosts = [result["host"], *(row["host"] for row in result["tries"])]
+        self.assertEqual({*hosts}, {"one", "two"})
+        self.assertRegex(tc.read_text(report), r"\t(one|two) \(only on (one|two)\)\t")
+
+    def status(self, broker):
+        process = self.cloud.start("status", "--json", "--connect", broker.clients)
+        return [row["host"] for row in json.loads(self.cloud.finish(process)[1])["workers"]]
 
 
 class LimitsTest(unittest.TestCase):

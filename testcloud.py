@@ -572,9 +572,10 @@ class Log(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """Effect: a line for the person at the terminal, on stderr."""
+    """Effect: a line for the person at the terminal, on stderr; with --quiet only errors."""
 
     text: str
+    error: bool = False
 
 
 class Reconnect(NamedTuple):
@@ -3053,7 +3054,7 @@ class Worker(Member):
                 self.stop_job(job, LEAVING)
         self.settle()
         if self.watch.given_up(now) and self.stopping is None:
-            self.effects.append(Notice("gave up " + self.watch.cause))
+            self.effects.append(Notice("gave up " + self.watch.cause, True))
             self.stop(3, now)
 
     def waits_for(self) -> str:
@@ -3978,7 +3979,7 @@ class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
     __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "again", "worker",
-                 "avoid", "result", "asked", "got", "shown", "kept_shown", "due", "verdict")
+                 "since", "avoid", "result", "asked", "got", "shown", "kept_shown", "due", "verdict")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -3993,6 +3994,7 @@ class Entry:
         self.kept: Optional[Fields] = None
         self.again = False  # this attempt has been submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
+        self.since: Seconds = 0.0  # when it did
         self.avoid = ""  # the worker that lost the last one, or where it failed
         self.result: Optional[Fields] = None  # while its output is being fetched
         self.asked = self.got = 0  # bytes of its output
@@ -4267,6 +4269,8 @@ class Client(Member):
         for id, attempt in message.fields.get("tasks", ()):
             entry = self.entry_of(id, attempt)
             if entry is not None:
+                if not entry.worker:
+                    entry.since = self.now
                 self.confirm(entry, message.fields.get("worker") or "?")
                 self.listen(entry)
 
@@ -4515,7 +4519,7 @@ class Client(Member):
             self.fetching[0].due = now + 2 * self.times.ready_interval
         self.settle()
         if self.watch.given_up(now) and not self.left:
-            self.effects.append(Notice("gave up " + self.watch.cause))
+            self.effects.append(Notice("gave up " + self.watch.cause, True))
             self.leave(3)
         elif self.leave_at <= now and not self.left:
             self.leave(3)
@@ -4635,7 +4639,7 @@ class Viewer(Machine):
             self.ask_at = now + self.interval
         self.settle()
         if self.watch.given_up(now):
-            self.effects += [Notice("gave up " + self.watch.cause), Exit(3)]
+            self.effects += [Notice("gave up " + self.watch.cause, True), Exit(3)]
 
     def deadline(self) -> Seconds:
         return min(self.ask_at, self.watch.deadline())
@@ -4712,6 +4716,10 @@ class Summary(NamedTuple):
     bad_host: str = ""  # what to say of a host where nothing passed, while elsewhere it did
     again: str = ""  # how to run just the failures again, if that is known
     empty: bool = False  # there were no commands, and there should be
+
+    def all_passed(self) -> bool:
+        return self.complete and not (self.failed or self.skipped_failed or self.empty
+                                      or self.flaky and self.flaky_counts)
 
     def trouble(self) -> str:
         """What is wrong with the run as a whole."""
@@ -4839,6 +4847,7 @@ class Bar:
         self.text = ""  # that is wanted
         self.drawn = 0  # columns of what is there
         self.within_line = False  # somebody else is, at the cursor
+        self.said_at: Seconds = 0.0  # when anything was written that people see
         self.lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -4852,6 +4861,7 @@ class Bar:
     @contextlib.contextmanager
     def making_way(self) -> Iterator[None]:
         """As away(), for who writes lines to stderr: they begin at the left."""
+        self.said_at = time.monotonic()
         with self.away():
             for end in self.line_end():
                 sys.stderr.write(end)
@@ -4962,6 +4972,8 @@ class Writer:
     def write(self) -> None:
         try:
             shared = os.isatty(self.file)  # with the bar; what is not may hold up nobody else
+            seen = shared or stat.S_ISFIFO(os.fstat(self.file).st_mode) or (
+                sys.stderr is not None and os.path.sameopenfile(self.file, 2))
             passed_by = BAR.passed_by if shared and os.isatty(2) else iter
             # not sys.stdout: its lock, held by this thread, would abort the exit of Python
             with io.BufferedWriter(Patient(self.file, "w", closefd=False)) as out:
@@ -4970,6 +4982,8 @@ class Writer:
                         out.writelines(passed_by(itertools.chain.from_iterable(batch)))
                         if self.batches.empty() or shared:
                             out.flush()
+                    if batch and seen:
+                        BAR.said_at = time.monotonic()
                     if BAR.text and not shared:
                         with BAR.away():
                             pass  # it is drawn as it is now
@@ -5144,6 +5158,17 @@ class Failures(Group):
             super().result(outcome)
 
 
+class OnlyErrors(Failures):
+    """Passes on nothing of a run in which all has passed."""
+
+    def released(self, commands: Optional[int]) -> None:
+        pass
+
+    def ended(self, summary: Summary) -> None:
+        if not summary.all_passed():
+            super().ended(summary)
+
+
 class InOrder(Group):
     """Passes results on in the order of the input."""
 
@@ -5202,7 +5227,7 @@ class Closing(Reporter):
             style = "some failed" if summary.empty else "all ok"
             self.line(self.paint(style, "No commands to execute"))
             return
-        elif summary.failed or summary.skipped_failed or summary.flaky and summary.flaky_counts:
+        elif not summary.all_passed():
             self.line(self.paint("some failed", "Some commands failed :("))
         else:
             self.line(self.paint("all ok", "All commands successfully executed ☃"))
@@ -6142,21 +6167,33 @@ def makespan(times: Sequence[float], slots: int) -> float:
     return max(ends)
 
 
-def progress(client: Client, spent: Seconds) -> str:
-    """How far a run is, on one line."""
+def progress(client: Client, spent: Seconds, room: float = math.inf) -> str:
+    """How far a run is, on one line; of what does not fit into so many columns the least needed words
+    are left out, those with the lowest number."""
     rate = client.reported / max(spent, 0.001)
-    words = [f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"]
-    if client.failed:
-        words.append(f"{client.failed} failed")
-    if client.flaky:
-        words.append(f"{client.flaky} flaky")
-    words.append(f"{min(client.accepted, client.slots)} running")
-    if client.reported:
-        words.append(f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s")
-        if client.input_ended:
-            words.append(f"ETA {duration((client.total - client.reported) / rate, 0)}")
-    words += [counted(client.workers, "worker"), counted(client.slots, "slot")]
-    return ", ".join(words)
+    eta = client.reported and client.input_ended
+    words = [word for word in (
+        (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
+        (5, f"{client.failed} failed" if client.failed else ""),
+        (4, f"{client.flaky} flaky" if client.flaky else ""),
+        (3, f"{min(client.accepted, client.slots)} running"),
+        (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
+        (6, f"ETA {duration((client.total - client.reported) / rate, 0)}" if eta else ""),
+        (2, counted(client.workers, "worker")),
+        (1, counted(client.slots, "slot"))) if word[1]]
+    while sum(len(word) + 2 for _, word in words) > room + 2:
+        words.remove(min(words))
+    return ", ".join(word for _, word in words)
+
+
+def sign_of_life(client: Client, spent: Seconds, now: Seconds) -> str:
+    """How far a run is, and what takes so long."""
+    held = [entry for entry in client.window.values() if entry.worker]
+    if not held:
+        return progress(client, spent)
+    longest = min(held, key=lambda entry: entry.since)
+    took = duration(now - longest.since, 0)
+    return f"{progress(client, spent)}; for {took}: {printable(longest.cmd)}"
 
 
 def duration(seconds: Seconds, digits: int = 1) -> str:
@@ -6670,6 +6707,8 @@ ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be f
 ADVISE_FROM = 100.0  # nor do commands, in ms: there it is not the slots that count,
 ADVISE_SHARE = 0.6  # nor if slots needed less of the run: it waited for input, other clients, tries
 PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
+SILENCE: Seconds = 60.0  # without a terminal, until we say how far it is: some kill jobs after 10 min
+STEADY: Seconds = 10.0  # and between such lines with --progress
 STATUS_INTERVAL: Seconds = 1.0  # of status --watch
 STATUS_WAIT: Seconds = 5.0  # without that: somebody looks at the terminal, or a script must go on
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
@@ -8032,7 +8071,9 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
                    help="auto (on a terminal; the default), always, never"),
             option("--max-output", type=byte_count, default=0, metavar="SIZE",
                    help="keep so much of each output: 64k, 10M, 2G"),
-            VERBOSE]),
+            VERBOSE,
+            option("--quiet", action="store_const", dest="verbose", const=None,
+                   help="nothing on stderr but errors")]),
         ("reports", [
             option("--joblog", metavar="FILE", help="a line for each result, as of GNU parallel"),
             option("--resume", action="store_true", help="leave out what the joblog has"),
@@ -8821,9 +8862,10 @@ class Show:
         self.err = Writer(2, failed if needed else lambda error: None) if (
             settings.raw or settings.json) else None
         say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
+        self.quiet = settings.verbose is None and self.err is not None  # transcript: only errors
         self.transcript = Closing(say, colour, several) if settings.json else Transcript(
             say, colour, settings.slow, settings.verbose, several)
-        shown: List[Reporter] = [self.transcript]
+        shown: List[Reporter] = [OnlyErrors([self.transcript]) if self.quiet else self.transcript]
         if settings.json:
             shown.append(JsonLines(tally, self.out.put, settings.brief))
         elif self.err and not settings.brief:  # --raw
@@ -8862,28 +8904,43 @@ class Show:
 
 
 class Progress:
-    """Shows on the bar how far the client is."""
+    """Shows how far the client is: on the bar; or without a terminal in lines, one so many seconds
+    after anything else was said, or (steady) after the last one."""
 
-    def __init__(self, client: Client, writer: Writer) -> None:
+    def __init__(self, client: Client, writer: Writer, lines: Seconds = 0,
+                 steady: bool = False) -> None:
         self.client = client
         self.writer = writer
-        self.began = time.monotonic()
-        self.look_at = self.began + NOTICE_DELAY  # a short run needs none
+        self.lines = lines
+        self.steady = steady
+        self.began = BAR.said_at = time.monotonic()
+        self.look_at = self.began + (lines or NOTICE_DELAY)  # a short run needs none
 
     def look(self) -> None:
         now = time.monotonic()
-        if now >= self.look_at and not self.client.left:
+        if now < self.look_at or self.client.left:
+            return
+        spent = now - self.began
+        if not self.lines:
             self.look_at = now + PROGRESS_INTERVAL
-            BAR.text = progress(self.client, now - self.began)
+            with contextlib.suppress(OSError):  # the terminal has gone
+                BAR.text = progress(self.client, spent, screen_size(2)[0] - 1)
             self.writer.redraw()
+            return
+        if self.steady or now >= BAR.said_at + self.lines:
+            complain(sign_of_life(self.client, spent, now))
+        self.look_at = (now if self.steady else BAR.said_at) + self.lines
 
 
-def wants_progress(settings: argparse.Namespace) -> bool:
-    """On a terminal, unless it has no cursor or its screen is somebody else's: that of a pager."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return False
+def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) -> Optional[Progress]:
+    """On a terminal a bar, unless it has no cursor or its screen is somebody else's: that of a pager;
+    on what is none lines, for services that end what is silent."""
+    if sys.stderr is None or settings.verbose is None:
+        return None
+    if not sys.stderr.isatty():
+        return Progress(client, writer, STEADY if settings.progress else SILENCE, settings.progress)
     piped = stat.S_ISFIFO(os.fstat(1).st_mode)
-    return bool(settings.progress) or not is_dumb() and not piped
+    return Progress(client, writer) if settings.progress or not is_dumb() and not piped else None
 
 
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
@@ -8918,6 +8975,10 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         else:
             client.cancel(status, now)
 
+    def tell(text: str, error: bool = False) -> None:
+        if error or settings.verbose is not None:
+            complain(text)
+
     def live(effect: Live) -> None:
         reports.live(effect)
         if show.out.is_behind() and not client.held_up:
@@ -8925,18 +8986,20 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
         node = loop.add(client, {Released: reports.released, Store: reports.store, Live: live,
-                                 Keep: reports.keep, Report: reports.report})
+                                 Keep: reports.keep, Report: reports.report,
+                                 Notice: lambda effect: tell(effect.text, effect.error)})
         show.out.caught_up = lambda: loop.post(client.listen_again)
         loop.between.append(show.flush)
         loop.on_signals(interrupt, control)
         if not settings.sources and sys.stdin.isatty():
-            complain("reading commands from the terminal, one a line; end with Ctrl-D")
+            tell("reading commands from the terminal, one a line; end with Ctrl-D")
         Reader(loop, client, add, source)
         stack.enter_context(stopping_when_unheard(loop, client))
-        if wants_progress(settings):
+        shown = progress_of(settings, client, show.out)
+        if shown:
             stack.callback(take_bar_away)
-            loop.between.append(Progress(client, show.out).look)
-        if not settings.json:
+            loop.between.append(shown.look)
+        if not settings.json and not show.quiet:
             show.transcript.line(f"Connecting to {address}")
         if settings.local:
             # else we need it, to be stopped by Ctrl-Z
@@ -8960,7 +9023,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         status = loop.run()
         slots = 0 if settings.serial else client.slots
         for line in afterthoughts(summary, reports.times, slots):
-            complain(line)
+            tell(line, line == summary.unexpected)
         return status
 
 
@@ -9198,7 +9261,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         verbose = getattr(settings, "verbose", False)  # not every one of them can be
         level = logging.DEBUG if verbose else logging.INFO
         if settings.subcommand == "client" and not verbose:
-            level = logging.WARNING
+            level = logging.ERROR if verbose is None else logging.WARNING
         logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
         settings.argv = sys.argv[1:] if argv is None else argv
         if argv is None and settings.subcommand != "completion" and not getattr(settings, "local", 0):
