@@ -7260,6 +7260,31 @@ class KeysTest(unittest.TestCase):
                     if "somebody at 127" in line]
             self.assertEqual(len(told), len({*told}), told)
 
+    def test_peers_of_a_broker_without_a_key_follow_it_when_it_gets_one(self):
+        """As by the README: the example first, then keygen, and the broker again."""
+        path = os.path.join(self.cloud.dir, "testcloud", "testcloud.key")
+        os.mkdir(os.path.dirname(path))
+        with mock.patch.dict(os.environ, XDG_CONFIG_HOME=self.cloud.dir):
+            broker = self.cloud.broker()
+            worker = self.cloud.worker(broker)
+            client = self.cloud.client(broker, None, wait=False)
+            client.stdin.write(b"echo one\n")
+            client.stdin.flush()
+            self.assertIn(b"OK! echo one", b"".join(itertools.islice(client.stdout, 3)))
+            self.keygen(path)
+            new = self.cloud.client(broker, ["true"], wait=False)
+            self.cloud.wait_for_log(new, "has no key, but we have one")
+            broker.terminate()
+            broker.wait(PATIENCE)
+            self.cloud.broker(broker.clients, broker.workers)
+            client.stdin.write(b"echo two\n")
+            client.stdin.close()
+            client.stdin = None
+            for process, out in ((client, "OK! echo two"), (new, "OK! true")):
+                status, said = self.cloud.finish(process)
+                self.assertEqual((status, out in said), (0, True), said)
+            self.assertNotIn("is that the port", self.cloud.err(worker) + self.cloud.err(client))
+
     def test_the_other_roles_port_is_told_from_a_revoked_key(self):
         for role, port in (("client", self.broker.workers), ("worker", self.broker.clients)):
             peer = self.cloud.start(role, "--connect", port, "--key", self.path, "--wait", "3",

@@ -718,7 +718,7 @@ class Machine:
         """The link to the broker cannot come up, and why."""
 
     def has_key(self, mark: str) -> None:
-        """There is a key to connect with, and this is its fingerprint."""
+        """There is another key to connect with, and this is its fingerprint: names go with it."""
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
         """Of a new connection: the public key that its peer has proven to have."""
@@ -963,14 +963,6 @@ class Member(Machine):
         self.now = now
         self.session.trouble = why
         self.settle()
-
-    def has_key(self, mark: str) -> None:
-        if self.session.patience == math.inf:  # we have never joined: our name may still change
-            self.rename(mark)
-
-    def rename(self, mark: str) -> None:
-        """Take a name that goes with this key."""
-        raise NotImplementedError
 
     def on_who(self, message: Message) -> None:
         if self.session.joined:
@@ -2803,7 +2795,7 @@ class Worker(Member):
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
         return fields
 
-    def rename(self, mark: str) -> None:
+    def has_key(self, mark: str) -> None:
         self.name = f"{self.name.partition('.')[0]}.{mark}"
 
     def accepts(self, link: str, verb: str) -> bool:
@@ -4118,8 +4110,8 @@ class Client(Member):
                           version=__version__)
         return fields
 
-    def rename(self, mark: str) -> None:
-        self.run = mark + self.run
+    def has_key(self, mark: str) -> None:
+        self.run = mark + self.run[-32:]
 
     def accepts(self, link: str, verb: str) -> bool:
         return self.session.accepts(verb) and not self.left
