@@ -8,6 +8,7 @@ prints its story. What takes longer: python test_testcloud.py soak|chaos|fuzz|be
 from __future__ import annotations
 
 import argparse
+import base64
 import concurrent.futures
 import contextlib
 import errno
@@ -1719,6 +1720,36 @@ class PlainPeersTest(unittest.TestCase):
             mark = tc.cut_mark(tc.PLAIN_INLINE, size) if size > tc.PLAIN_INLINE else ""
             self.assertEqual(stdout, "x" * tc.PLAIN_INLINE + mark)
 
+    def test_plain_clients_get_utf8_only_cut_between_characters(self):
+        size = tc.PLAIN_INLINE
+        for data, shown, sent in (
+                (b"x" * (size - 1) + "☃".encode() * 99, "x" * (size - 1), size - 1),
+                (b"x" * (size - 2) + "\U0001f40d".encode() * 99, "x" * (size - 2), size - 2),
+                (b"\xff" + b"x" * size * 2, "\ufffd" + "x" * (size - 1), size),
+                (b"a\xff\xe2\x98", "a\ufffd\ufffd", 4), ("\u2603".encode(), "\u2603", 3)):
+            for kind in ("plain", "ours"):
+                d = Desk()
+                d.worker(b"W", "READY") if kind == "plain" else d.join(b"W")
+                d.client(b"C", '{"cmd":"\\udc80\\ud83d"}')
+                token = next(letter[2] for letter in d.letters if letter[3] == "{")
+                more = {"stdout": tc.to_text(data)} if kind == "plain" else {
+                    "stdout": tc.to_text(data[:size]), "size": len(data), "id": 1, "attempt": 1}
+                d.worker(b"W", tc.encode("RESULT", dict(more, exitcode=0)), token)
+                line, = (letter[5] for letter in d.letters if letter[3] == "RESULT")
+                result = json.loads(line[7:])
+                self.assertEqual(result["cmd"], "\udc80\ud83d")
+                mark = tc.cut_mark(sent, len(data)) if sent < len(data) else ""
+                self.assertEqual(result["stdout"], shown + mark)
+
+    def test_what_is_long_only_as_json_is_not_cut(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.client(b"C", '{"cmd":"x"}')
+        d.expect(b"W", "OK")
+        token, _ = d.expect(b"W", "{")
+        d.worker(b"W", tc.encode("RESULT", {"exitcode": 0, "stdout": "\1" * 200_000}), token)
+        d.expect(b"C", "RESULT", stdout="\1" * 200_000)
+
     def test_large_output_is_cut_with_a_mark(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -2643,8 +2674,8 @@ class World:
         assert not cmd.endswith("poison") or result["exitcode"] == tc.TIMED_OUT, cmd
         endings = self.endings[cmd]
         if actor.plain:  # these get all in the output, and do not know of attempts
-            assert any((result["exitcode"], output) == (code, out + (
-                f"testcloud: {why}\n".encode() if why else b""))
+            assert any((result["exitcode"], tc.to_text(output)) == (code, tc.in_utf8(tc.to_text(
+                out + (f"testcloud: {why}\n".encode() if why else b""))))
                 for attempt in endings.values() for code, out, why in attempt), (cmd, endings)
             return
         reason = result.get("reason", "").partition(" after")[0]
@@ -4736,9 +4767,9 @@ class ClientTest(unittest.TestCase):
         self.add("a", "b", "c", end=True)
         b.lines.clear()
         split = tc.PIECE.pack(1, 2) + b"o\0" + tc.PIECE.pack(2, 3) + b"err"
-        self.client.room = tc.TRY_OUTPUT + 10
+        self.client.room = tc.TRY_OUTPUT + 9
         for id, attempt, more, size, output in (
-                (1, 1, {"stdout": "x" * 9000 + "last"}, 9004, "x" * (tc.TRY_OUTPUT - 4) + "last"),
+                (1, 1, {"stdout": "☃" * 3000}, 9000, "☃" * (tc.TRY_OUTPUT // 3)),
                 (2, 1, {"stdout": tc.to_text(split), "split": True}, 5, "o\0err"),
                 (3, 1, {"size": 10**6}, 10**6, ""), (3, 2, {"stdout": "no room"}, 7, " room")):
             self.result(id, attempt, 1, host="h", slot=2, time=3.5, started=9.5, **more)
@@ -5600,17 +5631,34 @@ class ReportingTest(unittest.TestCase):
     def test_json_lines(self):
         out = self.text("--json", "-f")
         self.report("passed")
-        with mock.patch.object(tc, "COPY", 2):
-            self.report("a '\udcff", 3, b"1\xe2\x98\x83\xff\n", tries=[(1, "i")], slot=2, signal=9)
+        with mock.patch.object(tc, "COPY", 3):
+            self.report("a '☃", 3, b"1\xe2\x98\x83\n", tries=[(1, "i")], slot=2, signal=9)
         row = json.loads(out.getvalue())
         self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"], row["time"]),
-                         ("a '\udcff", "1☃\udcff\n", 3, "FAIL", 8.14))
+                         ("a '☃", "1☃\n", 3, "FAIL", 8.14))
         self.assertEqual((row["tries"], row["slot"], row["seq"]), ([{
             "exitcode": 1, "host": "i", "worker": "", "slot": 0, "started": 0.0, "time": 0.0,
             "output": ""}], 2, 2))
         self.assertEqual({*row}, {
             "seq", "command", "exitcode", "verdict", "only_on", "host", "worker", "slot", "started",
             "time", "signal", "reason", "tries", "output"})
+
+    def test_json_lines_are_utf8_and_have_bytes_that_are_not_beside(self):
+        out = self.text("--json")
+        data = b"1\xe2\x98\x83\xff\n\xe2\x98"
+        with mock.patch.object(tc, "COPY", 3):
+            tries = tc.Try(1, "\udcff", output=b"t\xff"), tc.Try(1, "i", output="☃".encode())
+            self.report("a '\udcff", 3, data, reason="in \udcfe\U0001f40d", tries=tries)
+        self.assertNotRegex(out.getvalue(), rb"\\ud[c-f]..(?<!\\ud83d\\udc0d)|[^ -~\n]")
+        row = json.loads(out.getvalue())
+        self.assertEqual((row["output"], row["command"], row["reason"]),
+                         ("1☃\ufffd\n\ufffd", "a '\ufffd", "in \ufffd\U0001f40d"))
+        for name, exact in (("output", data), ("command", b"a '\xff")):
+            self.assertEqual(base64.b64decode(row[name + "_base64"]), exact)
+        bad, good = row["tries"]
+        self.assertEqual((bad["output"], bad["output_base64"], bad["host"]),
+                         ("t\ufffd", base64.b64encode(b"t\xff").decode(), "\ufffd"))
+        self.assertEqual((good["output"], "output_base64" in good), ("☃", False))
 
     def test_one_report_that_cannot_be_written_does_not_keep_others_from_it(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -51,7 +51,8 @@ Protocol
     Frames between client and broker are [body], between broker and worker
     ["", token, body], where the token names the client's run. A CHUNK is alone in its body
     and has its bytes in a frame after it.
-    Bytes that are no UTF-8 stand in JSON as lone surrogates U+DC80 to U+DCFF (PEP 383).
+    Bytes that are no UTF-8 stand in JSON as lone surrogates U+DC80 to U+DCFF (PEP 383),
+    for plain clients as U+FFFD.
 
     {        client > broker > worker   run this command: cmd, cwd; id and attempt
     HELLO    client > broker            who I am: run; to (re)join: what is unreported
@@ -93,6 +94,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 # ruff: noqa: E402
 import argparse
+import base64
 import codecs
 import contextlib
 import errno
@@ -255,6 +257,11 @@ def to_bytes(text: str) -> bytes:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte
         return text.encode("utf-8", "surrogatepass")
+
+
+def in_utf8(text: str) -> str:
+    """With U+FFFD for what is no UTF-8: other languages' JSON knows no lone surrogates."""
+    return to_bytes(text).decode("utf-8", "replace")
 
 
 def count(value: Any) -> bool:
@@ -2562,29 +2569,33 @@ def cut_mark(sent: int, size: int) -> str:
     return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
 
 
+def cut_output(output: bytes, size: int) -> str:
+    """The text of an output of so many bytes, or as many as these, which are its first: no more than
+    a plain client gets, to the end of a character, and a mark if there are more."""
+    size = max(size, len(output))
+    if len(output) == size <= PLAIN_INLINE + 100:  # as much as a mark, which may be there already
+        return to_text(output)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(output[:PLAIN_INLINE])
+    kept = min(len(output), PLAIN_INLINE) - len(decoder.getstate()[0])
+    return to_text(output[:kept]) + cut_mark(kept, size)
+
+
 def plain_workers_fields(message: Message) -> Fields:
     """What we pass on of a plain worker's RESULT: the fields of the seed, in bounds."""
     fields = message.fields
     stdout = fields.get("stdout", "")
     if len(message.line) > MAX_RESULT:
-        whole = to_bytes(stdout)
-        stdout = to_text(whole[:PLAIN_INLINE]) + cut_mark(PLAIN_INLINE, len(whole))
+        stdout = cut_output(to_bytes(stdout), 0)
     return {"exitcode": fields["exitcode"], "time": fields.get("time", 0.0), "stdout": stdout}
 
 
 def plain_result(task: Task, fields: Fields) -> Fields:
     """A RESULT as plain clients know it, from any kind of worker's."""
-    stdout = fields.get("stdout", "")
-    whole = to_bytes(stdout)
-    size, sent = max(fields.get("size", 0), len(whole)), len(whole)
-    if sent > PLAIN_INLINE + 100:  # as much as a mark, which may be there already
-        sent = PLAIN_INLINE
-        stdout = to_text(whole[:sent])
-    if sent < size:
-        stdout += cut_mark(sent, size)
+    stdout = cut_output(to_bytes(fields.get("stdout", "")), fields.get("size", 0))
     if fields.get("reason"):
         stdout += f"testcloud: {fields['reason']}\n"
-    return {"cmd": task.plain["cmd"], "exitcode": fields["exitcode"], "stdout": stdout,
+    return {"cmd": task.plain["cmd"], "exitcode": fields["exitcode"], "stdout": in_utf8(stdout),
             "time": fields.get("time", 0.0)}
 
 
@@ -4321,6 +4332,8 @@ class Client(Member):
         """Of a failed try that is not the last one."""
         said = b"".join(piece for _, piece in pieces_of([output])) if fields.get("split") else output
         last = said[max(0, len(said) - min(TRY_OUTPUT, self.room)):]
+        if len(last) < len(said):
+            last = last.lstrip(bytes(range(0x80, 0xc0)))  # the rest of a character
         self.room -= len(last)
         entry.tries[entry.attempt] = entry.tries[entry.attempt]._replace(
             size=len(said) or fields.get("size", 0), output=last)
@@ -4651,7 +4664,7 @@ STYLES = {  # SGR codes of the seed's colours
     "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "flaky": "1;93",
     "flaky cmd": "33", "time": "37", "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
 }
-COPY = 1024 * 1024  # bytes of an output in memory at once
+COPY = 3 * 256 * 1024  # bytes of an output in memory at once; 3 for base64
 NAMED_FAILURES = 10  # at the end of the transcript: they fit on a screen
 PER_COMMAND: Seconds = 5e-5  # of broker and client: no number of slots makes a run faster than that
 
@@ -5413,25 +5426,47 @@ class JsonLines(Reporter):
         fields = outcome._asdict()
         for name in ("record", "shown", "cmd", "spent", "line", "before"):
             del fields[name]
-        fields.update(command=outcome.cmd, time=outcome.spent,
-                      tries=[*map(self.try_fields, outcome.tries)])
-        self.put(self.line(json.dumps(fields), outcome))
+        fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
+                      **in_json("command", to_bytes(outcome.cmd)))
+        self.put(self.line(dump_clean(fields), outcome))
 
     def try_fields(self, one: Try) -> Fields:
-        fields = dict(one._asdict(), time=one.spent, output=to_text(one.output))
-        for name in ("spent", "size", *["output"] * self.brief):
+        fields = dict(one._asdict(), time=one.spent)
+        for name in ("spent", "size", "output"):
             del fields[name]
-        return fields
+        return fields if self.brief else dict(fields, **in_json("output", one.output))
 
     def line(self, head: str, outcome: Outcome) -> Iterator[bytes]:
         if self.brief:
             yield head.encode() + b"\n"
             return
-        decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         yield head[:-1].encode() + b', "output": "'
         for part in itertools.chain(self.tally.parts(outcome.record), [b""]):
             yield json.dumps(decode(part, final=not part))[1:-1].encode()
+        if not is_utf8(self.tally.parts(outcome.record)):
+            yield b'", "output_base64": "'
+            yield from map(base64.b64encode, blocks(self.tally.parts(outcome.record)))
         yield b'"}\n'
+
+
+def is_utf8(parts: Iterable[bytes]) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        deque(codecs.iterdecode(parts, "utf-8"), maxlen=0)
+        return True
+    return False
+
+
+def dump_clean(value: Any) -> str:
+    """JSON in ASCII that stands for UTF-8."""
+    text = json.dumps(value)
+    return json.dumps(load(in_utf8(dump(value)))) if "\\ud" in text else text
+
+
+def in_json(name: str, data: bytes) -> Fields:
+    """A field with this text, and another one with its bytes if it is no UTF-8."""
+    more = {} if is_utf8([data]) else {name + "_base64": base64.b64encode(data).decode()}
+    return {name: data.decode("utf-8", "replace"), **more}
 
 
 JOBLOG_HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
@@ -9107,7 +9142,7 @@ def run_status(settings: argparse.Namespace) -> int:
     def show(effect: Viewed) -> None:
         columns = screen_size(1)[0] if sys.stdout.isatty() else 0
         lines = spaced(status_tables(effect.fields, address, columns))
-        announce(json.dumps(effect.fields) if settings.json else
+        announce(dump_clean(effect.fields) if settings.json else
                  "\n".join([*lines, ""] if settings.watch else lines))
     return view(viewer, {Viewed: show}, keys, settings)
 
