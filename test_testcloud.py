@@ -125,7 +125,7 @@ def check_broker(broker):
                                         if t.wanted.needs and t.state in tc.BUSY)
         ranked = [row for row in broker.ranking if row[4] is worker and row[3] == worker.stamp]
         assert len(ranked) == worker.has_room(), (worker.name, worker.free(), ranked)
-        assert not ranked or ranked[0][:3] == (worker.free() <= 0, -worker.weight, -worker.free())
+        assert not ranked or ranked[0][:3] == (worker.order(), -worker.weight, -worker.free())
     for peer, worker in broker.workers.items():
         assert worker.peer == peer
     assert broker.slots == sum(worker.slots for worker in broker.workers.values())
@@ -1634,15 +1634,171 @@ class PlainPeersTest(unittest.TestCase):
         d.expect(b"w2", "CANCEL", token=run, tasks=[[1, 1], [2, 1]])
         d.quiet()
 
-    def test_an_idle_plain_worker_expires_unless_it_says_ready(self):
+    def test_a_plain_worker_that_says_ready_only_once_is_the_last_choice(self):
+        d = self.desk
+        d.worker(b"W", 'READY {"weight":9}')
+        d.expect(b"W", "OK")
+        d.wait(3600)
+        d.hello(b"c", "r1")
+        self.assertEqual((d.broker.state_of_cloud()["workers"], d.broker.slots), (1, 1))
+        d.join(b"w", slots=1)
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.ends(b"w", "r1", 1)
+        d.submit(b"c", 2, 3)  # the second may be given ahead, for the first was short
+        for id in (2, 3):
+            d.takes(b"w", "r1", id)
+        d.submit(b"c", 4)
+        token, _ = d.expect(b"W", "{", id=4)
+        d.worker(b"W", 'QUEUED {"cmd":"c4"}', token)
+        d.worker(b"W", 'RESULT {"cmd":"c4","exitcode":0}', token)
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        d.submit(b"c", 5)
+        d.expect(b"W", "{", id=5)  # it is as good as any again
+
+    def test_a_silent_plain_worker_that_does_not_take_its_command_is_out_until_it_says_ready(self):
         d = self.desk
         d.worker(b"W", "READY")
-        d.wait(9)
+        d.wait(60)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"W", "OK")
+        token, _ = d.expect(b"W", "{", id=1)
+        d.wait(5)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="")
+        d.submit(b"c", 1, attempt=2)
+        d.quiet()
+        d.client(b"c", tc.encode("HELLO", {"run": "r1", "beat": 9}))
+        d.wait(10)
+        d.expect(b"c", "OK", slots=1)
+        d.expect(b"c", "OK", slots=0)  # then it is known that there is no worker
+        d.quiet()
+        d.worker(b"W", 'QUEUED {"cmd":"c1"}', token)
+        d.expect(b"W", "ERROR")
         d.worker(b"W", "READY")
-        d.wait(9)
-        self.assertTrue(d.broker.workers)
-        d.wait(1)
+        d.expect(b"W", "OK")
+        d.expect(b"W", "{", id=1, attempt=2)
+        d.gone(WORKERS, b"W")
         self.assertFalse(d.broker.workers)
+
+    def test_a_plain_worker_that_is_ready_again_has_lost_what_it_ran(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        token, _ = d.expect(b"W", "{", id=1)
+        d.worker(b"W", "READY")  # before it saw the command
+        d.expect(b"W", "OK")
+        d.quiet()
+        d.worker(b"W", 'QUEUED {"cmd":"c1"}', token)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]])
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        _, line = d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash", worker="W")
+        self.assertIn(b"said READY instead of its result", line)
+        d.quiet()
+        d.wait(1)
+        d.client(b"C", '{"cmd":"x"}')
+        for _ in range(tc.Times().crash_limit):
+            token, _ = d.expect(b"W", "{", cmd="x")
+            d.worker(b"W", 'QUEUED {"cmd":"x"}', token)
+            d.expect(b"C", "QUEUED")
+            d.worker(b"W", "READY")
+            d.expect(b"W", "OK")
+        d.expect(b"C", "RESULT", cmd="x", exitcode=tc.NOT_RUN)
+        d.quiet()
+
+    def test_a_result_that_cannot_be_read_is_a_failure(self):
+        for word in (b"", b" ", b" null", b" []", b" {}", b' {"exitcode":"0"}', b' {"exitcode":0,',
+                     b' {"exitcode":0,"stdout":null}', b' {"exitcode":0,"stdout":"a\xff"}'):
+            d = Desk()
+            d.worker(b"W", "READY")
+            d.expect(b"W", "OK")
+            d.hello(b"c", "r1")
+            for peer in (b"c", b"C"):
+                d.submit(b"c", 1) if peer == b"c" else d.client(b"C", '{"cmd":"x"}')
+                token, _ = d.expect(b"W", "{")
+                d.worker(b"W", b"RESULT" + word, "another")
+                d.expect(b"W", "ERROR", token="")
+                d.quiet()
+                d.worker(b"W", b"RESULT" + word, token)
+                d.expect(b"W", "ERROR", token="")
+                _, line = d.expect(peer, "RESULT", exitcode=tc.NOT_RUN)
+                self.assertIn(b"its result cannot be read: RESULT", line)
+                d.worker(b"W", "READY")
+                d.expect(b"W", "OK")
+                d.quiet()
+
+    def seeds_worker(self, said):
+        """What the seed's worker does with the next message: it takes all for commands."""
+        for letter in [letter for letter in self.desk.letters if letter[1] == b"W"][:1]:
+            self.desk.letters.remove(letter)
+            _, _, token, verb, fields, line = letter
+            said.append(verb)
+            self.desk.worker(b"W", b"QUEUED " + line, token)
+            result = {"cmd": fields.get("cmd"), "exitcode": 0, "stdout": "o"} if verb == "{" else None
+            self.desk.worker(b"W", b"RESULT " + tc.dump(result).encode(), token)
+            self.desk.worker(b"W", "READY")
+
+    def test_a_worker_that_takes_our_answers_for_commands_gets_no_more_of_them(self):
+        for first in ("READY", "nonsense", 'QUEUED {"id":1}'):
+            self.desk, said = Desk(), []
+            d = self.desk
+            d.worker(b"W", first)
+            d.hello(b"c", "r1")
+            d.submit(b"c", *range(1, 10))
+            for _ in range(100):
+                self.seeds_worker(said)
+                d.now += 0.001
+            self.assertEqual(said.count("{"), 9)
+            self.assertLess(len(said) - 9, 6, said)
+            verbs = Counter(letter[3] for letter in d.letters if letter[1] == b"c")
+            self.assertEqual((verbs["QUEUED"], verbs["RESULT"], verbs["LOST"]), (9, 9, 0))
+            d.wait(20)
+            d.submit(b"c", 10)
+            self.assertEqual(d.letters[-1][1:4:2], (b"W", "{"))
+
+    def test_answers_to_plain_peers_are_few(self):
+        d = self.desk
+        for _ in range(100):
+            d.worker(b"W", "READY")
+            d.worker(b"V", "nonsense")
+            d.worker(b"U", 'QUEUED {"id":1}')
+            for peer in (b"C", b"D"):
+                d.client(peer, '{"cmd":"x"}') if peer == b"D" else None
+                d.client(peer, "nonsense")
+                d.client(peer, "")
+        said = Counter(letter[1::2][:2] for letter in d.letters)
+        errors = {(peer, "ERROR"): tc.ANSWERS for peer in (b"V", b"C", b"D")}
+        self.assertEqual(said, {**errors, (b"W", "OK"): 5, (b"W", "{"): 1, (b"U", "WHO"): 5})
+        d.letters.clear()
+        d.wait(1)
+        d.expect(b"W", "OK")  # one that it may be waiting for
+        d.quiet()
+        d.wait(1)
+        self.assertFalse(d.broker.answers)
+        d.client(b"C", "nonsense")
+        d.expect(b"C", "ERROR")
+
+    def test_a_plain_worker_gets_an_answer_after_each_result_however_fast_it_is(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.submit(b"c", *range(300))
+        for id in range(300):
+            d.worker(b"W", "READY")
+            d.expect(b"W", "OK")
+            token, _ = d.expect(b"W", "{", id=id)
+            d.worker(b"W", b'QUEUED {"cmd":"c"}', token)
+            d.worker(b"W", b'RESULT {"cmd":"c","exitcode":0}', token)
+            d.letters.clear()
+
+    def test_an_empty_message_is_answered(self):
+        for link in (CLIENTS, WORKERS):
+            self.desk.tell(link, b"x", "")
+            self.desk.expect(b"x", "ERROR", message="", reason="an empty message")
+            self.desk.quiet()
 
     def test_unconfirmed_command_of_a_plain_client_is_tried_elsewhere(self):
         d = self.desk
@@ -1697,7 +1853,7 @@ class PlainPeersTest(unittest.TestCase):
         d.worker(b"W", '{"exitcode":0}', token)
         d.expect(b"W", "ERROR")
         d.worker(b"W", f'RESULT {{"exitcode":0,"stdout":"abc","size":99,"x":1e999,"y":{deep}}}', token)
-        _, line = d.expect(b"c", "RESULT", stdout="abc", size=None)
+        _, line = d.expect(b"c", "RESULT", stdout="abc", size=None, host="W")
         self.assertNotIn(b"Infinity", line)
 
     def test_a_plain_worker_cannot_become_another(self):
@@ -1830,7 +1986,8 @@ class MisbehavingPeersTest(unittest.TestCase):
         d.hello(b"c", "r1")
         d.logs.clear()
         for line in MessagesTest.MALFORMED:
-            for link, peer in ((CLIENTS, b"c"), (WORKERS, b"w"), (CLIENTS, b"x"), (WORKERS, b"y")):
+            new = b"x" + line[:20]  # a stranger gets only some answers
+            for link, peer in ((CLIENTS, b"c"), (WORKERS, b"w"), (CLIENTS, new), (WORKERS, new)):
                 d.tell(link, peer, line)
                 d.expect(peer, "ERROR")
                 d.quiet()
@@ -2160,10 +2317,12 @@ SIM_QUIET = 150.0  # after that all that is over must be forgotten
 
 class PlainWorker(tc.Machine):
     """A worker that knows only the seed's conversation. It finishes what it runs even if
-    its broker is gone, and then tells the next one."""
+    its broker is gone, and then tells the next one. The seed's own takes all that it gets for
+    commands, and says READY only when it is free again."""
 
-    def __init__(self):
+    def __init__(self, seeds):
         super().__init__()
+        self.seeds = seeds
         self.jobs = {}  # the one it runs, by key
         self.up = False
         self.next_ready = 0.0
@@ -2189,6 +2348,11 @@ class PlainWorker(tc.Machine):
             self.jobs[job.key] = job
             self.effects.append(tc.Start(job))
             self.pass_on(BROKER, b"", token, b"QUEUED " + body)
+        elif self.seeds:
+            self.pass_on(BROKER, b"", token, b"QUEUED " + body)
+            self.pass_on(BROKER, b"", token, b"RESULT null")
+            if not self.jobs:  # it would read it only then
+                self.ready(now)
 
     def finished(self, job, ending, now):
         del self.jobs[job.key]
@@ -2204,7 +2368,7 @@ class PlainWorker(tc.Machine):
         self.ready(now)
 
     def deadline(self):
-        return self.next_ready if self.up and not self.jobs else math.inf
+        return self.next_ready if self.up and not self.jobs and not self.seeds else math.inf
 
 
 class PlainClient(tc.Machine):
@@ -2434,6 +2598,7 @@ class World:
         for line in frame.body.split(b"\n"):
             verb = line.split(b" ", 1)[0].decode() if line[:1] != b"{" else COMMAND
             self.seen[verb] += 1
+            self.seen["OK taken for a command"] += line == b"QUEUED OK"
             if verb == COMMAND and frame.link == WORKERS:
                 self.given[json.loads(line)["cmd"]] += 1
             elif verb == "LOST" and actor.role == "broker":
@@ -2740,7 +2905,7 @@ class World:
         name = f"{actor.name}.{actor.generation}"
         self.say(name, "begins")
         if actor.plain:
-            actor.machine = (PlainWorker() if actor.role == "worker"
+            actor.machine = (PlainWorker(self.r.random() < 0.5) if actor.role == "worker"
                              else PlainClient(actor.commands))
         elif actor.role == "broker":
             name += self.mark(actor)
@@ -3077,6 +3242,7 @@ class SimulationTest(unittest.TestCase):
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
                 "looked into", "load", "forgotten", "started elsewhere", "nowhere else to start",
+                "OK taken for a command",
                 "stale result", "held results announced", "steal from a worker",
                 "steal from a client", *(set(tc.MESSAGES) - {"STATUS"}))
 
@@ -9352,6 +9518,47 @@ class RawPeersTest(unittest.TestCase):
         self.assertEqual(out.count("OK! a ⌚13.95ms\nA\n\n"), 2)
         self.assertEqual([r["cwd"] for r in served], ["/x"] * 4)
 
+    def test_a_raw_worker_that_takes_all_that_it_gets_for_commands(self):
+        sock = self.cloud.dealer(self.broker.workers, b"host#worker8")
+        sock.send(b"READY")
+        served = []
+
+        def serve():
+            """Until there is nothing more, for longer than our answers are counted."""
+            while len(served) < 1000 and sock.poll(2500 if served else PATIENCE * 1000):
+                *empty, body = sock.recv_multipart()
+                request = json.loads(body) if body.startswith(b"{") else {}
+                served.append(request.get("cmd"))
+                sock.send_multipart([*empty, b"QUEUED " + body])
+                result = {"exitcode": 0, "stdout": "x\n", **request} if request else None
+                words = b"" if request.get("cmd") == "b" else json.dumps(result).encode()
+                sock.send_multipart([*empty, b"RESULT " + words])
+                sock.send(b"READY")
+        thread = threading.Thread(target=serve)
+        thread.start()
+        self.addCleanup(thread.join)
+        status, out = self.cloud.client(self.broker, ["a", "b", *["c"] * 98])
+        thread.join()
+        self.assertEqual(status, 1)
+        self.assertEqual((out.count("OK! "), out.count("its result cannot be read")), (99, 1), out)
+        self.assertRegex(out, r"FAIL\(126\).* b\b")
+        self.assertEqual(len([cmd for cmd in served if cmd]), 100)
+        self.assertLess(served.count(None), 6)
+
+    def test_raw_clients_get_utf8_and_an_answer_to_what_is_no_command(self):
+        self.cloud.worker(self.broker, "-j", "1")
+        client = self.cloud.dealer(self.broker.clients)
+        for body in (b"", b"nonsense", b"{"):
+            client.send(body)
+            self.assertEqual(client.recv()[:6], b"ERROR ")
+        for cmd, shown in (("printf '\\377\\342\\230'", "\ufffd" * 2),
+                           ("yes ☃ | tr -d '\\n' | head -c 300000", "☃" * (tc.PLAIN_INLINE // 3))):
+            client.send(json.dumps({"cmd": cmd}).encode())
+            self.assertEqual(client.recv()[:7], b"QUEUED ")
+            result = json.loads(client.recv()[7:].decode())
+            self.assertEqual(result["stdout"].partition("\n")[0], shown)
+            result["stdout"].encode()
+
     def test_raw_worker_with_raw_client(self):
         thread, _ = self.raw_worker(3)
         client = self.cloud.dealer(self.broker.clients)
@@ -9479,8 +9686,12 @@ class RawPeersTest(unittest.TestCase):
             for peer in peers:
                 peer.send(b"x" * 1_000_000)
         for peer in peers:
-            for _ in range(200):
-                self.assertIn(b"unknown verb", peer.recv())
+            self.assertIn(b"unknown verb", peer.recv())
+            peer.send(b'{"cmd":"x"}')
+        self.cloud.worker(self.broker)
+        for peer in peers:
+            while not peer.recv().startswith(b"RESULT"):
+                pass
         self.assertLess(peak_memory(self.broker.pid), 500 * 1024)  # of 1.2 GB that came
 
     def test_no_web_page_can_have_a_browser_send_a_command(self):
@@ -9977,8 +10188,14 @@ class FuzzTest(unittest.TestCase):
             raw.sendall(self.fuzz.noise())
         if self.fuzz.r.random() < 0.5:  # it is there until the last message has come
             peer.send(b"HELLO {}")
-            while listens and b"HELLO needs" not in peer.recv_multipart()[-1]:
-                pass
+            end = time.monotonic() + PATIENCE
+            while listens and time.monotonic() < end:
+                if not peer.poll(200):  # so many answers a second it gets, and no more
+                    peer.send(b"HELLO {}")
+                elif b"HELLO needs" in peer.recv_multipart()[-1]:
+                    break
+            else:
+                self.assertFalse(listens, "no answer")
         peer.close(0 if self.fuzz.r.random() < 0.5 else 1000)
 
     def test_nonsense_at_both_ports_of_a_broker(self):

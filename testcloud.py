@@ -75,7 +75,7 @@ Protocol
 
     A plain client only sends {"cmd": ...} (and cwd) and is answered with QUEUED and RESULT.
     A plain worker says READY, takes one command, and answers QUEUED, RESULT and READY with
-    the token it was given. Plain peers need nothing else.
+    the token it was given. READY without RESULT: the command is lost. They need no more.
 """
 # SPDX-License-Identifier: MIT
 from __future__ import annotations  # testcloud needs Python 3.9 or newer
@@ -186,6 +186,7 @@ MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLA
 MAX_BAD_LINES = 100  # in one body; then the rest is noise as well
 MAX_COMPLAINTS = 20  # about bad messages in the log, in an interval
 COMPLAINT_INTERVAL: Seconds = 10.0
+ANSWERS = 5  # of each kind that a plain or unknown peer gets in a second, lest there be a storm
 MAX_FRAMES = 8  # frames a peer may send in one message
 CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfirmed
 SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
@@ -646,6 +647,8 @@ class Machine:
         self.now = now
         self.heard(link, peer)
         bad = 0
+        if not body:
+            self.complain(link, peer, token, body, "an empty message")
         for line in body.split(b"\n"):
             if not line:
                 continue
@@ -998,6 +1001,7 @@ MOVES: Dict[str, Tuple[str, ...]] = {
     GONE: (),
 }
 BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot
+TAKEN_FOR_COMMANDS = (b"QUEUED OK", b"QUEUED ERROR", b"QUEUED WHO")  # answers of ours
 
 
 class ClientLink:
@@ -1070,7 +1074,7 @@ class WorkerLink:
 
     __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
                  "careful", "ahead", "ready", "join", "stamp", "token", "host", "user",
-                 "labels", "crew", "fit", "needy", "load", "done", "failed")
+                 "labels", "crew", "fit", "needy", "load", "done", "failed", "deaf", "silent")
 
     def __init__(self, peer: Peer, name: str, plain: bool) -> None:
         self.peer: Optional[Peer] = peer  # None while its connection is broken
@@ -1088,6 +1092,8 @@ class WorkerLink:
         self.join = 0  # number of its last READY that told what it has
         self.stamp = 0  # of its valid entry in Broker.ranking
         self.token = ""  # a plain worker's: names its task
+        self.deaf = False  # a plain one that takes our answers for commands
+        self.silent = False  # a plain one that has not said READY for long
         self.host = name  # of which it tells if it is ours, and no chained broker
         self.user = ""  # as whom it runs commands, if it tells
         self.labels: FrozenSet[str] = frozenset()
@@ -1110,6 +1116,10 @@ class WorkerLink:
     def free(self) -> int:
         """How many slots are free; less than 0 if commands wait there for one."""
         return self.slots - self.busy if self.ready and self.peer is not None else 0
+
+    def order(self) -> int:
+        """Who is given a command first: 0 has a free slot, 1 has none, 2 may be there no more."""
+        return 2 if self.silent else int(self.free() <= 0)
 
     def fits(self, task: Task) -> bool:
         """Whether it has a slot left for what the task needs. A broker below may have other slots."""
@@ -1231,11 +1241,13 @@ class Broker(Machine):
         self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
         self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or not
         self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
-        self.ranking: List[Tuple[bool, int, int, int, WorkerLink]] = []  # heap: best worker first
+        self.ranking: List[Tuple[int, int, int, int, WorkerLink]] = []  # heap: best worker first
         self.stamps = 0  # counts entries of the ranking
         self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of who is to be told OK
         self.viewers: Dict[Peer, None] = {}  # who are to be told STATUS
         self.answer_at: Seconds = math.inf  # when to do so
+        self.answers: Counter[Tuple[str, str, Peer]] = Counter()  # to peers plain or unknown
+        self.count_again: Seconds = math.inf  # when to begin anew with that
         # of READYs that are not whole yet, the latest last; until when they are kept
         self.parts: Dict[Peer, Tuple[Seconds, List[Fields]]] = {}
         self.slots = 0  # of all connected workers
@@ -1395,6 +1407,36 @@ class Broker(Machine):
         self.greeted[message.link, message.peer] = message.fields.get("beat", 0)
         self.answer_at = min(self.answer_at, self.now + OK_DELAY)
 
+    def say(self, link: str, peer: Peer, token: Run, verb: str,
+            fields: Optional[Fields] = None) -> None:
+        """The same, but a peer that is plain or unknown gets few answers: it may answer them."""
+        if verb in ("OK", "ERROR", "WHO") and not self.knows_batches(link, peer):
+            self.count_again = min(self.count_again, self.now + 1)
+            self.answers[verb, link, peer] += 1
+            deaf = link == WORKERS and peer in self.workers and self.workers[peer].deaf
+            if deaf or self.answers[verb, link, peer] > ANSWERS:
+                return
+        super().say(link, peer, token, verb, fields)
+
+    def count_answers_again(self) -> None:
+        """Say the OKs that were too many: a plain worker may be waiting for one."""
+        late = [peer for (verb, _, peer), n in self.answers.items()
+                if verb == "OK" and n > ANSWERS and peer in self.workers]
+        self.answers, self.count_again = Counter(), math.inf
+        for peer in late:
+            self.say(WORKERS, peer, "", "OK")
+
+    def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
+        """The same; an ERROR to a plain worker has no token, so that its answer has none."""
+        worker = self.workers.get(peer) if link == WORKERS else None
+        if worker is not None and worker.plain:
+            worker.deaf |= line.startswith(TAKEN_FOR_COMMANDS)
+            its_result, token = line.startswith(b"RESULT") and token == worker.token, ""
+            for task in list(worker.tasks.values()) if its_result else ():
+                self.deliver(task, worker, {"exitcode": NOT_RUN, "time": 0.0, "reason":
+                                            f"its result cannot be read: {reason}"}, line)
+        super().complain(link, peer, token, line, reason)
+
     def answer_greetings(self) -> None:
         greeted, self.greeted, self.answer_at = self.greeted, {}, math.inf
         lines = {CLIENTS: encode("OK", self.state_for_client()),
@@ -1477,7 +1519,10 @@ class Broker(Machine):
         elif not worker.plain:
             raise ProtocolError("READY needs the name given before")
         worker.weight = message.fields.get("weight", worker.weight)
-        if not worker.tasks:  # otherwise it has not seen its command yet, or is running it
+        worker.silent = False
+        for task in [task for task in worker.tasks.values() if task.state == RUNNING]:
+            self.lose(task, f"worker {printable(worker.name)} said READY instead of its result", CRASH)
+        if not worker.tasks:  # otherwise it has not seen its command yet
             worker.ready = True
         self.rank(worker)
         self.say(WORKERS, message.peer, "", "OK")
@@ -1930,8 +1975,8 @@ class Broker(Machine):
         if worker.has_room():
             if self.exhausted:
                 self.exhausted = {some for some in self.exhausted if some and worker not in some}
-            free = worker.free()
-            heapq.heappush(self.ranking, (free <= 0, -worker.weight, -free, self.stamps, worker))
+            heapq.heappush(self.ranking, (
+                worker.order(), -worker.weight, -worker.free(), self.stamps, worker))
             if len(self.ranking) > 2 * len(self.workers) + 64:  # mostly void: sweep
                 self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
                 heapq.heapify(self.ranking)
@@ -1979,11 +2024,11 @@ class Broker(Machine):
 
     def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerLink]:
         """The worker with free slots of highest weight and most free slots, the one to avoid
-        only if there is no other; or else one that may be given some ahead."""
+        only if there is no other; or else one that may be given some ahead, or that is silent."""
         avoid, among = ("", None) if task is None else (task.avoid, self.choice(task))
         if among in self.exhausted:
             return None
-        passed_over: List[Tuple[bool, int, int, int, WorkerLink]] = []
+        passed_over: List[Tuple[int, int, int, int, WorkerLink]] = []
         avoided = best = None
         while self.ranking and best is None and (among is None or len(passed_over) < PASSED_OVER):
             row = self.ranking[0]
@@ -2000,7 +2045,7 @@ class Broker(Machine):
             heapq.heappush(self.ranking, row)
         if best is None and among is not None:
             return self.best_among(among, task, avoid)
-        if avoided is not None and (best is None or best.free() <= 0 < avoided[4].free()):
+        if avoided is not None and (best is None or best.order() > avoided[4].order()):
             best = avoided[4]
         return best
 
@@ -2011,7 +2056,7 @@ class Broker(Machine):
         if not open:
             self.exhausted.add(workers)
         return min((worker for worker in open if self.may_take(worker, task)), default=None,
-                   key=lambda it: (it.free() <= 0, it.name == avoid, -it.weight, -it.free(), it.stamp))
+                   key=lambda it: (it.order(), it.name == avoid, -it.weight, -it.free(), it.stamp))
 
     def dispatch(self) -> None:
         """Give waiting tasks to free workers, one client after the other."""
@@ -2147,26 +2192,32 @@ class Broker(Machine):
             return
         for task in self.tasks_at(worker, message):
             fields = plain_workers_fields(message) if worker.plain else message.fields
-            if task.state in BUSY:  # told again it teaches nothing new
-                self.count(task, worker, fields["exitcode"])
-            if task.state in BUSY and not worker.plain:
-                each = min(AHEAD, AHEAD_TIME / max(fields.get("time", math.inf), 1))
-                worker.ahead = min(worker.ahead + 1, int(each * worker.slots))
-            if task.client.plain:
-                self.move(task, DELIVERED, worker)
-                self.tell(task, "RESULT", plain_result(task, fields))
-                self.drop([task])
-            elif worker.plain:  # it does not hold its results, so we do
-                task.result = encode("RESULT", dict(
-                    fields, id=task.id, attempt=task.attempt, worker=worker.name))
-                self.move(task, DELIVERED, None)
-                self.charge(task, len(task.result))
-                self.tell_line(task.client, task.result)
-            else:
-                self.move(task, DELIVERED, worker)
-                spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
-                self.charge(task, len(message.line) + spooled)
-                self.tell_line(task.client, message.line)
+            self.deliver(task, worker, fields, message.line)
+
+    def deliver(self, task: Task, worker: WorkerLink, fields: Fields, line: bytes) -> None:
+        """Pass on a result: these fields, if the worker is plain, or else its line."""
+        if task.state in BUSY:  # told again it teaches nothing new
+            self.count(task, worker, fields["exitcode"])
+        if task.state in BUSY and not worker.plain:
+            each = min(AHEAD, AHEAD_TIME / max(fields.get("time", math.inf), 1))
+            worker.ahead = min(worker.ahead + 1, int(each * worker.slots))
+        if worker.plain:  # it works, so its next READY is no storm
+            self.answers.pop(("OK", WORKERS, worker.peer or b""), None)
+        if task.client.plain:
+            self.move(task, DELIVERED, worker)
+            self.tell(task, "RESULT", plain_result(task, fields))
+            self.drop([task])
+        elif worker.plain:  # it does not hold its results, so we do
+            task.result = encode("RESULT", dict(
+                fields, id=task.id, attempt=task.attempt, worker=worker.name, host=worker.host))
+            self.move(task, DELIVERED, None)
+            self.charge(task, len(task.result))
+            self.tell_line(task.client, task.result)
+        else:
+            self.move(task, DELIVERED, worker)
+            spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
+            self.charge(task, len(line) + spooled)
+            self.tell_line(task.client, line)
 
     def count(self, task: Task, worker: WorkerLink, exitcode: int) -> None:
         for link in (task.client, worker):
@@ -2233,6 +2284,8 @@ class Broker(Machine):
     def settle(self) -> None:
         if self.answer_at <= self.now:
             self.answer_greetings()
+        if self.count_again <= self.now:
+            self.count_answers_again()
         if self.crew_changed:
             self.hand_back([*self.clients.values()])
         elif self.session:
@@ -2355,7 +2408,7 @@ class Broker(Machine):
         while self.ahead and not self.waits_there(self.ahead[0][0]):
             self.ahead.popleft()
         best = self.best_worker() if self.ahead else None
-        while self.ahead and best and len(tasks) < best.free():
+        while self.ahead and best and not best.silent and len(tasks) < best.free():
             tasks.append(self.ahead.pop()[0])
         while self.ahead and self.ahead[0][1] + RECALL_DELAY <= self.now:
             tasks.append(self.ahead.popleft()[0])
@@ -2386,7 +2439,9 @@ class Broker(Machine):
         """Forget who has been silent for too long."""
         silence = "has been silent for too long"
         for worker in self.silent(self.workers_seen, self.times.worker_expiry):
-            if worker.plain and worker.tasks:  # it cannot speak while it runs
+            if worker.plain and (worker.tasks or worker.ready):
+                worker.silent = True  # it cannot speak while it runs, or says READY only once
+                self.rank(worker)
                 self.see(self.workers_seen, worker)
             else:
                 self.forget_worker(worker, silence, CRASH)
@@ -2440,7 +2495,7 @@ class Broker(Machine):
         return found
 
     def deadline(self) -> Seconds:
-        due = [self.limbo_until, self.answer_at, *self.away.values()]
+        due = [self.limbo_until, self.answer_at, self.count_again, *self.away.values()]
         due += itertools.islice(self.departed.values(), 1)
         due += [until for until, _ in itertools.islice(self.parts.values(), 1)]
         for seen, patience in self.watched():
