@@ -411,6 +411,7 @@ MESSAGES: Dict[str, Spec] = {
         "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
         "started": number, "size": count, "worker": text, "host": text, "signal": count,
         "slot": count, "reason": text,
+        "ran": flag,  # it did, although there is a reason for exit code 126
         "split": flag}),  # it is in PIECES, as was asked for
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
         "fault": text, "worker": text}),  # fault: CRASH, SPAWN, NOWHERE or ""
@@ -1433,8 +1434,9 @@ class Broker(Machine):
             worker.deaf |= line.startswith(TAKEN_FOR_COMMANDS)
             its_result, token = line.startswith(b"RESULT") and token == worker.token, ""
             for task in list(worker.tasks.values()) if its_result else ():
-                self.deliver(task, worker, {"exitcode": NOT_RUN, "time": 0.0, "reason":
-                                            f"its result cannot be read: {reason}"}, line)
+                self.deliver(task, worker, {
+                    "exitcode": NOT_RUN, "time": 0.0, "ran": True,
+                    "reason": f"its result cannot be read: {reason}"}, line)
         super().complain(link, peer, token, line, reason)
 
     def answer_greetings(self) -> None:
@@ -2941,7 +2943,7 @@ class Worker(Member):
         if ending.signal:
             fields["signal"] = ending.signal
         if ending.reason:
-            fields["reason"] = ending.reason
+            fields.update(reason=ending.reason, ran=ending.time > 0)
         if job.cut or ending.output.size <= INLINE:
             try:
                 fields["stdout"] = to_text(ending.output.read(0, job.cut or INLINE))
@@ -3973,11 +3975,12 @@ class Try(NamedTuple):
     spent: float = 0.0  # ms
     size: int = 0  # bytes of its output, if that is not the reported one
     output: bytes = b""  # the last of these, if there was room
+    ran: bool = False  # for certain
 
     @property
     def began(self) -> bool:
         """Whether the command could be started there."""
-        return self.exitcode not in CANNOT_START or self.spent >= START_TIME
+        return self.ran or self.exitcode not in CANNOT_START or self.spent >= START_TIME
 
     def last_words(self) -> str:
         """The output, for people."""
@@ -4014,7 +4017,8 @@ def unable_hosts(tries: Sequence[Try]) -> List[str]:
 def try_of(fields: Fields) -> Try:
     """What a RESULT says, but for the output."""
     return Try(fields["exitcode"], fields.get("host", "?"), fields.get("worker", ""),
-               fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0))
+               fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0),
+               ran=fields.get("ran", False))
 
 
 def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
@@ -5487,7 +5491,7 @@ class JsonLines(Reporter):
 
     def try_fields(self, one: Try) -> Fields:
         fields = dict(one._asdict(), time=one.spent)
-        for name in ("spent", "size", "output"):
+        for name in ("spent", "size", "output", "ran"):
             del fields[name]
         return fields if self.brief else dict(fields, **in_json("output", one.output))
 
@@ -6149,7 +6153,6 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
               facts: Sequence[Tuple[str, str]], trouble: str = "",
               flaky_counts: bool = False) -> Iterator[str]:
     """The page, in pieces that are UTF-8 without exception."""
-    import base64
     outcomes = sorted(outcomes, key=lambda outcome: outcome.seq)
     counts = Counter(outcome.verdict for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
