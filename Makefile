@@ -65,7 +65,7 @@ demo: setup
 	@export PYTHONUNBUFFERED=1 dir=$$(mktemp -d) run=$(RUN); \
 	$$run testcloud.py broker --clients ipc://$$dir/clients --workers ipc://$$dir/workers & b=$$!; \
 	$$run testcloud.py worker --connect ipc://$$dir/workers & w=$$!; \
-	$$run testcloud.py worker --connect ipc://$$dir/workers & v=$$!; \
+	$$run testcloud.py worker --host other --connect ipc://$$dir/workers & v=$$!; \
 	trap 'kill $$w $$v $$b 2>/dev/null; wait; rm -r $$dir' EXIT; \
 	seq 5 | awk '{print "./pi.py " $$1}' | $$run testcloud.py client --wait 30 --connect ipc://$$dir/clients
 

@@ -1459,6 +1459,44 @@ class BrokerTest(unittest.TestCase):
         self.assertLess(len(b.ranking), 100)
 
 
+class NamesOfHostsTest(unittest.TestCase):
+    """Workers tell NAME/ID; the broker says which NAME to tell from then on."""
+
+    def join(self, desk, peer, host):
+        desk.joins += 1
+        desk.worker(peer, tc.encode("READY", {
+            "name": peer.decode(), "slots": 1, "join": desk.joins, "host": host}))
+        _, line = desk.expect(peer, "OK")
+        return tc.decode(line)[1]["host"]
+
+    def test_two_of_one_name_are_told_apart(self):
+        d = Desk()
+        for peer, told, known in ((b"a", "vm/1b", "vm/1b"), (b"b", "vm/1b", "vm/1b"),
+                                  (b"c", "vm/2c", "vm~2/2c"), (b"d", "vm/3d", "vm~3/3d"),
+                                  (b"e", "x/2c", "x/2c"), (b"f", "vm~2/2c", "vm~2/2c"),
+                                  (b"g", "plain", "plain")):
+            self.assertEqual(self.join(d, peer, told), known)
+        self.assertEqual(len(d.broker.workers_at()), 5)
+
+    def test_after_a_restart_of_the_broker_names_stay(self):
+        d = Desk()
+        self.assertEqual(self.join(d, b"c", "vm~2/2c"), "vm~2/2c")
+        self.assertEqual(self.join(d, b"d", "vm/2c"), "vm/2c")
+        self.assertEqual(self.join(d, b"a", "vm/1b"), "vm~3/1b")
+
+    def test_a_name_is_free_when_its_last_worker_is_forgotten(self):
+        d = Desk()
+        self.join(d, b"a", "vm/1b")
+        self.join(d, b"b", "vm/1b")
+        d.worker(b"a", "BYE")
+        self.assertEqual(self.join(d, b"c", "vm/2c"), "vm~2/2c")
+        d.worker(b"b", "BYE")  # it was started again, and has another id
+        self.assertEqual(self.join(d, b"d", "vm/3d"), "vm/3d")
+        d.worker(b"c", "BYE")
+        d.worker(b"d", "BYE")
+        self.assertEqual((d.broker.mates, d.broker.names.identity), ({}, {}))
+
+
 class OnlyElsewhereTest(unittest.TestCase):
     """What only another host is to run, and is lost if there is none."""
 
@@ -1468,7 +1506,7 @@ class OnlyElsewhereTest(unittest.TestCase):
         d.hello(b"c", "r1")
 
     def submit(self, id=1, **more):
-        self.desk.submit(b"c", id, attempt=2, not_on="h1", elsewhere=True, avoid="w", only=True, **more)
+        self.desk.submit(b"c", id, attempt=2, never_on=["h1"], elsewhere=True, avoid="w", **more)
 
     def expect_nowhere(self, id=1):
         self.desk.expect(b"c", "LOST", tasks=[[id, 2]], fault=tc.NOWHERE)
@@ -1506,8 +1544,32 @@ class OnlyElsewhereTest(unittest.TestCase):
                 d.worker(b"v", "BYE")
                 d.expect(b"c", "LOST", tasks=[[7, 1]])
             else:
-                d.client(b"c", 'SHUN {"hosts":["h2"]}')
+                d.gone(WORKERS, b"v")
+                d.submit(b"c", 8, never_on=["h1"])
+                d.quiet()  # it may be back in a moment
+                d.wait(d.broker.times.lost_grace)
+                d.expect(b"c", "LOST", tasks=[[7, 1]])
             d.expect(b"c", "LOST", tasks=[[1, 2]], fault=tc.NOWHERE)
+            if not leaves:
+                d.expect(b"c", "LOST", tasks=[[8, 1]], fault=tc.NOWHERE)
+
+    def test_a_host_that_is_set_aside_is_better_than_none(self):
+        d = self.desk
+        d.join(b"v", host="h2")
+        d.client(b"c", 'SHUN {"hosts":["h2"]}')
+        self.submit()
+        d.takes(b"v", "r1", 1, attempt=2)
+
+    def test_below_a_broker_there_may_be_no_other_host_but_elsewhere(self):
+        d = self.desk
+        d.join(b"m", slots=2, below=["m"], depth=1, crew=[["h1", 1], ["h2", 1]])
+        self.submit()
+        d.takes(b"m", "r1", 1, attempt=2)
+        d.expect(b"c", "QUEUED")
+        d.worker(b"m", tc.encode("READY", {"name": "m", "crew": [["h1", 2]], "slots": 2}))
+        d.join(b"x", host="h3")
+        d.worker(b"m", tc.encode("LOST", {"tasks": [[1, 2]], "why": "", "fault": tc.NOWHERE}), "r1")
+        d.expect(b"c", "LOST", tasks=[[1, 2]], fault="")
 
     def test_it_runs_on_the_other_host(self):
         d = self.desk
@@ -1523,7 +1585,7 @@ class OnlyElsewhereTest(unittest.TestCase):
         d.answer(above=["b0"], patience=5)
         d.letters.clear()
         d.tell(BROKER, b"", tc.encode("{", {
-            "cmd": "x", "id": 1, "attempt": 2, "not_on": "h1", "only": True}), "up")
+            "cmd": "x", "id": 1, "attempt": 2, "never_on": ["h1"]}), "up")
         d.expect(b"", "QUEUED", token="up")
         d.expect(b"", "LOST", token="up", tasks=[[1, 2]], fault=tc.NOWHERE)
 
@@ -1991,8 +2053,12 @@ class MisbehavingPeersTest(unittest.TestCase):
                 d.tell(link, peer, line)
                 d.expect(peer, "ERROR")
                 d.quiet()
+                if peer != new:
+                    d.tell(link, peer, line)  # the same is not logged again
+                    d.expect(peer, "ERROR")
                 self.assertEqual(len(d.logs), 1)
                 d.logs.clear()
+                d.broker.complaints.clear()
         self.assertEqual((len(d.broker.clients), len(d.broker.workers)), (1, 1))
         d.submit(b"c", 1)
         d.takes(b"w", "r1", 1)
@@ -3296,8 +3362,8 @@ class SimulationTest(unittest.TestCase):
          "            result, output, entry.shown = entry.kept, None, entry.kept_shown\n",
          "            output = b''\n"),
         ("who waits for another host is never told that there is none",
-         "        if not only and task.client.link != BROKER or self.choice", "        if self.choice"
-         "(task) is None or only or self.choice"),
+         "        if not never and task.client.link != BROKER or self.choice", "        if never or "
+         "task.client.link != BROKER or self.choice"),
         ("commands resubmitted to a new broker start at once", "            if self.now < task.until:"
          "\n                task.state = LIMBO", "            if False:\n                pass"),
         ("silent clients are kept for ever", "            else:\n                self.forget_client("
@@ -4961,8 +5027,9 @@ class ClientTest(unittest.TestCase):
         b.effect(tc.Released)
         wanted = []
         for attempt, (exitcode, host) in enumerate(tries, 1):
+            never = sorted({host for code, host in tries[:attempt - 1] if code in tc.CANNOT_START})
             b.expect("{", attempt=attempt, limit=1 if self.client.examined else None,
-                     only=True if not most and attempt > 1 else None)
+                     never_on=never if attempt > 1 and never and most != 1 else None)
             self.result(1, attempt, exitcode, host=host, stdout=f"from {host}")
             wanted += [(line[2].get("on"), line[2].get("not_on")) for line in b.lines if line[1] == "{"]
         reports = [effect for effect in b.effects if isinstance(effect, tc.Report)]
@@ -4981,12 +5048,13 @@ class ClientTest(unittest.TestCase):
                 (1, [(1, "h")], tc.FAIL, 1), (0, [(1, "h")], tc.FAIL, 1),
                 (1, [(127, "h")], tc.FAIL, 127),  # if that is said, not even then
                 (0, [(127, "h"), (0, "i")], tc.OK, 0), (0, [(126, "h"), (1, "i")], tc.FAIL, 1),
-                (0, [(127, "h"), (126, "i")], tc.FAIL, 126),  # all agree
                 (3, [(127, "h"), (0, "i")], tc.OK, 0)]:  # it says nothing about the command
             with self.subTest(tries):
                 wanted, report = self.examine(most, *tries)
-                self.assertEqual(wanted, [(None, "h"), ("h", None), (None, "h"), ("h", None)][
-                    :len(tries) - 1])
+                again = [(None, "h"), ("h", None), (None, "h"), ("h", None)]
+                if tries[0][0] in tc.CANNOT_START:
+                    again = [(None, None)]
+                self.assertEqual(wanted, again[:len(tries) - 1])
                 self.assertEqual((report.entry.verdict, report.result["exitcode"]), (verdict, exitcode))
                 self.assertEqual(self.client.failed, exitcode > 0)
                 self.assertEqual(self.client.flaky, verdict in (tc.FLAKY, tc.ONLY))
@@ -5051,13 +5119,16 @@ class ClientTest(unittest.TestCase):
         for how in ("no other", "interrupted"):
             wanted, report = self.examine(0, (127, "h"))
             b = self.bench
-            self.assertEqual((wanted, report), ([(None, "h")], None))
+            self.assertEqual((wanted, report), ([(None, None)], None))
             self.assertEqual(b.effect(tc.Keep).output, b"from h")
-            b.expect("{", attempt=2, only=True)
+            b.expect("{", attempt=2, never_on=["h"])
             if how == "interrupted":
                 self.client.cancel(130, b.now)
                 b.collect()
             b.hear(tc.encode("LOST", {"tasks": [[1, 2]], "why": how, "fault": tc.NOWHERE}))
+            if how == "interrupted":  # it may pass elsewhere: it has not failed
+                self.assertEqual((b.effect(tc.Exit).status, self.client.stopped), (130, 1))
+                continue
             report = b.effect(tc.Report)
             self.assertEqual((report.kept, report.result["exitcode"]), (True, 127))
             self.assertEqual(self.client.failed, 1)
@@ -5067,22 +5138,150 @@ class ClientTest(unittest.TestCase):
         b = self.bench
         b.lines.clear()
         b.hear('LOST {"tasks":[[1,2]],"why":"worker w is gone","fault":"crash","worker":"w"}')
-        b.expect("{", attempt=3, only=True, not_on="h")
+        b.expect("{", attempt=3, never_on=["h"])
         self.result(1, 3, host="i", stdout="x" * 5, size=tc.INLINE + 1)  # the whole is to be fetched
         b.expect("FETCH", attempt=3)
         b.hear('LOST {"tasks":[[1,3]],"why":"its output is lost"}')
         b.effect(tc.Keep)
         b.quiet_but("DONE", "{")
         b.hear(tc.encode("LOST", {"tasks": [[1, 4]], "why": "none", "fault": tc.NOWHERE}))
-        self.assertEqual(b.effect(tc.Report).result["attempt"], 1)
+        b.quiet()  # that host may come back
+        b.wait(tc.HOST_WAIT + 1)
+        self.assertEqual([e for e in b.effects if isinstance(e, tc.Report)][0].result["attempt"], 1)
 
     def test_what_takes_long_for_such_an_exit_code_did_start(self):
         for exitcode, ms, again in ((127, tc.START_TIME - 1, True), (127, tc.START_TIME, False),
                                     (126, 0, True), (125, 0, False)):
-            self.assertEqual(tc.next_try([tc.Try(exitcode, "h", spent=ms)], 0),
-                             {"not_on": "h", "only": True} if again else None)
+            self.assertEqual(tc.Try(exitcode, "h", spent=ms).began, not again)
         ran = tc.try_of({"exitcode": 126, "host": "h", "reason": "its output is lost", "ran": True})
-        self.assertIsNone(tc.next_try([ran], 0))
+        self.assertTrue(ran.began)
+
+    def refuse(self, id, *hosts):
+        """These hosts, one after the other, cannot start a command."""
+        for attempt, host in enumerate(hosts, 1):
+            self.result(id, attempt, 127, host=host, stdout=host)
+
+    def test_hosts_are_tried_until_one_can_start_it_or_two_agree_that_start_others(self):
+        for able, unable, reported in (
+                ((), "abc", False), ((), "abcdefgh", True), ("a", "ab", False), ("ab", "cd", False),
+                ("ab", "cab", True), ("ab", "ab", True)):
+            self.setUp()
+            self.join()
+            self.add(*map(str, range(1 + len(able))), end=True)
+            for n, host in enumerate(able, 2):
+                self.result(n, host=host)
+            self.refuse(1, *unable)
+            self.assertEqual(1 not in self.client.window, reported, (able, unable))
+            if not reported:
+                self.assertEqual(self.client.window[1].place["never_on"], sorted(unable))
+        self.assertEqual(self.client.failed, 1)
+
+    def test_two_bad_hosts_are_both_set_aside(self):
+        self.join()
+        self.add(*"abc", end=True)
+        for id in (1, 2, 3):
+            self.refuse(id, "h2", "h3")
+            self.result(id, 3, host="h1")
+        self.assertEqual((self.client.shunned, self.client.failed), ({"h2", "h3"}, 0))
+
+    def test_a_host_that_could_start_others_is_waited_for_a_while(self):
+        for returns in (True, False):
+            self.setUp()
+            b = self.bench
+            self.join()
+            self.add("a", "b", end=True)
+            self.result(1, host="h1")
+            self.result(2, 1, 127, host="h2/9c", stdout="why", size=3)
+            nowhere = tc.encode("LOST", {"tasks": [[2, 2]], "why": "none", "fault": tc.NOWHERE})
+            b.hear(nowhere)
+            b.lines.clear()
+            b.effects.clear()
+            b.answer(hosts=1, slots=2, workers=1)
+            b.wait(tc.NOTICE_DELAY + 0.1)
+            self.assertIn("could not be started on h2", b.effect(tc.Notice).text)
+            if returns:
+                b.answer(hosts=2, slots=4, workers=2)
+                sent = [fields for _, verb, fields in b.lines if verb == "{"]
+                self.assertEqual([(f["attempt"], f["never_on"]) for f in sent], [(3, ["h2/9c"])])
+                self.result(2, 3, host="h1")
+            else:
+                b.wait(tc.HOST_WAIT)
+            self.assertEqual((self.client.reported, self.client.failed), (2, int(not returns)))
+
+    def test_who_waits_for_a_host_is_stopped_with_the_rest(self):
+        self.join()
+        self.add("a", "b", end=True)
+        self.result(1, host="h1")
+        self.refuse(2, "h2")
+        self.bench.hear(tc.encode("LOST", {"tasks": [[2, 2]], "why": "", "fault": tc.NOWHERE}))
+        self.client.cancel(130, self.bench.now)
+        self.bench.collect()
+        self.assertEqual((self.client.stopped, self.client.failed, self.client.left), (1, 0, True))
+
+    def test_retries_follow_when_no_host_can_start_it(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", end=True)
+        self.refuse(1, "h1")
+        b.hear(tc.encode("LOST", {"tasks": [[1, 2]], "why": "", "fault": tc.NOWHERE}))
+        self.assertEqual(self.client.window[1].place, {"not_on": "h1", "elsewhere": True})
+        self.result(1, 3, host="h1")
+        self.assertEqual((self.client.reported, self.client.failed, self.client.flaky), (1, 0, 0))
+
+    def test_retries_end_even_if_no_host_can_start_it_any_more(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        self.bench = Bench(self.client)
+        self.join()
+        self.add("a", end=True)
+        self.result(1, 1, 1, host="h1")
+        for attempt in (2, 4):
+            self.assertEqual(self.client.reported, 0)
+            self.result(1, attempt, 127, host="h1")
+            self.bench.hear(tc.encode("LOST", {
+                "tasks": [[1, attempt + 1]], "why": "", "fault": tc.NOWHERE}))
+            self.bench.wait(tc.HOST_WAIT)
+        self.assertEqual((self.client.reported, self.client.failed), (1, 1))
+
+    def test_what_costs_workers_elsewhere_is_reported_as_that(self):
+        self.examine(0, (127, "h"))
+        for attempt in (2, 3, 4):
+            self.bench.hear(tc.encode("LOST", {
+                "tasks": [[1, attempt]], "why": "gone", "fault": tc.CRASH, "worker": "w"}))
+        report = [effect for effect in self.bench.effects if isinstance(effect, tc.Report)][0]
+        self.assertEqual((report.kept, report.result["exitcode"]), (False, tc.NOT_RUN))
+        self.assertIn("3 workers were lost", report.result["reason"])
+
+    def test_a_pass_is_not_forgotten_if_its_first_host_cannot_start_it_any_more(self):
+        _, report = self.examine(3, (1, "h"), (0, "i"))
+        self.assertIsNone(report)
+        self.result(1, 3, 127, host="h")
+        report = [effect for effect in self.bench.effects if isinstance(effect, tc.Report)][0]
+        self.assertEqual((report.kept, report.result["host"]), (True, "i"))
+        self.assertEqual(report.entry.verdict, tc.FLAKY)
+        self.assertEqual(self.client.examined, 0)
+
+    def test_hosts_set_aside_are_told_by_identity(self):
+        self.join()
+        self.add(*"abc", end=True)
+        for id in (1, 2, 3):
+            self.refuse(id, "vm/1b")
+            self.result(id, 2, host="vm/2c")
+        self.assertEqual(self.client.shunned, {"vm"})
+        self.assertIn(("SHUN", {"hosts": ["vm/1b"]}), [line[1:3] for line in self.bench.lines])
+
+    def test_what_a_kept_try_showed_counts_if_that_is_reported(self):
+        self.client = tc.Client("r1", wishes=tc.Wishes(live=True))
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", end=True)
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"not found")
+        self.result(1, 1, 127, host="h", stdout="not found", size=9)
+        self.assertEqual(self.client.window[1].shown, 0)
+        b.effects.clear()
+        b.hear(tc.encode("LOST", {"tasks": [[1, 2]], "why": "", "fault": tc.NOWHERE}))
+        self.assertEqual(b.effect(tc.Report).entry.shown, 9)
 
     def test_a_large_output_of_what_could_not_be_started_is_fetched_before(self):
         self.join()
@@ -5095,7 +5294,7 @@ class ClientTest(unittest.TestCase):
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"x" * (tc.INLINE + 5))
         b.effect(tc.Store)
         self.assertIsNone(b.effect(tc.Keep).output)
-        b.expect("{", attempt=2, only=True)
+        b.expect("{", attempt=2, never_on=["h"])
 
     def test_a_host_that_can_start_nothing_is_set_aside(self):
         self.join()
@@ -5618,7 +5817,7 @@ class ReportingTest(unittest.TestCase):
             "2, 1 with exit code 4", "  FAIL(1) on h: c0"])
         self.assertEqual(lines[25:-2], [
             "  FAIL(2) on h: c9", "  and 3 more",
-            "12 of 13 failures were on h, where nothing passed; try --retries 2",
+            "12 of 13 failures were on h, where nothing passed; try --retries 3",
             "To run just these again: do it again",
             "1 command could not be started on h, and ran elsewhere"])
 
@@ -5631,7 +5830,30 @@ class ReportingTest(unittest.TestCase):
             self.client = tc.Client("r1", wishes=tc.Wishes(tries=retries))
             for host, exitcode in results:
                 self.report("c", exitcode, host=host)
-            self.assertEqual(bool(self.end().bad_host), suspected)
+            self.assertEqual(bool(self.end().bad_hosts), suspected)
+
+    def test_what_is_kept_counts_only_if_it_is_reported(self):
+        for kept in (True, False):
+            self.text("-b")
+            entry = self.entry("a")
+            first, then = ({"exitcode": code, "time": 1.0, "host": "h"} for code in (127, 0))
+            entry.tries = {1: tc.try_of(first), 2: tc.try_of(then)}
+            self.reports.keep(tc.Keep(entry, first, b"first"))
+            self.reports.report(tc.Report(entry, first, None, True) if kept else
+                                tc.Report(entry, then, b"then"))
+            self.assertEqual(self.end().ran, 1)
+            self.assertEqual(self.reports.tally.hash(), naive_hash(
+                [(b"a", 127, b"first") if kept else (b"a", 0, b"then")]))
+
+    def test_what_is_flaky_is_listed_if_it_counts_as_failed(self):
+        out = self.text("-b")
+        self.client = tc.Client("r1", wishes=tc.Wishes(fail_on_flaky=True, tries=3))
+        self.reports.flaky_counts = True
+        self.report("a", tries=[(1, "i")])
+        self.report("b", 3)
+        self.end()
+        self.assertIn("\n2 of 2 commands failed: 1 with exit code 3, 1 flaky\n  FLAKY! a\n"
+                      "  FAIL(3) b\n", out.getvalue().decode())
 
     def test_nothing_run_is_no_success(self):
         for given, empty in (({}, False), ({"may_be_empty": False}, True),
@@ -5649,7 +5871,8 @@ class ReportingTest(unittest.TestCase):
         for exitcode, more, words in (
                 (137, {"signal": 9}, "testcloud: killed by SIGKILL"), (255, {}, ""), (3, {}, ""),
                 (139, {}, "testcloud: exit code 139 is that of a process killed by SIGSEGV"),
-                (143, {"reason": "stopped"}, "testcloud: stopped"), (128 + 200, {"signal": 200}, "")):
+                (143, {"reason": "stopped"}, "testcloud: stopped"),
+                (165, {"signal": 37}, "testcloud: killed by signal 37")):
             out.truncate(0)
             self.report("c", exitcode, **more)
             self.assertEqual(out.getvalue().decode().split("\n")[1], words)
@@ -7209,6 +7432,39 @@ class KeyFilesTest(unittest.TestCase):
                          {"alice", *(f"n{n}" for n in range(8))})
 
 
+class RefusalsTest(unittest.TestCase):
+    def setUp(self):
+        self.refusals, self.now = tc.Refusals(), 100.0
+
+    def said(self, *texts, after=0.0, unless=()):
+        """What is logged when these are told, and so much later."""
+        with mock.patch.object(tc.time, "monotonic", lambda: self.now), \
+                mock.patch.object(tc.logging, "warning") as log:
+            for text in texts:
+                self.refusals.tell(self.now, text, unless)
+            self.now += after
+            self.refusals.look()
+        return [call.args[1] for call in log.call_args_list]
+
+    def test_what_goes_on_is_said_once_and_again_when_it_had_ceased(self):
+        self.assertEqual([self.said("a", after=tc.REFUSAL_INTERVAL - 1) for _ in range(3)],
+                         [["a"], [], []])
+        self.said(after=2)
+        self.assertEqual(self.said("a"), ["a"])
+
+    def test_what_is_vague_waits_for_better_words(self):
+        self.assertEqual(self.said("at h: perhaps", unless=("at h",)), [])
+        self.assertEqual(self.said("at h: surely", after=tc.REFUSAL_DELAY), ["at h: surely"])
+        self.assertEqual(self.said("at i: perhaps", "at i: perhaps", unless=("at i",)), [])
+        self.assertEqual(self.said(after=tc.REFUSAL_DELAY), ["at i: perhaps"])
+        self.assertEqual(self.refusals.held, {})
+
+    def test_many_things_are_too_many(self):
+        self.assertEqual(len(self.said(*map(str, range(50)))), tc.MAX_REFUSALS)
+        self.said(after=tc.REFUSAL_INTERVAL)
+        self.assertEqual(self.said("x"), ["x"])
+
+
 class KeysTest(unittest.TestCase):
     """Who holds what, tries what, and what must happen; over real sockets."""
 
@@ -7735,22 +7991,24 @@ class CommandLineTest(unittest.TestCase):
 
     def test_templates_that_would_not_do_what_they_say_are_refused(self):
         for words, hint in (
-                (["rm", "-rf", "old stuff/{}"], """'rm -rf "old stuff/"{}'"""),
-                (["cmd", "", "{}"], """'cmd '"'"''"'"' {}'"""),
-                (["a", "$x y"], """a '"'"'$x y'"'"''"""),
-                (["sh", "-c", "echo {}; date"], "'echo {}; date'"),
-                (["bash", "-c", "echo {};"], """'bash -c '"'"'echo "$1";'"'"' - {}'"""),
+                (["rm", "-rf", "old stuff/{}"], "write it as one word"), (["a", "", "{}"], "be empty"),
+                (["sh", "-c", "echo {}; date"], "have a space in it"),
                 (['wc -c "{}"'], "{} stands in quotes"), (["wc", "'{}'"], "{} stands in quotes"),
                 (["""curl -d '{"a": {}}'"""], "write {''}"), (['"$(echo "{.}")"'], "{.} stands in q"),
                 ([r"""'\'"{1}" """], "{1} stands in quotes"), (["{%}"], "$TESTCLOUD_SLOT"),
                 (["{2}"], "--colsep"), (["{0}"], "write {''0}"), (["{-1}"], "{-1} has no meaning"),
                 (["{= s/a/b/ =}"], "has no meaning"), (["{##}"], "{##} has"), (["{..}"], "{..} has"),
-                (["x", "[0-9]{3}"], "write {''3}")):
+                (["x", "[0-9]{3}"], "write {''3}"), (['sed "s/{}/x/"'], 'write {""}'),
+                (['grep -E "a{3}" {}'], 'write {""3}'), ([r"echo '\{}'"], "in quotes"),
+                ([r'echo "x\{}"'], "in quotes"), ([r"echo \{}"], "after a backslash"),
+                (["cat <<X\n{}\nX"], "in a here-document"), (["echo `basename {}`"], "in `...`"),
+                (['echo "a # b" "{}"'], "in quotes"), (['echo "a # {}"'], "in quotes")):
             with self.assertRaises(tc.UsageError) as caught:
                 tc.read_template(words, 1)
             self.assertIn(hint, str(caught.exception))
         for template in ("convert {} {}.jpg && rm {}", '"a b"/{}', "'it'{}\"s\"",
-                         '"$(wc -c {})"', '"`wc {}`"', r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
+                         '"$(wc -c {})"', "true # don't\necho {}", r"\\{}",
+                         "cat <<< {}", r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
                          "(cd {}; ls)", "{1}{.}{//}"):
             self.assertEqual(tc.read_template([template], 1), template)
         self.assertEqual(tc.read_template(["a", "{7}"], math.inf), "a {7}")
@@ -7771,7 +8029,9 @@ class CommandLineTest(unittest.TestCase):
                 ("x ::: a b ::: c d", b"", ["ac", "ad", "bc", "bd"]), ("::: a", b"", ["a"]),
                 ("x ::: a b c :::+ d e", b"", ["ad", "be"]), ("x :::: f", b"1\n2\n", ["1", "2"]),
                 ("x ::: a b :::+ c d ::: e f", b"", ["ace", "acf", "bde", "bdf"]),
-                ("x ::: a :::: f", b"1\n2\n", ["a1", "a2"]), ("x :::", b"no", []),
+                ("x ::: a :::: f", b"1\n2\n", ["a1", "a2"]),
+                ("x ::: a b :::+ c d :::: f", b"1\n\n",
+                 ["ac1", ("a", "c", ""), "bd1", ("b", "d", "")]), ("x :::", b"no", []),
                 ("-0 x :::: f", b"a\nb\0c", [("a\nb",), ("c",)]),
                 ("-n 2 x", b"1\n2\n3\n", ["12", "3"]), ("-n 2 x ::: a b", b"", ["ab"]),
                 ("-n 9 x", b"", []), ("--colsep , x", b"a,b\nc\n,\n", ["ab", "c", ("", "")]),
@@ -7788,7 +8048,8 @@ class CommandLineTest(unittest.TestCase):
                 ("-L 2 x", "-n N"), ("--results d x", "--json"), ("--wd d x", "--cwd"),
                 ("--pipe x", "no stdin"), ("--bar", "--progress"), ("--retry 2 x", "mean --retries?"),
                 ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
-                ("--joblgo=x ls", "--joblog?"), ("-q x", "one word")):
+                ("--joblgo=x ls", "--joblog?"), ("-q x", "one word"), ("--group x", "never"),
+                ("--block 1k x", "no option --block (see")):
             status, out, err = self.main("client", *words.split())
             self.assertEqual((status, out, err.count("\n")), (2, "", 1))
             self.assertIn(hint, err)
@@ -7806,7 +8067,7 @@ class CommandLineTest(unittest.TestCase):
             "client", "--local", "--joblog", os.devnull, "false", ":::", "a")
         self.assertEqual(status, 1)
         self.assertRegex(out, r"To run just these again: python3 \S+ client --resume-failed --local "
-                              r"--joblog /dev/null false ::: a\n")
+                              r"--joblog /dev/null -- false ::: a\n")
         status, out, err = self.main_process("client", "x", "::::", "/no/such")
         self.assertEqual((status, err), (
             3, "testcloud: cannot read /no/such: No such file or directory\n"))
@@ -7819,6 +8080,14 @@ class CommandLineTest(unittest.TestCase):
         done = subprocess.run([sys.executable, SCRIPT, *argv], stdin=silent, capture_output=True,
                               text=True, timeout=PATIENCE)
         return done.returncode, done.stdout, done.stderr
+
+    def test_commands_find_their_directory_in_pwd(self):
+        with tempfile.TemporaryDirectory() as folder:
+            link = os.path.join(folder, "link")
+            os.symlink("/", link)
+            for more in ("", "--env=A=b"):
+                argv = ["client", "--local", "--raw", "-C", link, *filter(None, [more]), ":::", "pwd"]
+                self.assertEqual(self.main_process(*argv)[1], link + "\n")
 
     def test_a_directory_from_the_workers_home(self):
         with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, HOME=home):
@@ -7895,6 +8164,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "-n", "2", ":::", "a"], ["client", "--colsep", "x", ":::", "a"],
                      ["client", "-n", "2", "--colsep", ",", "x"], ["client", "--colsep", "[", "x"],
                      ["client", "-n", "2", "x", ":::", "a", ":::", "b"], ["client", "echo", "{2}"],
+                     ["client", "x", "::::"], ["client", "--colsep", "|", "x"],
                      ["worker", "--weight", "heavy"], ["worker", "--weight", "1" + "0" * 12],
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
                      ["client", "--timeout", "3x"], ["client", "--timeout", "3sm"],
@@ -8744,7 +9014,9 @@ tc.complain = complain"""
         """A script of its own, whose python3 lacks pyzmq, beside a .venv with that interpreter."""
         script = shutil.copy(SCRIPT, self.dir)
         venv = os.path.join(self.dir, ".venv")
-        os.makedirs(os.path.join(venv, "lib", "python3", "site-packages", "zmq"), exist_ok=True)
+        package = pathlib.Path(venv, "lib", "python3", "site-packages", "zmq")
+        package.mkdir(parents=True, exist_ok=True)
+        (package / "__init__.py").touch()
         os.makedirs(os.path.join(venv, "bin"), exist_ok=True)
         python = os.path.join(venv, "bin", "python")
         with open(python, "w") as file:

@@ -378,7 +378,7 @@ MESSAGES: Dict[str, Spec] = {
         "careful": flag,  # workers were lost with it: let no others wait behind it
         "elsewhere": flag,  # wait for another than the one to avoid, if there is one
         "on": text, "not_on": text,  # hosts: wait for it, or for another, if there is one
-        "only": flag,  # if there is no other, it is LOST
+        "never_on": texts,  # hosts: if there is no other, it is LOST
         "needs": texts,  # labels that a worker must have
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
@@ -402,7 +402,7 @@ MESSAGES: Dict[str, Spec] = {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
         "lacks": text,  # what the client's commands wait for, if it may wait for ever
-        "note": text,  # for the person who has started the worker
+        "note": text, "host": text,  # for who has started the worker; as what it is known
         "patience": number}),  # seconds after which a silent peer is given up
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
@@ -625,8 +625,8 @@ class Machine:
         self.effects: List[Any] = []
         self.now: Seconds = 0.0  # the time of the event in hand
         self.last_complaint = ""  # the reason in the last ERROR that we got
-        self.complaints = 0  # about bad messages, until then
-        self.complain_at: Seconds = 0.0
+        # about bad messages: those that were told, until when they need not be told again
+        self.complaints: Dict[str, Seconds] = {}
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
             fields: Optional[Fields] = None) -> None:
@@ -648,7 +648,7 @@ class Machine:
         self.now = now
         self.heard(link, peer)
         bad = 0
-        if not body:
+        if not body.strip(b"\n"):
             self.complain(link, peer, token, body, "an empty message")
         for line in body.split(b"\n"):
             if not line:
@@ -657,7 +657,9 @@ class Machine:
                 verb, fields = decode(line)
                 name = self.HANDLERS.get((link, verb))
                 if name is None:
-                    raise ProtocolError(f"{verb} is not understood on the link to {link}")
+                    other = [other for other, known in self.HANDLERS if known == verb and other != link]
+                    raise ProtocolError(f"{verb} is not understood on the link to {link}" + (
+                        f", but on that to {other[0]}: is the port right?" if other else ""))
                 if self.accepts(link, verb):
                     getattr(self, name)(Message(link, peer, token, verb, fields, line, data))
             except ProtocolError as error:
@@ -670,11 +672,12 @@ class Machine:
 
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
         """Answer a bad message with ERROR; one that is itself an ERROR only with a log line."""
-        if self.now >= self.complain_at:
-            self.complain_at, self.complaints = self.now + COMPLAINT_INTERVAL, 0
-        self.complaints += 1
-        if self.complaints <= MAX_COMPLAINTS:
-            self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+        for old in [old for old, when in self.complaints.items() if when <= self.now]:
+            del self.complaints[old]
+        if reason in self.complaints or len(self.complaints) < MAX_COMPLAINTS:
+            if reason not in self.complaints:
+                self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+            self.complaints[reason] = self.now + COMPLAINT_INTERVAL
         if not line.startswith(b"ERROR"):
             self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
 
@@ -929,19 +932,19 @@ class Watch:
 
 class HostNames:
     """Names to show for hosts. An identity is NAME/ID, as its worker tells; those with the same NAME
-    are vm, vm~2, in the order in which they are seen. One without ID (a plain worker's) is a name."""
+    are vm, vm~2, in the order in which they are seen. A broker has its workers take these, so that
+    all who ask see the same. One without ID (a plain worker's) is a name."""
 
     def __init__(self) -> None:
-        self.shown: Dict[str, str] = {}  # by identity
         self.identity: Dict[str, str] = {}  # by what is shown
 
     def show(self, identity: str) -> str:
-        if identity not in self.shown:
-            name = identity.rpartition("/")[0] or identity
-            names = itertools.chain([name], (f"{name}~{n}" for n in itertools.count(2)))
-            free = next(name for name in names if name not in self.identity)
-            self.shown[identity], self.identity[free] = free, identity
-        return self.shown[identity]
+        name, _, id = identity.rpartition("/")
+        names = itertools.chain([name], (f"{name.partition('~')[0]}~{n}" for n in itertools.count(2)))
+        for shown in names if name else [identity]:
+            if self.identity.setdefault(shown, identity).rpartition("/")[2] == id:
+                return shown
+        return identity
 
 
 class Member(Machine):
@@ -1171,18 +1174,16 @@ class Wanted(NamedTuple):
     on: str = ""  # by this host
     not_on: str = ""  # by another host
     avoid: str = ""  # by another worker
-    only: bool = False  # the wish for another host is a need
+    never: FrozenSet[str] = frozenset()  # hosts: by none of these, whoever is left
 
     def choose(self, workers: Iterable[WorkerLink]) -> Set[WorkerLink]:
         left = [(host, worker) for worker in workers for (host, labels), slots in worker.crew.items()
-                if slots and self.needs <= labels]
+                if slots and self.needs <= labels and host not in self.never]
         for wish in (lambda host, worker: host not in self.shunned,
                      lambda host, worker: not self.on or host == self.on,
                      lambda host, worker: host != self.not_on,
                      lambda host, worker: worker.name != self.avoid):
             left = [row for row in left if wish(*row)] or left
-        if self.only:
-            left = [(host, worker) for host, worker in left if host != self.not_on]
         return {worker for _, worker in left}
 
 
@@ -1265,6 +1266,8 @@ class Broker(Machine):
         self.plain_peers = 0
         self.keys: Dict[Tuple[str, Peer], str] = {}  # public, of peers that have proven to have them
         self.keyed = False  # whether all have such
+        self.names = HostNames()
+        self.mates: Dict[str, Dict[WorkerLink, None]] = {}  # all but plain workers, by host
         self.session = Session(self, "READY", self.greeting, times) if chained else None
         self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
@@ -1430,6 +1433,7 @@ class Broker(Machine):
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
         """The same; an ERROR to a plain worker has no token, so that its answer has none."""
         worker = self.workers.get(peer) if link == WORKERS else None
+        token = "" if link == WORKERS and worker is None else token
         if worker is not None and worker.plain:
             worker.deaf |= line.startswith(TAKEN_FOR_COMMANDS)
             its_result, token = line.startswith(b"RESULT") and token == worker.token, ""
@@ -1534,7 +1538,6 @@ class Broker(Machine):
         worker.below = fields.get("below", worker.below)
         worker.depth = fields.get("depth", worker.depth)
         worker.load = fields.get("load", worker.load)
-        worker.host = fields.get("host") or worker.host
         worker.labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
         crew = {(host, frozenset(labels)): n for host, n, *labels in fields["crew"]} \
             if "crew" in fields else {(worker.host, worker.labels): slots}
@@ -1565,6 +1568,8 @@ class Broker(Machine):
         fields = self.whole(peer, message.fields)
         if worker is None:
             worker = self.named[name] = WorkerLink(peer, name, False)
+            worker.host = self.name_of_host(fields.get("host") or name)
+            self.mates.setdefault(worker.host, {})[worker] = None
             self.log(logging.INFO, f"worker {printable(name)} joined")
             self.slots += worker.slots
         elif worker.peer is None:
@@ -1586,16 +1591,22 @@ class Broker(Machine):
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(recall)
         self.say(WORKERS, peer, "", "OK",
-                 dict(self.state_for_worker(), join=message.fields["join"], note=note))
+                 dict(self.state_for_worker(), join=message.fields["join"], note=note,
+                      host=worker.host))
         for run, tasks in unwanted.items() if worker.below else ():
             # in between, workers of its own may have told it of these
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(resend)
 
+    def name_of_host(self, told: str) -> str:
+        """The identity of a host, as its workers are to tell it from now on."""
+        name, _, id = told.rpartition("/")
+        return f"{self.names.show(told)}/{id}" if name else told
+
     def tell_apart(self, worker: WorkerLink) -> str:
         """What to tell a worker whose user has others on the same host, as after a lost ssh; or ""."""
-        others = [other for other in self.workers.values() if other is not worker and worker.user
-                  and (other.user, other.host) == (worker.user, worker.host)]
+        others = [other for other in self.mates[worker.host] if other is not worker and worker.user
+                  and other.user == worker.user and other.peer is not None]
         if not others:
             return ""
         slots = counted(sum(other.slots for other in others), "slot")
@@ -1684,6 +1695,10 @@ class Broker(Machine):
         if not worker.plain:
             self.named.pop(worker.name, None)
             self.away.pop(worker.name, None)
+            del self.mates[worker.host][worker]
+            if not self.mates[worker.host]:
+                del self.mates[worker.host]
+                self.names.identity.pop(worker.host.rpartition("/")[0], None)
         self.workers_seen.pop(worker, None)
         self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
@@ -1789,7 +1804,7 @@ class Broker(Machine):
     def note_wishes(self, task: Task, fields: Fields) -> None:
         task.avoid = fields.get("avoid", "")
         task.careful = fields.get("careful", False)
-        if {"needs", "elsewhere", "on", "not_on"} & set(fields):
+        if {"needs", "elsewhere", "on", "not_on", "never_on"} & set(fields):
             needs = frozenset(fields.get("needs", ()))
             if needs != task.client.needs:
                 task.client.needs = needs
@@ -1798,13 +1813,12 @@ class Broker(Machine):
                     self.answer_at = min(self.answer_at, self.now + OK_DELAY)
             task.wanted = Wanted(needs, on=fields.get("on", ""), not_on=fields.get("not_on", ""),
                                  avoid=task.avoid if fields.get("elsewhere") else "",
-                                 only=fields.get("only", False))
+                                 never=frozenset(fields.get("never_on", ())))
 
     def on_shun(self, message: Message) -> None:
         client = self.client_of(message)
         if client is not None:
             client.shunned = frozenset(message.fields["hosts"])
-            self.hand_back([client])
             self.tell_shunned(client, [w for w in self.workers.values() if w.below])
 
     def tell_shunned(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
@@ -1840,7 +1854,7 @@ class Broker(Machine):
                 return
         client.queue(task, fields.get("again", False) or task.attempt > 1)
         self.take_turn(client)
-        if task.wanted.only:
+        if task.wanted.never:
             self.hand_back([client])
 
     def take_turn(self, client: ClientLink) -> None:
@@ -2096,12 +2110,15 @@ class Broker(Machine):
                 waiting = [task for task in client.next_tasks() if self.refuse(task)]
 
     def refuse(self, task: Task) -> bool:
-        """Lose a task that no worker here may run, if its owner should not wait for one: if only
-        another host was to run it, or if the owner is the broker above. Returns whether it is lost."""
-        only = task.wanted.only
-        if not only and task.client.link != BROKER or self.choice(task) != frozenset():
+        """Lose a task that no worker here may run, if its owner should not wait for one: if other hosts
+        only were to run it, or if the owner is the broker above. Returns whether it is lost."""
+        never = task.wanted.never
+        away = (self.named[name].crew for name in self.away)
+        if never and any(host not in never for crew in away for host, _ in crew):
+            return False  # it may be back in a moment
+        if not never and task.client.link != BROKER or self.choice(task) != frozenset():
             return False
-        if only:
+        if never:
             self.lose(task, "there is no other host", NOWHERE)
         else:
             self.lose(task, "nobody here has the labels that it needs", told=True)
@@ -2242,8 +2259,10 @@ class Broker(Machine):
         if worker is None:
             return
         for task in self.tasks_at(worker, message):
-            self.lose(task, printable(message.fields["why"], 200), message.fields.get("fault", ""),
-                      told=True)
+            fault = message.fields.get("fault", "")
+            if fault == NOWHERE and self.choice(task) != frozenset():
+                fault = ""  # below that broker is no other host, but elsewhere
+            self.lose(task, printable(message.fields["why"], 200), fault, told=True)
 
     def lose(self, task: Task, why: str, fault: str = "", told: bool = False) -> None:
         """This attempt will bring no result, as its worker has told, or as we have to assume. Its
@@ -2288,9 +2307,7 @@ class Broker(Machine):
             self.answer_greetings()
         if self.count_again <= self.now:
             self.count_answers_again()
-        if self.crew_changed:
-            self.hand_back([*self.clients.values()])
-        elif self.session:
+        if self.session:
             self.hand_back([client for client in self.turns if client.link == BROKER])
         self.dispatch()
         self.recall()
@@ -2324,6 +2341,10 @@ class Broker(Machine):
 
     def on_status(self, message: Message) -> None:
         """Somebody wants to see the cloud. That is much to tell: once for all who ask meanwhile."""
+        self.answers["STATUS", CLIENTS, message.peer] += 1
+        self.count_again = min(self.count_again, self.now + 1)
+        if self.answers["STATUS", CLIENTS, message.peer] > ANSWERS:
+            return
         self.viewers[message.peer] = None
         self.answer_at = min(self.answer_at, self.now + OK_DELAY)
 
@@ -2622,6 +2643,9 @@ def owner_of(name: str) -> str:
     return name.partition(".")[2]
 
 
+NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
+
+
 def cut_mark(sent: int, size: int) -> str:
     return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
 
@@ -2641,7 +2665,7 @@ def cut_output(output: bytes, size: int) -> str:
 def plain_workers_fields(message: Message) -> Fields:
     """What we pass on of a plain worker's RESULT: the fields of the seed, in bounds."""
     fields = message.fields
-    stdout = fields.get("stdout", "")
+    stdout = NO_BYTE.sub("\ufffd", fields.get("stdout", ""))
     if len(message.line) > MAX_RESULT:
         stdout = cut_output(to_bytes(stdout), 0)
     return {"exitcode": fields["exitcode"], "time": fields.get("time", 0.0), "stdout": stdout}
@@ -2872,6 +2896,7 @@ class Worker(Member):
     def on_ok(self, message: Message) -> None:
         if self.session.ok(message.fields):
             self.log(logging.INFO, "joined the broker")
+            self.host = message.fields.get("host", self.host)
             if message.fields.get("note"):
                 self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
             for run, id, attempt in self.session.announced["running"]:
@@ -3413,7 +3438,7 @@ class Process:
 
 
 # what a command finds of itself in its environment; ours may have it from a command that we are
-MARKS = tuple(b"TESTCLOUD_" + name for name in (b"RUN", b"SEQ", b"ATTEMPT", b"SLOT", b"WORKER"))
+MARKS = (*(b"TESTCLOUD_" + name for name in (b"RUN", b"SEQ", b"ATTEMPT", b"SLOT", b"WORKER")), b"PWD")
 
 
 class Spawner:
@@ -3650,11 +3675,12 @@ class Runner:
         """What a command can know of itself, for its environment."""
         run, id, attempt = job.key
         return [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
-            MARKS, (run, id, attempt, slot, self.name))]
+            MARKS, (run, id, attempt, slot, self.name))] + [b"PWD=" + to_bytes(job.cwd or os.getcwd())]
 
     def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
         job.output = output = Output(job.limit, job.split)
+        job.cwd = job.cwd and os.path.expanduser(job.cwd)
         wall, began = time.time(), time.monotonic()
         try:
             process = self.spawn(job, slot)
@@ -3719,8 +3745,6 @@ class Runner:
     def start_shell(self, job: Job, marks: List[bytes]) -> Process:
         """Start a shell with a job's command. What cannot be done the quick way is done, or found
         to be impossible and why, the slow way."""
-        if job.cwd is not None:
-            job.cwd = os.path.expanduser(job.cwd)
         apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
         argv = [b"/bin/sh", b"-c", apart + to_bytes(job.cmd)]
         cwd = None if job.cwd is None else to_bytes(job.cwd)
@@ -3961,6 +3985,9 @@ TRY_OUTPUTS = 16 * 1024 * 1024  # and in all: the rest of a run in which everyth
 SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
 CANNOT_START = (126, 127)  # exit codes of sh: what it was to run is not there, or is no program
 START_TIME = 1000.0  # ms: a command that takes longer for such an exit code did start
+START_HOSTS = 8  # that are tried for a command, until one can start it,
+AGREED = 2  # or so many cannot that can start others: then it is the command's fault
+HOST_WAIT: Seconds = 10.0  # for a host to come back that could start others
 EXAMINE_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
 
 
@@ -4008,10 +4035,9 @@ def only_host(tries: Sequence[Try]) -> str:
     return next(row.host for row in tries if row.exitcode and row.began)
 
 
-def unable_hosts(tries: Sequence[Try]) -> List[str]:
-    """The hosts on which a command could not be started, if others could."""
-    able = [row.host for row in tries if row.began]
-    return sorted({row.host for row in tries if not row.began}.difference(able)) if able else []
+def unable_hosts(tries: Iterable[Try]) -> List[str]:
+    """The hosts on which a command could not be started."""
+    return sorted({row.host for row in tries if not row.began})
 
 
 def try_of(fields: Fields) -> Try:
@@ -4023,25 +4049,24 @@ def try_of(fields: Fields) -> Try:
 
 def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
     """Where to try again what has failed, in turn on another host and on the first one again. A pass
-    elsewhere is followed by one more try on the first, which shows whose fault it was. Without
-    retries (`most` is 0) only what could not be started is tried again, and only if there is another
-    host. None if it is to be tried no more."""
-    first = tries[0]
-    if not most and len(tries) == 1 and not first.began:
-        return {"not_on": first.host, "only": True}
+    elsewhere is followed by one more try on the first, which shows whose fault it was. Tries that
+    could not be started do not count once one could. None if it is to be tried no more."""
+    tries = [row for row in tries if row.began] if tries[-1].began else tries
     if len(tries) >= most:
         return None
+    first = tries[0].host
     if tries[-1].exitcode == 0:
-        doubtful = [row.host for row in tries[:-1]] == [first.host] and tries[-1].host != first.host
-        return {"on": first.host} if doubtful and first.began else None
-    return {"not_on": first.host} if len(tries) % 2 else {"on": first.host}
+        doubtful = [row.host for row in tries[:-1]] == [first] and tries[-1].host != first
+        return {"on": first} if doubtful else None
+    return {"not_on": first} if len(tries) % 2 else {"on": first}
 
 
 class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
-    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "again", "worker",
-                 "since", "avoid", "result", "asked", "got", "shown", "kept_shown", "due", "verdict")
+    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "nowhere", "again",
+                 "worker", "since", "avoid", "result", "asked", "got", "shown", "kept_shown", "due",
+                 "verdict")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -4054,6 +4079,7 @@ class Entry:
         # what to report, while a failure is looked into: a pass, or what could not be started, unless
         # it can be elsewhere
         self.kept: Optional[Fields] = None
+        self.nowhere = False  # there is no other host that might start it
         self.again = False  # this attempt has been submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
         self.since: Seconds = 0.0  # when it did
@@ -4154,6 +4180,8 @@ class Client(Member):
         self.names = HostNames()  # the broker is told identities; all else here is by what is shown
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
+        self.able: Set[str] = set()  # hosts that could start some
+        self.homeless: Dict[int, Seconds] = {}  # of the window, which wait for a host; until when
         self.shunned: Set[str] = set()  # hosts
         self.held_up = False  # who reads what running commands print does not keep up
         self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
@@ -4208,6 +4236,8 @@ class Client(Member):
                   **entry.place, **self.standing}
         for key in {"on", "not_on"} & entry.place.keys():
             fields[key] = self.names.identity.get(fields[key], fields[key])
+        if "never_on" in fields:
+            fields["never_on"] = [self.names.identity.get(host, host) for host in fields["never_on"]]
         if entry.again:
             fields["again"] = True
             if entry.worker:
@@ -4301,6 +4331,9 @@ class Client(Member):
         self.slots, self.workers, self.hosts = (
             message.fields.get(name, 0) for name in ("slots", "workers", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
+        for entry in [self.window[id] for id in self.homeless]:
+            if self.session.joined and self.hosts > len(unable_hosts(entry.tries.values())):
+                self.next_attempt(entry, "")
         if self.session.ok(message.fields):
             if self.accepted and self.now < self.slept[1]:  # results that came in time are read
                 self.effects.append(Notice(
@@ -4371,6 +4404,7 @@ class Client(Member):
         output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
         entry.tries[entry.attempt] = this = try_of(fields)
         if this.began:
+            self.able.add(this.host)
             self.unable.pop(this.host, None)
         if entry.passed:
             self.conclude(entry, fields, b"")
@@ -4378,7 +4412,7 @@ class Client(Member):
         place = self.place_for(entry) if this.exitcode else None
         if place:
             self.keep_last_words(entry, fields, output)
-        if place and "only" not in place:
+        if place and "never_on" not in place:
             self.conclude(entry, fields, b"")
         elif len(output) < fields.get("size", 0):
             entry.result = fields
@@ -4401,8 +4435,14 @@ class Client(Member):
         """Where to try it again; None if not at all."""
         if self.status is not None:
             return None
+        unable = unable_hosts(entry.tries.values())
+        agreed = len(unable) >= START_HOSTS or len(self.able.intersection(unable)) >= AGREED
+        may_start = self.wishes.tries != 1 and not (entry.passed or entry.nowhere or agreed)
+        last = entry.tries[max(entry.tries)]
+        if not last.began and may_start:
+            return {"never_on": unable}
         place = next_try(list(entry.tries.values()), self.wishes.tries)
-        passed = entry.tries[entry.attempt].exitcode == 0
+        passed = last.exitcode == 0
         return None if passed and place and place["on"] in self.shunned else place
 
     def conclude(self, entry: Entry, fields: Fields, output: Optional[bytes]) -> None:
@@ -4413,7 +4453,7 @@ class Client(Member):
                 entry.kept = None
             self.report(entry, fields, output)
             return
-        if not fields["exitcode"] or "only" in place:
+        if not fields["exitcode"] or "never_on" in place:
             self.stop_fetching(entry)
             entry.kept, entry.kept_shown = fields, entry.shown
             self.examined += not fields["exitcode"]
@@ -4422,7 +4462,25 @@ class Client(Member):
         entry.place = dict(place, elsewhere=True)
         self.next_attempt(entry, fields.get("worker", ""))
 
+    def find_host(self, entry: Entry, why: str) -> None:
+        """Nobody is there who may start this. Wait for a host that could start others, if there was
+        one; or else it has failed."""
+        able = self.able.difference(unable_hosts(entry.tries.values()))
+        self.confirm(entry, "")
+        if able and entry.id not in self.homeless and not entry.nowhere:
+            self.homeless[entry.id] = self.now + HOST_WAIT
+            return
+        self.homeless.pop(entry.id, None)
+        entry.nowhere = True
+        place = self.place_for(entry)
+        if place is None:
+            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": why}, b"")
+        else:
+            entry.place = dict(place, elsewhere=True)
+            self.next_attempt(entry, "")
+
     def next_attempt(self, entry: Entry, avoid: str) -> None:
+        self.homeless.pop(entry.id, None)
         self.confirm(entry, "")
         entry.attempt += 1
         entry.again = False
@@ -4452,7 +4510,7 @@ class Client(Member):
             self.only_on[host] += 1
             if self.only_on[host] >= SET_ASIDE:
                 self.set_aside(host, "failed there, twice each, and nowhere else")
-        for host in unable_hosts(tries):
+        for host in unable_hosts(tries) if tries and tries[-1].began else ():
             self.unable[host] += 1
             if self.unable[host] >= SET_ASIDE:
                 self.set_aside(host, "in a row could not be started there, and could elsewhere")
@@ -4554,14 +4612,18 @@ class Client(Member):
         self.stop_fetching(entry)
         entry.tries.pop(entry.attempt, None)  # it had ended, but its output is lost
         verdict = entry.faults.count(fault, why, self.times)
-        if self.status is not None and entry.kept is None:
+        if self.status is not None and not entry.passed:
             may_have_run = bool(entry.worker) or entry.attempt > 1
             self.stopped += may_have_run
             self.never_ran += not may_have_run
             self.confirm(entry, "")
             del self.window[entry.id]
-        elif verdict or self.status is not None or fault == NOWHERE:
-            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict or why}, b"")
+        elif fault == NOWHERE and self.status is None:
+            self.find_host(entry, why)
+        elif verdict or self.status is not None:
+            if not entry.passed:
+                entry.kept = None
+            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
         else:
             self.next_attempt(entry, worker)
 
@@ -4581,6 +4643,8 @@ class Client(Member):
         if self.fetching and self.fetching[0].due <= now:
             self.fetch_again()
             self.fetching[0].due = now + 2 * self.times.ready_interval
+        for id in [id for id, until in self.homeless.items() if until <= now]:
+            self.find_host(self.window[id], "")
         self.settle()
         if self.watch.given_up(now) and not self.left:
             self.effects.append(Notice("gave up " + self.watch.cause, True))
@@ -4604,6 +4668,11 @@ class Client(Member):
         if self.window and self.lacks:
             return (f"waiting for {self.lacks}; there is none among "
                     f"{counted(self.workers, 'worker')}")
+        shy = {host for id in itertools.islice(self.window, 1)
+               for host in self.window[id].place.get("never_on", ())}
+        if self.homeless or shy and not self.accepted and not self.fetching:
+            return ("waiting for a host that can start the commands which could not be started on "
+                    + printable(", ".join(sorted(shy)), 300))
         if self.window and not self.accepted and not self.fetching:
             which = f"{self.slots}"
             if self.wishes.needs:
@@ -4619,7 +4688,8 @@ class Client(Member):
         release = math.inf if self.released else self.release_at
         done = self.done_until if self.session.joined else math.inf
         return min(self.session.next_greeting, due, release, done, self.leave_at,
-                   self.examine_until, self.listen_at, self.watch.deadline())
+                   self.examine_until, self.listen_at, self.watch.deadline(),
+                   min(self.homeless.values(), default=math.inf))
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
@@ -4629,6 +4699,10 @@ class Client(Member):
         self.input_ended = True
         self.never_ran += len(self.backlog)
         self.backlog.clear()
+        for id in self.homeless:
+            del self.window[id]
+        self.stopped += len(self.homeless)
+        self.homeless.clear()
         if self.status is not None or not self.session.joined:
             self.status = self.status or status
             if not self.left:
@@ -4775,9 +4849,9 @@ class Summary(NamedTuple):
     hash: str
     unexpected: str = ""  # what to say if that is another one than expected
     unable: Dict[str, int] = {}  # hosts: how many commands could only be started elsewhere
-    codes: Dict[int, int] = {}  # exit codes: how many commands failed with them
+    codes: Dict[str, int] = {}  # how commands failed: how many did so
     failures: Sequence[Outcome] = ()  # the first of them
-    bad_host: str = ""  # what to say of a host where nothing passed, while elsewhere it did
+    bad_hosts: str = ""  # what to say of hosts where nothing passed, while elsewhere it did
     again: str = ""  # how to run just the failures again, if that is known
     empty: bool = False  # there were no commands, and there should be
 
@@ -5081,18 +5155,20 @@ class Reporter:
 class Reports:
     """Takes what the client says, and tells reporters."""
 
-    def __init__(self, tally: Tally, reporters: Sequence[Reporter]) -> None:
+    def __init__(self, tally: Tally, reporters: Sequence[Reporter], flaky_counts: bool = False) -> None:
         self.tally = tally
         self.reporters = list(reporters)
+        self.flaky_counts = flaky_counts  # as failed
         self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
         # of the input, which are not reported yet; and how many equal commands were before
         self.lines: Dict[int, Tuple[str, int]] = {}
-        self.codes: Counter[int] = Counter()  # of failures
+        self.codes: Counter[str] = Counter()  # of failures
         self.failures: List[Outcome] = []  # the first of them
         self.passed_on: Counter[str] = Counter()  # hosts: commands reported from there
         self.failed_on: Counter[str] = Counter()
         self.unable: Counter[str] = Counter()  # hosts: commands that could only be started elsewhere
         self.troubled = False  # a report could not be written
+        self.failed = 0
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
@@ -5145,11 +5221,14 @@ class Reports:
             result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
             lost or result.get("reason", ""), tuple(tries), entry.shown, record,
             *self.lines.pop(entry.id))
-        self.unable.update(unable_hosts([*entry.tries.values()]))
-        if verdict == FAIL:
-            self.codes[outcome.exitcode] += 1
+        began = try_of(result).began
+        self.unable.update(unable_hosts(entry.tries.values()) if began else ())
+        if has_failed(outcome, self.flaky_counts):
+            self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
-        (self.failed_on if verdict == FAIL else self.passed_on)[outcome.host] += 1
+        self.failed += verdict == FAIL
+        if began:
+            (self.failed_on if verdict == FAIL else self.passed_on)[outcome.host] += 1
         self.times.append(outcome.spent)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
@@ -5163,25 +5242,25 @@ class Reports:
                 self.troubled = True
                 complain(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
-    def bad_host(self) -> str:
-        """Of a host where all commands failed, while others passed elsewhere: that may be its fault."""
-        total = sum(self.codes.values())
-        for host, failed in self.failed_on.most_common(1):
-            if host and failed >= SET_ASIDE and self.passed_on and not self.passed_on[host]:
-                return (f"{failed} of {counted(total, 'failure')} were on {printable(host)}, where "
-                        f"nothing passed; try --retries 2")
-        return ""
+    def bad_hosts(self) -> str:
+        """Of hosts where all commands failed, while others passed elsewhere."""
+        bad = [host for host, failed in self.failed_on.most_common(NAMED_FAILURES)
+               if host and failed >= SET_ASIDE and self.passed_on and not self.passed_on[host]]
+        failed = sum(self.failed_on[host] for host in bad)
+        total = counted(sum(self.failed_on.values()), "failure")
+        return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
+                        f"passed; try --retries 3") or ""
 
     def end(self, client: Client, complete: bool, skipped: int = 0, skipped_failed: int = 0,
             expected: Optional[str] = None, again: str = "", may_be_empty: bool = True) -> Summary:
         found, ran = self.tally.hash(), len(self.tally.records)
         wrong = f"the result hash is {found}, and not {expected} as expected"
-        summary = Summary(complete, ran, sum(self.codes.values()), client.flaky,
+        summary = Summary(complete, ran, self.failed, client.flaky,
                           client.wishes.fail_on_flaky, dict(client.only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, found,
                           wrong if expected and expected != found else "", dict(self.unable),
                           dict(self.codes), self.failures,
-                          "" if client.wishes.tries > 1 else self.bad_host(), again,
+                          "" if client.wishes.tries > 1 else self.bad_hosts(), again,
                           complete and not may_be_empty and not ran and not skipped)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
@@ -5313,17 +5392,18 @@ class Closing(Reporter):
 
     def what_failed(self, summary: Summary) -> Iterator[str]:
         """How many commands failed and how, the first of them, and what to do."""
-        if not summary.failed:
-            return
-        codes = ", ".join(f"{n} with exit code {code}" for code, n in sorted(summary.codes.items()))
-        yield f"{summary.failed} of {counted(summary.ran, 'command')} failed: {codes}"
+        failed = sum(summary.codes.values())
+        if failed:
+            codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
+                              for how, n in sorted(summary.codes.items(), key=human_order))
+            yield f"{failed} of {counted(summary.ran, 'command')} failed: {codes}"
         for outcome in summary.failures:
             yield "  " + self.headline(outcome).rstrip()
-        if summary.failed > len(summary.failures):
-            yield f"  and {summary.failed - len(summary.failures)} more"
-        if summary.bad_host:
-            yield summary.bad_host
-        if summary.again:
+        if failed > len(summary.failures):
+            yield f"  and {failed - len(summary.failures)} more"
+        if summary.bad_hosts:
+            yield summary.bad_hosts
+        if summary.again and (failed or summary.skipped_failed):
             yield f"To run just these again: {summary.again}"
 
 
@@ -5364,13 +5444,13 @@ class Transcript(Closing):
 
 def killed_by(outcome: Outcome) -> str:
     """By which signal a command was killed, or a process whose end it passed on; "" if by none."""
-    with contextlib.suppress(ValueError):  # one that this system does not know
-        if outcome.signal:
-            return f"killed by {signal.Signals(outcome.signal).name}"
-        if not outcome.reason:
-            name = signal.Signals(outcome.exitcode - 128).name
-            return f"exit code {outcome.exitcode} is that of a process killed by {name}"
-    return ""
+    number = outcome.signal or (0 if outcome.reason else outcome.exitcode - 128)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # no signal, or one without a name
+        return f"killed by signal {number}" if outcome.signal else ""
+    return (f"killed by {name}" if outcome.signal else
+            f"exit code {outcome.exitcode} is that of a process killed by {name}")
 
 
 def tries_in_words(outcome: Outcome, escape: Callable[[str], str]) -> str:
@@ -6001,6 +6081,7 @@ class HtmlPage(WholeFile):
         facts = [("took", took_words(summary.spent * 1000)), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
         facts += [(f"failed only on {host}", str(n)) for host, n in summary.only_on.items()]
+        facts += [(f"could not start on {host}", str(n)) for host, n in summary.unable.items()]
         return html_page(title, self.outcomes, self.output_of, facts, summary.trouble(),
                          summary.flaky_counts)
 
@@ -6106,7 +6187,7 @@ def row_place(one: Union[Outcome, Try]) -> Tuple[str, str, int]:
     return one.host, one.worker, one.slot
 
 
-def human_order(names: Tuple[str, str, int]) -> List[object]:
+def human_order(names: Sequence[object]) -> List[object]:
     """For sorting: host2 comes before host10."""
     return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
              for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
@@ -6342,7 +6423,7 @@ button, input, select { font: inherit; color: inherit; background: var(--paper);
 #list span, #list code { overflow: hidden; text-overflow: ellipsis; white-space: pre; font-size: 13px }
 article { margin-bottom: 1.2rem; content-visibility: auto; contain-intrinsic-size: auto 9rem }
 table { border-collapse: collapse; width: 100% } td:first-child { white-space: nowrap }
-td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
+th { white-space: nowrap } td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
   border-bottom: 1px solid var(--rule) }
 html:not(.js) .js, [hidden] { display: none }
 @media (max-width: 800px) { .two { grid-template-columns: minmax(0, 1fr) } #list { max-height: 45vh }
@@ -6587,6 +6668,10 @@ const LINE = 28, list = $("list"), inner = list.firstElementChild, pick = $("pic
 let shared = commands[0]?.cmd.length ?? 0;  // characters that all commands begin with
 for (const c of commands) while (!c.cmd.startsWith(commands[0].cmd.slice(0, shared))) shared--;
 shared = commands.length > 1 ? commands[0].cmd.lastIndexOf(" ", shared - 1) + 1 : 0;
+let same = shared ? commands[0].cmd.length - shared : 0;  // and that they end with
+for (const c of commands) while (same && !(c.cmd.length - shared >= same
+  && c.cmd.endsWith(commands[0].cmd.slice(-same)))) same--;
+same = Math.max(0, same - commands[0].cmd.slice(commands[0].cmd.length - same).indexOf(" "));
 function shorten(code) {  // in the middle
   const all = code.textContent, room = Math.floor(all.length * code.clientWidth / code.scrollWidth) - 2;
   if (room < all.length - 2) code.textContent = all.slice(0, room / 3) + "…" + all.slice(-room * 2 / 3);
@@ -6602,7 +6687,7 @@ function show() {
     is("aria-posinset", first + at + 1); is("aria-setsize", found.length);
     element(item, "span", c.seq, "n"); badge(item, c);
     element(item, "span", duration(c.spent), "n ms");
-    const rest = shared ? "…" + c.cmd.slice(shared) : c.cmd;
+    const rest = shared ? "…" + c.cmd.slice(shared, c.cmd.length - same) + (same ? "…" : "") : c.cmd;
     const code = element(item, "code", rest.replace(/^(.{150}).*(.{350})$/, "$1…$2"));
     element(item, "span", c.row < 0 ? "never ran" : rows[c.row][0], "where");
     shorten(code);
@@ -6785,6 +6870,7 @@ GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
 PROBE_TIME: Seconds = 1.0  # for a greeting: a broker answers at once
 UNREADABLE = 0x11000001  # detail of a failed handshake (zmq.h): it was not encrypted for our key
 WRONG_ROLE = b"500"  # ZAP's status for a key of another role; b"400": for one that is not accepted
+REFUSAL_DELAY: Seconds = 1.2  # until it is said what may be said better: REFUSED_DELAY, and then some
 REFUSAL_INTERVAL: Seconds = 10.0  # until the same is said again of connections that had ceased
 MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
 LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
@@ -6829,8 +6915,9 @@ def require_zmq() -> None:
 def python_with_zmq() -> str:
     """The interpreter of .venv beside the script, or of $VIRTUAL_ENV, if it has pyzmq; else ""."""
     import glob
-    for venv in filter(None, [beside_script(".venv"), os.environ.get("VIRTUAL_ENV")]):
-        if glob.glob(os.path.join(glob.escape(venv), "lib", "python*", "site-packages", "zmq")):
+    for venv in filter(None, [beside_script(".venv", True), os.environ.get("VIRTUAL_ENV")]):
+        found = os.path.join("lib", "python*", "site-packages", "zmq", "__init__.py")
+        if glob.glob(os.path.join(glob.escape(venv), found)):
             return os.path.join(venv, "bin", "python")
     return ""
 
@@ -6842,9 +6929,9 @@ def borrow_zmq() -> None:
     tried = os.environ.pop("TESTCLOUD_BORROWED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
         return
-    python = beside_script(".venv/bin/python")
+    python = beside_script(".venv/bin/python", True)
     with contextlib.suppress(OSError):
-        owners = {os.lstat(beside_script(name)).st_uid for name in ("", ".venv")}
+        owners = {os.lstat(beside_script(name, True)).st_uid for name in ("", ".venv")}
         if python == python_with_zmq() and owners == {os.geteuid()}:
             os.execve(python, [python, os.path.abspath(__file__), *sys.argv[1:]],
                       {**os.environ, "TESTCLOUD_BORROWED": "1"})
@@ -6970,6 +7057,7 @@ class Loop:
         self.status: Optional[int] = None
         self.between: List[Callable[[], None]] = []  # called once a round
         self.refusals = Refusals()
+        self.between.append(self.refusals.look)
 
     def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Node:
         node = Node(machine, {
@@ -7643,18 +7731,29 @@ class Refusals:
 
     def __init__(self) -> None:
         self.said: Dict[str, Seconds] = {}  # when it was so last
+        self.held: Dict[str, Tuple[Seconds, Tuple[str, ...]]] = {}  # what to say then, unless
         self.times: Deque[Seconds] = deque([-math.inf] * MAX_REFUSALS, MAX_REFUSALS)
 
     def tell(self, now: Seconds, text: str, unless: Tuple[str, ...] = ()) -> None:
-        """Say it, but not if something was said lately that has all the words of `unless` in it."""
+        """Say it; with `unless`, in a moment, if nothing is said that has all these words in it."""
         self.said = {old: when for old, when in self.said.items() if when + REFUSAL_INTERVAL > now}
-        told = unless and any(all(word in old for word in unless) for old in self.said)
         if text not in self.said:
-            if told or self.times[0] + REFUSAL_INTERVAL > now:
+            if unless:
+                self.held.setdefault(text, (now + REFUSAL_DELAY, unless))
+                return
+            if self.times[0] + REFUSAL_INTERVAL > now:
                 return
             self.times.append(now)
             logging.warning("%s", text)
         self.said[text] = now
+
+    def look(self) -> None:
+        """Call this often."""
+        now = time.monotonic()
+        for text in [text for text, (due, _) in self.held.items() if due <= now]:
+            _, unless = self.held.pop(text)
+            if not any(all(word in old for word in unless) for old in self.said):
+                self.tell(now, text)
 
 
 class DealerLink(SocketLink):
@@ -7892,13 +7991,15 @@ def find_key(given: Optional[str]) -> str:
     if named:
         return named
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    real = os.path.join(os.path.dirname(os.path.realpath(__file__)), KEY_FILE)
-    places = [beside_script(KEY_FILE), real, os.path.join(config, "testcloud", KEY_FILE)]
+    places = [beside_script(KEY_FILE), beside_script(KEY_FILE, True),
+              os.path.join(config, "testcloud", KEY_FILE)]
     return next(filter(os.path.lexists, places), "")
 
 
-def beside_script(name: str) -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+def beside_script(name: str, real: bool = False) -> str:
+    """A path beside the script, or beside what that is a link to."""
+    script = os.path.realpath(__file__) if real else os.path.abspath(__file__)
+    return os.path.join(os.path.dirname(script), name)
 
 
 def read_keys(path: str) -> Keys:
@@ -8026,7 +8127,7 @@ weight = checked(int, integer, "weight")  # that fits into READY
 label = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
                 "label (of ASCII characters, without spaces)")
 host_name = checked(str, lambda text: 0 < len(text) <= 64 and text.isprintable() and not
-                    {*"/ "} & {*text}, "host name (up to 64 characters, without spaces and /)")
+                    {*"/~ "} & {*text}, "host name (up to 64 characters, without spaces, / and ~)")
 result_hash = checked(str.lower, lambda text: len(text) == 40 and not text.strip("0123456789abcdef"),
                       "result hash")
 
@@ -8111,7 +8212,7 @@ OPTIONS: Dict[str, Tuple[str, Groups]] = {
             option("-n", "--max-args", type=positive, default=1, metavar="N",
                    help="so many lines for each command"),
             option("--colsep", metavar="REGEX", type=checked(
-                pattern, lambda found: found.pattern, "regular expression"),
+                pattern, lambda found: not found.match(""), "regular expression of something"),
                    help="what separates the columns of a line"),
             option("-C", "--cwd", metavar="DIR",
                    help="directory on the worker; from the current one here, or from ~ there"),
@@ -8222,7 +8323,7 @@ HOW_HERE = {
     "-P --max-procs --jobs": "-j N --local; in a cloud each worker has its slots (worker -j N)",
     "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
     "-I --replace -i": "{} in the template is where the line goes",
-    "-d -D --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
+    "-d --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
     "-L --max-lines -N --max-replace-args -X -m --xargs -l": "-n N",
     "-r --no-run-if-empty": "--allow-empty", "-q --quote": "write the template as one word",
     "-u --ungroup --line-buffer --lb": "--live", "--tagstring": "--tag",
@@ -8230,7 +8331,10 @@ HOW_HERE = {
     "--results --files": "--json has all outputs; --joblog and --html how it went",
     "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
     "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
-    "--load": "worker --max-load X", "--nice": "worker --nice N", "--sem --semaphore": "--serial",
+    "--transfer --transferfile --return --trc --basefile --cleanup": "use a directory of all hosts",
+    "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
+    "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
+    "--sem --semaphore": "--serial",
     "-S --sshlogin --sshloginfile --slf": "start a worker on each host: worker --connect HOST",
     "-t --silent": "--verbose"}
 
@@ -8241,8 +8345,9 @@ def unknown(role: str, word: str) -> UsageError:
     hints = [how for names, how in HOW_HERE.items() if name in names.split()] * (role == CLIENT_ROLE)
     if not hints and name.startswith("--"):
         import difflib  # late: it is rarely needed
-        ours = [option for row in options_of(role) for option in row.names]
-        hints = [f"did you mean {near}?" for near in difflib.get_close_matches(name, ours, 1, 0.7)]
+        ours = [ours[2:] for row in options_of(role) for ours in row.names if ours[2:3] == name[2:3]]
+        near = difflib.get_close_matches(name[2:], ours, 1, 0.66)
+        hints = [f"did you mean --{one}?" for one in near]
     hint = f": {hints[0]}" if hints else ""
     return UsageError(f"{role} has no {'option' if word.startswith('-') else 'argument'} "
                       f"{printable(word)}{hint} (see: testcloud.py {role} --help)")
@@ -8474,7 +8579,9 @@ def tied_to_ssh(worker: Worker) -> Callable[[], None]:
     stdin and another of its pipes or sockets are broken. `ssh -n` breaks stdin alone, at once."""
     poller = select.poll()
     lasting = has_terminal() or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
-    for file in range(3) if "SSH_CONNECTION" in os.environ and not lasting else ():
+    if "SSH_CONNECTION" not in os.environ or lasting:
+        return lambda: None
+    for file in range(3):
         poller.register(file, 0)
 
     def look() -> None:
@@ -8637,60 +8744,52 @@ def read_template(words: List[str], most: float) -> str:
     would do something else than it seems to say."""
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
-        raise UsageError(f"the words of a template are joined, so that none may be empty or have a "
-                         f"space in it: write it as one word: {shlex.quote(as_one_word(words))}")
-
-    def literally(place: str) -> str:
-        return f"to have it as it is, write {{''{place[1:]}"
-    for place in FOREIGN.finditer(template):
+        raise UsageError("the words of a template are joined, so that none may be empty or have a "
+                         "space in it: write it as one word that /bin/sh reads, and {} outside of "
+                         "quotes, as in: 'rm -rf \"my dir\"/{}'")
+    for place, wrong in places(template):
         known = PLACE.fullmatch(place[0])
-        if not known or int(known[1] or 0) > most:
-            why = ("is an argument that no command has (see --colsep, -n, and :::)" if known else
-                   "is known only where it runs: there it is $TESTCLOUD_SLOT" if "%" in place[0] else
-                   "has no meaning here")
-            raise UsageError(f"{place[0]} {why}; {literally(place[0])}")
-    for place in quoted_places(template):
-        raise UsageError(f"{place[0]} stands in quotes, and is quoted itself: write it outside of "
-                         f"them, as in: cat \"my dir\"/{{}}; {literally(place[0])}")
+        why = "" if known and int(known[1] or 0) <= most else (
+            "is an argument that no command has (see --colsep, -n, and :::)" if known else
+            "is known only where it runs: there it is $TESTCLOUD_SLOT" if "%" in place[0] else
+            "has no meaning here")
+        if not why and wrong and place[0] != "{#}":
+            why = (f"stands {WRONG_PLACES[wrong]}, and is quoted itself: write it outside of that, as "
+                   f"in: cat \"my dir\"/{{}}")
+        if why:
+            quote = '"' if wrong == '"' else "'"
+            raise UsageError(f"{place[0]} {why}; to have it as it is, write {{{2 * quote}"
+                             f"{place[0][1:]}")
     return template
 
 
-def as_one_word(words: List[str]) -> str:
-    """A template that means what these words seem to say."""
-    if words[:2] == ["sh", "-c"] and len(words) == 3:
-        return words[2]  # what a template is run by anyway
-    if words[-2] == "-c" and PLACE.search(words[-1]):  # the places become arguments of that shell
-        script = shlex.quote(PLACE.sub('"$1"', words[-1]))
-        return " ".join([*words[:-1], script, "-", "{}"])
-    return " ".join(map(as_meant, words))
+# where in a template what is quoted cannot be right
+WRONG_PLACES = {"'": "in quotes", '"': "in quotes", "`": "in `...`", "\\": "after a backslash",
+                "<": "in a here-document"}
+TOKENS = re.compile(
+    rf"{FOREIGN.pattern}|{PLACE.pattern}|\\(?={{)|\\.|\$\(|[()'\"`]|(?<![^\s;&|(])#", re.S)
 
 
-def as_meant(word: str) -> str:
-    """A word of a template, quoted for the shell but for the places in it."""
-    def quoted(text: str) -> str:
-        if shlex.quote(text) == text or not text:
-            return text
-        return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
-    parts, end = [], 0
-    for place in PLACE.finditer(word):
-        parts += [quoted(word[end:place.start()]), place[0]]
-        end = place.end()
-    return "".join([*parts, quoted(word[end:])]) or "''"
-
-
-def quoted_places(template: str) -> Iterator[re.Match[str]]:
-    """The places of arguments within quotes of the shell, but for a $(...) or `...` in these."""
-    within = [""]  # quotes and parentheses that are open
-    for token in re.finditer(rf"{PLACE.pattern}|\\.|\$\(|[()'\"`]", template, re.S):
-        mark, last = token[0], within[-1]
+def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
+    """The places of arguments in a template, ours and those that only GNU parallel knows; each with the
+    key in WRONG_PLACES of where it stands, or "". A $(...) in quotes begins anew."""
+    within, at, mark = [""], 0, ""  # quotes and parentheses that are open
+    here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
+    while True:
+        token, before = TOKENS.search(template, at), mark
+        if not token:
+            return
+        mark, last, at = token[0], within[-1], token.end()
         if last == "'" and mark == "\\'":
             mark = "'"
         if mark[0] == "{":
-            if last in ("'", '"') and mark != "{#}":
-                yield token
+            yield token, last.strip("(") or ("\\" if before == "\\" else
+                                             "<" if here and at > here.end() else "")
         elif mark == last or mark == ")" and last == "(":
             within.pop()
-        elif last != "'" and mark[0] != "\\" and mark != ")" and not (last == '"' and mark in "'("):
+        elif mark == "#" and last in ("", "("):
+            at = template.find("\n", at) % (len(template) + 1)  # the end of a comment
+        elif last != "'" and mark[0] not in "\\#)" and not (last == '"' and mark in "'("):
             within.append(mark[-1])
 
 
@@ -8716,6 +8815,8 @@ def open_sources(settings: argparse.Namespace) -> Iterator[Arguments]:
         lists: List[Iterable[str]] = [words]
         if mark.startswith("::::"):
             lists = [lines_of(open_source(path), settings.null) for path in words]
+            if len(settings.sources) < 2 > len(lists):  # else a blank line stands beside another
+                lists = [filter(str.strip, lists[0])]
         for values in map(columns, lists):
             if mark.endswith("+") and groups:
                 groups[-1].append(values)
@@ -8750,15 +8851,13 @@ def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
 
 
 def lines_of(file: int, null: bool) -> Iterator[str]:
-    """The lines of a descriptor, or what NULs end in it, but for blank ones. Raises OSError."""
+    """The lines of a descriptor, or what NULs end in it. Raises OSError."""
     # not sys.stdin: its lock, held by a thread, would abort the exit of Python
     mark = codecs.BOM_UTF8
     with io.BufferedReader(Patient(file, "r", closefd=file != 0)) as stream:
         for line in short_lines(stream, b"\0" if null else b"\n"):
             line, mark = line.removeprefix(mark), b""
-            text = to_text(line if null else line.rstrip(b"\r"))
-            if text.strip():
-                yield text
+            yield to_text(line if null else line.rstrip(b"\r"))
 
 
 class Reader:
@@ -8849,6 +8948,8 @@ def run_client(settings: argparse.Namespace) -> int:
         if wrong:
             raise UsageError(why)
     words, settings.sources = split_template(settings.template)
+    if any(mark.startswith("::::") and not files for mark, files in settings.sources):
+        raise UsageError("there is no file after ::::")
     if not settings.sources and sys.stdin is None:
         raise UsageError("stdin is closed: there are no commands to read")
     several = settings.max_args > 1
@@ -8882,13 +8983,16 @@ def share_a_file(paths: Iterable[Optional[str]]) -> bool:
 
 def show_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
-    done = resumed(settings)
+    done, seq = resumed(settings), 0
     with writing_to_stdout(), io.BufferedWriter(Patient(1, "w", closefd=False)) as out:
         for seq, arguments in enumerate(open_sources(settings), 1):
             command = fill_template(settings.template, arguments, seq)
             if not done.has_done(command, done.count(command)):
                 out.write(to_bytes(command + "\n"))
-    return 0
+    if seq or settings.allow_empty:
+        return 0
+    complain(NO_COMMANDS)
+    return 2
 
 
 def wishes_of(settings: argparse.Namespace) -> Wishes:
@@ -9043,7 +9147,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)),
                 lambda: client.hosts > 1)
     reports = Reports(tally, [show.reporter, *files_of(settings, tally, done),
-                              Timings(cache_of_timings())])
+                              Timings(cache_of_timings())], settings.fail_on_flaky)
 
     def add(arguments: Arguments) -> None:
         command = fill_template(settings.template, arguments, client.last_id + 1)
@@ -9151,9 +9255,11 @@ def again(settings: argparse.Namespace) -> str:
     """The command line that runs a run's failures again; "" if it has no joblog to tell these."""
     if not settings.joblog:
         return ""
-    words = [word for word in settings.argv if word not in ("--resume", "--resume-failed")]
-    return "the same input | " * (not settings.sources) + shlex.join(
-        ["python3", sys.argv[0], words[0], "--resume-failed", *words[1:]])
+    given = mark_template(settings.argv[1:])
+    end = given.index("--") if "--" in given else len(given)
+    own = [word for word in given[:end] if word not in ("--resume", "--resume-failed")]
+    words = ["python3", sys.argv[0], CLIENT_ROLE, "--resume-failed", *own, *given[end:]]
+    return "... | " * (not settings.sources) + shortened(shlex.join(words))
 
 
 def status_of(summary: Summary, troubled: bool, status: int) -> int:
