@@ -7026,12 +7026,13 @@ class BrowserTest(unittest.TestCase):
     def test_what_all_commands_share_makes_room_for_their_ends(self):
         folder = "x" * 200
         option = "-p no:cacheprovider"
-        parsed = self.visit([paged(seq, cmd=f"pytest -q {option} tests/{folder}/test_{seq}.py")
-                             for seq in (1, 2)])
-        shown = [element.text for element in parsed.all("code") if element.text.startswith("…")]
-        self.assertEqual(len(shown), 2)
-        for seq, text in enumerate(shown, 1):
-            self.assertRegex(text, rf"^…tests/x+…x+/test_{seq}\.py$")
+        for end in ("", " --maxfail 1"):
+            parsed = self.visit([paged(seq, cmd=f"pytest -q {option} tests/{folder}/test_{seq}.py{end}")
+                                 for seq in (1, 2)])
+            shown = [element.text for element in parsed.all("code") if element.text.startswith("…")]
+            self.assertEqual(len(shown), 2)
+            for seq, text in enumerate(shown, 1):
+                self.assertRegex(text, rf"^…tests/x+…x+/test_{seq}\.py{end and '…'}$")
 
     def test_only_lines_in_sight_are_elements(self):
         parsed = self.visit([paged(seq) for seq in range(1, 5001)], "#seq=2500")

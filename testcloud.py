@@ -6668,10 +6668,9 @@ const LINE = 28, list = $("list"), inner = list.firstElementChild, pick = $("pic
 let shared = commands[0]?.cmd.length ?? 0;  // characters that all commands begin with
 for (const c of commands) while (!c.cmd.startsWith(commands[0].cmd.slice(0, shared))) shared--;
 shared = commands.length > 1 ? commands[0].cmd.lastIndexOf(" ", shared - 1) + 1 : 0;
-let same = shared ? commands[0].cmd.length - shared : 0;  // and that they end with
-for (const c of commands) while (same && !(c.cmd.length - shared >= same
-  && c.cmd.endsWith(commands[0].cmd.slice(-same)))) same--;
-same = Math.max(0, same - commands[0].cmd.slice(commands[0].cmd.length - same).indexOf(" "));
+let tail = commands.length > 1 ? commands[0].cmd.slice(shared) : "";  // and that they end with
+for (const c of commands) while (!c.cmd.slice(shared).endsWith(tail)) tail = tail.slice(1);
+tail = tail.includes(" ") ? tail.slice(tail.indexOf(" ")) : "";
 function shorten(code) {  // in the middle
   const all = code.textContent, room = Math.floor(all.length * code.clientWidth / code.scrollWidth) - 2;
   if (room < all.length - 2) code.textContent = all.slice(0, room / 3) + "…" + all.slice(-room * 2 / 3);
@@ -6687,7 +6686,7 @@ function show() {
     is("aria-posinset", first + at + 1); is("aria-setsize", found.length);
     element(item, "span", c.seq, "n"); badge(item, c);
     element(item, "span", duration(c.spent), "n ms");
-    const rest = shared ? "…" + c.cmd.slice(shared, c.cmd.length - same) + (same ? "…" : "") : c.cmd;
+    const rest = (shared ? "…" : "") + c.cmd.slice(shared, c.cmd.length - tail.length) + (tail && "…");
     const code = element(item, "code", rest.replace(/^(.{150}).*(.{350})$/, "$1…$2"));
     element(item, "span", c.row < 0 ? "never ran" : rows[c.row][0], "where");
     shorten(code);
