@@ -3985,8 +3985,7 @@ TRY_OUTPUTS = 16 * 1024 * 1024  # and in all: the rest of a run in which everyth
 SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
 CANNOT_START = (126, 127)  # exit codes of sh: what it was to run is not there, or is no program
 START_TIME = 1000.0  # ms: a command that takes longer for such an exit code did start
-START_HOSTS = 8  # that are tried for a command, until one can start it,
-AGREED = 2  # or so many cannot that can start others: then it is the command's fault
+START_HOSTS = 8  # that are tried for a command, until one can start it
 HOST_WAIT: Seconds = 10.0  # for a host to come back that could start others
 EXAMINE_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
 
@@ -4436,8 +4435,8 @@ class Client(Member):
         if self.status is not None:
             return None
         unable = unable_hosts(entry.tries.values())
-        agreed = len(unable) >= START_HOSTS or len(self.able.intersection(unable)) >= AGREED
-        may_start = self.wishes.tries != 1 and not (entry.passed or entry.nowhere or agreed)
+        may_start = self.wishes.tries != 1 and len(unable) < START_HOSTS and not (
+            entry.passed or entry.nowhere)
         last = entry.tries[max(entry.tries)]
         if not last.began and may_start:
             return {"never_on": unable}
@@ -4478,6 +4477,12 @@ class Client(Member):
         else:
             entry.place = dict(place, elsewhere=True)
             self.next_attempt(entry, "")
+
+    def gone_hosts(self) -> str:
+        """The hosts that could start some, but not those that wait for them, by name."""
+        tries = (entry.tries.values() for entry in map(self.window.__getitem__, self.homeless))
+        unable = set(itertools.chain.from_iterable(map(unable_hosts, tries)))
+        return printable(", ".join(sorted(self.able - unable)), 300)
 
     def next_attempt(self, entry: Entry, avoid: str) -> None:
         self.homeless.pop(entry.id, None)
@@ -4643,7 +4648,10 @@ class Client(Member):
         if self.fetching and self.fetching[0].due <= now:
             self.fetch_again()
             self.fetching[0].due = now + 2 * self.times.ready_interval
-        for id in [id for id, until in self.homeless.items() if until <= now]:
+        late = [id for id, until in self.homeless.items() if until <= now]
+        if late:
+            self.effects.append(Notice(f"gave up waiting for {self.gone_hosts()}"))
+        for id in late:
             self.find_host(self.window[id], "")
         self.settle()
         if self.watch.given_up(now) and not self.left:
@@ -4668,15 +4676,16 @@ class Client(Member):
         if self.window and self.lacks:
             return (f"waiting for {self.lacks}; there is none among "
                     f"{counted(self.workers, 'worker')}")
-        shy = {host for id in itertools.islice(self.window, 1)
-               for host in self.window[id].place.get("never_on", ())}
-        if self.homeless or shy and not self.accepted and not self.fetching:
-            return ("waiting for a host that can start the commands which could not be started on "
-                    + printable(", ".join(sorted(shy)), 300))
+        if self.homeless:
+            return (f"waiting for {self.gone_hosts()} to come back: "
+                    f"{counted(len(self.homeless), 'command')} could not be started elsewhere")
         if self.window and not self.accepted and not self.fetching:
             which = f"{self.slots}"
             if self.wishes.needs:
                 which = f"of workers with {label_words(self.wishes.needs)}"
+            shy = next(iter(self.window.values())).place.get("never_on", ())
+            if shy:
+                which = f"of hosts other than {printable(', '.join(shy), 300)}"
             return (f"waiting for a free slot: all {which} are busy, or the broker has just been "
                     f"started")
         return ""
@@ -8714,13 +8723,13 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
 SOURCES = (":::", ":::+", "::::", "::::+")  # arguments, or files of them; linked to those before
 # what takes the place of arguments in a template, as in GNU parallel: a number, or else all, and a way
-PLACE = re.compile(r"(?<!\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
+PLACE = re.compile(r"(?<!(?<!\$)\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
 WAYS: Dict[str, Callable[[str], str]] = {
     "": str, "/": lambda text: text.rpartition("/")[2],
     ".": lambda text: re.sub(r"\.[^/.]*$", "", text),
     "//": lambda text: os.path.dirname(text.rstrip("/")) or "/" * text.startswith("/") or ".",
     "/.": lambda text: WAYS["."](WAYS["/"](text))}
-FOREIGN = re.compile(r"(?<!\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}")  # GNU parallel has these as well
+FOREIGN = re.compile(r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}")  # GNU parallel's
 
 
 def fill_template(template: str, arguments: Arguments, seq: int) -> str:
@@ -8746,7 +8755,7 @@ def read_template(words: List[str], most: float) -> str:
         raise UsageError("the words of a template are joined, so that none may be empty or have a "
                          "space in it: write it as one word that /bin/sh reads, and {} outside of "
                          "quotes, as in: 'rm -rf \"my dir\"/{}'")
-    for place, wrong in places(template):
+    for place, wrong in places(template if PLACE.search(template) else template + " {}"):
         known = PLACE.fullmatch(place[0])
         why = "" if known and int(known[1] or 0) <= most else (
             "is an argument that no command has (see --colsep, -n, and :::)" if known else
@@ -8764,31 +8773,29 @@ def read_template(words: List[str], most: float) -> str:
 
 # where in a template what is quoted cannot be right
 WRONG_PLACES = {"'": "in quotes", '"': "in quotes", "`": "in `...`", "\\": "after a backslash",
-                "<": "in a here-document"}
+                "<": "in a here-document", "#": "in a comment"}
 TOKENS = re.compile(
-    rf"{FOREIGN.pattern}|{PLACE.pattern}|\\(?={{)|\\.|\$\(|[()'\"`]|(?<![^\s;&|(])#", re.S)
+    rf"{FOREIGN.pattern}|{PLACE.pattern}|\\(?={{)|\\.|\$\(|[()'\"`\n]|(?<![^\s;&|()])#", re.S)
 
 
 def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
     """The places of arguments in a template, ours and those that only GNU parallel knows; each with the
     key in WRONG_PLACES of where it stands, or "". A $(...) in quotes begins anew."""
-    within, at, mark = [""], 0, ""  # quotes and parentheses that are open
+    within, mark = [""], ""  # quotes, parentheses and a comment that are open
     here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
-    while True:
-        token, before = TOKENS.search(template, at), mark
-        if not token:
-            return
-        mark, last, at = token[0], within[-1], token.end()
+    for token in TOKENS.finditer(template):
+        before, mark, last = mark, token[0], within[-1]
         if last == "'" and mark == "\\'":
             mark = "'"
         if mark[0] == "{":
             yield token, last.strip("(") or ("\\" if before == "\\" else
-                                             "<" if here and at > here.end() else "")
+                                             "<" if here and token.end() > here.end() else "")
+        elif last == "#":
+            within = within[:-1] if mark[-1] == "\n" else within
         elif mark == last or mark == ")" and last == "(":
             within.pop()
-        elif mark == "#" and last in ("", "("):
-            at = template.find("\n", at) % (len(template) + 1)  # the end of a comment
-        elif last != "'" and mark[0] not in "\\#)" and not (last == '"' and mark in "'("):
+        elif mark == "#" and last in ("", "(") or last != "'" and mark[0] not in "\\#)\n" and not (
+                last == '"' and mark in "'("):
             within.append(mark[-1])
 
 
