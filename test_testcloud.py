@@ -1604,6 +1604,25 @@ class PlainPeersTest(unittest.TestCase):
     def setUp(self):
         self.desk = Desk()
 
+    def test_a_silent_worker_is_the_last_choice_until_it_says_ready(self):
+        d = self.desk
+        d.worker(b"p", 'READY {"weight": 5}')
+        d.expect(b"p", "OK")
+        for peer in (b"p", b"w", b"p"):  # preferred by its weight; silent; there again
+            d.join(b"w", slots=1)
+            d.client(b"c", '{"cmd":"x"}')
+            d.expect(peer, "{")
+            d.worker(peer, "BYE") if peer == b"w" else d.gone(WORKERS, b"p")
+            d.gone(CLIENTS, b"c")
+            d.letters.clear()
+            if peer == b"p":
+                d.worker(b"p", 'READY {"weight": 5}')
+                d.wait(d.broker.times.worker_expiry + 1)
+                self.assertTrue(d.broker.workers[b"p"].silent)
+            else:
+                d.worker(b"p", 'READY {"weight": 5}')
+            d.letters.clear()
+
     def test_the_conversation_of_the_seed(self):
         d = self.desk
         d.worker(b"W", "READY")

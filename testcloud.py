@@ -33,9 +33,9 @@ no broker. keygen: 0, 2, or 3 when it cannot read or write a key.
 
 Promises
     A client reports every command exactly once. A command is started again only when it
-    could not be started, or when the worker that had it is gone, or silent for too long.
-    The broker keeps nothing on disk: after a restart clients and workers tell it all it
-    must know.
+    could not be started (it ended with exit code 126 or 127 within a second), or when the
+    worker that had it is gone, or silent for too long. The broker keeps nothing on disk:
+    after a restart clients and workers tell it all it must know.
 
 Tasks (one attempt of one command, as its broker sees it)
     LIMBO      > RUNNING DELIVERED GONE                    resubmitted to a new broker
@@ -4697,8 +4697,7 @@ class Client(Member):
         release = math.inf if self.released else self.release_at
         done = self.done_until if self.session.joined else math.inf
         return min(self.session.next_greeting, due, release, done, self.leave_at,
-                   self.examine_until, self.listen_at, self.watch.deadline(),
-                   min(self.homeless.values(), default=math.inf))
+                   self.examine_until, self.listen_at, self.watch.deadline())
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
