@@ -1481,8 +1481,16 @@ class NamesOfHostsTest(unittest.TestCase):
     def test_after_a_restart_of_the_broker_names_stay(self):
         d = Desk()
         self.assertEqual(self.join(d, b"c", "vm~2/2c"), "vm~2/2c")
-        self.assertEqual(self.join(d, b"d", "vm/2c"), "vm/2c")
-        self.assertEqual(self.join(d, b"a", "vm/1b"), "vm~3/1b")
+        self.assertEqual(self.join(d, b"d", "vm/2c"), "vm~2/2c")  # it is one machine
+        self.assertEqual(self.join(d, b"a", "vm/1b"), "vm/1b")
+        d.worker(b"a", "BYE")
+        self.assertEqual(self.join(d, b"e", "vm/2c"), "vm~2/2c")
+
+    def test_a_plain_worker_is_no_host_of_the_same_name(self):
+        names = tc.HostNames()
+        self.assertEqual([*map(names.show, ("vm/1b", "vm", "vm/2c", "vm"))],
+                         ["vm", "vm~2", "vm~3", "vm~2"])
+        self.assertEqual(names.identity["vm~2"], "vm")
 
     def test_a_name_is_free_when_its_last_worker_is_forgotten(self):
         d = Desk()
@@ -1494,7 +1502,8 @@ class NamesOfHostsTest(unittest.TestCase):
         self.assertEqual(self.join(d, b"d", "vm/3d"), "vm/3d")
         d.worker(b"c", "BYE")
         d.worker(b"d", "BYE")
-        self.assertEqual((d.broker.mates, d.broker.names.identity), ({}, {}))
+        names = d.broker.names
+        self.assertEqual((d.broker.mates, names.identity, names.shown), ({}, {}, {}))
 
 
 class OnlyElsewhereTest(unittest.TestCase):
@@ -1552,6 +1561,17 @@ class OnlyElsewhereTest(unittest.TestCase):
             d.expect(b"c", "LOST", tasks=[[1, 2]], fault=tc.NOWHERE)
             if not leaves:
                 d.expect(b"c", "LOST", tasks=[[8, 1]], fault=tc.NOWHERE)
+
+    def test_all_that_wait_are_told_when_the_other_host_leaves(self):
+        d = self.desk
+        d.join(b"v", host="h2")
+        d.submit(b"c", 99, not_on="h1", elsewhere=True)
+        d.takes(b"v", "r1", 99)
+        for id in range(50):
+            self.submit(id)
+        d.letters.clear()
+        d.worker(b"v", "BYE")
+        self.assertEqual(sum(letter[3] == "LOST" for letter in d.letters), 51)
 
     def test_a_host_that_is_set_aside_is_better_than_none(self):
         d = self.desk
@@ -5165,7 +5185,10 @@ class ClientTest(unittest.TestCase):
         b.quiet_but("DONE", "{")
         b.hear(tc.encode("LOST", {"tasks": [[1, 4]], "why": "none", "fault": tc.NOWHERE}))
         b.quiet()  # that host may come back
-        b.wait(tc.HOST_WAIT + 1)
+        for _ in range(6):
+            b.wait(2)
+            b.answer(slots=2, workers=1)
+        b.hear(tc.encode("LOST", {"tasks": [[1, 5]], "why": "none", "fault": tc.NOWHERE}))
         self.assertEqual([e for e in b.effects if isinstance(e, tc.Report)][0].result["attempt"], 1)
 
     def test_what_takes_long_for_such_an_exit_code_did_start(self):
@@ -5182,7 +5205,8 @@ class ClientTest(unittest.TestCase):
 
     def test_hosts_are_tried_until_one_can_start_it(self):
         for able, unable, reported in (
-                ((), "abc", False), ((), "abcdefgh", True), ("a", "ab", False), ("ab", "abc", False)):
+                ((), "abc", False), ((), "abcdefgh", True), ((), "a" * tc.START_HOSTS, True),
+                ("a", "ab", False), ("ab", "abc", False)):
             self.setUp()
             self.join()
             self.add(*map(str, range(1 + len(able))), end=True)
@@ -5210,10 +5234,10 @@ class ClientTest(unittest.TestCase):
             self.result(1, host="h1")
             self.result(2, 1, 127, host="h2/9c", stdout="why", size=3)
             nowhere = tc.encode("LOST", {"tasks": [[2, 2]], "why": "none", "fault": tc.NOWHERE})
+            b.answer(hosts=1, slots=2, workers=1)
             b.hear(nowhere)
             b.lines.clear()
             b.effects.clear()
-            b.answer(hosts=1, slots=2, workers=1)
             b.wait(tc.NOTICE_DELAY + 0.1)
             self.assertIn("waiting for h1 to come back: 1 command", b.effect(tc.Notice).text)
             if returns:
@@ -5222,10 +5246,67 @@ class ClientTest(unittest.TestCase):
                 self.assertEqual([(f["attempt"], f["never_on"]) for f in sent], [(3, ["h2/9c"])])
                 self.result(2, 3, host="h1")
             else:
-                b.wait(tc.HOST_WAIT)
+                b.wait(tc.HOST_WAIT - 1)
+                b.answer(hosts=1, slots=2, workers=1)
+                b.wait(2)
+                b.hear(nowhere.replace(b"[2,2]", b"[2,%d]" % self.client.window[2].attempt))
                 said = [e.text for e in b.effects if isinstance(e, tc.Notice)]
                 self.assertIn("gave up waiting for h1", said)
             self.assertEqual((self.client.reported, self.client.failed), (2, int(not returns)))
+
+    def test_hosts_that_may_not_run_it_do_not_make_it_wait_for_ever(self):
+        """There are others, but without the label, say."""
+        self.join()
+        self.add("a", "b", end=True)
+        b = self.bench
+        self.result(1, host="h1")
+        self.refuse(2, "h2")
+        attempt, began = 2, b.now
+        while 2 in self.client.window:
+            self.assertLess(b.now, began + tc.HOST_WAIT + 5)
+            b.lines.clear()
+            b.hear(tc.encode("LOST", {
+                "tasks": [[2, attempt]], "why": "", "fault": tc.NOWHERE}))
+            b.wait(2)
+            b.answer(hosts=9, slots=2, workers=int(b.now))
+            attempt = self.client.window[2].attempt if 2 in self.client.window else 0
+        self.assertGreaterEqual(b.now, began + tc.HOST_WAIT)
+        self.assertEqual(self.client.failed, 1)
+
+    def test_who_joins_again_goes_on_waiting_for_a_host(self):
+        self.join()
+        self.add("a", "b", end=True)
+        self.result(1, host="h1")
+        self.refuse(2, "h2")
+        lost = tc.encode("LOST", {"tasks": [[2, 2]], "why": "", "fault": tc.NOWHERE})
+        self.bench.hear(lost)
+        self.bench.hear("WHO")
+        self.join(2)
+        self.assertEqual(self.client.homeless, {})
+        self.bench.hear(lost)  # lost before
+        self.assertEqual((self.client.reported, [*self.client.homeless]), (1, [2]))
+        self.client.disconnected(BROKER, b"", self.bench.now)
+        self.bench.wait(tc.HOST_WAIT + 1)  # nobody is there to be asked
+        self.bench.machine.connected(BROKER, self.bench.now)
+        self.bench.collect()
+        self.join(self.client.session.number)
+        self.result(2, 2, host="h1")  # of a time before
+        self.assertEqual((self.client.reported, self.client.homeless), (2, {}))
+
+    def test_a_host_that_does_not_come_back_is_waited_for_once(self):
+        self.join()
+        self.add(*"abc", end=True)
+        b = self.bench
+        self.result(1, host="h1")
+        for id in (2, 3):
+            self.refuse(id, "h2")
+            for _ in range(9):
+                if id in self.client.window:
+                    b.hear(tc.encode("LOST", {"tasks": [[id, self.client.window[id].attempt]],
+                                              "why": "", "fault": tc.NOWHERE}))
+                    b.wait(2 if id == 2 else 0)
+                    b.answer(hosts=1, slots=2, workers=1)
+        self.assertEqual((self.client.failed, self.client.able), (2, set()))
 
     def test_who_waits_for_a_host_is_stopped_with_the_rest(self):
         self.join()
@@ -8025,13 +8106,14 @@ class CommandLineTest(unittest.TestCase):
                 (['echo "a # b" "{}"'], "in quotes"), (['echo "a # {}"'], "in quotes"),
                 (["true # {}"], "in a comment"), (["true #"], "in a comment"),
                 (["(true)# it's {}"], "in a comment"), (["cat <<E\nx"], "in a here-document"),
-                (["echo 'a"], "in quotes"), (["true # # {}"], "in a comment")):
+                (["echo 'a"], "in quotes"), ([r"echo $'a\'{}'"], "in quotes"),
+                (["true # # {}"], "in a comment")):
             with self.assertRaises(tc.UsageError) as caught:
                 tc.read_template(words, 1)
             self.assertIn(hint, str(caught.exception))
         for template in ("convert {} {}.jpg && rm {}", '"a b"/{}', "'it'{}\"s\"",
                          '"$(wc -c {})"', "true # don't #\necho {}", "(true)# it's\necho {}",
-                         "echo $$", "echo $${}", r"\\{}",
+                         "echo $$", "echo $${}", "echo '5$' {}", r"echo $'a\'b' {}", r"\\{}",
                          "cat <<< {}", r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
                          "(cd {}; ls)", "{1}{.}{//}"):
             self.assertEqual(tc.read_template([template], 1), template)

@@ -937,14 +937,23 @@ class HostNames:
 
     def __init__(self) -> None:
         self.identity: Dict[str, str] = {}  # by what is shown
+        self.shown: Dict[Tuple[str, str], str] = {}  # by NAME, without a number, and ID
+
+    def key(self, identity: str) -> Tuple[str, str]:
+        name, _, id = identity.rpartition("/")
+        return (name or id).partition("~")[0], id if name else ""
 
     def show(self, identity: str) -> str:
-        name, _, id = identity.rpartition("/")
-        names = itertools.chain([name], (f"{name.partition('~')[0]}~{n}" for n in itertools.count(2)))
-        for shown in names if name else [identity]:
-            if self.identity.setdefault(shown, identity).rpartition("/")[2] == id:
-                return shown
-        return identity
+        base, id = key = self.key(identity)
+        if key not in self.shown:
+            name = identity.rpartition("/")[0] or identity
+            names = itertools.chain([name], (f"{base}~{n}" for n in itertools.count(2)))
+            self.shown[key] = next(name for name in names if name not in self.identity)
+            self.identity[self.shown[key]] = identity
+        return self.shown[key]
+
+    def forget(self, identity: str) -> None:
+        self.identity.pop(self.shown.pop(self.key(identity), ""), None)
 
 
 class Member(Machine):
@@ -1698,7 +1707,7 @@ class Broker(Machine):
             del self.mates[worker.host][worker]
             if not self.mates[worker.host]:
                 del self.mates[worker.host]
-                self.names.identity.pop(worker.host.rpartition("/")[0], None)
+                self.names.forget(worker.host)
         self.workers_seen.pop(worker, None)
         self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
@@ -2090,7 +2099,8 @@ class Broker(Machine):
                 if worker is None and not self.ranking:
                     return
                 if worker is None:
-                    self.refuse(task)
+                    if self.refuse(task):
+                        passed_over = 0  # there is another one in its place
                     continue
                 # who may not run elsewhere would be taken back in vain, if it waited there
                 if (task.careful or self.choice(task) is not None) and worker.free() <= 0:
@@ -3675,7 +3685,8 @@ class Runner:
         """What a command can know of itself, for its environment."""
         run, id, attempt = job.key
         return [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
-            MARKS, (run, id, attempt, slot, self.name))] + [b"PWD=" + to_bytes(job.cwd or os.getcwd())]
+            MARKS, (run, id, attempt, slot, self.name))] + [b"PWD=" + to_bytes(
+                job.env.get("PWD") or job.cwd or os.environ.get("PWD", ""))]
 
     def run(self, job: Job, slot: int) -> Ending:
         """Run a job's command to its end."""
@@ -4063,9 +4074,9 @@ def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
 class Entry:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
-    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "nowhere", "again",
-                 "worker", "since", "avoid", "result", "asked", "got", "shown", "kept_shown", "due",
-                 "verdict")
+    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "home_until",
+                 "nowhere", "again", "worker", "since", "avoid", "result", "asked", "got", "shown",
+                 "kept_shown", "due", "verdict")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -4078,7 +4089,8 @@ class Entry:
         # what to report, while a failure is looked into: a pass, or what could not be started, unless
         # it can be elsewhere
         self.kept: Optional[Fields] = None
-        self.nowhere = False  # there is no other host that might start it
+        self.home_until: Seconds = 0.0  # until when to wait for a host that might start it
+        self.nowhere = False  # there is none
         self.again = False  # this attempt has been submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
         self.since: Seconds = 0.0  # when it did
@@ -4180,7 +4192,8 @@ class Client(Member):
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
         self.able: Set[str] = set()  # hosts that could start some
-        self.homeless: Dict[int, Seconds] = {}  # of the window, which wait for a host; until when
+        self.homeless: Dict[int, Entry] = {}  # of the window, which wait for a host
+        self.cloud: Tuple[int, int, int] = (0, 0, 0)  # workers, slots, hosts when they were tried last
         self.shunned: Set[str] = set()  # hosts
         self.held_up = False  # who reads what running commands print does not keep up
         self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
@@ -4330,10 +4343,13 @@ class Client(Member):
         self.slots, self.workers, self.hosts = (
             message.fields.get(name, 0) for name in ("slots", "workers", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
-        for entry in [self.window[id] for id in self.homeless]:
-            if self.session.joined and self.hosts > len(unable_hosts(entry.tries.values())):
-                self.next_attempt(entry, "")
+        before, self.cloud = self.cloud, (self.workers, self.slots, self.hosts)
+        for entry in [*self.homeless.values()] if self.session.joined and self.cloud != before else ():
+            self.next_attempt(entry, "")
         if self.session.ok(message.fields):
+            for entry in self.homeless.values():  # a new broker may not know all hosts yet
+                entry.home_until = 0.0
+            self.homeless.clear()
             if self.accepted and self.now < self.slept[1]:  # results that came in time are read
                 self.effects.append(Notice(
                     f"was stopped for {self.slept[0]:.0f} s, longer than the broker waits for a client "
@@ -4435,7 +4451,8 @@ class Client(Member):
         if self.status is not None:
             return None
         unable = unable_hosts(entry.tries.values())
-        may_start = self.wishes.tries != 1 and len(unable) < START_HOSTS and not (
+        failed = sum(not row.began for row in entry.tries.values())
+        may_start = self.wishes.tries != 1 and failed < START_HOSTS and not (
             entry.passed or entry.nowhere)
         last = entry.tries[max(entry.tries)]
         if not last.began and may_start:
@@ -4461,27 +4478,28 @@ class Client(Member):
         entry.place = dict(place, elsewhere=True)
         self.next_attempt(entry, fields.get("worker", ""))
 
-    def find_host(self, entry: Entry, why: str) -> None:
+    def find_host(self, entry: Entry) -> None:
         """Nobody is there who may start this. Wait for a host that could start others, if there was
         one; or else it has failed."""
         able = self.able.difference(unable_hosts(entry.tries.values()))
         self.confirm(entry, "")
-        if able and entry.id not in self.homeless and not entry.nowhere:
-            self.homeless[entry.id] = self.now + HOST_WAIT
+        entry.home_until = entry.home_until or self.now + HOST_WAIT
+        if able and not entry.nowhere and self.now < entry.home_until:
+            self.homeless[entry.id] = entry
             return
-        self.homeless.pop(entry.id, None)
+        self.able -= able  # they do not come back, and others need not wait for them
         entry.nowhere = True
         place = self.place_for(entry)
         if place is None:
-            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": why}, b"")
+            self.report(entry, {}, None)
         else:
             entry.place = dict(place, elsewhere=True)
             self.next_attempt(entry, "")
 
     def gone_hosts(self) -> str:
         """The hosts that could start some, but not those that wait for them, by name."""
-        tries = (entry.tries.values() for entry in map(self.window.__getitem__, self.homeless))
-        unable = set(itertools.chain.from_iterable(map(unable_hosts, tries)))
+        unable = {host for entry in self.homeless.values()
+                  for host in unable_hosts(entry.tries.values())}
         return printable(", ".join(sorted(self.able - unable)), 300)
 
     def next_attempt(self, entry: Entry, avoid: str) -> None:
@@ -4502,6 +4520,7 @@ class Client(Member):
             self.examined -= not result["exitcode"]
         self.release()
         self.confirm(entry, "")
+        self.homeless.pop(entry.id, None)
         del self.window[entry.id]
         self.reported += 1
         self.failed += result["exitcode"] != 0
@@ -4624,7 +4643,7 @@ class Client(Member):
             self.confirm(entry, "")
             del self.window[entry.id]
         elif fault == NOWHERE and self.status is None:
-            self.find_host(entry, why)
+            self.find_host(entry)
         elif verdict or self.status is not None:
             if not entry.passed:
                 entry.kept = None
@@ -4635,6 +4654,8 @@ class Client(Member):
     # --- time, and the end
 
     def overslept(self, gap: Seconds, now: Seconds) -> None:
+        for entry in self.homeless.values():
+            entry.home_until += gap
         if gap > self.session.patience:
             self.slept = gap, now + self.session.patience
 
@@ -4648,11 +4669,11 @@ class Client(Member):
         if self.fetching and self.fetching[0].due <= now:
             self.fetch_again()
             self.fetching[0].due = now + 2 * self.times.ready_interval
-        late = [id for id, until in self.homeless.items() if until <= now]
-        if late:
+        late = [entry for entry in self.homeless.values() if entry.home_until <= now]
+        if late and self.session.joined:
             self.effects.append(Notice(f"gave up waiting for {self.gone_hosts()}"))
-        for id in late:
-            self.find_host(self.window[id], "")
+            for entry in late:
+                self.next_attempt(entry, "")  # for the last time
         self.settle()
         if self.watch.given_up(now) and not self.left:
             self.effects.append(Notice("gave up " + self.watch.cause, True))
@@ -4676,7 +4697,7 @@ class Client(Member):
         if self.window and self.lacks:
             return (f"waiting for {self.lacks}; there is none among "
                     f"{counted(self.workers, 'worker')}")
-        if self.homeless:
+        if self.homeless and not self.accepted:
             return (f"waiting for {self.gone_hosts()} to come back: "
                     f"{counted(len(self.homeless), 'command')} could not be started elsewhere")
         if self.window and not self.accepted and not self.fetching:
@@ -8771,10 +8792,11 @@ def read_template(words: List[str], most: float) -> str:
 
 
 # where in a template what is quoted cannot be right
-WRONG_PLACES = {"'": "in quotes", '"': "in quotes", "`": "in `...`", "\\": "after a backslash",
+WRONG_PLACES = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
+                "\\": "after a backslash",
                 "<": "in a here-document", "#": "in a comment"}
 TOKENS = re.compile(
-    rf"{FOREIGN.pattern}|{PLACE.pattern}|\\(?={{)|\\.|\$\(|[()'\"`\n]|(?<![^\s;&|()])#", re.S)
+    rf"{FOREIGN.pattern}|{PLACE.pattern}|\\(?={{)|\\.|\$[('$]|[()'\"`\n]|(?<![^\s;&|()])#", re.S)
 
 
 def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
@@ -8784,16 +8806,19 @@ def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
     here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
     for token in TOKENS.finditer(template):
         before, mark, last = mark, token[0], within[-1]
-        if last == "'" and mark == "\\'":
+        if last == "'" and mark in ("\\'", "$'"):
             mark = "'"
         if mark[0] == "{":
             yield token, last.strip("(") or ("\\" if before == "\\" else
                                              "<" if here and token.end() > here.end() else "")
         elif last == "#":
             within = within[:-1] if mark[-1] == "\n" else within
-        elif mark == last or mark == ")" and last == "(":
+        elif mark == last or mark == ")" and last == "(" or mark == "'" and last == "$":
             within.pop()
-        elif mark == "#" and last in ("", "(") or last != "'" and mark[0] not in "\\#)\n" and not (
+        elif mark == "$'" and last != '"':
+            within.append("$")  # of bash: in it a backslash counts
+        elif mark == "#" and last in ("", "(") or last not in ("'", "$") and (
+                mark[0] not in "\\#)\n" and mark not in ("$$", "$'")) and not (
                 last == '"' and mark in "'("):
             within.append(mark[-1])
 
