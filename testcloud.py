@@ -94,7 +94,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 # ruff: noqa: E402
 import argparse
-import base64
 import codecs
 import contextlib
 import errno
@@ -952,6 +951,9 @@ class HostNames:
             self.identity[self.shown[key]] = identity
         return self.shown[key]
 
+    def identity_of(self, shown: str) -> str:
+        return self.identity.get(shown, shown)
+
     def forget(self, identity: str) -> None:
         self.identity.pop(self.shown.pop(self.key(identity), ""), None)
 
@@ -1424,12 +1426,16 @@ class Broker(Machine):
             fields: Optional[Fields] = None) -> None:
         """The same, but a peer that is plain or unknown gets few answers: it may answer them."""
         if verb in ("OK", "ERROR", "WHO") and not self.knows_batches(link, peer):
-            self.count_again = min(self.count_again, self.now + 1)
-            self.answers[verb, link, peer] += 1
             deaf = link == WORKERS and peer in self.workers and self.workers[peer].deaf
-            if deaf or self.answers[verb, link, peer] > ANSWERS:
+            if self.has_enough(verb, link, peer) or deaf:
                 return
         super().say(link, peer, token, verb, fields)
+
+    def has_enough(self, verb: str, link: str, peer: Peer) -> bool:
+        """Count one more answer of this kind to a peer; whether these are too many for a second."""
+        self.count_again = min(self.count_again, self.now + 1)
+        self.answers[verb, link, peer] += 1
+        return self.answers[verb, link, peer] > ANSWERS
 
     def count_answers_again(self) -> None:
         """Say the OKs that were too many: a plain worker may be waiting for one."""
@@ -2351,9 +2357,7 @@ class Broker(Machine):
 
     def on_status(self, message: Message) -> None:
         """Somebody wants to see the cloud. That is much to tell: once for all who ask meanwhile."""
-        self.answers["STATUS", CLIENTS, message.peer] += 1
-        self.count_again = min(self.count_again, self.now + 1)
-        if self.answers["STATUS", CLIENTS, message.peer] > ANSWERS:
+        if self.has_enough("STATUS", CLIENTS, message.peer):
             return
         self.viewers[message.peer] = None
         self.answer_at = min(self.answer_at, self.now + OK_DELAY)
@@ -4151,7 +4155,9 @@ class Wishes(NamedTuple):
     """What the user wants of each command, and of all together."""
 
     timeout: Seconds = 0  # to run; 0: no limit
-    tries: int = 0  # in all, as long as it fails; 0: one, and one elsewhere if it could not start
+    # in all, as long as it fails; 0: one, and others elsewhere if it could not be started; 1: one in
+    # any case
+    tries: int = 0
     max_output: int = 0  # bytes of output to keep; 0: all
     env: Dict[str, str] = {}  # variables to set
     needs: Tuple[str, ...] = ()  # labels of workers
@@ -4247,9 +4253,9 @@ class Client(Member):
         fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd,
                   **entry.place, **self.standing}
         for key in {"on", "not_on"} & entry.place.keys():
-            fields[key] = self.names.identity.get(fields[key], fields[key])
+            fields[key] = self.names.identity_of(fields[key])
         if "never_on" in fields:
-            fields["never_on"] = [self.names.identity.get(host, host) for host in fields["never_on"]]
+            fields["never_on"] = [*map(self.names.identity_of, fields["never_on"])]
         if entry.again:
             fields["again"] = True
             if entry.worker:
@@ -4567,8 +4573,7 @@ class Client(Member):
                 f"{SET_ASIDE} commands {why}"))
 
     def shun(self) -> None:
-        hosts = sorted(self.names.identity.get(host, host) for host in self.shunned)
-        self.say(BROKER, b"", "", "SHUN", {"hosts": hosts})
+        self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(map(self.names.identity_of, self.shunned))})
 
     def fetch(self) -> None:
         """Keep FETCH_AHEAD chunks of the first large output under way."""
@@ -5614,7 +5619,8 @@ class JsonLines(Reporter):
             yield json.dumps(decode(part, final=not part))[1:-1].encode()
         if not is_utf8(self.tally.parts(outcome.record)):
             yield b'", "output_base64": "'
-            yield from map(base64.b64encode, blocks(self.tally.parts(outcome.record)))
+            for block in blocks(self.tally.parts(outcome.record)):
+                yield in_base64(block).encode()
         yield b'"}\n'
 
 
@@ -5631,9 +5637,14 @@ def dump_clean(value: Any) -> str:
     return json.dumps(load(in_utf8(dump(value)))) if "\\ud" in text else text
 
 
+def in_base64(data: bytes) -> str:
+    import base64  # late, as others that only reports need
+    return base64.b64encode(data).decode()
+
+
 def in_json(name: str, data: bytes) -> Fields:
     """A field with this text, and another one with its bytes if it is no UTF-8."""
-    more = {} if is_utf8([data]) else {name + "_base64": base64.b64encode(data).decode()}
+    more = {} if is_utf8([data]) else {name + "_base64": in_base64(data)}
     return {name: data.decode("utf-8", "replace"), **more}
 
 
@@ -6278,7 +6289,7 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
     script = PAGE.partition("<script>")[2].partition("</script>")[0]
     pieces: Dict[str, Iterable[str]] = {
         "title": [html_line(title)],
-        "hash": [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()],
+        "hash": [in_base64(hashlib.sha256(script.encode()).digest())],
         "state": [FAIL if failures or trouble else OK],
         "headline": [html_line(page_headline(len(outcomes), failures, trouble))],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
@@ -8749,7 +8760,7 @@ WAYS: Dict[str, Callable[[str], str]] = {
     ".": lambda text: re.sub(r"\.[^/.]*$", "", text),
     "//": lambda text: os.path.dirname(text.rstrip("/")) or "/" * text.startswith("/") or ".",
     "/.": lambda text: WAYS["."](WAYS["/"](text))}
-FOREIGN = re.compile(r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}")  # GNU parallel's
+FOREIGN = r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}"  # GNU parallel's
 
 
 def fill_template(template: str, arguments: Arguments, seq: int) -> str:
@@ -8795,8 +8806,8 @@ def read_template(words: List[str], most: float) -> str:
 WRONG_PLACES = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
                 "\\": "after a backslash",
                 "<": "in a here-document", "#": "in a comment"}
-TOKENS = re.compile(
-    rf"{FOREIGN.pattern}|{PLACE.pattern}|\\(?={{)|\\.|\$[('$]|[()'\"`\n]|(?<![^\s;&|()])#", re.S)
+# not compiled: that takes time at every start, and is needed once, if there is a template
+TOKENS = rf"{FOREIGN}|{PLACE.pattern}|\\(?={{)|\\.|\$[('$]|[()'\"`\n]|(?<![^\s;&|()])#"
 
 
 def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
@@ -8804,7 +8815,7 @@ def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
     key in WRONG_PLACES of where it stands, or "". A $(...) in quotes begins anew."""
     within, mark = [""], ""  # quotes, parentheses and a comment that are open
     here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
-    for token in TOKENS.finditer(template):
+    for token in re.finditer(TOKENS, template, re.S):
         before, mark, last = mark, token[0], within[-1]
         if last == "'" and mark in ("\\'", "$'"):
             mark = "'"
