@@ -3175,9 +3175,9 @@ class World:
         self.say(actor.name, "is paused for", duration)
 
         def wake(machine):
-            """As Loop.wait() does."""
-            due, now = min(machine.deadline(), began + tc.LONGEST_WAIT), actor.clock(self.now)
-            if now > due + tc.OVERSLEPT:
+            """As EventLoop.wait() does."""
+            due, now = min(machine.deadline(), began + tc.MAX_POLL_TIME), actor.clock(self.now)
+            if now > due + tc.MIN_STALL:
                 self.seen["overslept"] += 1
                 machine.overslept(now - due, now)
 
@@ -7284,7 +7284,7 @@ class SocketsTest(unittest.TestCase):
         """Its Python handler may run only after the waiting: the system itself must end it."""
         for number in tc.signals_to_handle():
             self.addCleanup(signal.signal, number, signal.getsignal(number))
-        with contextlib.closing(tc.Loop(sockets=False)) as loop:
+        with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
             loop.on_signals(lambda status, now: None)
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             signal.raise_signal(signal.SIGTERM)
@@ -7305,7 +7305,7 @@ class SocketsTest(unittest.TestCase):
 
         real = time.monotonic
         end = real() + PATIENCE
-        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
+        with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
                 mock.patch.object(tc.time, "monotonic", lambda: real() + stopped[0]):
             link = tc.RouterLink(loop, loop.add(Probe(), {}), CLIENTS, "tcp://127.0.0.1:0")
             peer = loop.context.socket(zmq.DEALER)
@@ -7331,7 +7331,7 @@ class SocketsTest(unittest.TestCase):
                 seen.append(link)
                 if seen == [CLIENTS]:
                     worker.send(b"")
-                    node.links[WORKERS].socket.poll(PATIENCE * 1000)
+                    adapter.links[WORKERS].socket.poll(PATIENCE * 1000)
 
             def tick(self, now):
                 seen.append("tick")
@@ -7339,12 +7339,12 @@ class SocketsTest(unittest.TestCase):
             def deadline(self):
                 return due
 
-        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
+        with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
                 mock.patch.object(tc.time, "monotonic", lambda: real() + took[0]):
-            node = loop.add(Probe(), {})
+            adapter = loop.add(Probe(), {})
             peers = []
             for link in (CLIENTS, WORKERS):
-                address = tc.RouterLink(loop, node, link, "tcp://127.0.0.1:0").address
+                address = tc.RouterLink(loop, adapter, link, "tcp://127.0.0.1:0").address
                 peers.append(loop.context.socket(zmq.DEALER))
                 peers[-1].connect(address)
             client, worker = peers
@@ -7367,13 +7367,13 @@ class SocketsTest(unittest.TestCase):
 
         class Probe(tc.Machine):
             def receive(self, link, peer, token, body, data, now):
-                took[0] += tc.READ_TIME  # so each round reads two
+                took[0] += tc.MAX_READ_TIME  # so each round reads two
                 seen.append(body)
 
             def disconnected(self, link, peer, now):
                 seen.append("gone")
 
-        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
+        with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
                 mock.patch.object(tc.time, "monotonic", lambda: real() + took[0]):
             link = tc.RouterLink(loop, loop.add(Probe(), {}), CLIENTS, "tcp://127.0.0.1:0")
             peer = loop.context.socket(zmq.DEALER)
@@ -7396,7 +7396,7 @@ class SocketsTest(unittest.TestCase):
         ids = set()
         for _ in range(2):
             ctypes.CDLL(None).srand(7)
-            with contextlib.closing(tc.Loop(sockets=True)) as loop:
+            with contextlib.closing(tc.EventLoop(sockets=True)) as loop:
                 link = tc.RouterLink(loop, loop.add(tc.Machine(), {}), CLIENTS, "tcp://127.0.0.1:0")
                 peer = loop.context.socket(zmq.DEALER)
                 peer.connect(link.address)
@@ -7416,9 +7416,9 @@ class SocketsTest(unittest.TestCase):
 
 
 class KeyFilesTest(unittest.TestCase):
-    KEYS = tc.Keys("B" * 40, "s" * 40, {"client": tc.Pair("c" * 40, "d" * 40),
-                                        "worker": tc.Pair("w" * 40, "x" * 40)},
-                   (tc.Holder("alice", "client", "a" * 40), tc.Holder("hub", "worker", "h" * 40)))
+    KEYS = tc.Keys("B" * 40, "s" * 40, {"client": tc.KeyPair("c" * 40, "d" * 40),
+                                        "worker": tc.KeyPair("w" * 40, "x" * 40)},
+                   (tc.KeyHolder("alice", "client", "a" * 40), tc.KeyHolder("hub", "worker", "h" * 40)))
 
     def setUp(self):
         self.dir = tempfile.mkdtemp()
@@ -7433,13 +7433,13 @@ class KeyFilesTest(unittest.TestCase):
             self.assertNotIn(secret, str(caught.exception))
 
     def test_written_keys_are_read_again(self):
-        for keys in (self.KEYS, tc.Keys("B" * 40, pairs={"worker": tc.Pair("w" * 40, "x" * 40)})):
+        for keys in (self.KEYS, tc.Keys("B" * 40, pairs={"worker": tc.KeyPair("w" * 40, "x" * 40)})):
             with contextlib.suppress(OSError):
                 os.remove(self.path)
             tc.write_keys(self.path, keys)
             self.assertEqual(tc.read_keys(self.path), keys)
             self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
-        with tc.changing(self.path) as replace:
+        with tc.locked_key_file(self.path) as replace:
             replace(self.KEYS)
         self.assertEqual(tc.read_keys(self.path), self.KEYS)
         self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
@@ -7482,26 +7482,26 @@ class KeyFilesTest(unittest.TestCase):
         with mock.patch.object(tc, "__file__", os.path.join(script, "testcloud.py")), \
                 mock.patch.dict(os.environ, {"XDG_CONFIG_HOME": config}):
             os.environ.pop("TESTCLOUD_KEY_FILE", None)
-            self.assertEqual(tc.find_key(None), "")
+            self.assertEqual(tc.find_key_file(None), "")
             for path in (other, beside):
                 os.makedirs(os.path.dirname(path))
                 open(path, "w").close()
-                self.assertEqual(tc.find_key(None), path)
+                self.assertEqual(tc.find_key_file(None), path)
             os.environ["TESTCLOUD_KEY_FILE"] = "/no/such"
-            self.assertEqual(tc.find_key(None), "/no/such")
-            self.assertEqual(tc.find_key("/given"), "/given")
+            self.assertEqual(tc.find_key_file(None), "/no/such")
+            self.assertEqual(tc.find_key_file("/given"), "/given")
 
     def test_who_may_connect_as_what(self):
         tc.write_keys(self.path, self.KEYS)
-        with contextlib.closing(tc.Loop(sockets=True)) as loop, \
-                contextlib.closing(tc.Gate(loop, self.path)) as gate:
+        with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
+                contextlib.closing(tc.Authenticator(loop, self.path)) as authenticator:
             for role, key, admitted in [
                     ("client", "a", True), ("client", "c", True), ("client", "h", False),
                     ("client", "w", False), ("client", "B", False), ("worker", "h", True),
                     ("worker", "a", False), ("worker", "w", True), ("nobody", "a", False),
                     ("client", "z", False)]:
-                self.assertEqual(gate.admits(role, key * 40), admitted, (role, key))
-            self.assertFalse(gate.admits("client", ""))
+                self.assertEqual(authenticator.allows(role, key * 40), admitted, (role, key))
+            self.assertFalse(authenticator.allows("client", ""))
 
     def test_a_change_that_is_made_while_the_broker_starts_counts(self):
         tc.write_keys(self.path, self.KEYS)
@@ -7509,16 +7509,16 @@ class KeyFilesTest(unittest.TestCase):
 
         def slowly(path, role):
             keys = real(path, role)
-            with tc.changing(path) as replace:
+            with tc.locked_key_file(path) as replace:
                 replace(self.KEYS._replace(holders=()))
             return keys
         with contextlib.ExitStack() as stack:
-            loop = stack.enter_context(contextlib.closing(tc.Loop(sockets=True)))
+            loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
             with mock.patch.object(tc, "keys_for", slowly):
-                gate = stack.enter_context(contextlib.closing(tc.Gate(loop, self.path)))
-            self.assertTrue(gate.admits("client", "a" * 40))
-            gate.refresh()
-            self.assertFalse(gate.admits("client", "a" * 40))
+                authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
+            self.assertTrue(authenticator.allows("client", "a" * 40))
+            authenticator.refresh()
+            self.assertFalse(authenticator.allows("client", "a" * 40))
 
     def test_two_changes_at_once_are_both_made(self):
         tc.write_keys(self.path, self.KEYS)
@@ -7535,7 +7535,7 @@ class KeyFilesTest(unittest.TestCase):
 
 class RefusalsTest(unittest.TestCase):
     def setUp(self):
-        self.refusals, self.now = tc.Refusals(), 100.0
+        self.refusals, self.now = tc.RefusalLog(), 100.0
 
     def said(self, *texts, after=0.0, unless=()):
         """What is logged when these are told, and so much later."""
@@ -7612,12 +7612,12 @@ class KeysTest(unittest.TestCase):
         self.keygen("--key", self.path, "--revoke", "r")
         self.cloud.wait_for_log(self.broker, "read the keys again: of 2 holders")
         stranger, other = tc.new_pair(), tc.new_pair()
-        stolen = tc.Pair(client.public, stranger.secret)  # a public key is no secret
+        stolen = tc.KeyPair(client.public, stranger.secret)  # a public key is no secret
         for who, pair, at_clients, at_workers in [
                 ("without a key", None, False, False), ("any key", stranger, False, False),
                 ("a worker's", worker, False, True), ("a client's", client, True, False),
                 ("a revoked one", revoked, False, False), ("another's name", stolen, False, False),
-                ("the broker's public key", tc.Pair(cloud.broker, stranger.secret), False, False),
+                ("the broker's public key", tc.KeyPair(cloud.broker, stranger.secret), False, False),
                 ("the cloud's for workers", cloud.pairs["worker"], False, True),
                 ("the cloud's for clients", cloud.pairs["client"], True, False)]:
             with self.subTest(who):
@@ -7870,17 +7870,17 @@ class KeysTest(unittest.TestCase):
         path = os.path.join(self.cloud.dir, "ipc")
         self.cloud.start("broker", "--insecure", "--clients", f"ipc://{path}", "--workers",
                          "127.0.0.1:0").stdout.readline()
-        self.assertEqual(tc.mechanism_of(f"ipc://{path}"), "NULL")
-        self.assertEqual(tc.mechanism_of(self.broker.clients), "CURVE")
+        self.assertEqual(tc.security_mechanism(f"ipc://{path}"), "NULL")
+        self.assertEqual(tc.security_mechanism(self.broker.clients), "CURVE")
         for words in (None, b"", b"SSH-2.0-x\r\n", b"\xff"):
             with socket.create_server(("127.0.0.1", 0)) as server, \
                     mock.patch.object(tc, "PROBE_TIME", PATIENCE if words is not None else 0.05):
                 address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
                 thread = threading.Thread(target=self.hang_up, args=(server, words))
                 thread.start()
-                self.assertEqual(tc.mechanism_of(address), "", words)
+                self.assertEqual(tc.security_mechanism(address), "", words)
                 thread.join()
-            self.assertIsNone(tc.mechanism_of(address))
+            self.assertIsNone(tc.security_mechanism(address))
 
     def hang_up(self, server, words):
         connection, _ = server.accept()
@@ -7901,7 +7901,7 @@ class KeysTest(unittest.TestCase):
         before = tc.read_keys(self.path)
         self.keygen("--key", self.path, "--revoke", "alice")
         self.cloud.wait_for_log(client, "does not accept our key")
-        with tc.changing(self.path) as replace:
+        with tc.locked_key_file(self.path) as replace:
             replace(before)
         client.stdin.write(b"echo two\n")
         client.stdin.close()
@@ -8860,7 +8860,7 @@ class ProcessesTest(unittest.TestCase):
         self.assertEqual(process.returncode, 0)
 
     def test_a_blocked_stdout_does_not_expire_the_local_worker(self):
-        loop = tc.Loop(sockets=False)
+        loop = tc.EventLoop(sockets=False)
         self.addCleanup(loop.close)
         client = tc.Client("r1")
         loop.add(client, {})
@@ -8868,7 +8868,7 @@ class ProcessesTest(unittest.TestCase):
         loop.flush()
         loop.wait()
         loop.flush()
-        broker = loop.nodes[2].machine
+        broker = loop.adapters[2].machine
         self.assertTrue(broker.workers and broker.clients)
         broker.tick(time.monotonic() + 10000)  # nobody could say anything meanwhile
         self.assertTrue(broker.workers and broker.clients)

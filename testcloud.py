@@ -6886,7 +6886,7 @@ def complain(text: str) -> None:
 
 # === Sockets ==========================================================================
 #
-# The one loop that moves bytes and time for all roles. A Node is a machine with its links
+# The one loop that moves bytes and time for all roles. An Adapter is a machine with its links
 # to others; a link is a ROUTER, a DEALER, or a short cut to another machine in the same
 # process. Threads reach the loop through post() only. No other part of the program knows
 # ZeroMQ or the clock.
@@ -6895,32 +6895,23 @@ NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to comb
 IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
 SPARE = 8  # of the files we may open: when no more are left we say so
 DRAIN = 2000  # messages taken from one socket before timers and others get their turn
-READ_TIME: Seconds = 0.1  # and how long that may take
+MAX_READ_TIME: Seconds = 0.1  # and how long that may take
 IN_LIBZMQ = 50  # messages that libzmq keeps for a peer that does not read, or of one that floods us:
 #   mostly of a few KiB, but of MAX_FRAME at the most
 MAX_LATE = 500  # frames that we keep for it beyond that
 LATE_BYTES = 34 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
-OVERSLEPT: Seconds = 0.25  # later than that we are not slow, but were stopped
-LONGEST_WAIT: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
+MIN_STALL: Seconds = 0.25  # later than that we are not slow, but were stopped
+MAX_POLL_TIME: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
 #   takes longer than both together
 RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
-REFUSED_DELAY: Seconds = 1.0  # between attempts to connect with a key that is not accepted
+REFUSED_INTERVAL: Seconds = 1.0  # between attempts to connect with a key that is not accepted
 GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
 PROBE_TIME: Seconds = 1.0  # for a greeting: a broker answers at once
 UNREADABLE = 0x11000001  # detail of a failed handshake (zmq.h): it was not encrypted for our key
 WRONG_ROLE = b"500"  # ZAP's status for a key of another role; b"400": for one that is not accepted
-REFUSAL_DELAY: Seconds = 1.2  # until it is said what may be said better: REFUSED_DELAY, and then some
+REFUSAL_DELAY: Seconds = 1.2  # until it is said what may be said better: REFUSED_INTERVAL, and then some
 REFUSAL_INTERVAL: Seconds = 10.0  # until the same is said again of connections that had ceased
 MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
-LOAD_INTERVAL: Seconds = 1.0  # between looks at the load: the system's average moves slowly
-ADVISE: Seconds = 2.0  # a run that takes less needs no advice how it could be faster,
-ADVISE_FROM = 100.0  # nor do commands, in ms: there it is not the slots that count,
-ADVISE_SHARE = 0.6  # nor if slots needed less of the run: it waited for input, other clients, tries
-PROGRESS_INTERVAL: Seconds = 0.2  # between looks how far a run is
-SILENCE: Seconds = 60.0  # without a terminal, until we say how far it is: some kill jobs after 10 min
-STEADY: Seconds = 10.0  # and between such lines with --progress
-STATUS_INTERVAL: Seconds = 1.0  # of status --watch
-STATUS_WAIT: Seconds = 5.0  # without that: somebody looks at the terminal, or a script must go on
 GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
 TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
 GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end,
@@ -6944,14 +6935,14 @@ def require_zmq() -> None:
     try:
         import zmq
     except ImportError:
-        python = python_with_zmq()
+        python = venv_python()
         raise SetupError("Python's package pyzmq is missing: " + (
             f"run this with {printable(python, 1000)}, which has it" if python else
             "apt install python3-zmq (or, beside this script: python3 -m venv .venv && "
             ".venv/bin/pip install pyzmq)")) from None
 
 
-def python_with_zmq() -> str:
+def venv_python() -> str:
     """The interpreter of .venv beside the script, or of $VIRTUAL_ENV, if it has pyzmq; else ""."""
     import glob
     for venv in filter(None, [beside_script(".venv", True), os.environ.get("VIRTUAL_ENV")]):
@@ -6961,22 +6952,22 @@ def python_with_zmq() -> str:
     return ""
 
 
-def borrow_zmq() -> None:
+def use_venv_python() -> None:
     """If our interpreter lacks pyzmq, and .venv beside the script has it (make demo puts it there), go
     on with that; but only if both are our own: it is a program that we start."""
     from importlib.machinery import PathFinder
-    tried = os.environ.pop("TESTCLOUD_BORROWED", "")
+    tried = os.environ.pop("TESTCLOUD_VENV_TRIED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
         return
     python = beside_script(".venv/bin/python", True)
     with contextlib.suppress(OSError):
         owners = {os.lstat(beside_script(name, True)).st_uid for name in ("", ".venv")}
-        if python == python_with_zmq() and owners == {os.geteuid()}:
+        if python == venv_python() and owners == {os.geteuid()}:
             os.execve(python, [python, os.path.abspath(__file__), *sys.argv[1:]],
-                      {**os.environ, "TESTCLOUD_BORROWED": "1"})
+                      {**os.environ, "TESTCLOUD_VENV_TRIED": "1"})
 
 
-def shuffle_routing_ids() -> None:
+def seed_routing_ids() -> None:
     """Have ROUTERs number their peers from a random number on. libzmq takes it from rand(), which
     it does not seed; and it aborts when a peer has chosen the next number as its own id."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
@@ -7065,7 +7056,7 @@ def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
     return rest[0].bytes.decode("ascii", "replace"), rest[1].bytes, rest[2] if rest[2:] else b""
 
 
-class Node:
+class Adapter:
     """A machine with its links, and the functions that carry out its effects."""
 
     def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> None:
@@ -7074,16 +7065,16 @@ class Node:
         self.effects = effects
 
 
-class Loop:
+class EventLoop:
     """Waits for messages, timers and threads, and lets the machines work, until one exits."""
 
     def __init__(self, sockets: bool) -> None:
         if sockets:
             require_zmq()
-            shuffle_routing_ids()
+            seed_routing_ids()
         self.context: Any = zmq.Context() if sockets else None
         self.poller: Any = zmq.Poller() if sockets else select.poll()
-        self.nodes: List[Node] = []
+        self.adapters: List[Adapter] = []
         self.sockets: List[SocketLink] = []
         self.posted: Deque[Callable[[Seconds], None]] = deque()
         self.wake_in, self.wake_out = os.pipe()
@@ -7091,21 +7082,21 @@ class Loop:
         os.set_blocking(self.wake_out, False)
         # called when one can be read: a descriptor, or a socket of ZeroMQ
         self.files: Dict[Any, Callable[[Seconds], None]] = {}
-        self.watch(self.wake_in, self.woken)
+        self.add_reader(self.wake_in, self.woken)
         self.expected: Seconds = math.inf  # when we should look at the clock again, at the latest
         self.status: Optional[int] = None
-        self.between: List[Callable[[], None]] = []  # called once a round
-        self.refusals = Refusals()
-        self.between.append(self.refusals.look)
+        self.each_round: List[Callable[[], None]] = []  # called once a round
+        self.refusals = RefusalLog()
+        self.each_round.append(self.refusals.look)
 
-    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Node:
-        node = Node(machine, {
+    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
+        adapter = Adapter(machine, {
             Log: lambda effect: logging.log(effect.level, "%s", effect.text),
             Notice: lambda effect: complain(effect.text),
-            Reconnect: lambda effect: node.links[effect.link].reset(),
+            Reconnect: lambda effect: adapter.links[effect.link].reset(),
             Exit: self.exit, **effects})
-        self.nodes.append(node)
-        return node
+        self.adapters.append(adapter)
+        return adapter
 
     def exit(self, effect: Exit) -> None:
         if self.status is None:
@@ -7120,7 +7111,7 @@ class Loop:
     def woken(self, now: Seconds) -> None:
         os.read(self.wake_in, 4096)
 
-    def watch(self, file: Any, function: Callable[[Seconds], None]) -> None:
+    def add_reader(self, file: Any, function: Callable[[Seconds], None]) -> None:
         """Call this with the time when the descriptor or socket can be read."""
         self.files[file] = function
         self.poller.register(file, select.POLLIN)
@@ -7160,13 +7151,13 @@ class Loop:
         # one that comes when we are about to wait must end the waiting
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
         if control >= 0:
-            self.watch(control, from_supervisor)
+            self.add_reader(control, from_supervisor)
 
     def run(self) -> int:
         """Until some machine exits; its status."""
         while True:
             self.flush()
-            for function in self.between:
+            for function in self.each_round:
                 function()
             if self.status is not None:
                 return self.status
@@ -7176,9 +7167,9 @@ class Loop:
         """The time, for what is about to happen. If we were stopped since we looked at it last, or
         since we should have, the machines are told that first."""
         now = time.monotonic()
-        if now > self.expected + OVERSLEPT:
-            for node in self.nodes:
-                node.machine.overslept(now - self.expected, now)
+        if now > self.expected + MIN_STALL:
+            for adapter in self.adapters:
+                adapter.machine.overslept(now - self.expected, now)
         self.expected = now
         return now
 
@@ -7187,11 +7178,11 @@ class Loop:
         by the time at which all that had come by then was seen to be there: not by the end of a
         round that took long."""
         before, now = self.expected, self.clock()
-        deadlines = [node.machine.deadline() for node in self.nodes]
+        deadlines = [adapter.machine.deadline() for adapter in self.adapters]
         due = min(deadlines + [link.retry_at for link in self.sockets])
-        if now > before + OVERSLEPT or any(link.unread for link in self.sockets):
+        if now > before + MIN_STALL or any(link.unread for link in self.sockets):
             due = now  # there may be something to be said to that, or is more to be read
-        self.expected = min(max(due, now), now + LONGEST_WAIT)
+        self.expected = min(max(due, now), now + MAX_POLL_TIME)
         ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
         polled = self.clock()
         for link in list(self.sockets):  # first of all: without a connection nothing is started
@@ -7207,9 +7198,9 @@ class Loop:
                 link.receive()
             if link.retry_at <= polled:
                 link.retry(self.clock())
-        for node, deadline in zip(self.nodes, deadlines):
+        for adapter, deadline in zip(self.adapters, deadlines):
             if deadline <= polled:
-                node.machine.tick(polled)
+                adapter.machine.tick(polled)
 
     def flush(self) -> None:
         """Send and do all that the machines want, until they are quiet."""
@@ -7217,13 +7208,13 @@ class Loop:
         while busy:
             busy = False
             self.clock()  # or we would do what we would not do any more
-            for node in self.nodes:
-                frames, effects = node.machine.take()
+            for adapter in self.adapters:
+                frames, effects = adapter.machine.take()
                 busy = busy or bool(frames or effects)
                 for frame in frames:
-                    node.links[frame.link].send(frame)
+                    adapter.links[frame.link].send(frame)
                 for effect in effects:
-                    node.effects[type(effect)](effect)
+                    adapter.effects[type(effect)](effect)
 
     def close(self) -> None:
         for link in self.sockets:
@@ -7255,9 +7246,9 @@ class LocalLink:
 class SocketLink:
     """What ROUTER and DEALER links share: options, monitor, a queue for slow peers."""
 
-    def __init__(self, loop: Loop, node: Node, name: str, address: str) -> None:
+    def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str) -> None:
         self.loop = loop
-        self.node = node
+        self.adapter = adapter
         self.name = name
         self.address = address
         self.late: Dict[Peer, Deque[Frame]] = {}  # for peers whose queue in libzmq is full
@@ -7265,7 +7256,7 @@ class SocketLink:
         self.unread = False  # receive() has left something
         self.socket: Any = None
         self.monitor: Any = None
-        node.links[name] = self
+        adapter.links[name] = self
         loop.sockets.append(self)
 
     def open(self, kind: int, events: int) -> None:
@@ -7323,9 +7314,9 @@ class SocketLink:
     def hand_over(self, peer: Peer, frames: List[Any], now: Seconds) -> None:
         parsed = parse_frames(frames)
         if parsed is None:
-            self.node.machine.complain(self.name, peer, "", b"", "too many frames")
+            self.adapter.machine.complain(self.name, peer, "", b"", "too many frames")
         else:
-            self.node.machine.receive(self.name, peer, *parsed, now)
+            self.adapter.machine.receive(self.name, peer, *parsed, now)
 
     def send(self, frame: Frame) -> None:
         if frame.peer in self.late:
@@ -7341,7 +7332,7 @@ class SocketLink:
         """It does not read what we send: forget it; if it wakes up it will join again."""
         del self.late[peer]
         logging.info("a peer of the link to %s does not read what we send: forgotten", self.name)
-        self.node.machine.disconnected(self.name, peer, time.monotonic())
+        self.adapter.machine.disconnected(self.name, peer, time.monotonic())
 
     def retry(self, now: Seconds) -> None:
         """Try again to send to the slow. Their peers' windows bound what waits here."""
@@ -7367,9 +7358,9 @@ class SocketLink:
         raise NotImplementedError
 
     def receive(self) -> None:
-        """Read what has come, DRAIN messages or for READ_TIME at the most. Each has a time of its
+        """Read what has come, DRAIN messages or for MAX_READ_TIME at the most. Each has a time of its
         own: between two of them we may have been stopped."""
-        until = self.loop.clock() + READ_TIME
+        until = self.loop.clock() + MAX_READ_TIME
         self.unread = True
         for _ in range(DRAIN):
             now = self.loop.clock()
@@ -7395,17 +7386,17 @@ class RouterLink(SocketLink):
     we know that its last connection has ended: the new one takes over.
     """
 
-    def __init__(self, loop: Loop, node: Node, name: str, address: str,
-                 gate: Optional[Gate] = None) -> None:
-        super().__init__(loop, node, name, address)
-        self.gate = gate
-        self.keyed = gate is not None and gate.keys is not None
-        self.users: Dict[Peer, str] = {}  # their public keys, if there is a gate
+    def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str,
+                 authenticator: Optional[Authenticator] = None) -> None:
+        super().__init__(loop, adapter, name, address)
+        self.authenticator = authenticator
+        self.keyed = authenticator is not None and authenticator.keys is not None
+        self.users: Dict[Peer, str] = {}  # their public keys, if there is an authenticator
         self.peers: Dict[int, Peer] = {}  # by descriptor
         self.known: Dict[Peer, int] = {}
         # by descriptor: from where the connections are that have not said anything yet
         self.unmet: Dict[int, str] = {}
-        self.silent: Dict[int, int] = {}  # by descriptor: the Guard's
+        self.silent: Dict[int, int] = {}  # by descriptor: the MemoryGuard's
         # (event, detail) of handshakes that failed, before the closing
         self.failed: Deque[Tuple[int, int]] = deque()
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
@@ -7421,11 +7412,11 @@ class RouterLink(SocketLink):
         self.bind()
 
     def protect(self) -> None:
-        if self.gate is not None:
-            self.gate.links.append(self)
-            if self.gate.keys is not None:
+        if self.authenticator is not None:
+            self.authenticator.links.append(self)
+            if self.authenticator.keys is not None:
                 self.socket.setsockopt(zmq.CURVE_SERVER, 1)
-                self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.gate.keys.secret.encode())
+                self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.authenticator.keys.secret.encode())
             self.socket.setsockopt(zmq.ZAP_DOMAIN, ROLE_OF[self.name].encode())
             self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else all may in whom nobody asks about
 
@@ -7433,7 +7424,7 @@ class RouterLink(SocketLink):
         place = resolve(self.address)
         if place.startswith("ipc://") and self.is_no_socket(place[6:]):
             raise SetupError(f"cannot listen on {place}: there is something else, which is no socket")
-        if place.startswith("ipc://") and mechanism_of(place) is not None:
+        if place.startswith("ipc://") and security_mechanism(place) is not None:
             raise SetupError(f"Address already in use: is another broker running on {place}?")
         try:
             self.socket.bind(place)
@@ -7503,22 +7494,22 @@ class RouterLink(SocketLink):
 
     def is_welcome(self, peer: Peer) -> bool:
         """Whether its key is (still) accepted; or else it is cut off."""
-        assert self.gate is not None
+        assert self.authenticator is not None
         if len(peer) == 5 and peer[:1] == b"\0" \
-                and self.gate.admits(ROLE_OF[self.name], self.users.get(peer, "")):
+                and self.authenticator.allows(ROLE_OF[self.name], self.users.get(peer, "")):
             return True
         self.cut(peer)
         return False
 
     def cut(self, peer: Peer) -> None:
         """End a peer's connection. libzmq cannot; but it sees when its socket is shut down."""
-        with contextlib.suppress(OSError, KeyError), borrowed(self.known[peer]) as connection:
+        with contextlib.suppress(OSError, KeyError), borrowed_socket(self.known[peer]) as connection:
             connection.shutdown(socket.SHUT_RDWR)
 
     def cut_endless(self, now: Seconds) -> None:
         """Cut the connections that have sent too much since they said something."""
         for file in (*self.unmet, *self.peers):
-            with contextlib.suppress(OSError), borrowed(file) as connection:
+            with contextlib.suppress(OSError), borrowed_socket(file) as connection:
                 size, known = received(connection), file in self.silent
                 before = self.silent.setdefault(file, 0 if file in self.unmet else size)
                 if size - before > (MAX_HANDSHAKE if file in self.unmet and known else MAX_UNHEARD):
@@ -7532,7 +7523,7 @@ class RouterLink(SocketLink):
         news, self.news = self.news, []
         for event, descriptor in news:
             if event == zmq.EVENT_ACCEPTED:
-                self.unmet[descriptor] = place_of(descriptor)
+                self.unmet[descriptor] = peer_address(descriptor)
             elif event != zmq.EVENT_DISCONNECTED:
                 self.failed.append((event, descriptor))
             elif descriptor in self.peers:
@@ -7542,7 +7533,7 @@ class RouterLink(SocketLink):
                                   *(self.failed.popleft() if self.failed else (0, 0)), now)
 
     def tell_refusal(self, place: str, event: int, detail: int, now: Seconds) -> None:
-        """Say who has not got in, and why; event 0: it left by itself. (The gate has told already about
+        """Say who has not got in, and why; event 0: it left by itself. (The authenticator has told already about
         keys that it does not accept.)"""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return
@@ -7582,7 +7573,7 @@ class RouterLink(SocketLink):
         self.unmet.pop(descriptor, None)
         if self.keyed:
             self.users[peer] = frame.get("User-Id")
-            self.node.machine.identified(self.name, peer, self.users[peer])
+            self.adapter.machine.identified(self.name, peer, self.users[peer])
 
     def gone(self, peer: Peer, now: Seconds) -> None:
         descriptor = self.known.pop(peer, -1)
@@ -7590,7 +7581,7 @@ class RouterLink(SocketLink):
         self.silent.pop(descriptor, None)
         self.users.pop(peer, None)
         self.late.pop(peer, None)
-        self.node.machine.disconnected(self.name, peer, now)
+        self.adapter.machine.disconnected(self.name, peer, now)
 
     def send_now(self, frame: Frame) -> bool:
         try:
@@ -7605,7 +7596,7 @@ class RouterLink(SocketLink):
 
 
 @contextlib.contextmanager
-def borrowed(file: int) -> Iterator[socket.socket]:
+def borrowed_socket(file: int) -> Iterator[socket.socket]:
     """libzmq's connection of this descriptor. What is done with it raises OSError if it is over."""
     connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=file)
     try:
@@ -7614,9 +7605,9 @@ def borrowed(file: int) -> Iterator[socket.socket]:
         connection.detach()
 
 
-def place_of(file: int) -> str:
+def peer_address(file: int) -> str:
     """From where a connection comes, for people; "" if it is over."""
-    with contextlib.suppress(OSError), borrowed(file) as connection:
+    with contextlib.suppress(OSError), borrowed_socket(file) as connection:
         place = connection.getpeername()
         return printable(str(place[0])) if place else "this machine"
     return ""
@@ -7644,16 +7635,16 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class Guard:
+class MemoryGuard:
     """Cuts off who fills our memory with what never becomes a message: libzmq keeps the frames of one
     until the last has come, and of those there may be any number. Only the system knows how
     much has come on a connection; it is asked when we have grown large. Linux only."""
 
-    def __init__(self, loop: Loop, links: List[RouterLink]) -> None:
+    def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
         self.links = links
         self.look_at: Seconds = 0.0
         self.trim_at: Seconds = 0.0
-        loop.between.append(self.look)
+        loop.each_round.append(self.look)
 
     def look(self) -> None:
         now = time.monotonic()
@@ -7672,13 +7663,13 @@ class Guard:
             give_back_memory()
 
 
-class Gate:
+class Authenticator:
     """Tells libzmq who may connect (ZAP, rfc.zeromq.org/spec/27), and cuts off who may not any
     more. Without keys all may; but where somebody is asked, libzmq no longer takes just any bytes for
     messages of its oldest protocol, as a web page could have a browser send them. Must be there
     before the first RouterLink."""
 
-    def __init__(self, loop: Loop, path: str) -> None:
+    def __init__(self, loop: EventLoop, path: str) -> None:
         """With the keys in this file, "" for none. Raises SetupError."""
         self.loop = loop
         self.path = path
@@ -7692,8 +7683,8 @@ class Gate:
         self.socket = loop.context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind("inproc://zeromq.zap.01")
-        loop.watch(self.socket, self.answer)
-        loop.between.append(self.refresh)
+        loop.add_reader(self.socket, self.answer)
+        loop.each_round.append(self.refresh)
 
     def close(self) -> None:
         self.loop.poller.unregister(self.socket)
@@ -7704,7 +7695,7 @@ class Gate:
         self.allowed = {(role, pair.public) for role, pair in keys.pairs.items()}
         self.allowed.update((who.role, who.public) for who in keys.holders)
 
-    def admits(self, role: str, key: str) -> bool:
+    def allows(self, role: str, key: str) -> bool:
         return self.keys is None or (role, key) in self.allowed
 
     def answer(self, now: Seconds) -> None:
@@ -7717,8 +7708,8 @@ class Gate:
             number, role, place = request[1], request[2].decode(), request[3]
             key = z85(request[-1]) if request[5] == b"CURVE" else ""
             status, why = b"200", ""
-            if not self.admits(role, key):
-                known = any(self.admits(other, key) for other in ROLE_OF.values())
+            if not self.allows(role, key):
+                known = any(self.allows(other, key) for other in ROLE_OF.values())
                 status, why = (WRONG_ROLE, "a key for another role") if known else (
                     b"400", "a key that is revoked, or unknown")
                 self.loop.refusals.tell(
@@ -7755,7 +7746,7 @@ class Gate:
         for link in self.links:
             for peer in list(link.users):
                 if not link.is_welcome(peer):
-                    link.node.machine.revoked(link.name, peer, now)
+                    link.adapter.machine.revoked(link.name, peer, now)
 
 
 def z85(public: bytes) -> str:
@@ -7764,7 +7755,7 @@ def z85(public: bytes) -> str:
     return zmq.utils.z85.encode(public).decode() if len(public) == 32 else ""
 
 
-class Refusals:
+class RefusalLog:
     """Says who could not connect, but not all the time: each thing once, as long as it goes on, and
     not too many things."""
 
@@ -7798,10 +7789,10 @@ class Refusals:
 class DealerLink(SocketLink):
     """The link of a client, a worker or a chained broker to its broker."""
 
-    def __init__(self, loop: Loop, node: Node, name: str, address: str, role: str = "",
+    def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str, role: str = "",
                  keys: Optional[Keys] = None, hint: str = "",
                  renew: Callable[[], Optional[Keys]] = lambda: None) -> None:
-        super().__init__(loop, node, name, address)
+        super().__init__(loop, adapter, name, address)
         self.up = False
         self.reached = False  # something listens there
         self.refused = False  # then libzmq may not try again, so we do
@@ -7837,7 +7828,7 @@ class DealerLink(SocketLink):
         """A handshake has failed. Only a refused key is sure to show in the event: any other cause
         may look as if the broker had ended just then. So a second look tells what is there."""
         if not self.refused:
-            self.refused, self.retry_at = True, now + REFUSED_DELAY
+            self.refused, self.retry_at = True, now + REFUSED_INTERVAL
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.explain(str(detail), now)
         elif not self.probing:
@@ -7845,7 +7836,7 @@ class DealerLink(SocketLink):
             threading.Thread(target=self.probe, daemon=True, name="probe").start()
 
     def probe(self) -> None:
-        found = mechanism_of(self.address)
+        found = security_mechanism(self.address)
         self.probing = False
         self.loop.post(lambda now: self.explain(found, now))
 
@@ -7862,14 +7853,14 @@ class DealerLink(SocketLink):
             f"something listens at {self.address} that does not answer as a broker: are host and port "
             f"right?")
         if not self.up:
-            self.node.machine.refused(self.name, "" if found is None else why, now)
+            self.adapter.machine.refused(self.name, "" if found is None else why, now)
 
     def retry(self, now: Seconds) -> None:
         if self.refused:
             keys = self.renew()
             if keys is not None:
                 self.keys = keys
-                self.node.machine.has_key(fingerprint(keys.pairs[self.role].public))
+                self.adapter.machine.has_key(fingerprint(keys.pairs[self.role].public))
             self.reset()
         else:
             super().retry(now)
@@ -7893,9 +7884,9 @@ class DealerLink(SocketLink):
                 self.refuse(event, detail, now)
                 continue
             if self.up:
-                self.node.machine.connected(self.name, now)
+                self.adapter.machine.connected(self.name, now)
             else:
-                self.node.machine.disconnected(self.name, b"", now)
+                self.adapter.machine.disconnected(self.name, b"", now)
 
     def note_listener(self, reached: bool, now: Seconds) -> None:
         """Whether something listens there, of which we do not know yet what it is. A retry tells that
@@ -7922,7 +7913,7 @@ class DealerLink(SocketLink):
         return True
 
 
-def mechanism_of(address: str) -> Optional[str]:
+def security_mechanism(address: str) -> Optional[str]:
     """NULL or CURVE, as what listens there says in its greeting (rfc.zeromq.org/spec/37); "" if that
     is no ZeroMQ, or silent; None if nothing listens."""
     try:
@@ -7956,14 +7947,14 @@ Z85 = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.
 MAX_KEY_FILE = 1024 * 1024  # bytes: thousands of names
 
 
-class Pair(NamedTuple):
+class KeyPair(NamedTuple):
     """Two keys that belong together."""
 
     public: str
     secret: str
 
 
-class Holder(NamedTuple):
+class KeyHolder(NamedTuple):
     """Somebody who has a key file for one role."""
 
     name: str
@@ -7976,10 +7967,10 @@ class Keys(NamedTuple):
 
     broker: str  # its public key
     secret: str = ""  # and its secret one, if this is the cloud's own file
-    pairs: Dict[str, Pair] = {}  # by role: with what to connect as such
-    holders: Tuple[Holder, ...] = ()  # who else may connect; only in the cloud's own file
+    pairs: Dict[str, KeyPair] = {}  # by role: with what to connect as such
+    holders: Tuple[KeyHolder, ...] = ()  # who else may connect; only in the cloud's own file
 
-    def serve(self, role: str) -> bool:
+    def suffice_for(self, role: str) -> bool:
         """Whether they are what it takes to be a broker, a worker or a client."""
         return bool(self.secret) if role == BROKER_ROLE else role in self.pairs
 
@@ -8000,8 +7991,8 @@ def keys_from_json(text: str) -> Keys:
         broker = fields["broker"]
         found = Keys(
             broker["public"], broker.get("secret", ""),
-            {role: Pair(**fields[role]) for role in ROLE_OF.values() if role in fields},
-            tuple(Holder(**row) for row in fields.get("holders", ())))
+            {role: KeyPair(**fields[role]) for role in ROLE_OF.values() if role in fields},
+            tuple(KeyHolder(**row) for row in fields.get("holders", ())))
         keys = [found.broker, *filter(None, [found.secret]), *(who.public for who in found.holders)]
         keys += [key for pair in found.pairs.values() for key in pair]
         sound = all(type(key) is str and len(key) == KEY_LENGTH and Z85.issuperset(key) for key in keys)
@@ -8013,17 +8004,17 @@ def keys_from_json(text: str) -> Keys:
     return found
 
 
-def new_pair() -> Pair:
+def new_pair() -> KeyPair:
     """Raises SetupError."""
     require_zmq()
     if not zmq.has("curve"):
         raise SetupError("this pyzmq has no encryption (CURVE): install its wheel from PyPI, or "
                          "Debian's python3-zmq")
     public, secret = zmq.curve_keypair()
-    return Pair(public.decode(), secret.decode())
+    return KeyPair(public.decode(), secret.decode())
 
 
-def find_key(given: Optional[str]) -> str:
+def find_key_file(given: Optional[str]) -> str:
     """The path of the key file: the one given, $TESTCLOUD_KEY_FILE, the one beside this script, the
     one in the user's configuration; "" if there is none."""
     named = given or os.environ.get("TESTCLOUD_KEY_FILE", "")
@@ -8083,7 +8074,7 @@ def write_keys(path: str, keys: Keys) -> None:
 
 
 @contextlib.contextmanager
-def changing(path: str) -> Iterator[Callable[[Keys], None]]:
+def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
     """For a change of a cloud's key file: what writes it, as a whole. One of us at a time, from before
     the file is read. Raises SetupError."""
     path = os.path.realpath(path)
@@ -8532,7 +8523,7 @@ def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys
     """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
     if settings.insecure and settings.key:
         raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
-    path = "" if settings.insecure else find_key(settings.key)
+    path = "" if settings.insecure else find_key_file(settings.key)
     return path, keys_for(path, role) if path else None
 
 
@@ -8550,7 +8541,7 @@ def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Op
 def keys_for(path: str, role: str) -> Keys:
     """The keys in a file that is for this role. Raises SetupError."""
     keys = read_keys(path)
-    if not keys.serve(role):
+    if not keys.suffice_for(role):
         made = "keygen" if role == BROKER_ROLE else f"keygen --role {role}"
         raise SetupError(f"the key {printable(path)} is not for a {role}: ask the owner of the cloud "
                          f"for one made with: testcloud.py {made}")
@@ -8572,13 +8563,13 @@ def run_broker(settings: argparse.Namespace) -> int:
                              f"be reached from the network: make a key with: testcloud.py keygen "
                              f"(--insecure does without, and lets anybody run commands here)")
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(contextlib.closing(Loop(sockets=True)))
-        gate = stack.enter_context(contextlib.closing(Gate(loop, path)))
+        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
+        authenticator = stack.enter_context(contextlib.closing(Authenticator(loop, path)))
         broker = Broker(incarnation(above), times_from(settings), bool(upstream), time.monotonic())
-        node = loop.add(broker, {})
-        clients = RouterLink(loop, node, CLIENTS, places[0], gate)
-        workers = RouterLink(loop, node, WORKERS, places[1], gate)
-        Guard(loop, [clients, workers])
+        adapter = loop.add(broker, {})
+        clients = RouterLink(loop, adapter, CLIENTS, places[0], authenticator)
+        workers = RouterLink(loop, adapter, WORKERS, places[1], authenticator)
+        MemoryGuard(loop, [clients, workers])
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         announce(f"Listening for clients on {clients.address}")
         announce(f"Listening for workers on {workers.address}")
@@ -8592,13 +8583,13 @@ def run_broker(settings: argparse.Namespace) -> int:
                          f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
                          f"results")
         if upstream:
-            DealerLink(loop, node, BROKER, upstream, WORKER_ROLE, above, "have a key made there "
+            DealerLink(loop, adapter, BROKER, upstream, WORKER_ROLE, above, "have a key made there "
                        "(testcloud.py keygen --role worker), and name it with --upstream-key")
             announce(f"Joining the broker at {upstream}")
         return loop.run()
 
 
-def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys],
+def connect(loop: EventLoop, adapter: Adapter, address: str, role: str, keys: Optional[Keys],
             settings: argparse.Namespace) -> None:
     """A link to the broker, for that role. A key that is there later is used then."""
     def renew() -> Optional[Keys]:
@@ -8609,7 +8600,7 @@ def connect(loop: Loop, node: Node, address: str, role: str, keys: Optional[Keys
                 keys = found
                 return found
         return None
-    DealerLink(loop, node, BROKER, address, role, keys,
+    DealerLink(loop, adapter, BROKER, address, role, keys,
                f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
 
 
@@ -8631,6 +8622,9 @@ def tied_to_ssh(worker: Worker) -> Callable[[], None]:
     return look
 
 
+LOAD_INTERVAL: Seconds = 1.0  # the system updates its load average slowly
+
+
 class LoadMeter:
     """Tells a worker the load of its machine, from time to time."""
 
@@ -8646,9 +8640,9 @@ class LoadMeter:
                 self.worker.loaded(os.getloadavg()[0], now)
 
 
-def attach_runner(loop: Loop, worker: Worker, adopting: bool,
-                  nice: int = 0) -> Tuple[Node, Runner]:
-    """A node for the worker, with a Runner for its commands."""
+def attach_runner(loop: EventLoop, worker: Worker, adopting: bool,
+                  nice: int = 0) -> Tuple[Adapter, Runner]:
+    """An adapter for the worker, with a Runner for its commands."""
     def deliver(now: Seconds) -> None:
         for job, what in runner.take_news():
             if isinstance(what, Ending):
@@ -8660,13 +8654,13 @@ def attach_runner(loop: Loop, worker: Worker, adopting: bool,
         worker.settle()
     runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting, nice)
     # the clock comes first: if we were stopped, it is what tells the worker that its lease is doubtful
-    loop.between.append(lambda: runner.go_on(min(loop.clock() + UNAWARE, worker.start_until())))
-    loop.between.append(runner.reap)
-    node = loop.add(worker, {
+    loop.each_round.append(lambda: runner.go_on(min(loop.clock() + UNAWARE, worker.start_until())))
+    loop.each_round.append(runner.reap)
+    adapter = loop.add(worker, {
         Start: lambda effect: runner.start(effect.job),
         Recall: lambda effect: runner.recall(effect.job),
         Kill: lambda effect: runner.kill(effect.job, effect.hard)})
-    return node, runner
+    return adapter, runner
 
 
 def run_keygen(settings: argparse.Namespace) -> int:
@@ -8675,12 +8669,12 @@ def run_keygen(settings: argparse.Namespace) -> int:
     if not settings.role and not settings.revoke:
         make_cloud(settings.file or beside_script(KEY_FILE))
         return 0
-    own = find_key(settings.key)
+    own = find_key_file(settings.key)
     if not own:
         raise SetupError("there is no cloud's key yet: make it first, with: testcloud.py keygen")
-    with changing(own) as replace:
+    with locked_key_file(own) as replace:
         keys = read_keys(own)
-        if not keys.serve(BROKER_ROLE):
+        if not keys.suffice_for(BROKER_ROLE):
             raise SetupError(f"{printable(own)} is one holder's key: only with the cloud's own one can "
                              f"keys be made or revoked (see --key)")
         if settings.revoke:
@@ -8720,7 +8714,7 @@ def with_holder(keys: Keys, role: str, name: str, path: str) -> Keys:
     if any(who.name == name for who in keys.holders):
         raise UsageError(f"there is a key of {name} already: choose another --name, or --revoke it")
     pair = new_pair()
-    more = keys._replace(holders=(*keys.holders, Holder(name, role, pair.public)))
+    more = keys._replace(holders=(*keys.holders, KeyHolder(name, role, pair.public)))
     if len(more.to_json()) > MAX_KEY_FILE:
         raise UsageError(f"there are {len(keys.holders)} names already, as many as fit: --revoke some")
     write_keys(path, Keys(keys.broker, pairs={role: pair}))
@@ -8741,10 +8735,10 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
     tie = tied_to_ssh(worker)  # while we still have our terminal
     if control >= 0:
         leave_terminal()
-    with contextlib.closing(Loop(sockets=True)) as loop:
-        node, runner = attach_runner(loop, worker, control >= 0, settings.nice)
-        loop.between += [LoadMeter(worker).look, tie]
-        connect(loop, node, address, WORKER_ROLE, keys, settings)
+    with contextlib.closing(EventLoop(sockets=True)) as loop:
+        adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
+        loop.each_round += [LoadMeter(worker).look, tie]
+        connect(loop, adapter, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
         announce(f"Connecting to {address} to run commands in {counted(worker.slots, 'slot')}")
         with contextlib.closing(runner):
@@ -8904,7 +8898,7 @@ def lines_of(file: int, null: bool) -> Iterator[str]:
 class Reader:
     """Reads arguments in a thread, not too far ahead of the client."""
 
-    def __init__(self, loop: Loop, client: Client, add: Callable[[Arguments], None],
+    def __init__(self, loop: EventLoop, client: Client, add: Callable[[Arguments], None],
                  source: Iterator[Arguments]) -> None:
         self.loop = loop
         self.client = client
@@ -8914,7 +8908,7 @@ class Reader:
         self.posted = False  # deliver() will be called
         self.room = threading.Event()  # set unless the client has enough
         self.room.set()
-        loop.between.append(self.make_room)
+        loop.each_round.append(self.make_room)
         threading.Thread(target=self.read, daemon=True, name="stdin").start()
 
     def read(self) -> None:
@@ -8953,18 +8947,18 @@ class Reader:
             self.room.clear()
 
 
-def run_locally(loop: Loop, client: Client, slots: int, times: Times, adopting: bool) -> Runner:
+def run_locally(loop: EventLoop, client: Client, slots: int, times: Times, adopting: bool) -> Runner:
     """Put broker and worker into the client's own process."""
     ever = 1e9  # seconds: a stopped process stops all three alike
     patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
     broker = Broker("local", patient, now=time.monotonic())
     worker = Worker(incarnation(), slots, host=socket.gethostname(), times=times)
-    node, runner = attach_runner(loop, worker, adopting)
-    node.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
+    adapter, runner = attach_runner(loop, worker, adopting)
+    adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     hub = loop.add(broker, {})
     hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
     hub.links[CLIENTS] = LocalLink(client, BROKER, b"")
-    loop.nodes[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
+    loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
     loop.post(lambda now: worker.connected(BROKER, now))
     loop.post(lambda now: client.connected(BROKER, now))
     return runner
@@ -9133,6 +9127,11 @@ class Show:
             written.wait(LAST_WORDS)
 
 
+PROGRESS_INTERVAL: Seconds = 0.2  # between updates of the bar
+SILENCE: Seconds = 60.0  # without a terminal: some services end a job that prints nothing for 10 min
+STEADY: Seconds = 10.0  # between lines of --progress without a terminal
+
+
 class Progress:
     """Shows how far the client is: on the bar; or without a terminal in lines, one so many seconds
     after anything else was said, or (steady) after the last one."""
@@ -9184,7 +9183,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     done, cwd = resumed(settings), working_directory(settings.cwd)
     source = open_sources(settings)
     tally = Tally(settings.raw)
-    loop: Loop
+    loop: EventLoop
     show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)),
                 lambda: client.hosts > 1)
     reports = Reports(tally, [show.reporter, *files_of(settings, tally, done),
@@ -9214,12 +9213,12 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         if show.out.is_behind() and not client.held_up:
             client.listen_again(client.now, True)
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(contextlib.closing(Loop(sockets=not settings.local)))
-        node = loop.add(client, {Released: reports.released, Store: reports.store, Live: live,
-                                 Keep: reports.keep, Report: reports.report,
-                                 Notice: lambda effect: tell(effect.text, effect.error)})
+        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
+        adapter = loop.add(client, {
+            Released: reports.released, Store: reports.store, Live: live, Keep: reports.keep,
+            Report: reports.report, Notice: lambda effect: tell(effect.text, effect.error)})
         show.out.caught_up = lambda: loop.post(client.listen_again)
-        loop.between.append(show.flush)
+        loop.each_round.append(show.flush)
         loop.on_signals(interrupt, control)
         if not settings.sources and sys.stdin.isatty():
             tell("reading commands from the terminal, one a line; end with Ctrl-D")
@@ -9228,7 +9227,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         shown = progress_of(settings, client, show.out)
         if shown:
             stack.callback(take_bar_away)
-            loop.between.append(shown.look)
+            loop.each_round.append(shown.look)
         if not settings.json and not show.quiet:
             show.transcript.line(f"Connecting to {address}")
         if settings.local:
@@ -9238,7 +9237,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
         else:
-            connect(loop, node, address, CLIENT_ROLE, keys, settings)
+            connect(loop, adapter, address, CLIENT_ROLE, keys, settings)
         status = loop.run()
         take_bar_away()
         summary = conclude(client, reports, done, settings, status)
@@ -9317,17 +9316,27 @@ NO_COMMANDS = ("the input had no commands: did the program fail that writes them
                "is no error)")
 
 
+# a run gets advice about slots only if each of these is reached:
+ADVICE_MIN_RUN: Seconds = 2.0  # its duration
+ADVICE_MIN_COMMAND = 100.0  # ms; its longest command
+ADVICE_MIN_SHARE = 0.6  # of its time the slots were the limit: not input, other clients or retries
+
+
 def afterthoughts(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
     """What there is to say once all results are shown. 0 slots: their number does not matter."""
     if summary.empty:
         yield NO_COMMANDS
     if summary.unexpected:
         yield summary.unexpected
-    worth_it = summary.spent >= ADVISE and max(times, default=0) >= ADVISE_FROM
+    worth_it = summary.spent >= ADVICE_MIN_RUN and max(times, default=0) >= ADVICE_MIN_COMMAND
     if summary.complete and len(times) > 1 and worth_it and slots:
         all_spent = [spent / 1000 for spent in times]
-        if makespan(all_spent, slots) > ADVISE_SHARE * summary.spent:
+        if makespan(all_spent, slots) > ADVICE_MIN_SHARE * summary.spent:
             yield advice(all_spent, slots)
+
+
+STATUS_INTERVAL: Seconds = 1.0  # between updates of status --watch
+STATUS_WAIT: Seconds = 5.0  # for a broker, without --watch
 
 
 def run_status(settings: argparse.Namespace) -> int:
@@ -9356,12 +9365,12 @@ def view(viewer: Viewer, effects: Dict[type, Callable[[Any], object]], keys: Opt
          settings: argparse.Namespace, page: Optional[Page] = None) -> int:
     """Have the viewer ask, until the end; with the whole screen for a page."""
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(contextlib.closing(Loop(sockets=True)))
-        node = loop.add(viewer, effects)
+        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
+        adapter = loop.add(viewer, effects)
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         if page:
             stack.enter_context(whole_screen(loop, page))
-        connect(loop, node, viewer.address, CLIENT_ROLE, keys, settings)
+        connect(loop, adapter, viewer.address, CLIENT_ROLE, keys, settings)
         loop.post(viewer.tick)
         return loop.run()
 
@@ -9390,7 +9399,7 @@ class Page:
 
 
 @contextlib.contextmanager
-def whole_screen(loop: Loop, page: Page) -> Iterator[None]:
+def whole_screen(loop: EventLoop, page: Page) -> Iterator[None]:
     """Take the terminal's other screen, until the end or Ctrl-Z; q ends the program."""
     saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
 
@@ -9426,7 +9435,7 @@ def whole_screen(loop: Loop, page: Page) -> Iterator[None]:
         take()
         signal.signal(signal.SIGWINCH, lambda *_: loop.post(lambda now: page.draw()))
         if saved:
-            loop.watch(0, key_pressed)
+            loop.add_reader(0, key_pressed)
             signal.signal(signal.SIGTSTP, stop_asked)
         yield
     finally:
@@ -9439,7 +9448,7 @@ def fail(error: OSError) -> None:
 
 
 @contextlib.contextmanager
-def stopping_when_unheard(loop: Loop, client: Client) -> Iterator[None]:
+def stopping_when_unheard(loop: EventLoop, client: Client) -> Iterator[None]:
     """When results cannot be written any more, stop the run's commands before leaving."""
     try:
         yield
@@ -9497,7 +9506,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
         settings.argv = sys.argv[1:] if argv is None else argv
         if argv is None and settings.subcommand != "completion" and not getattr(settings, "local", 0):
-            borrow_zmq()
+            use_venv_python()
         return RUN[settings.subcommand](settings)
     except UsageError as error:
         complain(str(error))
