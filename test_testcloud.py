@@ -5796,7 +5796,7 @@ class ReportingTest(unittest.TestCase):
         tally = self.tally(settings.raw or split)
         out = mock.Mock(put=lambda item, size=0: self.out.writelines(item))
         with mock.patch.object(tc, "Writer", lambda file, failed: out):
-            show = tc.Show(settings, tally, None, lambda: self.client.hosts > 1)
+            show = tc.Display(settings, tally, None, lambda: self.client.hosts > 1)
         self.reports = tc.Reports(tally, [show.reporter])
         return self.out
 
@@ -5960,10 +5960,10 @@ class ReportingTest(unittest.TestCase):
                              ({"may_be_empty": False, "skipped": 1}, False)):
             out = self.text("-b")
             summary = self.end(**given)
-            self.assertEqual((summary.empty, tc.status_of(summary, False, 0)), (empty, 2 * empty))
+            self.assertEqual((summary.empty, tc.exit_status(summary, False, 0)), (empty, 2 * empty))
             said = "No commands to execute" in out.getvalue().decode()
             self.assertEqual(said, "skipped" not in given)
-            self.assertEqual(list(tc.afterthoughts(summary, [], 1)), [tc.NO_COMMANDS] * empty)
+            self.assertEqual(list(tc.final_notices(summary, [], 1)), [tc.NO_COMMANDS] * empty)
             self.assertEqual(bool(summary.trouble()), empty)
 
     def test_the_signal_that_killed_a_command_is_named(self):
@@ -6059,7 +6059,7 @@ class ReportingTest(unittest.TestCase):
                 return mock.Mock(end=end)
             settings = tc.build_parser().parse_args(["client", "--raw"])
             with mock.patch.object(tc, "Writer", writer):
-                show = tc.Show(settings, self.tally(True), None)
+                show = tc.Display(settings, self.tally(True), None)
             show.end(lambda order=order: order.append("ended"))
             self.assertEqual(order, [1, "ended", 2] if reads else [1, 2])
 
@@ -6100,7 +6100,7 @@ class ReportingTest(unittest.TestCase):
         settings = tc.build_parser().parse_args(["client", "--raw"])
         with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(
                 put=(None, out, err)[file].writelines)):
-            self.reports.reporters = [tc.Show(settings, self.reports.tally, None).reporter]
+            self.reports.reporters = [tc.Display(settings, self.reports.tally, None).reporter]
         with mock.patch.object(tc, "COPY", 3):
             self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")), split=True)
         self.report("b", output=b"of a plain worker")
@@ -6292,7 +6292,7 @@ class ReportingTest(unittest.TestCase):
     def test_without_a_home_there_is_no_cache(self):
         with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": ""}), \
                 mock.patch.object(os.path, "expanduser", lambda path: path):
-            self.assertEqual(tc.cache_of_timings(), "")
+            self.assertEqual(tc.timings_path(), "")
         timings = tc.Timings("")
         timings.fresh = {"a": 1.0}
         timings.ended(None)
@@ -6349,7 +6349,7 @@ class ReportingTest(unittest.TestCase):
                 ({"complete": False}, [500.0] * 6, 1, []), ({}, [3000.0], 1, []),
                 ({}, [90.0] * 30, 1, []),
                 ({"unexpected": "the result"}, [500.0] * 6, 1, ["the res", "longest"])):
-            lines = tc.afterthoughts(summary._replace(**change), times, slots)
+            lines = tc.final_notices(summary._replace(**change), times, slots)
             self.assertEqual([line[:7] for line in lines], said)
 
     def test_progress(self):
@@ -7505,7 +7505,7 @@ class KeyFilesTest(unittest.TestCase):
 
     def test_a_change_that_is_made_while_the_broker_starts_counts(self):
         tc.write_keys(self.path, self.KEYS)
-        real = tc.keys_for
+        real = tc.load_keys
 
         def slowly(path, role):
             keys = real(path, role)
@@ -7514,7 +7514,7 @@ class KeyFilesTest(unittest.TestCase):
             return keys
         with contextlib.ExitStack() as stack:
             loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
-            with mock.patch.object(tc, "keys_for", slowly):
+            with mock.patch.object(tc, "load_keys", slowly):
                 authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
             self.assertTrue(authenticator.allows("client", "a" * 40))
             authenticator.refresh()
@@ -8059,7 +8059,7 @@ class CommandLineTest(unittest.TestCase):
         data = b"a\n" + b"b" * (3 * limit) + b"\n" + b"c" * (limit - 1) + b"\n" + b"d" * limit
         for end in (b"\n", b"\0"):
             file = io.BytesIO(data.replace(b"\n", end))
-            self.assertEqual([(line[:1], len(line)) for line in tc.short_lines(file, end)],
+            self.assertEqual([(line[:1], len(line)) for line in tc.bounded_lines(file, end)],
                              [(b"a", 1), (b"b", limit), (b"c", limit - 1), (b"d", limit)])
 
     def test_units(self):
@@ -8088,7 +8088,7 @@ class CommandLineTest(unittest.TestCase):
                 ("foo.", "foo", "foo.", ".", "foo"), (".bashrc", "", ".bashrc", ".", ""),
                 ("a/b/", "a/b/", "", "a", ""), ("foo", "foo", "foo", ".", "foo"),
                 ("/x", "/x", "x", "/", "x"), ("a.b/c", "a.b/c", "c", "a.b", "c")]:
-            self.assertEqual([tc.WAYS[way](path) for way in (".", "/", "//", "/.")], parts)
+            self.assertEqual([tc.MODIFIERS[way](path) for way in (".", "/", "//", "/.")], parts)
 
     def test_templates_that_would_not_do_what_they_say_are_refused(self):
         for words, hint in (
@@ -8109,25 +8109,25 @@ class CommandLineTest(unittest.TestCase):
                 (["echo 'a"], "in quotes"), ([r"echo $'a\'{}'"], "in quotes"),
                 (["true # # {}"], "in a comment")):
             with self.assertRaises(tc.UsageError) as caught:
-                tc.read_template(words, 1)
+                tc.check_template(words, 1)
             self.assertIn(hint, str(caught.exception))
         for template in ("convert {} {}.jpg && rm {}", '"a b"/{}', "'it'{}\"s\"",
                          '"$(wc -c {})"', "true # don't #\necho {}", "(true)# it's\necho {}",
                          "echo $$", "echo $${}", "echo '5$' {}", r"echo $'a\'b' {}", r"\\{}",
                          "cat <<< {}", r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
                          "(cd {}; ls)", "{1}{.}{//}"):
-            self.assertEqual(tc.read_template([template], 1), template)
-        self.assertEqual(tc.read_template(["a", "{7}"], math.inf), "a {7}")
+            self.assertEqual(tc.check_template([template], 1), template)
+        self.assertEqual(tc.check_template(["a", "{7}"], math.inf), "a {7}")
 
     def arguments(self, *words, stdin=b""):
         """What is made of these words of a client's command line."""
         settings = self.parse("client", *words)
-        settings.template, settings.sources = tc.split_template(settings.template)
+        settings.template, settings.sources = tc.split_sources(settings.template)
         with tempfile.TemporaryFile() as file:
             file.write(stdin)
             file.seek(0)
-            with mock.patch.object(tc, "open_source", lambda path: os.dup(file.fileno())):
-                return [*tc.open_sources(settings)]
+            with mock.patch.object(tc, "open_input", lambda path: os.dup(file.fileno())):
+                return [*tc.read_arguments(settings)]
 
     def test_sources_of_arguments(self):
         for words, stdin, wanted in [
@@ -8163,7 +8163,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertIn("did you mean --slots?", self.main("worker", "--slot", "3")[2])
         self.assertIn("worker has no argument ls", self.main("worker", "ls")[2])
         names = {name for row in tc.options_of("client") for name in row.names}
-        self.assertFalse(names & {*" ".join(tc.HOW_HERE).split()})
+        self.assertFalse(names & {*" ".join(tc.FOREIGN_OPTIONS).split()})
 
     def test_arguments_take_the_place_of_stdin(self):
         status, out, _ = self.main_process(
@@ -8212,23 +8212,23 @@ class CommandLineTest(unittest.TestCase):
                 ("- x", "-- - x"), ("--timeout -1 -0 x", "--timeout=-1 -0 -- x"),
                 ("-kj -2", "-kj-2"), ("--fail-fast -1", "--fail-fast=-1"),
                 ("--fail-fast -0", "--fail-fast=1 -0")):
-            self.assertEqual(tc.mark_template(words.split()), marked.split())
+            self.assertEqual(tc.separate_template(words.split()), marked.split())
 
     def test_options_of_the_users_own(self):
         with mock.patch.dict(os.environ, TESTCLOUD="-b --env 'A=x y'"):
-            argv = tc.with_defaults(["client", "--retries", "2", "ls"])
+            argv = tc.with_env_options(["client", "--retries", "2", "ls"])
             settings = tc.build_parser().parse_args(argv)
             self.assertEqual((settings.brief, settings.env, settings.retries, settings.template),
                              (True, ["A=x y"], 2, ["--", "ls"]))
-            self.assertEqual(tc.with_defaults(["worker", "-v"]), ["worker", "-v"])
+            self.assertEqual(tc.with_env_options(["worker", "-v"]), ["worker", "-v"])
         with mock.patch.dict(os.environ, TESTCLOUD="-k --live"):  # what is given beats it
             for given, whole in (("--json", "-k --json"), ("-b", "-k --live -b"),
                                  ("--connect=h", "-k --live --connect=h"),
                                  ("ls --raw", "-k --live -- ls --raw")):
-                self.assertEqual(tc.with_defaults(["client", *given.split()]),
+                self.assertEqual(tc.with_env_options(["client", *given.split()]),
                                  ["client", *whole.split()])
         with mock.patch.dict(os.environ, TESTCLOUD="--local -k"):
-            self.assertEqual(tc.with_defaults(["client", "--connect", "h", "ls"]),
+            self.assertEqual(tc.with_env_options(["client", "--connect", "h", "ls"]),
                              ["client", "-k", "--connect", "h", "--", "ls"])
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):

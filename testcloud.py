@@ -7679,7 +7679,7 @@ class Authenticator:
         self.keys: Optional[Keys] = None
         self.allowed: Set[Tuple[str, str]] = set()  # role, public key
         if path:
-            self.use(keys_for(path, BROKER_ROLE))
+            self.use(load_keys(path, BROKER_ROLE))
         self.socket = loop.context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.bind("inproc://zeromq.zap.01")
@@ -8125,13 +8125,13 @@ def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
     return value_of
 
 
-def in_bytes(text: str) -> int:
+def parse_size(text: str) -> int:
     """A number of bytes, with a unit of k, M or G if you like."""
     factor = {"k": 2**10, "m": 2**20, "g": 2**30}.get(text[-1:].lower(), 1)
     return int(text[:-1] if factor > 1 else text) * factor
 
 
-def time_span(text: str) -> Seconds:
+def parse_duration(text: str) -> Seconds:
     """A number of seconds, or one with the unit ms, s, m, h or d."""
     number = text.rstrip("msdh")
     units = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -8151,8 +8151,8 @@ slots = checked(int, lambda n: n >= 1 and slot_count(n), "number of slots")
 natural = checked(int, lambda n: n >= 0, "number")
 load_limit = checked(float, lambda load: load > 0, "number")
 milliseconds = checked(float, lambda ms: ms >= 0, "number of milliseconds")
-seconds = checked(time_span, lambda span: span > 0 and number(span), "number of seconds")
-byte_count = checked(in_bytes, lambda n: n >= 1 and count(n), "number of bytes")
+seconds = checked(parse_duration, lambda span: span > 0 and number(span), "number of seconds")
+byte_count = checked(parse_size, lambda n: n >= 1 and count(n), "number of bytes")
 weight = checked(int, integer, "weight")  # that fits into READY
 label = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
                 "label (of ASCII characters, without spaces)")
@@ -8349,7 +8349,7 @@ class RoleParser(Parser):
 
 
 # options of xargs and GNU parallel, and how to have here what they do there
-HOW_HERE = {
+FOREIGN_OPTIONS = {
     "-P --max-procs --jobs": "-j N --local; in a cloud each worker has its slots (worker -j N)",
     "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
     "-I --replace -i": "{} in the template is where the line goes",
@@ -8369,10 +8369,11 @@ HOW_HERE = {
     "-t --silent": "--verbose"}
 
 
-def unknown(role: str, word: str) -> UsageError:
+def unknown_argument(role: str, word: str) -> UsageError:
     """What to say of an argument that the role does not have."""
     name = word.partition("=")[0] if word.startswith("--") else word[:2]
-    hints = [how for names, how in HOW_HERE.items() if name in names.split()] * (role == CLIENT_ROLE)
+    foreign = FOREIGN_OPTIONS.items() if role == CLIENT_ROLE else ()
+    hints = [how for names, how in foreign if name in names.split()]
     if not hints and name.startswith("--"):
         import difflib  # late: it is rarely needed
         ours = [ours[2:] for row in options_of(role) for ours in row.names if ours[2:3] == name[2:3]]
@@ -8387,7 +8388,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
     """The settings of a command line. Raises UsageError."""
     settings, rest = build_parser().parse_known_args(argv)
     if rest:
-        raise unknown(settings.subcommand, rest[0])
+        raise unknown_argument(settings.subcommand, rest[0])
     return settings
 
 
@@ -8480,11 +8481,11 @@ def fish_lines() -> Iterator[str]:
 
 
 def run_completion(settings: argparse.Namespace) -> int:
-    announce(completion(settings.shell).rstrip("\n"))
+    print_line(completion(settings.shell).rstrip("\n"))
     return 0
 
 
-def incarnation(keys: Optional[Keys] = None) -> str:
+def unique_name(keys: Optional[Keys] = None) -> str:
     """A name for this process that no other has, and a person can place; with keys, one that is ours
     as a worker."""
     host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
@@ -8502,7 +8503,7 @@ def host_identity(given: Optional[str]) -> str:
     return f"{given or socket.gethostname()[:64]}/{hashlib.sha256(marks.encode()).hexdigest()[:12]}"
 
 
-def announce(text: str) -> None:
+def print_line(text: str) -> None:
     """A line that scripts wait for. Raises SetupError."""
     with writing_to_stdout():
         print(text, flush=True)
@@ -8519,18 +8520,18 @@ def writing_to_stdout() -> Iterator[None]:
         raise SetupError(f"cannot write to stdout ({error.strerror})") from None
 
 
-def keys_of(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys]]:
+def find_keys(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys]]:
     """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
     if settings.insecure and settings.key:
         raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
     path = "" if settings.insecure else find_key_file(settings.key)
-    return path, keys_for(path, role) if path else None
+    return path, load_keys(path, role) if path else None
 
 
 def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Optional[Keys]:
     """The keys to connect with; None without, then only to this machine, unless that is insisted on.
     Raises UsageError, SetupError."""
-    _, keys = keys_of(settings, role)
+    _, keys = find_keys(settings, role)
     if keys is None and not settings.insecure and not is_loopback(resolve(address)):
         raise UsageError(f"without a key only a broker on this machine is believed, and {address} is "
                          f"on another: copy the cloud's {KEY_FILE} beside this script (see --key; "
@@ -8538,7 +8539,7 @@ def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Op
     return keys
 
 
-def keys_for(path: str, role: str) -> Keys:
+def load_keys(path: str, role: str) -> Keys:
     """The keys in a file that is for this role. Raises SetupError."""
     keys = read_keys(path)
     if not keys.suffice_for(role):
@@ -8549,12 +8550,12 @@ def keys_for(path: str, role: str) -> Keys:
 
 
 def run_broker(settings: argparse.Namespace) -> int:
-    path, keys = keys_of(settings, BROKER_ROLE)
+    path, keys = find_keys(settings, BROKER_ROLE)
     everywhere = "127.0.0.1" if keys is None else "*"
     places = (parse_address(settings.clients or everywhere, CLIENT_PORT, listen=True),
               parse_address(settings.workers or everywhere, WORKER_PORT, listen=True))
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
-    above = keys_for(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
+    above = load_keys(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
     if settings.upstream_key and not upstream:
         raise UsageError("--upstream-key goes with --upstream")
     for place in map(resolve, places) if keys is None and not settings.insecure else ():
@@ -8565,14 +8566,14 @@ def run_broker(settings: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
         authenticator = stack.enter_context(contextlib.closing(Authenticator(loop, path)))
-        broker = Broker(incarnation(above), times_from(settings), bool(upstream), time.monotonic())
+        broker = Broker(unique_name(above), times_from(settings), bool(upstream), time.monotonic())
         adapter = loop.add(broker, {})
         clients = RouterLink(loop, adapter, CLIENTS, places[0], authenticator)
         workers = RouterLink(loop, adapter, WORKERS, places[1], authenticator)
         MemoryGuard(loop, [clients, workers])
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
-        announce(f"Listening for clients on {clients.address}")
-        announce(f"Listening for workers on {workers.address}")
+        print_line(f"Listening for clients on {clients.address}")
+        print_line(f"Listening for workers on {workers.address}")
         if keys is not None:
             logging.info("encrypted, and only for those with a key: %s", printable(path, 1000))
         elif not settings.insecure:
@@ -8585,7 +8586,7 @@ def run_broker(settings: argparse.Namespace) -> int:
         if upstream:
             DealerLink(loop, adapter, BROKER, upstream, WORKER_ROLE, above, "have a key made there "
                        "(testcloud.py keygen --role worker), and name it with --upstream-key")
-            announce(f"Joining the broker at {upstream}")
+            print_line(f"Joining the broker at {upstream}")
         return loop.run()
 
 
@@ -8595,7 +8596,7 @@ def connect(loop: EventLoop, adapter: Adapter, address: str, role: str, keys: Op
     def renew() -> Optional[Keys]:
         nonlocal keys
         with contextlib.suppress(UsageError, SetupError):
-            found = keys_of(settings, role)[1]
+            found = find_keys(settings, role)[1]
             if found is not None and found != keys:
                 keys = found
                 return found
@@ -8604,7 +8605,7 @@ def connect(loop: EventLoop, adapter: Adapter, address: str, role: str, keys: Op
                f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
 
 
-def tied_to_ssh(worker: Worker) -> Callable[[], None]:
+def watch_ssh(worker: Worker) -> Callable[[], None]:
     """A function, to be called often, that stops a worker when the ssh that started it has ended: then
     stdin and another of its pipes or sockets are broken. `ssh -n` breaks stdin alone, at once."""
     poller = select.poll()
@@ -8679,13 +8680,13 @@ def run_keygen(settings: argparse.Namespace) -> int:
                              f"keys be made or revoked (see --key)")
         if settings.revoke:
             replace(without_holder(keys, settings.revoke))
-            announce(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: that counts "
+            print_line(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: that counts "
                      f"for the broker that reads this file")
         else:
             name = settings.name or settings.role
             path = settings.file or f"testcloud-{name}.key"
             replace(with_holder(keys, settings.role, name, path))
-            announce(f"Wrote {printable(path, 1000)}: copy it to the {settings.role}'s machine, as "
+            print_line(f"Wrote {printable(path, 1000)}: copy it to the {settings.role}'s machine, as "
                      f"{KEY_FILE} beside the script")
     return 0
 
@@ -8694,7 +8695,7 @@ def make_cloud(path: str) -> None:
     broker = new_pair()
     pairs = {role: new_pair() for role in ROLE_OF.values()}
     write_keys(path, Keys(broker.public, broker.secret, pairs))
-    announce(f"Wrote {printable(path, 1000)}: the key of a new cloud, for machines that you trust "
+    print_line(f"Wrote {printable(path, 1000)}: the key of a new cloud, for machines that you trust "
              f"with all of it")
 
 
@@ -8729,10 +8730,10 @@ def run_worker(settings: argparse.Namespace) -> int:
 
 def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], control: int) -> int:
     """What a worker does, below its supervisor."""
-    worker = Worker(incarnation(keys), settings.slots or usable_cpus(), settings.weight,
+    worker = Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
                     host_identity(settings.host), times_from(settings), settings.wait, address,
                     settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
-    tie = tied_to_ssh(worker)  # while we still have our terminal
+    tie = watch_ssh(worker)  # while we still have our terminal
     if control >= 0:
         leave_terminal()
     with contextlib.closing(EventLoop(sockets=True)) as loop:
@@ -8740,21 +8741,21 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
         loop.each_round += [LoadMeter(worker).look, tie]
         connect(loop, adapter, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
-        announce(f"Connecting to {address} to run commands in {counted(worker.slots, 'slot')}")
+        print_line(f"Connecting to {address} to run commands in {counted(worker.slots, 'slot')}")
         with contextlib.closing(runner):
             return loop.run()
 
 
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
-SOURCES = (":::", ":::+", "::::", "::::+")  # arguments, or files of them; linked to those before
+SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments, or files of them; linked to those before
 # what takes the place of arguments in a template, as in GNU parallel: a number, or else all, and a way
-PLACE = re.compile(r"(?<!(?<!\$)\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
-WAYS: Dict[str, Callable[[str], str]] = {
+PLACEHOLDER = re.compile(r"(?<!(?<!\$)\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
+MODIFIERS: Dict[str, Callable[[str], str]] = {
     "": str, "/": lambda text: text.rpartition("/")[2],
     ".": lambda text: re.sub(r"\.[^/.]*$", "", text),
     "//": lambda text: os.path.dirname(text.rstrip("/")) or "/" * text.startswith("/") or ".",
-    "/.": lambda text: WAYS["."](WAYS["/"](text))}
-FOREIGN = r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}"  # GNU parallel's
+    "/.": lambda text: MODIFIERS["."](MODIFIERS["/"](text))}
+PARALLEL_ONLY = r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}"  # GNU parallel's
 
 
 def fill_template(template: str, arguments: Arguments, seq: int) -> str:
@@ -8767,12 +8768,13 @@ def fill_template(template: str, arguments: Arguments, seq: int) -> str:
         if place[0] == "{#}":
             return str(seq)
         chosen = arguments[int(place[1]) - 1:int(place[1])] if place[1] else arguments
-        return " ".join(shlex.quote(WAYS[place[2] or ""](text)) for text in chosen)
-    filled = PLACE.sub(fill, template)
-    return filled if PLACE.search(template) else f"{template} {' '.join(map(shlex.quote, arguments))}"
+        return " ".join(shlex.quote(MODIFIERS[place[2] or ""](text)) for text in chosen)
+    if PLACEHOLDER.search(template):
+        return PLACEHOLDER.sub(fill, template)
+    return f"{template} {' '.join(map(shlex.quote, arguments))}"
 
 
-def read_template(words: List[str], most: float) -> str:
+def check_template(words: List[str], most: float) -> str:
     """A template as the shell is to read it, for up to so many arguments. Raises UsageError for what
     would do something else than it seems to say."""
     template = " ".join(words)
@@ -8780,14 +8782,14 @@ def read_template(words: List[str], most: float) -> str:
         raise UsageError("the words of a template are joined, so that none may be empty or have a "
                          "space in it: write it as one word that /bin/sh reads, and {} outside of "
                          "quotes, as in: 'rm -rf \"my dir\"/{}'")
-    for place, wrong in places(template if PLACE.search(template) else template + " {}"):
-        known = PLACE.fullmatch(place[0])
+    for place, wrong in placeholders(template if PLACEHOLDER.search(template) else template + " {}"):
+        known = PLACEHOLDER.fullmatch(place[0])
         why = "" if known and int(known[1] or 0) <= most else (
             "is an argument that no command has (see --colsep, -n, and :::)" if known else
             "is known only where it runs: there it is $TESTCLOUD_SLOT" if "%" in place[0] else
             "has no meaning here")
         if not why and wrong and place[0] != "{#}":
-            why = (f"stands {WRONG_PLACES[wrong]}, and is quoted itself: write it outside of that, as "
+            why = (f"stands {UNSAFE_CONTEXTS[wrong]}, and is quoted itself: write it outside of that, as "
                    f"in: cat \"my dir\"/{{}}")
         if why:
             quote = '"' if wrong == '"' else "'"
@@ -8797,19 +8799,19 @@ def read_template(words: List[str], most: float) -> str:
 
 
 # where in a template what is quoted cannot be right
-WRONG_PLACES = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
+UNSAFE_CONTEXTS = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
                 "\\": "after a backslash",
                 "<": "in a here-document", "#": "in a comment"}
 # not compiled: that takes time at every start, and is needed once, if there is a template
-TOKENS = rf"{FOREIGN}|{PLACE.pattern}|\\(?={{)|\\.|\$[('$]|[()'\"`\n]|(?<![^\s;&|()])#"
+SHELL_TOKENS = rf"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}|\\(?={{)|\\.|\$[('$]|[()'\"`\n]|(?<![^\s;&|()])#"
 
 
-def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
+def placeholders(template: str) -> Iterator[Tuple[re.Match[str], str]]:
     """The places of arguments in a template, ours and those that only GNU parallel knows; each with the
-    key in WRONG_PLACES of where it stands, or "". A $(...) in quotes begins anew."""
+    key in UNSAFE_CONTEXTS of where it stands, or "". A $(...) in quotes begins anew."""
     within, mark = [""], ""  # quotes, parentheses and a comment that are open
     here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
-    for token in re.finditer(TOKENS, template, re.S):
+    for token in re.finditer(SHELL_TOKENS, template, re.S):
         before, mark, last = mark, token[0], within[-1]
         if last == "'" and mark in ("\\'", "$'"):
             mark = "'"
@@ -8828,15 +8830,15 @@ def places(template: str) -> Iterator[Tuple[re.Match[str], str]]:
             within.append(mark[-1])
 
 
-def split_template(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
+def split_sources(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
     """The words of a template, and the sources after it: what each begins with, and its words."""
-    marks = [at for at, word in enumerate(words) if word in SOURCES]
+    marks = [at for at, word in enumerate(words) if word in SOURCE_MARKS]
     ends = [*marks[1:], len(words)]
     return words[:marks[0]] if marks else words, [
         (words[at], words[at + 1:end]) for at, end in zip(marks, ends)]
 
 
-def open_sources(settings: argparse.Namespace) -> Iterator[Arguments]:
+def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
     """The arguments for each command, in the order of the input; they are read while you go on.
     Raises UsageError, SetupError; and while they are read, OSError."""
     groups: List[List[Iterable[Arguments]]] = []  # of sources that are linked
@@ -8849,7 +8851,7 @@ def open_sources(settings: argparse.Namespace) -> Iterator[Arguments]:
     for mark, words in settings.sources or [("::::", ["-"])]:
         lists: List[Iterable[str]] = [words]
         if mark.startswith("::::"):
-            lists = [lines_of(open_source(path), settings.null) for path in words]
+            lists = [read_lines(open_input(path), settings.null) for path in words]
             if len(settings.sources) < 2 > len(lists):  # else a blank line stands beside another
                 lists = [filter(str.strip, lists[0])]
         for values in map(columns, lists):
@@ -8865,7 +8867,7 @@ def open_sources(settings: argparse.Namespace) -> Iterator[Arguments]:
     return (row for row in rows if settings.template or "".join(row).strip())
 
 
-def open_source(path: str) -> int:
+def open_input(path: str) -> int:
     """A descriptor for a file of arguments; - is stdin. Raises SetupError."""
     try:
         return 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -8873,7 +8875,7 @@ def open_source(path: str) -> int:
         raise SetupError(f"cannot read {printable(path)}: {error.strerror}") from None
 
 
-def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
+def bounded_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
     """What stands between those ends in a file. Of one that is too long for a command only the
     beginning is given, which is too long as well."""
     rest = b""
@@ -8885,17 +8887,17 @@ def short_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
         yield rest
 
 
-def lines_of(file: int, null: bool) -> Iterator[str]:
+def read_lines(file: int, null: bool) -> Iterator[str]:
     """The lines of a descriptor, or what NULs end in it. Raises OSError."""
     # not sys.stdin: its lock, held by a thread, would abort the exit of Python
     mark = codecs.BOM_UTF8
     with io.BufferedReader(Patient(file, "r", closefd=file != 0)) as stream:
-        for line in short_lines(stream, b"\0" if null else b"\n"):
+        for line in bounded_lines(stream, b"\0" if null else b"\n"):
             line, mark = line.removeprefix(mark), b""
             yield to_text(line if null else line.rstrip(b"\r"))
 
 
-class Reader:
+class InputReader:
     """Reads arguments in a thread, not too far ahead of the client."""
 
     def __init__(self, loop: EventLoop, client: Client, add: Callable[[Arguments], None],
@@ -8952,7 +8954,7 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times, adopt
     ever = 1e9  # seconds: a stopped process stops all three alike
     patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
     broker = Broker("local", patient, now=time.monotonic())
-    worker = Worker(incarnation(), slots, host=socket.gethostname(), times=times)
+    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
     adapter, runner = attach_runner(loop, worker, adopting)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     hub = loop.add(broker, {})
@@ -8982,7 +8984,7 @@ def run_client(settings: argparse.Namespace) -> int:
              "--joblog, --junit and --html need a file each")):
         if wrong:
             raise UsageError(why)
-    words, settings.sources = split_template(settings.template)
+    words, settings.sources = split_sources(settings.template)
     if any(mark.startswith("::::") and not files for mark, files in settings.sources):
         raise UsageError("there is no file after ::::")
     if not settings.sources and sys.stdin is None:
@@ -8993,12 +8995,12 @@ def run_client(settings: argparse.Namespace) -> int:
     if several and (settings.colsep or len(settings.sources) > 1):
         raise UsageError("-n goes with one source of arguments, and without --colsep")
     counts = [len(files) if mark.startswith("::::") else 1 for mark, files in settings.sources]
-    settings.template = read_template(
+    settings.template = check_template(
         words, math.inf if settings.colsep else max(settings.max_args, sum(counts)))
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
     if settings.dry_run:
-        return show_commands(settings)
+        return print_commands(settings)
     if settings.local:
         if settings.need:
             complain("with --local this machine runs everything, whatever --need says")
@@ -9016,11 +9018,11 @@ def share_a_file(paths: Iterable[Optional[str]]) -> bool:
     return len({*files}) < len(files)
 
 
-def show_commands(settings: argparse.Namespace) -> int:
+def print_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
     done, seq = resumed(settings), 0
     with writing_to_stdout(), io.BufferedWriter(Patient(1, "w", closefd=False)) as out:
-        for seq, arguments in enumerate(open_sources(settings), 1):
+        for seq, arguments in enumerate(read_arguments(settings), 1):
             command = fill_template(settings.template, arguments, seq)
             if not done.has_done(command, done.count(command)):
                 out.write(to_bytes(command + "\n"))
@@ -9059,7 +9061,7 @@ def resumed(settings: argparse.Namespace) -> Resumed:
         raise SetupError(f"cannot read {printable(settings.joblog)}: {error.strerror}") from None
 
 
-def cache_of_timings() -> str:
+def timings_path() -> str:
     """The path of what is remembered; "" if we have no home."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(cache, "testcloud", "timings.json") if os.path.isabs(cache) else ""
@@ -9068,14 +9070,14 @@ def cache_of_timings() -> str:
 def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
     """Seconds that commands took, as far as is known. Raises SetupError."""
     if not settings.timings:
-        return read_timings(cache_of_timings())
+        return read_timings(timings_path())
     try:
         return {row.command: row.seconds for row in read_joblog(settings.timings)}
     except OSError as error:
         raise SetupError(f"cannot read {printable(settings.timings)}: {error.strerror}") from None
 
 
-class Show:
+class Display:
     """Where everything that a client has to say goes."""
 
     def __init__(self, settings: argparse.Namespace, tally: Tally, failed: Callable[[OSError], None],
@@ -9181,13 +9183,13 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
                     wishes_of(settings), os.getpid())
     client.timings = known_timings(settings)
     done, cwd = resumed(settings), working_directory(settings.cwd)
-    source = open_sources(settings)
+    source = read_arguments(settings)
     tally = Tally(settings.raw)
     loop: EventLoop
-    show = Show(settings, tally, lambda error: loop.post(lambda now: fail(error)),
+    show = Display(settings, tally, lambda error: loop.post(lambda now: fail(error)),
                 lambda: client.hosts > 1)
-    reports = Reports(tally, [show.reporter, *files_of(settings, tally, done),
-                              Timings(cache_of_timings())], settings.fail_on_flaky)
+    reports = Reports(tally, [show.reporter, *file_reporters(settings, tally, done),
+                              Timings(timings_path())], settings.fail_on_flaky)
 
     def add(arguments: Arguments) -> None:
         command = fill_template(settings.template, arguments, client.last_id + 1)
@@ -9222,8 +9224,8 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         loop.on_signals(interrupt, control)
         if not settings.sources and sys.stdin.isatty():
             tell("reading commands from the terminal, one a line; end with Ctrl-D")
-        Reader(loop, client, add, source)
-        stack.enter_context(stopping_when_unheard(loop, client))
+        InputReader(loop, client, add, source)
+        stack.enter_context(stop_on_write_error(loop, client))
         shown = progress_of(settings, client, show.out)
         if shown:
             stack.callback(take_bar_away)
@@ -9241,7 +9243,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         status = loop.run()
         take_bar_away()
         summary = conclude(client, reports, done, settings, status)
-        status = status_of(summary, reports.troubled, status)
+        status = exit_status(summary, reports.troubled, status)
         if status > 128:
             written = threading.Event()
             show.end(written.set)
@@ -9251,7 +9253,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
         status = loop.run()
         slots = 0 if settings.serial else client.slots
-        for line in afterthoughts(summary, reports.times, slots):
+        for line in final_notices(summary, reports.times, slots):
             tell(line, line == summary.unexpected)
         return status
 
@@ -9262,7 +9264,7 @@ def take_bar_away() -> None:
         pass
 
 
-def files_of(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[Reporter]:
+def file_reporters(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[Reporter]:
     """The reporters that write files. Raises SetupError, if one of these cannot be written."""
     found: List[Reporter] = []
     path = ""
@@ -9286,23 +9288,23 @@ def conclude(client: Client, reports: Reports, done: Resumed, settings: argparse
     """The end of a run, in all reports."""
     complete = status in (0, 1) and client.reported == client.total and not client.cut_short
     if not complete:
-        say_what_is_missing(client, status)
+        report_incomplete(client, status)
     return reports.end(client, complete, done.skipped, done.skipped_failed, settings.expect,
-                       again(settings), settings.allow_empty)
+                       rerun_command(settings), settings.allow_empty)
 
 
-def again(settings: argparse.Namespace) -> str:
+def rerun_command(settings: argparse.Namespace) -> str:
     """The command line that runs a run's failures again; "" if it has no joblog to tell these."""
     if not settings.joblog:
         return ""
-    given = mark_template(settings.argv[1:])
+    given = separate_template(settings.argv[1:])
     end = given.index("--") if "--" in given else len(given)
     own = [word for word in given[:end] if word not in ("--resume", "--resume-failed")]
     words = ["python3", sys.argv[0], CLIENT_ROLE, "--resume-failed", *own, *given[end:]]
     return "... | " * (not settings.sources) + shortened(shlex.join(words))
 
 
-def status_of(summary: Summary, troubled: bool, status: int) -> int:
+def exit_status(summary: Summary, troubled: bool, status: int) -> int:
     """The exit status of a run, that would have been this one but for its reports and hash."""
     if troubled:
         status = max(status, 3)
@@ -9322,7 +9324,7 @@ ADVICE_MIN_COMMAND = 100.0  # ms; its longest command
 ADVICE_MIN_SHARE = 0.6  # of its time the slots were the limit: not input, other clients or retries
 
 
-def afterthoughts(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
+def final_notices(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
     """What there is to say once all results are shown. 0 slots: their number does not matter."""
     if summary.empty:
         yield NO_COMMANDS
@@ -9347,8 +9349,8 @@ def run_status(settings: argparse.Namespace) -> int:
     wait = settings.wait or (math.inf if settings.watch else STATUS_WAIT)
     viewer = Viewer(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
     if settings.watch and not settings.json and not is_dumb() and sys.stdout.isatty():
-        page = Page(address)
-        status = view(viewer, {Viewed: page.view, Notice: page.tell}, keys, settings, page)
+        page = StatusScreen(address)
+        status = run_viewer(viewer, {Viewed: page.view, Notice: page.tell}, keys, settings, page)
         if status == 3:
             complain(page.notice)
         return status
@@ -9356,26 +9358,26 @@ def run_status(settings: argparse.Namespace) -> int:
     def show(effect: Viewed) -> None:
         columns = screen_size(1)[0] if sys.stdout.isatty() else 0
         lines = spaced(status_tables(effect.fields, address, columns))
-        announce(dump_clean(effect.fields) if settings.json else
+        print_line(dump_clean(effect.fields) if settings.json else
                  "\n".join([*lines, ""] if settings.watch else lines))
-    return view(viewer, {Viewed: show}, keys, settings)
+    return run_viewer(viewer, {Viewed: show}, keys, settings)
 
 
-def view(viewer: Viewer, effects: Dict[type, Callable[[Any], object]], keys: Optional[Keys],
-         settings: argparse.Namespace, page: Optional[Page] = None) -> int:
+def run_viewer(viewer: Viewer, effects: Dict[type, Callable[[Any], object]], keys: Optional[Keys],
+               settings: argparse.Namespace, page: Optional[StatusScreen] = None) -> int:
     """Have the viewer ask, until the end; with the whole screen for a page."""
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
         adapter = loop.add(viewer, effects)
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         if page:
-            stack.enter_context(whole_screen(loop, page))
+            stack.enter_context(alternate_screen(loop, page))
         connect(loop, adapter, viewer.address, CLIENT_ROLE, keys, settings)
         loop.post(viewer.tick)
         return loop.run()
 
 
-class Page:
+class StatusScreen:
     """What fills the terminal's other screen: how the cloud stood last, and what there is to say."""
 
     def __init__(self, address: str) -> None:
@@ -9395,11 +9397,11 @@ class Page:
     def draw(self) -> None:
         said = [[f"testcloud: {self.notice}"]] if self.notice else []
         lines = fitted([*said, *self.tables], *screen_size(1))
-        announce("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
+        print_line("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
 
 
 @contextlib.contextmanager
-def whole_screen(loop: EventLoop, page: Page) -> Iterator[None]:
+def alternate_screen(loop: EventLoop, page: StatusScreen) -> Iterator[None]:
     """Take the terminal's other screen, until the end or Ctrl-Z; q ends the program."""
     saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
 
@@ -9409,7 +9411,7 @@ def whole_screen(loop: EventLoop, page: Page) -> Iterator[None]:
             loop.exit(Exit(0))
 
     def take() -> None:
-        announce("\033[?1049h")
+        print_line("\033[?1049h")
         if saved:
             wanted = termios.tcgetattr(0)
             wanted[3] &= ~(termios.ICANON | termios.ECHO)
@@ -9418,7 +9420,7 @@ def whole_screen(loop: EventLoop, page: Page) -> Iterator[None]:
 
     def give_back() -> None:
         with contextlib.suppress(OSError, SetupError):
-            announce("\033[?1049l")
+            print_line("\033[?1049l")
             if saved:
                 termios.tcsetattr(0, termios.TCSADRAIN, saved)
 
@@ -9448,7 +9450,7 @@ def fail(error: OSError) -> None:
 
 
 @contextlib.contextmanager
-def stopping_when_unheard(loop: EventLoop, client: Client) -> Iterator[None]:
+def stop_on_write_error(loop: EventLoop, client: Client) -> Iterator[None]:
     """When results cannot be written any more, stop the run's commands before leaving."""
     try:
         yield
@@ -9477,7 +9479,7 @@ def working_directory(given: Optional[str]) -> str:
                          "commands with --cwd") from None
 
 
-def say_what_is_missing(client: Client, status: int) -> None:
+def report_incomplete(client: Client, status: int) -> None:
     """The run ended early: how much of it was done."""
     unknown = len(client.window) + len(client.backlog)
     how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
@@ -9498,7 +9500,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     make_patient("stderr")
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
-        settings = parse(with_defaults(sys.argv[1:] if argv is None else argv))
+        settings = parse(with_env_options(sys.argv[1:] if argv is None else argv))
         verbose = getattr(settings, "verbose", False)  # not every one of them can be
         level = logging.DEBUG if verbose else logging.INFO
         if settings.subcommand == "client" and not verbose:
@@ -9525,7 +9527,7 @@ def is_negative(word: str) -> bool:
     return len(word) > 1 and word[0] == "-" and word[1] in "123456789."
 
 
-def mark_template(argv: List[str]) -> List[str]:
+def separate_template(argv: List[str]) -> List[str]:
     """A client's arguments with -- before the template, for that begins where options end, whatever
     argparse thinks of it; and with a number for --fail-fast."""
     valued = {name: row.settings.get("action") in (None, "append")
@@ -9549,24 +9551,24 @@ def mark_template(argv: List[str]) -> List[str]:
     return [*marked, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
 
-WAYS_TO_SHOW = {"--raw", "--json", "--live"}  # of which there can be one
-BEATS = {"--connect": {"--local"}, **dict.fromkeys(WAYS_TO_SHOW, WAYS_TO_SHOW)}
+OUTPUT_MODES = {"--raw", "--json", "--live"}  # of which there can be one
+OVERRIDES = {"--connect": {"--local"}, **dict.fromkeys(OUTPUT_MODES, OUTPUT_MODES)}
 
 
-def with_defaults(argv: List[str]) -> List[str]:
+def with_env_options(argv: List[str]) -> List[str]:
     """With the user's own options for clients, which come before those given, and yield to them.
     Raises UsageError."""
     if argv[:1] != [CLIENT_ROLE]:
         return argv
     try:
-        own = mark_template(shlex.split(os.environ.get("TESTCLOUD", "")))
+        own = separate_template(shlex.split(os.environ.get("TESTCLOUD", "")))
         if own and parse([CLIENT_ROLE, *own]).template:
             raise ValueError("it has a template")
     except (ValueError, UsageError) as error:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
-    given = mark_template(argv[1:])
+    given = separate_template(argv[1:])
     options = itertools.takewhile(lambda word: word != "--", given)
-    beaten = {other for word in options for other in BEATS.get(word.partition("=")[0], ())}
+    beaten = {other for word in options for other in OVERRIDES.get(word.partition("=")[0], ())}
     return [CLIENT_ROLE, *(word for word in own if word not in beaten), *given]
 
 
