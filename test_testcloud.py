@@ -822,12 +822,12 @@ class BrokerTest(unittest.TestCase):
         d = self.desk
         d.join(b"w", slots=1, host="h1")
         d.hello(b"c", "r1")
-        for id in range(3 * tc.RETRIES):
+        for id in range(3 * tc.RETRY_LINES):
             d.submit(b"c", id, attempt=2, needs=[f"l{id}"])
-        d.submit(b"c", 3 * tc.RETRIES, attempt=2)
+        d.submit(b"c", 3 * tc.RETRY_LINES, attempt=2)
         for _ in range(4):
             d.worker(b"w", 'READY {"name":"w","slots":1}')
-        d.takes(b"w", "r1", 3 * tc.RETRIES, 2)
+        d.takes(b"w", "r1", 3 * tc.RETRY_LINES, 2)
 
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
@@ -1033,7 +1033,7 @@ class BrokerTest(unittest.TestCase):
             b.hear(tc.encode(COMMAND, {"cmd": "x", "id": n, "attempt": 1}), "r1")
         b.machine.finished(b.machine.jobs["r1", 1, 1], ending(), 0.0)
         b.collect()
-        with mock.patch.object(tc, "ANNOUNCED", 2):
+        with mock.patch.object(tc, "MAX_READY_TASKS", 2):
             b.machine.connected(BROKER, 0.0)
             frames, _ = b.machine.take()
         d.hello(b"c", "r1", [1, 2, 3, 4, 5])
@@ -1059,7 +1059,7 @@ class BrokerTest(unittest.TestCase):
         part(b"v", 1)
         part(b"u", 1)
         self.assertEqual(sorted(d.broker.parts), [b"u", b"v"])
-        part(b"v", 1, tc.ANNOUNCED + 1)
+        part(b"v", 1, tc.MAX_READY_TASKS + 1)
         d.expect(b"v", "ERROR")
         d.worker(b"w", tc.encode("READY", {"name": "w", "join": 2, "parts": tc.MAX_PARTS - 1}))
         d.expect(b"w", "ERROR", reason="READY without its other parts: join again")
@@ -1155,11 +1155,11 @@ class BrokerTest(unittest.TestCase):
         d.gone(WORKERS, b"v")
         d.letters.clear()
         d.now += 1000.0
-        d.broker.overslept(1000.0, d.now)
+        d.broker.paused(1000.0, d.now)
         d.broker.tick(d.now)
         d.collect()
         d.quiet()
-        d.wait(tc.REJOIN - 0.1)  # for a moment nothing does: they need time to be back
+        d.wait(tc.REJOIN_TIME - 0.1)  # for a moment nothing does: they need time to be back
         d.quiet()
         d.wait(0.2)
         d.expect(b"c", "LOST", tasks=[[2, 1]])
@@ -1181,7 +1181,7 @@ class BrokerTest(unittest.TestCase):
                     d.broker.tick(d.now)
                     d.collect()
                 d.now += gap
-                d.broker.overslept(gap, d.now)
+                d.broker.paused(gap, d.now)
                 d.collect()
 
     def test_a_long_stop_just_after_a_short_one_is_as_good_as_any(self):
@@ -1190,7 +1190,7 @@ class BrokerTest(unittest.TestCase):
         d.letters.clear()
         for gap in (0.3, 60.0):
             d.now += gap
-            d.broker.overslept(gap, d.now)
+            d.broker.paused(gap, d.now)
             d.broker.tick(d.now)
             d.now += 0.1
         d.gone(WORKERS, b"w")
@@ -1440,7 +1440,7 @@ class BrokerTest(unittest.TestCase):
         d.quiet()
         d.broker.receive(WORKERS, b"w", "r1", chunk, b"0123456789", d.now)
         frames, _ = d.broker.take()
-        self.assertEqual(frames, [tc.Frame(CLIENTS, b"c", "", chunk, b"0123456789")])
+        self.assertEqual(frames, [tc.Outgoing(CLIENTS, b"c", "", chunk, b"0123456789")])
 
     def test_memory_of_peers_long_gone_is_freed(self):
         d = self.desk
@@ -1488,9 +1488,9 @@ class NamesOfHostsTest(unittest.TestCase):
 
     def test_a_plain_worker_is_no_host_of_the_same_name(self):
         names = tc.HostNames()
-        self.assertEqual([*map(names.show, ("vm/1b", "vm", "vm/2c", "vm"))],
+        self.assertEqual([*map(names.name_of, ("vm/1b", "vm", "vm/2c", "vm"))],
                          ["vm", "vm~2", "vm~3", "vm~2"])
-        self.assertEqual(names.identity["vm~2"], "vm")
+        self.assertEqual(names.identities["vm~2"], "vm")
 
     def test_a_name_is_free_when_its_last_worker_is_forgotten(self):
         d = Desk()
@@ -1502,8 +1502,8 @@ class NamesOfHostsTest(unittest.TestCase):
         self.assertEqual(self.join(d, b"d", "vm/3d"), "vm/3d")
         d.worker(b"c", "BYE")
         d.worker(b"d", "BYE")
-        names = d.broker.names
-        self.assertEqual((d.broker.mates, names.identity, names.shown), ({}, {}, {}))
+        names = d.broker.host_names
+        self.assertEqual((d.broker.mates, names.identities, names.names), ({}, {}, {}))
 
 
 class OnlyElsewhereTest(unittest.TestCase):
@@ -1872,7 +1872,7 @@ class PlainPeersTest(unittest.TestCase):
                 d.client(peer, "nonsense")
                 d.client(peer, "")
         said = Counter(letter[1::2][:2] for letter in d.letters)
-        errors = {(peer, "ERROR"): tc.ANSWERS for peer in (b"V", b"C", b"D")}
+        errors = {(peer, "ERROR"): tc.ANSWERS_PER_SECOND for peer in (b"V", b"C", b"D")}
         self.assertEqual(said, {**errors, (b"W", "OK"): 5, (b"W", "{"): 1, (b"U", "WHO"): 5})
         d.letters.clear()
         d.wait(1)
@@ -2591,7 +2591,7 @@ class World:
         self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0  # when starting commands
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
         if self.wild:
-            self.limits.update(ANNOUNCED=self.r.choice([1, 3, tc.ANNOUNCED]), SET_ASIDE=1)
+            self.limits.update(MAX_READY_TASKS=self.r.choice([1, 3, tc.MAX_READY_TASKS]), SET_ASIDE=1)
             self.limits.update(WINDOW=self.r.choice([3, 10, tc.WINDOW]), SPOOL_COST=200,
                                CREDIT=self.r.choice([500, 2000, tc.CREDIT]))
         self.build()
@@ -3179,13 +3179,13 @@ class World:
             due, now = min(machine.deadline(), began + tc.MAX_POLL_TIME), actor.clock(self.now)
             if now > due + tc.MIN_STALL:
                 self.seen["overslept"] += 1
-                machine.overslept(now - due, now)
+                machine.paused(now - due, now)
 
         def resume():
             if actor.generation != generation or actor.paused_until > self.now:
                 return
             self.say(actor.name, "goes on")
-            if duration > tc.UNAWARE:
+            if duration > tc.LONG_PAUSE:
                 actor.start_until = -math.inf  # until its loop has looked at the clock
             self.run_line(actor)
             inbox, actor.inbox = actor.inbox, []
@@ -3407,7 +3407,7 @@ class SimulationTest(unittest.TestCase):
          "\n                task.state = LIMBO", "            if False:\n                pass"),
         ("silent clients are kept for ever", "            else:\n                self.forget_client("
          "client, silence)", "            else:\n                self.see(self.clients_seen, client)"),
-        ("a lease lasts for ever", "return self.lease_began + LEASE * self.patience",
+        ("a lease lasts for ever", "return self.lease_began + LEASE_FRACTION * self.patience",
          "return math.inf"),
         ("what comes without a lease is not doubted", "            self.doubted_at = self.owner.now",
          "            pass"),
@@ -3814,7 +3814,7 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         b.hear('OK {"patience":0.9}')
         for _ in range(2):
-            b.wait(0.9 * tc.GREETINGS - 0.01)
+            b.wait(0.9 * tc.GREETING_FRACTION - 0.01)
             self.assertEqual(b.lines, [])
             b.wait(0.01)
             b.expect("READY")
@@ -3839,7 +3839,7 @@ class WorkerTest(unittest.TestCase):
         self.give(1)
         b.now = 0.6
         self.assertTrue(b.may_start())
-        self.worker.overslept(0.6, b.now)
+        self.worker.paused(0.6, b.now)
         b.collect()
         self.assertFalse(b.may_start())
         b.answer()
@@ -3854,15 +3854,15 @@ class WorkerTest(unittest.TestCase):
             b.wait(tc.NEWS_DELAY)
             b.lines.clear()
             b.effects.clear()
-            machine.overslept(0.4, 0.4)  # too short for anything
+            machine.paused(0.4, 0.4)  # too short for anything
             b.collect()
             b.quiet()
-            machine.overslept(0.6, 1.0)  # in our lease, but our connection may be lost
+            machine.paused(0.6, 1.0)  # in our lease, but our connection may be lost
             b.collect()
             b.expect("READY", join=2)
             b.answer()
             b.lines.clear()
-            machine.overslept(20.0, 20.0)
+            machine.paused(20.0, 20.0)
             b.hear('{"cmd":"true","id":2,"attempt":1}', "r1")
             b.expect("READY", join=3, running=[["r1", 1, 1]])
             b.quiet()
@@ -4797,7 +4797,7 @@ class ClientTest(unittest.TestCase):
             self.add("a", "b")
             b.hear('OK {"join":1,"slots":2,"patience":30}')
             b.hear('QUEUED {"tasks":[[1,1],[2,1]],"worker":"w"}')
-            self.client.overslept(40.0, 60.0)
+            self.client.paused(40.0, 60.0)
             b.collect()
             b.effects.clear()
             for id in range(1, ended + 1):
@@ -4815,7 +4815,7 @@ class ClientTest(unittest.TestCase):
         self.add("a")
         b.hear('OK {"join":1,"slots":1,"patience":30}')
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
-        self.client.overslept(40.0, b.now)
+        self.client.paused(40.0, b.now)
         b.wait(31)
         b.effects.clear()
         self.client.connected(BROKER, b.now)
@@ -4846,7 +4846,7 @@ class ClientTest(unittest.TestCase):
         b.collect()
         b.lines.clear()
         names = tc.HostNames()
-        self.assertEqual([names.show(one) for one in ("vm~2", "vm/a", "vm/b", "vm/a", "a b", "x/y/z")],
+        self.assertEqual([names.name_of(one) for one in ("vm~2", "vm/a", "vm/b", "vm/a", "a b", "x/y/z")],
                          ["vm~2", "vm", "vm~3", "vm", "a b", "x/y"])
 
     def test_a_run(self):
@@ -7275,9 +7275,9 @@ class SocketsTest(unittest.TestCase):
                 ([b"", b"", body], ("", body, b"")),
                 ([body, b"x", b"y"], None), ([b"", b"r1", body, b"d", b"e"], None)]:
             self.assertEqual(parse(parts), expected)
-        for frame in (tc.Frame(WORKERS, b"p", "r1", body, b""), tc.Frame(CLIENTS, b"p", "", body, b""),
-                      tc.Frame(CLIENTS, b"p", "", body, b"d"),
-                      tc.Frame(WORKERS, b"p", "r1", body, b"d")):
+        for frame in (tc.Outgoing(WORKERS, b"p", "r1", body, b""), tc.Outgoing(CLIENTS, b"p", "", body, b""),
+                      tc.Outgoing(CLIENTS, b"p", "", body, b"d"),
+                      tc.Outgoing(WORKERS, b"p", "r1", body, b"d")):
             self.assertEqual(parse(tc.frames_of(frame)), (frame.token, body, frame.data))
 
     def test_a_signal_just_before_the_waiting_ends_it(self):
@@ -7300,7 +7300,7 @@ class SocketsTest(unittest.TestCase):
                 events.append(body)
                 stopped[0] = 20.0
 
-            def overslept(self, gap, now):
+            def paused(self, gap, now):
                 events.append(round(gap))
 
         real = time.monotonic
@@ -9169,7 +9169,7 @@ class HostsTest(unittest.TestCase):
                     self.assertRegex(tc.host_identity(name), f"^{name or 'vm'}/[0-9a-f]{{12}}$")
                     found.add(tc.host_identity(name))
         self.assertEqual(len(found), 6)  # the given name vm is the same as vm
-        self.assertLess(len(tc.host_identity("x" * 64)), tc.SHOWN)
+        self.assertLess(len(tc.host_identity("x" * 64)), tc.STATUS_LIMIT)
 
     def test_a_host_has_one_name_wherever_it_is_shown(self):
         broker = self.cloud.broker()

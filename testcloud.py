@@ -185,41 +185,41 @@ MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLA
 MAX_BAD_LINES = 100  # in one body; then the rest is noise as well
 MAX_COMPLAINTS = 20  # about bad messages in the log, in an interval
 COMPLAINT_INTERVAL: Seconds = 10.0
-ANSWERS = 5  # of each kind that a plain or unknown peer gets in a second, lest there be a storm
+ANSWERS_PER_SECOND = 5  # of each kind that a plain or unknown peer gets in a second, lest there be a storm
 MAX_FRAMES = 8  # frames a peer may send in one message
 CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfirmed
 SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
 WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
-REFILL = 1 / 16  # of the window: when so much of it is free, it is filled again
+REFILL_FRACTION = 1 / 16  # of the window: when so much of it is free, it is filled again
 READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
-ANNOUNCED = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
+MAX_READY_TASKS = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
 MAX_PARTS = 100  # of READYs that a broker keeps, until the rest has come
 MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
 AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
 AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
 RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
-SHOWN = 100  # characters of a name in STATUS, and labels of a worker
-MAX_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
-PASSED_OVER = 16  # workers better than those that may have a task: then these are gone through
-RETRIES = 64  # lines of a client's retries, that are looked at in turn: each may wait for another host
+STATUS_LIMIT = 100  # characters of a name in STATUS, and labels of a worker
+MAX_CACHED_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
+MAX_PASSED_OVER = 16  # workers better than those that may have a task: then these are gone through
+RETRY_LINES = 64  # lines of a client's retries, that are looked at in turn: each may wait for another host
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
 NEWS_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
 DONE_DELAY: Seconds = 0.05  # in which DONEs gather
 MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
 DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader, and its kill
-LAST_WORDS: Seconds = 1.0  # for the transcript of an interrupted client to be written
+FINAL_WRITE_TIME: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
-GREETINGS = 0.4  # of the broker's patience, between ours: one may be lost or late
-LEASE = 2 / 3  # of it: clocks may differ, and it began before we were heard
+GREETING_FRACTION = 0.4  # of the broker's patience, between ours: one may be lost or late
+LEASE_FRACTION = 2 / 3  # of it: clocks may differ, and it began before we were heard
 MAX_UNANSWERED = 1000  # greetings whose time we remember: far more than a lease lasts
-UNAWARE: Seconds = 0.5  # who was stopped for longer may have lost its connection without knowing,
+LONG_PAUSE: Seconds = 0.5  # who was stopped for longer may have lost its connection without knowing,
 #   and with that, after the broker's lost_grace, its commands
-MIN_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
-MAX_PACE = 16  # times as slow we try to join, if answers to one try come after the next
+MIN_GREETING_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
+MAX_BACKOFF = 16  # times as slow we try to join, if answers to one try come after the next
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
-REJOIN: Seconds = 2.0  # in which all are back whose broker was away: RECONNECT, and then some
+REJOIN_TIME: Seconds = 2.0  # in which all are back whose broker was away: RECONNECT, and then some
 
 
 class Times(NamedTuple):
@@ -513,41 +513,41 @@ def require_run(token: Run) -> None:
         raise ProtocolError("a command needs the name of its run as token")
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def printable(value: Union[str, bytes], limit: int = 80) -> str:
     """What a peer sent, safe to show on one line of a terminal or log."""
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return readable(clipped(shown, limit), "")
+    return escape_unprintable(truncate(shown, limit), "")
 
 
-def visible(command: str) -> str:
+def escape_command(command: str) -> str:
     """A command as it is, but for what would steer a terminal or hide a part of it."""
-    return readable(command, "\t" + LATIN)
+    return escape_unprintable(command, "\t" + HIGH_BYTES)
 
 
-LATIN = "".join(map(chr, range(0xdca0, 0xdd00)))  # bytes that may be letters, on some terminal
+HIGH_BYTES = "".join(map(chr, range(0xdca0, 0xdd00)))  # bytes that may be letters, on some terminal
 CLIPPED = 1000  # characters of a reason or a name from elsewhere
-ODD = re.compile("[^ -~]+")  # what may be more than characters with a shape
+NOT_PRINTABLE_ASCII = re.compile("[^ -~]+")
 
 
-def readable(text: str, keep: str = "\t\n") -> str:
+def escape_unprintable(text: str, keep: str = "\t\n") -> str:
     """A text with escapes for what has no shape, moves other characters, or stands for a byte."""
-    return ODD.sub(lambda odd: "".join(c if c.isprintable() or c in keep else escape_of(c)
-                                       for c in odd[0]), text)
+    return NOT_PRINTABLE_ASCII.sub(lambda found: "".join(
+        c if c.isprintable() or c in keep else escape_of(c) for c in found[0]), text)
 
 
 def escape_of(c: str) -> str:
     return f"\\x{ord(c) & 0xff:02x}" if "\udc80" <= c <= "\udcff" else repr(c)[1:-1]
 
 
-def clipped(text: str, limit: int = CLIPPED) -> str:
+def truncate(text: str, limit: int = CLIPPED) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def shortened(text: str, limit: int = CLIPPED) -> str:
+def truncate_middle(text: str, limit: int = CLIPPED) -> str:
     """A text without its middle if it is longer: names and commands differ at their ends."""
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:limit - 3 - half]}...{text[len(text) - half:]}"
@@ -562,7 +562,7 @@ def shortened(text: str, limit: int = CLIPPED) -> str:
 # any cleverness, is what makes the program fast.
 
 
-class Frame(NamedTuple):
+class Outgoing(NamedTuple):
     """A body to be sent: over which link, to whom, for which run."""
 
     link: str
@@ -598,7 +598,7 @@ class Exit(NamedTuple):
     status: int
 
 
-def bodies(lines: List[bytes], limit: int) -> Iterator[bytes]:
+def batch_lines(lines: List[bytes], limit: int) -> Iterator[bytes]:
     """The lines joined into bodies of about `limit` bytes, each of at least one line."""
     size, batch = 0, []  # type: int, List[bytes]
     for line in lines:
@@ -620,10 +620,11 @@ class Machine:
         # by receiver: batches of lines with the same token, in the order in which they were said,
         # for an OK that ends joining must not overtake what was said before it
         self.outbox: Dict[Tuple[str, Peer], List[Tuple[Run, List[bytes]]]] = {}
-        self.bulk: List[Frame] = []  # CHUNKs: sent by themselves, after the lines
+        self.bulk: List[Outgoing] = []  # CHUNKs: sent by themselves, after the lines
         self.effects: List[Any] = []
         self.now: Seconds = 0.0  # the time of the event in hand
         self.last_complaint = ""  # the reason in the last ERROR that we got
+        self.wait = Wait()
         # about bad messages: those that were told, until when they need not be told again
         self.complaints: Dict[str, Seconds] = {}
 
@@ -680,9 +681,9 @@ class Machine:
         if not line.startswith(b"ERROR"):
             self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
 
-    def observe(self, watch: Watch, cause: str) -> None:
-        """Have the watch look at what is waited for now, and tell what it has to say."""
-        notice = watch.see(cause, self.now)
+    def report_wait(self, cause: str) -> None:
+        """Tell the user what we wait for now; "" for nothing."""
+        notice = self.wait.notice(cause, self.now)
         if notice:
             self.effects.append(Notice(notice))
 
@@ -693,13 +694,14 @@ class Machine:
         self.last_complaint = reason  # told once, not at every heartbeat
         self.log(level, f"peer on {message.link} complains: {reason}: {about}")
 
-    def take(self) -> Tuple[List[Frame], List[Any]]:
+    def take(self) -> Tuple[List[Outgoing], List[Any]]:
         """All that is to be sent and done now; the machine forgets it."""
-        frames: List[Frame] = []
+        frames: List[Outgoing] = []
         for (link, peer), batches in self.outbox.items():
             limit = BATCH_BYTES if self.knows_batches(link, peer) else 0
             for token, lines in batches:
-                frames += [Frame(link, peer, token, body, b"") for body in bodies(lines, limit)]
+                frames += [Outgoing(link, peer, token, body, b"")
+                           for body in batch_lines(lines, limit)]
         frames += self.bulk
         effects, self.effects = self.effects, []
         self.outbox, self.bulk = {}, []
@@ -730,7 +732,7 @@ class Machine:
     def refused(self, link: str, why: str, now: Seconds) -> None:
         """The link to the broker cannot come up, and why."""
 
-    def has_key(self, mark: str) -> None:
+    def key_changed(self, mark: str) -> None:
         """There is another key to connect with, and this is its fingerprint: names go with it."""
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
@@ -739,7 +741,7 @@ class Machine:
     def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
         """Its key is not accepted any more, and it has been cut off."""
 
-    def overslept(self, gap: Seconds, now: Seconds) -> None:
+    def paused(self, gap: Seconds, now: Seconds) -> None:
         """The process was stopped, or busy, for so long after something was due."""
 
     def tick(self, now: Seconds) -> None:
@@ -778,7 +780,7 @@ class Session:
         self.unanswered = 0  # greetings since anything was heard
         self.ready_interval = max(times.ready_interval, OK_DELAY)  # else no answer comes in time
         self.interval = self.ready_interval
-        self.pace = 1  # of joining: how many intervals until we try again
+        self.backoff = 1  # of joining: how many intervals until we try again
         self.next_greeting: Seconds = 0.0
         self.heard_at: Seconds = -math.inf
         self.patience: Seconds = math.inf  # the broker's
@@ -797,10 +799,10 @@ class Session:
         self.sent[self.number] = now
         if len(self.sent) > MAX_UNANSWERED:
             del self.sent[min(self.sent)]
-        for part in in_parts(fields):
+        for part in split_greeting(fields):
             self.owner.say(BROKER, b"", "", self.verb, part)
         self.unanswered += 1
-        self.next_greeting = now + (1 if self.joined else self.pace) * self.interval
+        self.next_greeting = now + (1 if self.joined else self.backoff) * self.interval
 
     def join(self, now: Seconds) -> None:
         self.joined = False
@@ -820,12 +822,12 @@ class Session:
         self.unanswered = 0
         self.heard_at = now
 
-    def overslept(self, gap: Seconds, now: Seconds) -> None:
+    def paused(self, gap: Seconds, now: Seconds) -> None:
         """For those who take commands: if our lease is over, or we have lost our connection, the
         broker may have given us up, and the commands that wait in our socket to others. Then only
         what it says when we have joined again counts."""
         self.heard_at += gap
-        if self.joined and (gap > UNAWARE or not self.leased()):
+        if self.joined and (gap > LONG_PAUSE or not self.leased()):
             self.join(now)
 
     def accepts(self, verb: str) -> bool:
@@ -837,15 +839,15 @@ class Session:
         """An OK has come; true if it makes us joined."""
         if "patience" in fields:  # of the broker: we must not be silent for longer
             self.patience = fields["patience"]
-            enough = max(self.patience * GREETINGS, MIN_INTERVAL)
+            enough = max(self.patience * GREETING_FRACTION, MIN_GREETING_INTERVAL)
             self.interval = min(self.ready_interval, enough)
         joins = not self.joined and self.number > 0 and fields.get("join") == self.number
         if joins:
             self.joined = self.up = True
-            self.pace = 1
+            self.backoff = 1
         elif not self.joined and "join" in fields:  # to a try before the last, whose answer is next
-            self.pace = min(2 * self.pace, MAX_PACE)
-            self.next_greeting = self.owner.now + self.pace * self.interval
+            self.backoff = min(2 * self.backoff, MAX_BACKOFF)
+            self.next_greeting = self.owner.now + self.backoff * self.interval
         if self.joined:
             self.next_greeting = min(self.next_greeting, self.owner.now + self.interval)
         answered = self.sent.get(fields.get("join" if joins else "beat", 0))
@@ -860,7 +862,7 @@ class Session:
             and self.owner.now < self.lease_ends()
 
     def lease_ends(self) -> Seconds:
-        return self.lease_began + LEASE * self.patience
+        return self.lease_began + LEASE_FRACTION * self.patience
 
     def take_command(self) -> None:
         """A command has come: note if that was without a lease."""
@@ -881,21 +883,21 @@ class Session:
             self.next_greeting = now + self.interval
 
 
-LISTS = ("running", "held")  # the fields of READY that may be long
+TASK_LISTS = ("running", "held")  # the fields of READY that may be long
 
 
-def in_parts(fields: Fields) -> List[Fields]:
+def split_greeting(fields: Fields) -> List[Fields]:
     """A greeting in lines of which each fits into a frame: all but the last have `more`."""
-    lists = {key: fields[key] for key in LISTS if key in fields}
-    if sum(map(len, lists.values())) <= ANNOUNCED:
+    lists = {key: fields[key] for key in TASK_LISTS if key in fields}
+    if sum(map(len, lists.values())) <= MAX_READY_TASKS:
         return [fields]
     parts = [{"name": fields["name"], "join": fields["join"], "more": True,
-              key: rows[at:at + ANNOUNCED]}
-             for key, rows in lists.items() for at in range(0, len(rows), ANNOUNCED)]
+              key: rows[at:at + MAX_READY_TASKS]}
+             for key, rows in lists.items() for at in range(0, len(rows), MAX_READY_TASKS)]
     return [*parts, dict(fields, running=[], held=[], parts=len(parts))]
 
 
-class Watch:
+class Wait:
     """Says what is being waited for, once per cause, and when it is over; knows the limit."""
 
     def __init__(self, limit: Seconds = math.inf) -> None:
@@ -905,8 +907,8 @@ class Watch:
         self.began: Seconds = 0.0  # waiting began, for whatever causes
         self.said = ""  # the cause that was told last
 
-    def see(self, cause: str, now: Seconds) -> str:
-        """Look at the present cause; a line to be told now, or ""."""
+    def notice(self, cause: str, now: Seconds) -> str:
+        """Note what we wait for now, "" for nothing; return the notice that is due, or ""."""
         if cause != self.cause:
             if not self.cause:
                 self.began = now
@@ -919,7 +921,7 @@ class Watch:
             return cause
         return ""
 
-    def given_up(self, now: Seconds) -> bool:
+    def timed_out(self, now: Seconds) -> bool:
         return bool(self.cause) and now >= self.began + self.limit
 
     def deadline(self) -> Seconds:
@@ -935,37 +937,37 @@ class HostNames:
     all who ask see the same. One without ID (a plain worker's) is a name."""
 
     def __init__(self) -> None:
-        self.identity: Dict[str, str] = {}  # by what is shown
-        self.shown: Dict[Tuple[str, str], str] = {}  # by NAME, without a number, and ID
+        self.identities: Dict[str, str] = {}  # by what is shown
+        self.names: Dict[Tuple[str, str], str] = {}  # by NAME, without a number, and ID
 
     def key(self, identity: str) -> Tuple[str, str]:
         name, _, id = identity.rpartition("/")
         return (name or id).partition("~")[0], id if name else ""
 
-    def show(self, identity: str) -> str:
+    def name_of(self, identity: str) -> str:
         base, id = key = self.key(identity)
-        if key not in self.shown:
+        if key not in self.names:
             name = identity.rpartition("/")[0] or identity
             names = itertools.chain([name], (f"{base}~{n}" for n in itertools.count(2)))
-            self.shown[key] = next(name for name in names if name not in self.identity)
-            self.identity[self.shown[key]] = identity
-        return self.shown[key]
+            self.names[key] = next(name for name in names if name not in self.identities)
+            self.identities[self.names[key]] = identity
+        return self.names[key]
 
     def identity_of(self, shown: str) -> str:
-        return self.identity.get(shown, shown)
+        return self.identities.get(shown, shown)
 
     def forget(self, identity: str) -> None:
-        self.identity.pop(self.shown.pop(self.key(identity), ""), None)
+        self.identities.pop(self.names.pop(self.key(identity), ""), None)
 
 
-class Member(Machine):
+class SessionMachine(Machine):
     """What worker and client share: one link, BROKER, and a session on it."""
 
     def __init__(self, verb: str, times: Times, wait: Seconds) -> None:
         super().__init__()
         self.times = times
         self.session = Session(self, verb, self.greeting, times)
-        self.watch = Watch(wait)
+        self.wait = Wait(wait)
 
     def greeting(self, joining: bool) -> Fields:
         """The fields of HELLO or READY; when joining, with all that we have."""
@@ -1069,7 +1071,7 @@ class ClientLink:
         """What can be assigned next: the first task of each line, but of so many retries' lines, in
         turns."""
         found = []
-        for kind in list(itertools.islice(self.retries, RETRIES)):
+        for kind in list(itertools.islice(self.retries, RETRY_LINES)):
             line = self.retries.pop(kind)
             if skip_gone(line):
                 found.append(line[0])
@@ -1277,10 +1279,9 @@ class Broker(Machine):
         self.plain_peers = 0
         self.keys: Dict[Tuple[str, Peer], str] = {}  # public, of peers that have proven to have them
         self.keyed = False  # whether all have such
-        self.names = HostNames()
+        self.host_names = HostNames()
         self.mates: Dict[str, Dict[WorkerLink, None]] = {}  # all but plain workers, by host
         self.session = Session(self, "READY", self.greeting, times) if chained else None
-        self.watch = Watch()
         self.above: List[str] = []  # the brokers above us, nearest first
         self.untold: Dict[Key, Fields] = {}  # LOST, while the broker above could not hear it
         self.told: Fields = {}  # of to_tell(), as the broker above knows it
@@ -1435,12 +1436,12 @@ class Broker(Machine):
         """Count one more answer of this kind to a peer; whether these are too many for a second."""
         self.count_again = min(self.count_again, self.now + 1)
         self.answers[verb, link, peer] += 1
-        return self.answers[verb, link, peer] > ANSWERS
+        return self.answers[verb, link, peer] > ANSWERS_PER_SECOND
 
     def count_answers_again(self) -> None:
         """Say the OKs that were too many: a plain worker may be waiting for one."""
         late = [peer for (verb, _, peer), n in self.answers.items()
-                if verb == "OK" and n > ANSWERS and peer in self.workers]
+                if verb == "OK" and n > ANSWERS_PER_SECOND and peer in self.workers]
         self.answers, self.count_again = Counter(), math.inf
         for peer in late:
             self.say(WORKERS, peer, "", "OK")
@@ -1493,12 +1494,13 @@ class Broker(Machine):
     def add_part(self, peer: Peer, fields: Fields) -> None:
         """Keep a part of a READY until the last one comes: of all peers together only so many, the
         latest. Who joined in parts that are kept no more has to join again."""
-        if "join" not in fields or max(len(fields.get(key, ())) for key in LISTS) > ANNOUNCED:
-            raise ProtocolError(f"READY with 'more' needs 'join', and at most {ANNOUNCED} tasks")
+        longest = max(len(fields.get(key, ())) for key in TASK_LISTS)
+        if "join" not in fields or longest > MAX_READY_TASKS:
+            raise ProtocolError(f"READY with 'more' needs 'join', and at most {MAX_READY_TASKS} tasks")
         _, parts = self.parts.pop(peer, (0.0, []))
         if parts and parts[0]["join"] != fields["join"]:
             parts = []
-        part = {key: fields[key] for key in ("join", *LISTS) if key in fields}
+        part = {key: fields[key] for key in ("join", *TASK_LISTS) if key in fields}
         self.parts[peer] = self.now + self.times.worker_expiry, [*parts, part]
         while sum(len(parts) for _, parts in self.parts.values()) > MAX_PARTS:
             del self.parts[next(iter(self.parts))]
@@ -1510,7 +1512,7 @@ class Broker(Machine):
         if len(parts) != fields.get("parts", 0):
             raise ProtocolError("READY without its other parts: join again")
         return dict(fields, **{key: [row for part in (*parts, fields) for row in part.get(key, ())]
-                               for key in LISTS})
+                               for key in TASK_LISTS})
 
     def refuse_loop(self) -> None:
         """We have met ourselves above us: whoever chained us made a mistake."""
@@ -1616,7 +1618,7 @@ class Broker(Machine):
     def name_of_host(self, told: str) -> str:
         """The identity of a host, as its workers are to tell it from now on."""
         name, _, id = told.rpartition("/")
-        return f"{self.names.show(told)}/{id}" if name else told
+        return f"{self.host_names.name_of(told)}/{id}" if name else told
 
     def tell_apart(self, worker: WorkerLink) -> str:
         """What to tell a worker whose user has others on the same host, as after a lost ssh; or ""."""
@@ -1624,9 +1626,9 @@ class Broker(Machine):
                   and other.user == worker.user and other.peer is not None]
         if not others:
             return ""
-        slots = counted(sum(other.slots for other in others), "slot")
+        slots = plural(sum(other.slots for other in others), "slot")
         host = printable(worker.host.partition("/")[0])
-        note = (f"{printable(worker.user)} runs {counted(len(others), 'other worker')} on {host} "
+        note = (f"{printable(worker.user)} runs {plural(len(others), 'other worker')} on {host} "
                 f"already, with {slots} ({printable(others[0].name)}): stop what is not wanted, or "
                 f"they share its CPUs")
         self.log(logging.WARNING, f"worker {printable(worker.name)}: {note}")
@@ -1713,7 +1715,7 @@ class Broker(Machine):
             del self.mates[worker.host][worker]
             if not self.mates[worker.host]:
                 del self.mates[worker.host]
-                self.names.forget(worker.host)
+                self.host_names.forget(worker.host)
         self.workers_seen.pop(worker, None)
         self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
@@ -1858,7 +1860,7 @@ class Broker(Machine):
         if fields.get("again") and client.link == CLIENTS:
             task.had = fields.get("had", "")
             task.until = self.started + (self.times.worker_expiry if task.had
-                                         else max(REJOIN, self.times.ready_interval))
+                                         else max(REJOIN_TIME, self.times.ready_interval))
             if task.had in self.named:
                 self.lose(task, "was never started")
                 return
@@ -2021,7 +2023,7 @@ class Broker(Machine):
             return frozenset()
         wanted = wanted._replace(shunned=shunned)
         if wanted not in self.choices:
-            if len(self.choices) >= MAX_CHOICES:
+            if len(self.choices) >= MAX_CACHED_CHOICES:
                 self.choices.clear()
             near = [worker for worker in self.workers_at().get(wanted.on, ()) if worker.slots
                     and wanted.on not in shunned]
@@ -2061,7 +2063,7 @@ class Broker(Machine):
             return None
         passed_over: List[Tuple[int, int, int, int, WorkerLink]] = []
         avoided = best = None
-        while self.ranking and best is None and (among is None or len(passed_over) < PASSED_OVER):
+        while self.ranking and best is None and (among is None or len(passed_over) < MAX_PASSED_OVER):
             row = self.ranking[0]
             if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
@@ -2267,7 +2269,7 @@ class Broker(Machine):
             client = task.client
             if client.peer is not None:
                 token = client.run if client.link == BROKER else ""
-                self.bulk.append(Frame(client.link, client.peer, token, message.line,
+                self.bulk.append(Outgoing(client.link, client.peer, token, message.line,
                                        message.data))
 
     def on_lost(self, message: Message) -> None:
@@ -2332,7 +2334,7 @@ class Broker(Machine):
         if self.crew_changed:
             self.crew_changed = False
             self.announce_crew()
-        self.observe(self.watch, self.waits_for())
+        self.report_wait(self.waits_for())
 
     def change_crew(self) -> None:
         """A worker has come or gone, or is not what it was."""
@@ -2373,11 +2375,11 @@ class Broker(Machine):
 
     def status_of_worker(self, worker: WorkerLink) -> Fields:
         states = Counter(task.state for task in worker.tasks.values())
-        return {"name": worker.name[:SHOWN], "host": worker.host[:SHOWN], "kind":
+        return {"name": worker.name[:STATUS_LIMIT], "host": worker.host[:STATUS_LIMIT], "kind":
                 "broker" if worker.below else "plain" if worker.plain else "worker",
                 "below": worker.below, "slots": worker.slots,
-                "labels": sorted({name[:SHOWN] for _, labels in worker.crew
-                                  for name in labels})[:SHOWN],
+                "labels": sorted({name[:STATUS_LIMIT] for _, labels in worker.crew
+                                  for name in labels})[:STATUS_LIMIT],
                 "running": worker.running(), "held": states[DELIVERED],
                 "done": worker.done, "failed": worker.failed, "weight": worker.weight,
                 "load": worker.load, "there": worker.peer is not None,
@@ -2387,7 +2389,7 @@ class Broker(Machine):
         """So many of its tasks wait at workers for a slot."""
         states = Counter(task.state for task in client.tasks.values())
         kind = "above" if client.link == BROKER else "plain" if client.plain else "client"
-        return {"host": client.host[:SHOWN] or "?", "pid": client.pid, "kind": kind,
+        return {"host": client.host[:STATUS_LIMIT] or "?", "pid": client.pid, "kind": kind,
                 "there": client.peer is not None,
                 "queued": states[WAITING] + states[LIMBO] + client.backlog + ahead,
                 "running": states[ASSIGNED] + states[RUNNING] - ahead,
@@ -2490,7 +2492,7 @@ class Broker(Machine):
             else:
                 self.forget_client(client, silence)
 
-    def overslept(self, gap: Seconds, now: Seconds) -> None:
+    def paused(self, gap: Seconds, now: Seconds) -> None:
         """The silence was ours, not theirs: all deadlines of others move, and a bit further, for
         what they have said meanwhile to be read, and for those to be back who thought us dead."""
         self.now = now
@@ -2498,12 +2500,12 @@ class Broker(Machine):
         if self.lenient_until < now - gap:
             self.leniency = 0.0
         self.lenient_until += gap
-        rest = min(gap, max(REJOIN, self.times.ready_interval))
+        rest = min(gap, max(REJOIN_TIME, self.times.ready_interval))
         if rest > self.leniency:  # else no deadline might ever pass, if we are stopped very often
             self.leniency, self.lenient_until = rest, max(self.lenient_until, now + rest)
         grace = self.lenient_until
         if self.session:
-            self.session.overslept(gap, now)
+            self.session.paused(gap, now)
         for seen, patience in self.watched():
             for who, when in seen.items():
                 seen[who] = max(when + gap, grace - patience)
@@ -2542,7 +2544,7 @@ class Broker(Machine):
         if self.ahead:
             due.append(self.ahead[0][1] + RECALL_DELAY)
         if self.session:
-            due += [self.session.next_greeting, self.watch.deadline()]
+            due += [self.session.next_greeting, self.wait.deadline()]
         return min(due, default=math.inf)
 
     # --- the broker above
@@ -2861,7 +2863,7 @@ class Job:
         self.told = False  # the Runner has told that there is more
 
 
-class Worker(Member):
+class Worker(SessionMachine):
     """A worker's bookkeeping. Its link is BROKER."""
 
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
@@ -2901,7 +2903,7 @@ class Worker(Member):
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
         return fields
 
-    def has_key(self, mark: str) -> None:
+    def key_changed(self, mark: str) -> None:
         self.name = f"{self.name.partition('.')[0]}.{mark}"
 
     def accepts(self, link: str, verb: str) -> bool:
@@ -3050,7 +3052,7 @@ class Worker(Member):
             if not wanted or self.now >= self.stop_at:
                 self.leave()
         if self.stopping is None:
-            self.observe(self.watch, self.waits_for())
+            self.report_wait(self.waits_for())
 
     def jobs_of(self, message: Message) -> List[Job]:
         """The jobs that the message names; all of the run if it names none."""
@@ -3118,7 +3120,7 @@ class Worker(Member):
 
     def send_part(self, key: Key, offset: int, data: bytes) -> None:
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
-        self.bulk.append(Frame(BROKER, b"", key[0], line, data))
+        self.bulk.append(Outgoing(BROKER, b"", key[0], line, data))
 
     def loaded(self, load: float, now: Seconds) -> None:
         """How many processes want a processor, on average. From max_load on we take nothing more,
@@ -3136,9 +3138,9 @@ class Worker(Member):
 
     # --- time, and the end
 
-    def overslept(self, gap: Seconds, now: Seconds) -> None:
+    def paused(self, gap: Seconds, now: Seconds) -> None:
         self.now = now
-        self.session.overslept(gap, now)
+        self.session.paused(gap, now)
 
     def tick(self, now: Seconds) -> None:
         self.now = now
@@ -3152,8 +3154,8 @@ class Worker(Member):
             else:
                 self.stop_job(job, LEAVING)
         self.settle()
-        if self.watch.given_up(now) and self.stopping is None:
-            self.effects.append(Notice("gave up " + self.watch.cause, True))
+        if self.wait.timed_out(now) and self.stopping is None:
+            self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.stop(3, now)
 
     def waits_for(self) -> str:
@@ -3164,7 +3166,7 @@ class Worker(Member):
     def deadline(self) -> Seconds:
         kills = min(self.kills.values(), default=math.inf)
         return min(self.session.next_greeting, kills, self.stop_at, self.news_until,
-                   self.watch.deadline())
+                   self.wait.deadline())
 
     def stop(self, status: int, now: Seconds) -> None:
         """Leave: start nothing more, stop what still runs after a time to drain, and wait a
@@ -3174,7 +3176,7 @@ class Worker(Member):
             self.stop_at = now
         else:
             self.stopping = status
-            self.watch = Watch()  # from now on we wait for nothing
+            self.wait = Wait()  # from now on we wait for nothing
             self.stop_at = now + self.drain + 2 * self.times.kill_grace
             if self.session.joined:
                 self.session.greet(now)
@@ -4168,7 +4170,7 @@ class Wishes(NamedTuple):
     fail_on_flaky: bool = False  # what does not always pass has failed
 
 
-class Client(Member):
+class Client(SessionMachine):
     """A client's run. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
@@ -4194,7 +4196,7 @@ class Client(Member):
         self.done_until: Seconds = math.inf  # when to do so at the latest
         self.last_id = 0  # of the commands; some of the input may have been left out
         self.total = self.reported = self.failed = self.flaky = 0
-        self.names = HostNames()  # the broker is told identities; all else here is by what is shown
+        self.host_names = HostNames()  # the broker is told identities; all else here is by what is shown
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
         self.able: Set[str] = set()  # hosts that could start some
@@ -4226,7 +4228,7 @@ class Client(Member):
                           version=__version__)
         return fields
 
-    def has_key(self, mark: str) -> None:
+    def key_changed(self, mark: str) -> None:
         self.run = mark + self.run[-32:]
 
     def accepts(self, link: str, verb: str) -> bool:
@@ -4253,9 +4255,9 @@ class Client(Member):
         fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd,
                   **entry.place, **self.standing}
         for key in {"on", "not_on"} & entry.place.keys():
-            fields[key] = self.names.identity_of(fields[key])
+            fields[key] = self.host_names.identity_of(fields[key])
         if "never_on" in fields:
-            fields["never_on"] = [*map(self.names.identity_of, fields["never_on"])]
+            fields["never_on"] = [*map(self.host_names.identity_of, fields["never_on"])]
         if entry.again:
             fields["again"] = True
             if entry.worker:
@@ -4277,7 +4279,7 @@ class Client(Member):
         size = 1 if self.wishes.serial else WINDOW
         room = size - len(self.window)
         if self.session.joined and not self.timings \
-                and room >= min(REFILL * size, len(self.backlog)):
+                and room >= min(REFILL_FRACTION * size, len(self.backlog)):
             for _ in range(min(room, len(self.backlog))):
                 self.begin(self.backlog.popleft())
         if self.release_at < math.inf and (self.input_ended or self.release_at <= self.now):
@@ -4287,7 +4289,7 @@ class Client(Member):
         if self.status is None and not self.left:
             self.stop_examining()
             self.stop_early()
-            self.observe(self.watch, self.waits_for())
+            self.report_wait(self.waits_for())
         if self.input_ended and not self.backlog and not self.window and not self.left:
             self.leave(1 if self.bad() else 0)
 
@@ -4307,7 +4309,7 @@ class Client(Member):
         if more and 0 < self.wishes.fail_fast <= self.bad():
             have = "has" if self.bad() == 1 else "have"
             self.effects.append(Notice(
-                f"stopping: {counted(self.bad(), 'command')} {have} failed (--fail-fast)"))
+                f"stopping: {plural(self.bad(), 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
     def begin(self, entry: Entry) -> None:
@@ -4359,7 +4361,7 @@ class Client(Member):
             if self.accepted and self.now < self.slept[1]:  # results that came in time are read
                 self.effects.append(Notice(
                     f"was stopped for {self.slept[0]:.0f} s, longer than the broker waits for a client "
-                    f"(--client-lease): {counted(self.accepted, 'command')} that workers had at its "
+                    f"(--client-lease): {plural(self.accepted, 'command')} that workers had at its "
                     f"end will be run again"))
             self.slept = (0, 0)
             for entry in self.window.values():
@@ -4409,7 +4411,7 @@ class Client(Member):
         if "id" not in fields or "attempt" not in fields:
             raise ProtocolError("RESULT needs 'id' and 'attempt'")
         if "host" in fields:
-            fields["host"] = self.names.show(fields["host"])
+            fields["host"] = self.host_names.name_of(fields["host"])
         entry = self.entry_of(fields["id"], fields["attempt"])
         if entry is None:  # reported before: our DONE was lost
             self.finish_with(fields["id"], fields["attempt"])
@@ -4573,7 +4575,8 @@ class Client(Member):
                 f"{SET_ASIDE} commands {why}"))
 
     def shun(self) -> None:
-        self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(map(self.names.identity_of, self.shunned))})
+        self.say(BROKER, b"", "", "SHUN", {
+            "hosts": sorted(map(self.host_names.identity_of, self.shunned))})
 
     def fetch(self) -> None:
         """Keep FETCH_AHEAD chunks of the first large output under way."""
@@ -4658,7 +4661,7 @@ class Client(Member):
 
     # --- time, and the end
 
-    def overslept(self, gap: Seconds, now: Seconds) -> None:
+    def paused(self, gap: Seconds, now: Seconds) -> None:
         for entry in self.homeless.values():
             entry.home_until += gap
         if gap > self.session.patience:
@@ -4680,8 +4683,8 @@ class Client(Member):
             for entry in late:
                 self.next_attempt(entry, "")  # for the last time
         self.settle()
-        if self.watch.given_up(now) and not self.left:
-            self.effects.append(Notice("gave up " + self.watch.cause, True))
+        if self.wait.timed_out(now) and not self.left:
+            self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.leave(3)
         elif self.leave_at <= now and not self.left:
             self.leave(3)
@@ -4701,10 +4704,10 @@ class Client(Member):
                     f"testcloud.py worker")
         if self.window and self.lacks:
             return (f"waiting for {self.lacks}; there is none among "
-                    f"{counted(self.workers, 'worker')}")
+                    f"{plural(self.workers, 'worker')}")
         if self.homeless and not self.accepted:
             return (f"waiting for {self.gone_hosts()} to come back: "
-                    f"{counted(len(self.homeless), 'command')} could not be started elsewhere")
+                    f"{plural(len(self.homeless), 'command')} could not be started elsewhere")
         if self.window and not self.accepted and not self.fetching:
             which = f"{self.slots}"
             if self.wishes.needs:
@@ -4723,7 +4726,7 @@ class Client(Member):
         release = math.inf if self.released else self.release_at
         done = self.done_until if self.session.joined else math.inf
         return min(self.session.next_greeting, due, release, done, self.leave_at,
-                   self.examine_until, self.listen_at, self.watch.deadline())
+                   self.examine_until, self.listen_at, self.wait.deadline())
 
     def cancel(self, status: int, now: Seconds) -> None:
         """Interrupted: stop everything everywhere, wait for that a little, then leave with
@@ -4743,7 +4746,7 @@ class Client(Member):
                 self.leave(status)
             return
         self.status = status
-        self.watch = Watch()  # from now on we wait for nothing
+        self.wait = Wait()  # from now on we wait for nothing
         self.leave_at = now + 2 * self.times.kill_grace
         self.say(BROKER, b"", "", "CANCEL")
         self.settle()
@@ -4773,8 +4776,8 @@ class Viewer(Machine):
         self.ask_at: Seconds = math.inf
         self.answered = False
         self.unanswered = 0  # of our questions
-        self.watch = Watch(wait)
-        self.names = HostNames()
+        self.wait = Wait(wait)
+        self.host_names = HostNames()
 
     def connected(self, link: str, now: Seconds) -> None:
         self.now, self.up, self.trouble, self.ask_at, self.unanswered = now, True, "", now, 0
@@ -4793,14 +4796,14 @@ class Viewer(Machine):
             raise ProtocolError("STATUS without what we have asked for")
         self.answered, self.unanswered = True, 0
         for row in message.fields["workers"]:
-            row["host"] = self.names.show(row["host"])
+            row["host"] = self.host_names.name_of(row["host"])
         self.effects.append(Viewed(message.fields))
         if self.interval == math.inf:
             self.effects.append(Exit(0))
 
     def settle(self) -> None:
         silent = broker_is_silent(self.address) if self.unanswered > 1 else ""
-        self.observe(self.watch, silent if self.answered else waiting_for_broker(
+        self.report_wait(silent if self.answered else waiting_for_broker(
             self.trouble, self.up, self.address, "client"))
 
     def tick(self, now: Seconds) -> None:
@@ -4810,11 +4813,11 @@ class Viewer(Machine):
             self.unanswered += 1
             self.ask_at = now + self.interval
         self.settle()
-        if self.watch.given_up(now):
-            self.effects += [Notice("gave up " + self.watch.cause, True), Exit(3)]
+        if self.wait.timed_out(now):
+            self.effects += [Notice("gave up " + self.wait.cause, True), Exit(3)]
 
     def deadline(self) -> Seconds:
-        return min(self.ask_at, self.watch.deadline())
+        return min(self.ask_at, self.wait.deadline())
 
     HANDLERS = {(BROKER, "STATUS"): "on_status", (BROKER, "ERROR"): "on_error"}
 
@@ -5109,9 +5112,9 @@ class Writer:
     def put(self, item: Iterable[bytes], size: int = 0) -> None:
         """Have this written, after flush(). So many bytes of it are in memory."""
         self.taken += size
-        self.batch.append(self.counted(item, size) if size else item)
+        self.batch.append(self.plural(item, size) if size else item)
 
-    def counted(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
+    def plural(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
         """The same, and note when it is written."""
         yield from item
         self.written += size
@@ -5281,7 +5284,7 @@ class Reports:
         bad = [host for host, failed in self.failed_on.most_common(NAMED_FAILURES)
                if host and failed >= SET_ASIDE and self.passed_on and not self.passed_on[host]]
         failed = sum(self.failed_on[host] for host in bad)
-        total = counted(sum(self.failed_on.values()), "failure")
+        total = plural(sum(self.failed_on.values()), "failure")
         return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
                         f"passed; try --retries 3") or ""
 
@@ -5395,7 +5398,7 @@ class Closing(Reporter):
             style = "flaky"
             words = f"FAILED ONLY ON {printable(outcome.only_on)}! " if outcome.only_on else "FLAKY! "
         return self.paint(style, words) + self.paint(
-            style + " cmd", shortened(visible(outcome.cmd)) + " ")
+            style + " cmd", truncate_middle(escape_command(outcome.cmd)) + " ")
 
     def ended(self, summary: Summary) -> None:
         if not summary.complete:
@@ -5416,12 +5419,12 @@ class Closing(Reporter):
             self.line(f"Flaky: {summary.flaky} of {summary.ran} failed at first, and passed elsewhere "
                       f"or later" + (f": {hosts}" if hosts else ""))
         for host, n in summary.unable.items():
-            self.line(f"{counted(n, 'command')} could not be started on {printable(host)}, and ran "
+            self.line(f"{plural(n, 'command')} could not be started on {printable(host)}, and ran "
                       f"elsewhere")
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
             self.line(f"Skipped {summary.skipped} that an earlier run has done{failed}")
-        self.line(f"Ran {counted(summary.ran, 'command')} in ⌚{seeds_time(summary.spent)}, result "
+        self.line(f"Ran {plural(summary.ran, 'command')} in ⌚{seeds_time(summary.spent)}, result "
                   f"hash {'' if summary.complete else 'of these '}is {summary.hash}")
 
     def what_failed(self, summary: Summary) -> Iterator[str]:
@@ -5430,7 +5433,7 @@ class Closing(Reporter):
         if failed:
             codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
                               for how, n in sorted(summary.codes.items(), key=human_order))
-            yield f"{failed} of {counted(summary.ran, 'command')} failed: {codes}"
+            yield f"{failed} of {plural(summary.ran, 'command')} failed: {codes}"
         for outcome in summary.failures:
             yield "  " + self.headline(outcome).rstrip()
         if failed > len(summary.failures):
@@ -5462,7 +5465,7 @@ class Transcript(Closing):
         if commands is None:
             self.line("Releasing the hounds: commands to execute as they come")
         else:
-            self.line(f"Releasing the hounds: {counted(commands, 'command')} to execute")
+            self.line(f"Releasing the hounds: {plural(commands, 'command')} to execute")
 
     def result(self, outcome: Outcome) -> None:
         took = "⌚" + seeds_time(outcome.spent / 1000, ms=True)
@@ -5504,7 +5507,8 @@ class Plain(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         parts = self.tally.parts(outcome.record)
-        self.put(ended(tagged(to_bytes(visible(outcome.line)), parts) if self.tag else parts, b"\n"))
+        tag = to_bytes(escape_command(outcome.line))
+        self.put(ended(tagged(tag, parts) if self.tag else parts, b"\n"))
 
 
 class Raw(Reporter):
@@ -5561,7 +5565,7 @@ class LiveLines(Reporter):
         lines, newline, rest = (self.line_of(seq, offset) + data).rpartition(b"\n")
         if len(rest) > COPY:
             lines, newline, rest = lines + newline + rest, b"\n", b""
-        tag = to_bytes(visible(line))
+        tag = to_bytes(escape_command(line))
         self.put(tagged(tag, [lines + newline]), len(lines) + 1)
         self.begun[seq] = tag, rest
 
@@ -5572,7 +5576,7 @@ class LiveLines(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         rest = after(self.tally.parts(outcome.record), outcome.shown)
-        self.put(ended(tagged(to_bytes(visible(outcome.line)), itertools.chain(
+        self.put(ended(tagged(to_bytes(escape_command(outcome.line)), itertools.chain(
             [self.line_of(outcome.seq, outcome.shown)], rest)), b""), 0)
 
     def ended(self, summary: Summary) -> None:
@@ -5745,7 +5749,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
             except (ValueError, IndexError):
                 damaged += 1
     if damaged:
-        complain(f"{printable(path)}: passing over {counted(damaged, 'damaged line')}")
+        complain(f"{printable(path)}: passing over {plural(damaged, 'damaged line')}")
     return found
 
 
@@ -5985,7 +5989,7 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
 def reported_failure(row: Outcome, shown: str, output: str) -> str:
     """How the reported try failed, of a command whose case has this name."""
     kind, message = how_failed(row)
-    whole = f"command: {clipped(row.cmd, EXCERPT_HEAD)}\n"
+    whole = f"command: {truncate(row.cmd, EXCERPT_HEAD)}\n"
     command = "" if xml_legal(row.cmd) == shown else whole
     return xml_element("error" if could_not_run(row) else "failure",
                        xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
@@ -5999,32 +6003,32 @@ def could_not_run(row: Outcome) -> bool:
 def how_failed(row: Outcome) -> Tuple[str, str]:
     """How a command failed, as a type and in words."""
     if row.verdict in (FLAKY, ONLY):
-        return row.verdict.title(), tries_in_words(row, clipped)
+        return row.verdict.title(), tries_in_words(row, truncate)
     what = f"exit code {row.exitcode}"
     kind = "Timeout" if row.exitcode == TIMED_OUT else "Signal" if row.signal else "ExitCode"
     if could_not_run(row):
         kind, what = "NotRun", "could not be run"
-    where = f" on {clipped(row.host)}" if row.host else ""
+    where = f" on {truncate(row.host)}" if row.host else ""
     signal = f", signal {row.signal}" if row.signal else ""
-    return kind, what + where + signal + (f": {clipped(row.reason)}" if row.reason else "")
+    return kind, what + where + signal + (f": {truncate(row.reason)}" if row.reason else "")
 
 
 def story_of(row: Outcome) -> str:
     """Where and when a command ran, and what its tries tell."""
     lines = []
     if row.host:
-        lines.append(f"ran on {clipped(row.host)} (worker {clipped(row.worker)}, slot {row.slot}) "
+        lines.append(f"ran on {truncate(row.host)} (worker {truncate(row.worker)}, slot {row.slot}) "
                      f"at {iso_time(row.started) or 'an unknown time'}")
     if row.tries:
-        lines.append(f"{row.verdict}: {tries_in_words(row, clipped)}")
+        lines.append(f"{row.verdict}: {tries_in_words(row, truncate)}")
     if row.only_on:
-        lines.append(f"failed on {clipped(row.only_on)} only")
+        lines.append(f"failed on {truncate(row.only_on)} only")
     return "\n".join(lines)
 
 
 def other_failure(tag: str, one: Try, with_output: bool) -> str:
     """A try that failed, and is not the reported one."""
-    how = f"exit code {one.exitcode} on {clipped(one.host)}"
+    how = f"exit code {one.exitcode} on {truncate(one.host)}"
     output = one.last_words() if with_output else ""
     text = xml_text("\n\n".join(filter(None, (how, output))))
     return xml_element(tag, xml_element("stackTrace", text), type="ExitCode", message=how)
@@ -6032,7 +6036,7 @@ def other_failure(tag: str, one: Try, with_output: bool) -> str:
 
 def outputs_of_tries(row: Outcome) -> str:
     """What those printed that failed."""
-    return "\n\n".join(f"on {clipped(one.host)}:\n{one.last_words()}"
+    return "\n\n".join(f"on {truncate(one.host)}:\n{one.last_words()}"
                        for one in row.tries if one.exitcode and one.size)
 
 
@@ -6040,7 +6044,7 @@ def distinct_names(commands: Iterable[str]) -> Iterator[str]:
     """Names for commands: GitLab ignores a second case of the same name, others mix them up."""
     used: Dict[str, int] = {}
     for command in commands:
-        name = first = clipped(xml_legal(command), CASE_NAME)
+        name = first = truncate(xml_legal(command), CASE_NAME)
         while name in used:
             used[first] += 1
             name = f"{first} [{used[first]}]"
@@ -6127,7 +6131,7 @@ class HtmlPage(WholeFile):
 
 
 def one_line(text: str) -> str:
-    return readable(text).replace("\n", "\\n")
+    return escape_unprintable(text).replace("\n", "\\n")
 
 
 def html_escape(text: str, quote: bool = True) -> str:
@@ -6166,7 +6170,8 @@ def output_html(parts: Iterable[bytes], end: int) -> str:
     head, left_out, tail = both_ends(parts, end, end)
     if not left_out:
         head, tail = head + tail, b""
-    first, last = (html_escape(readable(part.decode("utf-8", "replace").replace("\r\n", "\n")), False)
+    first, last = (html_escape(escape_unprintable(
+        part.decode("utf-8", "replace").replace("\r\n", "\n")), False)
                    for part in (head, tail))
     cut = f"<mark>{left_out:,} bytes left out</mark>" if left_out else ""
     return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
@@ -6385,8 +6390,8 @@ def progress(client: Client, spent: Seconds, room: float = math.inf) -> str:
         (3, f"{min(client.accepted, client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, 0)}" if eta else ""),
-        (2, counted(client.workers, "worker")),
-        (1, counted(client.slots, "slot"))) if word[1]]
+        (2, plural(client.workers, "worker")),
+        (1, plural(client.slots, "slot"))) if word[1]]
     while sum(len(word) + 2 for _, word in words) > room + 2:
         words.remove(min(words))
     return ", ".join(word for _, word in words)
@@ -6804,8 +6809,8 @@ def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[st
     there = [row for row in workers if row["there"]]
     running = sum(row["running"] for row in there)
     slots = sum(max(row["slots"], row["running"]) for row in there)
-    whole = [f"{broker}: {counted(len(there), 'worker')}, {running} of {counted(slots, 'slot')} "
-             f"busy, {counted(len(clients), 'client')}"]
+    whole = [f"{broker}: {plural(len(there), 'worker')}, {running} of {plural(slots, 'slot')} "
+             f"busy, {plural(len(clients), 'client')}"]
     if fields.get("above"):
         whole.append(f"below {', '.join(fields['above'])}")
     tables = [whole]
@@ -6867,12 +6872,12 @@ def client_row(row: Fields) -> List[str]:
 
 def table(rows: List[List[str]], columns: int = 0) -> List[str]:
     """Lines with columns of the width that they need: texts to the left, numbers to the right."""
-    rows = [[shortened(printable(cell, CLIPPED), 60) for cell in row] for row in rows]
+    rows = [[truncate_middle(printable(cell, CLIPPED), 60) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     last = len(widths) - 1
     if columns:
         widths[0] = min(widths[0], max(12, columns - 1 - 2 * last - sum(widths[1:])))
-        rows = [[shortened(row[0], widths[0]), *row[1:]] for row in rows]
+        rows = [[truncate_middle(row[0], widths[0]), *row[1:]] for row in rows]
     return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
                       for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
@@ -7037,7 +7042,7 @@ def is_loopback(address: str) -> bool:
     return address.startswith(("ipc://", "tcp://127.", "tcp://[::1]"))
 
 
-def frames_of(frame: Frame) -> List[Any]:
+def frames_of(frame: Outgoing) -> List[Any]:
     """The frames of a message, without routing id."""
     parts = [b"", frame.token.encode(), frame.body] if frame.token else [frame.body]
     return [*parts, frame.data] if len(frame.data) else parts
@@ -7169,7 +7174,7 @@ class EventLoop:
         now = time.monotonic()
         if now > self.expected + MIN_STALL:
             for adapter in self.adapters:
-                adapter.machine.overslept(now - self.expected, now)
+                adapter.machine.paused(now - self.expected, now)
         self.expected = now
         return now
 
@@ -7235,7 +7240,7 @@ class LocalLink:
         self.other_link = other_link
         self.peer = peer  # whom the other takes us for
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: Outgoing) -> None:
         self.other.receive(self.other_link, self.peer, frame.token, frame.body, frame.data,
                            time.monotonic())
 
@@ -7251,7 +7256,7 @@ class SocketLink:
         self.adapter = adapter
         self.name = name
         self.address = address
-        self.late: Dict[Peer, Deque[Frame]] = {}  # for peers whose queue in libzmq is full
+        self.late: Dict[Peer, Deque[Outgoing]] = {}  # for peers whose queue in libzmq is full
         self.retry_at: Seconds = math.inf
         self.unread = False  # receive() has left something
         self.socket: Any = None
@@ -7318,7 +7323,7 @@ class SocketLink:
         else:
             self.adapter.machine.receive(self.name, peer, *parsed, now)
 
-    def send(self, frame: Frame) -> None:
+    def send(self, frame: Outgoing) -> None:
         if frame.peer in self.late:
             late = self.late[frame.peer]
             late.append(frame)
@@ -7343,7 +7348,7 @@ class SocketLink:
                 self.late.pop(peer, None)
         self.retry_at = now + RETRY if self.late else math.inf
 
-    def send_now(self, frame: Frame) -> bool:
+    def send_now(self, frame: Outgoing) -> bool:
         """Send, or drop what can never be sent; False if the peer's queue is full."""
         raise NotImplementedError
 
@@ -7583,7 +7588,7 @@ class RouterLink(SocketLink):
         self.late.pop(peer, None)
         self.adapter.machine.disconnected(self.name, peer, now)
 
-    def send_now(self, frame: Frame) -> bool:
+    def send_now(self, frame: Outgoing) -> bool:
         try:
             self.send_parts([frame.peer] + frames_of(frame))
         except zmq.Again:
@@ -7860,7 +7865,7 @@ class DealerLink(SocketLink):
             keys = self.renew()
             if keys is not None:
                 self.keys = keys
-                self.adapter.machine.has_key(fingerprint(keys.pairs[self.role].public))
+                self.adapter.machine.key_changed(fingerprint(keys.pairs[self.role].public))
             self.reset()
         else:
             super().retry(now)
@@ -7905,7 +7910,7 @@ class DealerLink(SocketLink):
         self.hand_over(b"", self.rest(frame), now)
         return True
 
-    def send_now(self, frame: Frame) -> bool:
+    def send_now(self, frame: Outgoing) -> bool:
         try:
             self.send_parts(frames_of(frame))
         except zmq.Again:
@@ -8655,7 +8660,7 @@ def attach_runner(loop: EventLoop, worker: Worker, adopting: bool,
         worker.settle()
     runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting, nice)
     # the clock comes first: if we were stopped, it is what tells the worker that its lease is doubtful
-    loop.each_round.append(lambda: runner.go_on(min(loop.clock() + UNAWARE, worker.start_until())))
+    loop.each_round.append(lambda: runner.go_on(min(loop.clock() + LONG_PAUSE, worker.start_until())))
     loop.each_round.append(runner.reap)
     adapter = loop.add(worker, {
         Start: lambda effect: runner.start(effect.job),
@@ -8741,7 +8746,7 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
         loop.each_round += [LoadMeter(worker).look, tie]
         connect(loop, adapter, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
-        print_line(f"Connecting to {address} to run commands in {counted(worker.slots, 'slot')}")
+        print_line(f"Connecting to {address} to run commands in {plural(worker.slots, 'slot')}")
         with contextlib.closing(runner):
             return loop.run()
 
@@ -9124,9 +9129,9 @@ class Display:
             ended()
         self.out.end(all_shown)
         if self.err:
-            shown.wait(LAST_WORDS / 4)
+            shown.wait(FINAL_WRITE_TIME / 4)
             self.err.end(written.set)
-            written.wait(LAST_WORDS)
+            written.wait(FINAL_WRITE_TIME)
 
 
 PROGRESS_INTERVAL: Seconds = 0.2  # between updates of the bar
@@ -9247,7 +9252,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         if status > 128:
             written = threading.Event()
             show.end(written.set)
-            written.wait(LAST_WORDS)
+            written.wait(FINAL_WRITE_TIME)
             return status
         loop.status = None
         show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
@@ -9301,7 +9306,7 @@ def rerun_command(settings: argparse.Namespace) -> str:
     end = given.index("--") if "--" in given else len(given)
     own = [word for word in given[:end] if word not in ("--resume", "--resume-failed")]
     words = ["python3", sys.argv[0], CLIENT_ROLE, "--resume-failed", *own, *given[end:]]
-    return "... | " * (not settings.sources) + shortened(shlex.join(words))
+    return "... | " * (not settings.sources) + truncate_middle(shlex.join(words))
 
 
 def exit_status(summary: Summary, troubled: bool, status: int) -> int:
@@ -9483,7 +9488,7 @@ def report_incomplete(client: Client, status: int) -> None:
     """The run ended early: how much of it was done."""
     unknown = len(client.window) + len(client.backlog)
     how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
-    complain(f"{how}: {counted(client.reported, 'command')} reported, {client.stopped} stopped, "
+    complain(f"{how}: {plural(client.reported, 'command')} reported, {client.stopped} stopped, "
              f"{client.never_ran} never ran" + (f", {unknown} not run or unknown" if unknown else ""))
 
 
