@@ -223,9 +223,9 @@ def check_client(client):
     """A client has every command in one place."""
     places = len(client.backlog) + len(client.window), client.reported, client.stopped, client.never_ran
     assert client.left or sum(places) == client.total, (places, client.total)
-    assert client.accepted == sum(bool(entry.worker) for entry in client.window.values())
+    assert client.accepted == sum(bool(command.worker) for command in client.window.values())
     assert len(client.window) <= tc.WINDOW
-    assert all(entry.id in client.window for entry in client.fetching)
+    assert all(command.id in client.window for command in client.fetching)
 
 
 class Desk:
@@ -2493,8 +2493,8 @@ class PlainClient(tc.Machine):
         fields = json.loads(fields)
         if verb == "RESULT" and fields["cmd"] in self.waiting:  # it may have asked twice
             self.waiting.discard(fields["cmd"])
-            entry = types.SimpleNamespace(cmd=fields["cmd"])
-            self.effects.append(tc.Report(entry, fields, tc.to_bytes(fields["stdout"])))
+            command = types.SimpleNamespace(cmd=fields["cmd"])
+            self.effects.append(tc.FinalResult(command, fields, tc.to_bytes(fields["stdout"])))
             if not self.waiting:
                 self.effects.append(tc.Exit(0))
 
@@ -2527,7 +2527,7 @@ class Actor:
         self.labels = ()
         self.drain = 0.0
         self.commands = []  # of a client
-        self.wishes = tc.Wishes()
+        self.options = tc.RunOptions()
 
     def clock(self, now):
         return self.offset + now * self.rate
@@ -2579,7 +2579,7 @@ class World:
         self.live = {}  # (actor, generation, attempt) > its job and a token
         self.reports = Counter()  # cmd > times
         self.fetched = {}
-        self.kept = {}  # entry > output
+        self.kept = {}  # command > output
         self.healed = False
         self.faults = self.MIX if faults is None else faults
         self.wild = faults is None
@@ -2591,7 +2591,7 @@ class World:
         self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0  # when starting commands
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
         if self.wild:
-            self.limits.update(MAX_READY_TASKS=self.r.choice([1, 3, tc.MAX_READY_TASKS]), SET_ASIDE=1)
+            self.limits.update(MAX_READY_TASKS=self.r.choice([1, 3, tc.MAX_READY_TASKS]), EXCLUDE_AFTER=1)
             self.limits.update(WINDOW=self.r.choice([3, 10, tc.WINDOW]), SPOOL_COST=200,
                                CREDIT=self.r.choice([500, 2000, tc.CREDIT]))
         self.build()
@@ -2818,14 +2818,14 @@ class World:
             elif key in self.live and (effect.hard or self.r.random() < 0.8):
                 job, token = self.live.pop(key)
                 self.finish(actor, generation, job, self.timed(actor, job, ending(143, b"killed")))
-        elif kind is tc.Store:
+        elif kind is tc.FetchedOutput:
             known = self.fetched.get(actor.name, b"")
             self.fetched[actor.name] = known[:effect.offset] + effect.data
-        elif kind is tc.Keep:
+        elif kind is tc.ProvisionalResult:
             self.seen["looked into"] += 1
-            self.kept[effect.entry] = effect.output if effect.output is not None \
+            self.kept[effect.command] = effect.output if effect.output is not None \
                 else self.fetched.get(actor.name)
-        elif kind is tc.Report:
+        elif kind is tc.FinalResult:
             self.report(actor, effect)
         elif kind is tc.Exit:
             self.say(actor.name, "exits", effect.status)
@@ -2923,16 +2923,16 @@ class World:
             m.finished(job, how, actor.clock(self.now)), m.settle()))
 
     def report(self, actor, effect):
-        cmd, result = effect.entry.cmd, effect.result
+        cmd, result = effect.command.cmd, effect.result
         self.reports[cmd] += 1
         self.say(actor.name, "reports", cmd, result)
         assert self.reports[cmd] == 1, f"{cmd} is reported twice"
         assert cmd in actor.commands, f"{cmd} was never asked for"
         output = self.fetched.get(actor.name) if effect.output is None else effect.output
-        output = self.kept[effect.entry] if not actor.plain and effect.kept else output
-        if not actor.plain and effect.entry.attempt > result.get("attempt", 0):
+        output = self.kept[effect.command] if not actor.plain and effect.kept else output
+        if not actor.plain and effect.command.attempt > result.get("attempt", 0):
             self.seen["nowhere else to start"] += result["exitcode"] in tc.CANNOT_START
-        if not actor.plain and tc.unable_hosts([*effect.entry.tries.values()]):
+        if not actor.plain and tc.unable_hosts([*effect.command.tries.values()]):
             self.seen["started elsewhere"] += 1
         self.seen["fetched"] += effect.output is None
         text = result.get("reason", "") + tc.to_text(output)
@@ -2952,9 +2952,9 @@ class World:
         how = (result["exitcode"], output, reason)
         assert how in endings[result["attempt"]], (cmd, how, endings)
         failed = [n for n in endings if any(code for code, _, _ in endings[n])]
-        self.seen["tried elsewhere"] += len(effect.entry.tries) > 1
+        self.seen["tried elsewhere"] += len(effect.command.tries) > 1
         assert not result["exitcode"] or actor.machine.status is not None or \
-            len(failed) >= actor.wishes.tries, f"{cmd} should have been tried again"
+            len(failed) >= actor.options.tries, f"{cmd} should have been tried again"
 
     # --- who lives in it
 
@@ -2988,7 +2988,7 @@ class World:
             if skewed:
                 actor.rate, actor.offset = r.uniform(0.8, 1.2), r.uniform(0, 1e6)
             if actor.role == "client" and r.random() < 0.3:
-                actor.wishes = tc.Wishes(timeout=r.choice([0, 3.0]), tries=r.choice([1, 3, 4]),
+                actor.options = tc.RunOptions(timeout=r.choice([0, 3.0]), tries=r.choice([1, 3, 4]),
                                          needs=r.choice([(), (), ("l",)]), serial=r.random() < 0.2)
             if actor.name == "w0" or r.random() < 0.2:
                 actor.labels = ("l",)
@@ -3022,7 +3022,7 @@ class World:
                                       drain=actor.drain, labels=actor.labels, max_load=3.0)
         else:
             actor.machine = tc.Client(f"{self.mark(actor)}run{actor.name}", self.times,
-                                      wishes=actor.wishes)
+                                      options=actor.options)
             for cmd in actor.commands:
                 self.after(self.r.random() * 20, lambda cmd=cmd: self.add_command(actor, cmd))
             self.at(self.now + 20, lambda: self.do(actor, actor.generation,
@@ -3370,9 +3370,9 @@ class SimulationTest(unittest.TestCase):
     # what could be broken in the program, as text to be replaced; each must make a world fail
     MUTANTS = (
         ("a lost command is not tried again",
-         "            self.next_attempt(entry, worker)\n\n", "            pass\n\n"),
-        ("a reported command is not remembered", "        if entry is None:  # reported before",
-         "        if entry is None and self.window:  # reported before"),
+         "            self.next_attempt(command, worker)\n\n", "            pass\n\n"),
+        ("a reported command is not remembered", "        if command is None:  # reported before",
+         "        if command is None and self.window:  # reported before"),
         ("a lost worker's commands are forgotten",
          "        for task in list(worker.tasks.values()):\n            self.lose(",
          "        for task in ():\n            self.lose("),
@@ -3383,7 +3383,7 @@ class SimulationTest(unittest.TestCase):
          'fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]',
          'fields["running"] = []'),
         ("a joining client submits nothing again",
-         "            for entry in self.window.values():\n                self.submit(entry)\n", ""),
+         "            for command in self.window.values():\n                self.submit(command)\n", ""),
         ("a worker runs again what it has", "        if key not in self.jobs:\n            job =",
          "        if True:\n            job ="),
         ("lost workers are not counted", "self.crashes += fault == CRASH", "pass"),
@@ -3398,7 +3398,7 @@ class SimulationTest(unittest.TestCase):
         ("who once had no room never has", "                self.exhausted = {some for some in "
          "self.exhausted if some and worker not in some}\n", "                pass\n"),
         ("what was kept is not reported",
-         "            result, output, entry.shown = entry.kept, None, entry.kept_shown\n",
+         "            result, output, command.shown = command.kept, None, command.kept_shown\n",
          "            output = b''\n"),
         ("who waits for another host is never told that there is none",
          "        if not never and task.client.link != BROKER or self.choice", "        if never or "
@@ -3417,8 +3417,8 @@ class SimulationTest(unittest.TestCase):
          "                seen[who] = max(when + gap, grace - patience)", "                pass"),
         ("poison is never given up", "if self.crashes >= times.crash_limit:", "if False:"),
         ("a client ignores which attempt an answer is about",
-         "        return entry if entry is not None and entry.attempt == attempt else None",
-         "        return entry"),
+         "        return command if command is not None and command.attempt == attempt else None",
+         "        return command"),
     )
 
     def test_the_simulation_finds_what_is_broken(self):
@@ -4782,11 +4782,11 @@ class ClientTest(unittest.TestCase):
         b.lines.clear()
         b.effects.clear()
         self.result(1)
-        b.effect(tc.Report)
+        b.effect(tc.FinalResult)
         b.hear('LOST {"tasks":[[1,1]],"why":"worker w is gone","fault":"crash","worker":"w"}')
         self.expect_done([1, 1])
         self.result(2)
-        self.assertEqual((b.effect(tc.Report).entry.id, b.effect(tc.Exit).status), (2, 0))
+        self.assertEqual((b.effect(tc.FinalResult).command.id, b.effect(tc.Exit).status), (2, 0))
         self.assertEqual((self.client.reported, self.client.failed), (2, 0))
 
     def test_who_was_stopped_for_longer_than_its_lease_is_told_what_runs_again(self):
@@ -4825,7 +4825,7 @@ class ClientTest(unittest.TestCase):
 
     def test_hosts_of_one_name_are_two(self):
         """The broker is told identities, people a name for each."""
-        self.client.wishes = tc.Wishes(tries=3)
+        self.client.options = tc.RunOptions(tries=3)
         b = self.bench
         self.join()
         self.add("a", end=True)
@@ -4838,9 +4838,9 @@ class ClientTest(unittest.TestCase):
         b.lines.clear()
         b.effects.clear()
         self.result(1, attempt=3, exitcode=1, host="vm/aa", worker="w1")
-        report = b.effect(tc.Report)
-        self.assertEqual(report.entry.verdict, tc.ONLY)
-        self.assertEqual([row.host for row in report.entry.tries.values()], ["vm", "vm~2", "vm"])
+        report = b.effect(tc.FinalResult)
+        self.assertEqual(report.command.verdict, tc.ONLY)
+        self.assertEqual([row.host for row in report.command.tries.values()], ["vm", "vm~2", "vm"])
         self.client.shunned = {"vm", "plain"}
         self.client.shun()
         b.collect()
@@ -4854,15 +4854,15 @@ class ClientTest(unittest.TestCase):
         self.add("a", "b", end=True)
         b.quiet()
         self.join()
-        self.assertEqual(b.effect(tc.Released).commands, 2)
+        self.assertEqual(b.effect(tc.RunStarted).commands, 2)
         b.expect("{", id=1, attempt=1, cmd="a", cwd="/d", again=None)
         b.expect("{", id=2)
         b.hear('QUEUED {"tasks":[[1,1],[2,1]],"worker":"w"}')
         self.result(2, stdout="x", size=1)
-        report = b.effect(tc.Report)
-        self.assertEqual((report.entry.cmd, report.output), ("b", b"x"))
+        report = b.effect(tc.FinalResult)
+        self.assertEqual((report.command.cmd, report.output), ("b", b"x"))
         self.result(1, exitcode=5)
-        b.effect(tc.Report)
+        b.effect(tc.FinalResult)
         b.expect("DONE", tasks=[[2, 1], [1, 1]])
         b.expect("BYE")
         self.assertEqual(b.effect(tc.Exit).status, 1)
@@ -4875,9 +4875,9 @@ class ClientTest(unittest.TestCase):
         b.expect("{", id=1)
         b.quiet()
         b.wait(tc.RELEASE_DELAY)
-        self.assertIsNone(b.effect(tc.Released).commands)
+        self.assertIsNone(b.effect(tc.RunStarted).commands)
         self.result(1)
-        b.effect(tc.Report)
+        b.effect(tc.FinalResult)
         self.expect_done([1, 1])
 
     def test_the_number_of_commands_is_told_if_the_input_ends_soon(self):
@@ -4885,31 +4885,31 @@ class ClientTest(unittest.TestCase):
         self.join()
         self.add("a")
         self.add("b", end=True)
-        self.assertEqual(b.effect(tc.Released).commands, 2)
+        self.assertEqual(b.effect(tc.RunStarted).commands, 2)
 
     def test_no_result_is_told_before_the_commands_are_announced(self):
         b = self.bench
         self.join()
         self.add("a")
         self.result(1)
-        self.assertIsNone(b.effect(tc.Released).commands)
-        b.effect(tc.Report)
+        self.assertIsNone(b.effect(tc.RunStarted).commands)
+        b.effect(tc.FinalResult)
 
     def test_a_command_too_long_for_the_wire_fails_at_once(self):
         b = self.bench
         self.join()
         self.add("x" * (tc.MAX_COMMAND + 1), "\udcff" * 100_000, '"' * 300_000, "a", end=True)
-        b.effect(tc.Released)
+        b.effect(tc.RunStarted)
         for _ in range(3):
-            self.assertIn("at most", b.effect(tc.Report).result["reason"])
+            self.assertIn("at most", b.effect(tc.FinalResult).result["reason"])
         b.expect("{", id=4)
 
     def test_the_longest_commands_are_not_too_long_for_the_broker(self):
         self.join()
         self.add("x" * (tc.MAX_COMMAND - tc.OTHER_FIELDS - 30), end=True)
-        entry = self.client.window[1]
-        entry.avoid = entry.worker = "w" * 200
-        self.client.submit(entry)
+        command = self.client.window[1]
+        command.avoid = command.worker = "w" * 200
+        self.client.submit(command)
         frames, _ = self.client.take()
         self.assertGreater(len(frames[0].body), tc.MAX_COMMAND - tc.OTHER_FIELDS)
         self.assertLess(len(frames[0].body), tc.MAX_COMMAND)
@@ -4993,7 +4993,7 @@ class ClientTest(unittest.TestCase):
         for attempt in (2, 3):
             b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"gone","fault":"crash"}}')
         b.expect("{", attempt=3)
-        report = b.effect(tc.Report)
+        report = b.effect(tc.FinalResult)
         self.assertEqual(report.result["exitcode"], tc.NOT_RUN)
         self.assertIn("3 workers", report.result["reason"])
 
@@ -5005,15 +5005,15 @@ class ClientTest(unittest.TestCase):
         b.effects.clear()
         for attempt in range(1, tc.SPAWN_LIMIT + 1):
             b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"no memory","fault":"spawn"}}')
-        self.assertIn("no memory", b.effect(tc.Report).result["reason"])
+        self.assertIn("no memory", b.effect(tc.FinalResult).result["reason"])
 
     def test_a_failing_command_is_tried_elsewhere(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(timeout=30, tries=3, max_output=100))
+        self.client = tc.Client("r1", options=tc.RunOptions(timeout=30, tries=3, max_output=100))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
         self.add("a", end=True)
-        b.effect(tc.Released)
+        b.effect(tc.RunStarted)
         b.expect("{", id=1, attempt=1, timeout=30, limit=100, avoid=None, elsewhere=None)
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
         self.result(1, exitcode=3, worker="w", host="h", size=10**6)
@@ -5024,14 +5024,14 @@ class ClientTest(unittest.TestCase):
         self.result(1, attempt=2, exitcode=4, worker="v", host="i")
         b.expect("{", id=1, attempt=3, avoid="v", elsewhere=True, not_on=None, on="h")
         self.result(1, attempt=3, exitcode=5)
-        report = b.effect(tc.Report)
+        report = b.effect(tc.FinalResult)
         self.assertEqual(report.result["exitcode"], 5)
-        self.assertEqual([row[:2] for row in report.entry.tries.values()],
+        self.assertEqual([row[:2] for row in report.command.tries.values()],
                          [(3, "h"), (4, "i"), (5, "?")])
-        self.assertEqual(report.entry.verdict, tc.FAIL)
+        self.assertEqual(report.command.verdict, tc.FAIL)
 
     def test_what_a_failed_try_printed_last_is_kept_while_there_is_room(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -5050,20 +5050,20 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(self.client.room, 0)
         b.effects.clear()
         self.result(1, 2, host="i", stdout="passed", size=6)
-        b.effect(tc.Keep)
+        b.effect(tc.ProvisionalResult)
         self.result(1, 3, 1, host="h", stdout="x...cut", size=7)
-        _, *others = [(one.size, one.output) for one in b.effect(tc.Report).entry.tries.values()]
+        _, *others = [(one.size, one.output) for one in b.effect(tc.FinalResult).command.tries.values()]
         self.assertEqual(others, [(0, b"")] * 2)
 
 
     def examine(self, most, *tries):
         """Have a command end so, on these hosts; where it was wanted each time, and its report."""
-        self.client = tc.Client("r1", wishes=tc.Wishes(tries=most))
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=most))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
         self.add("a", end=True)
-        b.effect(tc.Released)
+        b.effect(tc.RunStarted)
         wanted = []
         for attempt, (exitcode, host) in enumerate(tries, 1):
             never = sorted({host for code, host in tries[:attempt - 1] if code in tc.CANNOT_START})
@@ -5071,7 +5071,7 @@ class ClientTest(unittest.TestCase):
                      never_on=never if attempt > 1 and never and most != 1 else None)
             self.result(1, attempt, exitcode, host=host, stdout=f"from {host}")
             wanted += [(line[2].get("on"), line[2].get("not_on")) for line in b.lines if line[1] == "{"]
-        reports = [effect for effect in b.effects if isinstance(effect, tc.Report)]
+        reports = [effect for effect in b.effects if isinstance(effect, tc.FinalResult)]
         return wanted, reports[0] if reports else None
 
     def test_cross_examination(self):
@@ -5094,72 +5094,73 @@ class ClientTest(unittest.TestCase):
                 if tries[0][0] in tc.CANNOT_START:
                     again = [(None, None)]
                 self.assertEqual(wanted, again[:len(tries) - 1])
-                self.assertEqual((report.entry.verdict, report.result["exitcode"]), (verdict, exitcode))
+                self.assertEqual((report.command.verdict, report.result["exitcode"]),
+                                 (verdict, exitcode))
                 self.assertEqual(self.client.failed, exitcode > 0)
                 self.assertEqual(self.client.flaky, verdict in (tc.FLAKY, tc.ONLY))
 
     def test_what_passed_is_kept_while_its_failure_is_looked_into(self):
         _, report = self.examine(3, (1, "h"), (0, "i"))
         self.assertIsNone(report)
-        keep = self.bench.effect(tc.Keep)
+        keep = self.bench.effect(tc.ProvisionalResult)
         self.assertEqual((keep.result["host"], keep.output), ("i", b"from i"))
         self.client.cancel(130, self.bench.now)
         self.bench.collect()
         self.bench.hear('LOST {"tasks":[[1,3]],"why":"cancelled"}')
-        self.assertEqual(self.bench.effect(tc.Report).result["host"], "i")
+        self.assertEqual(self.bench.effect(tc.FinalResult).result["host"], "i")
         self.assertEqual(self.bench.effect(tc.Exit).status, 130)
 
-    @mock.patch.object(tc, "EXAMINE_WAIT", 0.5)
+    @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
     def test_what_failed_on_a_host_that_stays_busy_is_reported_when_all_else_is_done(self):
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
-        b.effect(tc.Keep)
+        b.effect(tc.ProvisionalResult)
         b.wait(0.4)
         self.client.add("b", "/")
         self.client.end_input(b.now)  # there is more to do
         b.collect()
         b.wait(0.7)
-        self.assertNotIn(tc.Report, map(type, b.effects))
+        self.assertNotIn(tc.FinalResult, map(type, b.effects))
         self.result(2)
         b.effects.clear()
         b.wait(0.4)
-        self.assertNotIn(tc.Report, map(type, b.effects))
+        self.assertNotIn(tc.FinalResult, map(type, b.effects))
         b.effects.clear()
         b.wait(0.2)
-        report = b.effect(tc.Report)
-        self.assertEqual((report.entry.verdict, report.entry.kept["host"]), (tc.FLAKY, "i"))
+        report = b.effect(tc.FinalResult)
+        self.assertEqual((report.command.verdict, report.command.kept["host"]), (tc.FLAKY, "i"))
         self.assertEqual(b.effects[-1], tc.Exit(0))
 
-    @mock.patch.object(tc, "EXAMINE_WAIT", 0.5)
+    @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
     def test_what_runs_again_where_it_failed_is_waited_for(self):
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
-        b.effect(tc.Keep)
+        b.effect(tc.ProvisionalResult)
         self.client.window[1].kept["time"] = 1000.0  # ms: it may take as long again
         b.hear('QUEUED {"tasks":[[1,3]],"worker":"w"}')
         b.wait(1.5)
         self.result(1, 3, 1, host="h")
-        self.assertEqual(b.effect(tc.Report).entry.verdict, tc.ONLY)
+        self.assertEqual(b.effect(tc.FinalResult).command.verdict, tc.ONLY)
 
-    @mock.patch.object(tc, "EXAMINE_WAIT", 0.5)
+    @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
     def test_what_seems_to_run_again_is_not_waited_for_without_end(self):
         """Below a chained broker it may not be running."""
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
-        b.effect(tc.Keep)
+        b.effect(tc.ProvisionalResult)
         self.client.window[1].kept["time"] = 500.0
         b.hear('QUEUED {"tasks":[[1,3]],"worker":"m"}')
         b.wait(1.9)
-        self.assertNotIn(tc.Report, map(type, b.effects))
+        self.assertNotIn(tc.FinalResult, map(type, b.effects))
         b.wait(0.2)
-        self.assertIn(tc.Report, map(type, b.effects))
+        self.assertIn(tc.FinalResult, map(type, b.effects))
 
     def test_what_could_not_be_started_is_reported_if_there_is_no_other_host(self):
         for how in ("no other", "interrupted"):
             wanted, report = self.examine(0, (127, "h"))
             b = self.bench
             self.assertEqual((wanted, report), ([(None, None)], None))
-            self.assertEqual(b.effect(tc.Keep).output, b"from h")
+            self.assertEqual(b.effect(tc.ProvisionalResult).output, b"from h")
             b.expect("{", attempt=2, never_on=["h"])
             if how == "interrupted":
                 self.client.cancel(130, b.now)
@@ -5168,7 +5169,7 @@ class ClientTest(unittest.TestCase):
             if how == "interrupted":  # it may pass elsewhere: it has not failed
                 self.assertEqual((b.effect(tc.Exit).status, self.client.stopped), (130, 1))
                 continue
-            report = b.effect(tc.Report)
+            report = b.effect(tc.FinalResult)
             self.assertEqual((report.kept, report.result["exitcode"]), (True, 127))
             self.assertEqual(self.client.failed, 1)
 
@@ -5181,7 +5182,7 @@ class ClientTest(unittest.TestCase):
         self.result(1, 3, host="i", stdout="x" * 5, size=tc.INLINE + 1)  # the whole is to be fetched
         b.expect("FETCH", attempt=3)
         b.hear('LOST {"tasks":[[1,3]],"why":"its output is lost"}')
-        b.effect(tc.Keep)
+        b.effect(tc.ProvisionalResult)
         b.quiet_but("DONE", "{")
         b.hear(tc.encode("LOST", {"tasks": [[1, 4]], "why": "none", "fault": tc.NOWHERE}))
         b.quiet()  # that host may come back
@@ -5189,7 +5190,7 @@ class ClientTest(unittest.TestCase):
             b.wait(2)
             b.answer(slots=2, workers=1)
         b.hear(tc.encode("LOST", {"tasks": [[1, 5]], "why": "none", "fault": tc.NOWHERE}))
-        self.assertEqual([e for e in b.effects if isinstance(e, tc.Report)][0].result["attempt"], 1)
+        self.assertEqual([e for e in b.effects if isinstance(e, tc.FinalResult)][0].result["attempt"], 1)
 
     def test_what_takes_long_for_such_an_exit_code_did_start(self):
         for exitcode, ms, again in ((127, tc.START_TIME - 1, True), (127, tc.START_TIME, False),
@@ -5319,7 +5320,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((self.client.stopped, self.client.failed, self.client.left), (1, 0, True))
 
     def test_retries_follow_when_no_host_can_start_it(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         b = self.bench = Bench(self.client)
         self.join()
         self.add("a", end=True)
@@ -5330,7 +5331,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((self.client.reported, self.client.failed, self.client.flaky), (1, 0, 0))
 
     def test_retries_end_even_if_no_host_can_start_it_any_more(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         self.bench = Bench(self.client)
         self.join()
         self.add("a", end=True)
@@ -5348,7 +5349,7 @@ class ClientTest(unittest.TestCase):
         for attempt in (2, 3, 4):
             self.bench.hear(tc.encode("LOST", {
                 "tasks": [[1, attempt]], "why": "gone", "fault": tc.CRASH, "worker": "w"}))
-        report = [effect for effect in self.bench.effects if isinstance(effect, tc.Report)][0]
+        report = [effect for effect in self.bench.effects if isinstance(effect, tc.FinalResult)][0]
         self.assertEqual((report.kept, report.result["exitcode"]), (False, tc.NOT_RUN))
         self.assertIn("3 workers were lost", report.result["reason"])
 
@@ -5356,9 +5357,9 @@ class ClientTest(unittest.TestCase):
         _, report = self.examine(3, (1, "h"), (0, "i"))
         self.assertIsNone(report)
         self.result(1, 3, 127, host="h")
-        report = [effect for effect in self.bench.effects if isinstance(effect, tc.Report)][0]
+        report = [effect for effect in self.bench.effects if isinstance(effect, tc.FinalResult)][0]
         self.assertEqual((report.kept, report.result["host"]), (True, "i"))
-        self.assertEqual(report.entry.verdict, tc.FLAKY)
+        self.assertEqual(report.command.verdict, tc.FLAKY)
         self.assertEqual(self.client.examined, 0)
 
     def test_hosts_set_aside_are_told_by_identity(self):
@@ -5371,7 +5372,7 @@ class ClientTest(unittest.TestCase):
         self.assertIn(("SHUN", {"hosts": ["vm/1b"]}), [line[1:3] for line in self.bench.lines])
 
     def test_what_a_kept_try_showed_counts_if_that_is_reported(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(live=True))
+        self.client = tc.Client("r1", options=tc.RunOptions(live=True))
         b = self.bench = Bench(self.client)
         self.join()
         self.add("a", end=True)
@@ -5381,7 +5382,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(self.client.window[1].shown, 0)
         b.effects.clear()
         b.hear(tc.encode("LOST", {"tasks": [[1, 2]], "why": "", "fault": tc.NOWHERE}))
-        self.assertEqual(b.effect(tc.Report).entry.shown, 9)
+        self.assertEqual(b.effect(tc.FinalResult).command.shown, 9)
 
     def test_a_large_output_of_what_could_not_be_started_is_fetched_before(self):
         self.join()
@@ -5392,8 +5393,8 @@ class ClientTest(unittest.TestCase):
         self.result(1, 1, 127, size=tc.INLINE + 5, host="h")
         b.expect("FETCH", attempt=1)
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"x" * (tc.INLINE + 5))
-        b.effect(tc.Store)
-        self.assertIsNone(b.effect(tc.Keep).output)
+        b.effect(tc.FetchedOutput)
+        self.assertIsNone(b.effect(tc.ProvisionalResult).output)
         b.expect("{", attempt=2, never_on=["h"])
 
     def test_a_host_that_can_start_nothing_is_set_aside(self):
@@ -5409,29 +5410,29 @@ class ClientTest(unittest.TestCase):
         self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
         said = [e.text for e in b.effects if isinstance(e, tc.Notice)]
         self.assertEqual(len(said), 1)
-        self.assertIn("SETTING ASIDE host h", said[0])
+        self.assertIn("EXCLUDING host h", said[0])
         self.result(7, 1, 127, host="h")  # was there already
         self.result(7, 2, 0, host="i")
         self.assertEqual((self.client.reported, self.client.failed), (7, 0))
 
     def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(tries=3))
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
         self.add(*"abcde", end=True)
         b.lines.clear()
-        for id in range(1, tc.SET_ASIDE + 1):
+        for id in range(1, tc.EXCLUDE_AFTER + 1):
             self.assertFalse(self.client.shunned)
             for attempt, (code, host) in enumerate([(1, "h"), (0, "i"), (1, "h")], 1):
                 self.result(id, attempt, code, host=host)
         self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
-        self.assertIn("SETTING ASIDE host h", "".join(
+        self.assertIn("EXCLUDING host h", "".join(
             e.text for e in b.effects if isinstance(e, tc.Notice)))
         self.result(4, 1, 1, host="h")  # it was there already: now that needs no more proof
         self.result(4, 2, 0, host="i")
-        self.assertEqual([e.entry.verdict for e in b.effects if isinstance(e, tc.Report)],
-                         [tc.ONLY] * (tc.SET_ASIDE + 1))
+        self.assertEqual([e.command.verdict for e in b.effects if isinstance(e, tc.FinalResult)],
+                         [tc.ONLY] * (tc.EXCLUDE_AFTER + 1))
         b.lines.clear()
         b.hear("WHO")
         b.expect("HELLO")
@@ -5439,7 +5440,7 @@ class ClientTest(unittest.TestCase):
         self.assertIn("SHUN", [line[1] for line in b.lines])
 
     def test_fail_fast(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(fail_fast=2))
+        self.client = tc.Client("r1", options=tc.RunOptions(fail_fast=2))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -5455,7 +5456,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [1])
 
     def test_fail_fast_when_all_has_run(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(fail_fast=1))
+        self.client = tc.Client("r1", options=tc.RunOptions(fail_fast=1))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -5481,29 +5482,29 @@ class ClientTest(unittest.TestCase):
             self.assertEqual("".join(line[2]["cmd"] for line in self.bench.lines), order)
 
     def test_longest_first_only_where_it_may_help(self):
-        for wishes, slots in ((tc.Wishes(serial=True), 2), (tc.Wishes(), 1)):
-            self.client = tc.Client("r1", wishes=wishes)
+        for options, slots in ((tc.RunOptions(serial=True), 2), (tc.RunOptions(), 1)):
+            self.client = tc.Client("r1", options=options)
             self.client.timings = {"a": 1, "b": 5}
             self.bench = b = Bench(self.client)
             b.answer(broker="b", slots=slots, workers=1, patience=30)
             self.add(*"ab", end=True)
             commands = [line[2]["cmd"] for line in b.lines if line[1] == "{"]
-            self.assertEqual(commands, ["a", "b"][:1 if wishes.serial else 2])
+            self.assertEqual(commands, ["a", "b"][:1 if options.serial else 2])
 
     def test_one_at_a_time(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(serial=True))
+        self.client = tc.Client("r1", options=tc.RunOptions(serial=True))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
         self.add(*"ab", end=True)
         b.expect("{", cmd="a")
-        b.effect(tc.Released)
+        b.effect(tc.RunStarted)
         b.quiet()
         self.result(1)
         b.expect("{", cmd="b")
 
     def test_what_a_running_command_prints_is_asked_for(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(live=True))
+        self.client = tc.Client("r1", options=tc.RunOptions(live=True))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -5514,26 +5515,26 @@ class ClientTest(unittest.TestCase):
         b.expect("FETCH", id=1, offset=0)
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")
         b.expect("FETCH", id=1, offset=3)
-        self.assertEqual(b.effect(tc.Live).data, b"ab\n")
+        self.assertEqual(b.effect(tc.LiveOutput).data, b"ab\n")
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")  # it came twice
         b.quiet()
         self.result(1, stdout="ab\nc", size=4)
-        self.assertEqual(b.effect(tc.Report).entry.shown, 3)
+        self.assertEqual(b.effect(tc.FinalResult).command.shown, 3)
 
     def test_nothing_more_is_asked_for_than_can_be_shown(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(live=True))
+        self.client = tc.Client("r1", options=tc.RunOptions(live=True))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
         self.add("a", end=True)
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
         b.lines.clear()
-        self.client.listen_again(b.now, held_up=True)
+        self.client.pause_live()
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")
         b.wait(1)
         b.collect()
         self.assertNotIn("FETCH", [line[1] for line in b.lines])
-        self.client.listen_again(b.now)
+        self.client.resume_live(b.now)
         b.collect()
         self.assertEqual(b.lines[-1][1:], ("FETCH", {
             "id": 1, "attempt": 1, "offset": 3, "size": tc.CHUNK_SIZE}))
@@ -5544,7 +5545,7 @@ class ClientTest(unittest.TestCase):
         self.assertIn(3, [line[2].get("offset") for line in b.lines])
 
     def test_what_was_shown_of_the_try_that_is_reported(self):
-        self.client = tc.Client("r1", wishes=tc.Wishes(live=True, tries=3))
+        self.client = tc.Client("r1", options=tc.RunOptions(live=True, tries=3))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")
         self.join()
@@ -5553,10 +5554,10 @@ class ClientTest(unittest.TestCase):
             b.effects.clear()
             b.hear(f'QUEUED {{"tasks":[[1,{attempt}]],"worker":"w"}}')
             b.hear(f'CHUNK {{"id":1,"attempt":{attempt},"offset":0}}', data=b"x" * shown)
-            self.assertEqual([(e.offset, len(e.data)) for e in b.effects if isinstance(e, tc.Live)],
+            self.assertEqual([(e.offset, len(e.data)) for e in b.effects if isinstance(e, tc.LiveOutput)],
                              [(0, shown)] if shown else [])
             self.result(1, attempt, code, host=host, stdout="xxx", size=3)
-        self.assertEqual(b.effect(tc.Report).entry.shown, 2)
+        self.assertEqual(b.effect(tc.FinalResult).command.shown, 2)
 
     def test_large_output_is_fetched_in_order_and_again_if_chunks_stay_away(self):
         b = self.bench
@@ -5572,7 +5573,7 @@ class ClientTest(unittest.TestCase):
         b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{tc.CHUNK_SIZE}}}', data=chunk)
         b.quiet()  # not its turn
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=chunk)
-        self.assertEqual(b.effect(tc.Store).offset, 0)
+        self.assertEqual(b.effect(tc.FetchedOutput).offset, 0)
         b.expect("FETCH", offset=4 * tc.CHUNK_SIZE)
         b.hear('OK {"slots":2}')
         b.wait(4.1)
@@ -5582,8 +5583,8 @@ class ClientTest(unittest.TestCase):
         for n in range(1, 7):
             data = chunk if n < 6 else b"12345"
             b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{n * tc.CHUNK_SIZE}}}', data=data)
-            b.effect(tc.Store)
-        self.assertIsNone(b.effect(tc.Report).output)
+            b.effect(tc.FetchedOutput)
+        self.assertIsNone(b.effect(tc.FinalResult).output)
         self.assertEqual(b.effect(tc.Exit).status, 0)
 
     def test_a_result_whose_output_is_lost_half_way_is_run_again(self):
@@ -5597,7 +5598,7 @@ class ClientTest(unittest.TestCase):
         b.expect("{", id=1, attempt=2)
         b.effects.clear()
         self.result(1, attempt=2, stdout="new", size=3)
-        self.assertEqual(b.effect(tc.Report).output, b"new")
+        self.assertEqual(b.effect(tc.FinalResult).output, b"new")
 
     def test_other_results_do_not_delay_the_second_asking_for_a_lost_chunk(self):
         b = self.bench
@@ -5658,7 +5659,7 @@ class ClientTest(unittest.TestCase):
             self.assertFalse(b.lines)
             if id == 1:
                 self.result(id, size=3, stdout="new", started=2)
-                self.assertEqual(b.effect(tc.Report).output, b"new")
+                self.assertEqual(b.effect(tc.FinalResult).output, b"new")
             else:
                 self.result(id, size=tc.INLINE + 1, started=2)
                 b.expect("FETCH", offset=0, size=tc.INLINE + 1)
@@ -5677,7 +5678,7 @@ class ClientTest(unittest.TestCase):
         b.collect()
         b.expect("CANCEL")
         self.result(1)
-        b.effect(tc.Report)
+        b.effect(tc.FinalResult)
         b.hear('LOST {"tasks":[[2,1],[3,1]],"why":"cancelled"}')
         self.assertEqual(b.effect(tc.Exit).status, 130)
         self.assertEqual((self.client.reported, self.client.stopped, self.client.never_ran),
@@ -5721,7 +5722,7 @@ class ClientTest(unittest.TestCase):
         self.assertIn("over", b.effect(tc.Notice).text)
         self.add("a")
         b.wait(0.1)
-        b.effect(tc.Released)
+        b.effect(tc.RunStarted)
         b.wait(1.0)
         self.assertIn("no worker", b.effect(tc.Notice).text)
         b.hear('OK {"slots":0,"workers":3}')
@@ -5739,13 +5740,13 @@ class ClientTest(unittest.TestCase):
         self.assertIn("does not answer", b.effect(tc.Notice).text)
 
 
-class ViewerTest(unittest.TestCase):
+class StatusClientTest(unittest.TestCase):
     def test_a_broker_that_falls_silent(self):
-        b = Bench(tc.Viewer("tcp://b:1", math.inf, 1.0))
+        b = Bench(tc.StatusClient("tcp://b:1", math.inf, 1.0))
         for _ in range(3):
             b.expect("STATUS")
             b.hear(tc.encode("STATUS", MessagesTest.EXAMPLES["STATUS"]))
-            b.effect(tc.Viewed)
+            b.effect(tc.ShowStatus)
             b.wait(1)
             self.assertFalse(b.effects)
         b.wait(3)
@@ -5768,20 +5769,20 @@ def naive_hash(results):
 
 
 class ReportingTest(unittest.TestCase):
-    def entry(self, cmd, line=None):
-        entry = tc.Entry(next(self.ids), cmd, "/")
-        self.reports.lines.setdefault(entry.id, (line or cmd, 0))
-        return entry
+    def command(self, cmd, line=None):
+        command = tc.Command(next(self.ids), cmd, "/")
+        self.reports.lines.setdefault(command.id, (line or cmd, 0))
+        return command
 
     def report(self, cmd, exitcode=0, output=b"", tries=(), line=None, **result):
-        entry = self.entry(cmd, line)
+        command = self.command(cmd, line)
         attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, result.get("host", "h"))]
-        entry.tries = dict(enumerate(attempts, 1))
-        entry.verdict = tc.verdict_of(attempts)
-        self.reports.report(tc.Report(entry, dict(
+        command.tries = dict(enumerate(attempts, 1))
+        command.verdict = tc.verdict_of(attempts)
+        self.reports.report(tc.FinalResult(command, dict(
             {"exitcode": exitcode, "time": 8.14, "attempt": len(attempts), "host": "h"}, **result),
             output))
-        return entry
+        return command
 
     def tally(self, split=False):
         tally = tc.Tally(split)
@@ -5835,7 +5836,7 @@ class ReportingTest(unittest.TestCase):
 
     def test_the_transcript(self):
         out = self.text()
-        self.reports.released(tc.Released(5))
+        self.reports.released(tc.RunStarted(5))
         self.report("bin/pi 1", output=b"2.8\n")
         self.report("x", 3, b"no newline", time=10.0)
         self.report("y", 0, b"")
@@ -5871,9 +5872,9 @@ class ReportingTest(unittest.TestCase):
             self.report("a", output=b"1\n")
             self.report("b", output=bytes(1000))
             for at in range(0, 5000, 500):
-                self.reports.store(tc.Store(at, bytes(500)))
+                self.reports.store(tc.FetchedOutput(at, bytes(500)))
             self.report("c", output=None)
-            self.reports.store(tc.Store(0, b"x" * 500))
+            self.reports.store(tc.FetchedOutput(0, b"x" * 500))
             self.report("d", output=None)
         self.assertEqual(os.fstat(self.reports.tally.files[1].fileno()).st_size, 500)
         self.end()
@@ -5927,7 +5928,7 @@ class ReportingTest(unittest.TestCase):
                 ([("h", 1)] * 2 + [("i", 0)], 0, False), ([("h", 1)] * 9, 0, False),
                 ([("h", 1)] * 9 + [("h", 0), ("i", 0)], 0, False)):
             self.text("-b")
-            self.client = tc.Client("r1", wishes=tc.Wishes(tries=retries))
+            self.client = tc.Client("r1", options=tc.RunOptions(tries=retries))
             for host, exitcode in results:
                 self.report("c", exitcode, host=host)
             self.assertEqual(bool(self.end().bad_hosts), suspected)
@@ -5935,19 +5936,19 @@ class ReportingTest(unittest.TestCase):
     def test_what_is_kept_counts_only_if_it_is_reported(self):
         for kept in (True, False):
             self.text("-b")
-            entry = self.entry("a")
+            command = self.command("a")
             first, then = ({"exitcode": code, "time": 1.0, "host": "h"} for code in (127, 0))
-            entry.tries = {1: tc.try_of(first), 2: tc.try_of(then)}
-            self.reports.keep(tc.Keep(entry, first, b"first"))
-            self.reports.report(tc.Report(entry, first, None, True) if kept else
-                                tc.Report(entry, then, b"then"))
+            command.tries = {1: tc.try_of(first), 2: tc.try_of(then)}
+            self.reports.keep(tc.ProvisionalResult(command, first, b"first"))
+            self.reports.report(tc.FinalResult(command, first, None, True) if kept else
+                                tc.FinalResult(command, then, b"then"))
             self.assertEqual(self.end().ran, 1)
             self.assertEqual(self.reports.tally.hash(), naive_hash(
                 [(b"a", 127, b"first") if kept else (b"a", 0, b"then")]))
 
     def test_what_is_flaky_is_listed_if_it_counts_as_failed(self):
         out = self.text("-b")
-        self.client = tc.Client("r1", wishes=tc.Wishes(fail_on_flaky=True, tries=3))
+        self.client = tc.Client("r1", options=tc.RunOptions(fail_on_flaky=True, tries=3))
         self.reports.flaky_counts = True
         self.report("a", tries=[(1, "i")])
         self.report("b", 3)
@@ -5980,7 +5981,7 @@ class ReportingTest(unittest.TestCase):
     def test_what_is_flaky_may_count_as_failed(self):
         for counts, words in ((False, "All commands success"), (True, "Some commands failed")):
             out = self.text("-b")
-            self.client = tc.Client("r1", wishes=tc.Wishes(fail_on_flaky=counts))
+            self.client = tc.Client("r1", options=tc.RunOptions(fail_on_flaky=counts))
             self.report("a")
             self.client.flaky = 1
             self.end()
@@ -6019,29 +6020,29 @@ class ReportingTest(unittest.TestCase):
 
     def test_live_lines(self):
         out = self.text("--live")
-        entry = self.entry("echo a", "a")
+        command = self.command("echo a", "a")
         for data in (b"1\n2", b"2\n", b"3"):
-            self.reports.live(tc.Live(entry, entry.shown, data))
-            entry.shown += len(data)
+            self.reports.live(tc.LiveOutput(command, command.shown, data))
+            command.shown += len(data)
         self.assertEqual(out.getvalue(), b"a\t1\na\t22\n")
-        self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"1\n22\n33\n4"))
+        self.reports.report(tc.FinalResult(command, {"exitcode": 0, "time": 1.0}, b"1\n22\n33\n4"))
         self.assertEqual(out.getvalue().decode(), "a\t1\na\t22\na\t33\na\t4\nOK! echo a ⌚1.00ms\n")
 
     def test_a_live_line_ends_with_its_try(self):
         for shown in (b"", b"3\n4"):
             out = self.text("--live")
-            entry = self.entry("a")
-            self.reports.live(tc.Live(entry, 0, b"1\n2"))
+            command = self.command("a")
+            self.reports.live(tc.LiveOutput(command, 0, b"1\n2"))
             if shown:
-                self.reports.live(tc.Live(entry, 0, shown))
-            entry.shown = len(shown)
-            self.reports.report(tc.Report(entry, {"exitcode": 0, "time": 1.0}, b"3\n4\n5"))
+                self.reports.live(tc.LiveOutput(command, 0, shown))
+            command.shown = len(shown)
+            self.reports.report(tc.FinalResult(command, {"exitcode": 0, "time": 1.0}, b"3\n4\n5"))
             self.assertEqual(out.getvalue().decode(),
                              "a\t1\na\t2\na\t3\na\t4\na\t5\nOK! a ⌚1.00ms\n")
 
     def test_a_live_line_that_was_begun_when_all_ended(self):
         out = self.text("--live")
-        self.reports.live(tc.Live(self.entry("a"), 0, b"1\n2"))
+        self.reports.live(tc.LiveOutput(self.command("a"), 0, b"1\n2"))
         self.end(complete=False)
         self.assertEqual(out.getvalue().decode().split("\n")[:3], [
             "a\t1", "a\t2", "Not all commands were executed :("])
@@ -6084,11 +6085,11 @@ class ReportingTest(unittest.TestCase):
 
     def test_a_live_line_without_end(self):
         out = self.text("--live")
-        entry = self.entry("a")
+        command = self.command("a")
         with mock.patch.object(tc, "COPY", 5):
             for data in (b"123", b"456", b"7\n"):
-                self.reports.live(tc.Live(entry, entry.shown, data))
-                entry.shown += len(data)
+                self.reports.live(tc.LiveOutput(command, command.shown, data))
+                command.shown += len(data)
         self.assertEqual(out.getvalue(), b"a\t123456\na\t7\n")
 
     def pieces(self, *rows):
@@ -6408,8 +6409,8 @@ class ReportingTest(unittest.TestCase):
         self.assertNotIn(";", tc.sign_of_life(client, 1.0, 9.0))
         client.accepted = 2
         for since, id, cmd in ((5.0, 1, "short"), (2.0, 2, "long\x1b")):
-            entry = client.window[id] = tc.Entry(id, cmd, "/")
-            entry.worker, entry.since = "w", since
+            command = client.window[id] = tc.Command(id, cmd, "/")
+            command.worker, command.since = "w", since
         self.assertEqual(tc.sign_of_life(client, 1.0, 9.0),
                          "0/1+ done, 1 running, 1 worker, 1 slot; for 7 s: long\\x1b")
 

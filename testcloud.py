@@ -3999,12 +3999,12 @@ OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed, wherever it was tried
 FLAKY, ONLY = "FLAKY", "ONLY"  # failed, but passed in the end; failed on one host only
 TRY_OUTPUT = 4 * 1024  # bytes of a failed try's output that are kept, if that came with its result,
 TRY_OUTPUTS = 16 * 1024 * 1024  # and in all: the rest of a run in which everything fails says no more
-SET_ASIDE = 3  # commands that failed on one host only, until that is taken for the host's fault
+EXCLUDE_AFTER = 3  # commands that failed on one host only, until that is taken for the host's fault
 CANNOT_START = (126, 127)  # exit codes of sh: what it was to run is not there, or is no program
 START_TIME = 1000.0  # ms: a command that takes longer for such an exit code did start
 START_HOSTS = 8  # that are tried for a command, until one can start it
 HOST_WAIT: Seconds = 10.0  # for a host to come back that could start others
-EXAMINE_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
+RECHECK_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
 
 
 class Try(NamedTuple):
@@ -4077,7 +4077,7 @@ def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
     return {"not_on": first} if len(tries) % 2 else {"on": first}
 
 
-class Entry:
+class Command:
     """A command that is in the client's hands: submitted, and not reported yet."""
 
     __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "home_until",
@@ -4114,46 +4114,46 @@ class Entry:
         return self.kept is not None and not self.kept["exitcode"]
 
 
-class Released(NamedTuple):
+class RunStarted(NamedTuple):
     """Effect: commands have gone out, of so many (None: the input has not ended)."""
 
     commands: Optional[int]
 
 
-class Store(NamedTuple):
+class FetchedOutput(NamedTuple):
     """Effect: keep the next part of a large output. At offset 0 a new output begins."""
 
     offset: int
     data: Any  # a buffer with a length
 
 
-class Live(NamedTuple):
+class LiveOutput(NamedTuple):
     """Effect: a running command has printed this. At offset 0 another try begins."""
 
-    entry: Entry
+    command: Command
     offset: int
     data: Any
 
 
-class Keep(NamedTuple):
-    """Effect: keep this result, to be reported later; `output` as of a Report."""
+class ProvisionalResult(NamedTuple):
+    """Effect: keep this result, to be reported later; `output` as of a FinalResult."""
 
-    entry: Entry
+    command: Command
     result: Fields
     output: Optional[bytes]
 
 
-class Report(NamedTuple):
+class FinalResult(NamedTuple):
     """Effect: report this result; `output` is None if it is what was stored, or, if `kept`, what
     was kept."""
 
-    entry: Entry
+    command: Command
     result: Fields
     output: Optional[bytes]
     kept: bool = False
 
 
-class Wishes(NamedTuple):
+class RunOptions(NamedTuple):
     """What the user wants of each command, and of all together."""
 
     timeout: Seconds = 0  # to run; 0: no limit
@@ -4174,24 +4174,24 @@ class Client(SessionMachine):
     """A client's run. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
-                 address: str = "", host: str = "", wishes: Wishes = Wishes(), pid: int = 0) -> None:
+                 address: str = "", host: str = "", options: RunOptions = RunOptions(), pid: int = 0) -> None:
         super().__init__("HELLO", times, wait)
         self.run = run
-        self.wishes = wishes
+        self.options = options
         # fields of all our commands
         self.standing: Fields = {name: value for name, value in (
-            ("timeout", wishes.timeout), ("limit", wishes.max_output), ("env", wishes.env),
-            ("needs", list(wishes.needs)), ("split", wishes.split)) if value}
+            ("timeout", options.timeout), ("limit", options.max_output), ("env", options.env),
+            ("needs", list(options.needs)), ("split", options.split)) if value}
         self.standing_size = len(encode("", self.standing))
         self.address = address  # for notices
         self.host, self.pid = host, pid
-        self.backlog: Deque[Entry] = deque()  # not submitted yet
-        self.window: Dict[int, Entry] = {}  # submitted
+        self.backlog: Deque[Command] = deque()  # not submitted yet
+        self.window: Dict[int, Command] = {}  # submitted
         self.accepted = 0  # entries of the window that a worker has confirmed
         # how long we were stopped, if that is too long for the broker; told if we join until then
         self.slept: Tuple[Seconds, Seconds] = (0, 0)
-        self.fetching: Deque[Entry] = deque()  # the first one is being fetched
-        self.storing: Optional[Entry] = None  # whose output was stored last, perhaps in part
+        self.fetching: Deque[Command] = deque()  # the first one is being fetched
+        self.storing: Optional[Command] = None  # whose output was stored last, perhaps in part
         self.done: List[List[int]] = []  # [id, attempt] to be told DONE
         self.done_until: Seconds = math.inf  # when to do so at the latest
         self.last_id = 0  # of the commands; some of the input may have been left out
@@ -4200,10 +4200,10 @@ class Client(SessionMachine):
         self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
         self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
         self.able: Set[str] = set()  # hosts that could start some
-        self.homeless: Dict[int, Entry] = {}  # of the window, which wait for a host
+        self.homeless: Dict[int, Command] = {}  # of the window, which wait for a host
         self.cloud: Tuple[int, int, int] = (0, 0, 0)  # workers, slots, hosts when they were tried last
         self.shunned: Set[str] = set()  # hosts
-        self.held_up = False  # who reads what running commands print does not keep up
+        self.live_paused = False  # who reads what running commands print does not keep up
         self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
         self.room = TRY_OUTPUTS  # bytes
         self.examined = 0  # entries of the window that have passed, but failed before
@@ -4240,9 +4240,9 @@ class Client(SessionMachine):
         """One more command. Call settle() after the last of a batch."""
         self.total += 1
         self.last_id += 1
-        self.backlog.append(Entry(self.last_id, cmd, cwd))
+        self.backlog.append(Command(self.last_id, cmd, cwd))
 
-    def leave_out(self) -> None:
+    def skip(self) -> None:
         """One more command, which need not be run."""
         self.last_id += 1
 
@@ -4251,24 +4251,24 @@ class Client(SessionMachine):
         self.input_ended = True
         self.settle()
 
-    def submit(self, entry: Entry) -> None:
-        fields = {"id": entry.id, "attempt": entry.attempt, "cmd": entry.cmd, "cwd": entry.cwd,
-                  **entry.place, **self.standing}
-        for key in {"on", "not_on"} & entry.place.keys():
+    def submit(self, command: Command) -> None:
+        fields = {"id": command.id, "attempt": command.attempt, "cmd": command.cmd, "cwd": command.cwd,
+                  **command.place, **self.standing}
+        for key in {"on", "not_on"} & command.place.keys():
             fields[key] = self.host_names.identity_of(fields[key])
         if "never_on" in fields:
             fields["never_on"] = [*map(self.host_names.identity_of, fields["never_on"])]
-        if entry.again:
+        if command.again:
             fields["again"] = True
-            if entry.worker:
-                fields["had"] = entry.worker
-        if entry.avoid:
-            fields["avoid"] = entry.avoid
-        if entry.faults.crashes:
+            if command.worker:
+                fields["had"] = command.worker
+        if command.avoid:
+            fields["avoid"] = command.avoid
+        if command.faults.crashes:
             fields["careful"] = True
-        if entry.passed:
+        if command.passed:
             fields["limit"] = 1  # only how it ends is wanted
-        entry.again = True
+        command.again = True
         self.say(BROKER, b"", "", COMMAND, fields)
 
     def settle(self) -> None:
@@ -4276,7 +4276,7 @@ class Client(SessionMachine):
             self.release_at = min(self.release_at, self.now + RELEASE_DELAY)
         if self.timings and self.backlog and (self.input_ended or self.release_at <= self.now):
             self.longest_first()
-        size = 1 if self.wishes.serial else WINDOW
+        size = 1 if self.options.serial else WINDOW
         room = size - len(self.window)
         if self.session.joined and not self.timings \
                 and room >= min(REFILL_FRACTION * size, len(self.backlog)):
@@ -4296,32 +4296,32 @@ class Client(SessionMachine):
     def longest_first(self) -> None:
         """Put the backlog in order, if it is whole and that may help: first what we know nothing of."""
         timings, self.timings = self.timings, {}
-        if self.input_ended and self.slots != 1 and not self.wishes.serial:
+        if self.input_ended and self.slots != 1 and not self.options.serial:
             self.backlog = deque(sorted(self.backlog,
-                                        key=lambda entry: -timings.get(entry.cmd, math.inf)))
+                                        key=lambda command: -timings.get(command.cmd, math.inf)))
 
     def bad(self) -> int:
         """How many commands have not done what they should."""
-        return self.failed + (self.flaky if self.wishes.fail_on_flaky else 0)
+        return self.failed + (self.flaky if self.options.fail_on_flaky else 0)
 
     def stop_early(self) -> None:
         more = self.window or self.backlog or not self.input_ended
-        if more and 0 < self.wishes.fail_fast <= self.bad():
+        if more and 0 < self.options.fail_fast <= self.bad():
             have = "has" if self.bad() == 1 else "have"
             self.effects.append(Notice(
                 f"stopping: {plural(self.bad(), 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
-    def begin(self, entry: Entry) -> None:
+    def begin(self, command: Command) -> None:
         """Submit a command for the first time, unless it is too long."""
-        self.window[entry.id] = entry
+        self.window[command.id] = command
         limit = MAX_COMMAND - OTHER_FIELDS
-        if 12 * (len(entry.cmd) + len(entry.cwd)) + self.standing_size > limit and len(
-                encode("", {"cmd": entry.cmd, "cwd": entry.cwd})) + self.standing_size > limit:
-            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason":
+        if 12 * (len(command.cmd) + len(command.cwd)) + self.standing_size > limit and len(
+                encode("", {"cmd": command.cmd, "cwd": command.cwd})) + self.standing_size > limit:
+            self.report(command, {"exitcode": NOT_RUN, "time": 0.0, "reason":
                                 f"a command is at most {MAX_COMMAND} bytes of JSON"}, b"")
         else:
-            self.submit(entry)
+            self.submit(command)
 
     def finish_with(self, id: int, attempt: int) -> None:
         """Its worker may forget this attempt: have it told so before long."""
@@ -4337,7 +4337,7 @@ class Client(SessionMachine):
         """Announce the commands, once: as soon as their number is known, but in time."""
         if not self.released:
             self.released = True
-            self.effects.append(Released(self.total if self.input_ended else None))
+            self.effects.append(RunStarted(self.total if self.input_ended else None))
 
     def leave(self, status: int) -> None:
         """The end: all is reported, or the rest is given up."""
@@ -4352,11 +4352,11 @@ class Client(SessionMachine):
             message.fields.get(name, 0) for name in ("slots", "workers", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
         before, self.cloud = self.cloud, (self.workers, self.slots, self.hosts)
-        for entry in [*self.homeless.values()] if self.session.joined and self.cloud != before else ():
-            self.next_attempt(entry, "")
+        for command in [*self.homeless.values()] if self.session.joined and self.cloud != before else ():
+            self.next_attempt(command, "")
         if self.session.ok(message.fields):
-            for entry in self.homeless.values():  # a new broker may not know all hosts yet
-                entry.home_until = 0.0
+            for command in self.homeless.values():  # a new broker may not know all hosts yet
+                command.home_until = 0.0
             self.homeless.clear()
             if self.accepted and self.now < self.slept[1]:  # results that came in time are read
                 self.effects.append(Notice(
@@ -4364,8 +4364,8 @@ class Client(SessionMachine):
                     f"(--client-lease): {plural(self.accepted, 'command')} that workers had at its "
                     f"end will be run again"))
             self.slept = (0, 0)
-            for entry in self.window.values():
-                self.submit(entry)
+            for command in self.window.values():
+                self.submit(command)
             self.fetching.clear()  # what the cloud still has of their outputs, it will tell again
             if self.shunned:
                 self.shun()
@@ -4374,37 +4374,41 @@ class Client(SessionMachine):
 
     # --- results in
 
-    def entry_of(self, id: int, attempt: int) -> Optional[Entry]:
-        entry = self.window.get(id)
-        return entry if entry is not None and entry.attempt == attempt else None
+    def command_of(self, id: int, attempt: int) -> Optional[Command]:
+        command = self.window.get(id)
+        return command if command is not None and command.attempt == attempt else None
 
-    def confirm(self, entry: Entry, worker: str) -> None:
-        """Note which worker has the entry's attempt, "" for none."""
-        self.accepted += bool(worker) - bool(entry.worker)
-        entry.worker = worker
+    def confirm(self, command: Command, worker: str) -> None:
+        """Note which worker has the command's attempt, "" for none."""
+        self.accepted += bool(worker) - bool(command.worker)
+        command.worker = worker
 
     def on_queued(self, message: Message) -> None:
         for id, attempt in message.fields.get("tasks", ()):
-            entry = self.entry_of(id, attempt)
-            if entry is not None:
-                if not entry.worker:
-                    entry.since = self.now
-                self.confirm(entry, message.fields.get("worker") or "?")
-                self.listen(entry)
+            command = self.command_of(id, attempt)
+            if command is not None:
+                if not command.worker:
+                    command.since = self.now
+                self.confirm(command, message.fields.get("worker") or "?")
+                self.listen(command)
 
-    def listen(self, entry: Entry) -> None:
+    def listen(self, command: Command) -> None:
         """Ask for what a running command prints next."""
-        wanted = self.wishes.live and not self.held_up and self.session.joined
-        if wanted and entry.worker and entry.result is None and not entry.passed:
+        wanted = self.options.live and not self.live_paused and self.session.joined
+        if wanted and command.worker and command.result is None and not command.passed:
             self.listen_at = min(self.listen_at, self.now + 2 * self.times.ready_interval)
             self.say(BROKER, b"", "", "FETCH", {
-                "id": entry.id, "attempt": entry.attempt, "offset": entry.shown, "size": CHUNK_SIZE})
+                "id": command.id, "attempt": command.attempt, "offset": command.shown, "size": CHUNK_SIZE})
 
-    def listen_again(self, now: Seconds, held_up: bool = False) -> None:
-        """To all running commands; unless nobody can take more of what they print."""
-        self.now, self.held_up, self.listen_at = now, held_up, math.inf
-        for entry in self.window.values():
-            self.listen(entry)
+    def pause_live(self) -> None:
+        """Ask for no more live output: its reader is slow."""
+        self.live_paused, self.listen_at = True, math.inf
+
+    def resume_live(self, now: Seconds) -> None:
+        """Ask for the live output of all running commands, also where a request may be lost."""
+        self.now, self.live_paused, self.listen_at = now, False, math.inf
+        for command in self.window.values():
+            self.listen(command)
 
     def on_result(self, message: Message) -> None:
         fields = message.fields
@@ -4412,158 +4416,158 @@ class Client(SessionMachine):
             raise ProtocolError("RESULT needs 'id' and 'attempt'")
         if "host" in fields:
             fields["host"] = self.host_names.name_of(fields["host"])
-        entry = self.entry_of(fields["id"], fields["attempt"])
-        if entry is None:  # reported before: our DONE was lost
+        command = self.command_of(fields["id"], fields["attempt"])
+        if command is None:  # reported before: our DONE was lost
             self.finish_with(fields["id"], fields["attempt"])
-        elif entry.result != fields:
-            self.stop_fetching(entry)  # of the time before our lease ended; it ran again since
-            self.take_result(entry, fields)
-        elif entry not in self.fetching:  # told again: go on where we were
-            entry.asked = entry.got
-            self.fetching.append(entry)
+        elif command.result != fields:
+            self.stop_fetching(command)  # of the time before our lease ended; it ran again since
+            self.take_result(command, fields)
+        elif command not in self.fetching:  # told again: go on where we were
+            command.asked = command.got
+            self.fetching.append(command)
             self.fetch()
 
-    def take_result(self, entry: Entry, fields: Fields) -> None:
+    def take_result(self, command: Command, fields: Fields) -> None:
         output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
-        entry.tries[entry.attempt] = this = try_of(fields)
+        command.tries[command.attempt] = this = try_of(fields)
         if this.began:
             self.able.add(this.host)
             self.unable.pop(this.host, None)
-        if entry.passed:
-            self.conclude(entry, fields, b"")
+        if command.passed:
+            self.conclude(command, fields, b"")
             return
-        place = self.place_for(entry) if this.exitcode else None
+        place = self.place_for(command) if this.exitcode else None
         if place:
-            self.keep_last_words(entry, fields, output)
+            self.keep_last_words(command, fields, output)
         if place and "never_on" not in place:
-            self.conclude(entry, fields, b"")
+            self.conclude(command, fields, b"")
         elif len(output) < fields.get("size", 0):
-            entry.result = fields
-            self.fetching.append(entry)
+            command.result = fields
+            self.fetching.append(command)
             self.fetch()
         else:
-            self.conclude(entry, fields, output)
+            self.conclude(command, fields, output)
 
-    def keep_last_words(self, entry: Entry, fields: Fields, output: bytes) -> None:
+    def keep_last_words(self, command: Command, fields: Fields, output: bytes) -> None:
         """Of a failed try that is not the last one."""
         said = b"".join(piece for _, piece in pieces_of([output])) if fields.get("split") else output
         last = said[max(0, len(said) - min(TRY_OUTPUT, self.room)):]
         if len(last) < len(said):
             last = last.lstrip(bytes(range(0x80, 0xc0)))  # the rest of a character
         self.room -= len(last)
-        entry.tries[entry.attempt] = entry.tries[entry.attempt]._replace(
+        command.tries[command.attempt] = command.tries[command.attempt]._replace(
             size=len(said) or fields.get("size", 0), output=last)
 
-    def place_for(self, entry: Entry) -> Optional[Fields]:
+    def place_for(self, command: Command) -> Optional[Fields]:
         """Where to try it again; None if not at all."""
         if self.status is not None:
             return None
-        unable = unable_hosts(entry.tries.values())
-        failed = sum(not row.began for row in entry.tries.values())
-        may_start = self.wishes.tries != 1 and failed < START_HOSTS and not (
-            entry.passed or entry.nowhere)
-        last = entry.tries[max(entry.tries)]
+        unable = unable_hosts(command.tries.values())
+        failed = sum(not row.began for row in command.tries.values())
+        may_start = self.options.tries != 1 and failed < START_HOSTS and not (
+            command.passed or command.nowhere)
+        last = command.tries[max(command.tries)]
         if not last.began and may_start:
             return {"never_on": unable}
-        place = next_try(list(entry.tries.values()), self.wishes.tries)
+        place = next_try(list(command.tries.values()), self.options.tries)
         passed = last.exitcode == 0
         return None if passed and place and place["on"] in self.shunned else place
 
-    def conclude(self, entry: Entry, fields: Fields, output: Optional[bytes]) -> None:
+    def conclude(self, command: Command, fields: Fields, output: Optional[bytes]) -> None:
         """A try has ended, and its output is there if it is wanted."""
-        place = self.place_for(entry)
+        place = self.place_for(command)
         if place is None:
-            if not entry.passed:
-                entry.kept = None
-            self.report(entry, fields, output)
+            if not command.passed:
+                command.kept = None
+            self.report(command, fields, output)
             return
         if not fields["exitcode"] or "never_on" in place:
-            self.stop_fetching(entry)
-            entry.kept, entry.kept_shown = fields, entry.shown
+            self.stop_fetching(command)
+            command.kept, command.kept_shown = fields, command.shown
             self.examined += not fields["exitcode"]
-            self.effects.append(Keep(entry, fields, output))
-        self.finish_with(entry.id, entry.attempt)
-        entry.place = dict(place, elsewhere=True)
-        self.next_attempt(entry, fields.get("worker", ""))
+            self.effects.append(ProvisionalResult(command, fields, output))
+        self.finish_with(command.id, command.attempt)
+        command.place = dict(place, elsewhere=True)
+        self.next_attempt(command, fields.get("worker", ""))
 
-    def find_host(self, entry: Entry) -> None:
+    def find_host(self, command: Command) -> None:
         """Nobody is there who may start this. Wait for a host that could start others, if there was
         one; or else it has failed."""
-        able = self.able.difference(unable_hosts(entry.tries.values()))
-        self.confirm(entry, "")
-        entry.home_until = entry.home_until or self.now + HOST_WAIT
-        if able and not entry.nowhere and self.now < entry.home_until:
-            self.homeless[entry.id] = entry
+        able = self.able.difference(unable_hosts(command.tries.values()))
+        self.confirm(command, "")
+        command.home_until = command.home_until or self.now + HOST_WAIT
+        if able and not command.nowhere and self.now < command.home_until:
+            self.homeless[command.id] = command
             return
         self.able -= able  # they do not come back, and others need not wait for them
-        entry.nowhere = True
-        place = self.place_for(entry)
+        command.nowhere = True
+        place = self.place_for(command)
         if place is None:
-            self.report(entry, {}, None)
+            self.report(command, {}, None)
         else:
-            entry.place = dict(place, elsewhere=True)
-            self.next_attempt(entry, "")
+            command.place = dict(place, elsewhere=True)
+            self.next_attempt(command, "")
 
     def gone_hosts(self) -> str:
         """The hosts that could start some, but not those that wait for them, by name."""
-        unable = {host for entry in self.homeless.values()
-                  for host in unable_hosts(entry.tries.values())}
+        unable = {host for command in self.homeless.values()
+                  for host in unable_hosts(command.tries.values())}
         return printable(", ".join(sorted(self.able - unable)), 300)
 
-    def next_attempt(self, entry: Entry, avoid: str) -> None:
-        self.homeless.pop(entry.id, None)
-        self.confirm(entry, "")
-        entry.attempt += 1
-        entry.again = False
-        entry.avoid = avoid
-        if not entry.passed:
-            entry.shown = 0
+    def next_attempt(self, command: Command, avoid: str) -> None:
+        self.homeless.pop(command.id, None)
+        self.confirm(command, "")
+        command.attempt += 1
+        command.again = False
+        command.avoid = avoid
+        if not command.passed:
+            command.shown = 0
         if self.session.joined:
-            self.submit(entry)
+            self.submit(command)
 
-    def report(self, entry: Entry, result: Fields, output: Optional[bytes]) -> None:
-        kept = entry.kept is not None
-        if entry.kept is not None:
-            result, output, entry.shown = entry.kept, None, entry.kept_shown
+    def report(self, command: Command, result: Fields, output: Optional[bytes]) -> None:
+        kept = command.kept is not None
+        if command.kept is not None:
+            result, output, command.shown = command.kept, None, command.kept_shown
             self.examined -= not result["exitcode"]
         self.release()
-        self.confirm(entry, "")
-        self.homeless.pop(entry.id, None)
-        del self.window[entry.id]
+        self.confirm(command, "")
+        self.homeless.pop(command.id, None)
+        del self.window[command.id]
         self.reported += 1
         self.failed += result["exitcode"] != 0
-        self.finish_with(entry.id, entry.attempt)
-        tries = list(entry.tries.values())
-        entry.verdict = FAIL if result["exitcode"] else verdict_of(tries, self.shunned)
-        self.effects.append(Report(entry, result, output, kept))
-        self.flaky += entry.verdict in (FLAKY, ONLY)
-        if entry.verdict == ONLY:
+        self.finish_with(command.id, command.attempt)
+        tries = list(command.tries.values())
+        command.verdict = FAIL if result["exitcode"] else verdict_of(tries, self.shunned)
+        self.effects.append(FinalResult(command, result, output, kept))
+        self.flaky += command.verdict in (FLAKY, ONLY)
+        if command.verdict == ONLY:
             host = only_host(tries)
             self.only_on[host] += 1
-            if self.only_on[host] >= SET_ASIDE:
+            if self.only_on[host] >= EXCLUDE_AFTER:
                 self.set_aside(host, "failed there, twice each, and nowhere else")
         for host in unable_hosts(tries) if tries and tries[-1].began else ():
             self.unable[host] += 1
-            if self.unable[host] >= SET_ASIDE:
+            if self.unable[host] >= EXCLUDE_AFTER:
                 self.set_aside(host, "in a row could not be started there, and could elsewhere")
 
     def stop_examining(self) -> None:
         """If nothing else keeps the run, report what only waits for a slot where it failed."""
-        rest = self.input_ended and not self.backlog or self.wishes.serial
+        rest = self.input_ended and not self.backlog or self.options.serial
         if not self.window or self.examined < len(self.window) or not rest:
             self.examine_since = self.examine_until = math.inf
             return
         if self.examine_since == math.inf:
-            self.examine_since, self.examine_until = self.now, self.now + EXAMINE_WAIT
+            self.examine_since, self.examine_until = self.now, self.now + RECHECK_WAIT
         if self.now >= self.examine_until:
-            for entry in [it for it in self.window.values() if self.now >= self.examined_until(it)]:
-                self.report(entry, {}, None)
+            for command in [it for it in self.window.values() if self.now >= self.examined_until(it)]:
+                self.report(command, {}, None)
             self.examine_until = min(map(self.examined_until, self.window.values()), default=math.inf)
 
-    def examined_until(self, entry: Entry) -> Seconds:
+    def examined_until(self, command: Command) -> Seconds:
         """One that a worker has may be running; it may also wait there, at a chained broker."""
-        again = 3 * (entry.kept or {}).get("time", 0.0) / 1000 if entry.worker else 0.0
-        return self.examine_since + EXAMINE_WAIT + again
+        again = 3 * (command.kept or {}).get("time", 0.0) / 1000 if command.worker else 0.0
+        return self.examine_since + RECHECK_WAIT + again
 
     def set_aside(self, host: str, why: str) -> None:
         """Have no more commands run on this host, if there are others."""
@@ -4571,8 +4575,8 @@ class Client(SessionMachine):
             self.shunned.add(host)
             self.shun()
             self.effects.append(Notice(
-                f"SETTING ASIDE host {printable(host)} for the rest of this run, if there are others: "
-                f"{SET_ASIDE} commands {why}"))
+                f"EXCLUDING host {printable(host)} for the rest of this run, if there are others: "
+                f"{EXCLUDE_AFTER} commands {why}"))
 
     def shun(self) -> None:
         self.say(BROKER, b"", "", "SHUN", {
@@ -4582,22 +4586,22 @@ class Client(SessionMachine):
         """Keep FETCH_AHEAD chunks of the first large output under way."""
         if not self.fetching or not self.session.joined:
             return
-        entry = self.fetching[0]
-        assert entry.result is not None
-        size = entry.result["size"]
-        while entry.asked < min(size, entry.got + FETCH_AHEAD * CHUNK_SIZE):
-            part = min(CHUNK_SIZE, size - entry.asked)
+        command = self.fetching[0]
+        assert command.result is not None
+        size = command.result["size"]
+        while command.asked < min(size, command.got + FETCH_AHEAD * CHUNK_SIZE):
+            part = min(CHUNK_SIZE, size - command.asked)
             self.say(BROKER, b"", "", "FETCH", {
-                "id": entry.id, "attempt": entry.attempt, "offset": entry.asked, "size": part})
-            entry.asked += part
-        entry.due = self.now + 2 * self.times.ready_interval
+                "id": command.id, "attempt": command.attempt, "offset": command.asked, "size": part})
+            command.asked += part
+        command.due = self.now + 2 * self.times.ready_interval
 
-    def stop_fetching(self, entry: Entry) -> None:
+    def stop_fetching(self, command: Command) -> None:
         """The result whose output we may be fetching does not count any more."""
-        entry.result = None
-        entry.asked = entry.got = 0
-        if entry in self.fetching:
-            self.fetching.remove(entry)
+        command.result = None
+        command.asked = command.got = 0
+        if command in self.fetching:
+            self.fetching.remove(command)
             self.fetch()
 
     def fetch_again(self) -> None:
@@ -4608,62 +4612,62 @@ class Client(SessionMachine):
 
     def on_chunk(self, message: Message) -> None:
         fields = message.fields
-        entry = self.entry_of(fields["id"], fields["attempt"])
-        if entry is None or not len(message.data):
+        command = self.command_of(fields["id"], fields["attempt"])
+        if command is None or not len(message.data):
             return
-        if self.wishes.live and entry.result is None:
-            if fields["offset"] == entry.shown:
-                self.effects.append(Live(entry, entry.shown, message.data))
-                entry.shown += len(message.data)
-                self.listen(entry)
+        if self.options.live and command.result is None:
+            if fields["offset"] == command.shown:
+                self.effects.append(LiveOutput(command, command.shown, message.data))
+                command.shown += len(message.data)
+                self.listen(command)
             return
-        if not self.fetching or self.fetching[0] is not entry or fields["offset"] != entry.got:
+        if not self.fetching or self.fetching[0] is not command or fields["offset"] != command.got:
             return
-        assert entry.result is not None
-        if self.storing is not entry:
+        assert command.result is not None
+        if self.storing is not command:
             if self.storing is not None:  # begun before we had to join again
                 self.storing.asked = self.storing.got = 0
-            self.storing = entry
-        self.effects.append(Store(entry.got, message.data))
-        entry.got += len(message.data)
-        if entry.got >= entry.result["size"]:
+            self.storing = command
+        self.effects.append(FetchedOutput(command.got, message.data))
+        command.got += len(message.data)
+        if command.got >= command.result["size"]:
             self.fetching.popleft()
-            self.conclude(entry, entry.result, None)
+            self.conclude(command, command.result, None)
         self.fetch()
 
     def on_lost(self, message: Message) -> None:
         fields = message.fields
         for id, attempt in fields["tasks"]:
-            entry = self.entry_of(id, attempt)
-            if entry is not None:
-                self.lose(entry, printable(fields["why"], 200), fields.get("fault", ""),
+            command = self.command_of(id, attempt)
+            if command is not None:
+                self.lose(command, printable(fields["why"], 200), fields.get("fault", ""),
                           fields.get("worker", ""))
 
-    def lose(self, entry: Entry, why: str, fault: str, worker: str) -> None:
-        """The entry's attempt brings no result: try the next one, if that is wise."""
-        self.stop_fetching(entry)
-        entry.tries.pop(entry.attempt, None)  # it had ended, but its output is lost
-        verdict = entry.faults.count(fault, why, self.times)
-        if self.status is not None and not entry.passed:
-            may_have_run = bool(entry.worker) or entry.attempt > 1
+    def lose(self, command: Command, why: str, fault: str, worker: str) -> None:
+        """The command's attempt brings no result: try the next one, if that is wise."""
+        self.stop_fetching(command)
+        command.tries.pop(command.attempt, None)  # it had ended, but its output is lost
+        verdict = command.faults.count(fault, why, self.times)
+        if self.status is not None and not command.passed:
+            may_have_run = bool(command.worker) or command.attempt > 1
             self.stopped += may_have_run
             self.never_ran += not may_have_run
-            self.confirm(entry, "")
-            del self.window[entry.id]
+            self.confirm(command, "")
+            del self.window[command.id]
         elif fault == NOWHERE and self.status is None:
-            self.find_host(entry)
+            self.find_host(command)
         elif verdict or self.status is not None:
-            if not entry.passed:
-                entry.kept = None
-            self.report(entry, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
+            if not command.passed:
+                command.kept = None
+            self.report(command, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
         else:
-            self.next_attempt(entry, worker)
+            self.next_attempt(command, worker)
 
     # --- time, and the end
 
     def paused(self, gap: Seconds, now: Seconds) -> None:
-        for entry in self.homeless.values():
-            entry.home_until += gap
+        for command in self.homeless.values():
+            command.home_until += gap
         if gap > self.session.patience:
             self.slept = gap, now + self.session.patience
 
@@ -4673,15 +4677,15 @@ class Client(SessionMachine):
             return
         self.session.tick(now)
         if self.listen_at <= now:
-            self.listen_again(now)
+            self.resume_live(now)
         if self.fetching and self.fetching[0].due <= now:
             self.fetch_again()
             self.fetching[0].due = now + 2 * self.times.ready_interval
-        late = [entry for entry in self.homeless.values() if entry.home_until <= now]
+        late = [command for command in self.homeless.values() if command.home_until <= now]
         if late and self.session.joined:
             self.effects.append(Notice(f"gave up waiting for {self.gone_hosts()}"))
-            for entry in late:
-                self.next_attempt(entry, "")  # for the last time
+            for command in late:
+                self.next_attempt(command, "")  # for the last time
         self.settle()
         if self.wait.timed_out(now) and not self.left:
             self.effects.append(Notice("gave up " + self.wait.cause, True))
@@ -4710,8 +4714,8 @@ class Client(SessionMachine):
                     f"{plural(len(self.homeless), 'command')} could not be started elsewhere")
         if self.window and not self.accepted and not self.fetching:
             which = f"{self.slots}"
-            if self.wishes.needs:
-                which = f"of workers with {label_words(self.wishes.needs)}"
+            if self.options.needs:
+                which = f"of workers with {label_words(self.options.needs)}"
             shy = next(iter(self.window.values())).place.get("never_on", ())
             if shy:
                 which = f"of hosts other than {printable(', '.join(shy), 300)}"
@@ -4758,13 +4762,13 @@ class Client(SessionMachine):
     }
 
 
-class Viewed(NamedTuple):
+class ShowStatus(NamedTuple):
     """Effect: show this STATUS."""
 
     fields: Fields
 
 
-class Viewer(Machine):
+class StatusClient(Machine):
     """Asks the broker how the cloud stands: once, or again and again. Its link is BROKER."""
 
     def __init__(self, address: str, wait: Seconds, interval: Seconds = math.inf) -> None:
@@ -4797,7 +4801,7 @@ class Viewer(Machine):
         self.answered, self.unanswered = True, 0
         for row in message.fields["workers"]:
             row["host"] = self.host_names.name_of(row["host"])
-        self.effects.append(Viewed(message.fields))
+        self.effects.append(ShowStatus(message.fields))
         if self.interval == math.inf:
             self.effects.append(Exit(0))
 
@@ -5215,25 +5219,25 @@ class Reports:
         for reporter in self.reporters:
             reporter.expect(seq)
 
-    def released(self, effect: Released) -> None:
+    def released(self, effect: RunStarted) -> None:
         for reporter in self.reporters:
             reporter.released(effect.commands)
 
-    def live(self, effect: Live) -> None:
+    def live(self, effect: LiveOutput) -> None:
         for reporter in self.reporters:
-            reporter.live(effect.entry.id, self.lines[effect.entry.id][0], effect.offset,
+            reporter.live(effect.command.id, self.lines[effect.command.id][0], effect.offset,
                           bytes(effect.data))
 
-    def store(self, effect: Store) -> None:
+    def store(self, effect: FetchedOutput) -> None:
         self.tally.store(effect.offset, effect.data)
 
-    def keep(self, effect: Keep) -> None:
-        self.kept[effect.entry.id] = self.record(effect)
+    def keep(self, effect: ProvisionalResult) -> None:
+        self.kept[effect.command.id] = self.record(effect)
         self.tally.records.pop()  # it counts if it is reported
 
-    def record(self, effect: Union[Keep, Report]) -> Tuple[Record, str]:
+    def record(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[Record, str]:
         """Put a result into the tally; why its output could not be."""
-        cmd, output = to_bytes(effect.entry.cmd), effect.output
+        cmd, output = to_bytes(effect.command.cmd), effect.output
         if output and self.tally.split and not effect.result.get("split"):  # of a plain worker
             output = PIECE.pack(1, len(output)) + output
         try:
@@ -5242,24 +5246,25 @@ class Reports:
             return (self.tally.add(cmd, NOT_RUN, b""), f"no room for its output in "
                     f"{tempfile.gettempdir()} of the client: {error.strerror}")
 
-    def report(self, effect: Report) -> None:
-        entry, result = effect.entry, effect.result
-        kept = self.kept.pop(entry.id, None)
+    def report(self, effect: FinalResult) -> None:
+        command, result = effect.command, effect.result
+        kept = self.kept.pop(command.id, None)
         if kept and effect.kept:
             record, lost = kept
             self.tally.records.append(record)
         else:
             record, lost = self.record(effect)
-        verdict = FAIL if record.exitcode else entry.verdict
-        tries = [row for attempt, row in entry.tries.items() if attempt != result.get("attempt")]
+        verdict = FAIL if record.exitcode else command.verdict
+        tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
         outcome = Outcome(
-            entry.id, entry.cmd, record.exitcode, verdict, only_host(tries) if verdict == ONLY else "",
+            command.id, command.cmd, record.exitcode, verdict,
+            only_host(tries) if verdict == ONLY else "",
             result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
             result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
-            lost or result.get("reason", ""), tuple(tries), entry.shown, record,
-            *self.lines.pop(entry.id))
+            lost or result.get("reason", ""), tuple(tries), command.shown, record,
+            *self.lines.pop(command.id))
         began = try_of(result).began
-        self.unable.update(unable_hosts(entry.tries.values()) if began else ())
+        self.unable.update(unable_hosts(command.tries.values()) if began else ())
         if has_failed(outcome, self.flaky_counts):
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
@@ -5282,7 +5287,7 @@ class Reports:
     def bad_hosts(self) -> str:
         """Of hosts where all commands failed, while others passed elsewhere."""
         bad = [host for host, failed in self.failed_on.most_common(NAMED_FAILURES)
-               if host and failed >= SET_ASIDE and self.passed_on and not self.passed_on[host]]
+               if host and failed >= EXCLUDE_AFTER and self.passed_on and not self.passed_on[host]]
         failed = sum(self.failed_on[host] for host in bad)
         total = plural(sum(self.failed_on.values()), "failure")
         return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
@@ -5293,11 +5298,12 @@ class Reports:
         found, ran = self.tally.hash(), len(self.tally.records)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(complete, ran, self.failed, client.flaky,
-                          client.wishes.fail_on_flaky, dict(client.only_on), skipped, skipped_failed,
+                          client.options.fail_on_flaky, dict(client.only_on),
+                          skipped, skipped_failed,
                           time.monotonic() - self.began, found,
                           wrong if expected and expected != found else "", dict(self.unable),
                           dict(self.codes), self.failures,
-                          "" if client.wishes.tries > 1 else self.bad_hosts(), again,
+                          "" if client.options.tries > 1 else self.bad_hosts(), again,
                           complete and not may_be_empty and not ran and not skipped)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
@@ -6399,10 +6405,10 @@ def progress(client: Client, spent: Seconds, room: float = math.inf) -> str:
 
 def sign_of_life(client: Client, spent: Seconds, now: Seconds) -> str:
     """How far a run is, and what takes so long."""
-    held = [entry for entry in client.window.values() if entry.worker]
+    held = [command for command in client.window.values() if command.worker]
     if not held:
         return progress(client, spent)
-    longest = min(held, key=lambda entry: entry.since)
+    longest = min(held, key=lambda command: command.since)
     took = duration(now - longest.since, 0)
     return f"{progress(client, spent)}; for {took}: {printable(longest.cmd)}"
 
@@ -9037,7 +9043,7 @@ def print_commands(settings: argparse.Namespace) -> int:
     return 2
 
 
-def wishes_of(settings: argparse.Namespace) -> Wishes:
+def run_options(settings: argparse.Namespace) -> RunOptions:
     """What is wanted of each command. Raises UsageError."""
     env = {}
     for word in settings.env:
@@ -9049,9 +9055,9 @@ def wishes_of(settings: argparse.Namespace) -> Wishes:
         raise UsageError("--env needs the name of a variable, or NAME=VALUE")
     if len(encode("", env)) > MAX_COMMAND // 4:
         raise UsageError(f"--env: these variables are longer than {MAX_COMMAND // 4} bytes together")
-    return Wishes(settings.timeout, settings.retries, settings.max_output, env, tuple(settings.need),
-                  settings.raw, settings.live, settings.serial, settings.fail_fast,
-                  settings.fail_on_flaky)
+    return RunOptions(
+        settings.timeout, settings.retries, settings.max_output, env, tuple(settings.need),
+        settings.raw, settings.live, settings.serial, settings.fail_fast, settings.fail_on_flaky)
 
 
 def resumed(settings: argparse.Namespace) -> Resumed:
@@ -9185,7 +9191,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     keys = None if settings.local else keys_to_connect(settings, CLIENT_ROLE, address)
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     client = Client(run, times, settings.wait, address, socket.gethostname(),
-                    wishes_of(settings), os.getpid())
+                    run_options(settings), os.getpid())
     client.timings = known_timings(settings)
     done, cwd = resumed(settings), working_directory(settings.cwd)
     source = read_arguments(settings)
@@ -9200,7 +9206,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         command = fill_template(settings.template, arguments, client.last_id + 1)
         before = done.count(command) if settings.joblog else 0
         if done.has_done(command, before):
-            client.leave_out()
+            client.skip()
         else:
             client.add(command, cwd)
             reports.expect(client.last_id, " ".join(arguments), before)
@@ -9215,16 +9221,17 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         if error or settings.verbose is not None:
             complain(text)
 
-    def live(effect: Live) -> None:
+    def live(effect: LiveOutput) -> None:
         reports.live(effect)
-        if show.out.is_behind() and not client.held_up:
-            client.listen_again(client.now, True)
+        if show.out.is_behind() and not client.live_paused:
+            client.pause_live()
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
         adapter = loop.add(client, {
-            Released: reports.released, Store: reports.store, Live: live, Keep: reports.keep,
-            Report: reports.report, Notice: lambda effect: tell(effect.text, effect.error)})
-        show.out.caught_up = lambda: loop.post(client.listen_again)
+            RunStarted: reports.released, FetchedOutput: reports.store, LiveOutput: live,
+            ProvisionalResult: reports.keep, FinalResult: reports.report,
+            Notice: lambda effect: tell(effect.text, effect.error)})
+        show.out.caught_up = lambda: loop.post(client.resume_live)
         loop.each_round.append(show.flush)
         loop.on_signals(interrupt, control)
         if not settings.sources and sys.stdin.isatty():
@@ -9352,23 +9359,23 @@ def run_status(settings: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to show it")
     wait = settings.wait or (math.inf if settings.watch else STATUS_WAIT)
-    viewer = Viewer(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
+    viewer = StatusClient(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
     if settings.watch and not settings.json and not is_dumb() and sys.stdout.isatty():
         page = StatusScreen(address)
-        status = run_viewer(viewer, {Viewed: page.view, Notice: page.tell}, keys, settings, page)
+        status = run_viewer(viewer, {ShowStatus: page.view, Notice: page.tell}, keys, settings, page)
         if status == 3:
             complain(page.notice)
         return status
 
-    def show(effect: Viewed) -> None:
+    def show(effect: ShowStatus) -> None:
         columns = screen_size(1)[0] if sys.stdout.isatty() else 0
         lines = spaced(status_tables(effect.fields, address, columns))
         print_line(dump_clean(effect.fields) if settings.json else
                  "\n".join([*lines, ""] if settings.watch else lines))
-    return run_viewer(viewer, {Viewed: show}, keys, settings)
+    return run_viewer(viewer, {ShowStatus: show}, keys, settings)
 
 
-def run_viewer(viewer: Viewer, effects: Dict[type, Callable[[Any], object]], keys: Optional[Keys],
+def run_viewer(viewer: StatusClient, effects: Dict[type, Callable[[Any], object]], keys: Optional[Keys],
                settings: argparse.Namespace, page: Optional[StatusScreen] = None) -> int:
     """Have the viewer ask, until the end; with the whole screen for a page."""
     with contextlib.ExitStack() as stack:
@@ -9390,7 +9397,7 @@ class StatusScreen:
         self.tables: List[List[str]] = []
         self.notice = ""  # that came since
 
-    def view(self, effect: Viewed) -> None:
+    def view(self, effect: ShowStatus) -> None:
         self.tables = status_tables(effect.fields, self.address, screen_size(1)[0])
         self.notice = ""
         self.draw()
