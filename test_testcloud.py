@@ -76,8 +76,8 @@ class FakeOutput:
         self.data = None
 
 
-def ending(exitcode=0, output=b"", time=1.5, **more):
-    return tc.Ending(exitcode, time, 1700000000.0, FakeOutput(output), **more)
+def exit_record(exitcode=0, output=b"", time=1.5, **more):
+    return tc.ExitRecord(exitcode, time, 1700000000.0, FakeOutput(output), **more)
 
 
 def wait_until_full(pipe):
@@ -1031,7 +1031,7 @@ class BrokerTest(unittest.TestCase):
         b.hear('OK {"join":1}')
         for n in range(1, 6):
             b.hear(tc.encode(COMMAND, {"cmd": "x", "id": n, "attempt": 1}), "r1")
-        b.machine.finished(b.machine.jobs["r1", 1, 1], ending(), 0.0)
+        b.machine.finished(b.machine.jobs["r1", 1, 1], exit_record(), 0.0)
         b.collect()
         with mock.patch.object(tc, "MAX_READY_TASKS", 2):
             b.machine.connected(BROKER, 0.0)
@@ -1358,7 +1358,7 @@ class BrokerTest(unittest.TestCase):
         b.machine.connected(BROKER, 0.0)
         b.collect()
         d.worker(b"w", tc.encode("READY", dict(b.lines[-1][2])))
-        b.machine.finished(first, ending(), 0.0)  # so there is a slot
+        b.machine.finished(first, exit_record(), 0.0)  # so there is a slot
         b.collect()
         b.lines.clear()
         self.assertFalse(b.may_start())
@@ -2449,7 +2449,7 @@ class PlainWorker(tc.Machine):
             run, id, attempt = token.split()
             job = types.SimpleNamespace(key=(run, int(id), int(attempt)), token=token, line=body,
                                         cmd=json.loads(body)["cmd"], killed=False, cancelled="",
-                                        until=math.inf)
+                                        deadline=math.inf)
             self.jobs[job.key] = job
             self.effects.append(tc.Start(job))
             self.pass_on(BROKER, b"", token, b"QUEUED " + body)
@@ -2459,10 +2459,10 @@ class PlainWorker(tc.Machine):
             if not self.jobs:  # it would read it only then
                 self.ready(now)
 
-    def finished(self, job, ending, now):
+    def finished(self, job, exit_record, now):
         del self.jobs[job.key]
-        fields = {"cmd": job.cmd, "exitcode": ending.exitcode, "time": 1,
-                  "stdout": tc.to_text(ending.output.data)}
+        fields = {"cmd": job.cmd, "exitcode": exit_record.exitcode, "time": 1,
+                  "stdout": tc.to_text(exit_record.output.data)}
         self.pass_on(BROKER, b"", job.token, tc.encode("RESULT", fields))
         self.ready(now)
 
@@ -2515,7 +2515,7 @@ class Actor:
         self.inbox = []  # what happened to it while it was paused
         self.line = OrderedDict()  # a worker's jobs that are to be started
         self.began = {}  # (run, id, attempt) > when it started it, by its clock
-        self.start_until = -math.inf  # when that may be done, by its clock
+        self.start_deadline = -math.inf  # when that may be done, by its clock
         self.wire = None  # to its broker
         self.peers = {}  # (link, peer) > Wire, if it is a broker
         self.wants = None  # (broker's Actor, link) it connects to
@@ -2671,7 +2671,7 @@ class World:
         if machine is None:
             return
         if actor.role == "worker" and not actor.plain:
-            actor.start_until = machine.start_until()
+            actor.start_deadline = machine.start_deadline()
             self.run_line(actor)
         due = machine.deadline()
         if due < 1e9:
@@ -2817,7 +2817,7 @@ class World:
                 self.seen["killed in line"] += 1
             elif key in self.live and (effect.hard or self.r.random() < 0.8):
                 job, token = self.live.pop(key)
-                self.finish(actor, generation, job, self.timed(actor, job, ending(143, b"killed")))
+                self.finish(actor, generation, job, self.timed(actor, job, exit_record(143, b"killed")))
         elif kind is tc.FetchedOutput:
             known = self.fetched.get(actor.name, b"")
             self.fetched[actor.name] = known[:effect.offset] + effect.data
@@ -2841,7 +2841,7 @@ class World:
         """As the Runner does."""
         waited = actor.line.pop(job.key, None) is not None
         if waited:
-            generation, how = actor.generation, tc.unable(tc.HANDED_BACK)
+            generation, how = actor.generation, tc.requeued(tc.RECALLED)
             self.after(0, lambda: self.do(actor, generation, lambda m: (
                 m.finished(job, how, actor.clock(self.now)), m.settle())))
         return waited
@@ -2850,7 +2850,7 @@ class World:
         """What the threads of a Runner do, whatever its loop is doing."""
         if actor.machine is None or actor.paused_until > self.now:
             return
-        while actor.line and actor.clock(self.now) < actor.start_until and actor.slots > sum(
+        while actor.line and actor.clock(self.now) < actor.start_deadline and actor.slots > sum(
                 key[0] == actor.name for key in self.live):
             self.start(actor, actor.line.popitem(last=False)[1])
 
@@ -2873,16 +2873,16 @@ class World:
         drawn = random.Random(cmd) if self.adversary else r  # who may have run an attempt twice
         output = bytes(drawn.choices(b"ab\xff", k=drawn.choice([0, 10, 59, 61, 200])))
         if not actor.plain and r.random() < self.shortage:
-            how = ending(tc.NOT_RUN, reason="nothing left", unable=True)
+            how = exit_record(tc.NOT_RUN, reason="nothing left", requeue=True)
             self.unable[cmd] += 1
             assert cmd[0] == "d" or self.unable[cmd] <= 3 * tc.SPAWN_LIMIT, \
                 f"{cmd} is started again and again"  # a plain client may ask for it as often
         elif not actor.plain and r.random() < self.shortage:
-            how = ending(tc.NOT_RUN, output, reason="no room")
+            how = exit_record(tc.NOT_RUN, output, reason="no room")
         elif actor.host in self.bad_hosts:
-            how = ending(127, output)
+            how = exit_record(127, output)
         else:
-            how = ending(drawn.choice([0, 0, 1]), output)
+            how = exit_record(drawn.choice([0, 0, 1]), output)
         generation = actor.generation
         when = actor.began[job.key] = actor.clock(self.now)
 
@@ -2890,7 +2890,7 @@ class World:
             if not actor.plain and self.live.get(key, (None, None))[1] is token:
                 self.do(actor, generation, lambda m: (
                     m.started(job, when, actor.clock(self.now)), m.settle()))
-        self.after(tc.NEWS_DELAY, tell)
+        self.after(tc.REPORT_DELAY, tell)
 
         def end():
             if self.live.get(key, (None, None))[1] is token:
@@ -2899,7 +2899,7 @@ class World:
                     self.crash(actor)
                 else:
                     ended = self.timed(actor, job, how)
-                    self.after(r.choice([0, tc.NEWS_DELAY]),
+                    self.after(r.choice([0, tc.REPORT_DELAY]),
                                lambda: self.finish(actor, generation, job, ended))
                     self.run_line(actor)
         self.after(r.choice([0.01, 0.3, 2.0, 8.0]) * r.random(), end)
@@ -2915,9 +2915,9 @@ class World:
             code, reason = tc.TIMED_OUT, "stopped"
             self.seen["timeout"] += 1
         known = self.endings.setdefault(job.cmd, {}).setdefault(job.key[2], set())
-        if not how.unable:
+        if not how.requeue:
             known.add((code, how.output.data, reason))
-        if job.until < actor.clock(actor.paused_until):  # when it goes on, this is seen first
+        if job.deadline < actor.clock(actor.paused_until):  # when it goes on, this is seen first
             known.add((tc.TIMED_OUT, how.output.data, "stopped"))
         self.do(actor, generation, lambda m: (
             m.finished(job, how, actor.clock(self.now)), m.settle()))
@@ -3121,7 +3121,7 @@ class World:
             self.seen["load"] += 1
             load = self.r.choice([0.0, 9.0])
             self.do(actor, actor.generation, lambda m: (
-                m.loaded(load, actor.clock(self.now)), m.settle()))
+                m.set_load(load, actor.clock(self.now)), m.settle()))
 
     def steal(self, actor):
         """Somebody who has a key of their own, and knows all names, says what only this one may."""
@@ -3186,7 +3186,7 @@ class World:
                 return
             self.say(actor.name, "goes on")
             if duration > tc.LONG_PAUSE:
-                actor.start_until = -math.inf  # until its loop has looked at the clock
+                actor.start_deadline = -math.inf  # until its loop has looked at the clock
             self.run_line(actor)
             inbox, actor.inbox = actor.inbox, []
             self.do(actor, generation, wake)
@@ -3208,7 +3208,7 @@ class World:
                 self.cut(actor.wire)
             if actor.role == "worker" and not actor.plain:
                 self.do(actor, actor.generation, lambda m, a=actor: (
-                    m.loaded(0.0, a.clock(self.now)), m.settle()))
+                    m.set_load(0.0, a.clock(self.now)), m.settle()))
 
     # --- the run
 
@@ -3377,8 +3377,8 @@ class SimulationTest(unittest.TestCase):
          "        for task in list(worker.tasks.values()):\n            self.lose(",
          "        for task in ():\n            self.lose("),
         ("a worker drops results that it has told",
-         "                    self.tell_result(job)\n\n",
-         "                    self.tell_result(job)\n                    self.forget(job)\n\n"),
+         "                    self.report_result(job)\n\n",
+         "                    self.report_result(job)\n                    self.forget(job)\n\n"),
         ("a joining worker does not tell what it runs",
          'fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]',
          'fields["running"] = []'),
@@ -3519,7 +3519,7 @@ class Bench:
         self.quiet()
 
     def may_start(self):
-        return self.now < self.machine.start_until()
+        return self.now < self.machine.start_deadline()
 
     def begin(self, job, when=None):
         """The Runner has started it."""
@@ -3528,7 +3528,7 @@ class Bench:
 
     def handed_back(self, job):
         """The Runner hands it back: it had not been started."""
-        self.machine.finished(job, tc.unable(tc.HANDED_BACK), self.now)
+        self.machine.finished(job, tc.requeued(tc.RECALLED), self.now)
         self.collect()
 
     def quiet(self):
@@ -3545,7 +3545,7 @@ class WorkerTest(unittest.TestCase):
     def give(self, id, attempt=1, **more):
         self.bench.hear(tc.encode("{", dict({"id": id, "attempt": attempt, "cmd": f"c{id}"},
                                             **more)), "r")
-        self.bench.wait(tc.NEWS_DELAY)
+        self.bench.wait(tc.REPORT_DELAY)
 
     def test_a_note_of_the_broker_is_for_the_person_who_started_it(self):
         worker = tc.Worker("w1", slots=2, user="user 7")
@@ -3561,7 +3561,7 @@ class WorkerTest(unittest.TestCase):
         b.expect("QUEUED", tasks=[[1, 1]])
         job = b.effect(tc.Start).job
         self.assertEqual((job.cmd, job.cwd), ("c1", "/x"))
-        self.worker.finished(job, ending(3, b"out"), 1.0)
+        self.worker.finished(job, exit_record(3, b"out"), 1.0)
         b.collect()
         b.expect("RESULT", id=1, attempt=1, exitcode=3, stdout="out", time=1.5, size=3, host="h",
                  worker="w1")
@@ -3601,21 +3601,21 @@ class WorkerTest(unittest.TestCase):
             b.expect("QUEUED")
         running, waiting = (b.effect(tc.Start).job for _ in range(2))
         self.worker.started(running, b.now, b.now)
-        self.worker.loaded(3.9, b.now)
+        self.worker.set_load(3.9, b.now)
         b.collect()
         b.quiet()
-        self.worker.loaded(4.0, b.now)
+        self.worker.set_load(4.0, b.now)
         b.collect()
         b.expect("READY", slots=0, load=4.0)
         self.assertEqual(b.effect(tc.Recall).job, waiting)
-        self.worker.loaded(9.0, b.now)
+        self.worker.set_load(9.0, b.now)
         b.collect()
         b.quiet()
         for load in (3.9, 4.1, 3.7):  # about the limit, all the time
-            self.worker.loaded(load, b.now)
+            self.worker.set_load(load, b.now)
             b.collect()
             b.quiet()
-        self.worker.loaded(3.5, b.now)
+        self.worker.set_load(3.5, b.now)
         b.collect()
         b.expect("READY", slots=2, load=3.5)
 
@@ -3642,13 +3642,13 @@ class WorkerTest(unittest.TestCase):
             b.hear(b'{"id":%d,"attempt":1,"cmd":"c"}' % id, "r")
         jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
         b.quiet()
-        self.worker.finished(jobs[0], ending(), b.now)
+        self.worker.finished(jobs[0], exit_record(), b.now)
         b.collect()
         b.expect("QUEUED", tasks=[[1, 1], [2, 1]])
         b.expect("RESULT", id=1)
         b.hear('{"id":3,"attempt":1,"cmd":"c"}', "r")
         b.quiet_until_start()
-        b.wait(tc.NEWS_DELAY)
+        b.wait(tc.REPORT_DELAY)
         b.expect("QUEUED", tasks=[[3, 1]])
         b.hear('{"id":4,"attempt":1,"cmd":"c"}', "r")
         b.quiet_until_start()
@@ -3656,7 +3656,7 @@ class WorkerTest(unittest.TestCase):
         self.worker.connected(BROKER, b.now)
         b.collect()
         b.expect("READY", running=[["r", 2, 1], ["r", 3, 1], ["r", 4, 1]], held=[["r", 1, 1]])
-        b.wait(tc.NEWS_DELAY)
+        b.wait(tc.REPORT_DELAY)
         b.quiet()
 
     def test_without_an_answer_of_the_broker_in_time_nothing_is_started(self):
@@ -3666,11 +3666,11 @@ class WorkerTest(unittest.TestCase):
         b.answer(patience=6)  # so the lease ends at 2 + 4
         b.wait(2.0)
         self.give(1)
-        self.assertEqual(self.worker.start_until(), 6.0)
+        self.assertEqual(self.worker.start_deadline(), 6.0)
         b.wait(6.0 - b.now)
         self.assertFalse(b.may_start())
         b.answer(self.worker.session.number)  # to the greeting at 6
-        self.assertEqual(self.worker.start_until(), 10.0)
+        self.assertEqual(self.worker.start_deadline(), 10.0)
 
     def test_a_lease_begins_with_the_greeting_that_is_answered(self):
         """Not with one sent later, although its answer has not come either."""
@@ -3707,7 +3707,7 @@ class WorkerTest(unittest.TestCase):
         jobs = [b.effect(tc.Start).job for _ in range(3)]
         b.hear("WHO")
         self.assertFalse(b.may_start())
-        self.worker.finished(jobs[0], ending(), b.now)
+        self.worker.finished(jobs[0], exit_record(), b.now)
         b.hear('CANCEL {"tasks":[[3,1]]}', "r")
         self.assertFalse(b.may_start())
         self.assertEqual(b.effect(tc.Kill), tc.Kill(jobs[2], False))
@@ -3723,7 +3723,7 @@ class WorkerTest(unittest.TestCase):
         b = self.bench
         self.give(1)
         job = b.effect(tc.Start).job
-        how = ending(0, b"x" * (tc.INLINE + 1))
+        how = exit_record(0, b"x" * (tc.INLINE + 1))
         how.output.read = mock.Mock(side_effect=OSError(5, "Input/output error"))
         self.worker.finished(job, how, b.now)
         b.collect()
@@ -3734,10 +3734,10 @@ class WorkerTest(unittest.TestCase):
         b.quiet()
         self.assertIsNone(how.output.data)
         self.give(2, cut=7)  # a plain client's, who cannot fetch
-        how = ending(0, b"x" * (tc.INLINE + 1))
+        how = exit_record(0, b"x" * (tc.INLINE + 1))
         how.output.read = mock.Mock(side_effect=OSError(5, "Input/output error"))
         self.worker.finished(b.effect(tc.Start).job, how, b.now)
-        b.wait(tc.NEWS_DELAY)
+        b.wait(tc.REPORT_DELAY)
         b.expect("QUEUED")
         b.expect("RESULT", id=2, exitcode=tc.NOT_RUN, stdout="")
 
@@ -3753,7 +3753,7 @@ class WorkerTest(unittest.TestCase):
         b.begin(jobs[1])  # we were not told in time
         b.quiet()
         b.handed_back(jobs[2])
-        b.expect("LOST", tasks=[[3, 1]], fault="", why=tc.HANDED_BACK)
+        b.expect("LOST", tasks=[[3, 1]], fault="", why=tc.RECALLED)
         b.quiet()
 
     def test_cancel_of_what_has_not_been_started(self):
@@ -3768,7 +3768,7 @@ class WorkerTest(unittest.TestCase):
         b.handed_back(job)
         b.expect("LOST", tasks=[[1, 1]], why="cancelled", fault="")
         b.quiet()
-        self.assertFalse(self.worker.jobs or self.worker.kills)
+        self.assertFalse(self.worker.jobs or self.worker.kill_at)
 
     def test_cancel_kills_first_gently_then_hard_and_ends_with_lost(self):
         b = self.bench
@@ -3782,7 +3782,7 @@ class WorkerTest(unittest.TestCase):
         b.wait(0.2)
         self.assertEqual(b.effect(tc.Kill), tc.Kill(job, True))
         b.lines.clear()
-        self.worker.finished(job, ending(143), b.now)
+        self.worker.finished(job, exit_record(143), b.now)
         b.collect()
         b.expect("LOST", tasks=[[1, 1]])
         b.quiet()
@@ -3851,7 +3851,7 @@ class WorkerTest(unittest.TestCase):
             b = Bench(machine)
             b.hear('OK {"join":1,"above":["b0"],"patience":6}')
             b.hear('{"cmd":"true","id":1,"attempt":1}', "r1")
-            b.wait(tc.NEWS_DELAY)
+            b.wait(tc.REPORT_DELAY)
             b.lines.clear()
             b.effects.clear()
             machine.paused(0.4, 0.4)  # too short for anything
@@ -3909,8 +3909,8 @@ class WorkerTest(unittest.TestCase):
         output.write(b"x" * (tc.INLINE + 1))
         job, other = b.effect(tc.Start).job, b.effect(tc.Start).job
         b.lines.clear()
-        self.worker.finished(job, ending(0)._replace(output=output), 1.0)
-        self.worker.finished(other, ending(0, b"\0" * tc.PLAIN_INLINE * 2), 1.0)
+        self.worker.finished(job, exit_record(0)._replace(output=output), 1.0)
+        self.worker.finished(other, exit_record(0, b"\0" * tc.PLAIN_INLINE * 2), 1.0)
         self.worker.settle()
         frames, _ = self.worker.take()
         self.assertLess(max(len(frame.body) for frame in frames), tc.MAX_FRAME)
@@ -3939,11 +3939,11 @@ class WorkerTest(unittest.TestCase):
         jobs = [b.effect(tc.Start).job, b.effect(tc.Start).job]
         b.lines.clear()
         self.worker.disconnected(BROKER, b"", b.now)
-        self.worker.finished(jobs[0], ending(), b.now)
+        self.worker.finished(jobs[0], exit_record(), b.now)
         self.worker.connected(BROKER, b.now)
         b.collect()
         b.expect("READY", join=2, running=[["r", 2, 1]], held=[["r", 1, 1]])
-        self.worker.finished(jobs[1], ending(), b.now)
+        self.worker.finished(jobs[1], exit_record(), b.now)
         b.collect()
         b.quiet()
         b.hear('OK {"join":2}')
@@ -3956,7 +3956,7 @@ class WorkerTest(unittest.TestCase):
         self.give(1)
         job = b.effect(tc.Start).job
         b.lines.clear()
-        self.worker.finished(job, ending(0, data), 1.0)
+        self.worker.finished(job, exit_record(0, data), 1.0)
         b.collect()
         result = b.expect("RESULT", size=len(data))
         self.assertNotIn("stdout", result)
@@ -3970,7 +3970,7 @@ class WorkerTest(unittest.TestCase):
         self.give(1, cut=100)
         job = b.effect(tc.Start).job
         b.lines.clear()
-        self.worker.finished(job, ending(0, b"x" * 1000), 1.0)
+        self.worker.finished(job, exit_record(0, b"x" * 1000), 1.0)
         b.collect()
         b.expect("RESULT", size=1000, stdout="x" * 100)
 
@@ -3995,7 +3995,7 @@ class WorkerTest(unittest.TestCase):
         b.wait(2.0)
         self.assertEqual(b.effect(tc.Kill), tc.Kill(job, True))
         b.lines.clear()
-        self.worker.finished(job, ending(137, b"so far", signal=9, time=31_999), b.now)
+        self.worker.finished(job, exit_record(137, b"so far", signal=9, time=31_999), b.now)
         b.collect()
         got = b.expect("RESULT", id=1, exitcode=tc.TIMED_OUT, signal=None, stdout="so far")
         self.assertIn("after 30 seconds", got["reason"])
@@ -4009,7 +4009,7 @@ class WorkerTest(unittest.TestCase):
         b.wait(1.0)
         b.effect(tc.Kill)
         b.lines.clear()
-        self.worker.finished(job, ending(3, b"out", time=999.9), b.now)
+        self.worker.finished(job, exit_record(3, b"out", time=999.9), b.now)
         b.collect()
         b.expect("RESULT", id=1, exitcode=3, reason=None)
 
@@ -4022,7 +4022,7 @@ class WorkerTest(unittest.TestCase):
         b.effect(tc.Kill)
         b.hear('CANCEL {"tasks":[[1,1]]}', "r")
         b.lines.clear()
-        self.worker.finished(job, ending(143), b.now)
+        self.worker.finished(job, exit_record(143), b.now)
         b.collect()
         b.expect("LOST", tasks=[[1, 1]], why="cancelled")
         b.quiet()
@@ -4035,15 +4035,15 @@ class WorkerTest(unittest.TestCase):
             b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c"}), "run")
         jobs = [b.effect(tc.Start).job for _ in range(3)]
         b.begin(jobs[0])
-        b.wait(tc.NEWS_DELAY)
+        b.wait(tc.REPORT_DELAY)
         b.lines.clear()
         worker.stop(143, b.now)
         b.collect()
         b.expect("READY", slots=0)
         self.assertEqual([b.effect(tc.Recall).job for _ in range(2)], jobs[1:])
         b.handed_back(jobs[2])
-        b.expect("LOST", tasks=[[3, 1]], why=tc.HANDED_BACK)
-        worker.finished(jobs[0], ending(0), b.now)
+        b.expect("LOST", tasks=[[3, 1]], why=tc.RECALLED)
+        worker.finished(jobs[0], exit_record(0), b.now)
         b.collect()
         b.expect("RESULT", id=1, exitcode=0)
         b.hear('DONE {"tasks":[[1,1]]}', "run")
@@ -4054,9 +4054,9 @@ class WorkerTest(unittest.TestCase):
         b.wait(1.1)
         b.effect(tc.Kill)
         b.lines.clear()
-        worker.finished(jobs[1], ending(143), b.now)
+        worker.finished(jobs[1], exit_record(143), b.now)
         b.collect()
-        b.expect("LOST", tasks=[[2, 1]], why=tc.LEAVING)
+        b.expect("LOST", tasks=[[2, 1]], why=tc.WORKER_STOPPED)
         b.expect("BYE")
         self.assertEqual(b.effect(tc.Exit).status, 143)
 
@@ -4065,7 +4065,7 @@ class WorkerTest(unittest.TestCase):
         self.give(1)
         b.lines.clear()
         job = b.effect(tc.Start).job
-        self.worker.finished(job, ending(126, reason="no room", unable=True), b.now)
+        self.worker.finished(job, exit_record(126, reason="no room", requeue=True), b.now)
         b.collect()
         b.expect("LOST", tasks=[[1, 1]], why="no room", fault=tc.SPAWN)
         b.quiet()
@@ -4081,9 +4081,9 @@ class WorkerTest(unittest.TestCase):
         b.expect("READY", slots=0)
         self.assertEqual([b.effect(tc.Kill).job for _ in range(3)], jobs)
         b.handed_back(jobs[2])
-        b.expect("LOST", tasks=[[3, 1]], why=tc.LEAVING)
+        b.expect("LOST", tasks=[[3, 1]], why=tc.WORKER_STOPPED)
         for job in jobs[:2]:
-            self.worker.finished(job, ending(143), b.now)
+            self.worker.finished(job, exit_record(143), b.now)
         b.collect()
         self.assertEqual([verb for _, verb, _ in b.lines], ["LOST", "LOST", "BYE"])
         self.assertEqual(b.effect(tc.Exit).status, 143)
@@ -4126,8 +4126,8 @@ class RunnerTest(unittest.TestCase):
 
     def note(self, runner):
         with self.ended:
-            for job, what in runner.take_news():
-                if isinstance(what, tc.Ending):
+            for job, what in runner.take_events():
+                if isinstance(what, tc.ExitRecord):
                     self.addCleanup(what.output.close)
                     self.endings[job.key] = what
                 elif isinstance(what, tc.Output):
@@ -4142,8 +4142,8 @@ class RunnerTest(unittest.TestCase):
         return job
 
     def start_job(self, job):
-        self.runner.start(job)
-        self.runner.go_on(math.inf)
+        self.runner.enqueue(job)
+        self.runner.start_jobs(math.inf)
 
     def result(self, job):
         with self.ended:
@@ -4152,8 +4152,8 @@ class RunnerTest(unittest.TestCase):
         return self.endings[job.key]
 
     def run_one(self, cmd, cwd=None):
-        ending = self.result(self.start(cmd, cwd))
-        return ending.exitcode, ending.output.read(0, ending.output.size)
+        exit_record = self.result(self.start(cmd, cwd))
+        return exit_record.exitcode, exit_record.output.read(0, exit_record.output.size)
 
     def wait_for_file(self, name):
         path, end = os.path.join(self.dir, name), time.monotonic() + PATIENCE
@@ -4176,11 +4176,11 @@ class RunnerTest(unittest.TestCase):
         script = ("printf out; sleep 0.05; printf err >&2; sleep 0.05; printf more; "
                   "seq 3000 >&2; exit 3")
         for limit, cut in ((0, b""), (8, b"\n[testcloud: output cut after 8 of 13903 bytes]\n")):
-            ending = self.result(self.start(script + f" # {limit}", split=True, limit=limit))
-            self.assertEqual(ending.exitcode, 3)
-            found, rest = {1: b"", 2: b""}, ending.output.read(0, 10**6)
+            exit_record = self.result(self.start(script + f" # {limit}", split=True, limit=limit))
+            self.assertEqual(exit_record.exitcode, 3)
+            found, rest = {1: b"", 2: b""}, exit_record.output.read(0, 10**6)
             while rest:
-                stream, size = tc.PIECE.unpack_from(rest)
+                stream, size = tc.PIECE_HEADER.unpack_from(rest)
                 found[stream] += rest[5:5 + size]
                 self.assertGreaterEqual(len(rest), 5 + size)
                 rest = rest[5 + size:]
@@ -4197,11 +4197,11 @@ class RunnerTest(unittest.TestCase):
             runner = self.new_runner(1, "w")
         job = tc.Job(("r", 1, 1), {"cmd": "echo $A $B $C $TESTCLOUD_RUN", "env": {
             "A": "x y", "C": "\udcff", "TESTCLOUD_RUN": "forged"}})
-        runner.start(job)
-        runner.go_on(math.inf)
-        ending = self.result(job)
-        self.assertEqual(ending.output.read(0, 99), b"x y kept \xff r\n")
-        self.assertEqual(ending.slot, 1)
+        runner.enqueue(job)
+        runner.start_jobs(math.inf)
+        exit_record = self.result(job)
+        self.assertEqual(exit_record.output.read(0, 99), b"x y kept \xff r\n")
+        self.assertEqual(exit_record.slot, 1)
 
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_commands_may_be_given_less_priority_than_we_have(self):
@@ -4209,8 +4209,8 @@ class RunnerTest(unittest.TestCase):
         runner = tc.Runner(2, lambda: self.note(runner), nice=3)
         self.addCleanup(runner.close)
         job = tc.Job(("r", 1, 1), {"cmd": "nice"})
-        runner.start(job)
-        runner.go_on(math.inf)
+        runner.enqueue(job)
+        runner.start_jobs(math.inf)
         self.assertEqual(self.result(job).output.read(0, 99), b"%d\n" % (ours + 3))
         self.assertEqual(os.getpriority(os.PRIO_PROCESS, 0), ours)
 
@@ -4228,8 +4228,8 @@ class RunnerTest(unittest.TestCase):
     def test_what_a_command_prints_at_once_is_told_before_its_end(self):
         job = tc.Job(("r", 1, 1), {"cmd": "echo one; read x < fifo", "cwd": self.dir})
         os.mkfifo(os.path.join(self.dir, "fifo"))
-        job.asked = 0
-        with mock.patch.object(tc, "QUICK", 0.5):
+        job.live_from = 0
+        with mock.patch.object(tc, "SHORT_COMMAND", 0.5):
             self.start_job(job)
             with self.ended:
                 self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
@@ -4241,9 +4241,9 @@ class RunnerTest(unittest.TestCase):
         self.runner = self.new_runner(1)
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 0.05; echo one; read x < fifo", "cwd": self.dir})
         os.mkfifo(os.path.join(self.dir, "fifo"))
-        job.asked = 0
-        self.runner.start(job)
-        for n in range(tc.SHORT_LINE):  # others wait: that is no reason to wait for their news
+        job.live_from = 0
+        self.runner.enqueue(job)
+        for n in range(tc.LOW_WATER):  # others wait: that is no reason to wait for their news
             self.start(f"true {n}")
         with self.ended:
             self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
@@ -4258,17 +4258,17 @@ class RunnerTest(unittest.TestCase):
             self.start(f"echo > {self.dir}/{n}; while [ ! -e {self.dir}/end ]; do sleep 0.01; done")
         waiting = self.start(f"touch {self.dir}/never")
         self.wait_for_file("1")
-        self.assertEqual(len(self.runner.todo), 3)
+        self.assertEqual(len(self.runner.waiting), 3)
         self.assertTrue(self.runner.recall(waiting))
         how = self.result(waiting)
-        self.assertEqual((how.unable, how.reason), (True, tc.HANDED_BACK))
-        self.runner.kill(next(iter(self.runner.todo.values())), False)  # the third
+        self.assertEqual((how.requeue, how.reason), (True, tc.RECALLED))
+        self.runner.kill(next(iter(self.runner.waiting.values())), False)  # the third
         open(f"{self.dir}/end", "w").close()
         self.wait_for_file("3")
         with self.ended:
             self.assertTrue(self.ended.wait_for(lambda: len(self.endings) == 5, PATIENCE))
         self.assertEqual(sorted(os.listdir(self.dir)), ["0", "1", "3", "end"])
-        self.assertEqual(sum(how.unable for how in self.endings.values()), 2)
+        self.assertEqual(sum(how.requeue for how in self.endings.values()), 2)
 
     def test_nothing_is_started_without_leave(self):
         """If we were stopped since it was given, our loop must look at the clock first."""
@@ -4276,21 +4276,21 @@ class RunnerTest(unittest.TestCase):
         first = self.start("true")
         self.result(first)  # a thread is there, and waits
         late = self.start(f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done; rm {self.dir}/end")
-        while self.runner.todo:
+        while self.runner.waiting:
             time.sleep(0.001)
         self.runner.slots = 1  # no more threads
-        self.runner.start(jobs[0])
-        self.runner.go_on(-math.inf)
+        self.runner.enqueue(jobs[0])
+        self.runner.start_jobs(-math.inf)
         open(f"{self.dir}/end", "w").close()
         self.result(late)  # and its thread takes no other
         while self.runner.idle < len(self.runner.threads):
             time.sleep(0.001)
         for job in jobs:
-            self.runner.start(job)
-            self.runner.go_on(time.monotonic() - 0.001)
+            self.runner.enqueue(job)
+            self.runner.start_jobs(time.monotonic() - 0.001)
         self.assertFalse(self.runner.recall(first))
-        self.assertEqual((os.listdir(self.dir), list(self.runner.todo)), ([], [j.key for j in jobs]))
-        self.runner.go_on(time.monotonic() + PATIENCE)
+        self.assertEqual((os.listdir(self.dir), list(self.runner.waiting)), ([], [j.key for j in jobs]))
+        self.runner.start_jobs(time.monotonic() + PATIENCE)
         for job in jobs:
             self.assertEqual(self.result(job).exitcode, 0)
 
@@ -4302,9 +4302,9 @@ class RunnerTest(unittest.TestCase):
             self.assertTrue(self.ended.wait_for(lambda: slow.key in self.began, PATIENCE))
         jobs = [self.start(f"true {n}") for n in range(9)]
         self.runner.recall(jobs[-1])
-        self.assertEqual(self.result(jobs[-1]).reason, tc.HANDED_BACK)
+        self.assertEqual(self.result(jobs[-1]).reason, tc.RECALLED)
         self.runner.kill(jobs[-2], True)
-        self.assertEqual(self.result(jobs[-2]).reason, tc.HANDED_BACK)
+        self.assertEqual(self.result(jobs[-2]).reason, tc.RECALLED)
         self.assertNotIn(slow.key, self.endings)
         open(f"{self.dir}/end", "w").close()
 
@@ -4312,12 +4312,12 @@ class RunnerTest(unittest.TestCase):
         self.result(self.start("true"))
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         calls = []
-        with mock.patch.object(self.runner, "call_loop", side_effect=lambda: calls.append(1)):
-            self.runner.start(job)
+        with mock.patch.object(self.runner, "wake_loop", side_effect=lambda: calls.append(1)):
+            self.runner.enqueue(job)
             with self.runner.lock:
-                self.runner.start_until = -math.inf
+                self.runner.start_deadline = -math.inf
                 self.runner.idle -= 1
-            self.runner.bell.put(None)
+            self.runner.semaphore.put(None)
             end = time.monotonic() + PATIENCE
             while not calls and time.monotonic() < end:
                 time.sleep(0.001)
@@ -4336,7 +4336,7 @@ class RunnerTest(unittest.TestCase):
             jobs = [self.start(f"true {n}") for n in range(9)]
             end = time.monotonic() + PATIENCE
             while jobs[0].key not in self.endings and time.monotonic() < end:
-                self.runner.go_on(math.inf)  # as its loop does
+                self.runner.start_jobs(math.inf)  # as its loop does
             self.assertIn(jobs[0].key, self.endings)
             hold.set()
             for job in jobs:
@@ -4348,15 +4348,15 @@ class RunnerTest(unittest.TestCase):
         self.runner = self.new_runner(1)
         began = time.monotonic()
         for _ in range(20):
-            self.runner.start(tc.Job(("r", len(self.runner.todo), 1), {"cmd": "true"}))
+            self.runner.enqueue(tc.Job(("r", len(self.runner.waiting), 1), {"cmd": "true"}))
         slow = tc.Job(("r", 20, 1), {"cmd": f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done"})
-        self.runner.start(slow)
-        for n in range(21, 21 + tc.SHORT_LINE):
-            self.runner.start(tc.Job(("r", n, 1), {"cmd": "true"}))
+        self.runner.enqueue(slow)
+        for n in range(21, 21 + tc.LOW_WATER):
+            self.runner.enqueue(tc.Job(("r", n, 1), {"cmd": "true"}))
         delay = 0.5  # far longer than a short command takes
         with mock.patch.object(self, "note", side_effect=self.note) as calls, \
-                mock.patch.object(tc, "NEWS_DELAY", delay):
-            self.runner.go_on(math.inf)
+                mock.patch.object(tc, "REPORT_DELAY", delay):
+            self.runner.start_jobs(math.inf)
             with self.ended:
                 self.assertTrue(self.ended.wait_for(lambda: slow.key in self.began, PATIENCE))
                 self.assertEqual(len(self.endings), 20)
@@ -4372,17 +4372,17 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(self.runner, "start_shell", side_effect=error):
             self.start_job(job)
             how = self.result(job)
-        self.assertFalse(how.unable)
+        self.assertFalse(how.requeue)
         self.assertIn("cannot enter directory", how.reason)
 
     def test_what_cannot_be_started_in_time_is_not_started_later(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         error = BlockingIOError(errno.EAGAIN, "no process")
         with mock.patch.object(self.runner, "start_shell", side_effect=error) as tries:
-            self.runner.start(job)
-            self.runner.go_on(time.monotonic() + 0.1)
+            self.runner.enqueue(job)
+            self.runner.start_jobs(time.monotonic() + 0.1)
             how = self.result(job)
-        self.assertEqual((how.unable, how.reason), (True, "cannot start it: no process"))
+        self.assertEqual((how.requeue, how.reason), (True, "cannot start it: no process"))
         self.assertLess(tries.call_count, len(tc.SPAWN_DELAYS))
 
     def test_who_has_ended_is_not_signalled(self):
@@ -4392,7 +4392,7 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(tc.os, "killpg") as killpg, mock.patch.object(tc.os, "kill") as kill:
             for hard in (False, True):
                 self.runner.kill(job, hard)
-        self.assertFalse(killpg.called or kill.called or self.runner.killed)
+        self.assertFalse(killpg.called or kill.called or self.runner.kill_requests)
 
     def test_output_and_exit_code(self):
         self.assertEqual(self.run_one("echo out; echo err >&2; echo out; exit 3"),
@@ -4465,14 +4465,14 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.result(job).signal, signal.SIGTERM)
 
     def test_killed_by_a_signal(self):
-        ending = self.result(self.start("kill -9 $$"))
-        self.assertEqual((ending.exitcode, ending.signal), (137, 9))
+        exit_record = self.result(self.start("kill -9 $$"))
+        self.assertEqual((exit_record.exitcode, exit_record.signal), (137, 9))
 
     def test_killed_for_want_of_memory(self):
         def told(cmd):
-            ending = self.result(self.start(cmd))
-            self.assertEqual(ending.exitcode, 137)
-            return ending.reason == tc.OUT_OF_MEMORY
+            exit_record = self.result(self.start(cmd))
+            self.assertEqual(exit_record.exitcode, 137)
+            return exit_record.reason == tc.OUT_OF_MEMORY
         kills = [3]
         with mock.patch.object(tc, "oom_kills", lambda: kills[0]):
             self.runner = self.new_runner(2)
@@ -4509,24 +4509,24 @@ class RunnerTest(unittest.TestCase):
         self.assertTrue(self.run_one("-x 2> /dev/null; echo $0")[1].endswith(b"/bin/sh\n"))
 
     def test_time_is_in_milliseconds(self):
-        ending = self.result(self.start("sleep 0.2"))
-        self.assertGreater(ending.time, 200)
-        self.assertLess(abs(ending.started - time.time()), 3600)
+        exit_record = self.result(self.start("sleep 0.2"))
+        self.assertGreater(exit_record.time, 200)
+        self.assertLess(abs(exit_record.started - time.time()), 3600)
 
     def test_large_output_is_whole(self):
         code, data = self.run_one("head -c 3000000 /dev/zero | tr '\\0' x; echo end")
         self.assertEqual((code, len(data), data[-5:]), (0, 3000004, b"xend\n"))
 
     def test_what_cannot_be_started_fails_with_a_reason(self):
-        ending = self.result(self.start("true", "/no/such/dir"))
-        self.assertEqual(ending.exitcode, tc.NOT_RUN)
-        self.assertIn("/no/such/dir", ending.reason)
-        ending = self.result(self.start("echo a\0b"))
-        self.assertEqual(ending.exitcode, tc.NOT_RUN)
-        self.assertIn("null byte", ending.reason)
-        ending = self.result(self.start("true " + "x" * 5_000_000))
-        self.assertEqual(ending.exitcode, tc.NOT_RUN)
-        self.assertIn("too long", ending.reason)
+        exit_record = self.result(self.start("true", "/no/such/dir"))
+        self.assertEqual(exit_record.exitcode, tc.NOT_RUN)
+        self.assertIn("/no/such/dir", exit_record.reason)
+        exit_record = self.result(self.start("echo a\0b"))
+        self.assertEqual(exit_record.exitcode, tc.NOT_RUN)
+        self.assertIn("null byte", exit_record.reason)
+        exit_record = self.result(self.start("true " + "x" * 5_000_000))
+        self.assertEqual(exit_record.exitcode, tc.NOT_RUN)
+        self.assertIn("too long", exit_record.reason)
 
     def test_a_command_ends_with_its_leader(self):
         began = time.monotonic()
@@ -4539,14 +4539,14 @@ class RunnerTest(unittest.TestCase):
         """As of `exec > >(tee log)`: into our pipe, and elsewhere."""
         helper = f"(sleep 0.02; echo late; echo late > {self.dir}/log) & echo done"
         for split in (False, True):
-            with mock.patch.object(tc, "DRAIN_TIME", PATIENCE):
-                ending = self.result(self.start(helper, split=split))
-            self.assertRegex(ending.output.read(0, 99), rb"(?s)done\n.*late\n")
+            with mock.patch.object(tc, "OUTPUT_GRACE", PATIENCE):
+                exit_record = self.result(self.start(helper, split=split))
+            self.assertRegex(exit_record.output.read(0, 99), rb"(?s)done\n.*late\n")
             self.assertEqual(self.wait_for_file("log"), "late")
             os.unlink(os.path.join(self.dir, "log"))
 
     def test_who_has_closed_our_pipe_is_not_waited_for(self):
-        with mock.patch.object(tc, "DRAIN_TIME", 2 * PATIENCE):
+        with mock.patch.object(tc, "OUTPUT_GRACE", 2 * PATIENCE):
             for wait in ("", "sleep 0.05; "):
                 code, data = self.run_one(
                     f"sleep 1000 > {self.dir}/log 2>&1 & echo $! > {self.dir}/pid; {wait}echo done")
@@ -4584,9 +4584,9 @@ class RunnerTest(unittest.TestCase):
                          f"while :; do sleep 0.01; done'; true")
         self.wait_for_file("a")
         self.runner.kill(job, False)
-        ending = self.result(job)
-        self.assertEqual(ending.signal, signal.SIGTERM)
-        self.assertTrue(ending.output.read(0, 99).endswith(b"clean\n"))
+        exit_record = self.result(job)
+        self.assertEqual(exit_record.signal, signal.SIGTERM)
+        self.assertTrue(exit_record.output.read(0, 99).endswith(b"clean\n"))
         job = self.start(f"sh -c 'trap \"\" TERM; echo $$ > {self.dir}/b; sleep 1000'; true")
         stubborn = self.wait_for_file("b")
         self.runner.kill(job, False)
@@ -4618,7 +4618,7 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(self.runner, "start_shell", start_shell):
             self.start_job(job)
             self.assertEqual(self.result(job).signal, signal.SIGKILL)
-        self.assertFalse(self.runner.killed)
+        self.assertFalse(self.runner.kill_requests)
 
     def test_close_kills_what_runs(self):
         self.start(f"echo $$ > {self.dir}/pid; sleep 1000")
@@ -4643,11 +4643,11 @@ class RunnerTest(unittest.TestCase):
 
     def test_without_threads_commands_are_handed_back(self):
         with mock.patch.object(tc.threading.Thread, "start", side_effect=RuntimeError("can't start")):
-            self.assertTrue(self.result(self.start("true")).unable)
+            self.assertTrue(self.result(self.start("true")).requeue)
         self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
 
     def test_what_was_written_before_the_end_is_read_however_late(self):
-        with mock.patch.object(tc, "DRAIN_TIME", -1):  # as if we had been stopped meanwhile
+        with mock.patch.object(tc, "OUTPUT_GRACE", -1):  # as if we had been stopped meanwhile
             for size in (1, 60000):
                 self.assertEqual(self.run_one(f"head -c {size} /dev/zero"), (0, b"\0" * size))
 
@@ -4658,10 +4658,10 @@ class RunnerTest(unittest.TestCase):
                     raise OSError(28, "No space left on device")
                 os.pwrite(file.fileno(), data, offset)
             with mock.patch.object(tc, "write_all", room):
-                ending = self.result(self.start(f"head -c 300000 /dev/zero; true {limit}"))
-            self.assertEqual(ending.exitcode, tc.NOT_RUN)
-            self.assertIn("No space left", ending.reason)
-            output = ending.output
+                exit_record = self.result(self.start(f"head -c 300000 /dev/zero; true {limit}"))
+            self.assertEqual(exit_record.exitcode, tc.NOT_RUN)
+            self.assertIn("No space left", exit_record.reason)
+            output = exit_record.output
             self.assertEqual(len(output.read(0, 10**9)), output.size)
             self.assertLessEqual(output.size, max(limit, tc.INLINE))
 
@@ -4683,15 +4683,15 @@ class RunnerTest(unittest.TestCase):
                 raise OSError(number, os.strerror(number))
             with mock.patch.object(self.runner, "start_shell", start_shell), \
                     mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
-                ending = self.result(self.start(f"echo {number}"))
-            self.assertTrue(ending.unable)
-            self.assertIn(os.strerror(number), ending.reason)
+                exit_record = self.result(self.start(f"echo {number}"))
+            self.assertTrue(exit_record.requeue)
+            self.assertIn(os.strerror(number), exit_record.reason)
 
     def test_a_limited_output_is_cut_with_a_mark_but_read_to_its_end(self):
         for limit, size in ((10, 1000), (70000, 300000)):
-            ending = self.result(self.start(
+            exit_record = self.result(self.start(
                 f"head -c {size} /dev/zero; touch {self.dir}/ended", limit=limit))
-            output = ending.output.read(0, ending.output.size)
+            output = exit_record.output.read(0, exit_record.output.size)
             self.assertEqual(output, b"\0" * limit + tc.cut_mark(limit, size).encode())
             self.assertTrue(os.path.exists(f"{self.dir}/ended"))
 
@@ -5037,7 +5037,7 @@ class ClientTest(unittest.TestCase):
         self.join()
         self.add("a", "b", "c", end=True)
         b.lines.clear()
-        split = tc.PIECE.pack(1, 2) + b"o\0" + tc.PIECE.pack(2, 3) + b"err"
+        split = tc.PIECE_HEADER.pack(1, 2) + b"o\0" + tc.PIECE_HEADER.pack(2, 3) + b"err"
         self.client.room = tc.TRY_OUTPUT + 9
         for id, attempt, more, size, output in (
                 (1, 1, {"stdout": "☃" * 3000}, 9000, "☃" * (tc.TRY_OUTPUT // 3)),
@@ -6093,7 +6093,7 @@ class ReportingTest(unittest.TestCase):
         self.assertEqual(out.getvalue(), b"a\t123456\na\t7\n")
 
     def pieces(self, *rows):
-        return b"".join(tc.PIECE.pack(stream, len(data)) + data for stream, data in rows)
+        return b"".join(tc.PIECE_HEADER.pack(stream, len(data)) + data for stream, data in rows)
 
     def test_raw_outputs(self):
         out, err = io.BytesIO(), io.BytesIO()
@@ -7930,7 +7930,7 @@ class KeysTest(unittest.TestCase):
         self.cloud.worker(self.broker, "--key", self.path)
         place = tc.split_tcp(self.broker.clients)
         strangers, r = [], random.Random(5)
-        limit = tc.raise_limit()
+        limit = tc.raise_file_limit()
 
         def come(words=b""):
             stranger = socket.create_connection(place)
@@ -10398,7 +10398,7 @@ class Chaos:
         got = Counter(re.findall(r"^((?:OK!|FAIL\(\d+\)) .*) ⌚[\d.]+ ?m?s$", self.out, re.M))
         found += [f"not reported: {line}" for line in wanted - got]
         found += [f"should not be reported: {line}" for line in got - wanted]
-        hash = naive_hash([(cmd.encode(), *ending) for cmd, ending in self.commands.items()])
+        hash = naive_hash([(cmd.encode(), *exit_record) for cmd, exit_record in self.commands.items()])
         end = rf"^Ran {count} commands in ⌚[\d.]+ ?(min \d+ )?s, result hash is {hash}$"
         if not re.search(end, self.out, re.M):
             found.append(f"the transcript ends with {self.out[-200:]!r}")
@@ -10951,7 +10951,7 @@ class Speed:
         """A real broker between dummies in this process, that answer at once."""
         for workers in (1, 10, 200, 2000):
             broker = self.cloud.broker()
-            if workers > tc.raise_limit() // 4:
+            if workers > tc.raise_file_limit() // 4:
                 return
             dummies, count = Dummies(self.cloud, broker, workers), 20 * self.commands
             before = cpu_ticks(broker.pid)
@@ -10962,7 +10962,7 @@ class Speed:
 
     def idle_workers(self):
         broker = self.cloud.broker()
-        raised = tc.raise_limit()
+        raised = tc.raise_file_limit()
         count = min(2000, raised // 4)
         dummies = Dummies(self.cloud, broker, count)
         dummies.rest(2.5)  # they have all been heard again

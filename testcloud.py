@@ -204,10 +204,10 @@ MAX_PASSED_OVER = 16  # workers better than those that may have a task: then the
 RETRY_LINES = 64  # lines of a client's retries, that are looked at in turn: each may wait for another host
 SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
 OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
-NEWS_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
+REPORT_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
 DONE_DELAY: Seconds = 0.05  # in which DONEs gather
 MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
-DRAIN_TIME: Seconds = 0.1  # how long output may trail the exit of its command's leader, and its kill
+OUTPUT_GRACE: Seconds = 0.1  # how long output may trail the exit of its command's leader, and its kill
 FINAL_WRITE_TIME: Seconds = 1.0  # for the transcript of an interrupted client to be written
 RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
 NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
@@ -2633,7 +2633,7 @@ class Broker(Machine):
     def on_recall(self, message: Message) -> None:
         for task in self.asked_for(message, message.fields["tasks"]):
             if task.state == WAITING:
-                self.lose(task, HANDED_BACK, told=True)
+                self.lose(task, RECALLED, told=True)
             elif task.state in BUSY:
                 self.instruct([("RECALL", task)])
 
@@ -2706,13 +2706,13 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 
 NOT_RUN = 126  # exit code of a command that could not be started, as of sh
 TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
-RELIEF = 0.9  # of --max-load: below it all is well again, lest it change with every look
-LEAVING = "its worker was stopped"
-HANDED_BACK = "it waited for a slot"
+LOAD_HYSTERESIS = 0.9  # of --max-load: below it all is well again, lest it change with every look
+WORKER_STOPPED = "its worker was stopped"
+RECALLED = "it waited for a slot"
 
 
 class Start(NamedTuple):
-    """Effect: run this command, after those before it, while start_until() allows."""
+    """Effect: run this command, after those before it, while start_deadline() allows."""
 
     job: Job
 
@@ -2730,7 +2730,7 @@ class Kill(NamedTuple):
     hard: bool
 
 
-PIECE = struct.Struct("!BI")  # before each piece of a split output: 1 or 2, its stream, and its size
+PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: 1 or 2, its stream, and its size
 
 
 class Output:
@@ -2740,9 +2740,9 @@ class Output:
 
     def __init__(self, limit: int = 0, split: bool = False) -> None:
         self.limit = limit or sys.maxsize
-        self.split = split  # kept in pieces, each after a PIECE
+        self.split = split  # kept in pieces, each after a PIECE_HEADER
         self.kept = 0  # bytes of what the command printed
-        self.lost = 0  # those beyond the limit
+        self.dropped = 0  # those beyond the limit
         self.failure = ""  # why it could not be kept whole
         self.size = 0  # of what is safely kept, in all
         self.head = bytearray()  # all of it, until there is a file
@@ -2752,25 +2752,25 @@ class Output:
         """Keep this. If there is no room for it, `failure` says so from then on, and what was
         kept before stays."""
         room = max(0, self.limit - self.kept)
-        self.lost += max(0, len(data) - room)
+        self.dropped += max(0, len(data) - room)
         self.keep(data[:room], stream)
 
     def end(self) -> None:
         """Nothing more will be written: if something was cut off, say so at the end."""
-        if self.lost:
-            self.keep(to_bytes(cut_mark(self.kept, self.kept + self.lost)), 1)
+        if self.dropped:
+            self.keep(to_bytes(cut_mark(self.kept, self.kept + self.dropped)), 1)
 
     def keep(self, data: bytes, stream: int) -> None:
         try:
             if data and not self.failure:
-                self.append(PIECE.pack(stream, len(data)) + data if self.split else data)
+                self.append(PIECE_HEADER.pack(stream, len(data)) + data if self.split else data)
                 self.kept += len(data)
         except OSError as error:
             self.failure = error.strerror or "error"
 
     def append(self, data: bytes) -> None:
         if self.file is None and self.size + len(data) > INLINE:
-            file = spool()
+            file = open_spool()
             try:
                 write_all(file, bytes(self.head), 0)
             except OSError:
@@ -2808,18 +2808,18 @@ def write_all(file: IO[bytes], data: Any, offset: int) -> None:
         rest, offset = rest[done:], offset + done
 
 
-def spool() -> IO[bytes]:
+def open_spool() -> IO[bytes]:
     """An unlinked file, unbuffered: a full disk must show now, not when the result is read."""
     try:
         return tempfile.TemporaryFile(buffering=0)
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-    raise_limit()  # not before it must be: it changes what commands find
+    raise_file_limit()  # not before it must be: it changes what commands find
     return tempfile.TemporaryFile(buffering=0)
 
 
-class Ending(NamedTuple):
+class ExitRecord(NamedTuple):
     """How a command ended, as the Runner tells it."""
 
     exitcode: int
@@ -2829,19 +2829,19 @@ class Ending(NamedTuple):
     signal: int = 0  # that killed it
     reason: str = ""  # why it could not be run
     slot: int = 0  # that it ran in, from 1
-    unable: bool = False  # it was not started, and others may: we lack something, or handed it back
+    requeue: bool = False  # it was not started, and others may: we lack something, or handed it back
 
 
-def unable(why: str) -> Ending:
+def requeued(why: str) -> ExitRecord:
     """Of a command that was not started; others may."""
-    return Ending(NOT_RUN, 0.0, time.time(), Output(), reason=why, unable=True)
+    return ExitRecord(NOT_RUN, 0.0, time.time(), Output(), reason=why, requeue=True)
 
 
 class Job:
     """A command that the worker has accepted."""
 
-    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "env", "split", "state", "until",
-                 "killed", "cancelled", "ending", "output", "asked", "told")
+    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "env", "split", "state", "deadline",
+                 "killed", "cancelled", "record", "output", "live_from", "output_told")
 
     def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
@@ -2854,13 +2854,13 @@ class Job:
         self.env: Dict[str, str] = fields.get("env", {})
         self.split: bool = fields.get("split", False)
         self.state = WAITING  # for a slot, as far as we were told; then RUNNING, DELIVERED (held), GONE
-        self.until: Seconds = math.inf  # when its timeout is over
+        self.deadline: Seconds = math.inf  # when its timeout is over
         self.killed = False  # was told to end
         self.cancelled = ""  # why nobody wants its result
-        self.ending: Optional[Ending] = None  # in DELIVERED
+        self.record: Optional[ExitRecord] = None  # in DELIVERED
         self.output: Optional[Output] = None  # so far, while it runs
-        self.asked = -1  # from here on its client wants more of that; -1: it does not
-        self.told = False  # the Runner has told that there is more
+        self.live_from = -1  # from here on its client wants more of that; -1: it does not
+        self.output_told = False  # the Runner has told that there is more
 
 
 class Worker(SessionMachine):
@@ -2874,7 +2874,7 @@ class Worker(SessionMachine):
         self.user = user
         self.labels = sorted(labels)
         self.max_load = max_load  # from it on we take nothing more
-        self.resting = False  # so it is
+        self.overloaded = False  # so it is
         self.load = -1.0  # of this machine, if we were told
         self.drain = drain  # what running commands get when the worker is stopped
         self.name = name  # this incarnation
@@ -2885,14 +2885,14 @@ class Worker(SessionMachine):
         self.jobs: Dict[Key, Job] = {}
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to be told QUEUED
         self.ended: List[Job] = []  # to be told RESULT
-        self.news_until: Seconds = math.inf  # when to tell what was accepted, at the latest
-        self.kills: Dict[Job, Seconds] = {}  # when to kill jobs; if killed, to do it hard
+        self.report_at: Seconds = math.inf  # when to tell what was accepted, at the latest
+        self.kill_at: Dict[Job, Seconds] = {}  # when to kill jobs; if killed, to do it hard
         self.stopping: Optional[int] = None  # the exit status, once told to stop
         self.stop_at: Seconds = math.inf  # when to leave in any case
-        self.left = False
+        self.has_left = False
 
     def greeting(self, joining: bool) -> Fields:
-        slots = 0 if self.stopping is not None or self.resting else self.slots
+        slots = 0 if self.stopping is not None or self.overloaded else self.slots
         fields: Fields = {"name": self.name, "slots": slots, "weight": self.weight}
         if self.load >= 0:
             fields["load"] = round(self.load, 2)
@@ -2918,25 +2918,25 @@ class Worker(SessionMachine):
             for run, id, attempt in self.session.announced["running"]:
                 job = self.jobs.get((run, id, attempt))
                 if job is None or job.state == DELIVERED:  # it has ended meanwhile
-                    self.tell_standing((run, id, attempt))
+                    self.report_state((run, id, attempt))
 
     # --- commands
 
     def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
-        if self.news_until < math.inf:
-            self.tell_news()
+        if self.report_at < math.inf:
+            self.send_reports()
         super().pass_on(link, peer, token, line)
 
-    def tell_news(self) -> None:
+    def send_reports(self) -> None:
         """Say what waited for company. While we are not joined it is forgotten: READY tells."""
         accepted, ended, self.accepted, self.ended = self.accepted, self.ended, {}, []
-        self.news_until = math.inf
+        self.report_at = math.inf
         if self.session.joined:
             for run, tasks in accepted.items():
                 self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
             for job in ended:
                 if job.state == DELIVERED:
-                    self.tell_result(job)
+                    self.report_result(job)
 
     def on_command(self, message: Message) -> None:
         fields = message.fields
@@ -2946,62 +2946,62 @@ class Worker(SessionMachine):
         self.session.take_command()
         key = (message.token, fields["id"], fields["attempt"])
         if self.stopping is not None:
-            self.tell_lost(key, LEAVING)
+            self.report_lost(key, WORKER_STOPPED)
             return
         if key not in self.jobs:
             job = Job(key, fields)
             self.jobs[key] = job
             self.effects.append(Start(job))
-        self.tell_standing(key)
+        self.report_state(key)
 
-    def tell_standing(self, key: Key) -> None:
+    def report_state(self, key: Key) -> None:
         """Say how a command stands: QUEUED, RESULT, or LOST if we do not have it."""
         job = self.jobs.get(key)
         if job is None or job.cancelled:
-            self.tell_lost(key, "unknown to the worker")
+            self.report_lost(key, "unknown to the worker")
         elif job.state == DELIVERED:
-            self.tell_result(job)
+            self.report_result(job)
         else:
             self.accepted.setdefault(key[0], []).append([key[1], key[2]])
-            self.news_until = min(self.news_until, self.now + NEWS_DELAY)
+            self.report_at = min(self.report_at, self.now + REPORT_DELAY)
 
-    def tell_lost(self, key: Key, why: str, fault: str = "") -> None:
+    def report_lost(self, key: Key, why: str, fault: str = "") -> None:
         if self.session.joined:
             self.say(BROKER, b"", key[0], "LOST", {
                 "tasks": [[key[1], key[2]]], "why": why, "fault": fault, "worker": self.name})
 
-    def tell_result(self, job: Job) -> None:
+    def report_result(self, job: Job) -> None:
         run, id, attempt = job.key
-        ending = job.ending
-        assert ending is not None
-        fields = {"id": id, "attempt": attempt, "exitcode": ending.exitcode, "time": ending.time,
-                  "started": ending.started, "size": ending.output.size, "worker": self.name,
+        record = job.record
+        assert record is not None
+        fields = {"id": id, "attempt": attempt, "exitcode": record.exitcode, "time": record.time,
+                  "started": record.started, "size": record.output.size, "worker": self.name,
                   "host": self.host}
-        if ending.slot:
-            fields["slot"] = ending.slot
+        if record.slot:
+            fields["slot"] = record.slot
         if job.split:
             fields["split"] = True
-        if ending.signal:
-            fields["signal"] = ending.signal
-        if ending.reason:
-            fields.update(reason=ending.reason, ran=ending.time > 0)
-        if job.cut or ending.output.size <= INLINE:
+        if record.signal:
+            fields["signal"] = record.signal
+        if record.reason:
+            fields.update(reason=record.reason, ran=record.time > 0)
+        if job.cut or record.output.size <= INLINE:
             try:
-                fields["stdout"] = to_text(ending.output.read(0, job.cut or INLINE))
+                fields["stdout"] = to_text(record.output.read(0, job.cut or INLINE))
             except OSError as error:
-                self.tell_unreadable(job, error)
+                self.report_unreadable(job, error)
                 return
         self.say(BROKER, b"", run, "RESULT", fields)
 
-    def tell_unreadable(self, job: Job, error: OSError) -> None:
+    def report_unreadable(self, job: Job, error: OSError) -> None:
         """A command has run, but its output is lost: that is its result."""
-        assert job.ending is not None
-        job.ending.output.close()
-        job.ending = job.ending._replace(exitcode=NOT_RUN, signal=0, output=Output(), reason=(
+        assert job.record is not None
+        job.record.output.close()
+        job.record = job.record._replace(exitcode=NOT_RUN, signal=0, output=Output(), reason=(
             f"its output cannot be read on the worker: {error.strerror}"))
-        self.tell_result(job)
+        self.report_result(job)
 
-    def start_until(self) -> Seconds:
+    def start_deadline(self) -> Seconds:
         """Nothing may be started later than this: others may have been given it."""
         return self.session.lease_ends() if self.session.leased() else -math.inf
 
@@ -3010,32 +3010,32 @@ class Worker(SessionMachine):
         self.now = now
         job.state = RUNNING
         if job.timeout and not job.killed:
-            job.until = when + job.timeout
-            self.kills[job] = min(self.kills.get(job, math.inf), job.until)
+            job.deadline = when + job.timeout
+            self.kill_at[job] = min(self.kill_at.get(job, math.inf), job.deadline)
 
     def printed(self, job: Job, now: Seconds) -> None:
         """The Runner says that a running command has printed something."""
         self.now = now
-        job.told = False
-        if job.output and 0 <= job.asked < job.output.size and job.key in self.jobs:
-            offset, job.asked = job.asked, -1
+        job.output_told = False
+        if job.output and 0 <= job.live_from < job.output.size and job.key in self.jobs:
+            offset, job.live_from = job.live_from, -1
             with contextlib.suppress(OSError):  # its end will tell
                 self.send_part(job.key, offset, job.output.read(offset, CHUNK_SIZE))
 
-    def finished(self, job: Job, ending: Ending, now: Seconds) -> None:
+    def finished(self, job: Job, record: ExitRecord, now: Seconds) -> None:
         """The Runner says that a command has ended. Call settle() after the last of a batch."""
         self.now = now
-        self.kills.pop(job, None)
-        if job.cancelled or ending.unable:
-            ending.output.close()
+        self.kill_at.pop(job, None)
+        if job.cancelled or record.requeue:
+            record.output.close()
             self.forget(job)
-            fault = "" if job.cancelled or ending.reason == HANDED_BACK else SPAWN
-            self.tell_lost(job.key, job.cancelled or ending.reason, fault)
+            fault = "" if job.cancelled or record.reason == RECALLED else SPAWN
+            self.report_lost(job.key, job.cancelled or record.reason, fault)
         else:
-            if job.killed and ending.time >= job.timeout * 1000:  # else it ended before that
-                ending = ending._replace(exitcode=TIMED_OUT, signal=0, reason=(
+            if job.killed and record.time >= job.timeout * 1000:  # else it ended before that
+                record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
                     f"stopped after {job.timeout:g} seconds (see --timeout)"))
-            job.state, job.ending = DELIVERED, ending
+            job.state, job.record = DELIVERED, record
             self.ended.append(job)
 
     def forget(self, job: Job) -> None:
@@ -3044,9 +3044,9 @@ class Worker(SessionMachine):
 
     def settle(self) -> None:
         """Say what there is to say; when stopping, leave once nothing is left."""
-        if self.news_until <= self.now or self.ended:
-            self.tell_news()
-        if self.stopping is not None and not self.left:
+        if self.report_at <= self.now or self.ended:
+            self.send_reports()
+        if self.stopping is not None and not self.has_left:
             wanted = self.jobs and (self.session.joined or any(
                 job.state != DELIVERED for job in self.jobs.values()))
             if not wanted or self.now >= self.stop_at:
@@ -3064,8 +3064,8 @@ class Worker(SessionMachine):
 
     def on_done(self, message: Message) -> None:
         for job in self.jobs_of(message):
-            if job.state == DELIVERED and job.ending:
-                job.ending.output.close()
+            if job.state == DELIVERED and job.record:
+                job.record.output.close()
                 self.forget(job)
 
     def on_cancel(self, message: Message) -> None:
@@ -3074,10 +3074,10 @@ class Worker(SessionMachine):
 
     def stop_job(self, job: Job, why: str) -> None:
         """A job that has ended is dropped, others are handed back or killed: LOST follows then."""
-        if job.ending:
-            job.ending.output.close()
+        if job.record:
+            job.record.output.close()
             self.forget(job)
-            self.tell_lost(job.key, why)
+            self.report_lost(job.key, why)
         else:
             job.cancelled = job.cancelled or why
             self.kill(job)
@@ -3086,12 +3086,12 @@ class Worker(SessionMachine):
         """Tell a job to end; kill it hard after a grace."""
         if not job.killed:
             job.killed = True
-            self.kills[job] = self.now + self.times.kill_grace
+            self.kill_at[job] = self.now + self.times.kill_grace
             self.effects.append(Kill(job, False))
 
     def on_resend(self, message: Message) -> None:
         for id, attempt in message.fields["tasks"]:
-            self.tell_standing((message.token, id, attempt))
+            self.report_state((message.token, id, attempt))
 
     def on_recall(self, message: Message) -> None:
         for job in self.jobs_of(message):
@@ -3103,18 +3103,18 @@ class Worker(SessionMachine):
         key = (message.token, fields["id"], fields["attempt"])
         job = self.jobs.get(key)
         if job is None:
-            self.tell_lost(key, "unknown to the worker")
+            self.report_lost(key, "unknown to the worker")
             return
-        if job.ending is None:
-            job.asked = fields["offset"]
+        if job.record is None:
+            job.live_from = fields["offset"]
             self.printed(job, self.now)
             return
         if len(self.bulk) >= MAX_BULK:  # no client of ours asks for so much at once
             return
         try:
-            data = job.ending.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
+            data = job.record.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
         except OSError as error:
-            self.tell_unreadable(job, error)
+            self.report_unreadable(job, error)
             return
         self.send_part(key, fields["offset"], data)
 
@@ -3122,16 +3122,16 @@ class Worker(SessionMachine):
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
         self.bulk.append(Outgoing(BROKER, b"", key[0], line, data))
 
-    def loaded(self, load: float, now: Seconds) -> None:
+    def set_load(self, load: float, now: Seconds) -> None:
         """How many processes want a processor, on average. From max_load on we take nothing more,
         and hand back what we have not started."""
-        self.load, limit = load, self.max_load * (RELIEF if self.resting else 1)
-        if (load >= limit) == self.resting:
+        self.load, limit = load, self.max_load * (LOAD_HYSTERESIS if self.overloaded else 1)
+        if (load >= limit) == self.overloaded:
             return
-        self.now, self.resting = now, not self.resting
-        if self.resting:
+        self.now, self.overloaded = now, not self.overloaded
+        if self.overloaded:
             self.log(logging.INFO, f"load {load:.1f}: no new commands until it is below "
-                                   f"{RELIEF * self.max_load:g}")
+                                   f"{LOAD_HYSTERESIS * self.max_load:g}")
             self.effects += [Recall(job) for job in self.jobs.values() if job.state == WAITING]
         if self.session.joined:
             self.session.greet(now)
@@ -3145,14 +3145,14 @@ class Worker(SessionMachine):
     def tick(self, now: Seconds) -> None:
         self.now = now
         self.session.tick(now)
-        for job in [job for job, when in self.kills.items() if when <= now]:
+        for job in [job for job, when in self.kill_at.items() if when <= now]:
             if job.killed:
-                self.kills[job] = math.inf
+                self.kill_at[job] = math.inf
                 self.effects.append(Kill(job, True))
-            elif job.until <= now:
+            elif job.deadline <= now:
                 self.kill(job)
             else:
-                self.stop_job(job, LEAVING)
+                self.stop_job(job, WORKER_STOPPED)
         self.settle()
         if self.wait.timed_out(now) and self.stopping is None:
             self.effects.append(Notice("gave up " + self.wait.cause, True))
@@ -3164,8 +3164,8 @@ class Worker(SessionMachine):
         return waiting_for_broker(self.session.trouble, self.session.up, self.address, "worker")
 
     def deadline(self) -> Seconds:
-        kills = min(self.kills.values(), default=math.inf)
-        return min(self.session.next_greeting, kills, self.stop_at, self.news_until,
+        kill_at = min(self.kill_at.values(), default=math.inf)
+        return min(self.session.next_greeting, kill_at, self.stop_at, self.report_at,
                    self.wait.deadline())
 
     def stop(self, status: int, now: Seconds) -> None:
@@ -3186,16 +3186,16 @@ class Worker(SessionMachine):
                 if self.drain:
                     if job.state == WAITING:
                         self.effects.append(Recall(job))
-                    self.kills[job] = min(self.kills.get(job, math.inf), now + self.drain)
+                    self.kill_at[job] = min(self.kill_at.get(job, math.inf), now + self.drain)
                 else:
-                    self.stop_job(job, LEAVING)
+                    self.stop_job(job, WORKER_STOPPED)
         self.settle()
 
     def leave(self) -> None:
         if self.session.up:
             self.say(BROKER, b"", "", "BYE")
         self.effects.append(Exit(self.stopping or 0))
-        self.left, self.stop_at = True, math.inf
+        self.has_left, self.stop_at = True, math.inf
 
     HANDLERS = {
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
@@ -3245,13 +3245,13 @@ MAX_FILES = 2**20  # open files are enough, and more than this some systems refu
 PIPE_SIZE = 64 * 1024  # bytes, of a pipe as the system makes it
 LARGE_PIPE = 1024 * 1024  # the most that it gives without asking who we are
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
-LOOK_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tells us the end
-BURIAL: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
+POLL_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tells us the end
+REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
-QUICK: Seconds = 0.002  # who ends sooner is not watched for anything but its output
+SHORT_COMMAND: Seconds = 0.002  # who ends sooner is not watched for anything but its output
 OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer slots "
                  "(-j), or more memory")
-SHORT_LINE = 2  # commands for each slot: with fewer waiting, more are wanted at once
+LOW_WATER = 2  # commands for each slot: with fewer waiting, more are wanted at once
 
 
 def pidfd(pid: int) -> int:
@@ -3262,7 +3262,7 @@ def pidfd(pid: int) -> int:
         return -1
 
 
-def adopt_orphans() -> bool:
+def become_subreaper() -> bool:
     """Have orphans among our descendants become our children; false where that is unknown."""
     try:
         import ctypes
@@ -3272,12 +3272,12 @@ def adopt_orphans() -> bool:
     return known and os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
-def list_of_children() -> int:
+def open_children() -> int:
     """An open file for children()."""
     return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
 
 
-def children(file: int) -> List[int]:
+def read_children(file: int) -> List[int]:
     """The pids of our main thread's children: those that it started itself, and orphans."""
     parts: List[bytes] = []
     while not parts or parts[-1]:  # the system gives them in parts
@@ -3285,7 +3285,7 @@ def children(file: int) -> List[int]:
     return [int(pid) for pid in b"".join(parts).split()]
 
 
-def leave_terminal() -> None:
+def detach_terminal() -> None:
     """Give up our controlling terminal, and so that of our children: commands that ask a person
     for a password must fail, not wait. Ctrl-C still comes to our process group. Only for a child
     of ours: the leader of a session would end it."""
@@ -3306,7 +3306,7 @@ def has_terminal() -> bool:
     return True
 
 
-def raise_limit() -> int:
+def raise_file_limit() -> int:
     """Allow this process as many open files as the system lets it; that number."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
@@ -3316,7 +3316,7 @@ def raise_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def inherit_nothing() -> None:
+def set_close_on_exec() -> None:
     """What we were started with, beside stdin, stdout and stderr, is not for our commands."""
     with contextlib.suppress(OSError):  # not Linux
         for file in map(int, os.listdir("/proc/self/fd")):
@@ -3325,7 +3325,7 @@ def inherit_nothing() -> None:
                     os.set_inheritable(file, False)
 
 
-def group_lives(leader: int) -> bool:
+def group_is_alive(leader: int) -> bool:
     """Whether a process group has living members; false where there is no /proc."""
     with contextlib.suppress(OSError):
         for entry in filter(str.isdigit, os.listdir("/proc")):
@@ -3335,7 +3335,7 @@ def group_lives(leader: int) -> bool:
     return False
 
 
-def started_at(pid: int) -> float:
+def start_ticks(pid: int) -> float:
     """When a process was started, in the system's ticks; inf if it is gone."""
     _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
     return int(fields.split()[19]) if fields else math.inf
@@ -3354,22 +3354,22 @@ def supervise(run: Callable[[int], int]) -> int:
     that we are gone. Returns the child's exit status, or 128 + signal if it was killed. Where
     the system does not give us orphans, run(-1) is called directly.
     """
-    if not adopt_orphans():
+    if not become_subreaper():
         complain("notice: this system cannot tell what has moved out of a command's process group: "
                  "such processes may survive their command")
         return run(-1)
     control, signals = os.pipe()
     # handlers would come too late for a signal just before waitpid(); so we take them one by one
-    awaited = {signal.SIGCHLD, *signals_to_handle(HARMLESS)}
+    awaited = {signal.SIGCHLD, *signals_to_handle(NOT_FATAL)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(signals)
-        adopt_orphans()  # is not inherited
+        become_subreaper()  # is not inherited
         return run(control)
     os.close(control)
-    family = list_of_children()
+    children_file = open_children()
     pid, how = 0, 0
     while pid != child:
         number = signal.sigwait(awaited)
@@ -3378,7 +3378,7 @@ def supervise(run: Callable[[int], int]) -> int:
         else:
             with contextlib.suppress(OSError):  # it has just ended
                 os.write(signals, bytes([number]))
-    stuck = bury_all(family)
+    stuck = kill_descendants(children_file)
     if stuck:
         complain(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
     if os.WIFSIGNALED(how):
@@ -3387,12 +3387,12 @@ def supervise(run: Callable[[int], int]) -> int:
     return os.WEXITSTATUS(how)
 
 
-def bury_all(family: int) -> List[int]:
+def kill_descendants(children_file: int) -> List[int]:
     """Kill all our children, and theirs as they become ours; those that would not die. `family`
-    is our list_of_children()."""
-    until = time.monotonic() + BURIAL
+    is our open_children()."""
+    until = time.monotonic() + REAP_TIMEOUT
     while time.monotonic() < until:
-        for pid in children(family):
+        for pid in read_children(children_file):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -3400,7 +3400,7 @@ def bury_all(family: int) -> List[int]:
                 time.sleep(0.001)
         except ChildProcessError:  # none is left; that children() is empty would not say so
             return []
-    return children(family)
+    return read_children(children_file)
 
 
 def reaped(pid: int) -> bool:
@@ -3411,14 +3411,14 @@ def reaped(pid: int) -> bool:
         return True
 
 
-HARMLESS = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
+NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
             "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}  # end nothing
 FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}  # no handler would run
 # the first two are reset for commands anyway; what the others interrupt would be tried for ever
-IGNORED = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
+IGNORED_SIGNALS = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
 
 
-def signals_to_handle(but: Set[str] = HARMLESS | FAULTS) -> Set[int]:
+def signals_to_handle(but: Set[str] = NOT_FATAL | FAULTS) -> Set[int]:
     """The signals that would end us, unless they are ignored: as SIGHUP is under nohup, and SIGINT
     and SIGQUIT in the background of a script."""
     left_out = {getattr(signal, name, None) for name in but}
@@ -3432,7 +3432,7 @@ class Process:
     def __init__(self, pid: int, pipes: List[int]) -> None:
         self.pid = pid
         self.pipes = pipes  # from which its output is read: one, or those of stdout and stderr
-        self.leaving = False  # its group was asked to end, and is not being killed yet
+        self.terminating = False  # its group was asked to end, and is not being killed yet
         self.status: Optional[int] = None  # once it is reaped
 
     def has_ended(self) -> bool:
@@ -3454,7 +3454,8 @@ class Process:
 
 
 # what a command finds of itself in its environment; ours may have it from a command that we are
-MARKS = (*(b"TESTCLOUD_" + name for name in (b"RUN", b"SEQ", b"ATTEMPT", b"SLOT", b"WORKER")), b"PWD")
+COMMAND_VARIABLES = (b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT", b"TESTCLOUD_SLOT",
+                     b"TESTCLOUD_WORKER", b"PWD")
 
 
 class Spawner:
@@ -3467,7 +3468,8 @@ class Spawner:
     def __init__(self, environment: List[bytes]) -> None:
         import ctypes
         self.ctypes = ctypes
-        self.environment = self.texts(environment + [b""] * len(MARKS))  # with room for them
+        # with room for them
+        self.environment = self.texts(environment + [b""] * len(COMMAND_VARIABLES))
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
@@ -3477,15 +3479,16 @@ class Spawner:
         libc.posix_spawnattr_setflags(self.attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
-    def spawn(self, argv: List[bytes], marks: List[bytes], environment: Optional[List[bytes]],
+    def spawn(self, argv: List[bytes], own: List[bytes], environment: Optional[List[bytes]],
               cwd: Optional[bytes], files: Tuple[int, int, int]) -> int:
-        """Start a program; its pid. None of the texts has a NUL in it. `marks` are added to our own
+        """Start a program; its pid. None of the texts has a NUL in it. `own` are added to our own
         environment, or to the one given. Raises OSError."""
         if environment is None:
             variables = type(self.environment).from_buffer_copy(self.environment)
-            variables[-1 - len(MARKS):] = [*marks, *[None] * (len(MARKS) + 1 - len(marks))]
+            room = len(COMMAND_VARIABLES) + 1
+            variables[-room:] = [*own, *[None] * (room - len(own))]
         else:
-            variables = self.texts(environment + marks)
+            variables = self.texts(environment + own)
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
@@ -3508,16 +3511,16 @@ class Spawner:
 
 
 # when it was started (by our clock), or that it has printed something, or how it ended
-News = Tuple[Job, Union[Seconds, Output, Ending]]
+Event = Tuple[Job, Union[Seconds, Output, ExitRecord]]
 
 
 class Runner:
-    """Runs jobs in threads. `wake()` is called, in any thread, when take_news() has something
+    """Runs jobs in threads. `wake()` is called, in any thread, when take_events() has something
     that should not wait. With `adopting`, the orphans of commands have become children of our main
     thread, which has no others."""
 
     def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
-                 adopting: bool = False, nice: int = 0) -> None:
+                 subreaper: bool = False, nice: int = 0) -> None:
         self.nice = nice  # added to what we have ourselves, for commands
         if nice and sys.platform != "linux":  # only there each thread has its own
             with contextlib.suppress(OSError):
@@ -3525,71 +3528,72 @@ class Runner:
         self.wake = wake
         self.slots = slots
         self.name = name  # the worker's
-        self.inherited = [b"%s=%s" % row for row in os.environb.items() if row[0] not in MARKS]
-        self.family = list_of_children() if adopting else -1
+        self.inherited = [b"%s=%s" % row for row in os.environb.items()
+                          if row[0] not in COMMAND_VARIABLES]
+        self.children_file = open_children() if subreaper else -1
         self.files = resource.getrlimit(resource.RLIMIT_NOFILE)  # for commands
         self.null = os.open(os.devnull, os.O_RDWR)
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # only in a session of its own a command cannot reach that
             with contextlib.suppress(ImportError, OSError, AttributeError):
                 self.spawner = Spawner(self.inherited)
-                inherit_nothing()
+                set_close_on_exec()
         self.reap_at: Seconds = 0.0
         self.oom_kills, self.oom_at = oom_kills(), -math.inf  # how many, and when the last was found
         self.stuck: List[int] = []  # orphans that cannot be killed
-        self.start_until: Seconds = math.inf  # see go_on()
-        self.todo: OrderedDict[Key, Job] = OrderedDict()  # the line
+        self.start_deadline: Seconds = math.inf  # see start_jobs()
+        self.waiting: OrderedDict[Key, Job] = OrderedDict()  # the line
         self.threads: List[threading.Thread] = []
         self.idle = 0  # how many of them wait for the bell
-        self.bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.news: Deque[News] = deque()
-        self.news_until: Seconds = math.inf  # when the loop must be woken for them
+        self.semaphore: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.events: Deque[Event] = deque()
+        self.wake_at: Seconds = math.inf  # when the loop must be woken for them
         self.woken = False  # it was, and has not come for them yet
         # guards line, idle threads and processes, and whoever reaps: nobody is signalled after that
         self.lock = threading.Lock()
         # of the commands that run; None while it is being started
         self.processes: Dict[Key, Optional[Process]] = {}
         self.closing = False  # what starts now is killed at once
-        self.killed: Dict[Key, bool] = {}  # asked for while its process was being started
+        self.kill_requests: Dict[Key, bool] = {}  # asked for while its process was being started
 
     # --- for the loop
 
-    def start(self, job: Job) -> None:
-        """Put a job in line. Call go_on() after the last of a batch."""
+    def enqueue(self, job: Job) -> None:
+        """Put a job in line. Call start_jobs() after the last of a batch."""
         with self.lock:
-            self.todo[job.key] = job
+            self.waiting[job.key] = job
 
-    def go_on(self, until: Seconds) -> None:
+    def start_jobs(self, until: Seconds) -> None:
         """Start what is in line, as slots become free, but nothing after `until`: call it again
         before that, or all slots rest."""
-        self.start_until = until
+        self.start_deadline = until
         now = time.monotonic()
-        if now >= self.news_until:  # whoever should have said so is held up, in starting a command
-            self.call_loop()
+        if now >= self.wake_at:  # whoever should have said so is held up, in starting a command
+            self.wake_loop()
         with self.lock:
-            wanted = len(self.todo) if now < until else 0
+            wanted = len(self.waiting) if now < until else 0
             called = min(self.idle, wanted)
             self.idle -= called
         for _ in range(called):
-            self.bell.put(None)
+            self.semaphore.put(None)
         for _ in range(min(wanted - called, self.slots - len(self.threads))):
             thread = threading.Thread(target=self.work, daemon=True, name="slot",
                                       args=(len(self.threads) + 1,))
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads: those that there are must do
-                while self.todo and not self.threads:
-                    self.tell(self.todo.popitem(last=False)[1], unable(str(error)))
+                while self.waiting and not self.threads:
+                    self.add_event(self.waiting.popitem(last=False)[1], requeued(str(error)))
                 return
             self.threads.append(thread)
 
     def recall(self, job: Job) -> bool:
         """Hand a job back if it is in line; false if it is not."""
         with self.lock:
-            waited = self.todo.pop(job.key, None) is not None
+            waited = self.waiting.pop(job.key, None) is not None
         if waited:
-            self.tell(job, unable(HANDED_BACK))
-            self.call_loop()  # somebody waits for it
+            self.add_event(job, requeued(RECALLED))
+            self.wake_loop()  # somebody waits for it
         return waited
 
     def kill(self, job: Job, hard: bool) -> None:
@@ -3602,30 +3606,30 @@ class Runner:
             if process is not None:
                 self.signal(process, hard)
             elif job.key in self.processes:
-                self.killed[job.key] = hard
+                self.kill_requests[job.key] = hard
 
-    def take_news(self) -> List[News]:
+    def take_events(self) -> List[Event]:
         """What has happened since the last time. Commands that ended soon were not told as started."""
-        self.woken, self.news_until = False, math.inf
-        return [self.news.popleft() for _ in range(len(self.news))]
+        self.woken, self.wake_at = False, math.inf
+        return [self.events.popleft() for _ in range(len(self.events))]
 
     # --- in any thread
 
-    def tell(self, job: Job, what: Union[Seconds, Output, Ending]) -> None:
+    def add_event(self, job: Job, what: Union[Seconds, Output, ExitRecord]) -> None:
         """Add to the news, and wake the loop if they should not wait."""
         now = time.monotonic()
-        self.news.append((job, what))
-        self.news_until = min(self.news_until, now + NEWS_DELAY)
-        if now >= self.news_until or len(self.todo) < SHORT_LINE * self.slots:
-            self.call_loop()
+        self.events.append((job, what))
+        self.wake_at = min(self.wake_at, now + REPORT_DELAY)
+        if now >= self.wake_at or len(self.waiting) < LOW_WATER * self.slots:
+            self.wake_loop()
 
-    def call_loop(self) -> None:
+    def wake_loop(self) -> None:
         if not self.woken:
             self.woken = True
             self.wake()
 
     def signal(self, process: Process, hard: bool) -> None:
-        process.leaving = not hard
+        process.terminating = not hard
         number = signal.SIGKILL if hard else signal.SIGTERM
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getpgid(process.pid) != process.pid:  # a leader may, if of no session
@@ -3642,15 +3646,15 @@ class Runner:
             for process in filter(None, self.processes.values()):
                 self.signal(process, True)
         for _ in self.threads:
-            self.bell.put(None)
+            self.semaphore.put(None)
         for thread in self.threads:
             thread.join(1.0)
-        if self.family >= 0:
-            bury_all(self.family)
-            os.close(self.family)
+        if self.children_file >= 0:
+            kill_descendants(self.children_file)
+            os.close(self.children_file)
         if self.null >= 0:
             os.close(self.null)
-        self.family = self.null = -1
+        self.children_file = self.null = -1
 
     def work(self, slot: int) -> None:
         """A slot's thread; slots are numbered from 1."""
@@ -3660,12 +3664,12 @@ class Runner:
                                os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
         for job in iter(self.next_job, None):
             try:
-                ending = self.run(job, slot)
+                record = self.run(job, slot)
             except Exception as error:  # a bug of ours is that command's failure, with a reason
-                ending = Ending(NOT_RUN, 0.0, time.time(), Output(),
+                record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
                                 reason=f"testcloud failed to run it: {error!r}")
                 self.forget(job)
-            self.tell(job, ending._replace(slot=slot))
+            self.add_event(job, record._replace(slot=slot))
 
     def next_job(self) -> Optional[Job]:
         """Wait until there is one that may be started; None when we are closing."""
@@ -3673,28 +3677,28 @@ class Runner:
             with self.lock:
                 if self.closing:
                     return None
-                if self.todo and time.monotonic() < self.start_until:
-                    key, job = self.todo.popitem(last=False)
+                if self.waiting and time.monotonic() < self.start_deadline:
+                    key, job = self.waiting.popitem(last=False)
                     self.processes[key] = None
                     return job
                 self.idle += 1
-            if self.news or self.todo:  # the latter if our leave has just ended
-                self.call_loop()
-            self.bell.get()
+            if self.events or self.waiting:  # the latter if our leave has just ended
+                self.wake_loop()
+            self.semaphore.get()
 
     def forget(self, job: Job) -> None:
         with self.lock:
             self.processes.pop(job.key, None)
-            self.killed.pop(job.key, None)
+            self.kill_requests.pop(job.key, None)
 
-    def marks(self, job: Job, slot: int) -> List[bytes]:
+    def variables(self, job: Job, slot: int) -> List[bytes]:
         """What a command can know of itself, for its environment."""
         run, id, attempt = job.key
         return [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
-            MARKS, (run, id, attempt, slot, self.name))] + [b"PWD=" + to_bytes(
+            COMMAND_VARIABLES, (run, id, attempt, slot, self.name))] + [b"PWD=" + to_bytes(
                 job.env.get("PWD") or job.cwd or os.environ.get("PWD", ""))]
 
-    def run(self, job: Job, slot: int) -> Ending:
+    def run(self, job: Job, slot: int) -> ExitRecord:
         """Run a job's command to its end."""
         job.output = output = Output(job.limit, job.split)
         job.cwd = job.cwd and os.path.expanduser(job.cwd)
@@ -3703,30 +3707,30 @@ class Runner:
             process = self.spawn(job, slot)
         except (OSError, ValueError) as error:
             self.forget(job)
-            return Ending(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
-                          unable=is_passing(error))
+            return ExitRecord(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
+                          requeue=is_transient(error))
         with self.lock:
             self.processes[job.key] = process
-            if self.closing or job.key in self.killed:
-                self.signal(process, self.closing or self.killed.pop(job.key))
+            if self.closing or job.key in self.kill_requests:
+                self.signal(process, self.closing or self.kill_requests.pop(job.key))
         try:
-            if not self.drain_quickly(process, output, began + QUICK):
-                self.drain(job, process, output, began)
+            if not self.read_short_output(process, output, began + SHORT_COMMAND):
+                self.read_output(job, process, output, began)
         finally:
             for pipe in process.pipes:
                 os.close(pipe)
-            self.clear_up(job, process)
+            self.kill_leftovers(job, process)
             code = process.wait()
         output.end()
         reason = f"no room for its output on the worker: {output.failure}" if output.failure else ""
         spent = (time.monotonic() - began) * 1000
-        if not reason and code in (-signal.SIGKILL, 128 + signal.SIGKILL) and self.lacked_memory(began):
+        if not reason and code in (-signal.SIGKILL, 128 + signal.SIGKILL) and self.oom_killed_since(began):
             reason = OUT_OF_MEMORY
         if code < 0:
-            return Ending(128 - code, spent, wall, output, signal=-code, reason=reason)
-        return Ending(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
+            return ExitRecord(128 - code, spent, wall, output, signal=-code, reason=reason)
+        return ExitRecord(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
 
-    def lacked_memory(self, since: Seconds) -> bool:
+    def oom_killed_since(self, since: Seconds) -> bool:
         """Whether the system has killed a process of our cgroup since then, for want of memory."""
         count = oom_kills()
         if count > self.oom_kills:
@@ -3737,29 +3741,29 @@ class Runner:
         """Start a job's command. What this machine lacks now it may have in a moment."""
         for delay in SPAWN_DELAYS:
             try:
-                process = self.start_shell(job, self.marks(job, slot))
-                self.restore_limit(process.pid)
+                process = self.start_shell(job, self.variables(job, slot))
+                self.restore_file_limit(process.pid)
                 return process
             except OSError as error:
-                if not is_passing(error) or not delay:
+                if not is_transient(error) or not delay:
                     raise
                 if error.errno == errno.EMFILE:
-                    raise_limit()
-                self.call_loop()  # others' news should not wait for us
+                    raise_file_limit()
+                self.wake_loop()  # others' news should not wait for us
                 time.sleep(delay)
-                late = time.monotonic() >= self.start_until
-                if late or self.closing or job.key in self.killed:
+                late = time.monotonic() >= self.start_deadline
+                if late or self.closing or job.key in self.kill_requests:
                     raise
         raise AssertionError("the last delay is 0")
 
-    def restore_limit(self, pid: int) -> None:
+    def restore_file_limit(self, pid: int) -> None:
         """Give a command the limit of open files that we had, if we had to raise ours. (A shell
         takes far longer to begin. Where the system cannot do this, it keeps ours.)"""
         if resource.getrlimit(resource.RLIMIT_NOFILE) != self.files and hasattr(resource, "prlimit"):
             with contextlib.suppress(OSError):
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, self.files)
 
-    def start_shell(self, job: Job, marks: List[bytes]) -> Process:
+    def start_shell(self, job: Job, variables: List[bytes]) -> Process:
         """Start a shell with a job's command. What cannot be done the quick way is done, or found
         to be impossible and why, the slow way."""
         apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
@@ -3775,9 +3779,9 @@ class Runner:
                 theirs.append(ends[1])
             if self.spawner and b"\0" not in argv[2] + (cwd or b""):
                 with contextlib.suppress(OSError):
-                    return Process(self.spawner.spawn(argv, marks, environment, cwd, (
+                    return Process(self.spawner.spawn(argv, variables, environment, cwd, (
                         self.null, theirs[0], theirs[-1])), ours)
-            rows = (environment or self.inherited) + marks
+            rows = (environment or self.inherited) + variables
             process = subprocess.Popen(
                 argv, stdin=self.null, stdout=theirs[0], stderr=theirs[-1], cwd=cwd,
                 start_new_session=True, env=dict(row.split(b"=", 1) for row in rows))
@@ -3795,37 +3799,37 @@ class Runner:
         """Our own environment with other values, or more of them."""
         ours = dict(row.split(b"=", 1) for row in self.inherited)
         ours.update((to_bytes(name), to_bytes(value)) for name, value in more.items())
-        return [b"%s=%s" % row for row in ours.items() if row[0] not in MARKS]
+        return [b"%s=%s" % row for row in ours.items() if row[0] not in COMMAND_VARIABLES]
 
-    def clear_up(self, job: Job, process: Process) -> None:
+    def kill_leftovers(self, job: Job, process: Process) -> None:
         """The leader has ended (and is a zombie still, if possible): kill what it left behind."""
         with self.lock:
             if self.processes.pop(job.key, None) is None:
                 return
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-        until = time.monotonic() + BURIAL
-        while self.sweep():
+        until = time.monotonic() + REAP_TIMEOUT
+        while self.kill_orphans():
             if time.monotonic() >= until:
-                self.stuck = self.sweep()
+                self.stuck = self.kill_orphans()
                 logging.warning("processes that cannot be killed: %s", self.stuck)
                 return
             time.sleep(0.001)
 
-    def sweep(self) -> List[int]:
+    def kill_orphans(self) -> List[int]:
         """Reap the orphans that have ended, and kill those whose command has ended; returns
         the latter, for they take a moment to die and may leave orphans in their turn."""
-        if self.family < 0:
+        if self.children_file < 0:
             return []
         with self.lock:
-            orphans = [pid for pid in children(self.family) if not reaped(pid)]
-            strays = [pid for pid in orphans if self.is_stray(pid)]
+            orphans = [pid for pid in read_children(self.children_file) if not reaped(pid)]
+            strays = [pid for pid in orphans if self.command_has_ended(pid)]
             for pid in strays:
                 with contextlib.suppress(OSError):  # not ours to kill: it has become another user's
                     os.kill(pid, signal.SIGKILL)
         return [pid for pid in strays if pid not in self.stuck]
 
-    def is_stray(self, pid: int) -> bool:
+    def command_has_ended(self, pid: int) -> bool:
         """Whether the command of this orphan has ended. If it has hidden from whom it comes:
         whether all commands that ran when it was started have."""
         mark = environment_of(pid)
@@ -3833,8 +3837,8 @@ class Runner:
             key = tuple(mark.get("TESTCLOUD_" + name) for name in ("RUN", "SEQ", "ATTEMPT"))
             alive = [(run, str(id), str(attempt)) for run, id, attempt in self.processes]
             return mark["TESTCLOUD_WORKER"] != self.name or key not in alive
-        began = started_at(pid)
-        return all(process is not None and started_at(process.pid) > began
+        began = start_ticks(pid)
+        return all(process is not None and start_ticks(process.pid) > began
                    for process in self.processes.values())
 
     def reap(self) -> None:
@@ -3842,10 +3846,10 @@ class Runner:
         now = time.monotonic()
         if now >= self.reap_at:
             self.reap_at = now + REAP_INTERVAL
-            self.sweep()
-            self.lacked_memory(now)  # lest a later command is taken for its victim
+            self.kill_orphans()
+            self.oom_killed_since(now)  # lest a later command is taken for its victim
 
-    def drain_quickly(self, process: Process, output: Output, until: Seconds) -> bool:
+    def read_short_output(self, process: Process, output: Output, until: Seconds) -> bool:
         """Collect output for a moment; true if the command has ended with it: then there is nothing
         more to wait for, and no need of what it takes to do so."""
         if len(process.pipes) > 1:
@@ -3857,14 +3861,14 @@ class Runner:
         while left > 0 and poller.poll(left * 1000):
             data = os.read(pipe, PIPE_SIZE)
             if not data:
-                return not process.leaving and process.has_ended()
+                return not process.terminating and process.has_ended()
             output.write(data)
             left = until - time.monotonic()
         return False
 
-    def drain(self, job: Job, process: Process, output: Output, began: Seconds) -> None:
+    def read_output(self, job: Job, process: Process, output: Output, began: Seconds) -> None:
         """Collect output until the leader has ended, and then what its helpers still write for
-        DRAIN_TIME; then kill what it left behind. But if it was asked to end, so were its children,
+        OUTPUT_GRACE; then kill what it left behind. But if it was asked to end, so were its children,
         and have the same grace: shells die at once."""
         leader = pidfd(process.pid)
         poller = select.poll()
@@ -3873,20 +3877,20 @@ class Runner:
         # the open pipes, and how much to read from each at a time
         parts, streams = dict.fromkeys(process.pipes, PIPE_SIZE), dict(zip(process.pipes, (1, 2)))
         ended, cleared, until = False, False, math.inf
-        late = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
-        tell_at = min(began + NEWS_DELAY, self.news_until)
-        while not cleared or (parts and late):
+        reads_left = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
+        tell_at = min(began + REPORT_DELAY, self.wake_at)
+        while not cleared or (parts and reads_left):
             now = time.monotonic()
-            late -= cleared and now >= until
+            reads_left -= cleared and now >= until
             if now >= tell_at:
                 tell_at = math.inf
-                self.tell(job, began)
-                self.call_loop()
-            if 0 <= job.asked < output.size and not job.told:
-                job.told = True
-                self.tell(job, output)
-                self.call_loop()
-            look_at = now + LOOK_INTERVAL if leader < 0 or ended else math.inf
+                self.add_event(job, began)
+                self.wake_loop()
+            if 0 <= job.live_from < output.size and not job.output_told:
+                job.output_told = True
+                self.add_event(job, output)
+                self.wake_loop()
+            look_at = now + POLL_INTERVAL if leader < 0 or ended else math.inf
             due = min(look_at if until == math.inf else until, tell_at)
             events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
             if cleared and not events and time.monotonic() >= until:
@@ -3905,11 +3909,11 @@ class Runner:
                 if leader >= 0:
                     poller.unregister(leader)
                     os.close(leader)
-            if ended and until == math.inf and not (process.leaving and group_lives(process.pid)):
-                until = time.monotonic() + DRAIN_TIME  # tee, for one, has something to pass on
+            if ended and until == math.inf and not (process.terminating and group_is_alive(process.pid)):
+                until = time.monotonic() + OUTPUT_GRACE  # tee, for one, has something to pass on
             if not cleared and until < math.inf and (not parts or time.monotonic() >= until):
-                self.clear_up(job, process)
-                cleared, until = True, time.monotonic() + DRAIN_TIME
+                self.kill_leftovers(job, process)
+                cleared, until = True, time.monotonic() + OUTPUT_GRACE
 
 
 def enlarge(pipe: int) -> int:
@@ -3920,7 +3924,7 @@ def enlarge(pipe: int) -> int:
     return LARGE_PIPE // 4
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether a command could not be started for want of something that comes and goes."""
     return isinstance(error, OSError) and error.errno in (
         errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -4994,10 +4998,10 @@ def pieces_of(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
     stream, left, head = 1, 0, b""
     for block in blocks:
         data, at = head + block, 0
-        while at < len(data) and (left or len(data) - at >= PIECE.size):
+        while at < len(data) and (left or len(data) - at >= PIECE_HEADER.size):
             if not left:
-                stream, left = PIECE.unpack_from(data, at)
-                at += PIECE.size
+                stream, left = PIECE_HEADER.unpack_from(data, at)
+                at += PIECE_HEADER.size
             piece = data[at:at + left]
             at, left = at + len(piece), left - len(piece)
             if piece:
@@ -5239,7 +5243,7 @@ class Reports:
         """Put a result into the tally; why its output could not be."""
         cmd, output = to_bytes(effect.command.cmd), effect.output
         if output and self.tally.split and not effect.result.get("split"):  # of a plain worker
-            output = PIECE.pack(1, len(output)) + output
+            output = PIECE_HEADER.pack(1, len(output)) + output
         try:
             return self.tally.add(cmd, effect.result["exitcode"], output), ""
         except OSError as error:
@@ -7153,7 +7157,7 @@ class EventLoop:
             if not numbers:
                 self.exit(Exit(128 + signal.SIGKILL))
         handled = signals_to_handle()
-        for number in signal.valid_signals() - IGNORED:
+        for number in signal.valid_signals() - IGNORED_SIGNALS:
             if number in handled:
                 signal.signal(number, caught)
             elif signal.getsignal(number) == signal.SIG_IGN:
@@ -7411,7 +7415,7 @@ class RouterLink(SocketLink):
         # (event, detail) of handshakes that failed, before the closing
         self.failed: Deque[Tuple[int, int]] = deque()
         self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
-        self.limit = raise_limit()  # of open files: one for each peer
+        self.limit = raise_file_limit()  # of open files: one for each peer
         self.bound = False
         self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
                   | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
@@ -8649,27 +8653,27 @@ class LoadMeter:
         if now >= self.look_at:
             self.look_at = now + LOAD_INTERVAL
             with contextlib.suppress(OSError, AttributeError):  # where nobody knows
-                self.worker.loaded(os.getloadavg()[0], now)
+                self.worker.set_load(os.getloadavg()[0], now)
 
 
-def attach_runner(loop: EventLoop, worker: Worker, adopting: bool,
+def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
                   nice: int = 0) -> Tuple[Adapter, Runner]:
     """An adapter for the worker, with a Runner for its commands."""
     def deliver(now: Seconds) -> None:
-        for job, what in runner.take_news():
-            if isinstance(what, Ending):
+        for job, what in runner.take_events():
+            if isinstance(what, ExitRecord):
                 worker.finished(job, what, now)
             elif isinstance(what, Output):
                 worker.printed(job, now)
             else:
                 worker.started(job, what, now)
         worker.settle()
-    runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, adopting, nice)
+    runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, subreaper, nice)
     # the clock comes first: if we were stopped, it is what tells the worker that its lease is doubtful
-    loop.each_round.append(lambda: runner.go_on(min(loop.clock() + LONG_PAUSE, worker.start_until())))
+    loop.each_round.append(lambda: runner.start_jobs(min(loop.clock() + LONG_PAUSE, worker.start_deadline())))
     loop.each_round.append(runner.reap)
     adapter = loop.add(worker, {
-        Start: lambda effect: runner.start(effect.job),
+        Start: lambda effect: runner.enqueue(effect.job),
         Recall: lambda effect: runner.recall(effect.job),
         Kill: lambda effect: runner.kill(effect.job, effect.hard)})
     return adapter, runner
@@ -8746,7 +8750,7 @@ def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], contr
                     settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
     tie = watch_ssh(worker)  # while we still have our terminal
     if control >= 0:
-        leave_terminal()
+        detach_terminal()
     with contextlib.closing(EventLoop(sockets=True)) as loop:
         adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
         loop.each_round += [LoadMeter(worker).look, tie]
@@ -8960,13 +8964,13 @@ class InputReader:
             self.room.clear()
 
 
-def run_locally(loop: EventLoop, client: Client, slots: int, times: Times, adopting: bool) -> Runner:
+def run_locally(loop: EventLoop, client: Client, slots: int, times: Times, subreaper: bool) -> Runner:
     """Put broker and worker into the client's own process."""
     ever = 1e9  # seconds: a stopped process stops all three alike
     patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
     broker = Broker("local", patient, now=time.monotonic())
     worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
-    adapter, runner = attach_runner(loop, worker, adopting)
+    adapter, runner = attach_runner(loop, worker, subreaper)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     hub = loop.add(broker, {})
     hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
@@ -9247,7 +9251,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         if settings.local:
             # else we need it, to be stopped by Ctrl-Z
             if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
-                leave_terminal()
+                detach_terminal()
             stack.enter_context(contextlib.closing(run_locally(
                 loop, client, slots, times, control >= 0)))
         else:
