@@ -6158,7 +6158,7 @@ class ReportingTest(unittest.TestCase):
             one, two = os.path.join(folder, "gone", "x.xml"), os.path.join(folder, "y.html")
             os.mkdir(os.path.dirname(one))
             tally = self.reports.tally
-            self.reports.reporters = [tc.JUnit(one, tally), tc.HtmlPage(two, tally)]
+            self.reports.reporters = [tc.JUnit(one, tally), tc.HtmlReport(two, tally)]
             shutil.rmtree(os.path.dirname(one))
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 self.report("a")
@@ -6172,7 +6172,7 @@ class ReportingTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             self.text("-b")
             log, page = os.path.join(folder, "log"), os.path.join(folder, "page")
-            self.reports.reporters = [tc.JobLog(log, []), tc.HtmlPage(page, self.reports.tally)]
+            self.reports.reporters = [tc.JobLog(log, []), tc.HtmlReport(page, self.reports.tally)]
             full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
             with contextlib.redirect_stderr(io.StringIO()) as err, \
                     mock.patch.object(self.reports.reporters[0], "write", full):
@@ -6330,9 +6330,9 @@ class ReportingTest(unittest.TestCase):
                 ([38.0] + [9.0] * 40, 12, "longest command 38.0 s: more slots than 11 do not help"),
                 ([0.17] + [0.0015] * 100_000, 2, "; 28 slots would reach 5.4 s;"),  # for a broker
                 ([1.0], 1, "more slots than 1"), ([0.0, 0.0], 3, "more slots than 1")):
-            self.assertIn(words, tc.advice(times, slots))
+            self.assertIn(words, tc.advice_on_slots(times, slots))
         with mock.patch.object(tc, "makespan", wraps=tc.makespan) as tried:
-            self.assertIn("; 500 slots would reach 1.0 s", tc.advice([1.0] * 500, 8))
+            self.assertIn("; 500 slots would reach 1.0 s", tc.advice_on_slots([1.0] * 500, 8))
         self.assertLess(tried.call_count, 20)
         r = random.Random(3)
         for _ in range(100):
@@ -6356,16 +6356,16 @@ class ReportingTest(unittest.TestCase):
     def test_progress(self):
         client = tc.Client("r1")
         client.total, client.workers, client.slots = 10, 1, 4
-        self.assertEqual(tc.progress(client, 1.0), "0/10+ done, 0 running, 1 worker, 4 slots")
+        self.assertEqual(tc.progress_line(client, 1.0), "0/10+ done, 0 running, 1 worker, 4 slots")
         client.reported, client.failed, client.flaky, client.accepted = 4, 1, 2, 9
         client.input_ended, client.workers = True, 2
-        self.assertEqual(tc.progress(client, 8.0), "4/10 done, 1 failed, 2 flaky, 4 running, 0.5/s, "
-                                                   "ETA 12 s, 2 workers, 4 slots")
+        self.assertEqual(tc.progress_line(client, 8.0), "4/10 done, 1 failed, 2 flaky, 4 running, "
+                                                        "0.5/s, ETA 12 s, 2 workers, 4 slots")
         for words in ("4/10 done, 1 failed, 2 flaky, 4 running, ETA 12 s, 2 workers, 4 slots",
                       "4/10 done, 1 failed, 2 flaky, 4 running, ETA 12 s",
                       "4/10 done, 1 failed, 2 flaky, ETA 12 s", "4/10 done, ETA 12 s"):
-            self.assertEqual(tc.progress(client, 8.0, len(words)), words)
-            self.assertNotEqual(tc.progress(client, 8.0, len(words) - 1), words)
+            self.assertEqual(tc.progress_line(client, 8.0, len(words)), words)
+            self.assertNotEqual(tc.progress_line(client, 8.0, len(words) - 1), words)
         for seconds, words in ((0.2, "0.200 s"), (63.14, "63.1 s"), (119.7, "2 min 0 s"),
                                (123, "2 min 3 s"), (7387, "2 h 3 min")):
             self.assertEqual(tc.duration(seconds), words)
@@ -6385,7 +6385,7 @@ class ReportingTest(unittest.TestCase):
             {"name": "b2", "host": "b2", "kind": "broker", "below": ["b2", "b3"], "labels": [],
              "slots": 8, "running": 8, "held": 0, "done": 1, "failed": 0, "weight": 0, "load": 0,
              "there": False, "silent": 9}]), "tcp://b:1")
-        self.assertEqual(tc.spaced(tables), [
+        self.assertEqual(tc.join_tables(tables), [
             "tcp://b:1: 2 workers, 3 of 4 slots busy, 1 client", "below b0", "",
             "HOST      SLOTS  RUNNING  DONE  FAILED  WEIGHT  LOAD     SEEN",
             "b2            8        8     1       0       0        9 s ago  "
@@ -6397,26 +6397,27 @@ class ReportingTest(unittest.TestCase):
 
     def test_long_names_are_cut_in_the_middle_where_columns_are_few(self):
         rows = [["HOST", "SLOTS", ""], ["build-machine-number-17", "2", "a note"], ["h", "4", ""]]
-        self.assertEqual(tc.table(rows)[1], "build-machine-number-17      2  a note")
-        self.assertEqual(tc.table(rows, 33), ["HOST               SLOTS",
-                                              "build-m...mber-17      2  a note",
-                                              "h                      4"])
-        self.assertTrue(tc.table(rows, 10)[1].startswith("build...r-17  "))
+        self.assertEqual(tc.align_columns(rows)[1], "build-machine-number-17      2  a note")
+        self.assertEqual(tc.align_columns(rows, 33), [
+            "HOST               SLOTS",
+            "build-m...mber-17      2  a note",
+            "h                      4"])
+        self.assertTrue(tc.align_columns(rows, 10)[1].startswith("build...r-17  "))
 
     def test_a_sign_of_life_names_what_takes_longest(self):
         client = tc.Client("r1")
         client.total = client.slots = client.workers = 1
-        self.assertNotIn(";", tc.sign_of_life(client, 1.0, 9.0))
+        self.assertNotIn(";", tc.progress_notice(client, 1.0, 9.0))
         client.accepted = 2
         for since, id, cmd in ((5.0, 1, "short"), (2.0, 2, "long\x1b")):
             command = client.window[id] = tc.Command(id, cmd, "/")
             command.worker, command.since = "w", since
-        self.assertEqual(tc.sign_of_life(client, 1.0, 9.0),
+        self.assertEqual(tc.progress_notice(client, 1.0, 9.0),
                          "0/1+ done, 1 running, 1 worker, 1 slot; for 7 s: long\\x1b")
 
     def test_a_sign_of_life_comes_when_nothing_else_was_said(self):
         client, bar, said = tc.Client("r1"), tc.Bar(), []
-        with mock.patch.object(tc, "BAR", bar), mock.patch.object(tc, "complain", said.append), \
+        with mock.patch.object(tc, "BAR", bar), mock.patch.object(tc, "print_notice", said.append), \
                 mock.patch.object(tc.time, "monotonic") as clock:
             for steady, heard, wanted in ((False, (), [60, 120]), (False, (50,), [110]),
                                           (True, (50,), [60, 120])):
@@ -6435,15 +6436,15 @@ class ReportingTest(unittest.TestCase):
 
     def test_tables_share_a_screen(self):
         tables = [["the whole"], [f"worker {n}" for n in range(20)], ["CLIENTS", "one of them"]]
-        self.assertEqual(tc.fitted(tables, 80, 40), tc.spaced(tables))
-        self.assertEqual(tc.fitted(tables, 80, 8), [
+        self.assertEqual(tc.fit_to_screen(tables, 80, 40), tc.join_tables(tables))
+        self.assertEqual(tc.fit_to_screen(tables, 80, 8), [
             "the whole", "worker 0", "worker 1", "worker 2", "(17 more lines)",
             "CLIENTS", "one of them"])
-        self.assertEqual(tc.fitted(tables, 8, 5), ["the who", "worker ", "(19 mor", "CLIENTS"])
-        self.assertEqual(tc.fitted([["a " * 10], ["x" * 9]], 12, 24),
+        self.assertEqual(tc.fit_to_screen(tables, 8, 5), ["the who", "worker ", "(19 mor", "CLIENTS"])
+        self.assertEqual(tc.fit_to_screen([["a " * 10], ["x" * 9]], 12, 24),
                          ["a a a a a a", "    a a a a", "", "x" * 9])
         for rows in range(2, 30):
-            shown = tc.fitted(tables, 80, rows)
+            shown = tc.fit_to_screen(tables, 80, rows)
             self.assertLess(len(shown), rows)
             self.assertEqual(shown[0], "the whole" if rows > 3 else shown[0])
 
@@ -6598,7 +6599,7 @@ class JUnitTest(unittest.TestCase):
         self.assertEqual({case.get("classname") for case in found}, {"nightly"})
 
     def test_many_of_the_same_name_take_no_longer(self):
-        self.assertEqual(len(set(tc.distinct_names(["x"] * 200_000))), 200_000)
+        self.assertEqual(len(set(tc.unique_names(["x"] * 200_000))), 200_000)
 
     def test_clocks_that_are_wrong_give_no_timestamp(self):
         for wrong in (0.0, -1.0, 1e12, 1e18, float("nan"), float("inf")):
@@ -6938,7 +6939,7 @@ def rendered_text(parsed, id):
 class PageTest(unittest.TestCase):
     def test_the_order_of_names(self):
         names = ["h" + "9" * 5000, "h10", "h2", "", "h", "2", "a\u0664"]
-        self.assertEqual(sorted(names, key=lambda name: tc.human_order((name, "", 1))),
+        self.assertEqual(sorted(names, key=lambda name: tc.natural_order((name, "", 1))),
                          ["", "2", "a\u0664", "h", "h2", "h10", "h" + "9" * 5000])
 
     def test_nothing_of_a_command_becomes_an_element_or_an_attribute(self):
@@ -6990,7 +6991,7 @@ class PageTest(unittest.TestCase):
             self.assertNotIn(element.tag, ("link", "iframe", "img", "object", "base", "form"))
             self.assertFalse([name for name in element.attributes if name == "src" or name[:2] == "on"])
             self.assertTrue(element.attributes.get("href", "#").startswith("#"))
-        self.assertNotIn("://", tc.PAGE)
+        self.assertNotIn("://", tc.HTML_TEMPLATE)
 
     def test_headline_counts(self):
         flaky = [paged(1), paged(2, "FLAKY"), paged(3, "ONLY", only_on="h")]
@@ -7025,9 +7026,9 @@ class PageTest(unittest.TestCase):
 
     def test_long_output_keeps_both_ends(self):
         parts = [b"x" * 1000] * 100
-        self.assertEqual(tc.both_ends(iter([b"abc", b"", b"defgh"]), 3, 3), (b"abc", 2, b"fgh"))
-        self.assertEqual(tc.both_ends(iter([b"abcdefg"]), 4, 4), (b"abcd", 0, b"efg"))
-        self.assertEqual(tc.both_ends(iter([]), 4, 4), (b"", 0, b""))
+        self.assertEqual(tc.head_and_tail(iter([b"abc", b"", b"defgh"]), 3, 3), (b"abc", 2, b"fgh"))
+        self.assertEqual(tc.head_and_tail(iter([b"abcdefg"]), 4, 4), (b"abcd", 0, b"efg"))
+        self.assertEqual(tc.head_and_tail(iter([]), 4, 4), (b"", 0, b""))
         pre = failure_in_page([b"first", *parts, b"last"])
         left_out = 100_009 - 2 * tc.PAGE_OUTPUT
         self.assertRegex(pre.text, f"^\nfirstx+{left_out:,} bytes left outx+last$")
@@ -7041,7 +7042,7 @@ class PageTest(unittest.TestCase):
         self.assertIn("Exit code 1 on h0, after the same output.", text)
 
     def test_failures_come_first(self):
-        ids = re.findall(r'<section id="(\w+)"', tc.PAGE)
+        ids = re.findall(r'<section id="(\w+)"', tc.HTML_TEMPLATE)
         self.assertEqual(ids, ["failures", "flaky", "timeline", "commands", "slowest"])
 
     def test_output_that_is_no_utf_8(self):
@@ -7065,7 +7066,7 @@ class PageTest(unittest.TestCase):
                          [(1, 0, 0.0), (2, 1, 1000.0), (3, -1, 0.0), (10, 2, 9000.0)])
 
     def test_hosts_of_tries_are_hosts_of_the_run(self):
-        page = tc.HtmlPage(os.devnull, None)
+        page = tc.HtmlReport(os.devnull, None)
         page.outcomes = [paged(3, "FLAKY", tries=(tc.Try(7, "host8"), tc.Try(7, "host9")))]
         summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40, "")
         text = "".join(page.pieces(summary))
@@ -8852,7 +8853,7 @@ class ProcessesTest(unittest.TestCase):
         ours, theirs = os.pipe()
         os.set_blocking(theirs, False)
         program = ("import sys, testcloud as tc; tc.make_patient('stderr'); "
-                   "[tc.complain('x' * 999) for _ in range(200)]")
+                   "[tc.print_notice('x' * 999) for _ in range(200)]")
         with subprocess.Popen([sys.executable, "-c", program], stderr=theirs, cwd=HERE) as process:
             wait_until_full(theirs)
             os.close(theirs)
@@ -9077,12 +9078,12 @@ class WhatIsSaidTest(unittest.TestCase):
         fifo = os.path.join(self.dir, "fifo")
         os.mkfifo(fifo)
         code = f"""tc.SILENCE = tc.STEADY = 0.3
-real = tc.complain
-def complain(text):
+real = tc.print_notice
+def print_notice(text):
     real(text)
     if "; for " in text:
         open({fifo!r}, "w").close()
-tc.complain = complain"""
+tc.print_notice = print_notice"""
         with open(os.path.join(self.dir, "out"), "w") as out:
             for argv in ((), ("-p",)):
                 done = self.run_client(*argv, lines=["read x < fifo; true"], code=code, stdout=out)

@@ -3355,7 +3355,7 @@ def supervise(run: Callable[[int], int]) -> int:
     the system does not give us orphans, run(-1) is called directly.
     """
     if not become_subreaper():
-        complain("notice: this system cannot tell what has moved out of a command's process group: "
+        print_notice("notice: this system cannot tell what has moved out of a command's process group: "
                  "such processes may survive their command")
         return run(-1)
     control, signals = os.pipe()
@@ -3380,9 +3380,9 @@ def supervise(run: Callable[[int], int]) -> int:
                 os.write(signals, bytes([number]))
     stuck = kill_descendants(children_file)
     if stuck:
-        complain(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
+        print_notice(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
     if os.WIFSIGNALED(how):
-        complain(f"process {child} was killed by signal {os.WTERMSIG(how)}: so were its commands")
+        print_notice(f"process {child} was killed by signal {os.WTERMSIG(how)}: so were its commands")
         return 128 + os.WTERMSIG(how)
     return os.WEXITSTATUS(how)
 
@@ -5093,6 +5093,13 @@ def screen_size(file: int) -> Tuple[int, int]:
 BAR = Bar()
 
 
+def print_notice(text: str) -> None:
+    """One line to the person at the terminal."""
+    if sys.stderr is not None:  # closed: and print() would take stdout
+        with contextlib.suppress(OSError), BAR.making_way():
+            print(f"testcloud: {text}", file=sys.stderr, flush=True)
+
+
 class BarHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """A log on stderr that does not write over the bar."""
 
@@ -5286,7 +5293,7 @@ class Reports:
             except OSError as error:
                 self.reporters.remove(reporter)
                 self.troubled = True
-                complain(f"cannot write {printable(reporter.path)}: {error.strerror}")
+                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
     def bad_hosts(self) -> str:
         """Of hosts where all commands failed, while others passed elsewhere."""
@@ -5442,7 +5449,7 @@ class Closing(Reporter):
         failed = sum(summary.codes.values())
         if failed:
             codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
-                              for how, n in sorted(summary.codes.items(), key=human_order))
+                              for how, n in sorted(summary.codes.items(), key=natural_order))
             yield f"{failed} of {plural(summary.ran, 'command')} failed: {codes}"
         for outcome in summary.failures:
             yield "  " + self.headline(outcome).rstrip()
@@ -5486,7 +5493,7 @@ class Transcript(Closing):
         if outcome.tries and outcome.verdict != OK:
             self.line(f"testcloud: {tries_in_words(outcome, printable)}")
         if self.verbose:
-            complain(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
+            print_notice(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
 
 
 def killed_by(outcome: Outcome) -> str:
@@ -5759,7 +5766,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
             except (ValueError, IndexError):
                 damaged += 1
     if damaged:
-        complain(f"{printable(path)}: passing over {plural(damaged, 'damaged line')}")
+        print_notice(f"{printable(path)}: passing over {plural(damaged, 'damaged line')}")
     return found
 
 
@@ -5880,7 +5887,7 @@ def saying_if_it_waits(path: str) -> Iterator[None]:
         yield
         return
     words = f"waiting for {printable(path)}: it is a pipe, which somebody else has to open as well"
-    timer = threading.Timer(NOTICE_DELAY, complain, [words])
+    timer = threading.Timer(NOTICE_DELAY, print_notice, [words])
     timer.daemon = True
     timer.start()
     try:
@@ -5906,7 +5913,7 @@ XML_ILLEGAL = re.compile(  # colours, only noise here; then what XML 1.0 cannot 
     "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-class WholeFile(Reporter):
+class FinalReport(Reporter):
     """A report that is written at the end, of all outcomes."""
 
     def __init__(self, path: str, tally: Tally) -> None:
@@ -5935,7 +5942,7 @@ class WholeFile(Reporter):
         raise NotImplementedError
 
 
-class JUnit(WholeFile):
+class JUnit(FinalReport):
     """What Jenkins, GitLab and GitHub read."""
 
     def pieces(self, summary: Summary) -> Iterator[str]:
@@ -5972,7 +5979,7 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
     began = {"timestamp": min(times)} if times else {}
     yield f'<?xml version="1.0" encoding="UTF-8"?>\n{xml_tag("testsuites", totals)}\n'
     yield xml_tag("testsuite", {**totals, "skipped": "0", **began}) + "\n"
-    names = distinct_names([row.cmd for row in rows] + [WHOLE_RUN] * more)
+    names = unique_names([row.cmd for row in rows] + [WHOLE_RUN] * more)
     room = JUNIT_SIZE
     for row, shown in zip(rows, names):
         failure, failed = "", has_failed(row, flaky_counts)
@@ -6050,7 +6057,7 @@ def outputs_of_tries(row: Outcome) -> str:
                        for one in row.tries if one.exitcode and one.size)
 
 
-def distinct_names(commands: Iterable[str]) -> Iterator[str]:
+def unique_names(commands: Iterable[str]) -> Iterator[str]:
     """Names for commands: GitLab ignores a second case of the same name, others mix them up."""
     used: Dict[str, int] = {}
     for command in commands:
@@ -6064,12 +6071,12 @@ def distinct_names(commands: Iterable[str]) -> Iterator[str]:
 
 def excerpt(pieces: Iterable[bytes]) -> str:
     """An output, without its middle if it is long. Bytes that are no UTF-8 are shown as \\xff."""
-    head, left_out, tail = both_ends(pieces, EXCERPT_HEAD, EXCERPT_TAIL)
+    head, left_out, tail = head_and_tail(pieces, EXCERPT_HEAD, EXCERPT_TAIL)
     mark = b"\n[... %d bytes left out ...]\n" % left_out if left_out else b""
     return (head + mark + tail).decode("utf-8", "backslashreplace")
 
 
-def both_ends(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
+def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
     """So many first and last bytes of an output, and how many there are between them."""
     head, tail, size = b"", b"", 0
     for piece in pieces:
@@ -6119,10 +6126,10 @@ PAGE_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browse
 PAGE_ENTRIES = 1000  # failures shown with their output, and flaky commands: the list has all
 PAGE_SLOWEST = 20  # commands in that table: what fits on a screen
 # verdicts as they are shown; with marks, so that nobody needs colours
-LABELS = {OK: "✓ OK", FAIL: "✗ FAIL", FLAKY: "~ FLAKY", ONLY: "◐ FAIL ON 1 HOST"}
+VERDICT_LABELS = {OK: "✓ OK", FAIL: "✗ FAIL", FLAKY: "~ FLAKY", ONLY: "◐ FAIL ON 1 HOST"}
 
 
-class HtmlPage(WholeFile):
+class HtmlReport(FinalReport):
     """One file that shows a whole run, opens from anywhere and asks nobody for anything. The commands
     are in it once, as JSON, from which its script draws the timeline and only those lines of the
     list that are in sight: it stays quick with 100,000 of them. Failures, flaky and slowest commands
@@ -6177,7 +6184,7 @@ def ending_words(outcome: Outcome) -> str:
 
 
 def output_html(parts: Iterable[bytes], end: int) -> str:
-    head, left_out, tail = both_ends(parts, end, end)
+    head, left_out, tail = head_and_tail(parts, end, end)
     if not left_out:
         head, tail = head + tail, b""
     first, last = (html_escape(escape_unprintable(
@@ -6202,7 +6209,7 @@ def failed_tries_html(outcome: Outcome, reported: bytes = b"") -> str:
 
 
 def html_badge(verdict: str) -> str:
-    return f'<b class="badge {verdict}">{LABELS[verdict]}</b>'
+    return f'<b class="badge {verdict}">{VERDICT_LABELS[verdict]}</b>'
 
 
 def html_name(outcome: Outcome) -> str:
@@ -6242,7 +6249,7 @@ def row_place(one: Union[Outcome, Try]) -> Tuple[str, str, int]:
     return one.host, one.worker, one.slot
 
 
-def human_order(names: Sequence[object]) -> List[object]:
+def natural_order(names: Sequence[object]) -> List[object]:
     """For sorting: host2 comes before host10."""
     return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
              for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
@@ -6257,15 +6264,15 @@ def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """All commands for the page's script, which names the fields of a row; then their other tries."""
     known = [one for one in all_tries(outcomes) if one.started]
     began = min((one.started for one in known), default=0.0)
-    slots = sorted({*map(row_place, known)}, key=human_order)
+    slots = sorted({*map(row_place, known)}, key=natural_order)
     rows = {slot: row for row, slot in enumerate(slots)}
 
     def bar(one: Union[Outcome, Try]) -> Tuple[int, float, float]:
         return (rows[row_place(one)] if one.started else -1,
                 round(max(0.0, one.started - began) * 1000, 1), round(one.spent, 2))
     shown = script_json([(one_line(host), one_line(worker), slot) for host, worker, slot in slots])
-    yield f'{{"began":{began},\n"labels":{script_json(LABELS)},\n"rows":{shown},\n"commands":['
-    verdicts = {verdict: at for at, verdict in enumerate(LABELS)}
+    yield f'{{"began":{began},\n"labels":{script_json(VERDICT_LABELS)},\n"rows":{shown},\n"commands":['
+    verdicts = {verdict: at for at, verdict in enumerate(VERDICT_LABELS)}
     comma = itertools.chain(["\n"], itertools.repeat(",\n"))
     for outcome in outcomes:
         end = ending_words(outcome)
@@ -6298,26 +6305,26 @@ def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outc
     def last_of(outcome: Outcome) -> bytes:
         if not any(one.output for one in outcome.tries):
             return b""  # and need not be read
-        return both_ends(output_of(outcome), 0, TRY_OUTPUT)[2]
+        return head_and_tail(output_of(outcome), 0, TRY_OUTPUT)[2]
 
     end = min(PAGE_OUTPUT, PAGE_OUTPUTS // (2 * max(1, min(len(failed), PAGE_ENTRIES))))
-    script = PAGE.partition("<script>")[2].partition("</script>")[0]
+    script = HTML_TEMPLATE.partition("<script>")[2].partition("</script>")[0]
     pieces: Dict[str, Iterable[str]] = {
         "title": [html_line(title)],
         "hash": [in_base64(hashlib.sha256(script.encode()).digest())],
         "state": [FAIL if failures or trouble else OK],
         "headline": [html_line(page_headline(len(outcomes), failures, trouble))],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
-                   for verdict in LABELS if counts[verdict]),
+                   for verdict in VERDICT_LABELS if counts[verdict]),
         "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
         "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)
                                  + failed_tries_html(outcome, last_of(outcome))),
         "flaky": html_entries(flaky, failed_tries_html),
         "slowest": slowest_rows(outcomes),
-        "options": (f'<option value="{verdict}">{label}' for verdict, label in LABELS.items()),
+        "options": (f'<option value="{verdict}">{label}' for verdict, label in VERDICT_LABELS.items()),
         "data": commands_json(outcomes),
     }
-    for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", PAGE)):
+    for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", HTML_TEMPLATE)):
         if at % 2:
             yield from pieces[part]
         else:
@@ -6360,7 +6367,7 @@ def read_timings(path: str) -> Dict[str, float]:
         return {}
 
 
-def advice(times: Sequence[float], slots: int) -> str:
+def advice_on_slots(times: Sequence[float], slots: int) -> str:
     """What more slots would have done for commands that took so long (in seconds)."""
     longest, total = max(*times, 1e-3), sum(times)
     least = max(longest, PER_COMMAND * len(times))
@@ -6388,7 +6395,7 @@ def makespan(times: Sequence[float], slots: int) -> float:
     return max(ends)
 
 
-def progress(client: Client, spent: Seconds, room: float = math.inf) -> str:
+def progress_line(client: Client, spent: Seconds, room: float = math.inf) -> str:
     """How far a run is, on one line; of what does not fit into so many columns the least needed words
     are left out, those with the lowest number."""
     rate = client.reported / max(spent, 0.001)
@@ -6407,14 +6414,14 @@ def progress(client: Client, spent: Seconds, room: float = math.inf) -> str:
     return ", ".join(word for _, word in words)
 
 
-def sign_of_life(client: Client, spent: Seconds, now: Seconds) -> str:
+def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
     """How far a run is, and what takes so long."""
     held = [command for command in client.window.values() if command.worker]
     if not held:
-        return progress(client, spent)
+        return progress_line(client, spent)
     longest = min(held, key=lambda command: command.since)
     took = duration(now - longest.since, 0)
-    return f"{progress(client, spent)}; for {took}: {printable(longest.cmd)}"
+    return f"{progress_line(client, spent)}; for {took}: {printable(longest.cmd)}"
 
 
 def duration(seconds: Seconds, digits: int = 1) -> str:
@@ -6426,7 +6433,7 @@ def duration(seconds: Seconds, digits: int = 1) -> str:
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-PAGE = r"""<!DOCTYPE html>
+HTML_TEMPLATE = r"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
  script-src 'sha256-{{hash}}'; base-uri 'none'; form-action 'none'">
@@ -6826,21 +6833,21 @@ def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[st
     tables = [whole]
     if workers:
         head = ["HOST", "SLOTS", "RUNNING", "DONE", "FAILED", "WEIGHT", "LOAD", "SEEN", ""]
-        tables.append(table([head, *map(worker_row, workers)], columns))
+        tables.append(align_columns([head, *map(worker_row, workers)], columns))
     if clients:
         head = ["CLIENT", "PID", "QUEUED", "RUNNING", "DONE", "FAILED", "WAITS FOR"]
-        tables.append(table([head, *map(client_row, clients)], columns))
+        tables.append(align_columns([head, *map(client_row, clients)], columns))
     return [[printable(line, 1000) for line in lines] for lines in tables]
 
 
-def fitted(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
+def fit_to_screen(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
     """As much of the tables as a screen has room for, whose last row is for the cursor. Lines that
     are too long go on in the next row. If there are too many they do not, and each table gets its
     share of the rows."""
     import textwrap
     wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ",
                                 break_on_hyphens=False).wrap
-    wrapped = spaced([[piece for line in lines for piece in wrap(line)] for lines in tables])
+    wrapped = join_tables([[piece for line in lines for piece in wrap(line)] for lines in tables])
     if len(wrapped) < rows:
         return wrapped
     shown, room = [[line[:columns - 1] for line in lines] for lines in tables], rows - 1
@@ -6855,7 +6862,7 @@ def fitted(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str
     return [line for lines in shown for line in lines]
 
 
-def spaced(tables: Sequence[Sequence[str]]) -> List[str]:
+def join_tables(tables: Sequence[Sequence[str]]) -> List[str]:
     """With an empty line between two tables."""
     return [line for lines in tables for line in ("", *lines)][1:]
 
@@ -6880,7 +6887,7 @@ def client_row(row: Fields) -> List[str]:
             row["waits_for"] if row["there"] else "its connection"]
 
 
-def table(rows: List[List[str]], columns: int = 0) -> List[str]:
+def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
     """Lines with columns of the width that they need: texts to the left, numbers to the right."""
     rows = [[truncate_middle(printable(cell, CLIPPED), 60) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -6890,13 +6897,6 @@ def table(rows: List[List[str]], columns: int = 0) -> List[str]:
         rows = [[truncate_middle(row[0], widths[0]), *row[1:]] for row in rows]
     return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
                       for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
-
-
-def complain(text: str) -> None:
-    """One line to the person at the terminal."""
-    if sys.stderr is not None:  # closed: and print() would take stdout
-        with contextlib.suppress(OSError), BAR.making_way():
-            print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
 # === Sockets ==========================================================================
@@ -7107,7 +7107,7 @@ class EventLoop:
     def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
         adapter = Adapter(machine, {
             Log: lambda effect: logging.log(effect.level, "%s", effect.text),
-            Notice: lambda effect: complain(effect.text),
+            Notice: lambda effect: print_notice(effect.text),
             Reconnect: lambda effect: adapter.links[effect.link].reset(),
             Exit: self.exit, **effects})
         self.adapters.append(adapter)
@@ -7472,7 +7472,7 @@ class RouterLink(SocketLink):
         self.news += news
         if any(event == zmq.EVENT_ACCEPTED and file >= self.limit - SPARE for event, file in news):
             limit, self.limit = self.limit, sys.maxsize  # said once
-            complain(f"no more peers can connect: this process may have only {limit} open files; "
+            print_notice(f"no more peers can connect: this process may have only {limit} open files; "
                      f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
 
     def receive_one(self, now: Seconds) -> bool:
@@ -8595,7 +8595,7 @@ def run_broker(settings: argparse.Namespace) -> int:
             logging.info("for this machine only, as there is no key (testcloud.py keygen)")
         for link in (clients, workers):
             if keys is None and not is_loopback(link.address):
-                complain(f"warning: {link.address} can be reached from the network, without a key: "
+                print_notice(f"warning: {link.address} can be reached from the network, without a key: "
                          f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
                          f"results")
         if upstream:
@@ -8934,7 +8934,7 @@ class InputReader:
                 self.hand_over(row)
                 self.room.wait()
         except OSError as error:
-            complain(f"cannot read the input: {error.strerror}")
+            print_notice(f"cannot read the input: {error.strerror}")
             self.loop.post(lambda now: self.client.cancel(3, now))
         self.hand_over(None)
 
@@ -9018,7 +9018,7 @@ def run_client(settings: argparse.Namespace) -> int:
         return print_commands(settings)
     if settings.local:
         if settings.need:
-            complain("with --local this machine runs everything, whatever --need says")
+            print_notice("with --local this machine runs everything, whatever --need says")
             settings.need = []
         return supervise(lambda control: submit(settings, "this machine", control))
     if settings.slots:
@@ -9043,7 +9043,7 @@ def print_commands(settings: argparse.Namespace) -> int:
                 out.write(to_bytes(command + "\n"))
     if seq or settings.allow_empty:
         return 0
-    complain(NO_COMMANDS)
+    print_notice(NO_COMMANDS)
     return 2
 
 
@@ -9170,11 +9170,11 @@ class Progress:
         if not self.lines:
             self.look_at = now + PROGRESS_INTERVAL
             with contextlib.suppress(OSError):  # the terminal has gone
-                BAR.text = progress(self.client, spent, screen_size(2)[0] - 1)
+                BAR.text = progress_line(self.client, spent, screen_size(2)[0] - 1)
             self.writer.redraw()
             return
         if self.steady or now >= BAR.said_at + self.lines:
-            complain(sign_of_life(self.client, spent, now))
+            print_notice(progress_notice(self.client, spent, now))
         self.look_at = (now if self.steady else BAR.said_at) + self.lines
 
 
@@ -9223,7 +9223,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
 
     def tell(text: str, error: bool = False) -> None:
         if error or settings.verbose is not None:
-            complain(text)
+            print_notice(text)
 
     def live(effect: LiveOutput) -> None:
         reports.live(effect)
@@ -9290,7 +9290,7 @@ def file_reporters(settings: argparse.Namespace, tally: Tally, done: Resumed) ->
             found.append(JUnit(path, tally))
         if settings.html:
             path = settings.html
-            found.append(HtmlPage(path, tally))
+            found.append(HtmlReport(path, tally))
         if settings.joblog:  # last: it empties a file
             path = settings.joblog
             found.append(JobLog(path, [row.line for row in done.rows.values()]))
@@ -9350,7 +9350,7 @@ def final_notices(summary: Summary, times: Sequence[float], slots: int) -> Itera
     if summary.complete and len(times) > 1 and worth_it and slots:
         all_spent = [spent / 1000 for spent in times]
         if makespan(all_spent, slots) > ADVICE_MIN_SHARE * summary.spent:
-            yield advice(all_spent, slots)
+            yield advice_on_slots(all_spent, slots)
 
 
 STATUS_INTERVAL: Seconds = 1.0  # between updates of status --watch
@@ -9368,12 +9368,12 @@ def run_status(settings: argparse.Namespace) -> int:
         page = StatusScreen(address)
         status = run_viewer(viewer, {ShowStatus: page.view, Notice: page.tell}, keys, settings, page)
         if status == 3:
-            complain(page.notice)
+            print_notice(page.notice)
         return status
 
     def show(effect: ShowStatus) -> None:
         columns = screen_size(1)[0] if sys.stdout.isatty() else 0
-        lines = spaced(status_tables(effect.fields, address, columns))
+        lines = join_tables(status_tables(effect.fields, address, columns))
         print_line(dump_clean(effect.fields) if settings.json else
                  "\n".join([*lines, ""] if settings.watch else lines))
     return run_viewer(viewer, {ShowStatus: show}, keys, settings)
@@ -9412,7 +9412,7 @@ class StatusScreen:
 
     def draw(self) -> None:
         said = [[f"testcloud: {self.notice}"]] if self.notice else []
-        lines = fitted([*said, *self.tables], *screen_size(1))
+        lines = fit_to_screen([*said, *self.tables], *screen_size(1))
         print_line("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
 
 
@@ -9499,7 +9499,7 @@ def report_incomplete(client: Client, status: int) -> None:
     """The run ended early: how much of it was done."""
     unknown = len(client.window) + len(client.backlog)
     how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
-    complain(f"{how}: {plural(client.reported, 'command')} reported, {client.stopped} stopped, "
+    print_notice(f"{how}: {plural(client.reported, 'command')} reported, {client.stopped} stopped, "
              f"{client.never_ran} never ran" + (f", {unknown} not run or unknown" if unknown else ""))
 
 
@@ -9510,7 +9510,7 @@ RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status
 def main(argv: Optional[List[str]] = None) -> int:
     """The program; returns its exit status."""
     if os.name != "posix":
-        complain("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
+        print_notice("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
         return 3
     make_patient("stdout")
     make_patient("stderr")
@@ -9527,10 +9527,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             use_venv_python()
         return RUN[settings.subcommand](settings)
     except UsageError as error:
-        complain(str(error))
+        print_notice(str(error))
         return 2
     except SetupError as error:
-        complain(str(error))
+        print_notice(str(error))
         discard_stdout()
         return 3
     except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
