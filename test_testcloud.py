@@ -5784,55 +5784,55 @@ class ReportingTest(unittest.TestCase):
             output))
         return command
 
-    def tally(self, split=False):
-        tally = tc.Tally(split)
-        self.addCleanup(tally.close)
-        return tally
+    def store(self, split=False):
+        store = tc.ResultStore(split)
+        self.addCleanup(store.close)
+        return store
 
-    def text(self, *words, split=False):
+    def text(self, *words, split=False, options=tc.RunOptions()):
         """What is written with these options."""
         self.out, self.ids = io.BytesIO(), itertools.count(1)
-        self.client = tc.Client("r1")
+        self.client = tc.Client("r1", options=options)
         settings = tc.build_parser().parse_args(["client", *words])
-        tally = self.tally(settings.raw or split)
+        store = self.store(settings.raw or split)
         out = mock.Mock(put=lambda item, size=0: self.out.writelines(item))
         with mock.patch.object(tc, "Writer", lambda file, failed: out):
-            show = tc.Display(settings, tally, None, lambda: self.client.hosts > 1)
-        self.reports = tc.Reports(tally, [show.reporter])
+            show = tc.Display(settings, store, None, self.client)
+        self.reports = tc.Reports(self.client, store, [show.reporter])
         return self.out
 
     def end(self, complete=True, **more):
-        return self.reports.end(self.client, complete, **more)
+        return self.reports.end(complete, **more)
 
     def test_the_hash_of_the_seeds_example(self):
-        tally = self.tally()
+        store = self.store()
         for n in (3, 1, 5, 2, 4):
-            tally.add(f"bin/pi {n}".encode(), 0, SEED_OUTPUTS[n - 1].encode() + b"\n")
-        self.assertEqual(tally.hash(), "24aa911ac6e5f453c2ca1fa3cd8fe3ad2d6b1f43")
+            store.add(f"bin/pi {n}".encode(), 0, SEED_OUTPUTS[n - 1].encode() + b"\n")
+        self.assertEqual(store.hash(), "24aa911ac6e5f453c2ca1fa3cd8fe3ad2d6b1f43")
 
     def test_the_hash_does_not_depend_on_the_order(self):
         r = random.Random(1)
         results = [(r.choice([b"a", b"b", b"\xff", b"aa"]), r.choice([0, 1, 2, 10]),
                     bytes(r.choices(b"xy", k=r.choice([0, 1, 2, 3])))) for _ in range(300)]
-        with mock.patch.object(tc, "COPY", 2):  # bytes, so that outputs come in pieces
+        with mock.patch.object(tc, "BLOCK_SIZE", 2):  # bytes, so that outputs come in pieces
             for _ in range(3):
                 r.shuffle(results)
-                tally = self.tally()
+                store = self.store()
                 for cmd, code, output in results:
                     if r.random() < 0.3 and output:
                         for at in range(len(output)):
-                            tally.store(at, output[at:at + 1])
+                            store.add_part(at, output[at:at + 1])
                         output = None
-                    tally.add(cmd, code, output)
-                self.assertEqual(tally.hash(), naive_hash(results))
+                    store.add(cmd, code, output)
+                self.assertEqual(store.hash(), naive_hash(results))
 
     def test_an_output_that_was_stored_in_part_and_given_up_leaves_no_trace(self):
-        tally = self.tally()
-        tally.store(0, b"abc")
-        tally.store(3, b"def")
-        tally.store(0, b"xy")
-        record = tally.add(b"c", 0, None)
-        self.assertEqual(b"".join(tally.parts(record)), b"xy")
+        store = self.store()
+        store.add_part(0, b"abc")
+        store.add_part(3, b"def")
+        store.add_part(0, b"xy")
+        record = store.add(b"c", 0, None)
+        self.assertEqual(b"".join(store.output(record)), b"xy")
 
     def test_the_transcript(self):
         out = self.text()
@@ -5872,17 +5872,17 @@ class ReportingTest(unittest.TestCase):
             self.report("a", output=b"1\n")
             self.report("b", output=bytes(1000))
             for at in range(0, 5000, 500):
-                self.reports.store(tc.FetchedOutput(at, bytes(500)))
+                self.reports.add_part(tc.FetchedOutput(at, bytes(500)))
             self.report("c", output=None)
-            self.reports.store(tc.FetchedOutput(0, b"x" * 500))
+            self.reports.add_part(tc.FetchedOutput(0, b"x" * 500))
             self.report("d", output=None)
-        self.assertEqual(os.fstat(self.reports.tally.files[1].fileno()).st_size, 500)
+        self.assertEqual(os.fstat(self.reports.store.files[1].fileno()).st_size, 500)
         self.end()
         lines = [line for line in out.getvalue().decode().split("\n") if "⌚8" in line]
         self.assertEqual([line.split()[:2] for line in lines], [
             ["OK!", "a"], ["FAIL(126)", "b"], ["FAIL(126)", "c"], ["OK!", "d"]])
         self.assertEqual(out.getvalue().count(b"of the client: No space left on device\n"), 2)
-        self.assertEqual(self.reports.tally.hash(), naive_hash([
+        self.assertEqual(self.reports.store.hash(), naive_hash([
             (b"a", 0, b"1\n"), (b"b", 126, b""), (b"c", 126, b""), (b"d", 0, b"x" * 500)]))
 
     def test_verdicts(self):
@@ -5927,8 +5927,7 @@ class ReportingTest(unittest.TestCase):
                 ([("h", 1)] * 3 + [("i", 0)], 0, True), ([("h", 1)] * 3 + [("i", 0)], 2, False),
                 ([("h", 1)] * 2 + [("i", 0)], 0, False), ([("h", 1)] * 9, 0, False),
                 ([("h", 1)] * 9 + [("h", 0), ("i", 0)], 0, False)):
-            self.text("-b")
-            self.client = tc.Client("r1", options=tc.RunOptions(tries=retries))
+            self.text("-b", options=tc.RunOptions(tries=retries))
             for host, exitcode in results:
                 self.report("c", exitcode, host=host)
             self.assertEqual(bool(self.end().bad_hosts), suspected)
@@ -5943,13 +5942,11 @@ class ReportingTest(unittest.TestCase):
             self.reports.report(tc.FinalResult(command, first, None, True) if kept else
                                 tc.FinalResult(command, then, b"then"))
             self.assertEqual(self.end().ran, 1)
-            self.assertEqual(self.reports.tally.hash(), naive_hash(
+            self.assertEqual(self.reports.store.hash(), naive_hash(
                 [(b"a", 127, b"first") if kept else (b"a", 0, b"then")]))
 
     def test_what_is_flaky_is_listed_if_it_counts_as_failed(self):
-        out = self.text("-b")
-        self.client = tc.Client("r1", options=tc.RunOptions(fail_on_flaky=True, tries=3))
-        self.reports.flaky_counts = True
+        out = self.text("-b", options=tc.RunOptions(fail_on_flaky=True, tries=3))
         self.report("a", tries=[(1, "i")])
         self.report("b", 3)
         self.end()
@@ -5980,8 +5977,7 @@ class ReportingTest(unittest.TestCase):
 
     def test_what_is_flaky_may_count_as_failed(self):
         for counts, words in ((False, "All commands success"), (True, "Some commands failed")):
-            out = self.text("-b")
-            self.client = tc.Client("r1", options=tc.RunOptions(fail_on_flaky=counts))
+            out = self.text("-b", options=tc.RunOptions(fail_on_flaky=counts))
             self.report("a")
             self.client.flaky = 1
             self.end()
@@ -6013,7 +6009,7 @@ class ReportingTest(unittest.TestCase):
 
     def test_tags(self):
         out = self.text("--tag")
-        with mock.patch.object(tc, "COPY", 3):
+        with mock.patch.object(tc, "BLOCK_SIZE", 3):
             self.report("echo a\x1b", output=b"1\n\n345678\n9", line="a\x1b")
         self.assertEqual(out.getvalue().decode().split("\n", 1)[1],
                          "a\\x1b\t1\na\\x1b\t\na\\x1b\t345678\na\\x1b\t9\n\n")
@@ -6060,7 +6056,7 @@ class ReportingTest(unittest.TestCase):
                 return mock.Mock(end=end)
             settings = tc.build_parser().parse_args(["client", "--raw"])
             with mock.patch.object(tc, "Writer", writer):
-                show = tc.Display(settings, self.tally(True), None)
+                show = tc.Display(settings, self.store(True), None, tc.Client("r1"))
             show.end(lambda order=order: order.append("ended"))
             self.assertEqual(order, [1, "ended", 2] if reads else [1, 2])
 
@@ -6086,7 +6082,7 @@ class ReportingTest(unittest.TestCase):
     def test_a_live_line_without_end(self):
         out = self.text("--live")
         command = self.command("a")
-        with mock.patch.object(tc, "COPY", 5):
+        with mock.patch.object(tc, "BLOCK_SIZE", 5):
             for data in (b"123", b"456", b"7\n"):
                 self.reports.live(tc.LiveOutput(command, command.shown, data))
                 command.shown += len(data)
@@ -6101,29 +6097,30 @@ class ReportingTest(unittest.TestCase):
         settings = tc.build_parser().parse_args(["client", "--raw"])
         with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(
                 put=(None, out, err)[file].writelines)):
-            self.reports.reporters = [tc.Display(settings, self.reports.tally, None).reporter]
-        with mock.patch.object(tc, "COPY", 3):
+            self.reports.reporters = [
+                tc.Display(settings, self.reports.store, None, self.client).reporter]
+        with mock.patch.object(tc, "BLOCK_SIZE", 3):
             self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")), split=True)
         self.report("b", output=b"of a plain worker")
         self.end()
         self.assertEqual(out.getvalue(), b"outmore\nof a plain worker")
         self.assertEqual(err.getvalue().decode().split("\n")[:3],
                          ["OK! a ⌚8.14ms", "err", "OK! b ⌚8.14ms"])
-        self.assertEqual(self.reports.tally.hash(), naive_hash([
+        self.assertEqual(self.reports.store.hash(), naive_hash([
             (b"a", 0, b"outerrmore\n"), (b"b", 0, b"of a plain worker")]))
 
     def test_split_outputs_are_compared_by_what_was_printed(self):
-        tally = self.tally(split=True)
+        store = self.store(split=True)
         for parts in ([b"abcd", b"x"], [b"ab", b"cdw"], [b"a"] * 5):
-            tally.add(b"c", 0, self.pieces(*((1, part) for part in parts)))
-        with mock.patch.object(tc, "COPY", 2):
-            self.assertEqual(tally.hash(), naive_hash(
+            store.add(b"c", 0, self.pieces(*((1, part) for part in parts)))
+        with mock.patch.object(tc, "BLOCK_SIZE", 2):
+            self.assertEqual(store.hash(), naive_hash(
                 [(b"c", 0, b"abcdx"), (b"c", 0, b"abcdw"), (b"c", 0, b"aaaaa")]))
 
     def test_json_lines(self):
         out = self.text("--json", "-f")
         self.report("passed")
-        with mock.patch.object(tc, "COPY", 3):
+        with mock.patch.object(tc, "BLOCK_SIZE", 3):
             self.report("a '☃", 3, b"1\xe2\x98\x83\n", tries=[(1, "i")], slot=2, signal=9)
         row = json.loads(out.getvalue())
         self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"], row["time"]),
@@ -6138,7 +6135,7 @@ class ReportingTest(unittest.TestCase):
     def test_json_lines_are_utf8_and_have_bytes_that_are_not_beside(self):
         out = self.text("--json")
         data = b"1\xe2\x98\x83\xff\n\xe2\x98"
-        with mock.patch.object(tc, "COPY", 3):
+        with mock.patch.object(tc, "BLOCK_SIZE", 3):
             tries = tc.Try(1, "\udcff", output=b"t\xff"), tc.Try(1, "i", output="☃".encode())
             self.report("a '\udcff", 3, data, reason="in \udcfe\U0001f40d", tries=tries)
         self.assertNotRegex(out.getvalue(), rb"\\ud[c-f]..(?<!\\ud83d\\udc0d)|[^ -~\n]")
@@ -6157,22 +6154,22 @@ class ReportingTest(unittest.TestCase):
             self.text("-b", "-f")
             one, two = os.path.join(folder, "gone", "x.xml"), os.path.join(folder, "y.html")
             os.mkdir(os.path.dirname(one))
-            tally = self.reports.tally
-            self.reports.reporters = [tc.JUnit(one, tally), tc.HtmlReport(two, tally)]
+            store = self.reports.store
+            self.reports.reporters = [tc.JUnit(one, store), tc.HtmlReport(two, store)]
             shutil.rmtree(os.path.dirname(one))
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 self.report("a")
                 self.end()
             said = f"testcloud: cannot write {one}: No such file or directory\n"
             self.assertEqual(err.getvalue(), said)
-            self.assertTrue(self.reports.troubled)
+            self.assertTrue(self.reports.write_failed)
             self.assertIn("1 command, all passed", tc.read_text(two))
 
     def test_a_joblog_that_has_no_more_room_does_not_end_the_run(self):
         with tempfile.TemporaryDirectory() as folder:
             self.text("-b")
             log, page = os.path.join(folder, "log"), os.path.join(folder, "page")
-            self.reports.reporters = [tc.JobLog(log, []), tc.HtmlReport(page, self.reports.tally)]
+            self.reports.reporters = [tc.JobLog(log, []), tc.HtmlReport(page, self.reports.store)]
             full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
             with contextlib.redirect_stderr(io.StringIO()) as err, \
                     mock.patch.object(self.reports.reporters[0], "write", full):
@@ -6192,13 +6189,13 @@ class ReportingTest(unittest.TestCase):
                     with self.assertRaisesRegex(OSError, "another client writes it"):
                         tc.JobLog(path, more)
                 log.ended(None)
-                self.assertEqual(tc.read_text(path), tc.JOBLOG_HEAD + "".join(rows))
+                self.assertEqual(tc.read_text(path), tc.JOBLOG_HEADER + "".join(rows))
             busy = OSError(errno.EBUSY, "Device or resource busy")  # it is a mount point
             with mock.patch.object(os, "replace", side_effect=busy):
                 log = tc.JobLog(path, ["b\n"])
             log.write("c\n")
             log.ended(None)
-            self.assertEqual(tc.read_text(path), tc.JOBLOG_HEAD + "b\nc\n")
+            self.assertEqual(tc.read_text(path), tc.JOBLOG_HEADER + "b\nc\n")
 
     def test_a_joblog_on_a_pipe_that_is_full_and_does_not_block(self):
         """It is waited for, as for any other pipe."""
@@ -6212,14 +6209,14 @@ class ReportingTest(unittest.TestCase):
                 found.extend(file)
         reader = threading.Thread(target=read)
         reader.start()
-        with mock.patch.dict(tc.OUR_STREAMS, {"/dev/stdout": theirs}):
+        with mock.patch.dict(tc.STANDARD_STREAMS, {"/dev/stdout": theirs}):
             log = tc.JobLog("/dev/stdout", [])
         for line in lines:
             log.write(line)
         log.ended(None)
         os.close(theirs)
         reader.join(PATIENCE)
-        self.assertEqual(found, [tc.JOBLOG_HEAD, *lines])
+        self.assertEqual(found, [tc.JOBLOG_HEADER, *lines])
 
     def log(self, path, rows=(), *reports):
         """A job log that is written with these results, and its lines."""
@@ -6236,7 +6233,7 @@ class ReportingTest(unittest.TestCase):
             path = os.path.join(folder, "log")
             text = self.log(path, (), ("a\tb\nc", 137, {"signal": 9, "started": 5.25}),
                             ("b", 0, {"tries": [(1, "h"), (1, "h")]}))
-            self.assertEqual(text, tc.JOBLOG_HEAD
+            self.assertEqual(text, tc.JOBLOG_HEADER
                              + "1\th\t5.250\t     0.008\t0\t2\t137\t9\ta\tb\0c\n"
                              + "2\th (flaky)\t0.000\t     0.008\t0\t2\t0\t0\tb\n")
             rows = tc.read_joblog(path)
@@ -6248,18 +6245,18 @@ class ReportingTest(unittest.TestCase):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 self.assertEqual(tc.read_joblog(path), rows)
             self.assertIn("log: passing over 1 damaged line\n", err.getvalue())
-            of_others = tc.JOBLOG_HEAD + "1\th\t5.250\t0.008\t12345\t2\t0\t0\tof GNU parallel\n"
+            of_others = tc.JOBLOG_HEADER + "1\th\t5.250\t0.008\t12345\t2\t0\t0\tof GNU parallel\n"
             with open(path, "w") as file:
-                row = outcome(record=tc.Record(b"", 0, 0, 0, 3), before=2)
+                row = outcome(stored=tc.StoredResult(b"", 0, 0, 0, 3), occurrence=2)
                 file.write(of_others + tc.joblog_line(row))
-            self.assertEqual([row.before for row in tc.read_joblog(path)], [0, 2])
+            self.assertEqual([row.occurrence for row in tc.read_joblog(path)], [0, 2])
             text = self.log(path, [rows[1].line], ("c", 0, {}))
             self.assertEqual([line.split("\t")[-1] for line in text.splitlines()],
                              ["Command", "b", "c"])
 
     def test_what_an_earlier_run_has_done_is_known_by_text_and_occurrence(self):
         def left(rows, failures_too, commands):
-            done = tc.Resumed([tc.Logged(*row, 1.0, "") for row in rows], failures_too)
+            done = tc.EarlierRun([tc.JobLogRow(*row, 1.0, "") for row in rows], failures_too)
             ran = "".join(f"{c}{n}" for c, n in ((c, done.count(c)) for c in commands)
                           if not done.has_done(c, n))
             return ran, done.skipped, done.skipped_failed
@@ -6281,7 +6278,7 @@ class ReportingTest(unittest.TestCase):
             return self.assertRaisesRegex(tc.SetupError, "is no joblog")
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "log")
-            for data, is_one in ((b"", True), (tc.JOBLOG_HEAD[:9].encode(), True),
+            for data, is_one in ((b"", True), (tc.JOBLOG_HEADER[:9].encode(), True),
                                  (b"echo a\n", False), (b"\0" * 1000, False)):
                 with open(path, "wb") as file:
                     file.write(data)
@@ -6349,7 +6346,7 @@ class ReportingTest(unittest.TestCase):
                 ({}, [500.0] * 6, 2, []), ({"spent": 1.6}, [500.0] * 6, 2, []),
                 ({"complete": False}, [500.0] * 6, 1, []), ({}, [3000.0], 1, []),
                 ({}, [90.0] * 30, 1, []),
-                ({"unexpected": "the result"}, [500.0] * 6, 1, ["the res", "longest"])):
+                ({"wrong_hash": "the result"}, [500.0] * 6, 1, ["the res", "longest"])):
             lines = tc.final_notices(summary._replace(**change), times, slots)
             self.assertEqual([line[:7] for line in lines], said)
 
@@ -6372,7 +6369,7 @@ class ReportingTest(unittest.TestCase):
         for seconds, words in ((0.2, "0 s"), (59.4, "59 s")):
             self.assertEqual(tc.duration(seconds, 0), words)
         for spent, words in ((0.00814, "8.14ms"), (9.5, "9500.00ms"), (63.14, "63.1 s")):
-            self.assertEqual(tc.seeds_time(spent, ms=True), words)
+            self.assertEqual(tc.seed_duration(spent, ms=True), words)
 
     def test_the_tables_of_the_status(self):
         tables = tc.status_tables(dict(MessagesTest.EXAMPLES["STATUS"], above=["b0"], workers=[
@@ -6416,8 +6413,8 @@ class ReportingTest(unittest.TestCase):
                          "0/1+ done, 1 running, 1 worker, 1 slot; for 7 s: long\\x1b")
 
     def test_a_sign_of_life_comes_when_nothing_else_was_said(self):
-        client, bar, said = tc.Client("r1"), tc.Bar(), []
-        with mock.patch.object(tc, "BAR", bar), mock.patch.object(tc, "print_notice", said.append), \
+        client, bar, said = tc.Client("r1"), tc.ProgressLine(), []
+        with mock.patch.object(tc, "PROGRESS_LINE", bar), mock.patch.object(tc, "print_notice", said.append), \
                 mock.patch.object(tc.time, "monotonic") as clock:
             for steady, heard, wanted in ((False, (), [60, 120]), (False, (50,), [110]),
                                           (True, (50,), [60, 120])):
@@ -6426,11 +6423,11 @@ class ReportingTest(unittest.TestCase):
                 for second in range(130):
                     clock.return_value = 1000.0 + second
                     if second in heard:
-                        bar.said_at = clock()
+                        bar.last_write = clock()
                     shown.look()
                     if said:
                         found.append(second)
-                        bar.said_at = clock()  # as the real one does
+                        bar.last_write = clock()  # as the real one does
                         said.clear()
                 self.assertEqual(found, wanted, (steady, heard))
 
@@ -6471,7 +6468,7 @@ ODD = "\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ <&
 def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
     known = {"verdict": "FAIL" if exitcode else "OK", "only_on": "", "host": "h1", "worker": "w1",
              "slot": 2, "started": 1700000000.5, "spent": 1500.0, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "record": None, "line": "", "before": 0}
+             "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0}
     return tc.Outcome(seq, cmd, exitcode, **{**known, **more})
 
 
@@ -6724,13 +6721,13 @@ class WholeFileTest(unittest.TestCase):
         for mask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
             old = os.umask(mask)
             try:
-                tc.write_whole(self.path, iter(["☃\n", "b\r\n"]))
+                tc.write_atomically(self.path, iter(["☃\n", "b\r\n"]))
             finally:
                 os.umask(old)
             self.assertEqual(self.read(), "☃\nb\r\n")
             self.assertEqual(os.stat(self.path).st_mode & 0o777, mode)
             os.chmod(self.path, 0o640)
-            tc.write_whole(self.path, [])
+            tc.write_atomically(self.path, [])
             self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o640)
             os.unlink(self.path)
 
@@ -6739,7 +6736,7 @@ class WholeFileTest(unittest.TestCase):
             file.write("old")
         busy = OSError(errno.EBUSY, "Device or resource busy")
         with mock.patch.object(os, "replace", side_effect=busy):
-            tc.write_whole(self.path, ["new"])
+            tc.write_atomically(self.path, ["new"])
         self.assertEqual(self.read(), "new")
         self.only_the_report()
 
@@ -6751,14 +6748,14 @@ class WholeFileTest(unittest.TestCase):
                 tc.JUnit(self.path, None)
 
     def test_in_the_working_directory(self):
-        code = "import testcloud; testcloud.write_whole('report.xml', ['x'])"
+        code = "import testcloud; testcloud.write_atomically('report.xml', ['x'])"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=self.folder,
                        env={**os.environ, "PYTHONPATH": HERE})
         self.assertEqual(self.read(), "x")
         self.only_the_report()
 
     def test_the_old_file_stays_until_the_new_one_is_whole(self):
-        tc.write_whole(self.path, ["old"])
+        tc.write_atomically(self.path, ["old"])
         for error in (OSError("no output"), ValueError("a bug"), KeyboardInterrupt()):
             def pieces(error=error):
                 yield "x" * 100_000
@@ -6766,7 +6763,7 @@ class WholeFileTest(unittest.TestCase):
                 self.assertEqual(len(os.listdir(self.folder)), 2)
                 raise error
             with self.assertRaises(type(error)):
-                tc.write_whole(self.path, pieces())
+                tc.write_atomically(self.path, pieces())
             self.assertEqual(self.read(), "old")
             self.only_the_report()
 
@@ -6775,21 +6772,21 @@ class WholeFileTest(unittest.TestCase):
             yield "x"
             raise FileNotFoundError("no spool")
         with self.assertRaises(FileNotFoundError):
-            tc.write_whole(self.path, pieces())
+            tc.write_atomically(self.path, pieces())
         self.assertEqual(os.listdir(self.folder), [])
 
     def test_a_full_disk_raises(self):
         if os.path.exists("/dev/full"):
             with self.assertRaises(OSError):
-                tc.write_whole("/dev/full", ["x" * 100_000])
-        tc.write_whole("/dev/null", ["x"])
+                tc.write_atomically("/dev/full", ["x" * 100_000])
+        tc.write_atomically("/dev/null", ["x"])
 
     def test_what_cannot_be_written_raises(self):
         loop = os.path.join(self.folder, "loop")
         os.symlink("loop", loop)
         for path in (self.folder, os.path.join(self.folder, "no", "report.xml"), "/proc/none", loop):
             with self.assertRaises(OSError):
-                tc.write_whole(path, ["x"])
+                tc.write_atomically(path, ["x"])
         os.unlink(loop)
         self.assertEqual(os.listdir(self.folder), [])
 
@@ -6798,7 +6795,7 @@ class WholeFileTest(unittest.TestCase):
         target = os.path.join(self.folder, "deep", "target.xml")
         os.symlink(os.path.join("deep", "target.xml"), self.path)
         for text in ("made", "replaced"):  # a link to nothing at first
-            tc.write_whole(self.path, [text])
+            tc.write_atomically(self.path, [text])
             self.assertTrue(os.path.islink(self.path))
             with open(target) as file:
                 self.assertEqual(file.read(), text)
@@ -6810,14 +6807,14 @@ class WholeFileTest(unittest.TestCase):
         got = []
         reader = threading.Thread(target=lambda: got.append(self.read()))
         reader.start()
-        tc.write_whole(self.path, ["a", "b"])
+        tc.write_atomically(self.path, ["a", "b"])
         reader.join()
         self.assertEqual(got, ["ab"])
         self.only_the_report()
 
     def test_stdout_is_written_to_whatever_it_is(self):
         code = ("import testcloud; print('before', flush=True); "
-                "testcloud.write_whole('/dev/stdout', ['<a/>']); print('after')")
+                "testcloud.write_atomically('/dev/stdout', ['<a/>']); print('after')")
         env = {**os.environ, "PYTHONPATH": HERE}
         piped = subprocess.check_output([sys.executable, "-c", code], env=env)
         self.assertEqual(piped, b"before\n<a/>after\n")
@@ -6843,7 +6840,7 @@ class WholeFileTest(unittest.TestCase):
 
     def test_it_holds_one_piece_at_a_time(self):
         tracemalloc.start()
-        tc.write_whole(self.path, ("x" * 100_000 for _ in range(500)))
+        tc.write_atomically(self.path, ("x" * 100_000 for _ in range(500)))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         self.assertLess(peak, 2e6)
@@ -6867,7 +6864,7 @@ def paged(seq, verdict="OK", **fields):
     known = {"cmd": f"./run --case {seq}", "exitcode": int(verdict == "FAIL"), "only_on": "",
              "host": f"host{seq % 3}", "worker": f"host{seq % 3}-7-ab", "slot": seq % 2 + 1,
              "started": 1764080000.0 + seq, "spent": 10.0 * seq, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "record": None, "line": "", "before": 0}
+             "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0}
     return tc.Outcome(seq=seq, verdict=verdict, **{**known, **fields})
 
 
@@ -8852,7 +8849,7 @@ class ProcessesTest(unittest.TestCase):
     def test_lines_for_a_stderr_that_does_not_block(self):
         ours, theirs = os.pipe()
         os.set_blocking(theirs, False)
-        program = ("import sys, testcloud as tc; tc.make_patient('stderr'); "
+        program = ("import sys, testcloud as tc; tc.make_blocking('stderr'); "
                    "[tc.print_notice('x' * 999) for _ in range(200)]")
         with subprocess.Popen([sys.executable, "-c", program], stderr=theirs, cwd=HERE) as process:
             wait_until_full(theirs)
@@ -9482,16 +9479,16 @@ class TerminalTest(unittest.TestCase):
         self.assertNotRegex(out, r"unfin[^\n]*(last|OK!)")
 
     def test_lines_for_stderr_begin_at_the_left(self):
-        bar, pieces = tc.Bar(), [b"a\nunfinished", b""]
+        bar, pieces = tc.ProgressLine(), [b"a\nunfinished", b""]
         with contextlib.redirect_stderr(io.StringIO()) as err:
-            self.assertEqual([*bar.passed_by(pieces)], pieces)
+            self.assertEqual([*bar.tracked(pieces)], pieces)
             for said in ("one\n", "two\n"):
-                with bar.making_way():
+                with bar.at_line_start():
                     err.write(said)
         self.assertEqual(err.getvalue(), "\none\ntwo\n")
 
     def test_a_bar_is_wiped_when_the_terminal_has_become_narrower(self):
-        bar = tc.Bar()
+        bar = tc.ProgressLine()
         with contextlib.redirect_stderr(io.StringIO()) as err, \
                 mock.patch.object(tc, "screen_size", side_effect=[(80, 24), (40, 24)]):
             bar.draw("x" * 70)

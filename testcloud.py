@@ -4454,7 +4454,7 @@ class Client(SessionMachine):
 
     def keep_last_words(self, command: Command, fields: Fields, output: bytes) -> None:
         """Of a failed try that is not the last one."""
-        said = b"".join(piece for _, piece in pieces_of([output])) if fields.get("split") else output
+        said = b"".join(piece for _, piece in unpack_pieces([output])) if fields.get("split") else output
         last = said[max(0, len(said) - min(TRY_OUTPUT, self.room)):]
         if len(last) < len(said):
             last = last.lstrip(bytes(range(0x80, 0xc0)))  # the rest of a character
@@ -4842,17 +4842,16 @@ STYLES = {  # SGR codes of the seed's colours
     "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "flaky": "1;93",
     "flaky cmd": "33", "time": "37", "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
 }
-COPY = 3 * 256 * 1024  # bytes of an output in memory at once; 3 for base64
+BLOCK_SIZE = 3 * 256 * 1024  # bytes of an output in memory at once; 3 for base64
 NAMED_FAILURES = 10  # at the end of the transcript: they fit on a screen
-PER_COMMAND: Seconds = 5e-5  # of broker and client: no number of slots makes a run faster than that
 
 
-class Record(NamedTuple):
+class StoredResult(NamedTuple):
     """What the result hash needs of a result."""
 
     cmd: bytes
     exitcode: int
-    file: int  # index into Tally.files
+    file: int  # index into ResultStore.files
     offset: int
     size: int
 
@@ -4874,9 +4873,9 @@ class Outcome(NamedTuple):
     reason: str  # why it could not be run, or was stopped
     tries: Tuple[Try, ...]  # the others, in order
     shown: int  # bytes of its output that came while it ran
-    record: Record
+    stored: StoredResult
     line: str  # of the input, of which it was made
-    before: int  # how many equal commands stand before it in the input; 0 if nobody asks
+    occurrence: int  # how many equal commands stand before it in the input; 0 if nobody asks
 
 
 class Summary(NamedTuple):
@@ -4892,7 +4891,7 @@ class Summary(NamedTuple):
     skipped_failed: int
     spent: Seconds
     hash: str
-    unexpected: str = ""  # what to say if that is another one than expected
+    wrong_hash: str = ""  # what to say if that is another one than expected
     unable: Dict[str, int] = {}  # hosts: how many commands could only be started elsewhere
     codes: Dict[str, int] = {}  # how commands failed: how many did so
     failures: Sequence[Outcome] = ()  # the first of them
@@ -4908,15 +4907,15 @@ class Summary(NamedTuple):
         """What is wrong with the run as a whole."""
         if not self.complete:
             return "not all commands were executed"
-        return "the input had no commands" if self.empty else self.unexpected
+        return "the input had no commands" if self.empty else self.wrong_hash
 
 
-class Tally:
+class ResultStore:
     """The outputs of all results, and the seed's hash over them."""
 
     def __init__(self, split: bool = False) -> None:
         self.split = split  # they come in PIECES
-        self.records: List[Record] = []
+        self.results: List[StoredResult] = []
         # inline outputs and fetched ones: both kinds come in turns, each has to be in one piece
         self.files: Tuple[IO[bytes], IO[bytes]] = (
             tempfile.TemporaryFile(buffering=0), tempfile.TemporaryFile(buffering=0))
@@ -4928,7 +4927,7 @@ class Tally:
         for file in self.files:
             file.close()
 
-    def store(self, offset: int, data: Any) -> None:
+    def add_part(self, offset: int, data: Any) -> None:
         """The next part of the output being fetched; offset 0 begins another. If there is no room
         for it, add() will say so."""
         self.stored = offset + len(data)
@@ -4941,7 +4940,7 @@ class Tally:
                 self.failure = error
                 os.ftruncate(self.files[1].fileno(), self.ends[1])
 
-    def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> Record:
+    def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> StoredResult:
         """A result with its output, or with what was stored if that is None. Raises OSError, and
         forgets the output, if there is no room for it."""
         if output is None and self.failure:
@@ -4949,30 +4948,30 @@ class Tally:
         file, size = (1, self.stored) if output is None else (0, len(output))
         if output:
             write_all(self.files[0], output, self.ends[0])
-        record = Record(cmd, exitcode, file, self.ends[file], size)
+        record = StoredResult(cmd, exitcode, file, self.ends[file], size)
         self.ends[file] += size
         self.stored = 0
-        self.records.append(record)
+        self.results.append(record)
         return record
 
-    def raw(self, record: Record) -> Iterator[bytes]:
-        """What is stored for a record, in blocks of COPY bytes. In any thread."""
+    def read(self, record: StoredResult) -> Iterator[bytes]:
+        """What is stored for a record, in blocks of BLOCK_SIZE bytes. In any thread."""
         file = self.files[record.file].fileno()
-        for at in range(0, record.size, COPY):
-            yield os.pread(file, min(COPY, record.size - at), record.offset + at)
+        for at in range(0, record.size, BLOCK_SIZE):
+            yield os.pread(file, min(BLOCK_SIZE, record.size - at), record.offset + at)
 
-    def pieces(self, record: Record) -> Iterator[Tuple[int, bytes]]:
+    def streams(self, record: StoredResult) -> Iterator[Tuple[int, bytes]]:
         """A record's output, piece by piece, each with its stream: 1 is stdout, 2 stderr."""
-        blocks = self.raw(record)
-        return pieces_of(blocks) if self.split else ((1, block) for block in blocks)
+        blocks = self.read(record)
+        return unpack_pieces(blocks) if self.split else ((1, block) for block in blocks)
 
-    def parts(self, record: Record) -> Iterator[bytes]:
+    def output(self, record: StoredResult) -> Iterator[bytes]:
         """A record's output, piece by piece."""
-        return (piece for _, piece in self.pieces(record)) if self.split else self.raw(record)
+        return (piece for _, piece in self.streams(record)) if self.split else self.read(record)
 
-    def compare(self, a: Record, b: Record) -> int:
+    def compare(self, a: StoredResult, b: StoredResult) -> int:
         """Which record's output comes first in byte order, -1, 0 or 1, as for sorting."""
-        left, right = blocks(self.parts(a)), blocks(self.parts(b))
+        left, right = blocks(self.output(a)), blocks(self.output(b))
         for x, y in itertools.zip_longest(left, right, fillvalue=b""):
             if x != y:
                 return -1 if x < y else 1
@@ -4981,19 +4980,19 @@ class Tally:
     def hash(self) -> str:
         """The seed's result hash: sha1 over the results in order of command, exit code and
         output, each step over the hex text of the one before, the first over 'Array'."""
-        def head(record: Record) -> Tuple[bytes, int]:
+        def head(record: StoredResult) -> Tuple[bytes, int]:
             return record.cmd, record.exitcode
         total = "Array"
-        for _, same in itertools.groupby(sorted(self.records, key=head), key=head):
+        for _, same in itertools.groupby(sorted(self.results, key=head), key=head):
             for record in sorted(same, key=functools.cmp_to_key(self.compare)):
                 sha = hashlib.sha1(total.encode() + record.cmd + b"%d" % record.exitcode)
-                for part in self.parts(record):
+                for part in self.output(record):
                     sha.update(part)
                 total = sha.hexdigest()
         return total
 
 
-def pieces_of(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
+def unpack_pieces(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
     """What is in PIECES, in whatever blocks these come; each piece with its stream."""
     stream, left, head = 1, 0, b""
     for block in blocks:
@@ -5010,18 +5009,18 @@ def pieces_of(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
 
 
 def blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of COPY, the last of which may be shorter."""
+    """The same bytes in blocks of BLOCK_SIZE, the last of which may be shorter."""
     rest = b""
     for part in parts:
         rest = rest + part if rest else part
-        while len(rest) >= COPY:
-            yield rest[:COPY]
-            rest = rest[COPY:]
+        while len(rest) >= BLOCK_SIZE:
+            yield rest[:BLOCK_SIZE]
+            rest = rest[BLOCK_SIZE:]
     if rest:
         yield rest
 
 
-class Bar:
+class ProgressLine:
     """A line at the bottom of the terminal, on stderr. It is taken away while anything else is
     written there, so whoever writes does it inside of away(). While that is within a line, as a
     command's output may be that is shown as it is, there is none."""
@@ -5030,11 +5029,11 @@ class Bar:
         self.text = ""  # that is wanted
         self.drawn = 0  # columns of what is there
         self.within_line = False  # somebody else is, at the cursor
-        self.said_at: Seconds = 0.0  # when anything was written that people see
+        self.last_write: Seconds = 0.0  # when anything was written that people see
         self.lock = threading.RLock()
 
     @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def hidden(self) -> Iterator[None]:
         """The line is not there, until the end of this; then it is drawn as it should be."""
         with self.lock:
             self.draw("")
@@ -5042,21 +5041,21 @@ class Bar:
             self.draw("" if self.within_line else self.text)
 
     @contextlib.contextmanager
-    def making_way(self) -> Iterator[None]:
+    def at_line_start(self) -> Iterator[None]:
         """As away(), for who writes lines to stderr: they begin at the left."""
-        self.said_at = time.monotonic()
-        with self.away():
-            for end in self.line_end():
+        self.last_write = time.monotonic()
+        with self.hidden():
+            for end in self.finish_line():
                 sys.stderr.write(end)
             yield
 
-    def line_end(self) -> Iterator[str]:
+    def finish_line(self) -> Iterator[str]:
         """What ends the line of somebody else, if that is not there yet."""
         if self.within_line:
             self.within_line = False
             yield "\n"
 
-    def passed_by(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    def tracked(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Pieces that are written to the terminal."""
         for piece in pieces:
             if piece:
@@ -5090,21 +5089,21 @@ def screen_size(file: int) -> Tuple[int, int]:
     return columns or 80, rows or 24
 
 
-BAR = Bar()
+PROGRESS_LINE = ProgressLine()
 
 
 def print_notice(text: str) -> None:
     """One line to the person at the terminal."""
     if sys.stderr is not None:  # closed: and print() would take stdout
-        with contextlib.suppress(OSError), BAR.making_way():
+        with contextlib.suppress(OSError), PROGRESS_LINE.at_line_start():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
-class BarHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """A log on stderr that does not write over the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with BAR.making_way():
+        with PROGRESS_LINE.at_line_start():
             super().emit(record)
 
 
@@ -5164,18 +5163,18 @@ class Writer:
             shared = os.isatty(self.file)  # with the bar; what is not may hold up nobody else
             seen = shared or stat.S_ISFIFO(os.fstat(self.file).st_mode) or (
                 sys.stderr is not None and os.path.sameopenfile(self.file, 2))
-            passed_by = BAR.passed_by if shared and os.isatty(2) else iter
+            tracked = PROGRESS_LINE.tracked if shared and os.isatty(2) else iter
             # not sys.stdout: its lock, held by this thread, would abort the exit of Python
-            with io.BufferedWriter(Patient(self.file, "w", closefd=False)) as out:
+            with io.BufferedWriter(BlockingFile(self.file, "w", closefd=False)) as out:
                 for batch in iter(self.batches.get, None):
-                    with BAR.away() if shared else contextlib.nullcontext():
-                        out.writelines(passed_by(itertools.chain.from_iterable(batch)))
+                    with PROGRESS_LINE.hidden() if shared else contextlib.nullcontext():
+                        out.writelines(tracked(itertools.chain.from_iterable(batch)))
                         if self.batches.empty() or shared:
                             out.flush()
                     if batch and seen:
-                        BAR.said_at = time.monotonic()
-                    if BAR.text and not shared:
-                        with BAR.away():
+                        PROGRESS_LINE.last_write = time.monotonic()
+                    if PROGRESS_LINE.text and not shared:
+                        with PROGRESS_LINE.hidden():
                             pass  # it is drawn as it is now
             self.ended()
         except OSError as error:
@@ -5207,11 +5206,11 @@ class Reporter:
 class Reports:
     """Takes what the client says, and tells reporters."""
 
-    def __init__(self, tally: Tally, reporters: Sequence[Reporter], flaky_counts: bool = False) -> None:
-        self.tally = tally
+    def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter]) -> None:
+        self.client = client
+        self.store = store
         self.reporters = list(reporters)
-        self.flaky_counts = flaky_counts  # as failed
-        self.kept: Dict[int, Tuple[Record, str]] = {}  # and why the output is missing
+        self.kept: Dict[int, Tuple[StoredResult, str]] = {}  # and why the output is missing
         # of the input, which are not reported yet; and how many equal commands were before
         self.lines: Dict[int, Tuple[str, int]] = {}
         self.codes: Counter[str] = Counter()  # of failures
@@ -5219,7 +5218,7 @@ class Reports:
         self.passed_on: Counter[str] = Counter()  # hosts: commands reported from there
         self.failed_on: Counter[str] = Counter()
         self.unable: Counter[str] = Counter()  # hosts: commands that could only be started elsewhere
-        self.troubled = False  # a report could not be written
+        self.write_failed = False  # a report could not be written
         self.failed = 0
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
@@ -5239,22 +5238,22 @@ class Reports:
             reporter.live(effect.command.id, self.lines[effect.command.id][0], effect.offset,
                           bytes(effect.data))
 
-    def store(self, effect: FetchedOutput) -> None:
-        self.tally.store(effect.offset, effect.data)
+    def add_part(self, effect: FetchedOutput) -> None:
+        self.store.add_part(effect.offset, effect.data)
 
     def keep(self, effect: ProvisionalResult) -> None:
         self.kept[effect.command.id] = self.record(effect)
-        self.tally.records.pop()  # it counts if it is reported
+        self.store.results.pop()  # it counts if it is reported
 
-    def record(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[Record, str]:
-        """Put a result into the tally; why its output could not be."""
+    def record(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[StoredResult, str]:
+        """Put a result into the store; why its output could not be."""
         cmd, output = to_bytes(effect.command.cmd), effect.output
-        if output and self.tally.split and not effect.result.get("split"):  # of a plain worker
+        if output and self.store.split and not effect.result.get("split"):  # of a plain worker
             output = PIECE_HEADER.pack(1, len(output)) + output
         try:
-            return self.tally.add(cmd, effect.result["exitcode"], output), ""
+            return self.store.add(cmd, effect.result["exitcode"], output), ""
         except OSError as error:
-            return (self.tally.add(cmd, NOT_RUN, b""), f"no room for its output in "
+            return (self.store.add(cmd, NOT_RUN, b""), f"no room for its output in "
                     f"{tempfile.gettempdir()} of the client: {error.strerror}")
 
     def report(self, effect: FinalResult) -> None:
@@ -5262,7 +5261,7 @@ class Reports:
         kept = self.kept.pop(command.id, None)
         if kept and effect.kept:
             record, lost = kept
-            self.tally.records.append(record)
+            self.store.results.append(record)
         else:
             record, lost = self.record(effect)
         verdict = FAIL if record.exitcode else command.verdict
@@ -5276,7 +5275,7 @@ class Reports:
             *self.lines.pop(command.id))
         began = try_of(result).began
         self.unable.update(unable_hosts(command.tries.values()) if began else ())
-        if has_failed(outcome, self.flaky_counts):
+        if has_failed(outcome, self.client.options.fail_on_flaky):
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
         self.failed += verdict == FAIL
@@ -5292,7 +5291,7 @@ class Reports:
                 tell(reporter)
             except OSError as error:
                 self.reporters.remove(reporter)
-                self.troubled = True
+                self.write_failed = True
                 print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
     def bad_hosts(self) -> str:
@@ -5304,9 +5303,10 @@ class Reports:
         return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
                         f"passed; try --retries 3") or ""
 
-    def end(self, client: Client, complete: bool, skipped: int = 0, skipped_failed: int = 0,
+    def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
             expected: Optional[str] = None, again: str = "", may_be_empty: bool = True) -> Summary:
-        found, ran = self.tally.hash(), len(self.tally.records)
+        client = self.client
+        found, ran = self.store.hash(), len(self.store.results)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(complete, ran, self.failed, client.flaky,
                           client.options.fail_on_flaky, dict(client.only_on),
@@ -5320,7 +5320,7 @@ class Reports:
         return summary
 
 
-class Group(Reporter):
+class Tee(Reporter):
     """Passes all on to others, one after the other."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
@@ -5347,7 +5347,7 @@ class Group(Reporter):
             reporter.ended(summary)
 
 
-class Failures(Group):
+class FailOnly(Tee):
     """Passes on what did not simply pass."""
 
     def result(self, outcome: Outcome) -> None:
@@ -5355,7 +5355,7 @@ class Failures(Group):
             super().result(outcome)
 
 
-class OnlyErrors(Failures):
+class Quiet(FailOnly):
     """Passes on nothing of a run in which all has passed."""
 
     def released(self, commands: Optional[int]) -> None:
@@ -5366,7 +5366,7 @@ class OnlyErrors(Failures):
             super().ended(summary)
 
 
-class InOrder(Group):
+class KeepOrder(Tee):
     """Passes results on in the order of the input."""
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
@@ -5388,15 +5388,15 @@ class InOrder(Group):
         super().ended(summary)
 
 
-class Closing(Reporter):
-    """The end of the seed's transcript. `say` takes the pieces of its lines; `several` tells whether
-    commands run on several hosts, so that those of failures must be named."""
+class TextSummary(Reporter):
+    """The end of the seed's transcript. `say` takes the pieces of its lines. If the client has several
+    hosts, a failure names its own."""
 
-    def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False,
-                 several: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, client: Client, say: Callable[[Iterable[bytes]], None],
+                 colour: bool = False) -> None:
+        self.client = client
         self.say = say
         self.colour = colour
-        self.several = several
 
     def paint(self, style: str, text: str) -> str:
         return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
@@ -5409,7 +5409,7 @@ class Closing(Reporter):
         if outcome.verdict == OK:
             style, words = "ok", "OK! "
         elif outcome.verdict == FAIL:
-            where = f" on {printable(outcome.host)}:" if outcome.host and self.several() else ""
+            where = f" on {printable(outcome.host)}:" if outcome.host and self.client.hosts > 1 else ""
             style, words = "fail", f"FAIL({outcome.exitcode}){where} "
         else:
             style = "flaky"
@@ -5441,7 +5441,7 @@ class Closing(Reporter):
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
             self.line(f"Skipped {summary.skipped} that an earlier run has done{failed}")
-        self.line(f"Ran {plural(summary.ran, 'command')} in ⌚{seeds_time(summary.spent)}, result "
+        self.line(f"Ran {plural(summary.ran, 'command')} in ⌚{seed_duration(summary.spent)}, result "
                   f"hash {'' if summary.complete else 'of these '}is {summary.hash}")
 
     def what_failed(self, summary: Summary) -> Iterator[str]:
@@ -5461,20 +5461,19 @@ class Closing(Reporter):
             yield f"To run just these again: {summary.again}"
 
 
-def seeds_time(seconds: Seconds, ms: bool = False) -> str:
+def seed_duration(seconds: Seconds, ms: bool = False) -> str:
     """A time as the seed writes it; one that takes longer than 10 s as people read it."""
     if seconds >= 10:
         return duration(seconds)
     return f"{seconds * 1000:.2f}ms" if ms else f"{seconds:.2f}s"
 
 
-class Transcript(Closing):
+class Transcript(TextSummary):
     """The seed's transcript, but for the outputs."""
 
-    def __init__(self, say: Callable[[Iterable[bytes]], None], colour: bool = False,
-                 slow: float = math.inf, verbose: bool = False,
-                 several: Callable[[], bool] = lambda: False) -> None:
-        super().__init__(say, colour, several)
+    def __init__(self, client: Client, say: Callable[[Iterable[bytes]], None], colour: bool = False,
+                 slow: float = math.inf, verbose: bool = False) -> None:
+        super().__init__(client, say, colour)
         self.slow = slow  # ms
         self.verbose = verbose
 
@@ -5485,18 +5484,18 @@ class Transcript(Closing):
             self.line(f"Releasing the hounds: {plural(commands, 'command')} to execute")
 
     def result(self, outcome: Outcome) -> None:
-        took = "⌚" + seeds_time(outcome.spent / 1000, ms=True)
+        took = "⌚" + seed_duration(outcome.spent / 1000, ms=True)
         self.line(self.headline(outcome)
                   + self.paint("slow" if outcome.spent > self.slow else "time", took))
-        for why in filter(None, (killed_by(outcome), printable(outcome.reason, 1000))):
+        for why in filter(None, (describe_signal(outcome), printable(outcome.reason, 1000))):
             self.line(f"testcloud: {why}")
         if outcome.tries and outcome.verdict != OK:
-            self.line(f"testcloud: {tries_in_words(outcome, printable)}")
+            self.line(f"testcloud: {describe_tries(outcome, printable)}")
         if self.verbose:
             print_notice(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
 
 
-def killed_by(outcome: Outcome) -> str:
+def describe_signal(outcome: Outcome) -> str:
     """By which signal a command was killed, or a process whose end it passed on; "" if by none."""
     number = outcome.signal or (0 if outcome.reason else outcome.exitcode - 128)
     try:
@@ -5507,45 +5506,45 @@ def killed_by(outcome: Outcome) -> str:
             f"exit code {outcome.exitcode} is that of a process killed by {name}")
 
 
-def tries_in_words(outcome: Outcome, escape: Callable[[str], str]) -> str:
+def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
     others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.began else ' (not started)'}"
                      for row in outcome.tries)
     words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
     return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
 
 
-class Plain(Reporter):
+class TextOutput(Reporter):
     """Outputs as the seed shows them: after the line of their command."""
 
-    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], tag: bool = False) -> None:
-        self.tally = tally
+    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes]], None], tag: bool = False) -> None:
+        self.store = store
         self.put = put
         self.tag = tag
 
     def result(self, outcome: Outcome) -> None:
-        parts = self.tally.parts(outcome.record)
+        parts = self.store.output(outcome.stored)
         tag = to_bytes(escape_command(outcome.line))
-        self.put(ended(tagged(tag, parts) if self.tag else parts, b"\n"))
+        self.put(with_newline(tag_lines(tag, parts) if self.tag else parts, b"\n"))
 
 
-class Raw(Reporter):
+class RawOutput(Reporter):
     """Outputs as they are, of stdout and of stderr."""
 
-    def __init__(self, tally: Tally, out: Callable[[Iterable[bytes]], None],
+    def __init__(self, store: ResultStore, out: Callable[[Iterable[bytes]], None],
                  err: Callable[[Iterable[bytes]], None]) -> None:
-        self.tally = tally
+        self.store = store
         self.out = out
         self.err = err
 
     def result(self, outcome: Outcome) -> None:
         self.out(self.stream(outcome, 1))
-        self.err(ended(self.stream(outcome, 2), b""))  # our own lines follow
+        self.err(with_newline(self.stream(outcome, 2), b""))  # our own lines follow
 
     def stream(self, outcome: Outcome, wanted: int) -> Iterator[bytes]:
-        return (piece for stream, piece in self.tally.pieces(outcome.record) if stream == wanted)
+        return (piece for stream, piece in self.store.streams(outcome.stored) if stream == wanted)
 
 
-def ended(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
+def with_newline(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
     """The output, ended with a newline if it has none, and what follows."""
     last = b"\n"
     for part in parts:
@@ -5554,7 +5553,7 @@ def ended(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
     yield more if last == b"\n" else b"\n" + more
 
 
-def tagged(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
+def tag_lines(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
     """The same lines, each after the tag and a tab."""
     fresh = True
     for part in parts:
@@ -5570,20 +5569,20 @@ def tagged(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
 
 class LiveLines(Reporter):
     """Shows whole lines of running commands as they come, each after its line of the input; and in the
-    end what has not been shown. What goes on for more than COPY bytes is taken for a line."""
+    end what has not been shown. What goes on for more than BLOCK_SIZE bytes is taken for a line."""
 
-    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes], int], None]) -> None:
-        self.tally = tally
+    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes], int], None]) -> None:
+        self.store = store
         self.put = put
         # by command: its tag, and a line of which the end has not come
         self.begun: Dict[int, Tuple[bytes, bytes]] = {}
 
     def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
         lines, newline, rest = (self.line_of(seq, offset) + data).rpartition(b"\n")
-        if len(rest) > COPY:
+        if len(rest) > BLOCK_SIZE:
             lines, newline, rest = lines + newline + rest, b"\n", b""
         tag = to_bytes(escape_command(line))
-        self.put(tagged(tag, [lines + newline]), len(lines) + 1)
+        self.put(tag_lines(tag, [lines + newline]), len(lines) + 1)
         self.begun[seq] = tag, rest
 
     def line_of(self, seq: int, offset: int) -> bytes:
@@ -5592,16 +5591,16 @@ class LiveLines(Reporter):
         return begun + b"\n" if begun and offset == 0 else begun
 
     def result(self, outcome: Outcome) -> None:
-        rest = after(self.tally.parts(outcome.record), outcome.shown)
-        self.put(ended(tagged(to_bytes(escape_command(outcome.line)), itertools.chain(
+        rest = skip_bytes(self.store.output(outcome.stored), outcome.shown)
+        self.put(with_newline(tag_lines(to_bytes(escape_command(outcome.line)), itertools.chain(
             [self.line_of(outcome.seq, outcome.shown)], rest)), b""), 0)
 
     def ended(self, summary: Summary) -> None:
         for tag, begun in self.begun.values():
-            self.put(ended(tagged(tag, [begun]), b""), 0)
+            self.put(with_newline(tag_lines(tag, [begun]), b""), 0)
 
 
-def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
+def skip_bytes(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
     """What follows the first so many bytes."""
     for part in parts:
         yield part[size:]
@@ -5611,18 +5610,18 @@ def after(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
 class JsonLines(Reporter):
     """An object of JSON a line for each result."""
 
-    def __init__(self, tally: Tally, put: Callable[[Iterable[bytes]], None], brief: bool) -> None:
-        self.tally = tally
+    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes]], None], brief: bool) -> None:
+        self.store = store
         self.put = put
         self.brief = brief
 
     def result(self, outcome: Outcome) -> None:
         fields = outcome._asdict()
-        for name in ("record", "shown", "cmd", "spent", "line", "before"):
+        for name in ("stored", "shown", "cmd", "spent", "line", "occurrence"):
             del fields[name]
         fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
                       **in_json("command", to_bytes(outcome.cmd)))
-        self.put(self.line(dump_clean(fields), outcome))
+        self.put(self.line(dump_utf8(fields), outcome))
 
     def try_fields(self, one: Try) -> Fields:
         fields = dict(one._asdict(), time=one.spent)
@@ -5636,11 +5635,11 @@ class JsonLines(Reporter):
             return
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         yield head[:-1].encode() + b', "output": "'
-        for part in itertools.chain(self.tally.parts(outcome.record), [b""]):
+        for part in itertools.chain(self.store.output(outcome.stored), [b""]):
             yield json.dumps(decode(part, final=not part))[1:-1].encode()
-        if not is_utf8(self.tally.parts(outcome.record)):
+        if not is_utf8(self.store.output(outcome.stored)):
             yield b'", "output_base64": "'
-            for block in blocks(self.tally.parts(outcome.record)):
+            for block in blocks(self.store.output(outcome.stored)):
                 yield in_base64(block).encode()
         yield b'"}\n'
 
@@ -5652,7 +5651,7 @@ def is_utf8(parts: Iterable[bytes]) -> bool:
     return False
 
 
-def dump_clean(value: Any) -> str:
+def dump_utf8(value: Any) -> str:
     """JSON in ASCII that stands for UTF-8."""
     text = json.dumps(value)
     return json.dumps(load(in_utf8(dump(value)))) if "\\ud" in text else text
@@ -5669,7 +5668,7 @@ def in_json(name: str, data: bytes) -> Fields:
     return {name: data.decode("utf-8", "replace"), **more}
 
 
-JOBLOG_HEAD = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
+JOBLOG_HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
 
 
 class JobLog(Reporter):
@@ -5682,13 +5681,13 @@ class JobLog(Reporter):
         self.files = contextlib.ExitStack()
         self.file = self.files.enter_context(open_alone(path))
         if rows:
-            write_whole(path, [JOBLOG_HEAD, *rows])
+            write_atomically(path, [JOBLOG_HEADER, *rows])
             if not os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
                 self.file = self.files.enter_context(open_alone(path))
         else:
-            if is_file(path):
+            if is_replaceable(path):
                 self.file.truncate(0)
-            self.write(JOBLOG_HEAD)
+            self.write(JOBLOG_HEADER)
 
     def write(self, line: str) -> None:
         rest = to_bytes(line)
@@ -5706,13 +5705,13 @@ class JobLog(Reporter):
         self.files.close()
 
 
-def open_alone(path: str) -> Patient:
+def open_alone(path: str) -> BlockingFile:
     """A file to append to, which is for nobody else to open so until it is closed. Raises OSError."""
-    ours = OUR_STREAMS.get(path)
-    with saying_if_it_waits(path):
-        file = Patient(path if ours is None else os.dup(ours), "a")
+    ours = STANDARD_STREAMS.get(path)
+    with notice_if_blocked(path):
+        file = BlockingFile(path if ours is None else os.dup(ours), "a")
     try:
-        if is_file(path):
+        if is_replaceable(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
@@ -5730,28 +5729,28 @@ def joblog_line(outcome: Outcome) -> str:
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
     return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
-            f"{-outcome.before}\t{outcome.record.size}\t{outcome.exitcode}\t{outcome.signal}\t"
+            f"{-outcome.occurrence}\t{outcome.stored.size}\t{outcome.exitcode}\t{outcome.signal}\t"
             + outcome.cmd.replace("\n", "\0") + "\n")
 
 
-class Logged(NamedTuple):
+class JobLogRow(NamedTuple):
     """A line of a job log."""
 
     seq: int
     command: str
-    before: int  # equal commands, in the input
+    occurrence: int  # how many equal commands stand before it in the input
     failed: bool
     seconds: float
     line: str
 
 
-def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
+def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
     """The lines of a job log, ours or GNU parallel's; what is no such line, as one that was being
     written when its writer was killed, is passed over. Raises OSError, SetupError."""
     found, damaged = [], 0
-    with saying_if_it_waits(path), open(path, "rb") as file:
-        head = file.readline(len(JOBLOG_HEAD))
-        if not JOBLOG_HEAD.encode().startswith(head):
+    with notice_if_blocked(path), open(path, "rb") as file:
+        head = file.readline(len(JOBLOG_HEADER))
+        if not JOBLOG_HEADER.encode().startswith(head):
             raise SetupError(f"{printable(path)} is no joblog: its first line is another")
         for raw in file:
             if not raw.endswith(b"\n"):
@@ -5761,7 +5760,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
             try:
                 flaky = re.search(r" \((flaky|only on .*)\)$", columns[1]) is not None
                 failed = int(columns[6]) != 0 or int(columns[7]) != 0 or flaky and flaky_fails
-                found.append(Logged(int(columns[0]), columns[8].replace("\0", "\n"),
+                found.append(JobLogRow(int(columns[0]), columns[8].replace("\0", "\n"),
                                     max(0, -int(columns[4])), failed, float(columns[3]), line))
             except (ValueError, IndexError):
                 damaged += 1
@@ -5770,16 +5769,16 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[Logged]:
     return found
 
 
-class Resumed:
+class EarlierRun:
     """What an earlier run has done. A command is known by its text and by which of its occurrences
     in the input it is, never by its place."""
 
-    def __init__(self, logged: Sequence[Logged], failures_too: bool) -> None:
-        self.rows: Dict[Tuple[str, int], Logged] = {}
+    def __init__(self, logged: Sequence[JobLogRow], failures_too: bool) -> None:
+        self.rows: Dict[Tuple[str, int], JobLogRow] = {}
         moved: Dict[Tuple[int, str, int], int] = {}  # GNU parallel's rows: all have 0 before them
         free: Counter[str] = Counter()
         for row in logged:
-            before, this = row.before, (row.seq, row.command, row.before)
+            before, this = row.occurrence, (row.seq, row.command, row.occurrence)
             other = self.rows.get((row.command, before))
             if this in moved:
                 before = moved[this]
@@ -5808,15 +5807,15 @@ class Resumed:
         return row is not None
 
 
-OUR_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a file in place of these nobody would look into
+STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a file in place of these nobody would look into
 
 
-def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
+def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> None:
     """Replace a file by a new one, as soon as all of it is (`sure`ly) on the disk; if that fails, the
     old one stays. Our own streams, pipes and devices are written to directly. Raises OSError."""
-    if not is_file(path):
-        ours = OUR_STREAMS.get(path)
-        with saying_if_it_waits(path):
+    if not is_replaceable(path):
+        ours = STANDARD_STREAMS.get(path)
+        with notice_if_blocked(path):
             file = os.open(path, os.O_WRONLY) if ours is None else os.dup(ours)
         with open_text(file) as stream:
             stream.writelines(pieces)
@@ -5831,7 +5830,7 @@ def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
         with open_text(file) as stream:
             stream.writelines(pieces)
             stream.flush()
-            if sure:
+            if durable:
                 os.fsync(file)
         try:
             os.replace(new, target)
@@ -5848,10 +5847,10 @@ def write_whole(path: str, pieces: Iterable[str], sure: bool = True) -> None:
 
 
 def open_text(file: int) -> IO[str]:
-    return io.TextIOWrapper(io.BufferedWriter(Patient(file, "w")), "utf-8", "surrogateescape", "")
+    return io.TextIOWrapper(io.BufferedWriter(BlockingFile(file, "w")), "utf-8", "surrogateescape", "")
 
 
-class Patient(io.FileIO):
+class BlockingFile(io.FileIO):
     """A file that always blocks. What we share a terminal or a pipe with, as ssh in the background,
     may have set that not to block, for all who have it open."""
 
@@ -5871,19 +5870,19 @@ class Patient(io.FileIO):
             poller.poll()
 
 
-def make_patient(name: str) -> None:
+def make_blocking(name: str) -> None:
     """Have sys.stdout or sys.stderr block, unless it is closed, or another than ours."""
     stream = getattr(sys, name)
     if stream is not None and stream is getattr(sys, f"__{name}__"):
-        raw = Patient(stream.fileno(), "w", closefd=False)
+        raw = BlockingFile(stream.fileno(), "w", closefd=False)
         setattr(sys, name, io.TextIOWrapper(
             io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True))
 
 
 @contextlib.contextmanager
-def saying_if_it_waits(path: str) -> Iterator[None]:
+def notice_if_blocked(path: str) -> Iterator[None]:
     """As for a pipe that nobody has opened at its other end."""
-    if is_file(path):
+    if is_replaceable(path):
         yield
         return
     words = f"waiting for {printable(path)}: it is a pipe, which somebody else has to open as well"
@@ -5896,10 +5895,10 @@ def saying_if_it_waits(path: str) -> Iterator[None]:
         timer.cancel()
 
 
-def is_file(path: str) -> bool:
+def is_replaceable(path: str) -> bool:
     """It is a file, or will be one: what else is there, or is ours, cannot be replaced."""
     try:
-        return path not in OUR_STREAMS and stat.S_ISREG(os.stat(path).st_mode)
+        return path not in STANDARD_STREAMS and stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
         return True
 
@@ -5916,15 +5915,15 @@ XML_ILLEGAL = re.compile(  # colours, only noise here; then what XML 1.0 cannot 
 class FinalReport(Reporter):
     """A report that is written at the end, of all outcomes."""
 
-    def __init__(self, path: str, tally: Tally) -> None:
+    def __init__(self, path: str, store: ResultStore) -> None:
         """Raises OSError if it cannot be written there."""
         self.path = path
-        self.tally = tally
+        self.store = store
         self.outcomes: List[Outcome] = []
         folder = os.path.dirname(os.path.realpath(path))
         if os.path.isdir(path):
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if is_file(path) and not os.access(folder, os.W_OK | os.X_OK):
+        if is_replaceable(path) and not os.access(folder, os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES) if os.path.isdir(folder)
                           else "no such directory")
 
@@ -5932,10 +5931,10 @@ class FinalReport(Reporter):
         self.outcomes.append(outcome)
 
     def output_of(self, outcome: Outcome) -> Iterator[bytes]:
-        return self.tally.parts(outcome.record)
+        return self.store.output(outcome.stored)
 
     def ended(self, summary: Summary) -> None:
-        write_whole(self.path, self.pieces(summary))
+        write_atomically(self.path, self.pieces(summary))
 
     def pieces(self, summary: Summary) -> Iterator[str]:
         """The file's content."""
@@ -6020,7 +6019,7 @@ def could_not_run(row: Outcome) -> bool:
 def how_failed(row: Outcome) -> Tuple[str, str]:
     """How a command failed, as a type and in words."""
     if row.verdict in (FLAKY, ONLY):
-        return row.verdict.title(), tries_in_words(row, truncate)
+        return row.verdict.title(), describe_tries(row, truncate)
     what = f"exit code {row.exitcode}"
     kind = "Timeout" if row.exitcode == TIMED_OUT else "Signal" if row.signal else "ExitCode"
     if could_not_run(row):
@@ -6037,7 +6036,7 @@ def story_of(row: Outcome) -> str:
         lines.append(f"ran on {truncate(row.host)} (worker {truncate(row.worker)}, slot {row.slot}) "
                      f"at {iso_time(row.started) or 'an unknown time'}")
     if row.tries:
-        lines.append(f"{row.verdict}: {tries_in_words(row, truncate)}")
+        lines.append(f"{row.verdict}: {describe_tries(row, truncate)}")
     if row.only_on:
         lines.append(f"failed on {truncate(row.only_on)} only")
     return "\n".join(lines)
@@ -6179,7 +6178,7 @@ def ending_words(outcome: Outcome) -> str:
     if outcome.only_on:
         words.append(f"failed only on {one_line(outcome.only_on)}")
     if outcome.tries:
-        words.append(tries_in_words(outcome, one_line))
+        words.append(describe_tries(outcome, one_line))
     return "; ".join(words)
 
 
@@ -6354,7 +6353,7 @@ class Timings(Reporter):
         rows = [*known.items(), *self.fresh.items()][-self.MOST:]
         with contextlib.suppress(OSError):  # it is only a cache
             os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-            write_whole(self.path, [json.dumps(dict(rows))], sure=False)
+            write_atomically(self.path, [json.dumps(dict(rows))], durable=False)
 
 
 def read_timings(path: str) -> Dict[str, float]:
@@ -6365,6 +6364,9 @@ def read_timings(path: str) -> Dict[str, float]:
         return found if {*map(type, found.values())} <= {int, float} else {}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
+
+
+PER_COMMAND: Seconds = 5e-5  # of broker and client: no number of slots makes a run faster than that
 
 
 def advice_on_slots(times: Sequence[float], slots: int) -> str:
@@ -8906,7 +8908,7 @@ def read_lines(file: int, null: bool) -> Iterator[str]:
     """The lines of a descriptor, or what NULs end in it. Raises OSError."""
     # not sys.stdin: its lock, held by a thread, would abort the exit of Python
     mark = codecs.BOM_UTF8
-    with io.BufferedReader(Patient(file, "r", closefd=file != 0)) as stream:
+    with io.BufferedReader(BlockingFile(file, "r", closefd=file != 0)) as stream:
         for line in bounded_lines(stream, b"\0" if null else b"\n"):
             line, mark = line.removeprefix(mark), b""
             yield to_text(line if null else line.rstrip(b"\r"))
@@ -9029,14 +9031,14 @@ def run_client(settings: argparse.Namespace) -> int:
 
 def share_a_file(paths: Iterable[Optional[str]]) -> bool:
     """Whether two of these are the same file, and not a device or the like."""
-    files = [os.path.realpath(path) for path in paths if path and is_file(path)]
+    files = [os.path.realpath(path) for path in paths if path and is_replaceable(path)]
     return len({*files}) < len(files)
 
 
 def print_commands(settings: argparse.Namespace) -> int:
     """Print what would be run."""
-    done, seq = resumed(settings), 0
-    with writing_to_stdout(), io.BufferedWriter(Patient(1, "w", closefd=False)) as out:
+    done, seq = earlier_run(settings), 0
+    with writing_to_stdout(), io.BufferedWriter(BlockingFile(1, "w", closefd=False)) as out:
         for seq, arguments in enumerate(read_arguments(settings), 1):
             command = fill_template(settings.template, arguments, seq)
             if not done.has_done(command, done.count(command)):
@@ -9064,14 +9066,14 @@ def run_options(settings: argparse.Namespace) -> RunOptions:
         settings.raw, settings.live, settings.serial, settings.fail_fast, settings.fail_on_flaky)
 
 
-def resumed(settings: argparse.Namespace) -> Resumed:
+def earlier_run(settings: argparse.Namespace) -> EarlierRun:
     """What need not be run. Raises SetupError."""
     if not settings.resume and not settings.resume_failed:
-        return Resumed([], False)
+        return EarlierRun([], False)
     try:
-        return Resumed(read_joblog(settings.joblog, settings.fail_on_flaky), settings.resume_failed)
+        return EarlierRun(read_joblog(settings.joblog, settings.fail_on_flaky), settings.resume_failed)
     except FileNotFoundError:
-        return Resumed([], False)  # the first run
+        return EarlierRun([], False)  # the first run
     except OSError as error:
         raise SetupError(f"cannot read {printable(settings.joblog)}: {error.strerror}") from None
 
@@ -9095,8 +9097,8 @@ def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
 class Display:
     """Where everything that a client has to say goes."""
 
-    def __init__(self, settings: argparse.Namespace, tally: Tally, failed: Callable[[OSError], None],
-                 several: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, settings: argparse.Namespace, store: ResultStore,
+                 failed: Callable[[OSError], None], client: Client) -> None:
         self.out = Writer(1, failed)
         # with --raw and --json all but the outputs; nobody needs to read that, but those of --raw
         needed = settings.raw and not settings.brief and sys.stderr is not None
@@ -9104,25 +9106,25 @@ class Display:
             settings.raw or settings.json) else None
         say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
         self.quiet = settings.verbose is None and self.err is not None  # transcript: only errors
-        self.transcript = Closing(say, colour, several) if settings.json else Transcript(
-            say, colour, settings.slow, settings.verbose, several)
-        shown: List[Reporter] = [OnlyErrors([self.transcript]) if self.quiet else self.transcript]
+        self.transcript = TextSummary(client, say, colour) if settings.json else Transcript(
+            client, say, colour, settings.slow, settings.verbose)
+        shown: List[Reporter] = [Quiet([self.transcript]) if self.quiet else self.transcript]
         if settings.json:
-            shown.append(JsonLines(tally, self.out.put, settings.brief))
+            shown.append(JsonLines(store, self.out.put, settings.brief))
         elif self.err and not settings.brief:  # --raw
-            shown.append(Raw(tally, self.out.put, self.err.put))
+            shown.append(RawOutput(store, self.out.put, self.err.put))
         elif not settings.brief and not settings.live:
-            shown.append(Plain(tally, self.out.put, settings.tag))
+            shown.append(TextOutput(store, self.out.put, settings.tag))
         if settings.fail_only:
-            shown = [Failures(shown)]
-        self.reporter = InOrder(shown) if settings.keep_order else Group(shown)
+            shown = [FailOnly(shown)]
+        self.reporter = KeepOrder(shown) if settings.keep_order else Tee(shown)
         if settings.live:
-            self.reporter = Group([LiveLines(tally, self.out.put), self.reporter])
+            self.reporter = Tee([LiveLines(store, self.out.put), self.reporter])
 
     def tell(self, line: Iterable[bytes]) -> None:
         """Put a line among the outputs that stderr gets."""
         if self.err:
-            self.err.put(itertools.chain((end.encode() for end in BAR.line_end()), line))
+            self.err.put(itertools.chain((end.encode() for end in PROGRESS_LINE.finish_line()), line))
 
     def flush(self) -> None:
         self.out.flush()
@@ -9159,7 +9161,7 @@ class Progress:
         self.writer = writer
         self.lines = lines
         self.steady = steady
-        self.began = BAR.said_at = time.monotonic()
+        self.began = PROGRESS_LINE.last_write = time.monotonic()
         self.look_at = self.began + (lines or NOTICE_DELAY)  # a short run needs none
 
     def look(self) -> None:
@@ -9170,12 +9172,12 @@ class Progress:
         if not self.lines:
             self.look_at = now + PROGRESS_INTERVAL
             with contextlib.suppress(OSError):  # the terminal has gone
-                BAR.text = progress_line(self.client, spent, screen_size(2)[0] - 1)
+                PROGRESS_LINE.text = progress_line(self.client, spent, screen_size(2)[0] - 1)
             self.writer.redraw()
             return
-        if self.steady or now >= BAR.said_at + self.lines:
+        if self.steady or now >= PROGRESS_LINE.last_write + self.lines:
             print_notice(progress_notice(self.client, spent, now))
-        self.look_at = (now if self.steady else BAR.said_at) + self.lines
+        self.look_at = (now if self.steady else PROGRESS_LINE.last_write) + self.lines
 
 
 def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) -> Optional[Progress]:
@@ -9197,14 +9199,13 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     client = Client(run, times, settings.wait, address, socket.gethostname(),
                     run_options(settings), os.getpid())
     client.timings = known_timings(settings)
-    done, cwd = resumed(settings), working_directory(settings.cwd)
+    done, cwd = earlier_run(settings), working_directory(settings.cwd)
     source = read_arguments(settings)
-    tally = Tally(settings.raw)
+    store = ResultStore(settings.raw)
     loop: EventLoop
-    show = Display(settings, tally, lambda error: loop.post(lambda now: fail(error)),
-                lambda: client.hosts > 1)
-    reports = Reports(tally, [show.reporter, *file_reporters(settings, tally, done),
-                              Timings(timings_path())], settings.fail_on_flaky)
+    show = Display(settings, store, lambda error: loop.post(lambda now: fail(error)), client)
+    reports = Reports(client, store, [show.reporter, *file_reporters(settings, store, done),
+                                      Timings(timings_path())])
 
     def add(arguments: Arguments) -> None:
         command = fill_template(settings.template, arguments, client.last_id + 1)
@@ -9232,7 +9233,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
         adapter = loop.add(client, {
-            RunStarted: reports.released, FetchedOutput: reports.store, LiveOutput: live,
+            RunStarted: reports.released, FetchedOutput: reports.add_part, LiveOutput: live,
             ProvisionalResult: reports.keep, FinalResult: reports.report,
             Notice: lambda effect: tell(effect.text, effect.error)})
         show.out.caught_up = lambda: loop.post(client.resume_live)
@@ -9244,7 +9245,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         stack.enter_context(stop_on_write_error(loop, client))
         shown = progress_of(settings, client, show.out)
         if shown:
-            stack.callback(take_bar_away)
+            stack.callback(remove_progress_line)
             loop.each_round.append(shown.look)
         if not settings.json and not show.quiet:
             show.transcript.line(f"Connecting to {address}")
@@ -9257,9 +9258,9 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         else:
             connect(loop, adapter, address, CLIENT_ROLE, keys, settings)
         status = loop.run()
-        take_bar_away()
+        remove_progress_line()
         summary = conclude(client, reports, done, settings, status)
-        status = exit_status(summary, reports.troubled, status)
+        status = exit_status(summary, reports.write_failed, status)
         if status > 128:
             written = threading.Event()
             show.end(written.set)
@@ -9270,27 +9271,27 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         status = loop.run()
         slots = 0 if settings.serial else client.slots
         for line in final_notices(summary, reports.times, slots):
-            tell(line, line == summary.unexpected)
+            tell(line, line == summary.wrong_hash)
         return status
 
 
-def take_bar_away() -> None:
-    BAR.text = ""
-    with BAR.away():
+def remove_progress_line() -> None:
+    PROGRESS_LINE.text = ""
+    with PROGRESS_LINE.hidden():
         pass
 
 
-def file_reporters(settings: argparse.Namespace, tally: Tally, done: Resumed) -> List[Reporter]:
+def file_reporters(settings: argparse.Namespace, store: ResultStore, done: EarlierRun) -> List[Reporter]:
     """The reporters that write files. Raises SetupError, if one of these cannot be written."""
     found: List[Reporter] = []
     path = ""
     try:
         if settings.junit:
             path = settings.junit
-            found.append(JUnit(path, tally))
+            found.append(JUnit(path, store))
         if settings.html:
             path = settings.html
-            found.append(HtmlReport(path, tally))
+            found.append(HtmlReport(path, store))
         if settings.joblog:  # last: it empties a file
             path = settings.joblog
             found.append(JobLog(path, [row.line for row in done.rows.values()]))
@@ -9299,13 +9300,13 @@ def file_reporters(settings: argparse.Namespace, tally: Tally, done: Resumed) ->
     return found
 
 
-def conclude(client: Client, reports: Reports, done: Resumed, settings: argparse.Namespace,
+def conclude(client: Client, reports: Reports, done: EarlierRun, settings: argparse.Namespace,
              status: int) -> Summary:
     """The end of a run, in all reports."""
     complete = status in (0, 1) and client.reported == client.total and not client.cut_short
     if not complete:
         report_incomplete(client, status)
-    return reports.end(client, complete, done.skipped, done.skipped_failed, settings.expect,
+    return reports.end(complete, done.skipped, done.skipped_failed, settings.expect,
                        rerun_command(settings), settings.allow_empty)
 
 
@@ -9327,7 +9328,7 @@ def exit_status(summary: Summary, troubled: bool, status: int) -> int:
     if summary.empty:
         return status or 2
     # the first: there was no room for an output
-    return status or int(bool(summary.failed or summary.skipped_failed or summary.unexpected))
+    return status or int(bool(summary.failed or summary.skipped_failed or summary.wrong_hash))
 
 
 NO_COMMANDS = ("the input had no commands: did the program fail that writes them? (--allow-empty: that "
@@ -9344,8 +9345,8 @@ def final_notices(summary: Summary, times: Sequence[float], slots: int) -> Itera
     """What there is to say once all results are shown. 0 slots: their number does not matter."""
     if summary.empty:
         yield NO_COMMANDS
-    if summary.unexpected:
-        yield summary.unexpected
+    if summary.wrong_hash:
+        yield summary.wrong_hash
     worth_it = summary.spent >= ADVICE_MIN_RUN and max(times, default=0) >= ADVICE_MIN_COMMAND
     if summary.complete and len(times) > 1 and worth_it and slots:
         all_spent = [spent / 1000 for spent in times]
@@ -9374,7 +9375,7 @@ def run_status(settings: argparse.Namespace) -> int:
     def show(effect: ShowStatus) -> None:
         columns = screen_size(1)[0] if sys.stdout.isatty() else 0
         lines = join_tables(status_tables(effect.fields, address, columns))
-        print_line(dump_clean(effect.fields) if settings.json else
+        print_line(dump_utf8(effect.fields) if settings.json else
                  "\n".join([*lines, ""] if settings.watch else lines))
     return run_viewer(viewer, {ShowStatus: show}, keys, settings)
 
@@ -9512,8 +9513,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if os.name != "posix":
         print_notice("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
         return 3
-    make_patient("stdout")
-    make_patient("stderr")
+    make_blocking("stdout")
+    make_blocking("stderr")
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
         settings = parse(with_env_options(sys.argv[1:] if argv is None else argv))
@@ -9521,7 +9522,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         level = logging.DEBUG if verbose else logging.INFO
         if settings.subcommand == "client" and not verbose:
             level = logging.ERROR if verbose is None else logging.WARNING
-        logging.basicConfig(level=level, handlers=[BarHandler()], format="%(asctime)s %(message)s")
+        logging.basicConfig(level=level, handlers=[LogHandler()], format="%(asctime)s %(message)s")
         settings.argv = sys.argv[1:] if argv is None else argv
         if argv is None and settings.subcommand != "completion" and not getattr(settings, "local", 0):
             use_venv_python()
