@@ -4027,6 +4027,96 @@ class WorkerTest(unittest.TestCase):
         b.expect("LOST", tasks=[[1, 1]], why="cancelled")
         b.quiet()
 
+    def test_the_earliest_time_to_kill_counts(self):
+        """A timeout comes after the drain, before it, or when the command is being killed."""
+        for timeout, drain, killed_at in ((100, 5.0, 5.0), (3, 50.0, 3.0)):
+            worker = tc.Worker("w1", slots=2, drain=drain, times=tc.Times(ready_interval=1e6))
+            b = Bench(worker)
+            b.hear('OK {"join":1}')
+            for id in (1, 2):
+                b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c", "timeout": timeout}), "r")
+            before, after = (b.effect(tc.Start).job for _ in range(2))
+            b.begin(before)
+            worker.stop(143, b.now)
+            b.begin(after)  # the Runner started it before it heard of the end
+            b.wait(killed_at - 0.1)
+            self.assertEqual(b.effects, [tc.Recall(after)])
+            b.effects.clear()
+            b.wait(0.2)
+            self.assertEqual(b.effects, [tc.Kill(before, False), tc.Kill(after, False)])
+
+    def test_a_timeout_does_not_change_when_a_cancelled_command_is_killed(self):
+        for timeout in (1, 100):
+            self.setUp()
+            b = self.bench
+            self.give(1, timeout=timeout)
+            job = b.effect(tc.Start).job
+            b.hear("CANCEL", "r")
+            b.effect(tc.Kill)
+            b.begin(job)
+            grace = self.worker.times.kill_grace
+            b.wait(grace - tc.REPORT_DELAY - 0.1)
+            self.assertEqual(b.effects, [])
+            b.wait(0.2)
+            self.assertEqual(b.effects, [tc.Kill(job, True)])
+
+    def test_a_stopped_drain_does_not_put_off_the_kill_of_a_cancelled_command(self):
+        worker = tc.Worker("w1", slots=2, drain=50.0)
+        b = Bench(worker)
+        b.hear('OK {"join":1}')
+        b.hear('{"id":1,"attempt":1,"cmd":"c"}', "r")
+        job = b.effect(tc.Start).job
+        b.begin(job)
+        b.hear("CANCEL", "r")
+        b.effect(tc.Kill)
+        worker.stop(143, b.now)
+        b.wait(worker.times.kill_grace)
+        self.assertEqual(b.effects, [tc.Kill(job, True)])
+
+    def test_a_stopped_worker_waits_until_its_results_are_fetched(self):
+        for patience, taken in ((1.0, True), (100.0, False)):
+            self.setUp()
+            b = self.bench
+            self.give(1)
+            self.worker.finished(b.effect(tc.Start).job, exit_record(0, b"x" * (tc.INLINE + 1)), b.now)
+            b.collect()
+            self.worker.stop(143, b.now)
+            b.collect()
+            b.quiet_but("QUEUED", "RESULT", "READY")
+            b.wait(min(patience, 2 * self.worker.times.kill_grace - 0.1))
+            b.lines = [row for row in b.lines if row[1] != "READY"]
+            b.quiet()
+            if taken:
+                b.hear('FETCH {"id":1,"attempt":1,"offset":0,"size":9}', "r")
+                self.assertEqual(b.bulk.pop().data, b"x" * 9)
+                b.quiet()
+                b.hear('DONE {"tasks":[[1,1]]}', "r")
+            else:
+                b.wait(0.2)
+            self.assertEqual(b.lines.pop()[1], "BYE")
+            self.assertEqual(b.effect(tc.Exit).status, 143)
+
+    def test_lines_about_another_attempt_change_nothing(self):
+        b = self.bench
+        self.give(1, attempt=2)
+        self.give(2, attempt=2)
+        waiting, ended = (b.effect(tc.Start).job for _ in range(2))
+        self.worker.finished(ended, exit_record(0, b"out"), b.now)
+        b.collect()
+        b.quiet_but("QUEUED", "RESULT")
+        for attempt in (1, 3):
+            for verb in ("CANCEL", "RECALL", "DONE"):
+                b.hear(f'{verb} {{"tasks":[[1,{attempt}],[2,{attempt}]]}}', "r")
+                b.quiet()
+            b.hear(f'RESEND {{"tasks":[[1,{attempt}]]}}', "r")
+            b.expect("LOST", tasks=[[1, attempt]])
+            for id in (1, 2):
+                b.hear(f'FETCH {{"id":{id},"attempt":{attempt},"offset":0,"size":9}}', "r")
+                b.expect("LOST", tasks=[[id, attempt]])
+        self.assertFalse(b.bulk)
+        self.assertEqual(list(self.worker.jobs.values()), [waiting, ended])
+        self.assertFalse(waiting.killed or waiting.cancelled)
+
     def test_a_stopped_worker_gives_its_commands_time_to_drain(self):
         worker = tc.Worker("w1", slots=2, drain=20.0)
         b = Bench(worker)
@@ -4448,6 +4538,31 @@ class RunnerTest(unittest.TestCase):
                 spawner.spawn(argv, [], None, cwd, (null, theirs, theirs))
             self.assertEqual(caught.exception.errno, number)
 
+    def test_an_orphan_belongs_to_one_attempt_of_one_command(self):
+        mark = {"TESTCLOUD_WORKER": "w1", "TESTCLOUD_RUN": "r", "TESTCLOUD_SEQ": "5",
+                "TESTCLOUD_ATTEMPT": "2"}
+        runner = self.new_runner(1, "w1")
+        runner.processes["r", 5, 2] = None
+        for changed, ended in (({}, False), ({"TESTCLOUD_ATTEMPT": "1"}, True),
+                               ({"TESTCLOUD_SEQ": "4"}, True), ({"TESTCLOUD_RUN": "q"}, True),
+                               ({"TESTCLOUD_WORKER": "w2"}, True)):
+            with mock.patch.object(tc, "environment_of", lambda pid, c=changed: {**mark, **c}):
+                self.assertEqual(runner.command_has_ended(77), ended, changed)
+        runner.processes.clear()
+
+    def test_an_orphan_without_our_variables_may_belong_to_any_command_that_is_older(self):
+        runner = self.new_runner(1, "w1")
+        ticks = {77: 10.0, 1: 5.0, 2: 20.0}
+        older, younger = tc.Process(1, []), tc.Process(2, [])
+        with mock.patch.object(tc, "environment_of", lambda pid: {}), \
+                mock.patch.object(tc, "start_ticks", ticks.get):
+            for processes, ended in (([], True), ([younger], True), ([older], False),
+                                     ([older, younger], False), ([younger, older], False),
+                                     ([younger, None], False)):  # None: being started now
+                runner.processes = dict(enumerate(processes))
+                self.assertEqual(runner.command_has_ended(77), ended, processes)
+        runner.processes = {}
+
     def test_each_command_has_its_directory_and_we_keep_ours(self):
         before = os.getcwd()
         jobs = {self.start(f"sleep 0.05; pwd; : {n}", where): where
@@ -4544,6 +4659,16 @@ class RunnerTest(unittest.TestCase):
             self.assertRegex(exit_record.output.read(0, 99), rb"(?s)done\n.*late\n")
             self.assertEqual(self.wait_for_file("log"), "late")
             os.unlink(os.path.join(self.dir, "log"))
+
+    def test_a_command_may_close_its_outputs_and_go_on(self):
+        for n, wait in enumerate(("", "sleep 0.05; ")):
+            for split in (False, True):
+                log = f"{self.dir}/{n}{split}"
+                cmd = f"{wait}echo a; exec >&- 2>&-; sleep 0.1; echo end > {log}; exit 3"
+                with mock.patch.object(tc, "SHORT_COMMAND", 0.02), \
+                        mock.patch.object(tc, "OUTPUT_GRACE", 0.0):
+                    how = self.result(self.start(cmd, split=split))
+                self.assertEqual((how.exitcode, tc.read_text(log)), (3, "end\n"))
 
     def test_who_has_closed_our_pipe_is_not_waited_for(self):
         with mock.patch.object(tc, "OUTPUT_GRACE", 2 * PATIENCE):
