@@ -7,6 +7,12 @@ prints its story. What takes longer: python test_testcloud.py soak|chaos|fuzz|be
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    sys.path.append(sys.path.pop(0))  # as the program does, with the same reason
+
+# ruff: noqa: E402
 import argparse
 import base64
 import concurrent.futures
@@ -33,7 +39,7 @@ import socket
 import statistics
 import struct
 import subprocess
-import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -8658,6 +8664,46 @@ class ProcessesTest(unittest.TestCase):
         broker = self.cloud.start("broker", env=env)
         self.assertEqual(broker.wait(PATIENCE), 3)
         self.assertRegex(self.cloud.err(broker), "^testcloud: .*pip install pyzmq.*\n$")
+
+    def shadow(self, *names):
+        """Put files beside a copy of the program that are called as these modules."""
+        self.cloud.script = shutil.copy(SCRIPT, self.cloud.dir)
+        for name in names:
+            pathlib.Path(self.cloud.dir, name + ".py").write_text("raise SystemExit('shadowed')\n")
+        return functools.partial(subprocess.run, cwd=self.cloud.dir, capture_output=True, text=True,
+                                 timeout=PATIENCE)
+
+    def test_files_beside_the_script_may_be_called_as_modules_of_python(self):
+        library = sysconfig.get_paths()["stdlib"]
+        files = [*os.listdir(library), *os.listdir(os.path.join(library, "lib-dynload"))]
+        # Python itself imports __future__ for our first line, whatever we do about its path
+        names = {name.split(".")[0] for name in files} - {"__future__"}
+        run = self.shadow(*filter(str.isidentifier, names))
+        broker = self.cloud.broker()
+        self.cloud.worker(broker)
+        html = os.path.join(self.cloud.dir, "report.html")
+        status, out = self.cloud.client(broker, ["echo a"], "--html", html, "--junit", html + ".xml")
+        self.assertEqual((status, "Ran 1 command" in out), (0, True), out)
+        self.assertNotIn("shadowed", "".join(map(self.cloud.err, self.cloud.processes)))
+        shutil.copy(os.path.join(HERE, "test_testcloud.py"), self.cloud.dir)
+        for argv in (["testcloud.py", "client", "--local", "--allow-empty"], ["testcloud.py", "keygen"],
+                     ["test_testcloud.py", "MessagesTest"]):
+            done = run([sys.executable, *argv], stdin=subprocess.DEVNULL)
+            self.assertEqual(done.returncode, 0, (argv, done.stdout, done.stderr))
+
+    def test_our_place_in_the_path_is_left_alone_unless_it_is_ours(self):
+        run = self.shadow("argparse", "json", "queue", "socket")
+        done = run([sys.executable, "-m", "testcloud", "--version"])
+        self.assertEqual((done.stdout, done.stderr), (f"testcloud {tc.__version__}\n", ""))
+        done = run([sys.executable, "-c", "import sys; old = [*sys.path]; sys.path.append(sys.path.pop(0))"
+                    "; import testcloud; sys.exit(sorted(old) != sorted(sys.path) or sys.path[-1] != '')"])
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        if sys.version_info >= (3, 11):  # then the first place may be one of the user's
+            pathlib.Path(self.cloud.dir, "first").mkdir()
+            pathlib.Path(self.cloud.dir, "first", "zmq.py").write_text("raise SystemExit('mine')\n")
+            done = run([sys.executable, "-P", "testcloud.py", "broker"],
+                       env={**os.environ, "PYTHONPATH": os.path.join(self.cloud.dir, "first")})
+            self.assertEqual(done.stderr, "mine\n")
 
     def test_templates_cwd_blank_lines_and_odd_bytes(self):
         process = self.local(["a b", "", "   ", "it's"], "-j", "1", "-C", "/", "printf '%s|' {}; pwd #")

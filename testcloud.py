@@ -80,8 +80,12 @@ Protocol
 # SPDX-License-Identifier: MIT
 from __future__ import annotations  # testcloud needs Python 3.9 or newer
 
-import signal
 import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    sys.path.append(sys.path.pop(0))  # a types.py beside this script must not hide Python's own
+
+import signal
 
 PYTHON: tuple[int, int] = (3, 9)  # testcloud needs Python 3.9 or newer
 # what is older than 3.7 cannot read this file, and shows the first such line that it does not know
