@@ -8123,11 +8123,10 @@ class CommandLineTest(unittest.TestCase):
     def test_interrupted_while_its_modules_are_imported(self):
         directory = tempfile.mkdtemp(prefix="testcloud-")
         self.addCleanup(shutil.rmtree, directory)
-        shutil.copy(SCRIPT, directory)
         with open(os.path.join(directory, "argparse.py"), "w") as file:
             file.write("import os, time; os.kill(os.getpid(), 2); time.sleep(60)")
         done = subprocess.run(  # even if we were told to ignore Ctrl-C, as in the background
-            [sys.executable, os.path.join(directory, "testcloud.py"), "worker"],
+            [sys.executable, SCRIPT, "worker"], env={**os.environ, "PYTHONPATH": directory},
             stderr=subprocess.PIPE, timeout=PATIENCE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.assertEqual((done.returncode, done.stderr), (-signal.SIGINT, b""))

@@ -11,10 +11,10 @@ Three commands make a cloud; each may run on a machine of its own:
     python testcloud.py worker --connect HOST              one on each machine that helps
     seq 5 | awk '{print "./pi.py " $1}' | python testcloud.py client --connect HOST
 
-The client sends its commands, one a line, to the broker; the broker gives them to
-workers that have a free slot; results go back the same way. Without --connect everything
-happens on this machine. `client --local` needs neither broker nor worker. The options of
-each role: testcloud.py ROLE --help. Who is there, and does what: testcloud.py status.
+The client sends its commands, one a line, to the broker. The broker gives them to workers
+with a free slot. Results go back the same way. Without --connect everything happens on
+this machine. `client --local` needs neither broker nor worker. `status` shows who is there
+and what they do. Each role explains its options: testcloud.py ROLE --help.
 
 Between machines it needs a key, which broker, workers and clients find beside the script:
 
@@ -22,20 +22,20 @@ Between machines it needs a key, which broker, workers and clients find beside t
 
 Exit status of the client
     0  every command was run and exited with 0, in the end (--retries)
-    1  some command failed, or was flaky (--fail-on-flaky), or the result hash is another
+    1  a command failed or was flaky (--fail-on-flaky), or --expect differs
     2  wrong usage, or no commands at all (--allow-empty)
     3  not everything could be run, or written: no broker, no worker, a full disk, no pyzmq
-    128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 as its terminal closed
-    141  nobody reads our stdout any more
-A broker or worker exits with 128 + N when signal N tells it to stop, 2 on wrong usage
-or a loop of brokers, and 3 when it cannot listen, has no usable key, or (with --wait) finds
-no broker. keygen: 0, 2, or 3 when it cannot read or write a key.
+    128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 when its terminal closed
+    141  the reader of its stdout closed it (SIGPIPE)
+A broker or worker exits with 128 + N when signal N stops it, with 2 on wrong usage or in a
+loop of brokers. It exits with 3 when it cannot listen, has no usable key, or (with --wait)
+finds no broker. keygen exits with 0, with 2, or with 3 when it cannot read or write a key.
 
 Promises
-    A client reports every command exactly once. A command is started again only when it
-    could not be started (it ended with exit code 126 or 127 within a second), or when the
-    worker that had it is gone, or silent for too long. The broker keeps nothing on disk:
-    after a restart clients and workers tell it all it must know.
+    A client reports every command exactly once. A command is started again only in two
+    cases: it could not be started (exit code 126 or 127 within a second), or its worker is
+    gone or silent for too long. The broker keeps nothing on disk: after its restart,
+    clients and workers tell it all that it must know.
 
 Tasks (one attempt of one command, as its broker sees it)
     LIMBO      > RUNNING DELIVERED GONE                    resubmitted to a new broker
@@ -48,16 +48,16 @@ Protocol
     ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds a ROUTER for
     clients (port 2224) and one for workers (port 2225); these connect a DEALER. A body is
     UTF-8 text of one or more lines `VERB {json}`; a line that begins with { is a command.
-    Frames between client and broker are [body], between broker and worker
-    ["", token, body], where the token names the client's run. A CHUNK is alone in its body
-    and has its bytes in a frame after it.
-    Bytes that are no UTF-8 stand in JSON as lone surrogates U+DC80 to U+DCFF (PEP 383),
-    for plain clients as U+FFFD.
+    Frames between client and broker are [body]. Frames between broker and worker are
+    ["", token, body]: the token names the client's run. A CHUNK is alone in its body, and
+    its bytes are in the frame after it.
+    In JSON, bytes that are not UTF-8 are lone surrogates U+DC80 to U+DCFF (PEP 383). Plain
+    clients get U+FFFD for them.
 
     {        client > broker > worker   run this command: cmd, cwd; id and attempt
-    HELLO    client > broker            who I am: run; to (re)join: what is unreported
-    READY    worker > broker            who I am: name, slots; to (re)join: what I have
-    OK       broker > client, worker    I heard HELLO or READY; workers, slots
+    HELLO    client > broker            my run; when joining: my unreported commands
+    READY    worker > broker            my name and slots; when joining: my tasks
+    OK       broker > client, worker    answer to HELLO or READY: workers, slots
     WHO      broker > client, worker    I do not know you (any more): join again
     QUEUED   worker > broker > client   the worker has accepted the command
     RESULT   worker > broker > client   the command has ended: exitcode, stdout, time (ms)
@@ -66,12 +66,12 @@ Protocol
     CANCEL   client > broker > worker   stop and forget; without tasks: all of the run
     FETCH    client > broker > worker   send me a part of this large output
     CHUNK    worker > broker > client   a part of a large output
-    RESEND   broker > worker            tell me again how this task stands
+    RESEND   broker > worker            send your last message about this task again
     RECALL   broker > worker            hand this task back, unless you have started it
     BYE      client, worker > broker    I am leaving
     SHUN     client > broker > broker   use these hosts only if there are no others
-    STATUS   client > broker > client   who is there, and what they do
-    ERROR    any > any                  what was wrong with your message; changes nothing
+    STATUS   client > broker > client   the workers and clients, and their work
+    ERROR    any > any                  the fault in your message, which changed nothing
 
     A plain client only sends {"cmd": ...} (and cwd) and is answered with QUEUED and RESULT.
     A plain worker says READY, takes one command, and answers QUEUED, RESULT and READY with
@@ -88,13 +88,13 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
 import signal
 
 PYTHON: tuple[int, int] = (3, 9)  # testcloud needs Python 3.9 or newer
-# what is older than 3.7 cannot read this file, and shows the first such line that it does not know
+# 2.7 to 3.6 cannot compile this file: their SyntaxError shows the import or the line above
 if sys.version_info < PYTHON:
     sys.stderr.write(f"testcloud: needs Python 3.9 or newer, and {sys.executable} is "
                      f"{sys.version.split()[0]}: start it with another python3\n")
     sys.exit(3)
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the rest is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports
 
 # ruff: noqa: E402
 import argparse
@@ -142,7 +142,7 @@ from typing import (
     Union,
 )
 
-with contextlib.suppress(ImportError):  # on Windows, which main() refuses with better words
+with contextlib.suppress(ImportError):  # on Windows, which main() refuses with a plain message
     import fcntl
     import resource
     import termios
@@ -154,9 +154,11 @@ __version__ = "0.1.0"
 
 # === Names and numbers ================================================================
 #
-# The names that both ends of the wire must agree on, and every number of the program with
-# the reason for it. Times are seconds. Those in Times can be set on the command line of
-# the role that uses them.
+# The names that both ends of the wire share, and the limits and times that shape the whole
+# program, each with its reason. Times are in seconds. Those in Times are options of the
+# roles that use them. A number that only one section needs is at the head of that section.
+
+# --- names
 
 Seconds = float
 Peer = bytes  # a connection's routing id at a ROUTER; b"" on a DEALER
@@ -169,74 +171,95 @@ WORKERS = "workers"  # a broker's link to its workers
 BROKER = "broker"  # the link of a client, a worker or a chained broker to its broker
 
 BROKER_ROLE, CLIENT_ROLE, WORKER_ROLE = "broker", "client", "worker"
-ROLE_OF = {CLIENTS: CLIENT_ROLE, WORKERS: WORKER_ROLE}  # who may come to a broker's link
+ROLE_OF = {CLIENTS: CLIENT_ROLE, WORKERS: WORKER_ROLE}  # of the peers on a broker's link
 
-CLIENT_PORT = 2224  # the seed's
+CLIENT_PORT = 2224
 WORKER_PORT = 2225
-PLAIN = "plain."  # a run that begins so belongs to a plain client, and ends with its broker
+PLAIN = "plain."  # prefix of a plain client's run, which ends with its broker
 
-INLINE = 64 * 1024  # bytes of output inside a RESULT; more is fetched
-PLAIN_INLINE = 256 * 1024  # the same for plain clients, who cannot fetch; the rest is cut
-CHUNK_SIZE = 512 * 1024  # bytes in a CHUNK: large enough for speed, small beside a heartbeat
+# --- sizes on the wire, in bytes
+
+MAX_FRAME = 4 * 1024 * 1024  # libzmq closes a connection that sends a larger frame
+BATCH_BYTES = MAX_FRAME // 16  # a body is closed past this size
+INLINE = 64 * 1024  # of output inside a RESULT; the client fetches a larger one
+PLAIN_INLINE = 256 * 1024  # for plain clients, who cannot fetch: the rest is cut off
+#   MAX_FRAME has room for it: in JSON a control character takes six bytes
+MAX_RESULT = 1024 * 1024  # of a plain worker; a longer one is cut to PLAIN_INLINE
+CHUNK_SIZE = 512 * 1024  # large enough for speed, and sent in much less than a heartbeat
+MAX_COMMAND = 512 * 1024  # of a command's JSON; Linux takes 128 KiB of shell text
+OTHER_FIELDS = 2048  # of a command's JSON for all but cmd and cwd: numbers, names of workers
+MAX_READY_TASKS = 10_000  # in one READY, at some 50 bytes each; more come in several READYs
+MAX_FRAMES = 8  # in one message
+
+# --- what bounds the memory of broker, client and worker
+
+WINDOW = 4096  # commands of one client at the broker at once
+CREDIT = 32 * 1024 * 1024  # bytes of one client's results at the broker that lack their DONE
+SPOOL_COST = 256 * 1024  # of CREDIT for a large output: its worker keeps a file open
+FETCH_AHEAD = 4  # chunks on their way to one client: hides the round trip
+MAX_PARTS = 100  # READYs that a broker keeps until the last of their series comes
+MAX_CACHED_CHOICES = 100  # constraints whose eligible workers the broker remembers
+READ_AHEAD = 4 * WINDOW  # lines of its input that a client holds before it can send them
 MAX_BULK = 128  # chunks that a worker reads before it sends them
-FETCH_AHEAD = 4  # chunks under way for one client: hides the round trip
-BATCH_BYTES = 256 * 1024  # a body is closed past this, to stay far below MAX_FRAME
-MAX_FRAME = 4 * 1024 * 1024  # a larger frame is refused by libzmq, with its connection;
-#   a PLAIN_INLINE of control characters takes six bytes each in JSON
-MAX_COMMAND = 512 * 1024  # bytes of a command's JSON; Linux takes 128 KiB of shell text
-OTHER_FIELDS = 2048  # bytes of it beside cmd and cwd: numbers, and names of workers
-MAX_RESULT = 1024 * 1024  # bytes of a plain worker's RESULT; more is cut to PLAIN_INLINE
-MAX_BAD_LINES = 100  # in one body; then the rest is noise as well
-MAX_COMPLAINTS = 20  # about bad messages in the log, in an interval
+MAX_UNANSWERED = 1000  # greetings whose time is remembered: many more than a lease has
+
+# --- what bounds work and noise
+
+MAX_BAD_LINES = 100  # in one body; the rest of it is ignored
+MAX_COMPLAINTS = 20  # lines in the log about different bad messages, per COMPLAINT_INTERVAL
 COMPLAINT_INTERVAL: Seconds = 10.0
-ANSWERS_PER_SECOND = 5  # of each kind that a plain or unknown peer gets in a second, lest there be a storm
-MAX_FRAMES = 8  # frames a peer may send in one message
-CREDIT = 32 * 1024 * 1024  # bytes of results that one client may leave unconfirmed
-SPOOL_COST = 256 * 1024  # what a large output counts towards that: its worker keeps a file open
-WINDOW = 4096  # commands of one client at the broker at once: bounds the broker's memory
-REFILL_FRACTION = 1 / 16  # of the window: when so much of it is free, it is filled again
-READ_AHEAD = 4 * WINDOW  # lines a client reads before they can be sent
-MAX_READY_TASKS = 10_000  # tasks in one READY, of some 50 bytes each; of more it is said in parts
-MAX_PARTS = 100  # of READYs that a broker keeps, until the rest has come
-MAX_DEPTH = 8  # brokers in one chain: more is taken for a mistake
-AHEAD = 16  # commands for each slot that a worker may be given beyond its slots
-AHEAD_TIME = 80.0  # ms that these may take: of commands that prove longer it is given less, or none
-RECALL_DELAY: Seconds = 0.1  # AHEAD_TIME and a little: those that wait longer are stuck
+ANSWERS_PER_SECOND = 5  # of each verb to a plain or unknown peer: ends a loop of answers
+MAX_DEPTH = 8  # brokers in one chain; a longer one is taken for a mistake
 STATUS_LIMIT = 100  # characters of a name in STATUS, and labels of a worker
-MAX_CACHED_CHOICES = 100  # of workers, of which the broker keeps in mind who they are
-MAX_PASSED_OVER = 16  # workers better than those that may have a task: then these are gone through
-RETRY_LINES = 64  # lines of a client's retries, that are looked at in turn: each may wait for another host
-SPAWN_LIMIT = 5  # tries to start a command on machines that are short of something
-OK_DELAY: Seconds = 0.05  # in which the broker's answers to greetings gather
-REPORT_DELAY: Seconds = 0.01  # so long QUEUED waits for company, and what a worker's slots have to tell
-DONE_DELAY: Seconds = 0.05  # in which DONEs gather
-MAX_DONE = 64  # of them: with the largest inline outputs a fraction of CREDIT
-OUTPUT_GRACE: Seconds = 0.1  # how long output may trail the exit of its command's leader, and its kill
-FINAL_WRITE_TIME: Seconds = 1.0  # for the transcript of an interrupted client to be written
-RELEASE_DELAY: Seconds = 0.05  # so long the number of commands may take to be known
-NOTICE_DELAY: Seconds = 0.7  # waiting shorter than this is not worth a word
-GREETING_FRACTION = 0.4  # of the broker's patience, between ours: one may be lost or late
-LEASE_FRACTION = 2 / 3  # of it: clocks may differ, and it began before we were heard
-MAX_UNANSWERED = 1000  # greetings whose time we remember: far more than a lease lasts
-LONG_PAUSE: Seconds = 0.5  # who was stopped for longer may have lost its connection without knowing,
-#   and with that, after the broker's lost_grace, its commands
-MIN_GREETING_INTERVAL: Seconds = 0.01  # between signs of life, however little patience the broker has
-MAX_BACKOFF = 16  # times as slow we try to join, if answers to one try come after the next
-RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest;
-REJOIN_TIME: Seconds = 2.0  # in which all are back whose broker was away: RECONNECT, and then some
+MAX_PASSED_OVER = 16  # better workers that a task skips before its eligible ones are searched
+RETRY_LINES = 64  # queues of a client's retries that one look goes through, in turns
+SPAWN_LIMIT = 5  # failed starts of one command on machines that lack memory or the like
+
+# --- how much is given ahead
+
+AHEAD = 16  # commands per slot that a worker may be given beyond its slots
+AHEAD_TIME = 80.0  # ms that these may take together, by the times of earlier commands
+RECALL_DELAY: Seconds = AHEAD_TIME / 1000 + 0.02  # one that still waits then goes elsewhere
+REFILL_FRACTION = 1 / 16  # of the window: a client submits more when so much of it is free
+
+# --- how long lines wait to share a message
+
+OK_DELAY: Seconds = 0.05  # the broker's answers to greetings
+REPORT_DELAY: Seconds = 0.01  # QUEUED, and the reports of a worker's slots
+DONE_DELAY: Seconds = 0.05  # DONE
+MAX_DONE = CREDIT // 8 // INLINE  # tasks in one DONE, so that credit comes back early
+
+# --- how long somebody waits
+
+RELEASE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
+NOTICE_DELAY: Seconds = 0.7  # a shorter wait gets no notice
+OUTPUT_GRACE: Seconds = 0.1  # for output after its command's leader exited, or was killed
+FINAL_WRITE_TIME: Seconds = 1.0  # for the transcript of an interrupted client
+RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest
+REJOIN_TIME: Seconds = 2 * RECONNECT[1] / 1000  # all peers are back after a broker's restart
+
+# --- times of the protocol
 
 
 class Times(NamedTuple):
-    """The times of the protocol, in seconds, and how often is too often."""
+    """The times of the protocol, in seconds, and two limits: options of the command line."""
 
     ready_interval: Seconds = 2.0  # READY and HELLO: 2,000 workers make 1,000 messages a second
-    missed_oks: int = 4  # as many unanswered, and the connection is taken for dead
-    queued_timeout: Seconds = 5.0  # a worker's loop that is silent so long is stuck or stopped
-    worker_expiry: Seconds = 10.0  # longer than missed_oks * ready_interval: it tries first
-    client_lease: Seconds = 30.0  # a laptop's short sleep is survived, a killed client is not
+    missed_oks: int = 4  # unanswered greetings: then the connection is taken for dead
+    queued_timeout: Seconds = 5.0  # a worker that is silent so long is stuck or stopped
+    worker_expiry: Seconds = 10.0  # longer than missed_oks * ready_interval: it reconnects first
+    client_lease: Seconds = 30.0  # survives a laptop's short sleep
     lost_grace: Seconds = 1.0  # a broken connection is usually back after RECONNECT
     kill_grace: Seconds = 2.0  # between SIGTERM and SIGKILL
-    crash_limit: int = 3  # workers lost while they had one command: it is poison, not unlucky
+    crash_limit: int = 3  # workers lost with one command: then it is suspected to be the cause
+
+
+GREETING_FRACTION = 0.4  # of the broker's patience, between greetings: one may be lost or late
+LEASE_FRACTION = 2 / 3  # of it: clocks differ, and the lease begins before the broker hears us
+MIN_GREETING_INTERVAL: Seconds = 0.01  # however little patience the broker has
+MAX_BACKOFF = 16  # times ready_interval between attempts to join, if the broker is slow
+LONG_PAUSE: Seconds = Times().lost_grace / 2  # a process that was stopped for longer may have lost
+#   its connection unnoticed, and after lost_grace its commands
 
 
 # === Messages =========================================================================
