@@ -8367,7 +8367,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_completion(self):
         def bash(words):
-            script = (tc.completion("bash") + f"COMP_WORDS=({words}); "
+            script = (self.main("completion", "bash")[1] + f"COMP_WORDS=({words}); "
                       "COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _testcloud; echo ${COMPREPLY[@]}")
             done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
             return done.stdout.split()

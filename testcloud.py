@@ -8144,14 +8144,15 @@ def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
         os.close(folder)
 
 
-# === Command line =====================================================================
+# === Options ==========================================================================
 #
-# One table of options for each role, and for each role a function that builds its loop
-# and runs it. main() turns what a user can cause into one line and an exit status.
+# OPTIONS has a row for each option of each role. The parser, --help and completion are made
+# from it. A row is written as in a manual: "-j --slots N" has two names, and the word in
+# capitals stands for its value. VALUE_TYPES checks the value.
 
 
 class Option(NamedTuple):
-    """A row of OPTIONS: what argparse's add_argument() is given."""
+    """A row of OPTIONS: the arguments of argparse's add_argument()."""
 
     names: Tuple[str, ...]
     settings: Dict[str, Any]
@@ -8159,7 +8160,7 @@ class Option(NamedTuple):
 
 def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
             called: str) -> Callable[[str], Any]:
-    """For argparse: what makes a value of a text. Its name is what argparse calls it in an error."""
+    """Return a type for argparse: kind(text), if it fits. Errors call it by this name."""
     def value_of(text: str) -> Any:
         value = kind(text)
         if not fits(value):
@@ -8170,200 +8171,180 @@ def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
 
 
 def parse_size(text: str) -> int:
-    """A number of bytes, with a unit of k, M or G if you like."""
+    """Return bytes; the number may end with k, M or G. Raises ValueError."""
     factor = {"k": 2**10, "m": 2**20, "g": 2**30}.get(text[-1:].lower(), 1)
     return int(text[:-1] if factor > 1 else text) * factor
 
 
 def parse_duration(text: str) -> Seconds:
-    """A number of seconds, or one with the unit ms, s, m, h or d."""
+    """Return seconds; the number may end with ms, s, m, h or d. Raises ValueError."""
     number = text.rstrip("msdh")
     units = {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
     return float(number) * units.get(text[len(number):], math.nan)
 
 
-def pattern(text: str) -> re.Pattern[str]:
-    """A regular expression. Raises ValueError."""
+def parse_regex(text: str) -> re.Pattern[str]:
+    """Return a compiled regular expression. Raises ValueError."""
     try:
         return re.compile(text)
     except re.error as error:
         raise ValueError(str(error)) from None
 
 
-positive = checked(int, lambda n: n >= 1, "positive number")
-slots = checked(int, lambda n: n >= 1 and slot_count(n), "number of slots")
-natural = checked(int, lambda n: n >= 0, "number")
-load_limit = checked(float, lambda load: load > 0, "number")
-milliseconds = checked(float, lambda ms: ms >= 0, "number of milliseconds")
-seconds = checked(parse_duration, lambda span: span > 0 and number(span), "number of seconds")
-byte_count = checked(parse_size, lambda n: n >= 1 and count(n), "number of bytes")
-weight = checked(int, integer, "weight")  # that fits into READY
-label = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
+FILE_NAME = checked(str, bool, "file name")  # empty: a variable of the shell that is not set
+LABEL = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
                 "label (of ASCII characters, without spaces)")
-host_name = checked(str, lambda text: 0 < len(text) <= 64 and text.isprintable() and not
-                    {*"/~ "} & {*text}, "host name (up to 64 characters, without spaces, / and ~)")
-result_hash = checked(str.lower, lambda text: len(text) == 40 and not text.strip("0123456789abcdef"),
-                      "result hash")
+COUNT = checked(int, lambda n: n >= 1, "positive number")
+# types by the option's name, or else by the word that stands for the value
+VALUE_TYPES: Dict[str, Callable[[str], Any]] = {
+    "--slots": checked(int, lambda n: n >= 1 and slot_count(n), "number of slots"),
+    "--nice": checked(int, lambda n: n >= 0, "number"),
+    "--label": LABEL, "--need": LABEL,
+    "--host": checked(str, lambda text: 0 < len(text) <= 64 and text.isprintable()
+                      and not {*"/~ "} & {*text},
+                      "host name (up to 64 characters, without spaces, / and ~)"),
+    "ADDR": checked(str, bool, "address"), "DIR": checked(str, bool, "directory"),
+    "FILE": FILE_NAME, "JOBLOG": FILE_NAME, "NAME": checked(str, bool, "name"), "N": COUNT,
+    "TIME": checked(parse_duration, lambda span: span > 0 and number(span), "number of seconds"),
+    "W": checked(int, integer, "weight"), "X": checked(float, lambda load: load > 0, "number"),
+    "MS": checked(float, lambda ms: ms >= 0, "number of milliseconds"),
+    "SIZE": checked(parse_size, lambda n: n >= 1 and count(n), "number of bytes"),
+    "HASH": checked(str.lower, lambda text: re.fullmatch("[0-9a-f]{40}", text) is not None,
+                    "result hash"),
+    "REGEX": checked(parse_regex, lambda regex: not regex.match(""),
+                     "regular expression of something"),
+}
 
-TEXTS = {"ADDR": "address", "DIR": "directory", "FILE": "file name", "JOBLOG": "file name",
-         "NAME": "name"}  # what may not be empty: that was a variable which is not set
 
-
-def option(*names: str, **settings: Any) -> Option:
-    if settings.get("metavar") in TEXTS:
-        settings.setdefault("type", checked(str, bool, TEXTS[settings["metavar"]]))
-    return Option(names, settings)
-
-
-KEY = option("--key", metavar="FILE",
-             help="key file (else: $TESTCLOUD_KEY_FILE, beside the script)")
-INSECURE = option("--insecure", action="store_true",
-                  help="without a key: unencrypted, and open to everybody")
-VERBOSE = option("-v", "--verbose", action="store_true", help="say more on stderr")
-WAIT = option("--wait", type=seconds, default=math.inf, metavar="TIME",
-              help="give up (status 3) after waiting so long")
+def option(usage: str, help: str, **settings: Any) -> Option:
+    """Return a row of OPTIONS. Settings are argparse's, beside or instead of those it gets here."""
+    *names, value = usage.split()
+    if value.startswith("-"):
+        return Option((*names, value), {"action": "store_true", "help": help, **settings})
+    kind = VALUE_TYPES.get(names[-1] if names else "") or VALUE_TYPES.get(value)
+    return Option(tuple(names) or (value.lower(),),
+                  {"metavar": value, "type": kind, "help": help, **settings})
 
 
 def time_option(name: str, help: str) -> Option:
-    """An option for a row of Times, with its default."""
+    """Return the row of a field of Times, with its default."""
     default = Times._field_defaults[name]
-    kind, metavar = (positive, "N") if isinstance(default, int) else (seconds, "TIME")
-    return option("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar,
-                  help=f"{help} (default: {default})")
+    value = "N" if isinstance(default, int) else "TIME"
+    return option(f"--{name.replace('_', '-')} {value}", f"{help} (default: {default})",
+                  default=default)
 
 
-CONNECT = option("--connect", metavar="ADDR",
-                 help="the broker (default: $TESTCLOUD_BROKER or localhost)")
-READY_INTERVAL = time_option("ready_interval", "say so often that we are there")
-MISSED_OKS = time_option("missed_oks", "unanswered: connect anew")
-CRASH_LIMIT = time_option("crash_limit", "fail what lost so many workers")
+CONNECT = option("--connect ADDR", "the broker (default: $TESTCLOUD_BROKER or localhost)")
+KEY = option("--key FILE", "key file (else: $TESTCLOUD_KEY_FILE, beside the script)")
+INSECURE = option("--insecure", "no key: no encryption, and anybody can connect")
+WAIT = option("--wait TIME", "give up (status 3) after waiting so long", default=math.inf)
+VERBOSE = option("-v --verbose", "say more on stderr")
+READY_INTERVAL = time_option("ready_interval", "interval of our heartbeats")
+MISSED_OKS = time_option("missed_oks", "reconnect after N unanswered ones")
+CRASH_LIMIT = time_option("crash_limit", "a command that lost N workers has failed")
 KILL_GRACE = time_option("kill_grace", "from SIGTERM to SIGKILL")
+HELP = option("-h --help", "show this", action="help")
 SHELLS = ("bash", "zsh", "fish")
 
-Groups = List[Tuple[str, List[Option]]]
-OPTIONS: Dict[str, Tuple[str, Groups]] = {
+OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
-            option("--clients", metavar="ADDR",
-                   help=f"listen for clients (default: port {CLIENT_PORT})"),
-            option("--workers", metavar="ADDR",
-                   help=f"listen for workers (default: port {WORKER_PORT})"),
-            option("--upstream", metavar="ADDR", help="join that broker with all our slots"),
-            option("--upstream-key", metavar="FILE", help="a worker's key for it (default: our own)"),
+            option("--clients ADDR", f"listen for clients (default: port {CLIENT_PORT})"),
+            option("--workers ADDR", f"listen for workers (default: port {WORKER_PORT})"),
+            option("--upstream ADDR", "join that broker as a worker with all our slots"),
+            option("--upstream-key FILE", "a worker's key for it (default: our own)"),
             KEY, INSECURE, VERBOSE]),
         ("times", [
             time_option("queued_timeout", "for a worker to confirm a command"),
-            time_option("worker_expiry", "forget workers silent for so long"),
-            time_option("client_lease", "forget clients silent for so long"),
-            time_option("lost_grace", "for a worker to connect again"),
+            time_option("worker_expiry", "forget a worker silent for so long"),
+            time_option("client_lease", "forget a client silent for so long"),
+            time_option("lost_grace", "for a lost worker to reconnect"),
             CRASH_LIMIT, READY_INTERVAL, MISSED_OKS])]),
-    "worker": ("run commands for a broker (started by ssh, without -t: until that ends)", [
+    "worker": ("run commands for a broker (if started by ssh without -t: until ssh ends)", [
         ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE]),
         ("what it takes", [
-            option("-j", "--slots", type=slots, default=0, metavar="N",
-                   help="commands at once (default: the CPUs we may use)"),
-            option("--weight", type=weight, default=0, metavar="W",
-                   help="the heaviest are used first (default: 0)"),
-            option("--label", action="append", default=[], type=label, metavar="NAME",
-                   help="for client --need NAME; may be repeated"),
-            option("--host", type=host_name, metavar="NAME",
-                   help="name of this machine in reports (default: its host name)"),
-            option("--max-load", type=load_limit, default=math.inf, metavar="X",
-                   help="take nothing more at a load average from X on"),
-            option("--nice", type=natural, default=0, metavar="N",
-                   help="run commands with less priority (default: 0)"),
-            option("--drain", type=seconds, default=0.0, metavar="TIME",
-                   help="for running commands when told to stop (default: 0)")]),
+            option("-j --slots N", "commands at once (default: the CPUs we may use)", default=0),
+            option("--weight W", "workers with a higher one are used first (default: 0)", default=0),
+            option("--label NAME", "for client --need NAME; may be repeated",
+                   action="append", default=[]),
+            option("--host NAME", "name of this machine in reports (default: its own)"),
+            option("--max-load X", "take no new commands at a load average from X on", default=math.inf),
+            option("--nice N", "niceness of commands (default: 0)", default=0),
+            option("--drain TIME", "for running commands when told to stop (default: 0)",
+                   default=0.0)]),
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
-            option("template", nargs=argparse.REMAINDER, metavar="TEMPLATE",
-                   help="command for each line: {} the line, {#} its number, {.} without "
-                        "extension, {/} without directory, {//} its directory, {/.} both, "
-                        "{1} its first column; at its end, instead of stdin: "
-                        "::: ARGUMENTS, :::: FILES; :::+ links these to those before"),
-            option("-0", "--null", action="store_true", help="NUL ends a line of stdin, not newline"),
-            option("-n", "--max-args", type=positive, default=1, metavar="N",
-                   help="so many lines for each command"),
-            option("--colsep", metavar="REGEX", type=checked(
-                pattern, lambda found: not found.match(""), "regular expression of something"),
-                   help="what separates the columns of a line"),
-            option("-C", "--cwd", metavar="DIR",
-                   help="directory on the worker; from the current one here, or from ~ there"),
-            option("--env", action="append", default=[], metavar="NAME",
-                   help="set a variable as it is here; also: NAME=VALUE"),
-            option("--dry-run", action="store_true", help="only print the commands")]),
+            option("TEMPLATE", "command for each line: {} the line, {#} its number, {.} without "
+                   "extension, {/} without directory, {//} its directory, {/.} without both, "
+                   "{1} its first column; at its end, instead of stdin: ::: ARGUMENTS, "
+                   ":::: FILES; :::+ links these to those before", nargs=argparse.REMAINDER),
+            option("-0 --null", "NUL ends a line of stdin, not newline"),
+            option("-n --max-args N", "so many lines for each command", default=1),
+            option("--colsep REGEX", "what separates the columns of a line"),
+            option("-C --cwd DIR", "directory on the worker: relative to ours, or ~ there"),
+            option("--env NAME", "set a variable as it is here; also: NAME=VALUE",
+                   action="append", default=[]),
+            option("--dry-run", "only print the commands")]),
         ("where", [
             CONNECT,
-            option("--local", action="store_true", help="run on this machine, without a broker"),
-            option("-j", "--slots", type=slots, default=0, metavar="N",
-                   help="with --local: commands at once (default: the CPUs)"),
-            option("--need", action="append", default=[], type=label, metavar="NAME",
-                   help="only on workers with this --label"),
-            option("--serial", action="store_true", help="one command at a time"),
+            option("--local", "run on this machine, without a broker"),
+            option("-j --slots N", "with --local: commands at once (default: the CPUs)", default=0),
+            option("--need NAME", "only on workers with this --label", action="append", default=[]),
+            option("--serial", "one command at a time"),
             KEY, INSECURE, WAIT]),
         ("failures", [
-            option("--timeout", type=seconds, default=0.0, metavar="TIME",
-                   help="stop what runs longer: 500ms, 30s, 5m, 2h, 1d"),
-            option("--retries", type=positive, default=0, metavar="N",
-                   help="try up to N times, in turn on another host"),
-            option("--fail-fast", nargs="?", type=positive, const=1, default=0, metavar="N",
-                   help="stop everything after N failures (default: 1)"),
-            option("--fail-on-flaky", action="store_true",
-                   help="what passes only at times, or in places, has failed"),
-            option("--expect", type=result_hash, metavar="HASH",
-                   help="fail if the result hash is another one"),
-            option("--allow-empty", action="store_true", help="an input without commands is no error"),
+            option("--timeout TIME", "stop a command that runs longer: 500ms, 30s, 5m, 2h, 1d", default=0.0),
+            option("--retries N", "try up to N times, in turn on another host", default=0),
+            option("--fail-fast N", "stop everything after N failures (default: 1)",
+                   nargs="?", const=1, default=0),
+            option("--fail-on-flaky", "a command that is FLAKY or ONLY ON has failed"),
+            option("--expect HASH", "fail if the result hash is another one"),
+            option("--allow-empty", "an input without commands is no error"),
             CRASH_LIMIT, KILL_GRACE]),
         ("what to show", [
-            option("-p", "--progress", action="store_true",
-                   help="a line at the bottom (default: on a terminal)"),
-            option("-k", "--keep-order", action="store_true", help="results in order of the input"),
-            option("--tag", action="store_true", help="lines of output after that of the input"),
-            option("--live", action="store_true", help="lines of output as they come, tagged"),
-            option("--raw", action="store_true", help="the commands' own stdout and stderr"),
-            option("--json", action="store_true", help="a JSON object a line for each result"),
-            option("-b", "--brief", action="store_true", help="leave the outputs out"),
-            option("-f", "--fail-only", action="store_true", help="show failures only"),
-            option("-s", "--slow", type=milliseconds, default=math.inf, metavar="MS",
-                   help="underline what took longer than MS milliseconds"),
-            option("--color", choices=("auto", "always", "never"), default="auto", metavar="WHEN",
-                   help="auto (on a terminal; the default), always, never"),
-            option("--max-output", type=byte_count, default=0, metavar="SIZE",
-                   help="keep so much of each output: 64k, 10M, 2G"),
+            option("-p --progress", "a line at the bottom (default: on a terminal)"),
+            option("-k --keep-order", "results in the order of the input"),
+            option("--tag", "each line of output after its line of the input"),
+            option("--live", "lines of output as they come, tagged"),
+            option("--raw", "the commands' own stdout and stderr"),
+            option("--json", "a JSON object a line for each result"),
+            option("-b --brief", "leave the outputs out"),
+            option("-f --fail-only", "show failures only"),
+            option("-s --slow MS", "underline what took longer than MS milliseconds",
+                   default=math.inf),
+            option("--color WHEN", "auto (on a terminal; the default), always, never",
+                   choices=("auto", "always", "never"), default="auto"),
+            option("--max-output SIZE", "keep so much of each output: 64k, 10M, 2G", default=0),
             VERBOSE,
-            option("--quiet", action="store_const", dest="verbose", const=None,
-                   help="nothing on stderr but errors")]),
+            option("--quiet", "only errors on stderr", action="store_const", dest="verbose",
+                   const=None)]),
         ("reports", [
-            option("--joblog", metavar="FILE", help="a line for each result, as of GNU parallel"),
-            option("--resume", action="store_true", help="leave out what the joblog has"),
-            option("--resume-failed", action="store_true",
-                   help="leave out what has passed by the joblog"),
-            option("--junit", metavar="FILE", help="what Jenkins, GitLab and GitHub read"),
-            option("--html", metavar="FILE", help="a page with a picture of the run"),
-            option("--timings", metavar="JOBLOG", help="begin with what took longest there")]),
+            option("--joblog FILE", "a line for each result, as of GNU parallel"),
+            option("--resume", "skip commands that are in the joblog"),
+            option("--resume-failed", "skip commands that passed by the joblog"),
+            option("--junit FILE", "JUnit XML, for Jenkins, GitLab and GitHub"),
+            option("--html FILE", "a page with a picture of the run"),
+            option("--timings JOBLOG", "begin with the commands that took longest there")]),
         ("times", [READY_INTERVAL, MISSED_OKS])]),
-    "status": ("show who is in the cloud, and what they do", [
+    "status": ("show the workers and clients of a broker", [
         ("what to show", [
             CONNECT,
-            option("--watch", action="store_true", help="again and again, until q or Ctrl-C"),
-            option("--json", action="store_true", help="as JSON, an object a line"),
-            option("--wait", type=seconds, metavar="TIME",
-                   help="give up (status 3) after waiting so long (default: 5 s; with --watch: never)"),
+            option("--watch", "again and again, until q or Ctrl-C"),
+            option("--json", "as JSON, an object a line"),
+            option("--wait TIME", "give up after so long (default: 5 s; with --watch: never)"),
             KEY, INSECURE, VERBOSE])]),
-    "keygen": ("make the key of a cloud, or one for somebody who is to play one role in it", [
+    "keygen": ("make the key of a cloud, or a key for one role in it", [
         ("what to make", [
-            option("file", nargs="?", metavar="FILE",
-                   help=f"where (default: {KEY_FILE} beside the script; with --role: "
-                        f"testcloud-NAME.key in the current directory)"),
-            option("--role", choices=tuple(ROLE_OF.values()), metavar="ROLE",
-                   help="a key for a worker or a client, and nothing else"),
-            option("--name", metavar="NAME", help="whose it is (default: the role)"),
-            option("--revoke", metavar="NAME", help="that one's key is not accepted any more"),
+            option("FILE", f"where (default: {KEY_FILE} beside the script; with --role: "
+                   "testcloud-NAME.key in the current directory)", nargs="?"),
+            option("--role ROLE", "a key for a worker or a client, and nothing else",
+                   choices=tuple(ROLE_OF.values())),
+            option("--name NAME", "name of its holder (default: the role)"),
+            option("--revoke NAME", "the key of this holder is not accepted any more"),
             KEY, VERBOSE])]),
-    "completion": ("print what a shell needs to complete our options", [
-        ("for which", [option("shell", choices=SHELLS, metavar="SHELL",
-                              help=f"one of {', '.join(SHELLS)}")])]),
+    "completion": ("print a script with which a shell completes our options", [
+        ("for which", [option("SHELL", f"one of {', '.join(SHELLS)}", choices=SHELLS)])]),
 }
 EXAMPLES = {CLIENT_ROLE: """\
 ls tests/test_*.py | testcloud.py client pytest -q {}   each file on some worker
@@ -8375,7 +8356,78 @@ USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "compl
 
 
 def options_of(role: str) -> List[Option]:
-    return [row for _, rows in OPTIONS[role][1] for row in rows]
+    return [*(row for _, rows in OPTIONS[role][1] for row in rows), HELP]
+
+
+def times_from(settings: argparse.Namespace) -> Times:
+    """Return the Times of a command line; those that its role has not keep their default."""
+    given = vars(settings)
+    return Times(**{name: given[name] for name in Times._fields if name in given})
+
+
+# === Completion =======================================================================
+#
+# Scripts in which a shell finds the options of each role and the values to choose from.
+# For all other words the shell offers files.
+
+
+def option_names(row: Option) -> List[str]:
+    """Return the names of an option; none for an argument."""
+    return [name for name in row.names if name.startswith("-")]
+
+
+def bash_completion() -> str:
+    """Return a script for bash. zsh understands it after bashcompinit."""
+    # by pattern: number of the word, word before it, role, word
+    words: Dict[str, Iterable[str]] = {'"1 "*': OPTIONS, '*" -- "*': ()}
+    for role in OPTIONS:
+        rows = options_of(role)
+        words[f'*" {role} -"*'] = sorted(name for row in rows for name in option_names(row))
+        words.update({f'*" {name} "*' if name[0] == "-" else f'"2 {role} "*': row.settings["choices"]
+                      for row in rows if "choices" in row.settings for name in row.names})
+    cases = "\n".join(f"    {pattern}) words='{' '.join(found)}';;"
+                      for pattern, found in words.items())
+    return f"""\
+_testcloud() {{
+  local words= current="${{COMP_WORDS[COMP_CWORD]}}"
+  case "$COMP_CWORD ${{COMP_WORDS[COMP_CWORD-1]}} ${{COMP_WORDS[1]}} $current" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _testcloud testcloud testcloud.py"""
+
+
+def fish_completion() -> str:
+    """Return a script for fish, which shows the help of each option, too."""
+    lines = ["complete -c testcloud -w testcloud.py"]
+    for role, (purpose, _) in OPTIONS.items():
+        lines.append(f"complete -c testcloud.py -n __fish_use_subcommand -f -a {role} "
+                     f"-d {shlex.quote(purpose)}")
+        for row in options_of(role):
+            words = [f"-{'s' if len(name) == 2 else 'l'} {name.lstrip('-')}"
+                     for name in option_names(row)]
+            if "choices" in row.settings:
+                words.append(f"-x -a '{' '.join(row.settings['choices'])}'")
+            elif "metavar" in row.settings and words:
+                words.append("-r")
+            if words:
+                lines.append(f"complete -c testcloud.py -n '__fish_seen_subcommand_from {role}' "
+                             f"{' '.join(words)} -d {shlex.quote(row.settings['help'])}")
+    return "\n".join(lines)
+
+
+def run_completion(settings: argparse.Namespace) -> int:
+    zsh = "autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n"
+    print_line(fish_completion() if settings.shell == "fish" else
+               zsh * (settings.shell == "zsh") + bash_completion())
+    return 0
+
+
+# === Command line =====================================================================
+#
+# main() parses the command line and runs a role. Each error that a user can cause becomes one
+# line on stderr and an exit status.
 
 
 class Parser(argparse.ArgumentParser):
@@ -8453,14 +8505,8 @@ def build_parser() -> argparse.ArgumentParser:
             group = part.add_argument_group(title)
             for row in rows:
                 group.add_argument(*row.names, **row.settings)
-        group.add_argument("-h", "--help", action="help", help="show this")
+        group.add_argument(*HELP.names, **HELP.settings)
     return parser
-
-
-def times_from(settings: argparse.Namespace) -> Times:
-    """The Times that the command line gives; those it does not know keep their default."""
-    given = vars(settings)
-    return Times(**{name: given[name] for name in Times._fields if name in given})
 
 
 def broker_address(settings: argparse.Namespace, port: int) -> str:
@@ -8469,64 +8515,6 @@ def broker_address(settings: argparse.Namespace, port: int) -> str:
         settings.connect or os.environ.get("TESTCLOUD_BROKER") or "localhost", port)
     resolve(address)
     return address
-
-
-RUN_NAMES = "testcloud testcloud.py"  # commands that completion is for
-
-
-def completion(shell: str) -> str:
-    """What a shell evaluates, to complete our options and those of their values that are few."""
-    if shell == "fish":
-        return "\n".join(fish_lines()) + "\n"
-    options = {role: ["-h", "--help", *(name for row in options_of(role) for name in row.names
-                                        if name[0] == "-")] for role in OPTIONS}
-    values = [(name if name[0] == "-" else role, row.settings["choices"]) for role in OPTIONS
-              for row in options_of(role) if "choices" in row.settings for name in row.names]
-    cases = "\n".join(f"    {role}) words='{' '.join(sorted(found))}';;"
-                      for role, found in options.items())
-    previous = "\n".join(f"    {word}) words='{' '.join(found)}';;" for word, found in values)
-    bash = f"""\
-_testcloud() {{
-  local words='{' '.join(OPTIONS)}' current="${{COMP_WORDS[COMP_CWORD]}}"
-  [ "$COMP_CWORD" -gt 1 ] && case "${{COMP_WORDS[1]}}" in
-{cases}
-  esac
-  [ "$COMP_CWORD" -gt 1 ] && [ "${{current#-}}" = "$current" ] && words=
-  case "${{COMP_WORDS[COMP_CWORD-1]}}" in
-{previous}
-    --) words=;;
-  esac
-  COMPREPLY=($(compgen -W "$words" -- "$current"))
-}}
-complete -o default -F _testcloud {RUN_NAMES}
-"""
-    return ("autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n" if shell == "zsh"
-            else "") + bash
-
-
-def fish_lines() -> Iterator[str]:
-    for command in RUN_NAMES.split():
-        for role, (purpose, _) in OPTIONS.items():
-            yield (f"complete -c {command} -n __fish_use_subcommand -f -a {role} -d "
-                   f"{shlex.quote(purpose)}")
-            of_role = f"complete -c {command} -n '__fish_seen_subcommand_from {role}'"
-            yield f"{of_role} -s h -l help -d 'show this'"
-            for row in options_of(role):
-                names = " ".join(f"-l {name[2:]}" if name[:2] == "--" else f"-s {name[1:]}"
-                                 for name in row.names if name[0] == "-")
-                if "choices" in row.settings:
-                    names += f" -x -a '{' '.join(row.settings['choices'])}'"
-                elif row.settings.get("metavar") == "DIR":
-                    names += " -x -a '(__fish_complete_directories)'"
-                elif names and row.settings.get("action") in (None, "append"):
-                    names += " -r"
-                if names:
-                    yield f"{of_role} {names} -d {shlex.quote(row.settings['help'])}"
-
-
-def run_completion(settings: argparse.Namespace) -> int:
-    print_line(completion(settings.shell).rstrip("\n"))
-    return 0
 
 
 def unique_name(keys: Optional[Keys] = None) -> str:
@@ -9574,7 +9562,7 @@ def is_negative(word: str) -> bool:
 def separate_template(argv: List[str]) -> List[str]:
     """A client's arguments with -- before the template, for that begins where options end, whatever
     argparse thinks of it; and with a number for --fail-fast."""
-    valued = {name: row.settings.get("action") in (None, "append")
+    valued = {name: "metavar" in row.settings
               for row in options_of(CLIENT_ROLE) for name in row.names}
     marked, rest = [], deque(argv)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
