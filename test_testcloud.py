@@ -6588,7 +6588,7 @@ class ReportingTest(unittest.TestCase):
                                          b"\xff\x00\n\n")
 
 
-HEAD, TAIL = tc.EXCERPT_HEAD, tc.EXCERPT_TAIL
+HEAD, TAIL = tc.JUNIT_HEAD, tc.JUNIT_TAIL
 # those of surefire's elements that we have, in its order
 XML_ORDER = ["failure", "rerunFailure", "flakyFailure", "error", "system-out"]
 FAILED_TOO = tc.Try(3, "h1"), tc.Try(1, "h2")
@@ -6752,7 +6752,7 @@ class JUnitTest(unittest.TestCase):
         for point in range(0x110000):
             if not point % 0x1000:  # all of a block at once, as text and as attribute
                 block = "".join(map(chr, range(point, point + 0x1000)))
-                ET.fromstring(tc.xml_element("a", tc.xml_text(block), b=block).encode())
+                ET.fromstring(tc.xml_text(tc.xml_element("a", block, b=block)).encode())
 
     def test_lines_and_tabs_of_a_name_survive(self):
         self.assertEqual(cases(outcome(cmd="a\tb\nc\rd  e"))[0].get("name"), "a\tb\nc\rd  e")
@@ -7197,7 +7197,7 @@ class PageTest(unittest.TestCase):
         page = tc.HtmlReport(os.devnull, None)
         page.outcomes = [paged(3, "FLAKY", tries=(tc.Try(7, "host8"), tc.Try(7, "host9")))]
         summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40, "")
-        text = "".join(page.pieces(summary))
+        text = "".join(page.content(summary))
         self.assertIn("<dt>hosts<dd>3<", text)
         self.assertIn("<dt>failed only on host&lt;9&gt;<dd>4<", text)
 

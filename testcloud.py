@@ -148,6 +148,8 @@ with contextlib.suppress(ImportError):  # on Windows, which main() refuses with 
     import termios
 
 if TYPE_CHECKING:
+    import xml.etree.ElementTree as ET
+
     import zmq
 
 __version__ = "0.1.0"
@@ -5930,20 +5932,11 @@ def is_replaceable(path: str) -> bool:
         return True
 
 
-CASE_NAME = 240  # characters of a command in its case's name: GitLab keeps 255, Jenkins makes a URL
-EXCERPT_HEAD = 16 * 1024  # bytes of an output's beginning, and of its end, which mostly says what
-EXCERPT_TAIL = 32 * 1024  # failed: GitHub takes 64 KiB with an annotation
-JUNIT_SIZE = 16 * 1024 * 1024  # characters of failures; then without output: GitLab reads up to 30 MB
-WHOLE_RUN = "(the whole run)"  # the case of one that is not complete
-XML_ILLEGAL = re.compile(  # colours, only noise here; then what XML 1.0 cannot express
-    "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
 class FinalReport(Reporter):
-    """A report that is written at the end, of all outcomes."""
+    """A file about all outcomes, written when the run has ended."""
 
     def __init__(self, path: str, store: ResultStore) -> None:
-        """Raises OSError if it cannot be written there."""
+        """Raises OSError if the file could not be written."""
         self.path = path
         self.store = store
         self.outcomes: List[Outcome] = []
@@ -5961,149 +5954,18 @@ class FinalReport(Reporter):
         return self.store.output(outcome.stored)
 
     def ended(self, summary: Summary) -> None:
-        write_atomically(self.path, self.pieces(summary))
+        write_atomically(self.path, self.content(summary))
 
-    def pieces(self, summary: Summary) -> Iterator[str]:
-        """The file's content."""
+    def content(self, summary: Summary) -> Iterator[str]:
         raise NotImplementedError
 
 
-class JUnit(FinalReport):
-    """What Jenkins, GitLab and GitHub read."""
-
-    def pieces(self, summary: Summary) -> Iterator[str]:
-        return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
-                         summary.spent * 1000, summary.flaky_counts)
-
-
-def has_failed(row: Outcome, flaky_counts: bool) -> bool:
-    return row.exitcode != 0 or flaky_counts and row.verdict in (FLAKY, ONLY)
-
-
-def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              trouble: str, spent: float, flaky_counts: bool = False) -> Iterator[str]:
-    """The report of a run of `spent` ms, piece by piece, the commands in order of input. An output
-    is only read, while its piece is made, if its command failed.
-
-    It is the dialect of Jenkins' xunit plugin (junit-10.xsd), with its elements in the order of
-    surefire's schema. There is one suite, for readers know a test of an earlier run again by suite,
-    class and name: with hosts in these a command would be a new one wherever it happens to run.
-
-        failure        it ran and did not exit with 0: also after a timeout or a signal; or it is
-                       flaky, if that counts
-        error          it could not be run: that says nothing about the command
-        rerunFailure   another failed try, of one that failed; of one that passed: flakyFailure
-
-    The output is in the text of the failure, which all readers show. A run with a trouble of its own
-    has a case more, an error: without the commands that are missing it looks like success."""
-    rows, more = sorted(outcomes), bool(trouble)
-    errors = sum(map(could_not_run, rows))
-    failures = sum(has_failed(row, flaky_counts) for row in rows) - errors
-    totals = {"name": name, "tests": str(len(rows) + more), "failures": str(failures),
-              "errors": str(errors + more), "time": in_seconds(spent)}
-    times = list(filter(None, (iso_time(row.started) for row in rows)))
-    began = {"timestamp": min(times)} if times else {}
-    yield f'<?xml version="1.0" encoding="UTF-8"?>\n{xml_tag("testsuites", totals)}\n'
-    yield xml_tag("testsuite", {**totals, "skipped": "0", **began}) + "\n"
-    names = unique_names([row.cmd for row in rows] + [WHOLE_RUN] * more)
-    room = JUNIT_SIZE
-    for row, shown in zip(rows, names):
-        failure, failed = "", has_failed(row, flaky_counts)
-        if failed:
-            failure = reported_failure(row, shown, "[output left out: the report is long]" if room <= 0
-                                       else excerpt(output_of(row)) if row.exitcode
-                                       else outputs_of_tries(row))
-        tag = "rerunFailure" if failed else "flakyFailure"
-        others = "".join(other_failure(tag, one, room > 0) for one in row.tries
-                         if one.exitcode and row.verdict != OK)
-        room -= len(failure) + len(others)
-        told = story_of(row)
-        yield xml_element(
-            "testcase", *([others, failure] if could_not_run(row) else [failure, others]),
-            xml_element("system-out", xml_text(told)) if told else "", name=shown, classname=name,
-            time=in_seconds(row.spent)) + "\n"
-    if trouble:
-        error = xml_element("error", xml_text(trouble), type="WholeRun", message=trouble)
-        yield xml_element("testcase", error, name=next(names), classname=name,
-                          time=in_seconds(0)) + "\n"
-    yield "</testsuite>\n</testsuites>\n"
-
-
-def reported_failure(row: Outcome, shown: str, output: str) -> str:
-    """How the reported try failed, of a command whose case has this name."""
-    kind, message = how_failed(row)
-    whole = f"command: {truncate(row.cmd, EXCERPT_HEAD)}\n"
-    command = "" if xml_legal(row.cmd) == shown else whole
-    return xml_element("error" if could_not_run(row) else "failure",
-                       xml_text(f"{message}\n{command}\n{output}"), type=kind, message=message)
-
-
-def could_not_run(row: Outcome) -> bool:
-    """It could not be run: its exit code is ours, or that of nothing."""
-    return row.exitcode == NOT_RUN and bool(row.reason or not row.host)
-
-
-def how_failed(row: Outcome) -> Tuple[str, str]:
-    """How a command failed, as a type and in words."""
-    if row.verdict in (FLAKY, ONLY):
-        return row.verdict.title(), describe_tries(row, truncate)
-    what = f"exit code {row.exitcode}"
-    kind = "Timeout" if row.exitcode == TIMED_OUT else "Signal" if row.signal else "ExitCode"
-    if could_not_run(row):
-        kind, what = "NotRun", "could not be run"
-    where = f" on {truncate(row.host)}" if row.host else ""
-    signal = f", signal {row.signal}" if row.signal else ""
-    return kind, what + where + signal + (f": {truncate(row.reason)}" if row.reason else "")
-
-
-def story_of(row: Outcome) -> str:
-    """Where and when a command ran, and what its tries tell."""
-    lines = []
-    if row.host:
-        lines.append(f"ran on {truncate(row.host)} (worker {truncate(row.worker)}, slot {row.slot}) "
-                     f"at {iso_time(row.started) or 'an unknown time'}")
-    if row.tries:
-        lines.append(f"{row.verdict}: {describe_tries(row, truncate)}")
-    if row.only_on:
-        lines.append(f"failed on {truncate(row.only_on)} only")
-    return "\n".join(lines)
-
-
-def other_failure(tag: str, one: Try, with_output: bool) -> str:
-    """A try that failed, and is not the reported one."""
-    how = f"exit code {one.exitcode} on {truncate(one.host)}"
-    output = one.last_words() if with_output else ""
-    text = xml_text("\n\n".join(filter(None, (how, output))))
-    return xml_element(tag, xml_element("stackTrace", text), type="ExitCode", message=how)
-
-
-def outputs_of_tries(row: Outcome) -> str:
-    """What those printed that failed."""
-    return "\n\n".join(f"on {truncate(one.host)}:\n{one.last_words()}"
-                       for one in row.tries if one.exitcode and one.size)
-
-
-def unique_names(commands: Iterable[str]) -> Iterator[str]:
-    """Names for commands: GitLab ignores a second case of the same name, others mix them up."""
-    used: Dict[str, int] = {}
-    for command in commands:
-        name = first = truncate(xml_legal(command), CASE_NAME)
-        while name in used:
-            used[first] += 1
-            name = f"{first} [{used[first]}]"
-        used[name] = 1
-        yield name
-
-
-def excerpt(pieces: Iterable[bytes]) -> str:
-    """An output, without its middle if it is long. Bytes that are no UTF-8 are shown as \\xff."""
-    head, left_out, tail = head_and_tail(pieces, EXCERPT_HEAD, EXCERPT_TAIL)
-    mark = b"\n[... %d bytes left out ...]\n" % left_out if left_out else b""
-    return (head + mark + tail).decode("utf-8", "backslashreplace")
+def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
+    return outcome.exitcode != 0 or flaky_counts and outcome.verdict in (FLAKY, ONLY)
 
 
 def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
-    """So many first and last bytes of an output, and how many there are between them."""
+    """The first and last bytes of an output, and between them the number of bytes left out."""
     head, tail, size = b"", b"", 0
     for piece in pieces:
         room = first - len(head)
@@ -6113,12 +5975,159 @@ def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes
     return head, size - len(head) - len(tail), tail
 
 
+# === JUnit ============================================================================
+#
+# The report that Jenkins, GitLab and GitHub read. It is the dialect of Jenkins' xunit plugin
+# (junit-10.xsd), with the elements in the order of surefire's schema. A <testcase> holds:
+#
+#   failure        the command ran and did not exit with 0, also after a timeout or signal;
+#                  or it is flaky, if that counts
+#   error          the command could not be run
+#   rerunFailure   another failed try of a command that failed
+#   flakyFailure   a failed try of a command that passed
+#   system-out     where and when the command ran, and its tries
+#
+# The output is in the text of the failure, which all readers show. Readers recognise a test
+# of an earlier run by suite, class and name, so none of these has a host in it. One element
+# at a time is in memory.
+
+JUNIT_NAME = 240  # characters of a command in a name: GitLab keeps 255, Jenkins makes a URL
+JUNIT_HEAD = 16 * 1024  # bytes of an output's beginning,
+JUNIT_TAIL = 32 * 1024  # and of its end: GitHub takes 64 KiB with an annotation
+JUNIT_SIZE = 16 * 1024 * 1024  # characters with outputs: GitLab reads up to 30 MB
+WHOLE_RUN = "(the whole run)"  # the test case of what is wrong with the run itself
+# terminal colours, which are only noise here; then the characters that XML 1.0 forbids
+NOT_XML = re.compile(
+    "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class JUnit(FinalReport):
+    def content(self, summary: Summary) -> Iterator[str]:
+        return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
+                         summary.spent * 1000, summary.flaky_counts)
+
+
+def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
+              trouble: str, spent: float, flaky_counts: bool = False) -> Iterator[str]:
+    """The report of a run of `spent` ms, in pieces, with the commands in the order of input. The
+    output of a failed command is read when its piece is made. `trouble` becomes a test case of its
+    own: without the commands that are missing, the run looks like a success."""
+    outcomes = sorted(outcomes)
+    errors = sum(map(could_not_run, outcomes))
+    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes) - errors
+    totals = {"name": name, "tests": str(len(outcomes) + bool(trouble)), "failures": str(failures),
+              "errors": str(errors + bool(trouble)), "time": in_seconds(spent)}
+    began = min(filter(None, (iso_time(outcome.started) for outcome in outcomes)), default="")
+    suite = xml_element("testsuite", "\n", skipped="0", **totals)
+    if began:
+        suite.set("timestamp", began)
+    frame = xml_text(xml_element("testsuites", "\n", suite, **totals))
+    head, end, tail = frame.rpartition("</testsuite>")
+    yield '<?xml version="1.0" encoding="UTF-8"?>\n' + head
+    names = unique_names([*(outcome.cmd for outcome in outcomes), WHOLE_RUN])
+    room = JUNIT_SIZE
+    for outcome, shown in zip(outcomes, names):
+        case = xml_element("testcase", name=shown, classname=name, time=in_seconds(outcome.spent))
+        case.extend(junit_parts(outcome, shown, has_failed(outcome, flaky_counts),
+                                output_of if room > 0 else None))
+        piece = xml_text(case)
+        room -= len(piece) if len(case) > 1 else 0
+        yield piece + "\n"
+    if trouble:
+        error = xml_element("error", trouble, type="WholeRun", message=trouble)
+        yield xml_text(xml_element("testcase", "", error, name=next(names), classname=name,
+                                   time=in_seconds(0))) + "\n"
+    yield f"{end}\n{tail}\n"
+
+
+def junit_parts(outcome: Outcome, shown: str, failed: bool,
+                output_of: Optional[Callable[[Outcome], Iterator[bytes]]]) -> List[ET.Element]:
+    """The elements in the <testcase> of this name; without outputs if `output_of` is None."""
+    tag = "rerunFailure" if failed else "flakyFailure"
+    parts = [rerun_element(tag, one, output_of is not None) for one in outcome.tries
+             if one.exitcode and outcome.verdict != OK]
+    if failed:
+        output = ("[output left out: the report is long]" if output_of is None else
+                  excerpt(output_of(outcome)) if outcome.exitcode else failed_outputs(outcome))
+        command = "" if xml_legal(outcome.cmd) == shown else \
+            f"command: {truncate(outcome.cmd, JUNIT_HEAD)}\n"
+        kind, message = how_failed(outcome)
+        text = f"{message}\n{command}\n{output}"
+        if could_not_run(outcome):  # surefire has an error last, and a failure first
+            parts.append(xml_element("error", text, type=kind, message=message))
+        else:
+            parts.insert(0, xml_element("failure", text, type=kind, message=message))
+    story = "\n".join(story_of(outcome))
+    return [*parts, xml_element("system-out", story)] if story else parts
+
+
+def rerun_element(tag: str, one: Try, with_output: bool) -> ET.Element:
+    """A failed try, other than the reported one."""
+    how = f"exit code {one.exitcode} on {truncate(one.host)}"
+    text = "\n\n".join(filter(None, (how, one.last_words() if with_output else "")))
+    return xml_element(tag, "", xml_element("stackTrace", text), type="ExitCode", message=how)
+
+
+def failed_outputs(outcome: Outcome) -> str:
+    """The outputs of the tries that failed."""
+    return "\n\n".join(f"on {truncate(one.host)}:\n{one.last_words()}"
+                       for one in outcome.tries if one.exitcode and one.size)
+
+
+def could_not_run(outcome: Outcome) -> bool:
+    """Whether the exit code is ours: the command did not run, or has no exit code of its own."""
+    return outcome.exitcode == NOT_RUN and bool(outcome.reason or not outcome.host)
+
+
+def how_failed(outcome: Outcome) -> Tuple[str, str]:
+    """The type and the message of a failure or error."""
+    if outcome.verdict in (FLAKY, ONLY):
+        return outcome.verdict.title(), describe_tries(outcome, truncate)
+    what = f"exit code {outcome.exitcode}"
+    kind = "Timeout" if outcome.exitcode == TIMED_OUT else "Signal" if outcome.signal else "ExitCode"
+    if could_not_run(outcome):
+        kind, what = "NotRun", "could not be run"
+    where = f" on {truncate(outcome.host)}" if outcome.host else ""
+    signal = f", signal {outcome.signal}" if outcome.signal else ""
+    return kind, what + where + signal + (f": {truncate(outcome.reason)}" if outcome.reason else "")
+
+
+def story_of(outcome: Outcome) -> Iterator[str]:
+    """Lines about where and when a command ran, and about its tries."""
+    if outcome.host:
+        yield (f"ran on {truncate(outcome.host)} (worker {truncate(outcome.worker)}, slot "
+               f"{outcome.slot}) at {iso_time(outcome.started) or 'an unknown time'}")
+    if outcome.tries:
+        yield f"{outcome.verdict}: {describe_tries(outcome, truncate)}"
+    if outcome.only_on:
+        yield f"failed on {truncate(outcome.only_on)} only"
+
+
+def unique_names(commands: Iterable[str]) -> Iterator[str]:
+    """Names of test cases: GitLab ignores a second one of the same name, others mix them up."""
+    used: Dict[str, int] = {}
+    for command in commands:
+        name = first = truncate(xml_legal(command), JUNIT_NAME)
+        while name in used:
+            used[first] += 1
+            name = f"{first} [{used[first]}]"
+        used[name] = 1
+        yield name
+
+
+def excerpt(pieces: Iterable[bytes]) -> str:
+    """An output without its middle if it is long, with \\xff for bytes that are not UTF-8."""
+    head, left_out, tail = head_and_tail(pieces, JUNIT_HEAD, JUNIT_TAIL)
+    mark = b"\n[... %d bytes left out ...]\n" % left_out if left_out else b""
+    return (head + mark + tail).decode("utf-8", "backslashreplace")
+
+
 def in_seconds(ms: float) -> str:
     return f"{ms / 1000:.3f}"
 
 
 def iso_time(since_1970: float) -> str:
-    """A time as in ISO 8601; "" if it is unknown, or nonsense of a worker's clock."""
+    """A time in ISO 8601; "" if it is unknown, or beyond what a clock may say."""
     from datetime import datetime, timezone
     with contextlib.suppress(OverflowError, OSError, ValueError):
         if since_1970 > 0:
@@ -6127,24 +6136,21 @@ def iso_time(since_1970: float) -> str:
 
 
 def xml_legal(text: str) -> str:
-    """A text with escapes for the characters that XML cannot have."""
-    return XML_ILLEGAL.sub(lambda odd: escape_of(odd[0]) if len(odd[0]) == 1 else "", text)
+    """The text with escapes for what XML forbids, which no library replaces."""
+    return NOT_XML.sub(lambda odd: escape_of(odd[0]) if len(odd[0]) == 1 else "", text)
 
 
-def xml_text(text: str) -> str:
-    from xml.sax.saxutils import escape
-    return escape(xml_legal(text))
+def xml_element(tag: str, text: str = "", *children: ET.Element, **attributes: str) -> ET.Element:
+    from xml.etree.ElementTree import Element  # late, as others that only reports need
+    element = Element(tag, {key: xml_legal(value) for key, value in attributes.items()})
+    element.text = xml_legal(text)
+    element.extend(children)
+    return element
 
 
-def xml_tag(name: str, attributes: Dict[str, str]) -> str:
-    from xml.sax.saxutils import quoteattr
-    said = "".join(f" {key}={quoteattr(xml_legal(value))}" for key, value in attributes.items())
-    return f"<{name}{said}>"
-
-
-def xml_element(tag_name: str, *content: str, **attributes: str) -> str:
-    """An element of content that is XML already."""
-    return f"{xml_tag(tag_name, attributes)}{''.join(content)}</{tag_name}>"
+def xml_text(element: ET.Element) -> str:
+    from xml.etree.ElementTree import tostring
+    return tostring(element, "unicode", short_empty_elements=False)
 
 
 PAGE_OUTPUT = 32 * 1024  # bytes from either end of an output: there the reasons stand
@@ -6162,7 +6168,7 @@ class HtmlReport(FinalReport):
     are plain HTML and need no script. Nothing that comes from a command is ever taken for HTML, and
     if it were, no script but ours would run: the page says so by its hash."""
 
-    def pieces(self, summary: Summary) -> Iterator[str]:
+    def content(self, summary: Summary) -> Iterator[str]:
         hosts = {one.host for one in all_tries(self.outcomes)} - {""}
         title = f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}"
         facts = [("took", took_words(summary.spent * 1000)), ("hosts", str(len(hosts))),
