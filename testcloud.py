@@ -6934,41 +6934,12 @@ def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
                       for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
-# === Sockets ==========================================================================
+# === Addresses and pyzmq ==============================================================
 #
-# The one loop that moves bytes and time for all roles. An Adapter is a machine with its links
-# to others; a link is a ROUTER, a DEALER, or a short cut to another machine in the same
-# process. Threads reach the loop through post() only. No other part of the program knows
-# ZeroMQ or the clock.
+# Reads addresses as people write them, and finds pyzmq. Opens no connection.
 
-NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h: pyzmq's own are enums, slow to combine
-IPC_PATH_MAX = 107  # bytes; the system's, less one for the end
-SPARE = 8  # of the files we may open: when no more are left we say so
-DRAIN = 2000  # messages taken from one socket before timers and others get their turn
-MAX_READ_TIME: Seconds = 0.1  # and how long that may take
-IN_LIBZMQ = 50  # messages that libzmq keeps for a peer that does not read, or of one that floods us:
-#   mostly of a few KiB, but of MAX_FRAME at the most
-MAX_LATE = 500  # frames that we keep for it beyond that
-LATE_BYTES = 34 * 1024 * 1024  # and how much in all: more than CREDIT, which clients of ours have
-MIN_STALL: Seconds = 0.25  # later than that we are not slow, but were stopped
-MAX_POLL_TIME: Seconds = 0.25  # for poll(): who looks at the clock so often knows of any stop that
-#   takes longer than both together
-RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
-REFUSED_INTERVAL: Seconds = 1.0  # between attempts to connect with a key that is not accepted
-GATE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
-PROBE_TIME: Seconds = 1.0  # for a greeting: a broker answers at once
-UNREADABLE = 0x11000001  # detail of a failed handshake (zmq.h): it was not encrypted for our key
-WRONG_ROLE = b"500"  # ZAP's status for a key of another role; b"400": for one that is not accepted
-REFUSAL_DELAY: Seconds = 1.2  # until it is said what may be said better: REFUSED_INTERVAL, and then some
-REFUSAL_INTERVAL: Seconds = 10.0  # until the same is said again of connections that had ceased
-MAX_REFUSALS = 10  # different lines in that time: the log is not for strangers to fill
-GUARD_INTERVAL: Seconds = 0.2  # between looks at our memory
-TRIM_INTERVAL: Seconds = 5.0  # between attempts to give memory back: with much of it they take time
-GUARDED = 128 * 1024 * 1024  # bytes of memory, beyond which we look who sends without end,
-PEER_MEMORY = 64 * 1024  # and for each peer: with 2,000 idle ones we have 122 MB
-MAX_HANDSHAKE = 64 * 1024  # bytes that one may then have sent that has not said anything yet
-MAX_UNHEARD = 16 * 1024 * 1024  # bytes that a connection may then send before a message is complete;
-#   of ours none is larger than MAX_FRAME
+IPC_PATH_MAX = 107  # bytes of a Unix socket's path; the system adds a NUL
+ADDRESS = re.compile(r"(?:tcp://)?(\[[^]]+\]|[^][:/ ]+)(?::0*([0-9]{1,5}))?")  # host, port
 
 
 class UsageError(Exception):
@@ -6980,7 +6951,7 @@ class SetupError(Exception):
 
 
 def require_zmq() -> None:
-    """Import zmq: late, for --help and --local do without it."""
+    """Import zmq. This is late because --help and --local need none. Raises SetupError."""
     global zmq
     try:
         import zmq
@@ -6993,7 +6964,7 @@ def require_zmq() -> None:
 
 
 def venv_python() -> str:
-    """The interpreter of .venv beside the script, or of $VIRTUAL_ENV, if it has pyzmq; else ""."""
+    """Return the interpreter of .venv beside the script, or of $VIRTUAL_ENV, that has pyzmq; or ""."""
     import glob
     for venv in filter(None, [beside_script(".venv", True), os.environ.get("VIRTUAL_ENV")]):
         found = os.path.join("lib", "python*", "site-packages", "zmq", "__init__.py")
@@ -7003,8 +6974,10 @@ def venv_python() -> str:
 
 
 def use_venv_python() -> None:
-    """If our interpreter lacks pyzmq, and .venv beside the script has it (make demo puts it there), go
-    on with that; but only if both are our own: it is a program that we start."""
+    """Restart under .venv beside the script, if only that has pyzmq (as after `make demo`).
+
+    The restart runs a program there: so .venv and its directory must belong to this user.
+    """
     from importlib.machinery import PathFinder
     tried = os.environ.pop("TESTCLOUD_VENV_TRIED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
@@ -7017,19 +6990,10 @@ def use_venv_python() -> None:
                       {**os.environ, "TESTCLOUD_VENV_TRIED": "1"})
 
 
-def seed_routing_ids() -> None:
-    """Have ROUTERs number their peers from a random number on. libzmq takes it from rand(), which
-    it does not seed; and it aborts when a peer has chosen the next number as its own id."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
-
-
 def parse_address(text: str, port: int, listen: bool = False) -> str:
-    """A ZeroMQ endpoint from what people write: tcp://host:port, host:port, host, ipc://path.
+    """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path.
 
-    `port` stands in for one that is not given; only to listen may the host be * and the port
-    0. Raises UsageError.
+    `port` is the default. Only a listener may have the host * and port 0. Raises UsageError.
     """
     if "\0" in text or to_bytes(text).decode(errors="replace") != text:
         raise UsageError(f"cannot read address {printable(text)!r}: it is no UTF-8 text")
@@ -7040,34 +7004,25 @@ def parse_address(text: str, port: int, listen: bool = False) -> str:
     scheme, found, _ = text.partition("://")
     if found and scheme != "tcp":
         raise UsageError(f"cannot use {text!r}: an address begins with tcp:// or ipc://, or neither")
-    host = text[6:] if text.startswith("tcp://") else text
-    number = str(port)
-    if host.startswith("["):
-        host, bracket, rest = host.partition("]")
-        host += bracket or " "  # a space is refused below
-        number = rest[1:] if rest.startswith(":") else number + rest
-    elif ":" in host:
-        host, _, number = host.rpartition(":")
-    odd = not host.isascii() or "/" in host or " " in host
-    if not host or odd or ":" in host and not host.startswith("["):
-        raise UsageError(f"cannot read address {text!r}: write tcp://host:port, host:port, host "
-                         f"or ipc://path; IPv6 as [::1]:port")
-    if not (number.isascii() and number.isdigit() and int(number) < 65536):
-        raise UsageError(f"cannot read the port in {text!r}: it is a number from 0 to 65535")
-    if not listen and (host == "*" or int(number) == 0):
+    match = ADDRESS.fullmatch(text) if text.isascii() else None
+    number = int(match[2] or port) if match else 0
+    if match is None or number > 65535:
+        raise UsageError(f"cannot read address {text!r}: write tcp://host:port, host:port, host or "
+                         f"ipc://path; IPv6 as [::1]:port; a port is a number from 0 to 65535")
+    if not listen and (match[1] == "*" or number == 0):
         raise UsageError(f"cannot connect to {text!r}: give the host and port of a broker (* and "
                          f"port 0 are for listening)")
-    return f"tcp://{host}:{int(number)}"
+    return f"tcp://{match[1]}:{number}"
 
 
 def split_tcp(address: str) -> Tuple[str, int]:
-    """Host (without brackets) and port of a tcp endpoint."""
+    """Return host (without brackets) and port of a tcp endpoint."""
     host, _, port = address[len("tcp://"):].rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def resolve(address: str) -> str:
-    """The endpoint with its host name looked up. Raises SetupError."""
+    """Return the endpoint with its host name resolved. Raises SetupError."""
     if not address.startswith("tcp://"):
         return address
     host, port = split_tcp(address)
@@ -7075,7 +7030,7 @@ def resolve(address: str) -> str:
         return address
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # IPv4 first, as libzmq does when it connects, or localhost would be two places
+        # IPv4 first, as libzmq connects: otherwise localhost would be two addresses
         family, _, _, _, place = min(found, key=lambda row: row[0] != socket.AF_INET)
     except (OSError, UnicodeError) as error:
         raise SetupError(f"cannot find host {host!r} ({error}): check its name") from None
@@ -7083,19 +7038,227 @@ def resolve(address: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach the (resolved) endpoint."""
+    """Return whether only this machine can reach the (resolved) endpoint."""
     return address.startswith(("ipc://", "tcp://127.", "tcp://[::1]"))
 
 
-def frames_of(frame: Outgoing) -> List[Any]:
-    """The frames of a message, without routing id."""
-    parts = [b"", frame.token.encode(), frame.body] if frame.token else [frame.body]
-    return [*parts, frame.data] if len(frame.data) else parts
+# === Event loop =======================================================================
+#
+# One loop moves messages and time for all roles. An adapter ties a machine to its links;
+# links have a section of their own. Threads reach the loop only through post().
+# zmq.Poller waits for everything: selectors and asyncio cannot wait for ZeroMQ sockets.
+
+MAX_POLL_TIME: Seconds = 0.25  # so the loop notices each stop longer than this and MIN_PAUSE
+MIN_PAUSE: Seconds = 0.25  # a clock this late is no slow round: the process was stopped
+
+
+class Adapter:
+    """A machine, its links by name, and a function for each kind of effect."""
+
+    def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> None:
+        self.machine = machine
+        self.links: Dict[str, Link] = {}
+        self.effects = effects
+
+
+class EventLoop:
+    """Waits for messages, timers and threads, and calls the machines, until one of them exits."""
+
+    def __init__(self, sockets: bool) -> None:
+        if sockets:
+            require_zmq()
+            seed_routing_ids()
+        self.context: Any = zmq.Context() if sockets else None
+        self.poller: Any = zmq.Poller() if sockets else select.poll()
+        self.adapters: List[Adapter] = []
+        self.links: List[Link] = []  # those that poll() watches
+        self.readers: Dict[Any, Callable[[Seconds], None]] = {}  # by descriptor or ZeroMQ socket
+        self.each_round: List[Callable[[], None]] = []  # functions to call in each round
+        self.posted: Deque[Callable[[Seconds], None]] = deque()
+        self.wake_in, self.wake_out = os.pipe()
+        os.set_blocking(self.wake_in, False)
+        os.set_blocking(self.wake_out, False)
+        self.add_reader(self.wake_in, self.woken)
+        self.expected: Seconds = math.inf  # the latest time for the next call of clock()
+        self.status: Optional[int] = None
+        self.refusals = RefusalLog()
+        self.each_round.append(self.refusals.flush)
+
+    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
+        adapter = Adapter(machine, {
+            Log: lambda effect: logging.log(effect.level, "%s", effect.text),
+            Notice: lambda effect: print_notice(effect.text),
+            Reconnect: lambda effect: adapter.links[effect.link].reconnect(),
+            Exit: self.exit, **effects})
+        self.adapters.append(adapter)
+        return adapter
+
+    def exit(self, effect: Exit) -> None:
+        if self.status is None:
+            self.status = effect.status
+
+    def post(self, function: Callable[[Seconds], None]) -> None:
+        """Let the loop call function(now). Any thread or signal handler may post."""
+        self.posted.append(function)
+        with contextlib.suppress(OSError):  # full: the loop wakes anyway; or closed
+            os.write(self.wake_out, b"!")
+
+    def woken(self, now: Seconds) -> None:
+        os.read(self.wake_in, 4096)
+
+    def add_reader(self, file: Any, function: Callable[[Seconds], None]) -> None:
+        """Call function(now) whenever the descriptor or ZeroMQ socket is readable."""
+        self.readers[file] = function
+        self.poller.register(file, select.POLLIN)
+
+    def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
+        """Call handler(128 + number, now) in the loop for each of signals_to_handle().
+
+        `control` is the pipe by which a supervisor passes its signals on. Ctrl-C in a terminal
+        reaches both processes and must count once. So with a supervisor only its signals are
+        counted; one that this process gets directly counts as the first.
+        """
+        handled = 0
+        passed_on = itertools.count(1)
+
+        def handle(number: int, count: int, now: Seconds) -> None:
+            nonlocal handled
+            if count > handled:
+                handled = count
+                handler(128 + number, now)
+
+        def read_control(now: Seconds) -> None:
+            numbers = os.read(control, 100)
+            for number in numbers:
+                handle(number, next(passed_on), now)
+            if not numbers:  # the supervisor was killed
+                self.exit(Exit(128 + signal.SIGKILL))
+        self.catch_signals(lambda number: self.post(
+            lambda now: handle(number, 1 if control >= 0 else handled + 1, now)))
+        if control >= 0:
+            self.add_reader(control, read_control)
+
+    def catch_signals(self, caught: Callable[[int], None]) -> None:
+        """Call caught(number) for each of signals_to_handle(), in the signal handler.
+
+        No signal stays blocked, and ignored ones get an empty handler: commands inherit neither.
+        """
+        handled = signals_to_handle()
+        for number in signal.valid_signals() - IGNORED_SIGNALS:
+            if number in handled:
+                signal.signal(number, lambda number, _: caught(number))
+            elif signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        # ends a poll() that begins between the signal and its Python handler
+        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+
+    def run(self) -> int:
+        """Run until a machine exits; return its status."""
+        while True:
+            self.flush()
+            for function in self.each_round:
+                function()
+            if self.status is not None:
+                return self.status
+            self.wait()
+
+    def clock(self) -> Seconds:
+        """Return the time. If the process was stopped since the last call, tell the machines first."""
+        now = time.monotonic()
+        if now > self.expected + MIN_PAUSE:
+            for adapter in self.adapters:
+                adapter.machine.paused(now - self.expected, now)
+        self.expected = now
+        return now
+
+    def wait(self) -> None:
+        """Do one round: wait until something is due, and hand it to the machines.
+
+        A deadline counts only if it passed before poll() returned. In a slow round later ones
+        must wait: the messages that meet them may not be read yet.
+        """
+        before, now = self.expected, self.clock()
+        deadlines = [adapter.machine.deadline() for adapter in self.adapters]
+        due = min([*deadlines, *(link.retry_at for link in self.links)])
+        if now > before + MIN_PAUSE or any(link.unread for link in self.links):
+            due = now  # machines may have something to say about the pause, or links to read
+        self.expected = min(max(due, now), now + MAX_POLL_TIME)
+        ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
+        polled = self.clock()
+        for link in self.links:  # connections first: a worker without one starts nothing
+            link.read_events(ready, polled)
+        for file in [file for file in self.readers if file in ready]:
+            self.readers[file](self.clock())
+        while self.posted:
+            self.posted.popleft()(self.clock())
+        for link in self.links:
+            link.read_messages(ready)
+            if link.retry_at <= polled:
+                link.retry(self.clock())
+        for adapter, deadline in zip(self.adapters, deadlines):
+            if deadline <= polled:
+                adapter.machine.tick(polled)
+
+    def flush(self) -> None:
+        """Send and do all that the machines want, until they want nothing more."""
+        busy = True
+        while busy:
+            busy = False
+            self.clock()  # a machine that learns of a pause may want other things
+            for adapter in self.adapters:
+                messages, effects = adapter.machine.take()
+                busy = busy or bool(messages or effects)
+                for message in messages:
+                    adapter.links[message.link].send(message)
+                for effect in effects:
+                    adapter.effects[type(effect)](effect)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close(linger=1000)  # ms, for the last BYE
+        if self.context is not None:
+            self.context.term()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)
+        os.close(self.wake_in)
+        os.close(self.wake_out)
+
+
+# === Links ============================================================================
+#
+# A link carries a machine's messages: a ROUTER (RouterLink), a DEALER (DealerLink), or a
+# call to another machine in the same process (LocalLink). Link says what the loop asks of
+# each. A link never blocks: a slow peer gets a bounded backlog, and is then cut off.
+
+NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h; pyzmq's own are enums, which are slow to combine
+# bounds of memory: what waits for a peer that does not read, or comes from one that floods
+HWM = 50  # messages in libzmq, per peer and direction: mostly of a few KiB, at most of MAX_FRAME
+MAX_BACKLOG = 500  # frames for a slow peer, beyond those in libzmq
+MAX_BACKLOG_BYTES = 34 * 1024 * 1024  # in them: more than CREDIT, so that our clients stay within it
+# bounds of one turn at reading a socket; then timers and other links have theirs
+MAX_READ_MESSAGES = 2000
+MAX_READ_TIME: Seconds = 0.1
+# retries
+SEND_RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
+REFUSED_RETRY: Seconds = 1.0  # between connections to a broker that refused our key
+PROBE_TIMEOUT: Seconds = 1.0  # for the greeting of what listens at an address: brokers answer at once
+# open files
+SPARE_FILES = 8  # with fewer left than these, the broker says that no more peers can connect
+
+
+def frames_of(outgoing: Outgoing) -> List[Any]:
+    """Return the frames of a message, without routing id."""
+    token, body, data = outgoing.token, outgoing.body, outgoing.data
+    frames = [b"", token.encode(), body] if token else [body]
+    return [*frames, data] if len(data) else frames
 
 
 def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
-    """Token, body and data of a message's frames; None if there are too many. The data stays the
-    frame that it is: a broker passes it on without a copy."""
+    """Return token, body and data of a message's frames; None if there are too many.
+
+    The data stays a frame object: a broker passes it on without a copy.
+    """
     first, *rest = frames
     if len(first):
         return ("", first.bytes, rest[0] if rest else b"") if len(rest) < 2 else None
@@ -7106,231 +7269,96 @@ def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
     return rest[0].bytes.decode("ascii", "replace"), rest[1].bytes, rest[2] if rest[2:] else b""
 
 
-class Adapter:
-    """A machine with its links, and the functions that carry out its effects."""
+def seed_routing_ids() -> None:
+    """Let ROUTERs number their peers from a random number on.
 
-    def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> None:
-        self.machine = machine
-        self.links: Dict[str, Any] = {}
-        self.effects = effects
-
-
-class EventLoop:
-    """Waits for messages, timers and threads, and lets the machines work, until one exits."""
-
-    def __init__(self, sockets: bool) -> None:
-        if sockets:
-            require_zmq()
-            seed_routing_ids()
-        self.context: Any = zmq.Context() if sockets else None
-        self.poller: Any = zmq.Poller() if sockets else select.poll()
-        self.adapters: List[Adapter] = []
-        self.sockets: List[SocketLink] = []
-        self.posted: Deque[Callable[[Seconds], None]] = deque()
-        self.wake_in, self.wake_out = os.pipe()
-        os.set_blocking(self.wake_in, False)
-        os.set_blocking(self.wake_out, False)
-        # called when one can be read: a descriptor, or a socket of ZeroMQ
-        self.files: Dict[Any, Callable[[Seconds], None]] = {}
-        self.add_reader(self.wake_in, self.woken)
-        self.expected: Seconds = math.inf  # when we should look at the clock again, at the latest
-        self.status: Optional[int] = None
-        self.each_round: List[Callable[[], None]] = []  # called once a round
-        self.refusals = RefusalLog()
-        self.each_round.append(self.refusals.look)
-
-    def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
-        adapter = Adapter(machine, {
-            Log: lambda effect: logging.log(effect.level, "%s", effect.text),
-            Notice: lambda effect: print_notice(effect.text),
-            Reconnect: lambda effect: adapter.links[effect.link].reset(),
-            Exit: self.exit, **effects})
-        self.adapters.append(adapter)
-        return adapter
-
-    def exit(self, effect: Exit) -> None:
-        if self.status is None:
-            self.status = effect.status
-
-    def post(self, function: Callable[[Seconds], None]) -> None:
-        """Have the loop call this with the time. For any thread, and for signal handlers."""
-        self.posted.append(function)
-        with contextlib.suppress(OSError):  # full: it is being woken anyway; or closed
-            os.write(self.wake_out, b"!")
-
-    def woken(self, now: Seconds) -> None:
-        os.read(self.wake_in, 4096)
-
-    def add_reader(self, file: Any, function: Callable[[Seconds], None]) -> None:
-        """Call this with the time when the descriptor or socket can be read."""
-        self.files[file] = function
-        self.poller.register(file, select.POLLIN)
-
-    def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
-        """Have the loop call handler(128 + number, now) on each of the signals_to_handle(). From now
-        on none is blocked, and those ignored have a handler that does nothing: commands inherit
-        neither.
-
-        With a supervisor, its `control` says what it was sent. A Ctrl-C in the terminal comes
-        to both of us, but must count only once: so it is the supervisor who counts."""
-        acted = 0
-        passed_on = itertools.count(1)
-
-        def act(number: int, nth: int, now: Seconds) -> None:
-            nonlocal acted
-            if nth > acted:
-                acted = nth
-                handler(128 + number, now)
-
-        def caught(number: int, _: Any) -> None:
-            self.post(lambda now: act(number, 1 if control >= 0 else acted + 1, now))
-
-        def from_supervisor(now: Seconds) -> None:
-            numbers = os.read(control, 100)
-            for number in numbers:
-                act(number, next(passed_on), now)
-            if not numbers:
-                self.exit(Exit(128 + signal.SIGKILL))
-        handled = signals_to_handle()
-        for number in signal.valid_signals() - IGNORED_SIGNALS:
-            if number in handled:
-                signal.signal(number, caught)
-            elif signal.getsignal(number) == signal.SIG_IGN:
-                signal.signal(number, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        # one that comes when we are about to wait must end the waiting
-        signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
-        if control >= 0:
-            self.add_reader(control, from_supervisor)
-
-    def run(self) -> int:
-        """Until some machine exits; its status."""
-        while True:
-            self.flush()
-            for function in self.each_round:
-                function()
-            if self.status is not None:
-                return self.status
-            self.wait()
-
-    def clock(self) -> Seconds:
-        """The time, for what is about to happen. If we were stopped since we looked at it last, or
-        since we should have, the machines are told that first."""
-        now = time.monotonic()
-        if now > self.expected + MIN_STALL:
-            for adapter in self.adapters:
-                adapter.machine.paused(now - self.expected, now)
-        self.expected = now
-        return now
-
-    def wait(self) -> None:
-        """One round: wait until something is due, and hand it to the machines. What is due is judged
-        by the time at which all that had come by then was seen to be there: not by the end of a
-        round that took long."""
-        before, now = self.expected, self.clock()
-        deadlines = [adapter.machine.deadline() for adapter in self.adapters]
-        due = min(deadlines + [link.retry_at for link in self.sockets])
-        if now > before + MIN_STALL or any(link.unread for link in self.sockets):
-            due = now  # there may be something to be said to that, or is more to be read
-        self.expected = min(max(due, now), now + MAX_POLL_TIME)
-        ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
-        polled = self.clock()
-        for link in list(self.sockets):  # first of all: without a connection nothing is started
-            if link.monitor in ready:
-                link.notice(polled)
-        for file, reader in self.files.items():
-            if file in ready:
-                reader(self.clock())
-        while self.posted:
-            self.posted.popleft()(self.clock())
-        for link in list(self.sockets):
-            if link.socket in ready or link.monitor in ready or link.unread:
-                link.receive()
-            if link.retry_at <= polled:
-                link.retry(self.clock())
-        for adapter, deadline in zip(self.adapters, deadlines):
-            if deadline <= polled:
-                adapter.machine.tick(polled)
-
-    def flush(self) -> None:
-        """Send and do all that the machines want, until they are quiet."""
-        busy = True
-        while busy:
-            busy = False
-            self.clock()  # or we would do what we would not do any more
-            for adapter in self.adapters:
-                frames, effects = adapter.machine.take()
-                busy = busy or bool(frames or effects)
-                for frame in frames:
-                    adapter.links[frame.link].send(frame)
-                for effect in effects:
-                    adapter.effects[type(effect)](effect)
-
-    def close(self) -> None:
-        for link in self.sockets:
-            link.close(linger=1000)  # ms, for the last BYE
-        if self.context is not None:
-            self.context.term()
-        if threading.current_thread() is threading.main_thread():
-            signal.set_wakeup_fd(-1)
-        os.close(self.wake_in)
-        os.close(self.wake_out)
+    libzmq takes that from rand(), unseeded. It aborts if a peer has chosen the next number.
+    """
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
 
 
-class LocalLink:
-    """A link to another machine in this process."""
+class Link:
+    """A machine's way to its peers, as the loop sees it.
+
+    A link hands what it reads to its machine's receive(), and tells it of connections:
+    connected(), disconnected(), refused(), identified(). It is in its adapter's `links`. If
+    poll() must watch it, it is also in loop.links, with its descriptors in loop.poller.
+    """
+
+    retry_at: Seconds = math.inf  # when the loop must call retry()
+    unread = False  # read_messages() stopped before the last message: call it again
+
+    def send(self, outgoing: Outgoing) -> None:
+        """Send a message, or keep it for retry(). Must not block."""
+        raise NotImplementedError
+
+    def reconnect(self) -> None:
+        """Replace the connection by a new one: it may be dead without knowing it."""
+
+    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
+        """Note which connections were opened or closed. `ready` has what poll() found readable."""
+
+    def read_messages(self, ready: Dict[Any, int]) -> None:
+        """Hand over the messages that came. The loop has called read_events() before."""
+
+    def retry(self, now: Seconds) -> None:
+        """Send what was kept."""
+
+    def close(self, linger: int) -> None:
+        """Close it, after up to `linger` ms for what is not sent yet."""
+
+
+class LocalLink(Link):
+    """A link to another machine in this process. A call cannot break: it needs no reconnect()."""
 
     def __init__(self, other: Machine, other_link: str, peer: Peer) -> None:
         self.other = other
         self.other_link = other_link
-        self.peer = peer  # whom the other takes us for
+        self.peer = peer  # our routing id there
 
-    def send(self, frame: Outgoing) -> None:
-        self.other.receive(self.other_link, self.peer, frame.token, frame.body, frame.data,
-                           time.monotonic())
-
-    def reset(self) -> None:
-        """A call cannot break."""
+    def send(self, outgoing: Outgoing) -> None:
+        self.other.receive(self.other_link, self.peer, outgoing.token, outgoing.body,
+                           outgoing.data, time.monotonic())
 
 
-class SocketLink:
-    """What ROUTER and DEALER links share: options, monitor, a queue for slow peers."""
+class SocketLink(Link):
+    """What ROUTER and DEALER links share: options, monitor, backlogs of slow peers."""
+
+    up = True  # whether messages can be sent; a DEALER needs its connection for that
 
     def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str) -> None:
         self.loop = loop
         self.adapter = adapter
         self.name = name
         self.address = address
-        self.late: Dict[Peer, Deque[Outgoing]] = {}  # for peers whose queue in libzmq is full
-        self.retry_at: Seconds = math.inf
-        self.unread = False  # receive() has left something
+        self.backlogs: Dict[Peer, Deque[Outgoing]] = {}  # of peers whose queue in libzmq is full
         self.socket: Any = None
         self.monitor: Any = None
         adapter.links[name] = self
-        loop.sockets.append(self)
+        loop.links.append(self)
 
     def open(self, kind: int, events: int) -> None:
-        """Make socket and monitor; protect() is what is different with keys."""
+        """Make the socket, and a monitor of its failures and of these other events."""
         ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
-        sock.setsockopt(zmq.LINGER, 0)
-        sock.setsockopt(zmq.SNDHWM, IN_LIBZMQ)
-        sock.setsockopt(zmq.RCVHWM, IN_LIBZMQ)
-        sock.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
-        sock.setsockopt(zmq.HANDSHAKE_IVL, 5000)  # ms; the default of 30 s hides a hang
-        sock.setsockopt(zmq.TCP_KEEPALIVE, 1)  # for connections of which one half is gone
-        sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
-        sock.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
-        sock.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
-        if ipv6:
-            sock.setsockopt(zmq.IPV6, 1)
-        self.protect()
-        self.monitor = sock.get_monitor_socket(events)
+        sock.linger = 0
+        sock.sndhwm = sock.rcvhwm = HWM
+        sock.maxmsgsize = MAX_FRAME
+        sock.handshake_ivl = 5000  # ms; the default of 30 s would hide a hang
+        sock.tcp_keepalive = 1  # finds connections whose other end is gone; in seconds:
+        sock.tcp_keepalive_idle, sock.tcp_keepalive_intvl, sock.tcp_keepalive_cnt = 30, 10, 3
+        sock.ipv6 = ipv6
+        self.set_keys()
+        self.monitor = sock.get_monitor_socket(
+            events | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
         self.loop.poller.register(sock, zmq.POLLIN)
         self.loop.poller.register(self.monitor, zmq.POLLIN)
 
-    def protect(self) -> None:
-        """With keys: prove who we are."""
+    def set_keys(self) -> None:
+        """Set the socket's CURVE keys, if there are any."""
         raise NotImplementedError
 
     def close(self, linger: int) -> None:
@@ -7343,7 +7371,7 @@ class SocketLink:
             self.socket = None
 
     def events(self) -> Iterator[Tuple[int, int]]:
-        """The monitor's (event, value) since the last time; value is mostly a descriptor."""
+        """Read the monitor: pairs (event, value). The value is mostly a descriptor."""
         while True:
             try:
                 parts = self.monitor.recv_multipart(NOBLOCK)
@@ -7351,15 +7379,74 @@ class SocketLink:
                 return
             yield struct.unpack("=hi", parts[0])
 
-    def rest(self, frame: Any) -> List[Any]:
-        """The frames of a message from this one on, the last that was read; those beyond
-        MAX_FRAMES are dropped. (As objects: to ask a socket for RCVMORE takes longer than to read.)"""
-        frames = [frame]
-        while frame.more:
-            frame = self.socket.recv(0, copy=False)
-            if len(frames) < MAX_FRAMES:
-                frames.append(frame)
-        return frames
+    def send(self, outgoing: Outgoing) -> None:
+        backlog = self.backlogs.get(outgoing.peer)
+        if backlog is not None:
+            backlog.append(outgoing)
+            size = sum(len(one.body) + len(one.data) for one in backlog)
+            if len(backlog) > MAX_BACKLOG or size > MAX_BACKLOG_BYTES:
+                self.cut_off_slow(outgoing.peer)
+        elif not self.send_now(outgoing):
+            self.backlogs[outgoing.peer] = deque([outgoing])
+            self.retry_at = time.monotonic() + SEND_RETRY
+
+    def send_now(self, outgoing: Outgoing) -> bool:
+        """Send, or drop what can never be sent. False: the peer's queue in libzmq is full."""
+        try:
+            if outgoing.peer:  # at a ROUTER
+                self.socket.send(outgoing.peer, SNDMORE_NOBLOCK)
+            *first, last = frames_of(outgoing)
+            for frame in first:
+                self.socket.send(frame, SNDMORE_NOBLOCK)
+            self.socket.send(last, NOBLOCK)
+        except zmq.Again:
+            return not self.up  # without a connection: the machine will join again anyway
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self.forget(outgoing.peer, time.monotonic())
+        return True
+
+    def retry(self, now: Seconds) -> None:
+        """Try again to send the backlogs."""
+        for peer, backlog in list(self.backlogs.items()):
+            while backlog and self.send_now(backlog[0]):
+                backlog.popleft()
+            if not backlog:
+                self.backlogs.pop(peer, None)
+        self.retry_at = now + SEND_RETRY if self.backlogs else math.inf
+
+    def cut_off_slow(self, peer: Peer) -> None:
+        """Give up a peer that does not read what we send. If it wakes up it will join again."""
+        logging.info("a peer of the link to %s does not read what we send: forgotten", self.name)
+        self.cut_off(peer)
+        self.forget(peer, time.monotonic())
+
+    def cut_off(self, peer: Peer) -> None:
+        """End a peer's connection."""
+
+    def forget(self, peer: Peer, now: Seconds) -> None:
+        """Forget a peer whose connection is gone, with its backlog: a new connection must join first."""
+        self.backlogs.pop(peer, None)
+        self.adapter.machine.disconnected(self.name, peer, now)
+
+    def read_messages(self, ready: Dict[Any, int]) -> None:
+        """Read until one of the bounds. Each message gets its own time: we may be stopped in between."""
+        if not (self.unread or self.socket in ready or self.monitor in ready):
+            return
+        until = self.loop.clock() + MAX_READ_TIME
+        self.unread = True
+        for _ in range(MAX_READ_MESSAGES):
+            now = self.loop.clock()
+            if not self.read_message(now):
+                self.unread = False
+                return
+            if now > until:
+                return
+
+    def read_message(self, now: Seconds) -> bool:
+        """Read a message and hand it over; False if there is none."""
+        raise NotImplementedError
 
     def hand_over(self, peer: Peer, frames: List[Any], now: Seconds) -> None:
         parsed = parse_frames(frames)
@@ -7368,72 +7455,29 @@ class SocketLink:
         else:
             self.adapter.machine.receive(self.name, peer, *parsed, now)
 
-    def send(self, frame: Outgoing) -> None:
-        if frame.peer in self.late:
-            late = self.late[frame.peer]
-            late.append(frame)
-            if len(late) > MAX_LATE or sum(len(f.body) + len(f.data) for f in late) > LATE_BYTES:
-                self.give_up(frame.peer)
-        elif not self.send_now(frame):
-            self.late[frame.peer] = deque([frame])
-            self.retry_at = time.monotonic() + RETRY
+    def rest_of_message(self, frame: Any) -> List[Any]:
+        """Read the frames after this one, and return all; those beyond MAX_FRAMES are dropped.
 
-    def give_up(self, peer: Peer) -> None:
-        """It does not read what we send: forget it; if it wakes up it will join again."""
-        del self.late[peer]
-        logging.info("a peer of the link to %s does not read what we send: forgotten", self.name)
-        self.adapter.machine.disconnected(self.name, peer, time.monotonic())
-
-    def retry(self, now: Seconds) -> None:
-        """Try again to send to the slow. Their peers' windows bound what waits here."""
-        for peer, frames in list(self.late.items()):
-            while frames and self.send_now(frames[0]):
-                frames.popleft()
-            if not frames:
-                self.late.pop(peer, None)
-        self.retry_at = now + RETRY if self.late else math.inf
-
-    def send_now(self, frame: Outgoing) -> bool:
-        """Send, or drop what can never be sent; False if the peer's queue is full."""
-        raise NotImplementedError
-
-    def send_parts(self, parts: List[Any]) -> None:
-        for part in parts[:-1]:
-            self.socket.send(part, SNDMORE_NOBLOCK)
-        self.socket.send(parts[-1], NOBLOCK)
-
-    def notice(self, now: Seconds) -> None:
-        """Take note of what the monitor tells. It comes before receive(): poll() looks at the
-        socket first, so that no message is read whose connection's opening was not."""
-        raise NotImplementedError
-
-    def receive(self) -> None:
-        """Read what has come, DRAIN messages or for MAX_READ_TIME at the most. Each has a time of its
-        own: between two of them we may have been stopped."""
-        until = self.loop.clock() + MAX_READ_TIME
-        self.unread = True
-        for _ in range(DRAIN):
-            now = self.loop.clock()
-            if not self.receive_one(now):
-                self.unread = False
-                return
-            if now > until:
-                return
-
-    def receive_one(self, now: Seconds) -> bool:
-        """Read a message and hand it over; False if there is none."""
-        raise NotImplementedError
+        Frames are objects because their `more` is quicker than to ask the socket for RCVMORE.
+        """
+        frames = [frame]
+        while frame.more:
+            frame = self.socket.recv(0, copy=False)
+            if len(frames) < MAX_FRAMES:
+                frames.append(frame)
+        return frames
 
 
 class RouterLink(SocketLink):
     """A broker's link to its clients, or to its workers.
 
-    That a peer is gone shows in two ways: sending to it fails, or the monitor tells that
-    its connection's descriptor was closed. So we note the descriptor of every peer. The
-    monitor tells of openings and closings in their order, an opening always before the first
-    message, a closing mostly after the last: so it is read before the messages are, and
-    closings count after them. A plain peer may choose its own routing id, and come back with it before
-    we know that its last connection has ended: the new one takes over.
+    A lost peer is detected in two ways: sending to it fails, or the monitor reports that its
+    descriptor was closed. So the link knows the descriptor of every peer. The monitor reports
+    openings and closings in order, an opening before the first message, a closing mostly
+    after the last. So events are read before messages, and closings count after them.
+
+    A plain peer may choose its routing id, and use it again before we know that its last
+    connection is gone. The new connection takes over.
     """
 
     def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str,
@@ -7441,446 +7485,276 @@ class RouterLink(SocketLink):
         super().__init__(loop, adapter, name, address)
         self.authenticator = authenticator
         self.keyed = authenticator is not None and authenticator.keys is not None
-        self.users: Dict[Peer, str] = {}  # their public keys, if there is an authenticator
-        self.peers: Dict[int, Peer] = {}  # by descriptor
-        self.known: Dict[Peer, int] = {}
-        # by descriptor: from where the connections are that have not said anything yet
-        self.unmet: Dict[int, str] = {}
-        self.silent: Dict[int, int] = {}  # by descriptor: the MemoryGuard's
-        # (event, detail) of handshakes that failed, before the closing
-        self.failed: Deque[Tuple[int, int]] = deque()
-        self.news: List[Tuple[int, int]] = []  # from the monitor, not acted upon yet
-        self.limit = raise_file_limit()  # of open files: one for each peer
+        self.key_of: Dict[Peer, str] = {}  # public keys, if there is an authenticator with keys
+        self.descriptor_of: Dict[Peer, int] = {}
+        self.peer_at: Dict[int, Peer] = {}  # by descriptor
+        self.pending: Dict[int, str] = {}  # connections without a message yet: descriptor, address
+        self.received: Dict[int, int] = {}  # the MemoryGuard's: bytes, by descriptor
+        self.monitored: List[Tuple[int, int]] = []  # events that are read but not handled
+        # (event, detail) of failed handshakes; the closings of their descriptors follow
+        self.failures: Deque[Tuple[int, int]] = deque()
+        self.file_limit = raise_file_limit()  # each peer needs an open file
         self.bound = False
-        self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
-                  | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-                  | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        if not self.keyed:  # with keys nobody takes over from another
-            self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # or the second is never answered
-        self.socket.setsockopt(zmq.BACKLOG, 4096)
+        if authenticator is not None:
+            authenticator.links.append(self)
+        self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED)
+        self.socket.router_mandatory = 1  # or messages to a lost peer vanish without an error
+        if not self.keyed:  # with keys no peer takes over the id of another
+            self.socket.router_handover = 1  # or the second peer with an id gets no answer
+        self.socket.backlog = 4096
         self.bind()
 
-    def protect(self) -> None:
+    def set_keys(self) -> None:
         if self.authenticator is not None:
-            self.authenticator.links.append(self)
             if self.authenticator.keys is not None:
-                self.socket.setsockopt(zmq.CURVE_SERVER, 1)
-                self.socket.setsockopt(zmq.CURVE_SECRETKEY, self.authenticator.keys.secret.encode())
-            self.socket.setsockopt(zmq.ZAP_DOMAIN, ROLE_OF[self.name].encode())
-            self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # else all may in whom nobody asks about
+                self.socket.curve_server = 1
+                self.socket.curve_secretkey = self.authenticator.keys.secret.encode()
+            self.socket.zap_domain = ROLE_OF[self.name].encode()
+            self.socket.zap_enforce_domain = 1  # or libzmq lets in all while no authenticator answers
 
     def bind(self) -> None:
+        """Listen. Raises SetupError."""
         place = resolve(self.address)
-        if place.startswith("ipc://") and self.is_no_socket(place[6:]):
+        path = place[len("ipc://"):] if place.startswith("ipc://") else ""
+        # libzmq would remove whatever has this path
+        if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
             raise SetupError(f"cannot listen on {place}: there is something else, which is no socket")
-        if place.startswith("ipc://") and security_mechanism(place) is not None:
-            raise SetupError(f"Address already in use: is another broker running on {place}?")
         try:
+            if path and security_mechanism(place) is not None:
+                raise zmq.ZMQError(errno.EADDRINUSE)
             self.socket.bind(place)
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise SetupError(f"Address already in use: is another broker running on "
                                  f"{self.address}?") from None
-            fix = ("does the directory exist, and may you write there?" if "ipc:" in place
+            fix = ("does the directory exist, and may you write there?" if path
                    else "is that an address of this machine, and may you use it?")
             raise SetupError(f"cannot listen on {self.address} ({os.strerror(error.errno or 0)}): "
                              + fix) from None
         self.bound = True
-        self.address = self.socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        self.address = self.socket.last_endpoint.rstrip(b"\0").decode()
 
     def close(self, linger: int) -> None:
         super().close(linger)
         if self.bound and self.address.startswith("ipc://"):  # libzmq leaves it there
             with contextlib.suppress(OSError):
-                os.unlink(self.address[6:])
+                os.unlink(self.address[len("ipc://"):])
 
-    def is_no_socket(self, path: str) -> bool:
-        """Whether libzmq would take another thing's place: it removes whatever is there."""
-        try:
-            return not stat.S_ISSOCK(os.stat(path).st_mode)
-        except OSError:
-            return False
-
-    def notice(self, now: Seconds) -> None:
-        news = list(self.events())
-        self.news += news
-        if any(event == zmq.EVENT_ACCEPTED and file >= self.limit - SPARE for event, file in news):
-            limit, self.limit = self.limit, sys.maxsize  # said once
+    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
+        if self.monitor not in ready:
+            return
+        events = list(self.events())
+        self.monitored += events
+        if any(event == zmq.EVENT_ACCEPTED and value >= self.file_limit - SPARE_FILES
+               for event, value in events):
+            limit, self.file_limit = self.file_limit, sys.maxsize  # one warning is enough
             print_notice(f"no more peers can connect: this process may have only {limit} open files; "
                      f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
 
-    def receive_one(self, now: Seconds) -> bool:
+    def read_message(self, now: Seconds) -> bool:
         try:
             peer = self.socket.recv(NOBLOCK)
         except zmq.Again:
-            self.act_on_news(now)
+            self.handle_events(now)
             return False
         frame = self.socket.recv(0, copy=False)
-        if peer not in self.known or peer[:1] != b"\0":  # else libzmq gave it: it is unique
-            self.meet(peer, frame, now)
-        if self.silent:
-            self.silent.pop(self.known.get(peer, -1), None)
-        frames = self.rest(frame)
-        if self.may_speak(peer, frame, now):
+        key = frame.get("User-Id") if self.keyed else ""
+        # an id from libzmq is unique, one that the peer chose may belong to a new connection
+        if peer not in self.descriptor_of or peer[:1] != b"\0" or self.key_of[peer] != key:
+            self.register(peer, key, frame, now)
+        if self.received:
+            self.received.pop(self.descriptor_of.get(peer, -1), None)
+        frames = self.rest_of_message(frame)
+        if not self.keyed or self.check_key(peer):
             self.hand_over(peer, frames, now)
         return True
 
-    def give_up(self, peer: Peer) -> None:
-        super().give_up(peer)
-        self.cut(peer)
-        self.gone(peer, time.monotonic())  # it comes back as somebody new
-
-    def may_speak(self, peer: Peer, frame: Any, now: Seconds) -> bool:
-        """With keys: whether this is who we took it for, its key is (still) accepted, and it seems to
-        let libzmq number it. (A number of its own choice may be another's, whose connection has ended;
-        while that stands, libzmq lets nobody else use it.)"""
-        if not self.keyed:
-            return True
-        if self.users.get(peer) != frame.get("User-Id"):
-            self.gone(peer, now)
-            self.meet(peer, frame, now)
-        return self.is_welcome(peer)
-
-    def is_welcome(self, peer: Peer) -> bool:
-        """Whether its key is (still) accepted; or else it is cut off."""
-        assert self.authenticator is not None
-        if len(peer) == 5 and peer[:1] == b"\0" \
-                and self.authenticator.allows(ROLE_OF[self.name], self.users.get(peer, "")):
-            return True
-        self.cut(peer)
-        return False
-
-    def cut(self, peer: Peer) -> None:
-        """End a peer's connection. libzmq cannot; but it sees when its socket is shut down."""
-        with contextlib.suppress(OSError, KeyError), borrowed_socket(self.known[peer]) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def cut_endless(self, now: Seconds) -> None:
-        """Cut the connections that have sent too much since they said something."""
-        for file in (*self.unmet, *self.peers):
-            with contextlib.suppress(OSError), borrowed_socket(file) as connection:
-                size, known = received(connection), file in self.silent
-                before = self.silent.setdefault(file, 0 if file in self.unmet else size)
-                if size - before > (MAX_HANDSHAKE if file in self.unmet and known else MAX_UNHEARD):
-                    del self.silent[file]
-                    host = printable(connection.getpeername()[0])
-                    self.loop.refusals.tell(now, f"cut off {host}: it sends but never ends its message")
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def act_on_news(self, now: Seconds) -> None:
-        """All messages are read: those whose connection was closed are gone."""
-        news, self.news = self.news, []
-        for event, descriptor in news:
-            if event == zmq.EVENT_ACCEPTED:
-                self.unmet[descriptor] = peer_address(descriptor)
-            elif event != zmq.EVENT_DISCONNECTED:
-                self.failed.append((event, descriptor))
-            elif descriptor in self.peers:
-                self.gone(self.peers[descriptor], now)
-            elif descriptor in self.unmet:
-                self.tell_refusal(self.unmet.pop(descriptor),
-                                  *(self.failed.popleft() if self.failed else (0, 0)), now)
-
-    def tell_refusal(self, place: str, event: int, detail: int, now: Seconds) -> None:
-        """Say who has not got in, and why; event 0: it left by itself. (The authenticator has told already about
-        keys that it does not accept.)"""
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return
-        why = "left without a word: no program of ours (browser, ssh, port scan?)"
-        if event and self.keyed:
-            why = ("it has the key of another cloud" if detail == UNREADABLE else
-                   "has it no key, or is it no program of ours?")
-            why = f"could not connect: {why} (it needs a copy of our {KEY_FILE})"
-        elif event:
-            why = ("could not connect: has it a key, and we have none (testcloud.py keygen), or is it "
-                   "no program of ours?")
-        # it hung up, or is gone: there may be better words about it
-        vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or not place
-        self.loop.refusals.tell(
-            now, f"somebody at {place or 'an unknown place'}, who came to {self.address}, {why}",
-            (f"at {place}", self.address) if vague else ())
-
-    def meet(self, peer: Peer, frame: Any, now: Seconds) -> None:
-        """Note the descriptor of a peer's connection, if it is new."""
+    def register(self, peer: Peer, key: str, frame: Any, now: Seconds) -> None:
+        """Note the descriptor and key of a peer's connection, if it is new."""
         try:
             descriptor = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
             return
-        if self.known.get(peer) == descriptor:
+        if self.descriptor_of.get(peer) == descriptor and self.key_of[peer] == key:
             return
-        if peer in self.known:  # another connection has taken over
-            self.gone(peer, now)
-        if descriptor in self.peers:  # that of a connection that has ended
-            self.gone(self.peers[descriptor], now)
-        self.news += self.events()
-        about = [at for at, (_, which) in enumerate(self.news) if which == descriptor]
-        opened = [at for at in about if self.news[at][0] == zmq.EVENT_ACCEPTED]
-        old = {at for at in about if opened and at <= opened[-1]}  # about connections before
-        self.news = [row for at, row in enumerate(self.news) if at not in old]
-        self.peers[descriptor] = peer
-        self.known[peer] = descriptor
-        self.unmet.pop(descriptor, None)
+        # the last connection of this peer, and the last one with this descriptor, are gone
+        for old in (peer, self.peer_at.get(descriptor, peer)):
+            if old in self.descriptor_of:
+                self.forget(old, now)
+        self.monitored += self.events()
+        opened = max((at for at, row in enumerate(self.monitored)
+                      if row == (zmq.EVENT_ACCEPTED, descriptor)), default=-1)
+        self.monitored = [row for at, row in enumerate(self.monitored)
+                          if row[1] != descriptor or at > opened]
+        self.pending.pop(descriptor, None)
+        self.peer_at[descriptor] = peer
+        self.descriptor_of[peer] = descriptor
+        self.key_of[peer] = key
         if self.keyed:
-            self.users[peer] = frame.get("User-Id")
-            self.adapter.machine.identified(self.name, peer, self.users[peer])
+            self.adapter.machine.identified(self.name, peer, key)
 
-    def gone(self, peer: Peer, now: Seconds) -> None:
-        descriptor = self.known.pop(peer, -1)
-        self.peers.pop(descriptor, None)
-        self.silent.pop(descriptor, None)
-        self.users.pop(peer, None)
-        self.late.pop(peer, None)
-        self.adapter.machine.disconnected(self.name, peer, now)
+    def forget(self, peer: Peer, now: Seconds) -> None:
+        descriptor = self.descriptor_of.pop(peer, -1)
+        self.peer_at.pop(descriptor, None)
+        self.received.pop(descriptor, None)
+        self.key_of.pop(peer, None)
+        super().forget(peer, now)
 
-    def send_now(self, frame: Outgoing) -> bool:
-        try:
-            self.send_parts([frame.peer] + frames_of(frame))
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
-                raise
-            self.gone(frame.peer, time.monotonic())
-        return True
+    def handle_events(self, now: Seconds) -> None:
+        """All messages are read: forget the peers whose connections were closed."""
+        events, self.monitored = self.monitored, []
+        for event, value in events:
+            if event == zmq.EVENT_ACCEPTED:
+                self.pending[value] = peer_address(value)
+            elif event != zmq.EVENT_DISCONNECTED:
+                self.failures.append((event, value))
+            elif value in self.peer_at:
+                self.forget(self.peer_at[value], now)
+            elif value in self.pending:
+                failure = self.failures.popleft() if self.failures else (0, 0)
+                self.loop.refusals.closed(now, self.pending.pop(value), self.address, self.keyed,
+                                          *failure)
+
+    def check_key(self, peer: Peer) -> bool:
+        """Return whether a peer's key is (still) accepted. If not, cut it off.
+
+        libzmq must have chosen its routing id, too: 5 bytes, of which the first is 0. An id that
+        the peer chose could be that of a lost connection.
+        """
+        assert self.authenticator is not None
+        if len(peer) == 5 and peer[:1] == b"\0" \
+                and self.authenticator.allows(ROLE_OF[self.name], self.key_of.get(peer, "")):
+            return True
+        self.cut_off(peer)
+        return False
+
+    def cut_off_revoked(self, now: Seconds) -> None:
+        """Cut off all peers whose keys are not accepted any more, and tell the machine."""
+        for peer in list(self.key_of):
+            if not self.check_key(peer):
+                self.adapter.machine.revoked(self.name, peer, now)
+
+    def cut_off(self, peer: Peer) -> None:
+        """End a peer's connection. libzmq cannot; but it notices that its socket was shut down."""
+        with contextlib.suppress(OSError, KeyError), \
+                borrowed_socket(self.descriptor_of[peer]) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
-def borrowed_socket(file: int) -> Iterator[socket.socket]:
-    """libzmq's connection of this descriptor. What is done with it raises OSError if it is over."""
-    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=file)
+def borrowed_socket(descriptor: int) -> Iterator[socket.socket]:
+    """Yield a socket for libzmq's descriptor. Its methods raise OSError if that is closed."""
+    connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
     try:
         yield connection
     finally:
         connection.detach()
 
 
-def peer_address(file: int) -> str:
-    """From where a connection comes, for people; "" if it is over."""
-    with contextlib.suppress(OSError), borrowed_socket(file) as connection:
+def peer_address(descriptor: int) -> str:
+    """Return the host at the other end of a connection, to show; "" if it is closed."""
+    with contextlib.suppress(OSError), borrowed_socket(descriptor) as connection:
         place = connection.getpeername()
         return printable(str(place[0])) if place else "this machine"
     return ""
 
 
-def received(connection: socket.socket) -> int:
-    """How many bytes have come on it so far (tcpi_bytes_received in struct tcp_info of
-    linux/tcp.h); 0 where nobody counts. Raises OSError if it is over, or not TCP."""
-    if not hasattr(socket, "TCP_INFO") or sys.platform != "linux":
-        return 0
-    facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-    return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
-
-
-def memory_in_use() -> int:
-    """Bytes of this process; 0 if nobody can tell."""
-    pages = read_text("/proc/self/statm").split()
-    return int(pages[1]) * resource.getpagesize() if len(pages) > 1 else 0
-
-
-def give_back_memory() -> None:
-    """Have glibc give free memory back to the system; it keeps what large messages leave behind."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-class MemoryGuard:
-    """Cuts off who fills our memory with what never becomes a message: libzmq keeps the frames of one
-    until the last has come, and of those there may be any number. Only the system knows how
-    much has come on a connection; it is asked when we have grown large. Linux only."""
-
-    def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
-        self.links = links
-        self.look_at: Seconds = 0.0
-        self.trim_at: Seconds = 0.0
-        loop.each_round.append(self.look)
-
-    def look(self) -> None:
-        now = time.monotonic()
-        if now < self.look_at:
-            return
-        self.look_at = now + GUARD_INTERVAL
-        peers = sum(len(link.peers) for link in self.links)
-        if memory_in_use() < GUARDED + PEER_MEMORY * peers:
-            for link in self.links:
-                link.silent.clear()
-            return
-        for link in self.links:
-            link.cut_endless(now)
-        if now >= self.trim_at:
-            self.trim_at = now + TRIM_INTERVAL
-            give_back_memory()
-
-
-class Authenticator:
-    """Tells libzmq who may connect (ZAP, rfc.zeromq.org/spec/27), and cuts off who may not any
-    more. Without keys all may; but where somebody is asked, libzmq no longer takes just any bytes for
-    messages of its oldest protocol, as a web page could have a browser send them. Must be there
-    before the first RouterLink."""
-
-    def __init__(self, loop: EventLoop, path: str) -> None:
-        """With the keys in this file, "" for none. Raises SetupError."""
-        self.loop = loop
-        self.path = path
-        self.links: List[RouterLink] = []
-        self.look_at: Seconds = 0.0
-        self.state = self.state_of_file()  # before it is read: it may change meanwhile
-        self.keys: Optional[Keys] = None
-        self.allowed: Set[Tuple[str, str]] = set()  # role, public key
-        if path:
-            self.use(load_keys(path, BROKER_ROLE))
-        self.socket = loop.context.socket(zmq.REP)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.bind("inproc://zeromq.zap.01")
-        loop.add_reader(self.socket, self.answer)
-        loop.each_round.append(self.refresh)
-
-    def close(self) -> None:
-        self.loop.poller.unregister(self.socket)
-        self.socket.close()
-
-    def use(self, keys: Keys) -> None:
-        self.keys = keys
-        self.allowed = {(role, pair.public) for role, pair in keys.pairs.items()}
-        self.allowed.update((who.role, who.public) for who in keys.holders)
-
-    def allows(self, role: str, key: str) -> bool:
-        return self.keys is None or (role, key) in self.allowed
-
-    def answer(self, now: Seconds) -> None:
-        """Answer all requests there are: each is a connection in its handshake."""
-        while True:
-            try:
-                request = self.socket.recv_multipart(NOBLOCK)
-            except zmq.Again:
-                return
-            number, role, place = request[1], request[2].decode(), request[3]
-            key = z85(request[-1]) if request[5] == b"CURVE" else ""
-            status, why = b"200", ""
-            if not self.allows(role, key):
-                known = any(self.allows(other, key) for other in ROLE_OF.values())
-                status, why = (WRONG_ROLE, "a key for another role") if known else (
-                    b"400", "a key that is revoked, or unknown")
-                self.loop.refusals.tell(
-                    now, f"refused somebody at {printable(place)} as a {role}: {why}")
-            self.socket.send_multipart([b"1.0", number, status, b"", key.encode(), b""])
-
-    def state_of_file(self) -> Tuple[int, ...]:
-        try:
-            facts = os.stat(self.path)
-        except OSError:
-            return ()
-        return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
-
-    def refresh(self) -> None:
-        """Read the key file again if it has changed: keys were made, or revoked."""
-        now = time.monotonic()
-        if now < self.look_at or self.keys is None:
-            return
-        self.look_at = now + GATE_INTERVAL
-        state = self.state_of_file()
-        if state in (self.state, ()):
-            return
-        self.state = state
-        try:
-            keys = read_keys(self.path)
-        except SetupError as error:
-            logging.warning("%s (the keys that were in it are still valid)", error)
-            return
-        if keys.secret != self.keys.secret:
-            logging.warning("%s is the key of another cloud: restart the broker to use it", self.path)
-            return
-        self.use(keys)
-        logging.info("read the keys again: of %d holders", len(keys.holders))
-        for link in self.links:
-            for peer in list(link.users):
-                if not link.is_welcome(peer):
-                    link.adapter.machine.revoked(link.name, peer, now)
-
-
-def z85(public: bytes) -> str:
-    """A key's 32 bytes as text; "" if it has not as many."""
-    import zmq.utils.z85
-    return zmq.utils.z85.encode(public).decode() if len(public) == 32 else ""
-
-
-class RefusalLog:
-    """Says who could not connect, but not all the time: each thing once, as long as it goes on, and
-    not too many things."""
-
-    def __init__(self) -> None:
-        self.said: Dict[str, Seconds] = {}  # when it was so last
-        self.held: Dict[str, Tuple[Seconds, Tuple[str, ...]]] = {}  # what to say then, unless
-        self.times: Deque[Seconds] = deque([-math.inf] * MAX_REFUSALS, MAX_REFUSALS)
-
-    def tell(self, now: Seconds, text: str, unless: Tuple[str, ...] = ()) -> None:
-        """Say it; with `unless`, in a moment, if nothing is said that has all these words in it."""
-        self.said = {old: when for old, when in self.said.items() if when + REFUSAL_INTERVAL > now}
-        if text not in self.said:
-            if unless:
-                self.held.setdefault(text, (now + REFUSAL_DELAY, unless))
-                return
-            if self.times[0] + REFUSAL_INTERVAL > now:
-                return
-            self.times.append(now)
-            logging.warning("%s", text)
-        self.said[text] = now
-
-    def look(self) -> None:
-        """Call this often."""
-        now = time.monotonic()
-        for text in [text for text, (due, _) in self.held.items() if due <= now]:
-            _, unless = self.held.pop(text)
-            if not any(all(word in old for word in unless) for old in self.said):
-                self.tell(now, text)
-
-
 class DealerLink(SocketLink):
     """The link of a client, a worker or a chained broker to its broker."""
+
+    up = False
 
     def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str, role: str = "",
                  keys: Optional[Keys] = None, hint: str = "",
                  renew: Callable[[], Optional[Keys]] = lambda: None) -> None:
         super().__init__(loop, adapter, name, address)
-        self.up = False
-        self.reached = False  # something listens there
-        self.refused = False  # then libzmq may not try again, so we do
-        self.probing = False
+        self.listener_seen = False  # something accepted our last connection
+        self.refused = False  # libzmq may not connect again: so we do, at retry_at
+        self.probing = False  # a thread is in probe()
         self.role = role
         self.keys = keys
         self.hint = hint  # how to get a key
-        self.renew = renew  # other keys than before, if there are any
+        self.renew = renew  # returns other keys than before, if there are any
         self.connect()
 
     def connect(self) -> None:
-        self.open(zmq.DEALER, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-                  | zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
-                  | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-                  | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-        self.socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a broker that is not there
-        self.socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT[0])
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT[1])
+        self.open(zmq.DEALER, zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED
+                  | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self.socket.immediate = 1  # queue nothing for a broker that is not there
+        self.socket.reconnect_ivl, self.socket.reconnect_ivl_max = RECONNECT
         try:
             self.socket.connect(self.address)
         except zmq.ZMQError as error:
             raise SetupError(f"cannot connect to {self.address} ({os.strerror(error.errno or 0)}): is "
                              f"that the address of a broker?") from None
 
-    def protect(self) -> None:
+    def set_keys(self) -> None:
         if self.keys is not None:
             pair = self.keys.pairs[self.role]
-            self.socket.setsockopt(zmq.CURVE_SERVERKEY, self.keys.broker.encode())
-            self.socket.setsockopt(zmq.CURVE_PUBLICKEY, pair.public.encode())
-            self.socket.setsockopt(zmq.CURVE_SECRETKEY, pair.secret.encode())
+            self.socket.curve_serverkey = self.keys.broker.encode()
+            self.socket.curve_publickey = pair.public.encode()
+            self.socket.curve_secretkey = pair.secret.encode()
 
-    def refuse(self, event: int, detail: int, now: Seconds) -> None:
-        """A handshake has failed. Only a refused key is sure to show in the event: any other cause
-        may look as if the broker had ended just then. So a second look tells what is there."""
+    def reconnect(self) -> None:
+        self.close(0)
+        self.up = self.refused = False
+        self.retry_at = math.inf
+        self.backlogs.clear()
+        self.connect()
+
+    def retry(self, now: Seconds) -> None:
         if not self.refused:
-            self.refused, self.retry_at = True, now + REFUSED_INTERVAL
+            super().retry(now)
+            return
+        keys = self.renew()
+        if keys is not None:
+            self.keys = keys
+            self.adapter.machine.key_changed(fingerprint(keys.pairs[self.role].public))
+        self.reconnect()
+
+    def read_message(self, now: Seconds) -> bool:
+        try:
+            frame = self.socket.recv(NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        self.hand_over(b"", self.rest_of_message(frame), now)
+        return True
+
+    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
+        for event, detail in self.events() if self.monitor in ready else ():
+            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
+                self.note_listener(event == zmq.EVENT_CONNECTED, now)
+                continue
+            self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.backlogs.clear()  # it was for the last connection
+            if self.up:
+                self.adapter.machine.connected(self.name, now)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self.adapter.machine.disconnected(self.name, b"", now)
+            else:
+                self.handshake_failed(event, detail, now)
+
+    def note_listener(self, seen: bool, now: Seconds) -> None:
+        """Tell the machine whether something listens at the address; what it is shows later.
+
+        A retry means that nothing does, unless there was a connection before it.
+        """
+        if seen and not self.refused:
+            self.tell_refusal("", now)
+        elif not seen and not self.listener_seen:
+            self.tell_refusal(None, now)
+        self.listener_seen = seen
+
+    def handshake_failed(self, event: int, detail: int, now: Seconds) -> None:
+        """Find out why, and connect again later.
+
+        Only a refused key shows in the event. Any other failure may look like the end of a
+        broker: a probe in a thread finds what listens.
+        """
+        if not self.refused:
+            self.refused, self.retry_at = True, now + REFUSED_RETRY
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self.explain(str(detail), now)
+            self.tell_refusal(str(detail), now)
         elif not self.probing:
             self.probing = True
             threading.Thread(target=self.probe, daemon=True, name="probe").start()
@@ -7888,11 +7762,11 @@ class DealerLink(SocketLink):
     def probe(self) -> None:
         found = security_mechanism(self.address)
         self.probing = False
-        self.loop.post(lambda now: self.explain(found, now))
+        self.loop.post(lambda now: self.tell_refusal(found, now))
 
-    def explain(self, found: Optional[str], now: Seconds) -> None:
-        """Tell why we cannot connect to what has this mechanism, or has refused our key with this
-        status of ZAP; None if nothing is there."""
+    def tell_refusal(self, found: Optional[str], now: Seconds) -> None:
+        """Tell the machine why it has no connection. `found` is the status of ZAP that refused our
+        key, or what security_mechanism() returned."""
         what = {"400": "does not accept our key: it has been revoked, or was not made with the "
                        "broker's own file (a new one: testcloud.py keygen --role ...)",
                 "500": f"does not accept our key: that is not the port for {self.role}s",
@@ -7905,107 +7779,52 @@ class DealerLink(SocketLink):
         if not self.up:
             self.adapter.machine.refused(self.name, "" if found is None else why, now)
 
-    def retry(self, now: Seconds) -> None:
-        if self.refused:
-            keys = self.renew()
-            if keys is not None:
-                self.keys = keys
-                self.adapter.machine.key_changed(fingerprint(keys.pairs[self.role].public))
-            self.reset()
-        else:
-            super().retry(now)
-
-    def reset(self) -> None:
-        """A new socket: the old one's connection may be dead without knowing it."""
-        self.close(0)
-        self.up = self.refused = False
-        self.retry_at = math.inf
-        self.late.clear()
-        self.connect()
-
-    def notice(self, now: Seconds) -> None:
-        for event, detail in self.events():
-            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
-                self.note_listener(event == zmq.EVENT_CONNECTED, now)
-                continue
-            self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self.late.clear()
-            if not self.up and event != zmq.EVENT_DISCONNECTED:
-                self.refuse(event, detail, now)
-                continue
-            if self.up:
-                self.adapter.machine.connected(self.name, now)
-            else:
-                self.adapter.machine.disconnected(self.name, b"", now)
-
-    def note_listener(self, reached: bool, now: Seconds) -> None:
-        """Whether something listens there, of which we do not know yet what it is. A retry tells that
-        nothing does, unless a connection was there before it."""
-        if reached and not self.refused:
-            self.explain("", now)
-        elif not reached and not self.reached:
-            self.explain(None, now)
-        self.reached = reached
-
-    def receive_one(self, now: Seconds) -> bool:
-        try:
-            frame = self.socket.recv(NOBLOCK, copy=False)
-        except zmq.Again:
-            return False
-        self.hand_over(b"", self.rest(frame), now)
-        return True
-
-    def send_now(self, frame: Outgoing) -> bool:
-        try:
-            self.send_parts(frames_of(frame))
-        except zmq.Again:
-            return not self.up  # without a connection it is dropped: we join again anyway
-        return True
-
 
 def security_mechanism(address: str) -> Optional[str]:
-    """NULL or CURVE, as what listens there says in its greeting (rfc.zeromq.org/spec/37); "" if that
-    is no ZeroMQ, or silent; None if nothing listens."""
+    """Return NULL or CURVE, by the greeting of what listens there (rfc.zeromq.org/spec/37).
+
+    Returns "" if that is no ZeroMQ, or silent; None if nothing listens.
+    """
     try:
         if address.startswith("ipc://"):
             probe = socket.socket(socket.AF_UNIX)
-            probe.connect(address[6:])
+            probe.connect(address[len("ipc://"):])
         else:
-            probe = socket.create_connection(split_tcp(resolve(address)), PROBE_TIME)
+            probe = socket.create_connection(split_tcp(resolve(address)), PROBE_TIMEOUT)
     except (OSError, SetupError):
         return None
     greeting = b""
     with probe, contextlib.suppress(OSError):
-        probe.settimeout(PROBE_TIME)
-        probe.sendall(b"\xff" + bytes(8) + b"\x7f\3")  # all that it waits for
+        probe.settimeout(PROBE_TIMEOUT)
+        probe.sendall(b"\xff" + bytes(8) + b"\x7f\3")  # enough for its whole greeting
         while len(greeting) < 32:
             part = probe.recv(64)
             greeting += part or bytes(32)
     return greeting[12:32].rstrip(b"\0").decode("ascii", "replace") if greeting[:1] == b"\xff" else ""
 
 
-# === Keys =============================================================================
+# === Key files ========================================================================
 #
-# CURVE (of libzmq, rfc.zeromq.org/spec/26) encrypts connections and proves who is at the
-# other end. A cloud's key file has the pair of its broker, which proves that it is no
-# other; a pair for each of the other roles; and the public keys of those who have got files of
-# their own, with which they can play one role only. Keys are text: Z85, 40 characters.
+# CURVE (libzmq's, rfc.zeromq.org/spec/26) encrypts connections and proves the identity of both
+# ends. A cloud's own key file has the key pair of its broker, a pair for each other role, and
+# the public keys of its holders. A holder has a file with a pair for one role. Keys are text:
+# 40 characters of Z85.
 
 KEY_FILE = "testcloud.key"
 KEY_LENGTH = 40
 Z85 = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
-MAX_KEY_FILE = 1024 * 1024  # bytes: thousands of names
+MAX_KEY_FILE = 1024 * 1024  # bytes: thousands of holders
 
 
 class KeyPair(NamedTuple):
-    """Two keys that belong together."""
+    """A public key and its secret key."""
 
     public: str
     secret: str
 
 
 class KeyHolder(NamedTuple):
-    """Somebody who has a key file for one role."""
+    """A person or machine that has a key file for one role."""
 
     name: str
     role: str
@@ -8013,15 +7832,15 @@ class KeyHolder(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What is in a key file."""
+    """The content of a key file."""
 
-    broker: str  # its public key
-    secret: str = ""  # and its secret one, if this is the cloud's own file
-    pairs: Dict[str, KeyPair] = {}  # by role: with what to connect as such
-    holders: Tuple[KeyHolder, ...] = ()  # who else may connect; only in the cloud's own file
+    broker: str  # the public key of the broker
+    secret: str = ""  # its secret key: only in the cloud's own file
+    pairs: Dict[str, KeyPair] = {}  # by role: the pair to connect with
+    holders: Tuple[KeyHolder, ...] = ()  # who else may connect: only in the cloud's own file
 
     def suffice_for(self, role: str) -> bool:
-        """Whether they are what it takes to be a broker, a worker or a client."""
+        """Return whether a broker, worker or client can start with these keys."""
         return bool(self.secret) if role == BROKER_ROLE else role in self.pairs
 
     def to_json(self) -> str:
@@ -8030,12 +7849,12 @@ class Keys(NamedTuple):
             fields["broker"]["secret"] = self.secret
         fields.update((role, pair._asdict()) for role, pair in self.pairs.items())
         if self.holders:
-            fields["holders"] = [who._asdict() for who in self.holders]
+            fields["holders"] = [holder._asdict() for holder in self.holders]
         return json.dumps(fields, indent=1) + "\n"
 
 
 def keys_from_json(text: str) -> Keys:
-    """Raises ValueError, with no word of what is secret."""
+    """Read the content of a key file. Raises ValueError, whose text shows nothing secret."""
     try:
         fields = json.loads(text)
         broker = fields["broker"]
@@ -8043,19 +7862,20 @@ def keys_from_json(text: str) -> Keys:
             broker["public"], broker.get("secret", ""),
             {role: KeyPair(**fields[role]) for role in ROLE_OF.values() if role in fields},
             tuple(KeyHolder(**row) for row in fields.get("holders", ())))
-        keys = [found.broker, *filter(None, [found.secret]), *(who.public for who in found.holders)]
-        keys += [key for pair in found.pairs.values() for key in pair]
-        sound = all(type(key) is str and len(key) == KEY_LENGTH and Z85.issuperset(key) for key in keys)
+        keys = [found.broker, *filter(None, [found.secret]),
+                *(holder.public for holder in found.holders),
+                *itertools.chain(*found.pairs.values())]
+        valid = all(type(key) is str and len(key) == KEY_LENGTH and Z85.issuperset(key) for key in keys)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        sound = False
-    if not sound or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
+        valid = False
+    if not valid or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
         raise ValueError("it is no key file, or damaged: copy it again (a new cloud's: testcloud.py "
                          "keygen)")
     return found
 
 
 def new_pair() -> KeyPair:
-    """Raises SetupError."""
+    """Make a key pair. Raises SetupError."""
     require_zmq()
     if not zmq.has("curve"):
         raise SetupError("this pyzmq has no encryption (CURVE): install its wheel from PyPI, or "
@@ -8065,8 +7885,10 @@ def new_pair() -> KeyPair:
 
 
 def find_key_file(given: Optional[str]) -> str:
-    """The path of the key file: the one given, $TESTCLOUD_KEY_FILE, the one beside this script, the
-    one in the user's configuration; "" if there is none."""
+    """Return the path of the key file, "" if there is none.
+
+    The first of: the one given, $TESTCLOUD_KEY_FILE, beside the script, in the user's configuration.
+    """
     named = given or os.environ.get("TESTCLOUD_KEY_FILE", "")
     if named:
         return named
@@ -8077,13 +7899,13 @@ def find_key_file(given: Optional[str]) -> str:
 
 
 def beside_script(name: str, real: bool = False) -> str:
-    """A path beside the script, or beside what that is a link to."""
+    """Return a path beside the script; if `real`, beside the file that its symbolic link means."""
     script = os.path.realpath(__file__) if real else os.path.abspath(__file__)
     return os.path.join(os.path.dirname(script), name)
 
 
 def read_keys(path: str) -> Keys:
-    """The keys in a file that only we can read. Raises SetupError."""
+    """Read a key file that only this user can read. Raises SetupError."""
     shown = printable(path, 1000)
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -8108,7 +7930,7 @@ def read_keys(path: str) -> Keys:
 
 
 def write_keys(path: str, keys: Keys) -> None:
-    """Into a new file that only we can read. Raises SetupError."""
+    """Write a new file that only this user can read. Raises SetupError."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(file, "w", encoding="ascii") as stream:
@@ -8125,8 +7947,10 @@ def write_keys(path: str, keys: Keys) -> None:
 
 @contextlib.contextmanager
 def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
-    """For a change of a cloud's key file: what writes it, as a whole. One of us at a time, from before
-    the file is read. Raises SetupError."""
+    """Lock a cloud's key file, and yield the function that replaces its content.
+
+    Read the file after this, so that two changes at once are both made. Raises SetupError.
+    """
     path = os.path.realpath(path)
 
     def replace(keys: Keys) -> None:
@@ -8148,6 +7972,246 @@ def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
         yield replace
     finally:
         os.close(folder)
+
+
+# === Authentication and revoked keys ==================================================
+#
+# A broker with a key accepts only connections that prove a key in its key file, each at the
+# port for the role of that key. What happens when a key is revoked (keygen --revoke):
+#
+#   1. Authenticator.reload_keys() reads the changed file, within KEY_FILE_INTERVAL.
+#   2. RouterLink.cut_off_revoked() closes the connections with that key.
+#   3. Broker.revoked() stops the commands of such a client, and gives those of such a worker
+#      to other workers.
+#   4. Authenticator.answer() refuses new connections with that key; RefusalLog logs them.
+#   5. At the other end DealerLink tells its user why, and tries again, also with a new key.
+#
+# Connections without a key are bounded here as well: in the log, and in memory.
+
+KEY_FILE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
+ZAP_OK, ZAP_UNKNOWN_KEY, ZAP_OTHER_ROLE = b"200", b"400", b"500"  # our answers to libzmq
+# bounds of the log: strangers must not fill it
+MAX_REFUSALS = 10  # different lines in REFUSAL_INTERVAL
+REFUSAL_INTERVAL: Seconds = 10.0  # a reason is logged again after so long without a case of it
+REFUSAL_DELAY: Seconds = 1.2  # a vague reason waits for a better one: longer than REFUSED_RETRY
+# bounds of memory that messages without end take; libzmq has it, so we see it only as a whole
+MEMORY_LIMIT = 128 * 1024 * 1024  # bytes of this process; below that nothing is cut off
+MEMORY_PER_PEER = 64 * 1024  # more for each peer: with 2,000 idle ones a broker has 122 MB
+MAX_HANDSHAKE = 64 * 1024  # bytes from a connection that has not sent a whole message yet
+MAX_UNFINISHED = 16 * 1024 * 1024  # bytes since the last message: ours are at most of MAX_FRAME
+MEMORY_INTERVAL: Seconds = 0.2  # between looks at our memory
+TRIM_INTERVAL: Seconds = 5.0  # between returns of memory to the system: they take time
+
+
+class Authenticator:
+    """Tells libzmq which connections to accept (ZAP, rfc.zeromq.org/spec/27).
+
+    Without keys it accepts all. It is needed even then: without ZAP libzmq takes any bytes for
+    messages of its oldest protocol, and a web page can make a browser send those. It must be
+    there before the first RouterLink.
+    """
+
+    def __init__(self, loop: EventLoop, path: str) -> None:
+        """Use the keys in this file, "" for none. Raises SetupError."""
+        self.loop = loop
+        self.path = path
+        self.links: List[RouterLink] = []
+        self.look_at: Seconds = 0.0
+        self.state = self.state_of_file()  # before we read it: it may change meanwhile
+        self.keys: Optional[Keys] = None
+        self.allowed: Set[Tuple[str, str]] = set()  # (role, public key)
+        if path:
+            self.use(load_keys(path, BROKER_ROLE))
+        self.socket = loop.context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind("inproc://zeromq.zap.01")
+        loop.add_reader(self.socket, self.answer)
+        loop.each_round.append(self.reload_keys)
+
+    def close(self) -> None:
+        self.loop.poller.unregister(self.socket)
+        self.socket.close()
+
+    def use(self, keys: Keys) -> None:
+        self.keys = keys
+        self.allowed = {(role, pair.public) for role, pair in keys.pairs.items()}
+        self.allowed.update((holder.role, holder.public) for holder in keys.holders)
+
+    def allows(self, role: str, key: str) -> bool:
+        """Return whether a public key is accepted for this role."""
+        return self.keys is None or (role, key) in self.allowed
+
+    def answer(self, now: Seconds) -> None:
+        """Answer libzmq's requests: each is a connection in its handshake."""
+        while True:
+            try:
+                request = self.socket.recv_multipart(NOBLOCK)
+            except zmq.Again:
+                return
+            number, role, place = request[1], request[2].decode(), request[3]
+            key = z85(request[-1]) if request[5] == b"CURVE" else ""
+            status = ZAP_OK
+            if not self.allows(role, key):
+                status, why = ZAP_UNKNOWN_KEY, "revoked, or unknown"
+                if any(self.allows(other, key) for other in ROLE_OF.values()):
+                    status, why = ZAP_OTHER_ROLE, "for another role"
+                self.loop.refusals.add(now, f"refused a {role} at {printable(place)}: its key is {why}")
+            self.socket.send_multipart([b"1.0", number, status, b"", key.encode(), b""])
+
+    def state_of_file(self) -> Tuple[int, ...]:
+        try:
+            facts = os.stat(self.path)
+        except OSError:
+            return ()
+        return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
+
+    def reload_keys(self) -> None:
+        """If the key file has changed, read it again and cut off peers whose key was revoked."""
+        now = time.monotonic()
+        if now < self.look_at or self.keys is None:
+            return
+        self.look_at = now + KEY_FILE_INTERVAL
+        state = self.state_of_file()
+        if state in (self.state, ()):
+            return
+        self.state = state
+        try:
+            keys = read_keys(self.path)
+        except SetupError as error:
+            logging.warning("%s (the keys that were in it are still valid)", error)
+            return
+        if keys.secret != self.keys.secret:
+            logging.warning("%s is the key of another cloud: restart the broker to use it", self.path)
+            return
+        self.use(keys)
+        logging.info("read the keys again: of %d holders", len(keys.holders))
+        for link in self.links:
+            link.cut_off_revoked(now)
+
+
+def z85(public: bytes) -> str:
+    """Return a key's 32 bytes as text; "" if it has another length."""
+    import zmq.utils.z85
+    return zmq.utils.z85.encode(public).decode() if len(public) == 32 else ""
+
+
+class RefusalLog:
+    """Logs refused connections: each reason once while it lasts, and not too many reasons."""
+
+    def __init__(self) -> None:
+        self.seen: Dict[str, Seconds] = {}  # by reason: the time of its last case
+        self.delayed: Dict[str, Tuple[Seconds, str]] = {}  # by reason: when to log it, and `unless`
+        self.logged: Deque[Seconds] = deque([-math.inf] * MAX_REFUSALS, MAX_REFUSALS)
+
+    def add(self, now: Seconds, reason: str, unless: str = "") -> None:
+        """Log a reason. With `unless` it waits, and is dropped if a reason with that text comes."""
+        self.seen = {old: when for old, when in self.seen.items() if when + REFUSAL_INTERVAL > now}
+        if reason not in self.seen:
+            if unless:
+                self.delayed.setdefault(reason, (now + REFUSAL_DELAY, unless))
+                return
+            if self.logged[0] + REFUSAL_INTERVAL > now:
+                return
+            self.logged.append(now)
+            logging.warning("%s", reason)
+        self.seen[reason] = now
+
+    def flush(self) -> None:
+        """Log the delayed reasons that are due."""
+        now = time.monotonic()
+        for reason in [reason for reason, (due, _) in self.delayed.items() if due <= now]:
+            _, unless = self.delayed.pop(reason)
+            if not any(unless in old for old in self.seen):
+                self.add(now, reason)
+
+    def closed(self, now: Seconds, place: str, address: str, keyed: bool, event: int, detail: int
+               ) -> None:
+        """Log a connection from `place` to our `address` that was closed before its first message.
+
+        `event` and `detail` are those of its failed handshake, 0 without.
+        """
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return  # the Authenticator has logged it
+        unreadable = detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
+        why = (
+            "it sent nothing; is that no program of ours (browser, ssh, port scan)?" if not event
+            else "it has a key and this broker has none (testcloud.py keygen), or it is no program "
+            "of ours" if not keyed else
+            f"it has the key of another cloud (it needs a copy of our {KEY_FILE})" if unreadable else
+            f"it has no key (it needs a copy of our {KEY_FILE}), or is no program of ours")
+        route = f" to {address} failed: "
+        if place:
+            route = f"connection from {place}{route}"
+        vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or not place
+        self.add(now, ("" if place else "a connection") + route + why, route if vague else "")
+
+
+class MemoryGuard:
+    """Cuts off connections that send a message without end, while memory is short. Linux only.
+
+    libzmq keeps the frames of a message until its last one has come. Only the system knows how
+    much a connection has sent; the guard asks it.
+    """
+
+    def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
+        self.refusals = loop.refusals
+        self.links = links
+        self.look_at: Seconds = 0.0
+        self.trim_at: Seconds = 0.0
+        loop.each_round.append(self.look)
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if now < self.look_at:
+            return
+        self.look_at = now + MEMORY_INTERVAL
+        peers = sum(len(link.peer_at) for link in self.links)
+        short = memory_in_use() >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
+        for link in self.links:
+            if short:
+                self.cut_off_endless(link, now)
+            else:
+                link.received.clear()
+        if short and now >= self.trim_at:
+            self.trim_at = now + TRIM_INTERVAL
+            trim_memory()
+
+    def cut_off_endless(self, link: RouterLink, now: Seconds) -> None:
+        """Cut off the connections of a link that have sent too much since their last message."""
+        for descriptor in (*link.pending, *link.peer_at):
+            pending, seen = descriptor in link.pending, descriptor in link.received
+            with contextlib.suppress(OSError), borrowed_socket(descriptor) as connection:
+                size = bytes_received(connection)
+                before = link.received.setdefault(descriptor, 0 if pending else size)
+                if size - before > (MAX_HANDSHAKE if pending and seen else MAX_UNFINISHED):
+                    del link.received[descriptor]
+                    host = printable(connection.getpeername()[0])
+                    self.refusals.add(now, f"cut off {host}: it sends but never ends its message")
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+def bytes_received(connection: socket.socket) -> int:
+    """Return how many bytes came on it: tcpi_bytes_received in struct tcp_info of linux/tcp.h.
+
+    Returns 0 where the system does not count. Raises OSError if it is closed, or not TCP.
+    """
+    if not hasattr(socket, "TCP_INFO") or sys.platform != "linux":
+        return 0
+    facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
+
+
+def memory_in_use() -> int:
+    """Return the bytes of this process that are in memory; 0 if the system does not tell."""
+    pages = read_text("/proc/self/statm").split()
+    return int(pages[1]) * resource.getpagesize() if len(pages) > 1 else 0
+
+
+def trim_memory() -> None:
+    """Let glibc return free memory to the system: it keeps what large messages leave behind."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 # === Options ==========================================================================
