@@ -266,22 +266,25 @@ LONG_PAUSE: Seconds = Times().lost_grace / 2  # a process that was stopped for l
 
 # === Messages =========================================================================
 #
-# One table says which verbs there are, who may say them and what their fields must be.
-# decode() checks a line against it, so that the machines see well-formed messages only;
-# it is the one place where a peer's mistake raises.
+# A table holds every verb: its way through the cloud, and a check for each field. decode()
+# checks a line against the table, so that the machines see well-formed messages only. It
+# raises ProtocolError for all that a peer got wrong.
 
 
 class ProtocolError(Exception):
-    """A peer's line that is no message of ours; the text says what is wrong with it."""
+    """A peer's line is not a valid message; the text says why."""
+
+
+# --- bytes and text
 
 
 def to_text(data: bytes) -> str:
-    """Any bytes as text, so that to_bytes() gives the same bytes back."""
+    """Return any bytes as text from which to_bytes() makes the same bytes."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def to_bytes(text: str) -> bytes:
-    """The bytes of a text, whether from to_text() or from a peer's JSON."""
+    """Return the bytes of a text from to_text() or from a peer's JSON."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte
@@ -289,12 +292,17 @@ def to_bytes(text: str) -> bytes:
 
 
 def in_utf8(text: str) -> str:
-    """With U+FFFD for what is no UTF-8: other languages' JSON knows no lone surrogates."""
+    """Replace lone surrogates by U+FFFD: other languages' JSON does not know them."""
     return to_bytes(text).decode("utf-8", "replace")
 
 
+# --- checks of fields: their docstrings complete the sentence "FIELD must be ..."
+
+Check = Callable[[Any], bool]
+
+
 def count(value: Any) -> bool:
-    """a whole number from 0 to 2**53"""  # as far as all JSON readers agree
+    """a whole number from 0 to 2**53"""  # all JSON readers agree up to there
     return type(value) is int and 0 <= value <= 2**53
 
 
@@ -314,35 +322,18 @@ def text(value: Any) -> bool:
 
 
 def name(value: Any) -> bool:
-    """a name of 1 to 200 ASCII characters"""  # a run's becomes a token
+    """a name of 1 to 200 ASCII characters"""  # the name of a run becomes a token
     return type(value) is str and value.isascii() and 0 < len(value) <= 200
 
 
 def slot_count(value: Any) -> bool:
-    """a whole number up to 2**20"""  # so that the sum over many workers is a count
+    """a whole number up to 2**20"""  # the sum over many workers must still be a count
     return count(value) and value <= 2**20
 
 
 def flag(value: Any) -> bool:
     """true or false"""
     return type(value) is bool
-
-
-def counts(value: Any) -> bool:
-    """a list of whole numbers"""
-    return type(value) is list and all(map(count, value))
-
-
-def texts(value: Any) -> bool:
-    """a list of texts"""
-    return type(value) is list and all(map(text, value))
-
-
-def machines(value: Any) -> bool:
-    """a list of [host, slots, label, label...]"""
-    return type(value) is list and all(
-        type(row) is list and len(row) > 1 and text(row[0]) and slot_count(row[1]) and texts(row[2:])
-        for row in value)
 
 
 def environment(value: Any) -> bool:
@@ -352,32 +343,30 @@ def environment(value: Any) -> bool:
         for name, word in value.items())
 
 
-def rows_of(needs: Dict[str, Callable[[Any], bool]],
-            may_have: Dict[str, Callable[[Any], bool]]) -> Callable[[Any], bool]:
-    """A check for a list of objects that all have these fields."""
+def list_of(check: Check, what: str) -> Check:
+    """Return a check for a list of such values, which are called `what`."""
+    def check_list(value: Any) -> bool:
+        return type(value) is list and all(map(check, value))
+    check_list.__doc__ = "a list of " + what
+    return check_list
+
+
+def rows_of(needs: Dict[str, Check], may_have: Dict[str, Check]) -> Check:
+    """Return a check for a list of objects with these fields."""
     fields = {**needs, **may_have}
-
-    def rows(value: Any) -> bool:
-        """a list of objects as of STATUS"""
-        return type(value) is list and all(
-            type(row) is dict and needs.keys() <= row.keys() and all(
-                check(row[name]) for name, check in fields.items() if name in row) for row in value)
-    return rows
+    return list_of(lambda row: type(row) is dict and needs.keys() <= row.keys() and all(
+        check(row[name]) for name, check in fields.items() if name in row), "objects as of STATUS")
 
 
-def pairs(value: Any) -> bool:
-    """a list of [id, attempt]"""
-    return type(value) is list and all(counts(row) and len(row) == 2 for row in value)
+counts = list_of(count, "whole numbers")
+texts = list_of(text, "texts")
+pairs = list_of(lambda row: counts(row) and len(row) == 2, "[id, attempt]")
+triples = list_of(lambda row: type(row) is list and len(row) == 3 and name(row[0])
+                  and counts(row[1:]), "[run, id, attempt]")
+machines = list_of(lambda row: type(row) is list and len(row) > 1 and text(row[0])
+                   and slot_count(row[1]) and texts(row[2:]), "[host, slots, label, label...]")
 
-
-def triples(value: Any) -> bool:
-    """a list of [run, id, attempt]"""
-    return type(value) is list and all(
-        type(row) is list and len(row) == 3 and name(row[0]) and counts(row[1:])
-        for row in value)
-
-
-Check = Callable[[Any], bool]
+# --- the table of messages
 
 
 class Spec(NamedTuple):
@@ -393,7 +382,8 @@ COUNTS = dict.fromkeys(("running", "held", "done", "failed"), count)
 WORKER_ROWS = rows_of({
     "name": text, "host": text, "kind": text,  # worker, plain or broker
     "below": texts, "labels": texts, "slots": count, "weight": integer, **COUNTS,
-    "load": number, "there": flag, "silent": number}, {})  # load: 0 if unknown; silent: for seconds
+    "load": number,  # 0 if unknown
+    "there": flag, "silent": number}, {})  # silent: for so many seconds
 CLIENT_ROWS = rows_of({
     "host": text, "kind": text,  # client, plain or above
     "there": flag, "queued": count, **COUNTS, "waits_for": text}, {"pid": count})  # 0 if unknown
@@ -402,36 +392,39 @@ MESSAGES: Dict[str, Spec] = {
     COMMAND: Spec("client > broker > worker", {"cmd": text}, {
         "cwd": text, "id": count, "attempt": count,
         "again": flag,  # submitted before: a worker may already have it
-        "had": text, "avoid": text,  # names of workers
-        "careful": flag,  # workers were lost with it: let no others wait behind it
-        "elsewhere": flag,  # wait for another than the one to avoid, if there is one
-        "on": text, "not_on": text,  # hosts: wait for it, or for another, if there is one
-        "never_on": texts,  # hosts: if there is no other, it is LOST
+        "had": text,  # the worker that had it, by name
+        "avoid": text,  # a worker: only if there is no other
+        "careful": flag,  # workers were lost with it: no other commands wait behind it
+        "elsewhere": flag,  # wait for another worker than the one to avoid, if there is one
+        "on": text, "not_on": text,  # hosts: wait for this one, or for another, if it exists
+        "never_on": texts,  # hosts: without any other the command is LOST
         "needs": texts,  # labels that a worker must have
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
         "env": environment,  # variables to set
-        "split": flag,  # have the output in PIECES, of stdout and of stderr
-        "cut": count}),  # send at most so many bytes of output, inline
+        "split": flag,  # send the output in PIECES, of stdout and of stderr
+        "cut": count}),  # bytes of output to send at most, inline
     "HELLO": Spec("client > broker", {"run": name}, {
         "join": count, "beat": count, "unreported": counts, "version": text, "host": text,
-        "pid": count, "backlog": count}),  # how many commands it keeps for later
+        "pid": count, "backlog": count}),  # commands that the client has not submitted yet
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
         "running": triples, "held": triples, "version": text, "user": text,
         "host": text,  # NAME/ID
-        "labels": texts, "load": number,  # of its machine: how many processes want a processor
-        "more": flag,  # only a part of what it has: the rest follows,
-        "parts": count,  # after so many such
-        "below": texts,  # the brokers of this subtree, if it is a chained broker,
-        "crew": machines,  # and where its workers are
-        "depth": count}),  # how many of the brokers stand in its longest chain
+        "labels": texts,
+        "load": number,  # processes on its machine that want a processor
+        "more": flag,  # a part of its tasks: more READYs follow
+        "parts": count,  # how many such parts came before
+        "below": texts,  # of a chained broker: the brokers of its subtree,
+        "crew": machines,  # the machines of its workers,
+        "depth": count}),  # and the brokers in its longest chain
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
-        "lacks": text,  # what the client's commands wait for, if it may wait for ever
-        "note": text, "host": text,  # for who has started the worker; as what it is known
-        "patience": number}),  # seconds after which a silent peer is given up
+        "lacks": text,  # what the client's commands wait for, perhaps for ever
+        "note": text,  # for the user who started the worker
+        "host": text,  # the name that the broker shows for the worker's host
+        "patience": number}),  # seconds after which the broker gives up a silent peer
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
         "cmd": text, "tasks": pairs, "worker": text}),
@@ -439,8 +432,8 @@ MESSAGES: Dict[str, Spec] = {
         "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
         "started": number, "size": count, "worker": text, "host": text, "signal": count,
         "slot": count, "reason": text,
-        "ran": flag,  # it did, although there is a reason for exit code 126
-        "split": flag}),  # it is in PIECES, as was asked for
+        "ran": flag,  # it did run, although exit code 126 has a reason
+        "split": flag}),  # the output is in PIECES
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
         "fault": text, "worker": text}),  # fault: CRASH, SPAWN, NOWHERE or ""
     "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
@@ -459,7 +452,7 @@ MESSAGES: Dict[str, Spec] = {
 
 
 class Message(NamedTuple):
-    """A line as a machine gets it, with where it came from."""
+    """A line that a machine received, with its origin."""
 
     link: str
     peer: Peer
@@ -467,11 +460,14 @@ class Message(NamedTuple):
     verb: str
     fields: Fields
     line: bytes
-    data: Any  # the bytes of a CHUNK, or what has them: a buffer with a length
+    data: Any  # the bytes of a CHUNK, or a buffer with them
+
+
+# --- lines: encode and decode
 
 
 def refuse_constant(name: str) -> None:
-    """NaN and Infinity are Python's idea of JSON, nobody else's."""
+    """Refuse NaN and Infinity, which only Python takes for JSON."""
     raise ValueError(name + " is no JSON")
 
 
@@ -481,29 +477,29 @@ decoder: Any = json.JSONDecoder(parse_constant=refuse_constant)
 
 
 def load(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError."""
+    """Return the value of a JSON text. Raises ValueError."""
     try:
-        value, end = decoder.scan_once(text, 0)  # half of the time that decode() takes
+        value, end = decoder.scan_once(text, 0)  # takes half the time of decode()
         if end == len(text):
             return value
     except StopIteration:
         pass
-    return decoder.decode(text)  # there is something around it, or an error to be told
+    return decoder.decode(text)  # which allows space around it, and explains errors
 
 
 def encode(verb: str, fields: Optional[Fields] = None) -> bytes:
-    """A line: the verb and its fields, without a newline in it or after it."""
+    """Return a line, without a newline in it or after it."""
     if fields is None:
         return verb.encode()
     try:
         body = dump(fields).encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8 are written as escapes
+    except UnicodeEncodeError:  # lone surrogates must be written as escapes
         body = dump_ascii(fields).encode()
     return body if verb == COMMAND else verb.encode() + b" " + body
 
 
 def decode(line: bytes) -> Tuple[str, Fields]:
-    """A line's verb and fields, checked against MESSAGES. Raises ProtocolError."""
+    """Return a line's verb and fields, checked against MESSAGES. Raises ProtocolError."""
     if line[:1] == b"{":
         verb, body = COMMAND, line
     else:
@@ -531,39 +527,53 @@ def decode(line: bytes) -> Tuple[str, Fields]:
 
 
 def fingerprint(key: str) -> str:
-    """Of a public key, for the names that only its holder may use: runs begin and workers end with
-    it, so that after a broker's restart nobody can be before them. "" without a key."""
+    """Return 16 digits of a public key's hash, or "" without a key.
+
+    Runs begin with it and workers end with it, so that only the holder of the key may use
+    these names, also after a broker's restart."""
     return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
 
 
 def require_run(token: Run) -> None:
-    """Raise ProtocolError if this names no run: we could not announce a command of it."""
+    """Raise ProtocolError if the token names no run: READY could not list such a command."""
     if not name(token):
         raise ProtocolError("a command needs the name of its run as token")
+
+
+# --- text for people
+
+MAX_TEXT = 1000  # characters of a reason or a name from elsewhere
+HIGH_BYTES = "".join(map(chr, range(0xdca0, 0xdd00)))  # on some terminals they are letters
+NOT_PRINTABLE_ASCII = re.compile("[^ -~]+")
 
 
 def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def truncate(text: str, limit: int = MAX_TEXT) -> str:
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def truncate_middle(text: str, limit: int = MAX_TEXT) -> str:
+    """Cut a long text in its middle: names and commands differ at their ends."""
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:limit - 3 - half]}...{text[len(text) - half:]}"
+
+
 def printable(value: Union[str, bytes], limit: int = 80) -> str:
-    """What a peer sent, safe to show on one line of a terminal or log."""
+    """Return a peer's text, safe to show on one line of a terminal or log."""
     shown = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return escape_unprintable(truncate(shown, limit), "")
 
 
 def escape_command(command: str) -> str:
-    """A command as it is, but for what would steer a terminal or hide a part of it."""
+    """Escape only what would steer a terminal or hide a part of the command."""
     return escape_unprintable(command, "\t" + HIGH_BYTES)
 
 
-HIGH_BYTES = "".join(map(chr, range(0xdca0, 0xdd00)))  # bytes that may be letters, on some terminal
-CLIPPED = 1000  # characters of a reason or a name from elsewhere
-NOT_PRINTABLE_ASCII = re.compile("[^ -~]+")
-
-
 def escape_unprintable(text: str, keep: str = "\t\n") -> str:
-    """A text with escapes for what has no shape, moves other characters, or stands for a byte."""
+    """Escape characters that are invisible, move others, or stand for a byte."""
     return NOT_PRINTABLE_ASCII.sub(lambda found: "".join(
         c if c.isprintable() or c in keep else escape_of(c) for c in found[0]), text)
 
@@ -572,27 +582,17 @@ def escape_of(c: str) -> str:
     return f"\\x{ord(c) & 0xff:02x}" if "\udc80" <= c <= "\udcff" else repr(c)[1:-1]
 
 
-def truncate(text: str, limit: int = CLIPPED) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def truncate_middle(text: str, limit: int = CLIPPED) -> str:
-    """A text without its middle if it is longer: names and commands differ at their ends."""
-    half = (limit - 3) // 2
-    return text if len(text) <= limit else f"{text[:limit - 3 - half]}...{text[len(text) - half:]}"
-
-
 # === Machines =========================================================================
 #
-# Broker, worker and client are machines without I/O. A machine is told what happened
-# (receive, connected, disconnected, tick) and at what time; what it wants sent collects
-# in its outbox, what else it wants done in its effects, and the loop at the end of this
-# file takes both. Lines for the same receiver leave in one body: that batching, and not
-# any cleverness, is what makes the program fast.
+# Broker, worker and client are machines without I/O. The loop (section Sockets) tells a
+# machine what happened and when: receive, connected, disconnected, tick. The machine
+# collects what it wants sent in its outbox, and what it wants done in its effects; the loop
+# takes both. Lines to the same receiver leave in one body: this batching makes the program
+# fast.
 
 
 class Outgoing(NamedTuple):
-    """A body to be sent: over which link, to whom, for which run."""
+    """A body to be sent: on which link, to which peer, for which run."""
 
     link: str
     peer: Peer
@@ -602,14 +602,14 @@ class Outgoing(NamedTuple):
 
 
 class Log(NamedTuple):
-    """Effect: a line for the operator's log."""
+    """Effect: write a line to the operator's log."""
 
     level: int
     text: str
 
 
 class Notice(NamedTuple):
-    """Effect: a line for the person at the terminal, on stderr; with --quiet only errors."""
+    """Effect: write a line to stderr for the user; with --quiet only errors."""
 
     text: str
     error: bool = False
@@ -628,7 +628,7 @@ class Exit(NamedTuple):
 
 
 def batch_lines(lines: List[bytes], limit: int) -> Iterator[bytes]:
-    """The lines joined into bodies of about `limit` bytes, each of at least one line."""
+    """Join the lines into bodies of about `limit` bytes, each of at least one line."""
     size, batch = 0, []  # type: int, List[bytes]
     for line in lines:
         if batch and size + len(line) > limit:
@@ -646,15 +646,15 @@ class Machine:
     HANDLERS: Dict[Tuple[str, str], str] = {}
 
     def __init__(self) -> None:
-        # by receiver: batches of lines with the same token, in the order in which they were said,
-        # for an OK that ends joining must not overtake what was said before it
+        # by receiver: batches of lines with the same token, in the order of say(); an OK that
+        # ends joining must not overtake earlier lines
         self.outbox: Dict[Tuple[str, Peer], List[Tuple[Run, List[bytes]]]] = {}
-        self.bulk: List[Outgoing] = []  # CHUNKs: sent by themselves, after the lines
+        self.bulk: List[Outgoing] = []  # CHUNKs: each in its own message, after the lines
         self.effects: List[Any] = []
-        self.now: Seconds = 0.0  # the time of the event in hand
-        self.last_complaint = ""  # the reason in the last ERROR that we got
+        self.now: Seconds = 0.0  # the time of the present event
         self.wait = Wait()
-        # about bad messages: those that were told, until when they need not be told again
+        self.last_complaint = ""  # the reason in the last ERROR from a peer
+        # by reason: until when bad messages need no further line in the log
         self.complaints: Dict[str, Seconds] = {}
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
@@ -672,25 +672,15 @@ class Machine:
 
     def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: Any,
                 now: Seconds) -> None:
-        """Handle each line of a body. A bad line changes nothing; the first one of a body is
-        answered with ERROR."""
+        """Handle each line of a body. A bad line changes nothing; ERROR answers the first."""
         self.now = now
         self.heard(link, peer)
         bad = 0
         if not body.strip(b"\n"):
             self.complain(link, peer, token, body, "an empty message")
-        for line in body.split(b"\n"):
-            if not line:
-                continue
+        for line in filter(None, body.split(b"\n")):
             try:
-                verb, fields = decode(line)
-                name = self.HANDLERS.get((link, verb))
-                if name is None:
-                    other = [other for other, known in self.HANDLERS if known == verb and other != link]
-                    raise ProtocolError(f"{verb} is not understood on the link to {link}" + (
-                        f", but on that to {other[0]}: is the port right?" if other else ""))
-                if self.accepts(link, verb):
-                    getattr(self, name)(Message(link, peer, token, verb, fields, line, data))
+                self.handle(link, peer, token, line, data)
             except ProtocolError as error:
                 bad += 1
                 if bad == 1:
@@ -699,14 +689,25 @@ class Machine:
                     break
         self.settle()
 
+    def handle(self, link: str, peer: Peer, token: Run, line: bytes, data: Any) -> None:
+        """Call the handler of this line. Raises ProtocolError."""
+        verb, fields = decode(line)
+        handler = self.HANDLERS.get((link, verb))
+        if handler is None:
+            other = next((other for other, known in self.HANDLERS if known == verb), "")
+            raise ProtocolError(f"{verb} is not understood on the link to {link}" + (
+                f", but on that to {other}: is the port right?" if other else ""))
+        if self.accepts(link, verb):
+            getattr(self, handler)(Message(link, peer, token, verb, fields, line, data))
+
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
-        """Answer a bad message with ERROR; one that is itself an ERROR only with a log line."""
-        for old in [old for old, when in self.complaints.items() if when <= self.now]:
-            del self.complaints[old]
-        if reason in self.complaints or len(self.complaints) < MAX_COMPLAINTS:
-            if reason not in self.complaints:
-                self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+        """Answer a bad message with ERROR, and log it. A bad ERROR gets no answer."""
+        self.complaints = {old: until for old, until in self.complaints.items() if until > self.now}
+        known = reason in self.complaints
+        if known or len(self.complaints) < MAX_COMPLAINTS:
             self.complaints[reason] = self.now + COMPLAINT_INTERVAL
+            if not known:
+                self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
         if not line.startswith(b"ERROR"):
             self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
 
@@ -720,33 +721,33 @@ class Machine:
         reason = printable(message.fields.get("reason", ""), 200)
         about = printable(message.fields.get("message", ""))
         level = logging.DEBUG if reason == self.last_complaint else logging.WARNING
-        self.last_complaint = reason  # told once, not at every heartbeat
+        self.last_complaint = reason  # one warning, not one per heartbeat
         self.log(level, f"peer on {message.link} complains: {reason}: {about}")
 
     def take(self) -> Tuple[List[Outgoing], List[Any]]:
-        """All that is to be sent and done now; the machine forgets it."""
-        frames: List[Outgoing] = []
+        """Return all that is to be sent and done now, and forget it."""
+        outgoing: List[Outgoing] = []
         for (link, peer), batches in self.outbox.items():
             limit = BATCH_BYTES if self.knows_batches(link, peer) else 0
             for token, lines in batches:
-                frames += [Outgoing(link, peer, token, body, b"")
-                           for body in batch_lines(lines, limit)]
-        frames += self.bulk
+                outgoing += [Outgoing(link, peer, token, body, b"")
+                             for body in batch_lines(lines, limit)]
+        outgoing += self.bulk
         effects, self.effects = self.effects, []
         self.outbox, self.bulk = {}, []
-        return frames, effects
+        return outgoing, effects
 
     def knows_batches(self, link: str, peer: Peer) -> bool:
-        """Whether this peer can read a body of several lines. Plain ones cannot."""
+        """Return whether this peer can read a body of several lines. Plain peers cannot."""
         return True
 
-    # What a machine may want to do at these moments:
+    # --- what the loop tells a machine
 
     def heard(self, link: str, peer: Peer) -> None:
-        """Something came from this peer: it lives."""
+        """The peer sent something: it is alive."""
 
     def accepts(self, link: str, verb: str) -> bool:
-        """Whether to listen to this verb now; what is not accepted is dropped silently."""
+        """Return whether this verb is accepted now. Others are dropped without an answer."""
         return True
 
     def settle(self) -> None:
@@ -756,44 +757,43 @@ class Machine:
         """The link to the broker is up."""
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        """This connection is gone for certain."""
+        """This connection is certainly gone."""
 
     def refused(self, link: str, why: str, now: Seconds) -> None:
-        """The link to the broker cannot come up, and why."""
+        """The link to the broker cannot come up, for this reason."""
 
     def key_changed(self, mark: str) -> None:
-        """There is another key to connect with, and this is its fingerprint: names go with it."""
+        """We connect with another key from now on; our names carry its fingerprint, `mark`."""
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
-        """Of a new connection: the public key that its peer has proven to have."""
+        """The peer of a new connection has proven that it holds this public key."""
 
     def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
-        """Its key is not accepted any more, and it has been cut off."""
+        """The peer's key was revoked, and its connection closed."""
 
     def paused(self, gap: Seconds, now: Seconds) -> None:
-        """The process was stopped, or busy, for so long after something was due."""
+        """The process was stopped or busy: it is `gap` seconds late."""
 
     def tick(self, now: Seconds) -> None:
         """Do what is due at this time."""
 
     def deadline(self) -> Seconds:
-        """When tick() must be called next, at the latest."""
+        """Return when tick() must be called next, at the latest."""
         return math.inf
 
 
 class Session:
-    """One peer's conversation with its broker: join, stay in touch, join again.
+    """A peer's session with its broker: join, send heartbeats, join again.
 
-    All our greetings are numbered, and an OK tells the number of the one that it answers. To join
-    is to say who we are and all that we have (the owner's greeting). Only an OK to that ends
-    joining, so that nothing which the broker sent before it heard us can be taken for an answer.
-    We join again when the connection is new, when the broker says WHO, and on a new socket when
-    it stays silent.
+    Greetings (HELLO or READY) have numbers, and an OK names the greeting that it answers. A
+    joining greeting says all that the peer has. Only the OK to it ends joining, so that
+    nothing the broker sent earlier can be taken for an answer. The peer joins again on a new
+    connection, after WHO, and on a new socket when the broker is silent.
 
-    The broker takes back what is not confirmed within its patience, and gives it to others. So
-    each OK is a lease, from when its greeting was sent, and without one nothing is started. What
-    comes without one may have been under way for long: it is doubted, until an OK to a later
-    greeting shows that all that the broker had to say about it has come as well.
+    The broker gives tasks to others when their peer is silent for longer than its patience.
+    So each OK is a lease, which begins when its greeting was sent; without a lease the peer
+    starts nothing. A command that comes without a lease may be old. It is doubted until an
+    OK to a later greeting: by then all that the broker said about it has come, too.
     """
 
     def __init__(self, owner: Machine, verb: str, greeting: Callable[[bool], Fields],
@@ -802,21 +802,21 @@ class Session:
         self.verb = verb  # HELLO or READY
         self.greeting = greeting
         self.times = times
-        self.up = False  # the connection, as far as we were told
+        self.up = False  # the connection, as far as we know
         self.trouble = ""  # why it cannot come up
         self.joined = False
         self.number = 0  # of the last greeting
-        self.unanswered = 0  # greetings since anything was heard
-        self.ready_interval = max(times.ready_interval, OK_DELAY)  # else no answer comes in time
+        self.unanswered = 0  # greetings since the broker was heard
+        self.ready_interval = max(times.ready_interval, OK_DELAY)  # the OK takes OK_DELAY
         self.interval = self.ready_interval
-        self.backoff = 1  # of joining: how many intervals until we try again
+        self.backoff = 1  # intervals between attempts to join
         self.next_greeting: Seconds = 0.0
         self.heard_at: Seconds = -math.inf
         self.patience: Seconds = math.inf  # the broker's
-        self.sent: Dict[int, Seconds] = {}  # when greetings were sent that are unanswered, by number
+        self.sent: Dict[int, Seconds] = {}  # unanswered greetings by number: when they were sent
         self.lease_began: Seconds = -math.inf
         self.doubted_at: Seconds = -math.inf
-        self.announced: Fields = {}  # what we said when we joined, to tell what changed since
+        self.announced: Fields = {}  # the greeting that joined, to tell what changed since
 
     def greet(self, now: Seconds) -> None:
         fields = self.greeting(not self.joined)
@@ -824,7 +824,7 @@ class Session:
         fields["beat" if self.joined else "join"] = self.number
         if not self.joined:
             self.announced = fields
-            self.sent.clear()  # their answers may be of a broker that knew less of us
+            self.sent.clear()  # their answers may come from a broker that knew less of us
         self.sent[self.number] = now
         if len(self.sent) > MAX_UNANSWERED:
             del self.sent[min(self.sent)]
@@ -852,29 +852,29 @@ class Session:
         self.heard_at = now
 
     def paused(self, gap: Seconds, now: Seconds) -> None:
-        """For those who take commands: if our lease is over, or we have lost our connection, the
-        broker may have given us up, and the commands that wait in our socket to others. Then only
-        what it says when we have joined again counts."""
+        """Join again if the pause may have cost us our lease or our connection.
+
+        The broker may then have given our commands to others, those in our socket as well."""
         self.heard_at += gap
         if self.joined and (gap > LONG_PAUSE or not self.leased()):
             self.join(now)
 
     def accepts(self, verb: str) -> bool:
-        """While we join, the broker's records of us and ours may differ, and only what ends
-        that counts; what else it sends it will find missing and take back."""
+        """Return whether this verb counts now. While we join, the broker's records of us and
+        ours may differ; the broker will take back other tasks when it finds them missing."""
         return self.joined or verb in ("OK", "WHO", "ERROR", "CANCEL", "RECALL")
 
     def ok(self, fields: Fields) -> bool:
-        """An OK has come; true if it makes us joined."""
-        if "patience" in fields:  # of the broker: we must not be silent for longer
+        """Handle an OK; return whether it ends joining."""
+        if "patience" in fields:
             self.patience = fields["patience"]
-            enough = max(self.patience * GREETING_FRACTION, MIN_GREETING_INTERVAL)
-            self.interval = min(self.ready_interval, enough)
+            self.interval = min(self.ready_interval, max(
+                self.patience * GREETING_FRACTION, MIN_GREETING_INTERVAL))
         joins = not self.joined and self.number > 0 and fields.get("join") == self.number
         if joins:
             self.joined = self.up = True
             self.backoff = 1
-        elif not self.joined and "join" in fields:  # to a try before the last, whose answer is next
+        elif not self.joined and "join" in fields:  # to an earlier attempt: the broker is slow
             self.backoff = min(2 * self.backoff, MAX_BACKOFF)
             self.next_greeting = self.owner.now + self.backoff * self.interval
         if self.joined:
@@ -886,7 +886,7 @@ class Session:
         return joins
 
     def leased(self) -> bool:
-        """Whether what the broker gave us may be started: nobody else has been given it."""
+        """Return whether we may start our commands: the broker has given them to nobody else."""
         return self.joined and self.lease_began > self.doubted_at \
             and self.owner.now < self.lease_ends()
 
@@ -894,7 +894,7 @@ class Session:
         return self.lease_began + LEASE_FRACTION * self.patience
 
     def take_command(self) -> None:
-        """A command has come: note if that was without a lease."""
+        """A command has come: doubt it if there is no lease."""
         if not self.leased():
             self.doubted_at = self.owner.now
 
@@ -907,7 +907,7 @@ class Session:
             self.owner.effects.append(Reconnect(BROKER))
         if self.up:
             self.greet(now)
-        else:  # a greeting might still be sent, and be heard after the one that follows connected()
+        else:  # no greeting: the broker might hear it after the one that follows connected()
             self.unanswered += 1
             self.next_greeting = now + self.interval
 
@@ -916,7 +916,7 @@ TASK_LISTS = ("running", "held")  # the fields of READY that may be long
 
 
 def split_greeting(fields: Fields) -> List[Fields]:
-    """A greeting in lines of which each fits into a frame: all but the last have `more`."""
+    """Return a greeting as lines that each fit into a frame: all but the last have `more`."""
     lists = {key: fields[key] for key in TASK_LISTS if key in fields}
     if sum(map(len, lists.values())) <= MAX_READY_TASKS:
         return [fields]
@@ -927,14 +927,14 @@ def split_greeting(fields: Fields) -> List[Fields]:
 
 
 class Wait:
-    """Says what is being waited for, once per cause, and when it is over; knows the limit."""
+    """What a machine waits for: one notice per cause and one for the end, and a time limit."""
 
     def __init__(self, limit: Seconds = math.inf) -> None:
         self.limit = limit
-        self.cause = ""  # what is waited for now, "" for nothing
-        self.since: Seconds = 0.0  # this cause began
-        self.began: Seconds = 0.0  # waiting began, for whatever causes
-        self.said = ""  # the cause that was told last
+        self.cause = ""  # "" if there is no wait
+        self.since: Seconds = 0.0  # when this cause began
+        self.began: Seconds = 0.0  # when the wait began, for whatever causes
+        self.said = ""  # the cause in the last notice
 
     def notice(self, cause: str, now: Seconds) -> str:
         """Note what we wait for now, "" for nothing; return the notice that is due, or ""."""
@@ -961,13 +961,15 @@ class Wait:
 
 
 class HostNames:
-    """Names to show for hosts. An identity is NAME/ID, as its worker tells; those with the same NAME
-    are vm, vm~2, in the order in which they are seen. A broker has its workers take these, so that
-    all who ask see the same. One without ID (a plain worker's) is a name."""
+    """Short names for hosts, whose workers tell their identity NAME/ID.
+
+    Hosts with the same NAME are shown as vm, vm~2, in the order in which they are seen. A
+    broker tells its workers these names, so that all users see the same. An identity without
+    ID, as of a plain worker, is a name."""
 
     def __init__(self) -> None:
-        self.identities: Dict[str, str] = {}  # by what is shown
-        self.names: Dict[Tuple[str, str], str] = {}  # by NAME, without a number, and ID
+        self.identities: Dict[str, str] = {}  # by name
+        self.names: Dict[Tuple[str, str], str] = {}  # by NAME without ~N, and ID
 
     def key(self, identity: str) -> Tuple[str, str]:
         name, _, id = identity.rpartition("/")
@@ -982,8 +984,8 @@ class HostNames:
             self.identities[self.names[key]] = identity
         return self.names[key]
 
-    def identity_of(self, shown: str) -> str:
-        return self.identities.get(shown, shown)
+    def identity_of(self, name: str) -> str:
+        return self.identities.get(name, name)
 
     def forget(self, identity: str) -> None:
         self.identities.pop(self.names.pop(self.key(identity), ""), None)
@@ -999,7 +1001,7 @@ class SessionMachine(Machine):
         self.wait = Wait(wait)
 
     def greeting(self, joining: bool) -> Fields:
-        """The fields of HELLO or READY; when joining, with all that we have."""
+        """Return the fields of HELLO or READY; when joining, with all that we have."""
         raise NotImplementedError
 
     def heard(self, link: str, peer: Peer) -> None:
@@ -1025,7 +1027,7 @@ class SessionMachine(Machine):
             self.session.join(self.now)
 
     def on_error(self, message: Message) -> None:
-        if self.session.joined:  # otherwise the watch says what may be wrong, and what to do
+        if self.session.joined:  # before that, the notice of the wait says what may be wrong
             super().on_error(message)
 
 
@@ -6924,7 +6926,7 @@ def client_row(row: Fields) -> List[str]:
 
 def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
     """Lines with columns of the width that they need: texts to the left, numbers to the right."""
-    rows = [[truncate_middle(printable(cell, CLIPPED), 60) for cell in row] for row in rows]
+    rows = [[truncate_middle(printable(cell, MAX_TEXT), 60) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     last = len(widths) - 1
     if columns:
