@@ -341,6 +341,34 @@ class Desk:
             {"id": id, "attempt": attempt, "exitcode": 0, "stdout": "", "time": 1, "size": 0},
             **more)), run)
 
+    def given(self, worker):
+        """Confirm all commands that this worker was given, and return their ids."""
+        given = [(token, fields) for _, peer, token, verb, fields, _ in self.letters
+                 if (peer, verb) == (worker, "{")]
+        self.letters = [letter for letter in self.letters if letter[1] != worker]
+        for token, fields in given:
+            self.worker(worker, tc.encode("QUEUED", {
+                "tasks": [[fields["id"], fields["attempt"]]]}), token)
+        return [fields["id"] for _, fields in given]
+
+    def warm(self, worker):
+        """Make a worker of one slot prove that its commands are short, then fill its slot."""
+        self.hello(b"warm", "warm")
+        self.join(worker, slots=1)
+        for id in range(1, 6):
+            self.submit(b"warm", id)
+            self.takes(worker, "warm", id)
+            if id < 5:
+                self.ends(worker, "warm", id)
+        self.letters.clear()
+
+    def pause(self, seconds):
+        """The broker is stopped for so long, as while its machine sleeps."""
+        self.now += seconds
+        self.broker.paused(seconds, self.now)
+        self.broker.tick(self.now)
+        self.collect()
+
 
 class BrokerTest(unittest.TestCase):
     def setUp(self):
@@ -420,85 +448,63 @@ class BrokerTest(unittest.TestCase):
         self.assertEqual(order[:2], [b"h", b"b"])
         self.assertEqual(Counter(order), {b"h": 1, b"b": 3, b"a": 2})
 
-    def given(self, worker):
-        """Take the letters to this worker; the ids of the commands among them, confirmed."""
-        given = [(token, fields) for _, peer, token, verb, fields, _ in self.desk.letters
-                 if (peer, verb) == (worker, "{")]
-        self.desk.letters = [letter for letter in self.desk.letters if letter[1] != worker]
-        for token, fields in given:
-            self.desk.worker(worker, tc.encode("QUEUED", {
-                "tasks": [[fields["id"], fields["attempt"]]]}), token)
-        return [fields["id"] for _, fields in given]
-
     def test_workers_are_given_some_ahead_as_far_as_commands_prove_short(self):
         d = self.desk
         d.join(b"w", slots=1)
         d.hello(b"c", "r1")
         d.submit(b"c", *range(1, 100))
-        self.assertEqual(self.given(b"w"), [1])
+        self.assertEqual(d.given(b"w"), [1])
         d.ends(b"w", "r1", 1, time=tc.AHEAD_TIME / 2)
-        self.assertEqual(self.given(b"w"), [2, 3])
+        self.assertEqual(d.given(b"w"), [2, 3])
         d.ends(b"w", "r1", 2)
-        self.assertEqual(self.given(b"w"), [4, 5])
+        self.assertEqual(d.given(b"w"), [4, 5])
         for id in range(3, 20):
             d.ends(b"w", "r1", id)
-            given = self.given(b"w")
+            given = d.given(b"w")
         self.assertEqual(given, [20 + tc.AHEAD])
         for id in range(20, 20 + tc.AHEAD - 2):
             d.ends(b"w", "r1", id, time=tc.AHEAD_TIME / 2)
-            self.assertEqual(self.given(b"w"), [])
+            self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "r1", 20 + tc.AHEAD - 2, time=tc.AHEAD_TIME / 2)
-        self.assertEqual(self.given(b"w"), [21 + tc.AHEAD])
+        self.assertEqual(d.given(b"w"), [21 + tc.AHEAD])
         for id in range(20 + tc.AHEAD - 1, 20 + tc.AHEAD + 1):
             d.ends(b"w", "r1", id, time=tc.AHEAD_TIME + 1)
-            self.assertEqual(self.given(b"w"), [])
+            self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "r1", 21 + tc.AHEAD, time=tc.AHEAD_TIME + 1)
-        self.assertEqual(self.given(b"w"), [22 + tc.AHEAD])
-
-    def warm(self, worker):
-        """Have a worker of one slot show that commands are short, and be full."""
-        d = self.desk
-        d.hello(b"warm", "warm")
-        d.join(worker, slots=1)
-        for id in range(1, 6):
-            d.submit(b"warm", id)
-            d.takes(worker, "warm", id)
-            if id < 5:
-                d.ends(worker, "warm", id)
-        d.letters.clear()
+        self.assertEqual(d.given(b"w"), [22 + tc.AHEAD])
 
     def test_a_free_slot_comes_before_room_beyond_the_slots(self):
         d = self.desk
-        self.warm(b"w")
+        d.warm(b"w")
         d.join(b"v", slots=1)
         d.hello(b"c", "r1")
         d.submit(b"c", 1, avoid="v")
-        self.assertEqual((self.given(b"v"), self.given(b"w")), ([1], []))
+        self.assertEqual((d.given(b"v"), d.given(b"w")), ([1], []))
         d.submit(b"c", 2, 3)
-        self.assertEqual((self.given(b"v"), self.given(b"w")), ([], [2, 3]))
+        self.assertEqual((d.given(b"v"), d.given(b"w")), ([], [2, 3]))
 
     def test_what_waits_for_a_slot_is_recalled_for_a_free_one_elsewhere(self):
         d = self.desk
-        self.warm(b"w")
+        d.warm(b"w")
         d.hello(b"c", "r1")
         d.submit(b"c", 1, 2)
-        self.assertEqual(self.given(b"w"), [1, 2])
+        self.assertEqual(d.given(b"w"), [1, 2])
         d.join(b"v", slots=1)
         d.expect(b"w", "RECALL", token="r1", tasks=[[2, 1]])
         d.worker(b"w", 'LOST {"tasks":[[2,1]],"why":"handed back"}', "r1")
         d.letters.clear()
         d.submit(b"c", 2, attempt=2, avoid="w")
-        self.assertEqual(self.given(b"v"), [2])
+        self.assertEqual(d.given(b"v"), [2])
         d.worker(b"w", 'RESULT {"id":5,"attempt":1,"exitcode":0,"time":2000}', "warm")
         d.submit(b"c", 3)
-        self.assertEqual(self.given(b"w"), [])  # it has 1, and proves short no more
+        self.assertEqual(d.given(b"w"), [])  # it has 1, and proves short no more
 
     def test_what_waits_for_a_slot_for_long_is_recalled(self):
         d = self.desk
-        self.warm(b"w")
+        d.warm(b"w")
         d.hello(b"c", "r1")
         d.submit(b"c", *range(1, 7))
-        self.assertEqual(self.given(b"w"), [1, 2, 3, 4])
+        self.assertEqual(d.given(b"w"), [1, 2, 3, 4])
         d.letters.clear()
         d.wait(tc.RECALL_DELAY - 0.01)
         d.quiet()
@@ -509,17 +515,17 @@ class BrokerTest(unittest.TestCase):
 
     def test_nothing_waits_behind_a_command_with_which_workers_were_lost(self):
         d = self.desk
-        self.warm(b"w")
+        d.warm(b"w")
         d.hello(b"c", "r1")
         d.submit(b"c", 1, attempt=2, careful=True)
-        self.assertEqual(self.given(b"w"), [])
+        self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "warm", 5)
-        self.assertEqual(self.given(b"w"), [1])
+        self.assertEqual(d.given(b"w"), [1])
         self.assertTrue(self.desk.broker.named["w"].ahead)
         d.submit(b"c", 2)
-        self.assertEqual(self.given(b"w"), [])
+        self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "r1", 1, attempt=2)
-        self.assertEqual(self.given(b"w"), [2])
+        self.assertEqual(d.given(b"w"), [2])
 
     def test_unconfirmed_command_goes_to_another_worker(self):
         d = self.desk
@@ -1160,10 +1166,7 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"v", "{")
         d.gone(WORKERS, b"v")
         d.letters.clear()
-        d.now += 1000.0
-        d.broker.paused(1000.0, d.now)
-        d.broker.tick(d.now)
-        d.collect()
+        d.pause(1000.0)
         d.quiet()
         d.wait(tc.REJOIN_TIME - 0.1)  # for a moment nothing does: they need time to be back
         d.quiet()
