@@ -545,6 +545,69 @@ class BrokerTest(unittest.TestCase):
         d.ends(b"v", "r1", 1, 2)
         d.expect(b"c", "RESULT", attempt=2)
 
+    LATE = ('QUEUED {"tasks":[[1,1]]}', 'LOST {"tasks":[[1,1]],"why":"cancelled"}',
+            'CHUNK {"id":1,"attempt":1,"offset":0}', 'RESULT {"id":1,"attempt":1,"exitcode":1}')
+
+    def test_a_worker_that_speaks_of_an_older_attempt_changes_nothing(self):
+        """Although it has the next attempt of the same command."""
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"w", "{", attempt=1)
+        d.wait(5.0)  # it does not confirm
+        d.worker(b"w", 'READY {"name":"w","slots":1}')
+        d.letters.clear()
+        d.submit(b"c", 1, attempt=2)
+        d.expect(b"w", "{", attempt=2)
+        for confirms in (True, False):
+            for line in self.LATE:
+                d.worker(b"w", line, "r1")
+                d.quiet()
+            if confirms:
+                d.worker(b"w", 'QUEUED {"tasks":[[1,2]]}', "r1")
+                d.expect(b"c", "QUEUED", tasks=[[1, 2]])
+        d.ends(b"w", "r1", 1, 2, stdout="new")
+        d.expect(b"c", "RESULT", attempt=2, stdout="new")
+        d.quiet()
+
+    def test_a_client_that_speaks_of_an_older_attempt_changes_nothing(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, attempt=2)
+        d.takes(b"w", "r1", 1, 2)
+        d.expect(b"c", "QUEUED", tasks=[[1, 2]])
+        late = ('CANCEL {"tasks":[[1,1]]}', 'DONE {"tasks":[[1,1]]}',
+                'FETCH {"id":1,"attempt":1,"offset":0,"size":1}')
+        for ends in (True, False):
+            for line in late:
+                d.client(b"c", line)
+                d.quiet()
+            if ends:
+                d.ends(b"w", "r1", 1, 2)
+                d.expect(b"c", "RESULT", attempt=2)
+        d.client(b"c", 'DONE {"tasks":[[1,2]]}')
+        d.expect(b"w", "DONE", tasks=[[1, 2]])
+
+    def test_a_worker_that_does_not_confirm_is_given_nothing_until_it_speaks(self):
+        d = self.desk
+        d.join(b"w", slots=2)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.expect(b"w", "{")
+        d.wait(4.9)
+        d.quiet()
+        d.wait(0.2)
+        d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="")
+        d.submit(b"c", 2)
+        d.submit(b"c", 1, attempt=2)
+        d.quiet()
+        d.worker(b"w", 'READY {"name":"w","slots":2}')
+        d.takes(b"w", "r1", 1, 2)
+        d.takes(b"w", "r1", 2)
+
     def test_a_retry_prefers_another_worker_but_does_not_wait_for_one(self):
         d = self.desk
         d.join(b"w", slots=5)
@@ -599,6 +662,80 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"c", "LOST", tasks=[[1, 2]])
         d.takes(b"v", "r1", 2, 2)
 
+    def test_a_command_that_few_workers_may_run_goes_to_the_best_of_them(self):
+        """The many others have a higher weight."""
+        d = self.desk
+        for n in range(50):
+            d.join(b"o%d" % n, slots=1, weight=9)
+        d.join(b"a", slots=2, labels=["gpu"])
+        d.join(b"b", slots=3, labels=["gpu"])
+        d.join(b"h", slots=1, weight=5, labels=["gpu"])
+        d.hello(b"c", "r1")
+        order = []
+        for id in range(1, 7):
+            d.submit(b"c", id, needs=["gpu"])
+            order += [letter[1] for letter in d.letters if letter[3] == "{"]
+            d.letters.clear()
+        self.assertEqual(order[:2], [b"h", b"b"])
+        self.assertEqual(Counter(order), {b"h": 1, b"b": 3, b"a": 2})
+
+    def test_a_retry_that_few_workers_may_run_prefers_another_worker_with_a_free_slot(self):
+        d = self.desk
+        for n in range(50):
+            d.join(b"o%d" % n, slots=1, weight=9)
+        d.join(b"h", slots=1, weight=5, labels=["gpu"])
+        d.join(b"a", slots=1, labels=["gpu"])
+        d.hello(b"c", "r1")
+        for id in (1, 2):  # the first one is short, so a might be given one ahead
+            d.submit(b"c", id, attempt=2, needs=["gpu"], avoid="h")
+            d.takes(b"a", "r1", id, 2)
+            d.ends(b"a", "r1", id, 2) if id == 1 else None
+        d.submit(b"c", 3, attempt=2, needs=["gpu"], avoid="h")
+        d.takes(b"h", "r1", 3, 2)
+
+    def test_the_workers_for_a_command_are_chosen_anew_when_workers_change(self):
+        """First none is on another host than h1. When there is one, it is preferred."""
+        for before, change, chosen in (
+                (lambda d: None, lambda d: d.join(b"v"), b"v"),
+                (lambda d: None, lambda d: d.worker(b"v", "READY"), b"v"),
+                (lambda d: d.join(b"v", slots=0),
+                 lambda d: d.worker(b"v", 'READY {"name":"v","slots":1}'), b"v"),
+                (lambda d: d.join(b"m", below=["m"], crew=[["h1", 1]]),
+                 lambda d: d.worker(b"m", 'READY {"name":"m","crew":[["h2",1]]}'), b"m"),
+                (lambda d: (d.join(b"v"), d.gone(WORKERS, b"v")),
+                 lambda d: d.join(b"v2", name="v"), b"v2")):
+            d = Desk()
+            d.join(b"w", slots=9, weight=5, host="h1")
+            before(d)
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1, attempt=2, not_on="h1", elsewhere=True)
+            d.takes(b"w", "r1", 1, 2)
+            change(d)
+            d.letters.clear()
+            d.submit(b"c", 2, attempt=2, not_on="h1", elsewhere=True)
+            d.expect(chosen, "{", id=2)
+
+    def test_a_command_goes_to_a_worker_that_gets_its_label_later(self):
+        d = self.desk
+        d.join(b"w")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, needs=["gpu"])
+        d.quiet()
+        d.worker(b"w", 'READY {"name":"w","slots":1,"labels":["gpu"]}')
+        d.takes(b"w", "r1", 1)
+
+    def test_a_chained_broker_that_comes_back_is_told_again_which_hosts_to_shun(self):
+        d = self.desk
+        d.join(b"m", below=["m"])
+        d.hello(b"c", "r1")
+        d.client(b"c", 'SHUN {"hosts":["h1"]}')
+        d.expect(b"m", "SHUN", token="r1", hosts=["h1"])
+        d.gone(WORKERS, b"m")
+        for peer, name in ((b"m2", "m"), (b"n", "n")):
+            d.worker(peer, tc.encode("READY", {
+                "name": name, "slots": 1, "join": 99, "below": [name], "running": [], "held": []}))
+            d.expect(peer, "SHUN", token="r1", hosts=["h1"])
+
     def test_a_chained_broker_is_all_the_hosts_below_it(self):
         for wishes, takes in (({"on": "h1"}, {b"a"}), ({"on": "h2"}, {b"a"}), ({"on": "h3"}, {b"b"}),
                               ({"not_on": "h1"}, {b"a", b"b"}), ({"not_on": "h3"}, {b"a"}),
@@ -646,6 +783,26 @@ class BrokerTest(unittest.TestCase):
         d.takes(b"m", "r2", 8)
         d.letters.clear()
         d.ends(b"m", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.takes(b"m", "r1", 3)
+
+    def test_a_chained_broker_may_get_and_lose_slots_with_a_label(self):
+        d = self.desk
+        d.join(b"m", slots=9, below=["m"], crew=[["h1", 1, "gpu"], ["h2", 8]])
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3, needs=["gpu"])
+        d.takes(b"m", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.worker(b"m", 'READY {"name":"m","slots":9,"crew":[["h1",2,"gpu"],["h2",7]]}')
+        d.takes(b"m", "r1", 2)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.worker(b"m", 'READY {"name":"m","slots":9,"crew":[["h1",1,"gpu"],["h2",8]]}')
+        d.ends(b"m", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.quiet()  # the other one takes the only slot
+        d.ends(b"m", "r1", 2)
         d.expect(b"c", "RESULT")
         d.takes(b"m", "r1", 3)
 
@@ -1146,6 +1303,20 @@ class BrokerTest(unittest.TestCase):
         d.wait(0.1)
         d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
 
+    def test_a_chained_broker_has_longer_to_come_back_than_a_worker(self):
+        """All of its workers are behind that connection, and none of them need be lost."""
+        d = self.desk
+        d.join(b"m", below=["m"])
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"m", "r1", 1)
+        d.gone(WORKERS, b"m")
+        d.letters.clear()
+        d.wait(9.9)
+        d.quiet()
+        d.wait(0.2)
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
+
     def test_a_join_that_was_under_way_for_long_changes_nothing(self):
         d = self.desk
         d.run_one()
@@ -1355,6 +1526,20 @@ class BrokerTest(unittest.TestCase):
         d.quiet()
         d.wait(2.0)  # nobody has it
         d.expect(b"c", "LOST", tasks=[[3, 1]], fault="")
+
+    def test_after_a_restart_a_command_that_its_worker_does_not_have_is_lost_at_once(self):
+        for worker_first in (True, False):
+            d = Desk()
+            if worker_first:
+                d.join(b"w")
+            d.hello(b"c", "r1", unreported=[1])
+            d.submit(b"c", 1, again=True, had="w")
+            if not worker_first:
+                d.quiet()
+                d.join(b"w")
+            d.expect(b"c", "LOST", tasks=[[1, 1]], fault="")
+            d.submit(b"c", 1, attempt=2)
+            d.takes(b"w", "r1", 1, 2)
 
     def test_after_a_restart_a_worker_starts_nothing_that_only_it_has_spoken_of(self):
         """A broker before us may have called it LOST, and given it to others."""
