@@ -94,51 +94,11 @@ def wait_until_full(pipe):
 
 
 def check_broker(broker):
-    """All indexes of a broker agree with each other."""
-    for client in broker.clients.values():
-        for id, task in client.tasks.items():
-            assert task.client is client and task.id == id
-            assert task.state != tc.GONE
-            assert (task.state == tc.LIMBO) == (task.key in broker.limbo), task.key
-            if task.worker is not None:
-                assert task.worker.tasks[task.key] is task
-            else:
-                assert task.state in (tc.LIMBO, tc.WAITING) or task.result, task.state
-            if task.state == tc.WAITING:
-                assert task in client.waiting or task in client.retries[task.wanted, task.careful]
-                assert client.in_turn or client.owed >= tc.CREDIT or not broker.may_start(client)
-        assert client.in_turn == (client in broker.turns)
-        assert not client.claimed or client.link != CLIENTS or client.plain \
+    """All indexes of a broker agree with each other, and it has no more tasks than it may."""
+    broker.check()
+    for client in broker.registry.clients.values():
+        assert not client.claimed or client.from_above or client.plain \
             or len(client.tasks) <= tc.WINDOW + tc.MAX_DONE
-        assert client.owed == sum(task.cost for task in client.tasks.values())
-        assert client in broker.clients_seen
-        if client.link == CLIENTS and client.peer is not None:
-            assert broker.run_of[client.peer] == client.run
-    assert set(broker.turns) <= set(broker.clients.values())
-    for peer, run in broker.run_of.items():
-        assert broker.clients[run].peer == peer
-    known = set(broker.workers.values()) | set(broker.named.values())
-    assert set(broker.workers_seen) == known
-    for worker in known:
-        assert worker.busy == sum(t.state in tc.BUSY for t in worker.tasks.values())
-        for key, task in worker.tasks.items():
-            assert task.key == key and task.worker is worker
-            assert broker.clients[task.client.run].tasks[task.id] is task
-        assert (worker.peer is None) == (worker.name in broker.away), worker.name
-        assert worker.careful == sum(t.careful and t.state in tc.BUSY
-                                     for t in worker.tasks.values())
-        assert +worker.needy == Counter(t.wanted.needs for t in worker.tasks.values()
-                                        if t.wanted.needs and t.state in tc.BUSY)
-        ranked = [row for row in broker.ranking if row[4] is worker and row[3] == worker.stamp]
-        assert len(ranked) == worker.has_room(), (worker.name, worker.free(), ranked)
-        assert not ranked or ranked[0][:3] == (worker.order(), -worker.weight, -worker.free())
-    for peer, worker in broker.workers.items():
-        assert worker.peer == peer
-    assert broker.slots == sum(worker.slots for worker in broker.workers.values())
-    for row in broker.limbo.values():
-        assert row.state == tc.LIMBO
-    for workers in broker.exhausted:
-        assert not any(worker.has_room() for worker in workers)
 
 
 # === Messages =========================================================================
@@ -278,7 +238,7 @@ class Desk:
 
     def answer(self, number=None, **fields):
         """The broker above says OK to our last greeting, or to that number."""
-        session = self.broker.session
+        session = self.broker.upstream.session
         self.tell(BROKER, b"", tc.encode("OK", dict(
             {"beat" if session.joined else "join": number or session.number}, **fields)))
 
@@ -386,7 +346,7 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'DONE {"tasks":[[1,1]]}')
         d.expect(b"w", "DONE", token="r1", tasks=[[1, 1]])
         d.quiet()
-        self.assertFalse(d.broker.clients["r1"].tasks)
+        self.assertFalse(d.broker.registry.clients["r1"].tasks)
 
     def test_commands_wait_for_a_worker(self):
         d = self.desk
@@ -454,24 +414,24 @@ class BrokerTest(unittest.TestCase):
         d.hello(b"c", "r1")
         d.submit(b"c", *range(1, 100))
         self.assertEqual(d.given(b"w"), [1])
-        d.ends(b"w", "r1", 1, time=tc.AHEAD_TIME / 2)
+        d.ends(b"w", "r1", 1, time=tc.PREFETCH_TIME / 2)
         self.assertEqual(d.given(b"w"), [2, 3])
         d.ends(b"w", "r1", 2)
         self.assertEqual(d.given(b"w"), [4, 5])
         for id in range(3, 20):
             d.ends(b"w", "r1", id)
             given = d.given(b"w")
-        self.assertEqual(given, [20 + tc.AHEAD])
-        for id in range(20, 20 + tc.AHEAD - 2):
-            d.ends(b"w", "r1", id, time=tc.AHEAD_TIME / 2)
+        self.assertEqual(given, [20 + tc.PREFETCH])
+        for id in range(20, 20 + tc.PREFETCH - 2):
+            d.ends(b"w", "r1", id, time=tc.PREFETCH_TIME / 2)
             self.assertEqual(d.given(b"w"), [])
-        d.ends(b"w", "r1", 20 + tc.AHEAD - 2, time=tc.AHEAD_TIME / 2)
-        self.assertEqual(d.given(b"w"), [21 + tc.AHEAD])
-        for id in range(20 + tc.AHEAD - 1, 20 + tc.AHEAD + 1):
-            d.ends(b"w", "r1", id, time=tc.AHEAD_TIME + 1)
+        d.ends(b"w", "r1", 20 + tc.PREFETCH - 2, time=tc.PREFETCH_TIME / 2)
+        self.assertEqual(d.given(b"w"), [21 + tc.PREFETCH])
+        for id in range(20 + tc.PREFETCH - 1, 20 + tc.PREFETCH + 1):
+            d.ends(b"w", "r1", id, time=tc.PREFETCH_TIME + 1)
             self.assertEqual(d.given(b"w"), [])
-        d.ends(b"w", "r1", 21 + tc.AHEAD, time=tc.AHEAD_TIME + 1)
-        self.assertEqual(d.given(b"w"), [22 + tc.AHEAD])
+        d.ends(b"w", "r1", 21 + tc.PREFETCH, time=tc.PREFETCH_TIME + 1)
+        self.assertEqual(d.given(b"w"), [22 + tc.PREFETCH])
 
     def test_a_free_slot_comes_before_room_beyond_the_slots(self):
         d = self.desk
@@ -521,7 +481,7 @@ class BrokerTest(unittest.TestCase):
         self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "warm", 5)
         self.assertEqual(d.given(b"w"), [1])
-        self.assertTrue(self.desk.broker.named["w"].ahead)
+        self.assertTrue(self.desk.broker.registry.named["w"].prefetch)
         d.submit(b"c", 2)
         self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "r1", 1, attempt=2)
@@ -756,7 +716,7 @@ class BrokerTest(unittest.TestCase):
                 d.submit(b"c", 4)
                 d.expect(b"a", "{")
                 continue
-            d.broker.clients["r1"].told_shunned["a"] = -16.0  # it may have forgotten the run
+            d.broker.registry.clients["r1"].told_excluded["a"] = -16.0  # it may have forgotten the run
             d.submit(b"c", 4)
             d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])
             d.expect(b"a", "{")
@@ -829,7 +789,7 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'HELLO {"run":"r1","beat":3}')
         d.wait(tc.OK_DELAY)
         d.expect(b"c", "OK", lacks=None)
-        client = d.broker.clients["r1"]
+        client = d.broker.registry.clients["r1"]
         client.needs = frozenset(["gpu"])  # there is a slot with such, but it is busy
         self.assertEqual(d.broker.waited_for(client), "a free slot with --label gpu")
 
@@ -884,7 +844,7 @@ class BrokerTest(unittest.TestCase):
         d.client(b"s", "STATUS")
         d.wait(tc.OK_DELAY)
         row = tc.decode(d.expect(b"s", "STATUS")[1])[1]["workers"][0]
-        self.assertEqual([row[name] for name in ("slots", "running")], [0, d.broker.workers[b"w"].busy])
+        self.assertEqual([row[name] for name in ("slots", "running")], [0, d.broker.registry.workers[b"w"].busy])
 
     def test_the_status_is_not_as_long_as_peers_like(self):
         d = self.desk
@@ -953,22 +913,22 @@ class BrokerTest(unittest.TestCase):
         for id in range(3, 100):
             d.submit(b"c", id, attempt=2)
             d.ends(b"v", "r1", id, attempt=2)
-        self.assertLess(sum(map(len, d.broker.clients["r1"].retries.values())), 5)
+        self.assertLess(sum(map(len, d.broker.registry.clients["r1"].retries.values())), 5)
         d.client(b"c", tc.encode("CANCEL", {"tasks": [[2, 2]]}))
         d.submit(b"c", 100, attempt=2)
-        self.assertFalse(d.broker.clients["r1"].retries)
+        self.assertFalse(d.broker.registry.clients["r1"].retries)
 
     def test_many_that_wait_for_hosts_do_not_make_us_look_at_all(self):
         d = self.desk
         for n in range(150):
             d.join(b"w%d" % n, slots=1, host=f"h{n}")
         d.hello(b"c", "r1")
-        looked, choose = [], tc.Wanted.choose
+        looked, eligible = [], tc.Constraints.eligible
 
-        def counted(wanted, workers):
-            looked.append(len(workers))
-            return choose(wanted, workers)
-        with mock.patch.object(tc.Wanted, "choose", counted):
+        def counted(constraints, places):
+            looked.append(len(places))
+            return eligible(constraints, places)
+        with mock.patch.object(tc.Constraints, "eligible", counted):
             for id in range(2 * 149):  # the second half has to wait
                 d.submit(b"c", id, attempt=2, on=f"h{id % 149}", elsewhere=True)
             for _ in range(9):
@@ -991,12 +951,12 @@ class BrokerTest(unittest.TestCase):
         d = self.desk
         d.join(b"w", slots=1, host="h1")
         d.hello(b"c", "r1")
-        for id in range(3 * tc.RETRY_LINES):
+        for id in range(3 * tc.MAX_RETRY_KINDS):
             d.submit(b"c", id, attempt=2, needs=[f"l{id}"])
-        d.submit(b"c", 3 * tc.RETRY_LINES, attempt=2)
+        d.submit(b"c", 3 * tc.MAX_RETRY_KINDS, attempt=2)
         for _ in range(4):
             d.worker(b"w", 'READY {"name":"w","slots":1}')
-        d.takes(b"w", "r1", 3 * tc.RETRY_LINES, 2)
+        d.takes(b"w", "r1", 3 * tc.MAX_RETRY_KINDS, 2)
 
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
@@ -1022,7 +982,7 @@ class BrokerTest(unittest.TestCase):
         d.quiet()
         d.submit(b"c", 1, attempt=2)
         d.takes(b"v", "r1", 1, 2)
-        self.assertFalse(d.broker.clients["r1"].lost)
+        self.assertFalse(d.broker.registry.clients["r1"].lost)
 
     def test_an_ok_does_not_overtake_commands_said_before_it(self):
         d = self.desk
@@ -1089,7 +1049,7 @@ class BrokerTest(unittest.TestCase):
         d.submit(b"e", 1)
         d.submit(b"c", 1, 2, 3, needs=["gpu"])
         d.ends(b"w", "c", 1)  # it was short, so that it might be given another in advance
-        self.assertTrue(d.broker.kept)
+        self.assertTrue(d.broker.scheduler.reservations)
         d.submit(b"e", 2)
         d.letters.clear()
         with mock.patch.object(tc, "CREDIT", 10):
@@ -1105,12 +1065,12 @@ class BrokerTest(unittest.TestCase):
             d.hello(peer, peer.decode())
         d.submit(b"c", 1, 2, 3, 4, 5, needs=["gpu"])
         d.worker(b"x", 'READY {"name":"x","slots":1}')
-        d.ends(b"w", "c", next(task.id for task in d.broker.named["w"].tasks.values()))
-        self.assertIn("w", [worker.name for worker in d.broker.kept])
+        d.ends(b"w", "c", next(task.id for task in d.broker.registry.named["w"].tasks.values()))
+        self.assertIn("w", [worker.name for worker in d.broker.scheduler.reservations])
         d.client(b"c", 'SHUN {"hosts":["h1"]}')
         d.submit(b"e", 1, 2)
         d.letters.clear()
-        d.ends(b"w", "c", next(task.id for task in d.broker.named["w"].tasks.values()
+        d.ends(b"w", "c", next(task.id for task in d.broker.registry.named["w"].tasks.values()
                                if task.state in tc.BUSY))
         d.expect(b"c", "RESULT")
         d.expect(b"w", "{", token="e")
@@ -1149,7 +1109,7 @@ class BrokerTest(unittest.TestCase):
                 for _, peer, run, _, fields, _ in given:
                     row = [fields["id"], fields["attempt"]]
                     d.worker(peer, tc.encode("QUEUED", {"tasks": [row]}), run)
-                busy = [task for worker in d.broker.workers.values() for task in worker.tasks.values()
+                busy = [task for worker in d.broker.registry.workers.values() for task in worker.tasks.values()
                         if task.state == tc.RUNNING]
                 task = r.choice(busy)
                 rounds += 1
@@ -1174,7 +1134,7 @@ class BrokerTest(unittest.TestCase):
             d.wait(1.0)
         lost = [row for letter in d.letters if letter[3] == "LOST" for row in letter[4]["tasks"]]
         self.assertEqual(sorted(lost), [[n, 1] for n in range(1, 13)])
-        self.assertFalse(d.broker.named or d.broker.workers or d.broker.slots)
+        self.assertFalse(d.broker.registry.named or d.broker.registry.workers or d.broker.scheduler.slots)
 
     def test_a_result_whose_done_was_lost_with_its_broker_is_forgotten_by_its_worker(self):
         """The client has it, and does not ask for it again, whoever comes first."""
@@ -1192,7 +1152,7 @@ class BrokerTest(unittest.TestCase):
                 d.hello(b"c", "r1")
                 d.expect(b"w", "DONE", tasks=[[1, 1]])
             d.quiet()
-            self.assertFalse(d.broker.clients["r1"].tasks)
+            self.assertFalse(d.broker.registry.clients["r1"].tasks)
 
     def test_what_a_worker_has_may_come_in_parts(self):
         d = self.desk
@@ -1211,9 +1171,9 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"w", "OK", join=2)
         d.expect(b"w", "RESEND", tasks=[[1, 1]])
         for n in range(2, 6):
-            self.assertEqual(d.broker.clients["r1"].tasks[n].state, tc.RUNNING)
+            self.assertEqual(d.broker.registry.clients["r1"].tasks[n].state, tc.RUNNING)
         self.assertGreater(len(frames[0].body.split(b"\n")), 3)
-        self.assertFalse(d.broker.parts)
+        self.assertFalse(d.broker.partial.parts)
 
     def test_parts_of_what_a_worker_has_do_not_pile_up(self):
         d = self.desk
@@ -1224,20 +1184,20 @@ class BrokerTest(unittest.TestCase):
         for join in (1, 2):
             for _ in range(tc.MAX_PARTS - 1):
                 part(b"w", join)
-        self.assertEqual([part["join"] for part in d.broker.parts[b"w"][1]], [2] * (tc.MAX_PARTS - 1))
+        self.assertEqual([part["join"] for part in d.broker.partial.parts[b"w"][1]], [2] * (tc.MAX_PARTS - 1))
         part(b"v", 1)
         part(b"u", 1)
-        self.assertEqual(sorted(d.broker.parts), [b"u", b"v"])
+        self.assertEqual(sorted(d.broker.partial.parts), [b"u", b"v"])
         part(b"v", 1, tc.MAX_READY_TASKS + 1)
         d.expect(b"v", "ERROR")
         d.worker(b"w", tc.encode("READY", {"name": "w", "join": 2, "parts": tc.MAX_PARTS - 1}))
         d.expect(b"w", "ERROR", reason="READY without its other parts: join again")
         d.quiet()
-        self.assertFalse(d.broker.named)
+        self.assertFalse(d.broker.registry.named)
         d.gone(WORKERS, b"v")
-        self.assertEqual(list(d.broker.parts), [b"u"])
+        self.assertEqual(list(d.broker.partial.parts), [b"u"])
         d.wait(11.0)  # it may have come only after its connection was gone
-        self.assertFalse(d.broker.parts)
+        self.assertFalse(d.broker.partial.parts)
 
     def test_what_is_known_of_a_lost_attempt_is_kept_until_its_command_is_reported(self):
         d = self.desk
@@ -1247,16 +1207,16 @@ class BrokerTest(unittest.TestCase):
             d.submit(b"c", 1, attempt=attempt)
             d.worker(b"w%d" % attempt, "BYE")
         d.client(b"c", 'DONE {"tasks":[[1,1]]}')  # of a try before
-        self.assertEqual(d.broker.clients["r1"].lost, {1: (2, "")})
+        self.assertEqual(d.broker.registry.clients["r1"].lost, {1: (2, "")})
         d.hello(b"c2", "r1", [1])
-        self.assertEqual(d.broker.clients["r1"].lost, {1: (2, "")})
+        self.assertEqual(d.broker.registry.clients["r1"].lost, {1: (2, "")})
         d.client(b"c2", 'DONE {"tasks":[[1,2]]}')
-        self.assertFalse(d.broker.clients["r1"].lost)
+        self.assertFalse(d.broker.registry.clients["r1"].lost)
         d.submit(b"c2", 1, attempt=3)
         d.join(b"w3")
         d.worker(b"w3", "BYE")
         d.hello(b"c3", "r1")  # it was reported, but that DONE was lost
-        self.assertFalse(d.broker.clients["r1"].lost)
+        self.assertFalse(d.broker.registry.clients["r1"].lost)
 
     def test_silent_worker_expires_and_its_commands_are_lost(self):
         d = self.desk
@@ -1268,7 +1228,7 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"c", "LOST", tasks=[[1, 1]], fault="crash")
         d.expect(b"c", "OK", slots=0)
         d.quiet()
-        self.assertFalse(d.broker.workers or d.broker.named)
+        self.assertFalse(d.broker.registry.workers or d.broker.registry.named)
 
     def test_a_worker_that_dies_before_it_confirms_may_have_been_killed_by_the_command(self):
         d = self.desk
@@ -1394,7 +1354,7 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"w2", "CANCEL", token="r1", tasks=[[1, 1]])
         d.hello(b"c3", "r1", unreported=[1])  # it had only been asleep
         d.wait(70.0)
-        self.assertFalse(d.broker.departed or d.broker.clients)
+        self.assertFalse(d.broker.registry.departed or d.broker.registry.clients)
 
     def test_after_a_restart_the_later_attempt_counts(self):
         d = self.desk
@@ -1478,7 +1438,7 @@ class BrokerTest(unittest.TestCase):
             d.wait(tc.OK_DELAY)
             d.expect(b"w", "OK")
         d.quiet()
-        self.assertFalse(d.broker.clients or d.broker.run_of)
+        self.assertFalse(d.broker.registry.clients or d.broker.registry.run_of)
 
     def test_client_bye_cancels_everything(self):
         d = self.desk
@@ -1493,7 +1453,7 @@ class BrokerTest(unittest.TestCase):
         said = {(m[3], tuple(map(tuple, m[4]["tasks"]))) for m in d.letters}
         self.assertIn(("DONE", ((2, 1),)), said)
         self.assertTrue(any(verb == "CANCEL" and (1, 1) in tasks for verb, tasks in said))
-        self.assertFalse(d.broker.clients)
+        self.assertFalse(d.broker.registry.clients)
 
     def test_cancel_is_answered_when_the_worker_has_stopped(self):
         d = self.desk
@@ -1586,7 +1546,7 @@ class BrokerTest(unittest.TestCase):
             d.worker(b"w", 'READY {"name":"w","slots":4}')
         verbs = [m[3] for m in d.letters if m[3] != "OK"]
         self.assertEqual(verbs, ["CANCEL"])
-        self.assertFalse(d.broker.clients)
+        self.assertFalse(d.broker.registry.clients)
 
     def test_an_attempt_that_runs_elsewhere_is_cancelled_at_the_late_comer(self):
         d = self.desk
@@ -1610,7 +1570,7 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'HELLO {"run":"r1"}')
         d.expect(b"c", "WHO")
         d.quiet()
-        self.assertFalse(d.broker.clients or d.broker.workers)
+        self.assertFalse(d.broker.registry.clients or d.broker.registry.workers)
 
     def test_fetch_and_chunk_go_only_between_the_two_concerned(self):
         d = self.desk
@@ -1647,10 +1607,11 @@ class BrokerTest(unittest.TestCase):
             d.wait(0.5)
         d.wait(3600)
         b = d.broker
-        left = [b.clients, b.run_of, b.workers, b.named, b.limbo, b.away, b.workers_seen,
-                b.clients_seen, b.unconfirmed]
+        r = b.registry
+        left = [r.clients, r.run_of, r.workers, r.named, r.away, r.workers_seen, r.clients_seen,
+                b.recovering, b.unconfirmed, b.scheduler.workers, b.scheduler.away]
         self.assertEqual([len(index) for index in left], [0] * len(left))
-        self.assertLess(len(b.ranking), 100)
+        self.assertLess(len(b.scheduler.ranking), 100)
 
 
 class NamesOfHostsTest(unittest.TestCase):
@@ -1670,7 +1631,7 @@ class NamesOfHostsTest(unittest.TestCase):
                                   (b"e", "x/2c", "x/2c"), (b"f", "vm~2/2c", "vm~2/2c"),
                                   (b"g", "plain", "plain")):
             self.assertEqual(self.join(d, peer, told), known)
-        self.assertEqual(len(d.broker.workers_at()), 5)
+        self.assertEqual(len(d.broker.scheduler.places()), 5)
 
     def test_after_a_restart_of_the_broker_names_stay(self):
         d = Desk()
@@ -1696,8 +1657,8 @@ class NamesOfHostsTest(unittest.TestCase):
         self.assertEqual(self.join(d, b"d", "vm/3d"), "vm/3d")
         d.worker(b"c", "BYE")
         d.worker(b"d", "BYE")
-        names = d.broker.host_names
-        self.assertEqual((d.broker.mates, names.identities, names.names), ({}, {}, {}))
+        names = d.broker.registry.host_names
+        self.assertEqual((d.broker.registry.at_host, names.identities, names.names), ({}, {}, {}))
 
 
 class OnlyElsewhereTest(unittest.TestCase):
@@ -1714,7 +1675,7 @@ class OnlyElsewhereTest(unittest.TestCase):
     def expect_nowhere(self, id=1):
         self.desk.expect(b"c", "LOST", tasks=[[id, 2]], fault=tc.NOWHERE)
         self.desk.quiet()
-        self.assertNotIn(id, self.desk.broker.clients["r1"].tasks)
+        self.assertNotIn(id, self.desk.broker.registry.clients["r1"].tasks)
 
     def test_it_is_lost_at_once_if_there_is_no_other_host(self):
         d = self.desk
@@ -1729,7 +1690,7 @@ class OnlyElsewhereTest(unittest.TestCase):
         d.takes(b"v", "r1", 8)
         d.expect(b"c", "QUEUED")
         for wishes in {}, {"needs": ["gpu"]}:  # although no slot is free
-            d.broker.clients["r1"].lost.clear()
+            d.broker.registry.clients["r1"].lost.clear()
             self.submit(**wishes)
             self.expect_nowhere()
 
@@ -1832,7 +1793,7 @@ class PlainPeersTest(unittest.TestCase):
             if peer == b"p":
                 d.worker(b"p", 'READY {"weight": 5}')
                 d.wait(d.broker.times.worker_expiry + 1)
-                self.assertTrue(d.broker.workers[b"p"].silent)
+                self.assertTrue(d.broker.registry.workers[b"p"].silent)
             else:
                 d.worker(b"p", 'READY {"weight": 5}')
             d.letters.clear()
@@ -1935,7 +1896,7 @@ class PlainPeersTest(unittest.TestCase):
         d.expect(b"W", "OK")
         d.wait(3600)
         d.hello(b"c", "r1")
-        self.assertEqual((d.broker.state_of_cloud()["workers"], d.broker.slots), (1, 1))
+        self.assertEqual((d.broker.state_of_cloud()["workers"], d.broker.scheduler.slots), (1, 1))
         d.join(b"w", slots=1)
         d.submit(b"c", 1)
         d.takes(b"w", "r1", 1)
@@ -1975,7 +1936,7 @@ class PlainPeersTest(unittest.TestCase):
         d.expect(b"W", "OK")
         d.expect(b"W", "{", id=1, attempt=2)
         d.gone(WORKERS, b"W")
-        self.assertFalse(d.broker.workers)
+        self.assertFalse(d.broker.registry.workers)
 
     def test_a_plain_worker_that_is_ready_again_has_lost_what_it_ran(self):
         d = self.desk
@@ -2073,7 +2034,7 @@ class PlainPeersTest(unittest.TestCase):
         d.expect(b"W", "OK")  # one that it may be waiting for
         d.quiet()
         d.wait(1)
-        self.assertFalse(d.broker.answers)
+        self.assertFalse(d.broker.limit.answers)
         d.client(b"C", "nonsense")
         d.expect(b"C", "ERROR")
 
@@ -2157,7 +2118,7 @@ class PlainPeersTest(unittest.TestCase):
         d.expect(b"W", "OK")
         d.worker(b"W", 'READY {"name":"W","join":1}')
         d.expect(b"W", "ERROR")
-        self.assertEqual(len(d.broker.workers), 1)
+        self.assertEqual(len(d.broker.registry.workers), 1)
 
     def test_large_output_of_a_plain_worker_is_cut_with_a_mark_too(self):
         for size in (tc.PLAIN_INLINE, tc.PLAIN_INLINE + 1000, tc.MAX_RESULT - 1000, tc.MAX_RESULT):
@@ -2238,7 +2199,7 @@ class PlainPeersTest(unittest.TestCase):
         d.gone(CLIENTS, b"C")
         d.expect(b"w", "{")
         d.expect(b"w", "CANCEL")
-        self.assertFalse(d.broker.clients)
+        self.assertFalse(d.broker.registry.clients)
 
 
 class MisbehavingPeersTest(unittest.TestCase):
@@ -2292,7 +2253,7 @@ class MisbehavingPeersTest(unittest.TestCase):
                 self.assertEqual(len(d.logs), 1)
                 d.logs.clear()
                 d.broker.complaints.clear()
-        self.assertEqual((len(d.broker.clients), len(d.broker.workers)), (1, 1))
+        self.assertEqual((len(d.broker.registry.clients), len(d.broker.registry.workers)), (1, 1))
         d.submit(b"c", 1)
         d.takes(b"w", "r1", 1)
 
@@ -2437,7 +2398,7 @@ class ChainTest(unittest.TestCase):
         d.tell(BROKER, b"", 'DONE {"tasks":[[1,4]]}', "up")
         d.expect(b"w", "DONE", token="up")
         d.quiet()
-        self.assertFalse(d.broker.clients["up"].tasks)
+        self.assertFalse(d.broker.registry.clients["up"].tasks)
 
     def test_what_is_recalled_from_above_is_handed_back_or_recalled_from_its_worker(self):
         d = self.desk
@@ -2512,11 +2473,11 @@ class ChainTest(unittest.TestCase):
     def test_a_worker_lost_while_the_broker_above_is_away_is_reported_when_it_is_back(self):
         d = self.desk
         self.lose_while_above_is_away(d)
-        d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=d.broker.session.number)
+        d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=d.broker.upstream.session.number)
         d.answer(broker="b0", above=["b0"])
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
         d.quiet()
-        self.assertFalse(d.broker.untold)
+        self.assertFalse(d.broker.upstream.unsent)
 
     def test_a_loop_is_refused(self):
         d = Desk(chained=True)
@@ -2546,14 +2507,14 @@ class ChainTest(unittest.TestCase):
         d = self.desk
         d.worker(b"w", 'READY {"name":"b9","join":1,"below":["b9","b1"]}')
         d.expect(b"w", "OK", above=["b1", "b0"], join=None)
-        self.assertFalse(d.broker.workers)
+        self.assertFalse(d.broker.registry.workers)
         self.assertFalse(d.effects)
 
     def test_a_chain_that_is_too_deep_is_refused(self):
         d = self.desk
         d.worker(b"w", 'READY {"name":"b9","join":1,"slots":1,"below":["b9"],"depth":7}')
         d.expect(b"w", "ERROR")
-        self.assertFalse(d.broker.workers)
+        self.assertFalse(d.broker.registry.workers)
 
     def test_what_its_workers_have_for_a_broker_above_is_announced(self):
         d = self.desk
@@ -2577,7 +2538,7 @@ class ChainTest(unittest.TestCase):
         d.tell(BROKER, b"", 'RECALL {"tasks":[[1,1]]}', "up")
         d.expect(b"", "QUEUED")
         d.expect(b"", "LOST", tasks=[[1, 1]])
-        self.assertFalse(d.broker.clients["up"].lost)
+        self.assertFalse(d.broker.registry.clients["up"].lost)
 
     def test_who_comes_back_with_what_was_lost_meanwhile_does_not_start_it(self):
         """A broker below another does not know what the client wants; but what it called LOST it
@@ -2813,12 +2774,12 @@ class World:
             actor.inbox.append((generation, function))
             return
         self.deeds += 1
-        known = list(getattr(actor.machine, "clients", ()))
+        known = list(actor.machine.registry.clients) if actor.role == "broker" else []
         held = self.held_by(actor)
         function(actor.machine)
         if actor.role == "broker":
             check_broker(actor.machine)
-            for run in set(known) - set(actor.machine.clients):
+            for run in set(known) - set(actor.machine.registry.clients):
                 self.seen["forgotten"] += 1
                 self.forgotten.add(run)
         if actor.role == "client" and not actor.plain:
@@ -2843,8 +2804,9 @@ class World:
         if run in self.forgotten or run.startswith(tc.PLAIN) or key in self.lost or self.reports[cmd]:
             return True
         for actor in self.actors.values():  # one may not have been able yet to tell that it is lost
-            if actor.role == "broker" and actor.machine is not None and run in actor.machine.clients \
-                    and actor.machine.clients[run].lost.get(id, (-1,))[0] >= attempt:
+            if actor.role == "broker" and actor.machine is not None \
+                    and run in actor.machine.registry.clients \
+                    and actor.machine.registry.clients[run].lost.get(id, (-1,))[0] >= attempt:
                 return True
         client = self.actors[run.rpartition("run")[2]].machine  # None: it has left
         if client is None or client.status is not None or id not in client.window:
@@ -2901,10 +2863,10 @@ class World:
             if verb == COMMAND and frame.link == WORKERS:
                 self.given[json.loads(line)["cmd"]] += 1
             elif verb == "LOST" and actor.role == "broker":
-                run = actor.machine.run_of.get(frame.peer) if frame.link == CLIENTS else frame.token
+                run = actor.machine.registry.run_of.get(frame.peer) if frame.link == CLIENTS else frame.token
                 self.lost.update((run, *row) for row in tc.decode(line)[1]["tasks"])
             elif verb == "CANCEL" and actor.role == "broker" and b"tasks" in line \
-                    and actor.machine.session and not actor.machine.session.joined:
+                    and actor.machine.upstream.chained and not actor.machine.upstream.session.joined:
                 # it will not list these when it joins, and that will be its LOST
                 self.lost.update((frame.token, *row) for row in tc.decode(line)[1]["tasks"])
             elif verb == "READY" and b'"held":[[' in line:
@@ -2940,8 +2902,8 @@ class World:
     def hand_over(self, wire, way, frame, actor, generation):
         link, peer = (wire.link, wire.peer) if way == 0 else (BROKER, b"")
         if actor.role == "broker" and b"RESULT" in frame.body and actor.generation == generation \
-                and actor.machine is not None and peer in actor.machine.workers:
-            tasks = actor.machine.workers[peer].tasks
+                and actor.machine is not None and peer in actor.machine.registry.workers:
+            tasks = actor.machine.registry.workers[peer].tasks
             self.seen["stale result"] += not any(key[0] == frame.token for key in tasks)
 
         def hear(machine):
@@ -3272,7 +3234,7 @@ class World:
         self.say(actor.name, "crashes")
         self.seen["crash " + actor.role] += 1
         if actor.role == "broker":
-            self.forgotten.update(actor.machine.clients)
+            self.forgotten.update(actor.machine.registry.clients)
         if actor.role == "client":
             actor.exited = 137
         self.stop(actor)
@@ -3325,11 +3287,11 @@ class World:
         self.serial += 1
         peer, broker = b"thief%d" % self.serial, hub.machine
         if link == CLIENTS:
-            known = broker.clients.get(actor.machine.run)
+            known = broker.registry.clients.get(actor.machine.run)
             tasks = known and known.join and known.tasks.values()
             hello = tc.encode("HELLO", {"run": actor.machine.run, "join": 2**40})
         else:
-            known = broker.named.get(actor.machine.name)
+            known = broker.registry.named.get(actor.machine.name)
             tasks = known and known.tasks.values()
             hello = tc.encode("READY", {"name": actor.machine.name, "join": 2**40})
         if not tasks:
@@ -3349,7 +3311,8 @@ class World:
             def hear(machine):
                 machine.identified(link, peer, "thief")
                 machine.receive(link, peer, token, line, b"", hub.clock(self.now))
-                assert peer not in machine.run_of and peer not in machine.workers, "a thief got in"
+                assert peer not in machine.registry.run_of \
+                    and peer not in machine.registry.workers, "a thief got in"
             self.do(hub, hub.generation, hear)
         say("", hello)
         for line in words:
@@ -3455,12 +3418,15 @@ class World:
             if actor.role == "worker":
                 assert not machine.jobs, f"{actor.name} holds results"
             elif actor.role == "broker":
-                for what in ("clients", "run_of", "limbo", "departed", "away", "turns", "ahead",
-                             "unconfirmed", "clients_seen", "parts", "untold"):
-                    assert not getattr(machine, what), f"{actor.name} remembers {what}"
+                there = machine.registry
+                for what in (there.clients, there.run_of, there.departed, there.away,
+                             there.clients_seen, machine.scheduler.turns, machine.recovering,
+                             machine.scheduler.prefetched, machine.scheduler.away,
+                             machine.unconfirmed, machine.partial.parts, machine.upstream.unsent):
+                    assert not what, f"{actor.name} remembers {what}"
                 present = [m for m in members if m.wants == (actor, WORKERS)]
-                assert len(machine.workers) == len(machine.workers_seen) == len(present), actor.name
-                assert len(machine.named) == sum(not m.plain for m in present), actor.name
+                assert len(there.workers) == len(there.workers_seen) == len(present), actor.name
+                assert len(there.named) == sum(not m.plain for m in present), actor.name
 
     def run_until(self, end):
         while self.events and self.events[0][0] < end:
@@ -3584,23 +3550,20 @@ class SimulationTest(unittest.TestCase):
         ("what could not be started is not counted", "self.spawns += fault == SPAWN", "pass"),
         ("credit is not given back", "client.owed += cost - task.cost",
          "client.owed += max(0, cost - task.cost)"),
-        ("slots of the lost are counted", "            self.slots -= worker.slots\n            "
-         "self.change_crew()\n            worker.peer", "            worker.peer"),
-        ("a choice of workers outlives them", "        self.crew_changed = True\n"
-         "        self.kits.clear()\n        self.hosts.clear()\n        self.choices.clear()\n",
-         "        self.crew_changed = True\n"),
-        ("who once had no room never has", "                self.exhausted = {some for some in "
-         "self.exhausted if some and worker not in some}\n", "                pass\n"),
+        ("slots of the lost are counted", "            self.slots -= worker.slots\n", ""),
+        ("a choice of workers outlives them", "        self.slots_by_labels.clear()\n"
+         "        self.places_by_host.clear()\n        self.eligible_for.clear()\n", ""),
+        ("who once had no room never has", "            self.saturated = {some for some in "
+         "self.saturated if some and worker not in some}\n", "            pass\n"),
         ("what was kept is not reported",
          "            result, output, command.shown = command.kept, None, command.kept_shown\n",
          "            output = b''\n"),
         ("who waits for another host is never told that there is none",
-         "        if not never and task.client.link != BROKER or self.choice", "        if never or "
-         "task.client.link != BROKER or self.choice"),
-        ("commands resubmitted to a new broker start at once", "            if self.now < task.until:"
-         "\n                task.state = LIMBO", "            if False:\n                pass"),
+         "        elif not task.client.from_above:\n", "        if not task.client.from_above:\n"),
+        ("commands resubmitted to a new broker start at once", "            if self.now < until:"
+         "\n                task.state = RECOVERING", "            if False:\n                pass"),
         ("silent clients are kept for ever", "            else:\n                self.forget_client("
-         "client, silence)", "            else:\n                self.see(self.clients_seen, client)"),
+         "client, silence)", "            else:\n                registry.see(registry.clients_seen, client, self.now)"),
         ("a lease lasts for ever", "return self.lease_began + LEASE_FRACTION * self.patience",
          "return math.inf"),
         ("what comes without a lease is not doubted", "            self.doubted_at = self.owner.now",

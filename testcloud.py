@@ -38,7 +38,7 @@ Promises
     clients and workers tell it all that it must know.
 
 Tasks (one attempt of one command, as its broker sees it)
-    LIMBO      > RUNNING DELIVERED GONE                    resubmitted to a new broker
+    RECOVERING > RUNNING DELIVERED GONE                    resubmitted to a new broker
     WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
     ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
     RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
@@ -200,7 +200,7 @@ CREDIT = 32 * 1024 * 1024  # bytes of one client's results at the broker that la
 SPOOL_COST = 256 * 1024  # of CREDIT for a large output: its worker keeps a file open
 FETCH_AHEAD = 4  # chunks on their way to one client: hides the round trip
 MAX_PARTS = 100  # READYs that a broker keeps until the last of their series comes
-MAX_CACHED_CHOICES = 100  # constraints whose eligible workers the broker remembers
+MAX_CACHED_CONSTRAINTS = 100  # constraints whose eligible workers the broker remembers
 READ_AHEAD = 4 * WINDOW  # lines of its input that a client holds before it can send them
 MAX_BULK = 128  # chunks that a worker reads before it sends them
 MAX_UNANSWERED = 1000  # greetings whose time is remembered: many more than a lease has
@@ -214,14 +214,14 @@ ANSWERS_PER_SECOND = 5  # of each verb to a plain or unknown peer: ends a loop o
 MAX_DEPTH = 8  # brokers in one chain; a longer one is taken for a mistake
 STATUS_LIMIT = 100  # characters of a name in STATUS, and labels of a worker
 MAX_PASSED_OVER = 16  # better workers that a task skips before its eligible ones are searched
-RETRY_LINES = 64  # queues of a client's retries that one look goes through, in turns
+MAX_RETRY_KINDS = 64  # queues of a client's retries that one look goes through, in turns
 SPAWN_LIMIT = 5  # failed starts of one command on machines that lack memory or the like
 
 # --- how much is given ahead
 
-AHEAD = 16  # commands per slot that a worker may be given beyond its slots
-AHEAD_TIME = 80.0  # ms that these may take together, by the times of earlier commands
-RECALL_DELAY: Seconds = AHEAD_TIME / 1000 + 0.02  # one that still waits then goes elsewhere
+PREFETCH = 16  # commands per slot that a worker may be given beyond its slots
+PREFETCH_TIME = 80.0  # ms that these may take together, by the times of earlier commands
+RECALL_DELAY: Seconds = PREFETCH_TIME / 1000 + 0.02  # one that still waits then goes elsewhere
 REFILL_FRACTION = 1 / 16  # of the window: a client submits more when so much of it is free
 
 # --- how long lines wait to share a message
@@ -1033,15 +1033,14 @@ class SessionMachine(Machine):
 
 # === Tasks ============================================================================
 #
-# What a broker remembers: a Task per attempt that a client wants and has not finished
-# with, a ClientLink per run, a WorkerLink per worker. Broker.move() is the one place that
-# changes a task's state, and with it every index that depends on the state.
+# A Task is one attempt of one command. A broker has one for each attempt that a client has
+# submitted and not confirmed yet. MOVES says which state may follow which.
 
-LIMBO, WAITING, ASSIGNED = "LIMBO", "WAITING", "ASSIGNED"
+RECOVERING, WAITING, ASSIGNED = "RECOVERING", "WAITING", "ASSIGNED"
 RUNNING, DELIVERED, GONE = "RUNNING", "DELIVERED", "GONE"
 
 MOVES: Dict[str, Tuple[str, ...]] = {
-    LIMBO: (RUNNING, DELIVERED, GONE),
+    RECOVERING: (RUNNING, DELIVERED, GONE),
     WAITING: (ASSIGNED, RUNNING, DELIVERED, GONE),
     ASSIGNED: (WAITING, RUNNING, DELIVERED, GONE),
     RUNNING: (WAITING, RUNNING, DELIVERED, GONE),
@@ -1049,1050 +1048,426 @@ MOVES: Dict[str, Tuple[str, ...]] = {
     GONE: (),
 }
 BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot
-TAKEN_FOR_COMMANDS = (b"QUEUED OK", b"QUEUED ERROR", b"QUEUED WHO")  # answers of ours
-
-
-class ClientLink:
-    """A run: its client, and the tasks it wants."""
-
-    __slots__ = ("run", "link", "peer", "tasks", "waiting", "retries", "in_turn",
-                 "claimed", "lost", "last_id", "announced", "join", "owed", "host",
-                 "pid", "backlog", "shunned", "told_shunned", "needs", "done", "failed")
-
-    def __init__(self, run: Run, link: str, peer: Optional[Peer]) -> None:
-        self.run = run
-        self.link = link  # CLIENTS, or BROKER for a run of the broker above us
-        self.peer = peer  # None while it is away
-        self.tasks: Dict[int, Task] = {}  # by id
-        self.waiting: Deque[Task] = deque()  # to be assigned; those not WAITING are skipped
-        # the same, before the others; in a line for each kind, for each may wait for other workers
-        self.retries: Dict[Tuple[Wanted, bool], Deque[Task]] = {}
-        self.in_turn = False  # stands in Broker.turns
-        self.claimed = peer is not None  # False: only workers have spoken of it so far
-        # by id: the last attempt that we called LOST, and its fault; until a later one comes, or
-        # for a run of the broker above, whose wishes we know less of, until the run is over
-        self.lost: Dict[int, Tuple[int, str]] = {}
-        self.last_id = 0  # of a plain client's commands, which we number
-        self.join = 0  # number of its last HELLO that told what it has
-        self.owed = 0  # bytes of results that it got and has not confirmed with DONE
-        self.announced: Set[int] = set()  # ids it spoke of in HELLO, and has not submitted yet
-        self.host, self.pid = "", 0
-        self.backlog = 0  # commands that it keeps for later, as far as we know
-        self.shunned: FrozenSet[str] = frozenset()  # hosts
-        self.told_shunned: Dict[str, Seconds] = {}  # brokers below: when they were told so
-        self.needs: FrozenSet[str] = frozenset()  # labels, of its last command that had such needs
-        self.done = self.failed = 0  # results passed on, and how many of these were failures
-
-    @property
-    def plain(self) -> bool:
-        return self.link == CLIENTS and self.run.startswith(PLAIN)
-
-    def may_want(self, id: int) -> bool:
-        """Whether a command that we do not know may still be submitted to us."""
-        return self.link == BROKER or not self.claimed or id in self.announced
-
-    def queue(self, task: Task, again: bool) -> None:
-        """To the end of a line."""
-        if again:
-            self.retries.setdefault((task.wanted, task.careful), deque()).append(task)
-        else:
-            self.waiting.append(task)
-
-    def next_tasks(self) -> List[Task]:
-        """What can be assigned next: the first task of each line, but of so many retries' lines, in
-        turns."""
-        found = []
-        for kind in list(itertools.islice(self.retries, RETRY_LINES)):
-            line = self.retries.pop(kind)
-            if skip_gone(line):
-                found.append(line[0])
-                self.retries[kind] = line
-        return found + [self.waiting[0]] if skip_gone(self.waiting) else found
-
-
-def skip_gone(line: Deque[Task]) -> bool:
-    """Begin a line with one that is still WAITING; whether there is one."""
-    while line and line[0].state != WAITING:
-        line.popleft()
-    return bool(line)
-
-
-class WorkerLink:
-    """A worker (or a chained broker), and the tasks it has."""
-
-    __slots__ = ("peer", "name", "plain", "slots", "weight", "below", "depth", "tasks", "busy",
-                 "careful", "ahead", "ready", "join", "stamp", "token", "host", "user",
-                 "labels", "crew", "fit", "needy", "load", "done", "failed", "deaf", "silent")
-
-    def __init__(self, peer: Peer, name: str, plain: bool) -> None:
-        self.peer: Optional[Peer] = peer  # None while its connection is broken
-        self.name = name  # its incarnation
-        self.plain = plain
-        self.slots = 1
-        self.weight = 0
-        self.below: List[str] = []  # names of the brokers of its subtree, itself included
-        self.depth = 0  # how many of them stand in its longest chain
-        self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
-        self.busy = 0  # how many of them take a slot, or wait for one there
-        self.careful = 0  # how many of those must have no others wait behind them
-        self.ahead = 0  # how many it may be given beyond its slots: so many were short in a row
-        self.ready = False  # may be given commands
-        self.join = 0  # number of its last READY that told what it has
-        self.stamp = 0  # of its valid entry in Broker.ranking
-        self.token = ""  # a plain worker's: names its task
-        self.deaf = False  # a plain one that takes our answers for commands
-        self.silent = False  # a plain one that has not said READY for long
-        self.host = name  # of which it tells if it is ours, and no chained broker
-        self.user = ""  # as whom it runs commands, if it tells
-        self.labels: FrozenSet[str] = frozenset()
-        # where it runs things, itself or below: slots by host and labels
-        self.crew: Dict[Tuple[str, FrozenSet[str]], int] = {(name, self.labels): 1}
-        self.fit: Dict[FrozenSet[str], int] = {}  # how many of these slots have such labels
-        self.needy: Counter[FrozenSet[str]] = Counter()  # its busy tasks that need such
-        self.load = 0.0  # of its machine, if we were told
-        self.done = self.failed = 0  # as of a ClientLink
-
-    def running(self) -> int:
-        """How many tasks run, as far as we know: one that takes nothing new has handed back others."""
-        return min(self.busy, self.slots or self.busy)
-
-    def stuck(self) -> Iterator[Task]:
-        """Its tasks that wait for a slot there."""
-        busy = (task for task in self.tasks.values() if task.state in (ASSIGNED, RUNNING))
-        return itertools.islice(busy, self.running(), None)
-
-    def free(self) -> int:
-        """How many slots are free; less than 0 if commands wait there for one."""
-        return self.slots - self.busy if self.ready and self.peer is not None else 0
-
-    def order(self) -> int:
-        """Who is given a command first: 0 has a free slot, 1 has none, 2 may be there no more."""
-        return 2 if self.silent else int(self.free() <= 0)
-
-    def fits(self, task: Task) -> bool:
-        """Whether it has a slot left for what the task needs. A broker below may have other slots."""
-        needs = task.wanted.needs
-        if not needs or not self.below:
-            return True
-        if needs not in self.fit:
-            self.fit[needs] = sum(n for (_, labels), n in self.crew.items() if needs <= labels)
-        return self.needy[needs] < self.fit[needs]
-
-    def has_room(self) -> bool:
-        """Whether it may be given another command."""
-        if not self.ready or self.peer is None:
-            return False
-        return self.busy < self.slots + (0 if self.careful else self.ahead)
-
 
 CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process;
 NOWHERE = "nowhere"  # there is no other host
 
 
 class Faults:
-    """How often a command was lost by fault, and whether that is too often."""
+    """How often a command was lost, by fault."""
 
     __slots__ = ("crashes", "spawns")
 
     def __init__(self) -> None:
         self.crashes = 0  # workers that were lost while they had it
-        self.spawns = 0  # tries to start it that failed for want of something on the machine
+        self.spawns = 0  # attempts that failed because the machine was short of something
 
     def count(self, fault: str, why: str, times: Times) -> str:
-        """Count a fault ("" is none); a reason if the command should be tried no more."""
+        """Count a fault ("" is none). Return why the command must not be tried again, or ""."""
         self.crashes += fault == CRASH
         self.spawns += fault == SPAWN
         if self.crashes >= times.crash_limit:
-            return (f"{self.crashes} workers were lost while they had it, and it is suspected to be "
-                    f"the cause; last: {why}")
+            return (f"{self.crashes} workers were lost while they had it, and it is suspected to "
+                    f"be the cause; last: {why}")
         if self.spawns >= SPAWN_LIMIT:
             return f"could not be started, {self.spawns} times; last: {why}"
         return ""
 
 
-class Wanted(NamedTuple):
-    """By whom a task is to be run. One wish after the other, as far as somebody is left."""
+class Place(NamedTuple):
+    """The slots of one worker on one host with the same labels. A chained broker has several."""
 
-    needs: FrozenSet[str] = frozenset()  # labels: without these nobody
-    shunned: FrozenSet[str] = frozenset()  # by none of these hosts
-    on: str = ""  # by this host
-    not_on: str = ""  # by another host
-    avoid: str = ""  # by another worker
-    never: FrozenSet[str] = frozenset()  # hosts: by none of these, whoever is left
-
-    def choose(self, workers: Iterable[WorkerLink]) -> Set[WorkerLink]:
-        left = [(host, worker) for worker in workers for (host, labels), slots in worker.crew.items()
-                if slots and self.needs <= labels and host not in self.never]
-        for wish in (lambda host, worker: host not in self.shunned,
-                     lambda host, worker: not self.on or host == self.on,
-                     lambda host, worker: host != self.not_on,
-                     lambda host, worker: worker.name != self.avoid):
-            left = [row for row in left if wish(*row)] or left
-        return {worker for _, worker in left}
+    host: str
+    labels: FrozenSet[str]
+    slots: int
+    worker: WorkerSlots
 
 
-ANYBODY = Wanted()
+class Constraints(NamedTuple):
+    """Where a task may run. `needs` and `never_on` always hold. Each of the others is a
+    preference: it holds as long as a place is left that meets it, in the order of eligible()."""
+
+    needs: FrozenSet[str] = frozenset()  # labels
+    excluded: FrozenSet[str] = frozenset()  # hosts
+    on: str = ""  # a host
+    not_on: str = ""  # a host
+    avoid: str = ""  # name of a worker
+    never_on: FrozenSet[str] = frozenset()  # hosts
+
+    def eligible(self, places: Iterable[Place]) -> Set[WorkerSlots]:
+        """Return the workers of these places that may run the task."""
+        left = [it for it in places
+                if it.slots and self.needs <= it.labels and it.host not in self.never_on]
+        for prefers in (lambda it: it.host not in self.excluded,
+                        lambda it: not self.on or it.host == self.on,
+                        lambda it: it.host != self.not_on,
+                        lambda it: it.worker.name != self.avoid):
+            left = list(filter(prefers, left)) or left
+        return {it.worker for it in left}
+
+
+UNCONSTRAINED = Constraints()
 
 
 class Task:
     """One attempt of one command."""
 
-    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "wanted", "had",
-                 "careful", "until", "faults", "cost", "result", "plain")
+    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "constraints",
+                 "had", "careful", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
         self.client = client
         self.id = id
         self.attempt = attempt
         self.state = WAITING
-        self.line = line  # as the client sent it; b"" if we know it only from its worker
+        self.line = line  # as the client sent it; b"" if only its worker has spoken of it
         self.worker: Optional[WorkerLink] = None  # in ASSIGNED, RUNNING and DELIVERED
-        self.avoid = ""  # name of the worker that did not work out last time
-        self.wanted = ANYBODY  # whom to wait for, beside what its client shuns
-        self.had = ""  # in LIMBO: name of the worker that was last known to have it
-        self.careful = False  # workers were lost with it: let no others wait behind it
-        self.until: Seconds = 0.0  # in LIMBO and ASSIGNED: when to stop hoping
-        self.faults = Faults()  # if a plain client's; others count themselves
+        self.avoid = ""  # name of the worker that lost the attempt before
+        self.constraints = UNCONSTRAINED
+        self.had = ""  # in RECOVERING: name of the worker that had it last
+        self.careful = False  # workers were lost with it: no other task may wait behind it
+        self.faults = Faults()  # of a plain client's command; other clients count themselves
         self.cost = 0  # in DELIVERED: bytes that wait for its client
-        self.result = b""  # a plain worker's RESULT, which only we have
-        self.plain: Fields = {}  # cmd and cwd, if a plain client's
+        self.result = b""  # RESULT of a plain worker, which does not keep it
+        self.plain: Fields = {}  # cmd and cwd of a plain client's command
 
     @property
     def key(self) -> Key:
         return (self.client.run, self.id, self.attempt)
 
 
-# === Broker ===========================================================================
+# === Scheduler ========================================================================
 #
-# The broker gives waiting commands to free workers and passes answers back. Clients own
-# their commands: when an attempt is lost, the broker tells the client (LOST) and forgets
-# it, and the client decides about another. Only for plain clients, who know no LOST, does
-# the broker act as the owner. All it knows can be rebuilt from what clients and workers say
-# when they join. Towards a broker above it, it is a worker with the slots of all its own
-# workers, and the runs it gets from there are clients to it.
+# Which waiting task goes to which worker. Clients take turns; within one client, retries go
+# first, then commands in order. Among eligible workers a free slot counts first, then weight,
+# then the number of free slots. Workers whose commands are short are given more than they have
+# slots for (prefetch), and these tasks are recalled when a slot is free elsewhere. A task that
+# must not wait behind others reserves the next free slot of a worker. The scheduler knows no
+# messages, connections or clocks. Its cost for a task does not grow with workers or clients.
 
-class Broker(Machine):
-    """The scheduler. Its links are CLIENTS, WORKERS and, if it is chained, BROKER."""
 
-    def __init__(self, name: str, times: Times = Times(), chained: bool = False,
-                 now: Seconds = 0.0) -> None:
-        super().__init__()
-        self.name = name  # this incarnation
-        self.times = times
-        self.started = now
-        self.lenient_until = -math.inf  # until then we are, having been away ourselves
-        self.leniency: Seconds = 0.0  # how long we had the last time
-        self.clients: Dict[Run, ClientLink] = {}
-        self.run_of: Dict[Peer, Run] = {}  # connected clients
-        self.workers: Dict[Peer, WorkerLink] = {}  # connected workers
-        self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or not
-        self.turns: Deque[ClientLink] = deque()  # clients with waiting tasks, round robin
-        self.ranking: List[Tuple[int, int, int, int, WorkerLink]] = []  # heap: best worker first
-        self.stamps = 0  # counts entries of the ranking
-        self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of who is to be told OK
-        self.viewers: Dict[Peer, None] = {}  # who are to be told STATUS
-        self.answer_at: Seconds = math.inf  # when to do so
-        self.answers: Counter[Tuple[str, str, Peer]] = Counter()  # to peers plain or unknown
-        self.count_again: Seconds = math.inf  # when to begin anew with that
-        # of READYs that are not whole yet, the latest last; until when they are kept
-        self.parts: Dict[Peer, Tuple[Seconds, List[Fields]]] = {}
-        self.slots = 0  # of all connected workers
-        self.unconfirmed: Deque[Tuple[Task, Seconds]] = deque()  # with Task.until, by time
-        self.ahead: Deque[Tuple[Task, Seconds]] = deque()  # were given beyond slots; when
-        self.limbo: Dict[Key, Task] = {}
-        self.limbo_until: Seconds = math.inf  # when to look at it next
-        # runs that are over, until when: workers that were away may still have commands of them
-        self.departed: Dict[Run, Seconds] = {}
-        self.away: Dict[str, Seconds] = {}  # workers with a broken connection: until when
-        # last sign of life of each, the longest silent first
-        self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
-        self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
-        self.plain_peers = 0
-        self.keys: Dict[Tuple[str, Peer], str] = {}  # public, of peers that have proven to have them
-        self.keyed = False  # whether all have such
-        self.host_names = HostNames()
-        self.mates: Dict[str, Dict[WorkerLink, None]] = {}  # all but plain workers, by host
-        self.session = Session(self, "READY", self.greeting, times) if chained else None
-        self.above: List[str] = []  # the brokers above us, nearest first
-        self.untold: Dict[Key, Fields] = {}  # LOST, while the broker above could not hear it
-        self.told: Fields = {}  # of to_tell(), as the broker above knows it
-        self.was_empty = True  # no slots, as clients were told
-        self.crew_changed = False  # slots or weights, since the last settle()
-        # until the crew changes: which labels workers have, together, and their slots
-        self.kits: Counter[FrozenSet[str]] = Counter()
-        self.hosts: Dict[str, List[WorkerLink]] = {}  # who is where
-        # and who may run what is wanted so; None: all may
-        self.choices: Dict[Wanted, Optional[FrozenSet[WorkerLink]]] = {}
-        self.exhausted: Set[Optional[FrozenSet[WorkerLink]]] = set()  # of these none has room
-        self.kept: Dict[WorkerLink, Task] = {}  # for whom a worker's next free slot is, while it waits
+class ClientQueue:
+    """The waiting tasks of one client."""
 
-    # --- who is there: clients
+    __slots__ = ("from_above", "tasks", "waiting", "retries", "in_turn", "excluded", "owed")
 
-    def heard(self, link: str, peer: Peer) -> None:
-        if link == CLIENTS and peer in self.run_of:
-            self.see(self.clients_seen, self.clients[self.run_of[peer]])
-        elif link == WORKERS and peer in self.workers:
-            self.see(self.workers_seen, self.workers[peer])
-        elif link == BROKER and self.session:
-            self.session.heard(self.now)
+    def __init__(self, from_above: bool = False) -> None:
+        self.from_above = from_above  # a run of the broker above: starts only under a lease
+        self.tasks: Dict[int, Task] = {}  # all that are not GONE, by id
+        self.waiting: Deque[Task] = deque()  # first attempts; those not WAITING are skipped
+        # the same for retries, which go first. A queue for each kind: no kind waits for another
+        self.retries: Dict[Tuple[Constraints, bool], Deque[Task]] = {}
+        self.in_turn = False  # stands in Scheduler.turns
+        self.excluded: FrozenSet[str] = frozenset()  # hosts to use only if there are no others
+        self.owed = 0  # bytes of results that the client got and has not confirmed with DONE
 
-    def see(self, seen: OrderedDict[Any, Seconds], who: Any) -> None:
-        seen[who] = self.now
-        seen.move_to_end(who)
-
-    def require_client(self, run: Run, link: str, peer: Optional[Peer]) -> ClientLink:
-        """The run's client; a new one if there is none yet."""
-        client = self.clients.get(run)
-        if client is None:
-            client = self.clients[run] = ClientLink(run, link, peer)
-        elif not client.claimed and peer is not None:
-            client.link, client.peer, client.claimed = link, peer, True
-        self.see(self.clients_seen, client)
-        return client
-
-    def client_of(self, message: Message) -> Optional[ClientLink]:
-        """Who said this; a peer that we do not know is asked to join, and gets None."""
-        if message.link == BROKER:
-            if message.token not in self.clients and message.verb not in (COMMAND, "SHUN"):
-                return None
-            require_run(message.token)
-            client = self.require_client(message.token, BROKER, b"")
-            return client if client.link == BROKER else None
-        run = self.run_of.get(message.peer)
-        if run is None:
-            self.say(CLIENTS, message.peer, "", "WHO")
-            return None
-        return self.clients[run]
-
-    def on_hello(self, message: Message) -> None:
-        run, peer = message.fields["run"], message.peer
-        if not run.isalnum():  # unlike a PLAIN one
-            raise ProtocolError("HELLO wants 'run' to be letters and digits")
-        known = self.run_of.get(peer)
-        if "join" not in message.fields:  # still here
-            if known != run:
-                self.say(CLIENTS, peer, "", "WHO")
-            else:
-                self.clients[run].backlog = message.fields.get("backlog", 0)
-                self.answer(message)
-            return
-        if known is not None and known != run:
-            raise ProtocolError("HELLO from a peer that is another run already")
-        if not run.startswith(self.mark_of(CLIENTS, peer)):
-            raise ProtocolError("this run belongs to another key: it begins with our fingerprint")
-        client = self.require_client(run, CLIENTS, peer)
-        if message.fields["join"] <= client.join:  # was under way for long, on an older connection
-            return
-        client.join, client.backlog = message.fields["join"], message.fields.get("backlog", 0)
-        client.host, client.pid = message.fields.get("host", ""), message.fields.get("pid", 0)
-        if client.link == CLIENTS and client.peer is not None and client.peer != peer:
-            self.run_of.pop(client.peer, None)
-        client.link, client.peer = CLIENTS, peer  # whatever a broker above may have thought
-        self.run_of[peer] = run
-        if known is None:
-            self.log(logging.INFO, f"client {printable(message.fields.get('host', ''))} joined")
-        wanted = set(message.fields.get("unreported", ()))
-        self.drop([task for id, task in client.tasks.items() if id not in wanted])
-        client.announced = wanted.difference(client.tasks)
-        client.lost = {id: row for id, row in client.lost.items() if id in wanted}
-        client.claimed = True
-        self.departed.pop(run, None)
-        self.say(CLIENTS, peer, "", "OK", dict(self.state_for_client(), join=message.fields["join"]))
-
-    def state_of_cloud(self) -> Fields:
-        return {"broker": self.name, "workers": len(self.workers), "slots": self.slots,
-                "patience": self.times.client_lease}
-
-    def state_for_client(self) -> Fields:
-        return dict(self.state_of_cloud(), hosts=len(self.workers_at()))
-
-    def on_client_bye(self, message: Message) -> None:
-        run = self.run_of.get(message.peer)
-        if run is not None:
-            self.forget_client(self.clients[run], "left")
-
-    def forget_client(self, client: ClientLink, why: str) -> None:
-        """The run is over: stop what runs for it, and drop every trace of it."""
-        self.drop(list(client.tasks.values()))
-        self.clients_seen.pop(client, None)
-        self.clients.pop(client.run, None)
-        if client.in_turn:
-            self.turns.remove(client)
-            client.in_turn = False
-        if client.link == CLIENTS:
-            if client.peer is not None:
-                self.run_of.pop(client.peer, None)
-            self.departed[client.run] = self.now + self.times.client_lease
-            self.log(logging.INFO, f"client {why}")
-
-    # --- who is there: workers
-
-    def on_ready(self, message: Message) -> None:
-        peer, fields = message.peer, message.fields
-        worker = self.workers.get(peer)
-        if "name" not in fields:
-            self.on_plain_ready(message, worker)
-        elif fields.get("more"):
-            self.add_part(peer, fields)
-        elif self.name in fields.get("below", ()):
-            if self.session is None:
-                raise ProtocolError("we cannot be below you: we have no broker above us")
-            # it is not let in; if it is really above us, it will see that from this answer
-            self.say(WORKERS, peer, "", "OK", self.state_for_worker())
-        elif fields.get("depth", 0) + len(self.above) + 1 > MAX_DEPTH:
-            raise ProtocolError(f"chain of more than {MAX_DEPTH} brokers")
-        elif "join" in fields:
-            self.join_worker(message)
-        elif worker is None or worker.name != fields["name"]:
-            self.say(WORKERS, peer, "", "WHO")
+    def append(self, task: Task, retry: bool) -> None:
+        if retry:
+            self.retries.setdefault((task.constraints, task.careful), deque()).append(task)
         else:
-            self.update_worker(worker, fields)
-            self.answer(message)
+            self.waiting.append(task)
 
-    def answer(self, message: Message) -> None:
-        """Say OK to a greeting, but not at once: that wakes the system once for many."""
-        self.greeted[message.link, message.peer] = message.fields.get("beat", 0)
-        self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+    def next_tasks(self) -> List[Task]:
+        """Return the first task of each queue: of at most MAX_RETRY_KINDS kinds of retries, in turns,
+        and of first attempts."""
+        found = []
+        for kind in list(itertools.islice(self.retries, MAX_RETRY_KINDS)):
+            queue = self.retries.pop(kind)
+            if skip_gone(queue):
+                found.append(queue[0])
+                self.retries[kind] = queue
+        return found + [self.waiting[0]] if skip_gone(self.waiting) else found
 
-    def say(self, link: str, peer: Peer, token: Run, verb: str,
-            fields: Optional[Fields] = None) -> None:
-        """The same, but a peer that is plain or unknown gets few answers: it may answer them."""
-        if verb in ("OK", "ERROR", "WHO") and not self.knows_batches(link, peer):
-            deaf = link == WORKERS and peer in self.workers and self.workers[peer].deaf
-            if self.has_enough(verb, link, peer) or deaf:
-                return
-        super().say(link, peer, token, verb, fields)
 
-    def has_enough(self, verb: str, link: str, peer: Peer) -> bool:
-        """Count one more answer of this kind to a peer; whether these are too many for a second."""
-        self.count_again = min(self.count_again, self.now + 1)
-        self.answers[verb, link, peer] += 1
-        return self.answers[verb, link, peer] > ANSWERS_PER_SECOND
+def skip_gone(queue: Deque[Task]) -> bool:
+    """Drop tasks from the front until one is WAITING. Return whether there is one."""
+    while queue and queue[0].state != WAITING:
+        queue.popleft()
+    return bool(queue)
 
-    def count_answers_again(self) -> None:
-        """Say the OKs that were too many: a plain worker may be waiting for one."""
-        late = [peer for (verb, _, peer), n in self.answers.items()
-                if verb == "OK" and n > ANSWERS_PER_SECOND and peer in self.workers]
-        self.answers, self.count_again = Counter(), math.inf
-        for peer in late:
-            self.say(WORKERS, peer, "", "OK")
 
-    def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
-        """The same; an ERROR to a plain worker has no token, so that its answer has none."""
-        worker = self.workers.get(peer) if link == WORKERS else None
-        token = "" if link == WORKERS and worker is None else token
-        if worker is not None and worker.plain:
-            worker.deaf |= line.startswith(TAKEN_FOR_COMMANDS)
-            its_result, token = line.startswith(b"RESULT") and token == worker.token, ""
-            for task in list(worker.tasks.values()) if its_result else ():
-                self.deliver(task, worker, {
-                    "exitcode": NOT_RUN, "time": 0.0, "ran": True,
-                    "reason": f"its result cannot be read: {reason}"}, line)
-        super().complain(link, peer, token, line, reason)
+class WorkerSlots:
+    """The slots of one worker, or of all workers below a chained broker, and their tasks."""
 
-    def answer_greetings(self) -> None:
-        greeted, self.greeted, self.answer_at = self.greeted, {}, math.inf
-        lines = {CLIENTS: encode("OK", self.state_for_client()),
-                 WORKERS: encode("OK", self.state_for_worker())}
-        for (link, peer), beat in greeted.items():
-            line, client = lines[link], self.clients.get(self.run_of.get(peer, ""))
-            lacks = self.lacks(client) if link == CLIENTS and client is not None else ""
-            if lacks:
-                line = encode("OK", dict(self.state_for_client(), lacks=lacks))
-            self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
-        viewers, self.viewers = self.viewers, {}
-        status = encode("STATUS", self.status()) if viewers else b""
-        for peer in viewers:
-            self.pass_on(CLIENTS, peer, "", status)
+    __slots__ = ("name", "slots", "weight", "capacity", "ready", "silent", "prefetch", "tasks",
+                 "busy", "careful", "busy_with", "slots_with", "stamp")
 
-    def lacks(self, client: ClientLink) -> str:
-        """What the commands of a client may wait for in vain, while others are run."""
-        if not client.needs or not client.waiting and not client.retries:
-            return ""
-        if self.has_labels(client.needs, 1):
-            return ""
-        busy = " that takes something new" if self.has_labels(client.needs, 0) else ""
-        return f"a worker with {label_words(client.needs)}{busy}"
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.slots = 1
+        self.weight = 0
+        # slots by host and labels; several only of a chained broker
+        self.capacity: Dict[Tuple[str, FrozenSet[str]], int] = {(name, frozenset()): 1}
+        self.ready = False  # connected, and may be given tasks
+        self.silent = False  # a plain worker that has not said READY for long: the last choice
+        self.prefetch = 0  # tasks that it may be given beyond its slots
+        self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
+        self.busy = 0  # how many of them are BUSY
+        self.careful = 0  # how many of these are careful
+        self.busy_with: Counter[FrozenSet[str]] = Counter()  # how many of these need such labels
+        self.slots_with: Dict[FrozenSet[str], int] = {}  # cache: slots that have such labels
+        self.stamp = 0  # of its valid entry in Scheduler.ranking
 
-    def has_labels(self, needs: FrozenSet[str], slots: int) -> bool:
-        """Whether workers have them, and so many slots."""
-        if not self.kits:
-            for worker in self.workers.values():
-                for (_, labels), n in worker.crew.items():
-                    self.kits[labels] += n
-        return any(needs <= labels and n >= slots for labels, n in self.kits.items())
+    def count(self, task: Task, change: int) -> None:
+        """Count a task in (1) or out (-1) of those that are BUSY."""
+        self.busy += change
+        if task.careful:
+            self.careful += change
+        if task.constraints.needs:
+            self.busy_with[task.constraints.needs] += change
 
-    def add_part(self, peer: Peer, fields: Fields) -> None:
-        """Keep a part of a READY until the last one comes: of all peers together only so many, the
-        latest. Who joined in parts that are kept no more has to join again."""
-        longest = max(len(fields.get(key, ())) for key in TASK_LISTS)
-        if "join" not in fields or longest > MAX_READY_TASKS:
-            raise ProtocolError(f"READY with 'more' needs 'join', and at most {MAX_READY_TASKS} tasks")
-        _, parts = self.parts.pop(peer, (0.0, []))
-        if parts and parts[0]["join"] != fields["join"]:
-            parts = []
-        part = {key: fields[key] for key in ("join", *TASK_LISTS) if key in fields}
-        self.parts[peer] = self.now + self.times.worker_expiry, [*parts, part]
-        while sum(len(parts) for _, parts in self.parts.values()) > MAX_PARTS:
-            del self.parts[next(iter(self.parts))]
+    def running(self) -> int:
+        """Return how many tasks run. A worker with 0 slots has handed back the others."""
+        return min(self.busy, self.slots or self.busy)
 
-    def whole(self, peer: Peer, fields: Fields) -> Fields:
-        """A READY that came in parts, put together. Raises ProtocolError if one is missing."""
-        _, parts = self.parts.pop(peer, (0.0, []))
-        parts = [part for part in parts if part["join"] == fields["join"]]
-        if len(parts) != fields.get("parts", 0):
-            raise ProtocolError("READY without its other parts: join again")
-        return dict(fields, **{key: [row for part in (*parts, fields) for row in part.get(key, ())]
-                               for key in TASK_LISTS})
+    def queued(self) -> Iterator[Task]:
+        """Return the tasks that wait for a slot there."""
+        busy = (task for task in self.tasks.values() if task.state in BUSY)
+        return itertools.islice(busy, self.running(), None)
 
-    def refuse_loop(self) -> None:
-        """We have met ourselves above us: whoever chained us made a mistake."""
-        self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
-                                "correct --upstream")
-        self.effects.append(Exit(2))
+    def free(self) -> int:
+        """Return the number of free slots; less than 0 if tasks wait for one."""
+        return self.slots - self.busy if self.ready else 0
 
-    def knows_batches(self, link: str, peer: Peer) -> bool:
-        if link == CLIENTS:
-            return not self.run_of.get(peer, PLAIN).startswith(PLAIN)
-        return link == BROKER or peer in self.workers and not self.workers[peer].plain
+    def order(self) -> int:
+        """Return 0 if it has a free slot, 1 if it has none, 2 if it may be gone."""
+        return 2 if self.silent else int(self.free() <= 0)
 
-    def state_for_worker(self) -> Fields:
-        return dict(self.state_of_cloud(), above=[self.name] + self.above,
-                    patience=min(self.times.worker_expiry, self.times.queued_timeout))
+    def has_room(self) -> bool:
+        """Return whether it may be given another task. None may wait behind a careful one."""
+        return self.ready and self.busy < self.slots + (0 if self.careful else self.prefetch)
 
-    def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
-        if worker is None:
-            self.plain_peers += 1  # an id that libzmq has given is for nobody else to know
-            given = message.peer[:1] == b"\0"
-            name = f"{PLAIN}{self.plain_peers}" if given else printable(message.peer)
-            worker = self.workers[message.peer] = WorkerLink(message.peer, name, True)
-            self.heard(WORKERS, message.peer)
-            self.log(logging.INFO, f"plain worker {worker.name} joined")
-            self.slots += 1
-            self.change_crew()
-        elif not worker.plain:
-            raise ProtocolError("READY needs the name given before")
-        worker.weight = message.fields.get("weight", worker.weight)
-        worker.silent = False
-        for task in [task for task in worker.tasks.values() if task.state == RUNNING]:
-            self.lose(task, f"worker {printable(worker.name)} said READY instead of its result", CRASH)
-        if not worker.tasks:  # otherwise it has not seen its command yet
-            worker.ready = True
-        self.rank(worker)
-        self.say(WORKERS, message.peer, "", "OK")
+    def fits(self, task: Task) -> bool:
+        """Return whether a slot with the labels that the task needs is left."""
+        needs = task.constraints.needs
+        if not needs or len(self.capacity) == 1:  # its slots are all alike
+            return True
+        if needs not in self.slots_with:
+            self.slots_with[needs] = sum(
+                n for (_, labels), n in self.capacity.items() if needs <= labels)
+        return self.busy_with[needs] < self.slots_with[needs]
 
-    def update_worker(self, worker: WorkerLink, fields: Fields) -> None:
-        slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
-        worker.below = fields.get("below", worker.below)
-        worker.depth = fields.get("depth", worker.depth)
-        worker.load = fields.get("load", worker.load)
-        worker.labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
-        crew = {(host, frozenset(labels)): n for host, n, *labels in fields["crew"]} \
-            if "crew" in fields else {(worker.host, worker.labels): slots}
-        if crew != worker.crew:
-            worker.crew, worker.fit = crew, {}
-            self.change_crew()
-        if worker.ready and (slots, weight) == (worker.slots, worker.weight):
+
+Eligible = Optional[FrozenSet[WorkerSlots]]  # workers that may run a task; None: all
+
+
+class Scheduler:
+    """Decides which waiting task goes to which worker."""
+
+    def __init__(self) -> None:
+        self.workers: Dict[WorkerSlots, None] = {}  # connected, an ordered set
+        self.away: Dict[WorkerSlots, None] = {}  # with a broken connection: may come back
+        self.slots = 0  # of all connected workers
+        self.has_lease = False  # tasks from the broker above may start
+        self.turns: Deque[ClientQueue] = deque()  # clients with waiting tasks, round robin
+        # heap of workers with room, the best first: (order, -weight, -free, stamp, worker)
+        self.ranking: List[Tuple[int, int, int, int, WorkerSlots]] = []
+        self.stamps = 0  # entries of the ranking so far
+        self.prefetched: Deque[Tuple[Task, Seconds]] = deque()  # tasks beyond slots, since when
+        self.reservations: Dict[WorkerSlots, Task] = {}  # who gets a worker's next free slot
+        self.capacity_changed = False  # slots, weights or labels, since the owner last looked
+        # caches, until capacity changes
+        self.slots_by_labels: Counter[FrozenSet[str]] = Counter()
+        self.places_by_host: Dict[str, List[Place]] = {}
+        self.eligible_for: Dict[Constraints, Eligible] = {}
+        self.saturated: Set[Eligible] = set()  # sets of workers of which none has room
+
+    # --- workers
+
+    def add_worker(self, worker: WorkerSlots) -> None:
+        """A worker has connected, for the first time or again. change_worker() makes it ready."""
+        if worker not in self.workers:
+            self.workers[worker] = None
+            self.slots += worker.slots
+        self.away.pop(worker, None)
+        worker.ready = False
+        self.drop_caches()
+
+    def change_worker(self, worker: WorkerSlots, slots: int, weight: int,
+                      capacity: Dict[Tuple[str, FrozenSet[str]], int]) -> None:
+        """A connected worker has told what it has; it is ready now."""
+        if (slots, weight, capacity) != (worker.slots, worker.weight, worker.capacity):
+            self.slots += slots - worker.slots
+            worker.slots, worker.weight, worker.capacity = slots, weight, capacity
+            worker.slots_with = {}
+            worker.prefetch = min(worker.prefetch, PREFETCH * slots)
+            self.drop_caches()
+        elif worker.ready:
             return
-        if (slots, weight) != (worker.slots, worker.weight):
-            self.change_crew()
-        self.slots += slots - worker.slots
-        worker.slots, worker.weight = slots, weight
-        worker.ahead = min(worker.ahead, AHEAD * slots)
         worker.ready = True
         self.rank(worker)
 
-    def join_worker(self, message: Message) -> None:
-        """A worker tells all that it has; make our records agree with that."""
-        peer, name = message.peer, message.fields["name"]
-        known = self.workers.get(peer)
-        if known is not None and (known.plain or known.name != name):
-            raise ProtocolError("READY with a name other than before")
-        if not name.endswith(self.mark_of(WORKERS, peer)):
-            raise ProtocolError("this name belongs to another key: it ends with our fingerprint")
-        worker = self.named.get(name)
-        if worker is not None and message.fields["join"] <= worker.join:
-            return  # was under way for long, on an older connection
-        fields = self.whole(peer, message.fields)
-        if worker is None:
-            worker = self.named[name] = WorkerLink(peer, name, False)
-            worker.host = self.name_of_host(fields.get("host") or name)
-            self.mates.setdefault(worker.host, {})[worker] = None
-            self.log(logging.INFO, f"worker {printable(name)} joined")
-            self.slots += worker.slots
-        elif worker.peer is None:
-            self.away.pop(name, None)
-            self.slots += worker.slots
-        else:
-            self.workers.pop(worker.peer, None)
-        worker.peer, worker.join, worker.ready = peer, message.fields["join"], False
-        self.workers[peer] = worker
-        self.change_crew()
-        self.heard(WORKERS, peer)
-        self.update_worker(worker, message.fields)
-        worker.user = fields.get("user", "")
-        note = self.tell_apart(worker) if fields["join"] == 1 else ""  # not for each broker
-        for client in self.clients.values() if worker.below else ():
-            self.tell_shunned(client, [worker])
-        unwanted, recall, resend = self.reconcile(worker, fields)
-        for run, tasks in unwanted.items():  # before OK lets it start things
-            self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
-        self.instruct(recall)
-        self.say(WORKERS, peer, "", "OK",
-                 dict(self.state_for_worker(), join=message.fields["join"], note=note,
-                      host=worker.host))
-        for run, tasks in unwanted.items() if worker.below else ():
-            # in between, workers of its own may have told it of these
-            self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
-        self.instruct(resend)
-
-    def name_of_host(self, told: str) -> str:
-        """The identity of a host, as its workers are to tell it from now on."""
-        name, _, id = told.rpartition("/")
-        return f"{self.host_names.name_of(told)}/{id}" if name else told
-
-    def tell_apart(self, worker: WorkerLink) -> str:
-        """What to tell a worker whose user has others on the same host, as after a lost ssh; or ""."""
-        others = [other for other in self.mates[worker.host] if other is not worker and worker.user
-                  and other.user == worker.user and other.peer is not None]
-        if not others:
-            return ""
-        slots = plural(sum(other.slots for other in others), "slot")
-        host = printable(worker.host.partition("/")[0])
-        note = (f"{printable(worker.user)} runs {plural(len(others), 'other worker')} on {host} "
-                f"already, with {slots} ({printable(others[0].name)}): stop what is not wanted, or "
-                f"they share its CPUs")
-        self.log(logging.WARNING, f"worker {printable(worker.name)}: {note}")
-        return note
-
-    def reconcile(self, worker: WorkerLink, fields: Fields) -> Tuple[
-            Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
-        """Have our records agree with what the worker tells. Returns what is not wanted of that,
-        orders to hand back what it has not started and its client has not spoken of yet, for a
-        broker before us may have given that to others, and to send again the results it holds."""
-        running = {tuple(row) for row in fields.get("running", ())}
-        held = {tuple(row) for row in fields.get("held", ())}
-        told = running | held
-        lost = [task for key, task in worker.tasks.items() if key not in told]
-        lost += [task for key, task in self.limbo.items()
-                 if task.had == worker.name and key not in told]
-        for gone in lost:
-            self.lose(gone, "was never started")
-        unwanted: Dict[Run, List[List[int]]] = {}
-        recall, resend = [], []
-        for key in sorted(told):
-            task = self.adopt(worker, key)
-            if task is None:
-                unwanted.setdefault(key[0], []).append([key[1], key[2]])
-            elif key in held:
-                resend.append(("RESEND", task))
-            elif not task.client.claimed:
-                recall.append(("RECALL", task))
-        if self.session and self.session.joined and told:
-            self.session.join(self.now)  # the broker above may be looking for these
-        return unwanted, recall, resend
-
-    def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
-        """Believe a worker that it has this attempt; None if it is not wanted there."""
-        run, id, attempt = key
-        client = self.clients.get(run)
-        if client is None:
-            if run in self.departed or (run.startswith(PLAIN) and not self.session):
-                return None
-            # of a time before us: its client may still come back
-            client = self.require_client(run, BROKER if self.session else CLIENTS, None)
-        if client.lost.get(id, (-1, ""))[0] >= attempt:
-            return None
-        task = client.tasks.get(id)
-        if task is not None and not task.line and task.attempt < attempt:
-            self.drop([task])  # both are of a time before us: the later one counts
-            task = None
-        if task is None:
-            if not client.may_want(id):
-                return None
-            task = client.tasks[id] = Task(client, id, attempt, b"")
-        if task.attempt != attempt or not self.may_have(worker, task):
-            return None
-        if task.worker is worker and task.state == DELIVERED:
-            return task
-        fresh = task.state != RUNNING
-        self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
-        if fresh:
-            self.tell_queued([task])
-        return task
-
-    def may_have(self, worker: WorkerLink, task: Task) -> bool:
-        """Whether we, or one before us, may have given it this task; or given it to a chained broker
-        that has died, in whose place it is now, with the same key."""
-        if worker is task.worker or worker.name == task.had:
-            return True
-        if task.worker is None and (not task.line or task.state == LIMBO and not task.had):
-            return True
-        before = task.had if task.worker is None else task.worker.name
-        is_gone = task.worker is None or task.worker.peer is None and bool(task.worker.below)
-        return bool(before and is_gone and worker.below) and owner_of(before) == owner_of(worker.name)
-
-    def on_worker_bye(self, message: Message) -> None:
-        worker = self.workers.get(message.peer)
-        if worker is not None:
-            self.forget_worker(worker, "left", "")
-
-    def forget_worker(self, worker: WorkerLink, why: str, fault: str) -> None:
-        """The worker is no more; what it had is lost."""
-        self.cut_off(worker)
-        if not worker.plain:
-            self.named.pop(worker.name, None)
-            self.away.pop(worker.name, None)
-            del self.mates[worker.host][worker]
-            if not self.mates[worker.host]:
-                del self.mates[worker.host]
-                self.host_names.forget(worker.host)
-        self.workers_seen.pop(worker, None)
-        self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
-        for task in list(worker.tasks.values()):
-            self.lose(task, f"worker {printable(worker.name)} {why}",
-                      fault if task.state in BUSY else "")  # it may have died too soon for QUEUED
-
-    def cut_off(self, worker: WorkerLink) -> None:
-        """Its connection is of no use any more."""
-        if worker.peer is not None:
-            self.workers.pop(worker.peer, None)
+    def suspend_worker(self, worker: WorkerSlots) -> None:
+        """The connection of a worker broke: it gets nothing, and may come back."""
+        if worker in self.workers:
+            del self.workers[worker]
+            self.away[worker] = None
             self.slots -= worker.slots
-            self.change_crew()
-            worker.peer = None
+            worker.ready = False
             self.rank(worker)
+            self.drop_caches()
 
-    def identified(self, link: str, peer: Peer, key: str) -> None:
-        self.keyed = True
-        self.keys[link, peer] = key
+    def remove_worker(self, worker: WorkerSlots) -> None:
+        """A worker will not come back. Its tasks are for the caller to move."""
+        self.suspend_worker(worker)
+        del self.away[worker]
 
-    def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
-        self.now = now
-        why = "has no valid key any more"
-        if link == CLIENTS and peer in self.run_of:
-            self.forget_client(self.clients[self.run_of[peer]], why)
-        elif link == WORKERS and peer in self.workers:
-            self.forget_worker(self.workers[peer], why, "")
-        self.settle()
+    def drop_caches(self) -> None:
+        self.capacity_changed = True
+        self.slots_by_labels.clear()
+        self.places_by_host.clear()
+        self.eligible_for.clear()
+        self.saturated.clear()
+        self.reservations.clear()
 
-    def mark_of(self, link: str, peer: Peer) -> str:
-        """What the names have in them that this peer may use. Raises ProtocolError."""
-        if self.keyed and (link, peer) not in self.keys:
-            raise ProtocolError("this connection has been given up: connect again")
-        return fingerprint(self.keys.get((link, peer), ""))
+    def learn_duration(self, worker: WorkerSlots, ms: float) -> None:
+        """A command took so long there. Short ones, one after the other, let it prefetch."""
+        each = min(PREFETCH, PREFETCH_TIME / max(ms, 1))
+        worker.prefetch = min(worker.prefetch + 1, int(each * worker.slots))
 
-    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        self.now = now
-        self.keys.pop((link, peer), None)
-        if link == WORKERS:
-            self.parts.pop(peer, None)
-        if link == BROKER and self.session:
-            self.session.disconnected()
-        elif link == CLIENTS and peer in self.run_of:
-            client = self.clients[self.run_of.pop(peer)]
-            client.peer = None
-            if client.plain:
-                self.forget_client(client, "left")
-        elif link == WORKERS and peer in self.workers:
-            worker = self.workers[peer]
-            if worker.plain:
-                self.forget_worker(worker, "is gone", CRASH)
-            else:  # it may only have lost its connection, and be back in a moment
-                self.cut_off(worker)
-                grace = self.times.worker_expiry if worker.below else self.times.lost_grace
-                self.away[worker.name] = max(now + grace, self.lenient_until)
-        self.settle()
+    # --- tasks
 
-    # --- commands, from clients and from the broker above
+    def submit(self, task: Task, retry: bool) -> None:
+        """Add a WAITING task to its client's queue."""
+        task.client.append(task, retry)
+        self.take_turn(task.client)
 
-    def on_command(self, message: Message) -> None:
-        if message.link == CLIENTS and message.peer not in self.run_of:
-            if "id" in message.fields:
-                self.say(CLIENTS, message.peer, "", "WHO")
-                return
-            self.add_plain_client(message.peer)
-        client = self.client_of(message)
-        if client is None:
-            return
-        if len(message.line) > MAX_COMMAND:
-            raise ProtocolError(f"a command is at most {MAX_COMMAND} bytes of JSON")
-        if client.plain:
-            client.last_id += 1
-            task = Task(client, client.last_id, 1, message.line)
-            task.plain = {k: v for k, v in message.fields.items() if k in ("cmd", "cwd")}
-            self.queue(task)
-            return
-        if "id" not in message.fields or "attempt" not in message.fields:
-            raise ProtocolError("a command needs 'id' and 'attempt'")
-        id, attempt = message.fields["id"], message.fields["attempt"]
-        client.announced.discard(id)
-        known = client.tasks.get(id)
-        if known is not None and known.attempt >= attempt:
-            if known.attempt == attempt:  # otherwise it was under way for long
-                self.remind(known)
-            return
-        lost, fault = client.lost.get(id, (-1, ""))
-        if lost >= attempt:  # submitted before our LOST was heard
-            self.say_lost(client, id, attempt, "lost before", fault if lost == attempt else "")
-            return
-        if client.link == CLIENTS:
-            client.lost.pop(id, None)
-        if known is not None:  # its owner has given up the older attempt
-            self.drop([known])
-        if client.backlog and attempt == 1 and not message.fields.get("again"):
-            client.backlog -= 1
-        task = Task(client, id, attempt, message.line)
-        self.note_wishes(task, message.fields)
-        if client.link == BROKER and self.session:
-            self.session.take_command()
-            self.say(BROKER, b"", client.run, "QUEUED", {"tasks": [[id, attempt]],
-                                                         "worker": self.name})
-        self.queue(task, message.fields)
-
-    def note_wishes(self, task: Task, fields: Fields) -> None:
-        task.avoid = fields.get("avoid", "")
-        task.careful = fields.get("careful", False)
-        if {"needs", "elsewhere", "on", "not_on", "never_on"} & set(fields):
-            needs = frozenset(fields.get("needs", ()))
-            if needs != task.client.needs:
-                task.client.needs = needs
-                if task.client.link == CLIENTS and task.client.peer is not None:  # of whom it lacks
-                    self.greeted.setdefault((CLIENTS, task.client.peer), 0)
-                    self.answer_at = min(self.answer_at, self.now + OK_DELAY)
-            task.wanted = Wanted(needs, on=fields.get("on", ""), not_on=fields.get("not_on", ""),
-                                 avoid=task.avoid if fields.get("elsewhere") else "",
-                                 never=frozenset(fields.get("never_on", ())))
-
-    def on_shun(self, message: Message) -> None:
-        client = self.client_of(message)
-        if client is not None:
-            client.shunned = frozenset(message.fields["hosts"])
-            self.tell_shunned(client, [w for w in self.workers.values() if w.below])
-
-    def tell_shunned(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
-        """Have brokers below shun the same hosts as we do for this client."""
-        for broker in brokers if client.shunned else ():
-            client.told_shunned[broker.name] = self.now
-            self.say(WORKERS, broker.peer or b"", client.run, "SHUN",
-                     {"hosts": sorted(client.shunned)})
-
-    def add_plain_client(self, peer: Peer) -> None:
-        self.plain_peers += 1
-        run = f"{PLAIN}{self.name}.{self.plain_peers}"
-        self.require_client(run, CLIENTS, peer)
-        self.run_of[peer] = run
-        self.log(logging.INFO, f"plain client {printable(peer)} joined")
-
-    def queue(self, task: Task, fields: Fields = {}) -> None:
-        """A new task: to the end of its client's queue, or into limbo, where a command of the
-        time before our start waits for the worker that may have it."""
-        client = task.client
-        client.tasks[task.id] = task
-        if fields.get("again") and client.link == CLIENTS:
-            task.had = fields.get("had", "")
-            task.until = self.started + (self.times.worker_expiry if task.had
-                                         else max(REJOIN_TIME, self.times.ready_interval))
-            if task.had in self.named:
-                self.lose(task, "was never started")
-                return
-            if self.now < task.until:
-                task.state = LIMBO
-                self.limbo[task.key] = task
-                self.limbo_until = min(self.limbo_until, task.until)
-                return
-        client.queue(task, fields.get("again", False) or task.attempt > 1)
-        self.take_turn(client)
-        if task.wanted.never:
-            self.hand_back([client])
-
-    def take_turn(self, client: ClientLink) -> None:
-        if not client.in_turn:
+    def take_turn(self, client: ClientQueue) -> None:
+        """The client may have tasks that can be assigned."""
+        if not client.in_turn and (client.waiting or client.retries):
             client.in_turn = True
             self.turns.append(client)
 
-    def remind(self, task: Task) -> None:
-        """The client asks for a task that we know: tell it how things stand."""
-        if task.state == RUNNING:
-            self.tell_queued([task])
-        elif task.state == DELIVERED and task.result:
-            self.tell_line(task.client, task.result)
-        elif task.state == DELIVERED:
-            self.instruct([("RESEND", task)])
+    def remove_client(self, client: ClientQueue) -> None:
+        """The client has no tasks any more, and will have none."""
+        if client.in_turn:
+            client.in_turn = False
+            self.turns.remove(client)
 
-    def tasks_of(self, client: ClientLink, rows: List[List[int]]) -> List[Task]:
-        """The client's tasks that match these [id, attempt], each once; others are passed over."""
-        wanted = {id: attempt for id, attempt in rows if id in client.tasks}
-        return [client.tasks[id] for id, attempt in wanted.items()
-                if client.tasks[id].attempt == attempt]
-
-    def asked_for(self, message: Message, rows: List[List[int]]) -> List[Task]:
-        """The tasks that the message asks something of. Those that we do not have (any more)
-        are LOST to the broker above; a client needs no answer, it knows better."""
-        client = self.client_of(message)
-        found = self.tasks_of(client, rows) if client else []
-        if message.link == BROKER and len(found) < len(rows):
-            have = {(task.id, task.attempt) for task in found}
-            for id, attempt in rows:
-                if (id, attempt) not in have:
-                    self.say(BROKER, b"", message.token, "LOST", self.untold.get(
-                        (message.token, id, attempt), {"tasks": [[id, attempt]], "why": "unknown"}))
-        return found
-
-    def on_done(self, message: Message) -> None:
-        client = self.client_of(message)
-        if client is not None:
-            self.drop(self.tasks_of(client, message.fields["tasks"]))
-            for id, attempt in message.fields["tasks"]:
-                if client.link == CLIENTS and id in client.lost and client.lost[id][0] <= attempt:
-                    del client.lost[id]
-
-    def on_cancel(self, message: Message) -> None:
-        """Stop these tasks, or all: each is answered with LOST when it has stopped."""
-        client = self.client_of(message)
-        rows = message.fields.get("tasks")
-        if rows is None:
-            tasks = list(client.tasks.values()) if client and not client.plain else []
-        else:
-            tasks = self.asked_for(message, rows)
-        stops = []
-        for task in tasks:
-            worker = task.worker
-            if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
-                stops.append(("CANCEL", task))
-            else:
-                self.say_lost(task.client, task.id, task.attempt, "cancelled")
-                self.drop([task])
-        self.instruct(stops)
-
-    def drop(self, tasks: List[Task]) -> None:
-        """Nobody wants these any more: forget them, and let their workers do so too."""
-        self.instruct([("DONE" if task.state == DELIVERED else "CANCEL", task) for task in tasks])
-        for task in tasks:
-            self.move(task, GONE)
-
-    def instruct(self, orders: List[Tuple[str, Task]]) -> None:
-        """Say these verbs to the workers that have the tasks, in one line for each worker, run
-        and verb. Plain workers know no orders; those that are away will hear when they join."""
-        rows: Dict[Tuple[Peer, Run, str], List[List[int]]] = {}
-        for verb, task in orders:
-            worker = task.worker
-            if worker is not None and worker.peer is not None and not worker.plain:
-                rows.setdefault((worker.peer, task.client.run, verb), []).append(
-                    [task.id, task.attempt])
-        for (peer, run, verb), tasks in rows.items():
-            self.say(WORKERS, peer, run, verb, {"tasks": tasks})
-
-    def on_fetch(self, message: Message) -> None:
-        for task in self.asked_for(message, [[message.fields["id"], message.fields["attempt"]]]):
-            has_output = task.state in (RUNNING, DELIVERED)
-            if has_output and task.worker and task.worker.peer is not None and not task.worker.plain:
-                self.pass_on(WORKERS, task.worker.peer, task.client.run, message.line)
-
-    # --- assigning
-
-    def move(self, task: Task, state: str, worker: Optional[WorkerLink] = None) -> None:
-        """Change a task's state, and all indexes with it. `worker` goes with the states in
-        which a worker has the task."""
+    def move(self, task: Task, state: str, worker: Optional[WorkerLink], now: Seconds) -> None:
+        """Change a task's state and all indexes that depend on it. `worker` has the task in
+        ASSIGNED and RUNNING, and in DELIVERED unless the worker is plain."""
         assert state in MOVES[task.state], (task.key, task.state, state)
-        old, key = task.worker, task.key
-        was_busy, is_busy = task.state in BUSY, state in BUSY
-        if old is not None:
-            old.tasks.pop(key, None)
-            old.busy -= was_busy
-            old.careful -= task.careful and was_busy
-            if task.wanted.needs:
-                old.needy[task.wanted.needs] -= was_busy
-            if old is not worker:
-                old.token = ""
-        if task.state == LIMBO:
-            self.limbo.pop(key, None)
+        old, was_busy, is_busy = task.worker, task.state in BUSY, state in BUSY
         task.state, task.worker = state, worker
-        if worker is not None:
-            worker.tasks[key] = task
-            worker.busy += is_busy
-            worker.careful += task.careful and is_busy
-            if task.wanted.needs:
-                worker.needy[task.wanted.needs] += is_busy
-            if state == RUNNING and worker.busy > worker.slots:
-                self.ahead.append((task, self.now))
-            if old is not worker or is_busy != was_busy:
+        if old is not worker or was_busy != is_busy:
+            if old is not None:
+                old.tasks.pop(task.key, None)
+                old.count(task, -was_busy)
+            if worker is not None:
+                worker.tasks[task.key] = task
+                worker.count(task, is_busy)
                 self.rank(worker)
-        if old is not None and old is not worker and was_busy:
-            self.rank(old)
+            if old is not None and old is not worker and was_busy:
+                self.rank(old)
+        if state == RUNNING and worker is not None and worker.busy > worker.slots:
+            self.prefetched.append((task, now))
         if state == GONE:
             task.client.tasks.pop(task.id, None)
             self.charge(task, 0)
 
     def charge(self, task: Task, cost: int) -> None:
-        """A client that does not take its results gets no more commands run, so that they
-        fill neither our memory nor its workers' disks."""
-        client = task.client
-        client.owed += cost - task.cost
+        """Set what a task's result costs its client, in bytes. A client that owes CREDIT gets no
+        more tasks run, so that results fill neither our memory nor the disks of workers."""
+        task.client.owed += cost - task.cost
         task.cost = cost
-        if client.waiting or client.retries:
-            self.take_turn(client)
+        self.take_turn(task.client)
 
-    def rank(self, worker: WorkerLink) -> None:
-        """Enter the worker into the ranking as it is now; its older entries become void."""
+    # --- eligible workers
+
+    def places(self) -> Dict[str, List[Place]]:
+        """Return all places of connected workers, by host."""
+        if not self.places_by_host:
+            for worker in self.workers:
+                for (host, labels), slots in worker.capacity.items():
+                    place = Place(host, labels, slots, worker)
+                    self.places_by_host.setdefault(host, []).append(place)
+        return self.places_by_host
+
+    def has_labels(self, needs: FrozenSet[str], slots: int = 0) -> bool:
+        """Return whether a kind of workers has these labels, and at least so many slots."""
+        if not self.slots_by_labels:
+            for worker in self.workers:
+                for (_, labels), n in worker.capacity.items():
+                    self.slots_by_labels[labels] += n
+        return any(needs <= labels and n >= slots for labels, n in self.slots_by_labels.items())
+
+    def eligible(self, task: Task) -> Eligible:
+        """Return the connected workers that may be given this task; None if all may."""
+        constraints, excluded = task.constraints, task.client.excluded
+        if constraints is UNCONSTRAINED and not excluded:
+            return None
+        if not self.has_labels(constraints.needs):  # not cached: clients invent labels
+            return frozenset()
+        constraints = constraints._replace(excluded=excluded)
+        if constraints not in self.eligible_for:
+            if len(self.eligible_for) >= MAX_CACHED_CONSTRAINTS:
+                self.eligible_for.clear()
+            self.eligible_for[constraints] = self.find_eligible(constraints)
+        return self.eligible_for[constraints]
+
+    def find_eligible(self, constraints: Constraints) -> Eligible:
+        by_host, on = self.places(), constraints.on
+        found = constraints.eligible(() if on in constraints.excluded else by_host.get(on, ()))
+        if not found:
+            found = constraints.eligible(itertools.chain.from_iterable(by_host.values()))
+            if len(found) == sum(1 for worker in self.workers if worker.slots):
+                return None
+        return frozenset(found)
+
+    def is_unplaceable(self, task: Task) -> bool:
+        """Return whether no worker may run a task whose owner must not wait for one: it excludes
+        all hosts there are (never_on), or comes from the broker above."""
+        never_on = task.constraints.never_on
+        if never_on:
+            if any(host not in never_on for worker in self.away for host, _ in worker.capacity):
+                return False  # that host may be back in a moment
+        elif not task.client.from_above:
+            return False
+        return self.eligible(task) == frozenset()
+
+    # --- the best worker
+
+    def rank(self, worker: WorkerSlots) -> None:
+        """Enter the worker into the ranking as it is now. Its older entry becomes void."""
         self.stamps += 1
         worker.stamp = self.stamps
-        if worker.has_room():
-            if self.exhausted:
-                self.exhausted = {some for some in self.exhausted if some and worker not in some}
-            heapq.heappush(self.ranking, (
-                worker.order(), -worker.weight, -worker.free(), self.stamps, worker))
-            if len(self.ranking) > 2 * len(self.workers) + 64:  # mostly void: sweep
-                self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
-                heapq.heapify(self.ranking)
+        if not worker.has_room():
+            return
+        if self.saturated:
+            self.saturated = {some for some in self.saturated if some and worker not in some}
+        heapq.heappush(self.ranking, (
+            worker.order(), -worker.weight, -worker.free(), self.stamps, worker))
+        if len(self.ranking) > 2 * len(self.workers) + 64:  # most are void
+            self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
+            heapq.heapify(self.ranking)
 
-    def choice(self, task: Task) -> Optional[FrozenSet[WorkerLink]]:
-        """The workers that may be given this task; None if all may."""
-        wanted, shunned = task.wanted, task.client.shunned
-        if wanted is ANYBODY and not shunned:
-            return None
-        if not self.has_labels(wanted.needs, 0):
-            return frozenset()
-        wanted = wanted._replace(shunned=shunned)
-        if wanted not in self.choices:
-            if len(self.choices) >= MAX_CACHED_CHOICES:
-                self.choices.clear()
-            near = [worker for worker in self.workers_at().get(wanted.on, ()) if worker.slots
-                    and wanted.on not in shunned]
-            able = [worker for worker in self.workers.values() if worker.slots] if not near else []
-            chosen = wanted.choose(near or able)
-            self.choices[wanted] = None if len(chosen) == len(able) else frozenset(chosen)
-        return self.choices[wanted]
+    def may_start(self, client: ClientQueue) -> bool:
+        """Return whether tasks of this client may be assigned now."""
+        return client.owed < CREDIT and (self.has_lease or not client.from_above)
 
-    def workers_at(self) -> Dict[str, List[WorkerLink]]:
-        """The workers that run things, by host."""
-        if not self.hosts:
-            for worker in self.workers.values():
-                for name, _ in worker.crew:
-                    self.hosts.setdefault(name, []).append(worker)
-        return self.hosts
-
-    def is_kept(self, worker: WorkerLink, task: Optional[Task]) -> bool:
-        """Whether the worker's next free slot is for another task."""
-        kept = self.kept.get(worker)
-        if kept is None or kept is task:
+    def is_reserved(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
+        """Return whether the worker's next free slot is for another task."""
+        holder = self.reservations.get(worker)
+        if holder is None or holder is task:
             return False
-        among = self.choice(kept)
-        if kept.state == WAITING and kept.client.owed < CREDIT and self.may_start(kept.client) \
-                and worker.fits(kept) and (among is None or worker in among):
+        among = self.eligible(holder)
+        if holder.state == WAITING and self.may_start(holder.client) and worker.fits(holder) \
+                and (among is None or worker in among):
             return True
-        del self.kept[worker]
+        del self.reservations[worker]
         return False
 
-    def may_take(self, worker: WorkerLink, task: Optional[Task]) -> bool:
-        return not self.is_kept(worker, task) and (task is None or worker.fits(task))
+    def may_take(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
+        return not self.is_reserved(worker, task) and (task is None or worker.fits(task))
 
-    def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerLink]:
-        """The worker with free slots of highest weight and most free slots, the one to avoid
-        only if there is no other; or else one that may be given some ahead, or that is silent."""
-        avoid, among = ("", None) if task is None else (task.avoid, self.choice(task))
-        if among in self.exhausted:
+    def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerSlots]:
+        """Return the best worker with room for this task (None: for any task), or None. The
+        worker to avoid comes last of those with the same order()."""
+        avoid, among = ("", None) if task is None else (task.avoid, self.eligible(task))
+        if among in self.saturated:
             return None
-        passed_over: List[Tuple[int, int, int, int, WorkerLink]] = []
+        passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
         while self.ranking and best is None and (among is None or len(passed_over) < MAX_PASSED_OVER):
             row = self.ranking[0]
@@ -2113,22 +1488,25 @@ class Broker(Machine):
             best = avoided[4]
         return best
 
-    def best_among(self, workers: FrozenSet[WorkerLink], task: Optional[Task],
-                   avoid: str) -> Optional[WorkerLink]:
-        """The same, of these workers."""
-        open = [worker for worker in workers if worker.has_room()]
-        if not open:
-            self.exhausted.add(workers)
-        return min((worker for worker in open if self.may_take(worker, task)), default=None,
+    def best_among(self, workers: FrozenSet[WorkerSlots], task: Optional[Task],
+                   avoid: str) -> Optional[WorkerSlots]:
+        """Return the same by looking at each of a few workers."""
+        with_room = [worker for worker in workers if worker.has_room()]
+        if not with_room:
+            self.saturated.add(workers)
+        return min((worker for worker in with_room if self.may_take(worker, task)), default=None,
                    key=lambda it: (it.order(), it.name == avoid, -it.weight, -it.free(), it.stamp))
 
-    def dispatch(self) -> None:
-        """Give waiting tasks to free workers, one client after the other."""
-        passed_over = 0  # clients in a row whose tasks wait for other workers than those free
+    # --- decisions
+
+    def decisions(self) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
+        """Yield each task that is to be assigned, with its worker, or with None if it is
+        unplaceable. The caller must move the task before it asks for the next decision."""
+        passed_over = 0  # clients in a row that have no task for a worker with room
         while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
-            tasks = client.next_tasks()
-            if not tasks or client.owed >= CREDIT or not self.may_start(client):
+            tasks = client.next_tasks() if self.may_start(client) else []
+            if not tasks:
                 self.turns.popleft()
                 client.in_turn = False
                 continue
@@ -2137,191 +1515,733 @@ class Broker(Machine):
                 worker = self.best_worker(task)
                 if worker is None and not self.ranking:
                     return
-                if worker is None:
-                    if self.refuse(task):
-                        passed_over = 0  # there is another one in its place
+                if worker is None and not self.is_unplaceable(task):
                     continue
-                # who may not run elsewhere would be taken back in vain, if it waited there
-                if (task.careful or self.choice(task) is not None) and worker.free() <= 0:
-                    self.kept[worker], worker.ahead = task, 0  # or others would always be before it
-                    self.rank(worker)
+                if worker is not None and self.reserves(task, worker):
                     continue
-                self.assign(task, worker)
+                yield task, worker
                 passed_over = 0
-                break
+                if worker is not None:
+                    break
             self.turns.rotate(-1)
 
-    def hand_back(self, clients: Iterable[ClientLink]) -> None:
-        """Give back what no worker here may run (any more)."""
-        for client in clients:
-            waiting: List[Task] = client.next_tasks()
-            while waiting:
-                waiting = [task for task in client.next_tasks() if self.refuse(task)]
-
-    def refuse(self, task: Task) -> bool:
-        """Lose a task that no worker here may run, if its owner should not wait for one: if other hosts
-        only were to run it, or if the owner is the broker above. Returns whether it is lost."""
-        never = task.wanted.never
-        away = (self.named[name].crew for name in self.away)
-        if never and any(host not in never for crew in away for host, _ in crew):
-            return False  # it may be back in a moment
-        if not never and task.client.link != BROKER or self.choice(task) != frozenset():
+    def reserves(self, task: Task, worker: WorkerSlots) -> bool:
+        """Return whether this task reserves the worker's next free slot, because it must not
+        wait behind others there: it is careful, or could not be recalled for any other worker."""
+        if worker.free() > 0 or not task.careful and self.eligible(task) is None:
             return False
-        if never:
+        self.reservations[worker], worker.prefetch = task, 0  # else others would go before it
+        self.rank(worker)
+        return True
+
+    def unplaceable(self, clients: Iterable[ClientQueue]) -> Iterator[Task]:
+        """Yield waiting tasks of these clients that are unplaceable. The caller must move each
+        before it asks for the next."""
+        for client in clients:
+            found = True
+            while found:
+                found = False
+                for task in client.next_tasks():
+                    if self.is_unplaceable(task):
+                        found = True
+                        yield task
+
+    def recalls(self, now: Seconds) -> List[Task]:
+        """Return the tasks to be recalled from their workers: those that wait for a slot while
+        another worker has a free one, or longer than RECALL_DELAY."""
+        tasks: List[Task] = []
+        queue = self.prefetched
+        while queue and not self.is_queued(queue[0][0]):
+            queue.popleft()
+        best = self.best_worker() if queue else None
+        while queue and best and not best.silent and len(tasks) < best.free():
+            tasks.append(queue.pop()[0])
+        while queue and queue[0][1] + RECALL_DELAY <= now:
+            tasks.append(queue.popleft()[0])
+        tasks = [task for task in tasks if self.is_queued(task)]
+        for task in tasks:
+            assert task.worker is not None
+            task.worker.prefetch = 0  # its commands are not short any more
+            self.rank(task.worker)
+        return tasks
+
+    def is_queued(self, task: Task) -> bool:
+        """Return whether the task may wait for a slot at its worker."""
+        worker = task.worker
+        return task.state == RUNNING and worker is not None and worker.busy > worker.slots
+
+    def deadline(self) -> Seconds:
+        """Return when recalls() has something to do, at the latest."""
+        return self.prefetched[0][1] + RECALL_DELAY if self.prefetched else math.inf
+
+    def check(self) -> None:
+        """Raise AssertionError if indexes disagree. For tests."""
+        assert self.slots == sum(worker.slots for worker in self.workers)
+        assert not self.workers.keys() & self.away.keys()
+        for client in self.turns:
+            assert client.in_turn and self.turns.count(client) == 1
+        for worker in (*self.workers, *self.away):
+            busy = [task for task in worker.tasks.values() if task.state in BUSY]
+            assert all(key == task.key and task.worker is worker
+                       for key, task in worker.tasks.items())
+            assert worker.busy == len(busy), worker.name
+            assert worker.careful == sum(task.careful for task in busy)
+            assert +worker.busy_with == Counter(
+                task.constraints.needs for task in busy if task.constraints.needs)
+            ranked = [row[:3] for row in self.ranking if row[3:] == (worker.stamp, worker)]
+            assert ranked == [(worker.order(), -worker.weight, -worker.free())] * worker.has_room()
+            assert worker in self.workers or not worker.ready
+        for workers in self.saturated:
+            assert workers is not None and not any(worker.has_room() for worker in workers)
+
+
+# === Registry =========================================================================
+#
+# Who is there: the clients and workers of a broker, connected or away, with their names, their
+# keys and their last signs of life. A client is known by its run, a worker by its name; either may
+# come back over another connection. With keys, names carry the fingerprint of the key, so that
+# nobody else can take them. The registry knows peers and times, but no messages and no queues.
+
+
+class ClientLink(ClientQueue):
+    """A run: its client, and the tasks that it wants."""
+
+    __slots__ = ("run", "peer", "claimed", "lost", "last_id", "announced", "join", "host", "pid",
+                 "backlog", "told_excluded", "needs", "done", "failed")
+
+    def __init__(self, run: Run, from_above: bool, peer: Optional[Peer]) -> None:
+        super().__init__(from_above)
+        self.run = run
+        self.peer = peer  # None while it is away
+        self.claimed = peer is not None  # False: only workers have spoken of it so far
+        # by id: the last attempt that we called LOST, and its fault. Kept until a later attempt
+        # comes, or for a run of the broker above, which tells us less, until the run is over
+        self.lost: Dict[int, Tuple[int, str]] = {}
+        self.last_id = 0  # of a plain client's commands, which we number
+        self.announced: Set[int] = set()  # ids of its HELLO that it has not submitted yet
+        self.join = 0  # number of its last HELLO that told what it has
+        self.host, self.pid = "", 0
+        self.backlog = 0  # commands that it keeps for later, as it told last
+        self.told_excluded: Dict[str, Seconds] = {}  # brokers below: when they got its SHUN
+        self.needs: FrozenSet[str] = frozenset()  # labels of its last command with constraints
+        self.done = self.failed = 0  # results passed on, and how many of these were failures
+
+    @property
+    def link(self) -> str:
+        return BROKER if self.from_above else CLIENTS
+
+    @property
+    def plain(self) -> bool:
+        return not self.from_above and self.run.startswith(PLAIN)
+
+    def may_submit(self, id: int) -> bool:
+        """Return whether a command that we do not know may still be submitted to us."""
+        return self.from_above or not self.claimed or id in self.announced
+
+
+class WorkerLink(WorkerSlots):
+    """A worker, or a chained broker."""
+
+    __slots__ = ("peer", "plain", "below", "depth", "join", "host", "user", "labels", "load",
+                 "done", "failed", "no_answers")
+
+    def __init__(self, peer: Optional[Peer], name: str, plain: bool) -> None:
+        super().__init__(name)
+        self.peer = peer  # None while its connection is broken
+        self.plain = plain
+        self.below: List[str] = []  # names of the brokers of its subtree, itself included
+        self.depth = 0  # how many of them stand in its longest chain
+        self.join = 0  # number of its last READY that told what it has
+        self.host = name  # its host's identity, unless it is plain or a chained broker
+        self.user = ""  # as which it runs commands, if it tells
+        self.labels: FrozenSet[str] = frozenset()
+        self.load = 0.0  # of its machine, if it tells
+        self.done = self.failed = 0  # as of a ClientLink
+        self.no_answers = False  # a plain worker that takes our answers for commands
+
+
+class Registry:
+    """The clients and workers of a broker."""
+
+    def __init__(self, times: Times) -> None:
+        self.times = times
+        self.clients: Dict[Run, ClientLink] = {}
+        self.run_of: Dict[Peer, Run] = {}  # connected clients
+        self.workers: Dict[Peer, WorkerLink] = {}  # connected
+        self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or away
+        self.at_host: Dict[str, Dict[WorkerLink, None]] = {}  # the same, by host
+        self.host_names = HostNames()
+        self.plain_peers = 0  # so many have had a name from us
+        self.away: Dict[WorkerLink, Seconds] = {}  # with a broken connection: until when
+        # runs that are over: until when a worker that was away may have commands of them
+        self.departed: Dict[Run, Seconds] = {}
+        # last sign of life, the longest silent first
+        self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
+        self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
+        self.keys: Dict[Tuple[str, Peer], str] = {}  # public keys of connections
+        self.keyed = False  # all connections have keys
+        self.lenient_until = -math.inf  # no deadline passes before: we were stopped ourselves
+        self.leniency: Seconds = 0.0  # how long that lasts after the stop
+
+    # --- clients
+
+    def client_at(self, peer: Peer) -> Optional[ClientLink]:
+        run = self.run_of.get(peer)
+        return None if run is None else self.clients[run]
+
+    def require_client(self, run: Run, from_above: bool, peer: Optional[Peer],
+                       now: Seconds) -> ClientLink:
+        """Return the run's client; a new one if there is none yet."""
+        client = self.clients.get(run)
+        if client is None:
+            client = self.clients[run] = ClientLink(run, from_above, peer)
+        elif not client.claimed and peer is not None:
+            client.from_above, client.peer, client.claimed = from_above, peer, True
+        self.see(self.clients_seen, client, now)
+        return client
+
+    def connect_client(self, client: ClientLink, peer: Peer) -> None:
+        """The run's client is at this peer now, wherever it was before."""
+        if not client.from_above and client.peer is not None:
+            self.run_of.pop(client.peer, None)
+        client.from_above, client.peer, client.claimed = False, peer, True
+        self.run_of[peer] = client.run
+        self.departed.pop(client.run, None)
+
+    def add_plain_client(self, peer: Peer, run: Run, now: Seconds) -> ClientLink:
+        self.run_of[peer] = run
+        return self.require_client(run, False, peer, now)
+
+    def disconnect_client(self, peer: Peer) -> ClientLink:
+        client = self.clients[self.run_of.pop(peer)]
+        client.peer = None
+        return client
+
+    def remove_client(self, client: ClientLink, now: Seconds) -> None:
+        """The run is over."""
+        self.clients_seen.pop(client, None)
+        self.clients.pop(client.run, None)
+        if not client.from_above:
+            if client.peer is not None:
+                self.run_of.pop(client.peer, None)
+            self.departed[client.run] = now + self.times.client_lease
+
+    # --- workers
+
+    def add_worker(self, name: str, host: str) -> WorkerLink:
+        """Return a new worker. `host` is the identity that it has told (see HostNames)."""
+        worker = self.named[name] = WorkerLink(None, name, False)
+        base, _, id = host.rpartition("/")
+        worker.host = f"{self.host_names.name_of(host)}/{id}" if base else host
+        self.at_host.setdefault(worker.host, {})[worker] = None
+        return worker
+
+    def add_plain_worker(self, peer: Peer, now: Seconds) -> WorkerLink:
+        number = self.next_plain_number()
+        given = peer[:1] == b"\0"  # made by libzmq: only we know it, and nobody else should
+        worker = WorkerLink(peer, f"{PLAIN}{number}" if given else printable(peer), True)
+        self.connect_worker(worker, peer, now)
+        return worker
+
+    def next_plain_number(self) -> int:
+        self.plain_peers += 1
+        return self.plain_peers
+
+    def connect_worker(self, worker: WorkerLink, peer: Peer, now: Seconds) -> None:
+        """The worker is at this peer now, wherever it was before."""
+        self.away.pop(worker, None)
+        if worker.peer is not None:
+            self.workers.pop(worker.peer, None)
+        worker.peer = peer
+        self.workers[peer] = worker
+        self.see(self.workers_seen, worker, now)
+
+    def disconnect_worker(self, worker: WorkerLink, now: Seconds) -> None:
+        """Its connection is broken. It is away until it connects again or its grace is over. A
+        chained broker gets more: all that runs below it would be lost with it."""
+        if worker.peer is not None:
+            self.workers.pop(worker.peer, None)
+            worker.peer = None
+        grace = self.times.worker_expiry if worker.below else self.times.lost_grace
+        self.away[worker] = max(now + grace, self.lenient_until)
+
+    def remove_worker(self, worker: WorkerLink) -> None:
+        if worker.peer is not None:
+            self.workers.pop(worker.peer, None)
+            worker.peer = None
+        self.away.pop(worker, None)
+        self.workers_seen.pop(worker, None)
+        if not worker.plain:
+            del self.named[worker.name]
+            del self.at_host[worker.host][worker]
+            if not self.at_host[worker.host]:
+                del self.at_host[worker.host]
+                self.host_names.forget(worker.host)
+
+    def others_of_user(self, worker: WorkerLink) -> List[WorkerLink]:
+        """Return connected workers of the same user on the same host, as after a lost ssh."""
+        return [other for other in self.at_host[worker.host] if other is not worker
+                and worker.user and other.user == worker.user and other.peer is not None]
+
+    # --- keys
+
+    def identified(self, link: str, peer: Peer, key: str) -> None:
+        self.keyed = True
+        self.keys[link, peer] = key
+
+    def forget_key(self, link: str, peer: Peer) -> None:
+        self.keys.pop((link, peer), None)
+
+    def fingerprint_of(self, link: str, peer: Peer) -> str:
+        """Return what the names must carry that this peer may use; "" without keys. Raises
+        ProtocolError if the peer's connection is closed already."""
+        if self.keyed and (link, peer) not in self.keys:
+            raise ProtocolError("this connection has been given up: connect again")
+        return fingerprint(self.keys.get((link, peer), ""))
+
+    # --- signs of life
+
+    def heard(self, link: str, peer: Peer, now: Seconds) -> None:
+        if link == CLIENTS and peer in self.run_of:
+            self.see(self.clients_seen, self.clients[self.run_of[peer]], now)
+        elif link == WORKERS and peer in self.workers:
+            self.see(self.workers_seen, self.workers[peer], now)
+
+    def see(self, seen: OrderedDict[Any, Seconds], who: Any, now: Seconds) -> None:
+        seen[who] = now
+        seen.move_to_end(who)
+
+    def silent_workers(self, now: Seconds) -> List[WorkerLink]:
+        """Return the workers that have been silent for longer than worker_expiry."""
+        return self.silent(self.workers_seen, self.times.worker_expiry, now)
+
+    def silent_clients(self, now: Seconds) -> List[ClientLink]:
+        """Return the clients that have been silent for longer than client_lease."""
+        return self.silent(self.clients_seen, self.times.client_lease, now)
+
+    def silent(self, seen: OrderedDict[Any, Seconds], patience: Seconds, now: Seconds) -> List[Any]:
+        return list(itertools.takewhile(lambda who: seen[who] + patience <= now, seen))
+
+    def overdue_workers(self, now: Seconds) -> List[WorkerLink]:
+        """Return the workers that have been away for too long. Forget runs that are long over."""
+        for run in [run for run, until in self.departed.items() if until <= now]:
+            del self.departed[run]
+        return [worker for worker, until in self.away.items() if until <= now]
+
+    def paused(self, gap: Seconds, now: Seconds) -> Seconds:
+        """We were stopped for `gap` seconds: the silence was ours. Move all deadlines, and return
+        the time before which none may pass. Until then messages are read that came meanwhile, and
+        peers come back that took us for dead."""
+        if self.lenient_until < now - gap:
+            self.leniency = 0.0
+        self.lenient_until += gap
+        rest = min(gap, max(REJOIN_TIME, self.times.ready_interval))
+        if rest > self.leniency:  # else no deadline ever passes if we are stopped very often
+            self.leniency, self.lenient_until = rest, max(self.lenient_until, now + rest)
+        grace = self.lenient_until
+        for seen, patience in self.watched():
+            for who, when in seen.items():
+                seen[who] = max(when + gap, grace - patience)
+        for worker, until in self.away.items():
+            self.away[worker] = max(until + gap, grace)
+        for run in self.departed:
+            self.departed[run] += gap
+        return grace
+
+    def watched(self) -> List[Tuple[OrderedDict[Any, Seconds], Seconds]]:
+        return [(self.workers_seen, self.times.worker_expiry),
+                (self.clients_seen, self.times.client_lease)]
+
+    def deadline(self) -> Seconds:
+        """Return when the first of them is silent or away for too long."""
+        due = [*self.away.values(), *itertools.islice(self.departed.values(), 1)]
+        for seen, patience in self.watched():
+            due += [when + patience for when in itertools.islice(seen.values(), 1)]
+        return min(due, default=math.inf)
+
+    def check(self) -> None:
+        """Raise AssertionError if indexes disagree. For tests."""
+        assert set(self.clients_seen) == set(self.clients.values())
+        for peer, run in self.run_of.items():
+            assert self.clients[run].peer == peer and not self.clients[run].from_above
+        for client in self.clients.values():
+            assert client.from_above or client.peer is None \
+                or self.run_of[client.peer] == client.run
+        known = {*self.workers.values(), *self.named.values()}
+        assert set(self.workers_seen) == known
+        assert all(self.workers[peer].peer == peer for peer in self.workers)
+        for worker in known:
+            assert (worker.peer is None) == (worker in self.away), worker.name
+            assert worker.plain or worker in self.at_host[worker.host]
+        assert sum(map(len, self.at_host.values())) == len(self.named)
+
+
+# === Upstream =========================================================================
+#
+# Towards the broker above it, a chained broker is a worker with the slots of all workers below
+# it. The runs that it gets from there are clients to it. This class holds that conversation: the
+# session, the capacity that it has reported, and the losses that it could not report yet.
+
+
+class Upstream:
+    """A broker's link to the broker above. Without one (`chained` is false) it never joins."""
+
+    def __init__(self, owner: Dispatcher, chained: bool) -> None:
+        self.owner = owner
+        self.chained = chained
+        self.session = Session(owner, "READY", self.greeting, owner.times)
+        self.above: List[str] = []  # the brokers above us, nearest first
+        self.reported: Fields = {}  # capacity(), as the broker above knows it
+        self.unsent: Dict[Key, Fields] = {}  # LOSTs that the broker above could not hear
+
+    def accepts(self, verb: str) -> bool:
+        return self.chained and self.session.accepts(verb)
+
+    def leased(self) -> bool:
+        """Return whether tasks from above may start: nobody else has been given them."""
+        return self.chained and self.session.leased()
+
+    def waits_for(self) -> str:
+        """Return what we wait for, in words; "" if we have joined, or are not chained."""
+        if not self.chained or self.session.joined:
+            return ""
+        absent = self.session.trouble or ("" if self.session.up else "not there (yet)")
+        return "waiting for the broker above" + (absent and ": " + absent)
+
+    # --- what we tell
+
+    def capacity(self) -> Fields:
+        """Return what the broker above must know of the workers below: fields of READY."""
+        workers = self.owner.registry.workers.values()
+        crew: Counter[Tuple[str, FrozenSet[str]]] = Counter()
+        for worker in workers:
+            crew.update(worker.capacity)
+        below = {name for worker in workers for name in worker.below}
+        return {"slots": self.owner.scheduler.slots,
+                "weight": max((it.weight for it in workers), default=0),
+                "crew": sorted([host, n, *sorted(labels)] for (host, labels), n in crew.items()),
+                "below": [self.owner.name, *sorted(below)],
+                "depth": 1 + max((worker.depth for worker in workers), default=0)}
+
+    def report_changes(self) -> None:
+        """Greet the broker above if our capacity is not what it knows."""
+        if self.session.joined and self.reported != self.capacity():
+            self.session.greet(self.owner.now)
+
+    def greeting(self, joining: bool) -> Fields:
+        self.reported = self.capacity()
+        fields: Fields = {"name": self.owner.name, "version": __version__, **self.reported}
+        if joining:
+            tasks = self.tasks()
+            running = [task.key for task in tasks if task.state != DELIVERED]
+            fields["held"] = [list(task.key) for task in tasks if task.state == DELIVERED]
+            # losses are announced as well, so that the broker above listens to their LOST
+            present = {task.key for task in tasks}
+            running += [key for key in self.unsent if key not in present]
+            fields["running"] = [list(key) for key in running]
+        return fields
+
+    def tasks(self) -> List[Task]:
+        """Return the tasks that the broker above gave us, or may have given a broker before us."""
+        return [task for client in self.owner.registry.clients.values()
+                if client.from_above or not client.claimed
+                for task in client.tasks.values()]
+
+    def pass_on(self, run: Run, line: bytes) -> None:
+        """Say something if the broker above can hear it. It asks when we have joined."""
+        if self.session.joined:
+            self.owner.pass_on(BROKER, b"", run, line)
+
+    def lost(self, key: Key, fields: Fields) -> None:
+        """Say LOST, or keep it until we have joined."""
+        if self.chained and not self.session.joined:
+            self.unsent[key] = fields
+        else:
+            self.pass_on(key[0], encode("LOST", fields))
+
+    def disown(self, run: Run, rows: List[List[int]], found: List[Task]) -> None:
+        """Say LOST for those of these [id, attempt] that were not found."""
+        have = {(task.id, task.attempt) for task in found}
+        for id, attempt in rows:
+            if (id, attempt) not in have:
+                self.say_lost((run, id, attempt), "unknown")
+
+    def say_lost(self, key: Key, why: str) -> None:
+        run, id, attempt = key
+        self.owner.say(BROKER, b"", run, "LOST", self.unsent.get(
+            key, {"tasks": [[id, attempt]], "why": why}))
+
+    # --- what we hear
+
+    def join_again(self) -> None:
+        if self.session.joined:
+            self.session.join(self.owner.now)
+
+    def ok(self, fields: Fields) -> None:
+        if self.session.ok(fields):
+            self.owner.scheduler.capacity_changed = True  # it may have, since we announced it
+            self.catch_up(self.session.announced)
+
+    def catch_up(self, announced: Fields) -> None:
+        """The broker above knows what we announced; tell it what has changed since."""
+        running = {tuple(row) for row in announced["running"]}
+        known = running | {tuple(row) for row in announced["held"]}
+        present = {task.key: task for task in self.tasks()}
+        for key in sorted(known):
+            task = present.get(key)
+            if task is None:
+                self.say_lost(key, "lost below a chained broker")
+            elif task.state == DELIVERED and task.key in running:
+                self.owner.remind(task)
+        self.unsent.clear()
+        if not known.issuperset(present):
+            self.join_again()
+
+    def tick(self, now: Seconds) -> None:
+        if self.chained:
+            self.session.tick(now)
+
+    def paused(self, gap: Seconds, now: Seconds) -> None:
+        if self.chained:
+            self.session.paused(gap, now)
+
+    def deadline(self) -> Seconds:
+        return min(self.session.next_greeting, self.owner.wait.deadline()) if self.chained else math.inf
+
+    def check(self) -> None:
+        """Raise AssertionError if its records disagree. For tests."""
+        assert self.chained or not (self.session.joined or self.unsent or self.above)
+        assert all(key[1:] == tuple(fields["tasks"][0]) for key, fields in self.unsent.items())
+
+
+# === Dispatcher =======================================================================
+#
+# The life of a task at the broker: submitted, assigned, confirmed (QUEUED), delivered or lost, and
+# what clients and workers are told at each step. Clients own their commands: when an attempt is
+# lost, the broker says LOST and forgets it, and the client decides about another attempt. Plain
+# clients know no LOST, so the broker owns their commands. It keeps nothing on disk: clients and
+# workers tell it all it must know when they join.
+
+
+class Dispatcher(Machine):
+    """The tasks of a broker. It uses Registry (who is there), Scheduler (who gets what) and
+    Upstream (the broker above)."""
+
+    def __init__(self, name: str, times: Times, chained: bool, now: Seconds) -> None:
+        super().__init__()
+        self.name = name  # this incarnation
+        self.times = times
+        self.started = now
+        self.scheduler = Scheduler()
+        self.registry = Registry(times)
+        self.upstream = Upstream(self, chained)
+        self.unconfirmed: Dict[Task, Seconds] = {}  # ASSIGNED: deadline of QUEUED, earliest first
+        self.recovering: Dict[Task, Seconds] = {}  # RECOVERING: deadline
+        self.recovery_at: Seconds = math.inf  # the earliest of these, or earlier still
+
+    # --- submitting
+
+    def is_news(self, client: ClientLink, id: int, attempt: int) -> bool:
+        """Return whether this attempt is new to us; if it is not, say how it stands."""
+        client.announced.discard(id)
+        known = client.tasks.get(id)
+        if known is not None and known.attempt >= attempt:
+            if known.attempt == attempt:  # else it was delayed
+                self.remind(known)
+            return False
+        lost, fault = client.lost.get(id, (-1, ""))
+        if lost >= attempt:  # submitted before our LOST was heard
+            self.say_lost(client, id, attempt, "lost before", fault if lost == attempt else "")
+            return False
+        return True
+
+    def submit(self, client: ClientLink, message: Message) -> None:
+        """Queue a new attempt. It replaces an older one of the same command."""
+        id, attempt = message.fields["id"], message.fields["attempt"]
+        if not client.from_above:
+            client.lost.pop(id, None)
+        if id in client.tasks:
+            self.drop([client.tasks[id]])
+        if client.backlog and attempt == 1 and not message.fields.get("again"):
+            client.backlog -= 1
+        task = Task(client, id, attempt, message.line)
+        task.avoid = message.fields.get("avoid", "")
+        task.careful = message.fields.get("careful", False)
+        task.constraints = constraints_of(message.fields)
+        if client.from_above:
+            self.upstream.session.take_command()
+            self.say(BROKER, b"", client.run, "QUEUED", {
+                "tasks": [[id, attempt]], "worker": self.name})
+        self.queue(task, message.fields)
+
+    def queue(self, task: Task, fields: Fields = {}) -> None:
+        """Queue a new task; or let it wait in RECOVERING for a worker that may have it, if it was
+        submitted to a broker before us."""
+        client, again = task.client, fields.get("again", False)
+        client.tasks[task.id] = task
+        if again and not client.from_above:
+            task.had = fields.get("had", "")
+            until = self.started + (self.times.worker_expiry if task.had
+                                    else max(REJOIN_TIME, self.times.ready_interval))
+            if task.had in self.registry.named:  # it has told us already that it has not
+                self.lose(task, "was never started")
+                return
+            if self.now < until:
+                task.state = RECOVERING
+                self.recovering[task] = until
+                self.recovery_at = min(self.recovery_at, until)
+                return
+        self.scheduler.submit(task, again or task.attempt > 1)
+        if task.constraints.never_on:
+            self.hand_back([client])
+
+    def hand_back(self, clients: Iterable[ClientQueue]) -> None:
+        """Lose the tasks of these clients that no worker here may run."""
+        for task in self.scheduler.unplaceable(clients):
+            self.lose_unplaceable(task)
+
+    def lose_unplaceable(self, task: Task) -> None:
+        if task.constraints.never_on:
             self.lose(task, "there is no other host", NOWHERE)
         else:
             self.lose(task, "nobody here has the labels that it needs", told=True)
-        return True
 
-    def may_start(self, client: ClientLink) -> bool:
-        """Whether its commands are surely ours to run."""
-        return client.link != BROKER or self.session is not None and self.session.leased()
+    # --- assigning
+
+    def move(self, task: Task, state: str, worker: Optional[WorkerLink] = None) -> None:
+        """Change a task's state: here and in the Scheduler, and nowhere else."""
+        if task.state == ASSIGNED:
+            self.unconfirmed.pop(task, None)
+        elif task.state == RECOVERING:
+            self.recovering.pop(task, None)
+        self.scheduler.move(task, state, worker, self.now)
+        if state == ASSIGNED:
+            self.unconfirmed[task] = max(
+                self.now + self.times.queued_timeout, self.registry.lenient_until)
+
+    def dispatch(self) -> None:
+        """Carry out what the scheduler decides."""
+        self.scheduler.has_lease = self.upstream.leased()
+        if self.upstream.chained:
+            self.hand_back([client for client in self.scheduler.turns if client.from_above])
+        for task, worker in self.scheduler.decisions():
+            if isinstance(worker, WorkerLink):
+                self.assign(task, worker)
+            else:
+                self.lose_unplaceable(task)
+        self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
 
     def assign(self, task: Task, worker: WorkerLink) -> None:
         self.move(task, ASSIGNED, worker)
-        task.until = max(self.now + self.times.queued_timeout, self.lenient_until)
-        self.unconfirmed.append((task, task.until))
-        run, peer = task.client.run, worker.peer or b""
-        told = task.client.told_shunned.get(worker.name, -math.inf) if worker.below else math.inf
-        if told < self.now - self.times.client_lease / 2:  # it may have forgotten the run
-            self.tell_shunned(task.client, [worker])
+        client, peer = task.client, worker.peer or b""
+        if worker.below and client.told_excluded.get(worker.name, -math.inf) \
+                < self.now - self.times.client_lease / 2:  # it may have forgotten the run
+            self.tell_excluded(client, [worker])
         if worker.plain:
             worker.ready = False
-            worker.token = f"{run} {task.id} {task.attempt}"
-            self.pass_on(WORKERS, peer, worker.token, task.line)
-        elif task.client.plain:  # our workers want id and attempt
-            self.say(WORKERS, peer, run, COMMAND, dict(
+            self.pass_on(WORKERS, peer, token_of(task), task.line)
+        elif client.plain:  # our workers need id and attempt
+            self.say(WORKERS, peer, client.run, COMMAND, dict(
                 task.plain, id=task.id, attempt=task.attempt, cut=PLAIN_INLINE))
         else:
-            self.pass_on(WORKERS, peer, run, task.line)
+            self.pass_on(WORKERS, peer, client.run, task.line)
 
-    # --- answers, from workers
+    def tell_excluded(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
+        """Let brokers below exclude the same hosts for this client."""
+        for broker in brokers if client.excluded else ():
+            client.told_excluded[broker.name] = self.now
+            self.say(WORKERS, broker.peer or b"", client.run, "SHUN",
+                     {"hosts": sorted(client.excluded)})
 
-    def worker_of(self, message: Message) -> Optional[WorkerLink]:
-        worker = self.workers.get(message.peer)
-        if worker is None and not {"id", "tasks"} & set(message.fields):
-            raise ProtocolError("say READY first")
-        if worker is None:
-            self.say(WORKERS, message.peer, "", "WHO")
-        return worker
+    def instruct(self, orders: List[Tuple[str, Task]]) -> None:
+        """Say these verbs to the workers of the tasks, in one line per worker, run and verb.
+        Plain workers know no orders. Workers that are away get them when they join."""
+        rows: Dict[Tuple[Peer, Run, str], List[List[int]]] = {}
+        for verb, task in orders:
+            worker = task.worker
+            if worker is not None and worker.peer is not None and not worker.plain:
+                rows.setdefault((worker.peer, task.client.run, verb), []).append(
+                    [task.id, task.attempt])
+        for (peer, run, verb), tasks in rows.items():
+            self.say(WORKERS, peer, run, verb, {"tasks": tasks})
 
-    def tasks_at(self, worker: WorkerLink, message: Message) -> List[Task]:
-        """The tasks of this worker that the message is about. Those that it does not have
-        (any more) are passed over: a stale attempt changes nothing."""
-        if worker.plain:
-            if not worker.token or message.token != worker.token:
-                raise ProtocolError("not the token of a command that you have")
-            return list(worker.tasks.values())
-        fields = message.fields
-        rows = fields.get("tasks")
-        if rows is None:
-            if "id" not in fields or "attempt" not in fields:
-                raise ProtocolError(f"{message.verb} needs 'id' and 'attempt'")
-            task = worker.tasks.get((message.token, fields["id"], fields["attempt"]))
-            return [task] if task else []
-        keys = dict.fromkeys((message.token, id, attempt) for id, attempt in rows)
-        return [worker.tasks[key] for key in keys if key in worker.tasks]
+    def drop(self, tasks: List[Task]) -> None:
+        """Forget tasks that nobody wants, and let their workers forget them."""
+        self.instruct([("DONE" if task.state == DELIVERED else "CANCEL", task) for task in tasks])
+        for task in tasks:
+            self.move(task, GONE)
 
-    def on_queued(self, message: Message) -> None:
-        worker = self.worker_of(message)
-        if worker is None:
-            return
-        accepted = [task for task in self.tasks_at(worker, message) if task.state == ASSIGNED]
-        for task in accepted:
-            self.move(task, RUNNING, worker)
-        self.tell_queued(accepted)
+    # --- answers
+
+    def tell_line(self, client: ClientLink, line: bytes) -> None:
+        """Say something to a client if it is there. It will ask when it is back."""
+        if client.from_above:
+            self.upstream.pass_on(client.run, line)
+        elif client.peer is not None:
+            self.pass_on(CLIENTS, client.peer, "", line)
 
     def tell_queued(self, tasks: List[Task]) -> None:
-        """Tell the owner of these that a worker has them. The broker above knows already."""
+        """Tell a client that a worker has these tasks of it. The broker above knows already."""
         if not tasks:
             return
         client, worker = tasks[0].client, tasks[0].worker
         if client.plain:
             for task in tasks:
                 self.tell_line(task.client, b"QUEUED " + task.line)
-        elif client.link == CLIENTS:
-            self.tell(tasks[0], "QUEUED", {"tasks": [[task.id, task.attempt] for task in tasks],
-                                           "worker": worker.name if worker else ""})
+        elif not client.from_above:
+            self.tell_line(client, encode("QUEUED", {
+                "tasks": [[task.id, task.attempt] for task in tasks],
+                "worker": worker.name if worker else ""}))
 
-    def tell(self, task: Task, verb: str, fields: Fields) -> None:
-        self.tell_line(task.client, encode(verb, fields))
+    def remind(self, task: Task) -> None:
+        """Say how a task stands, as its client does not know."""
+        if task.state == RUNNING:
+            self.tell_queued([task])
+        elif task.state == DELIVERED and task.result:
+            self.tell_line(task.client, task.result)
+        elif task.state == DELIVERED:
+            self.instruct([("RESEND", task)])
 
-    def tell_line(self, client: ClientLink, line: bytes) -> None:
-        """Say something to an owner of tasks, if it is there: it will ask when it is back."""
-        if client.link == BROKER:
-            if self.session and self.session.joined:
-                self.pass_on(BROKER, b"", client.run, line)
-        elif client.peer is not None:
-            self.pass_on(CLIENTS, client.peer, "", line)
-
-    def on_result(self, message: Message) -> None:
-        worker = self.worker_of(message)
-        if worker is None:
-            return
-        for task in self.tasks_at(worker, message):
-            fields = plain_workers_fields(message) if worker.plain else message.fields
-            self.deliver(task, worker, fields, message.line)
+    def tasks_of(self, client: ClientLink, rows: List[List[int]]) -> List[Task]:
+        """Return the client's tasks that match these [id, attempt], each once."""
+        wanted = {id: attempt for id, attempt in rows if id in client.tasks}
+        return [client.tasks[id] for id, attempt in wanted.items()
+                if client.tasks[id].attempt == attempt]
 
     def deliver(self, task: Task, worker: WorkerLink, fields: Fields, line: bytes) -> None:
-        """Pass on a result: these fields, if the worker is plain, or else its line."""
-        if task.state in BUSY:  # told again it teaches nothing new
-            self.count(task, worker, fields["exitcode"])
-        if task.state in BUSY and not worker.plain:
-            each = min(AHEAD, AHEAD_TIME / max(fields.get("time", math.inf), 1))
-            worker.ahead = min(worker.ahead + 1, int(each * worker.slots))
-        if worker.plain:  # it works, so its next READY is no storm
-            self.answers.pop(("OK", WORKERS, worker.peer or b""), None)
+        """Pass on a result: its line, or these fields if worker or client are plain."""
+        if task.state in BUSY:  # not if it is told again
+            for link in (task.client, worker):
+                link.done += 1
+                link.failed += fields["exitcode"] != 0
+            if not worker.plain:
+                self.scheduler.learn_duration(worker, fields.get("time", math.inf))
         if task.client.plain:
             self.move(task, DELIVERED, worker)
-            self.tell(task, "RESULT", plain_result(task, fields))
+            self.tell_line(task.client, encode("RESULT", plain_result(task, fields)))
             self.drop([task])
-        elif worker.plain:  # it does not hold its results, so we do
+        elif worker.plain:  # it does not keep its results, so we do
             task.result = encode("RESULT", dict(
                 fields, id=task.id, attempt=task.attempt, worker=worker.name, host=worker.host))
             self.move(task, DELIVERED, None)
-            self.charge(task, len(task.result))
+            self.scheduler.charge(task, len(task.result))
             self.tell_line(task.client, task.result)
         else:
             self.move(task, DELIVERED, worker)
             spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
-            self.charge(task, len(line) + spooled)
+            self.scheduler.charge(task, len(line) + spooled)
             self.tell_line(task.client, line)
 
-    def count(self, task: Task, worker: WorkerLink, exitcode: int) -> None:
-        for link in (task.client, worker):
-            link.done += 1
-            link.failed += exitcode != 0
-
-    def on_chunk(self, message: Message) -> None:
-        worker = self.worker_of(message)
-        if worker is None:
-            return
-        for task in self.tasks_at(worker, message):
-            client = task.client
-            if client.peer is not None:
-                token = client.run if client.link == BROKER else ""
-                self.bulk.append(Outgoing(client.link, client.peer, token, message.line,
-                                       message.data))
-
-    def on_lost(self, message: Message) -> None:
-        worker = self.worker_of(message)
-        if worker is None:
-            return
-        for task in self.tasks_at(worker, message):
-            fault = message.fields.get("fault", "")
-            if fault == NOWHERE and self.choice(task) != frozenset():
-                fault = ""  # below that broker is no other host, but elsewhere
-            self.lose(task, printable(message.fields["why"], 200), fault, told=True)
+    # --- losses: why a command is started twice
 
     def lose(self, task: Task, why: str, fault: str = "", told: bool = False) -> None:
-        """This attempt will bring no result, as its worker has told, or as we have to assume. Its
-        owner decides what follows; for a plain client we are the owner."""
-        worker = task.worker
-        if task.client.plain and task.state in BUSY:
+        """This attempt will bring no result: its worker has told so, or we assume it. Its owner
+        decides about another attempt: the client, or for a plain client this broker."""
+        worker, client = task.worker, task.client
+        if client.plain and task.state in BUSY:
             self.try_again(task, why, fault)
             return
-        client = task.client
-        if client.link == CLIENTS or not told:
+        if not client.from_above or not told:
             client.lost[task.id] = (task.attempt, fault)
         self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "")
         self.move(task, GONE)
@@ -2329,173 +2249,28 @@ class Broker(Machine):
     def say_lost(self, client: ClientLink, id: int, attempt: int, why: str,
                  fault: str = "", worker: str = "") -> None:
         fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker}
-        if client.link == BROKER and self.session and not self.session.joined:
-            self.untold[client.run, id, attempt] = fields
+        if client.from_above:
+            self.upstream.lost((client.run, id, attempt), fields)
         else:
             self.tell_line(client, encode("LOST", fields))
 
     def try_again(self, task: Task, why: str, fault: str) -> None:
+        """Queue another attempt of a plain client's command, unless it was lost too often."""
         worker = task.worker
         verdict = task.faults.count(fault, why, self.times)
         if verdict:
-            self.tell(task, "RESULT", plain_result(task, {
-                "exitcode": NOT_RUN, "time": 0.0, "reason": verdict}))
+            self.tell_line(task.client, encode("RESULT", plain_result(task, {
+                "exitcode": NOT_RUN, "time": 0.0, "reason": verdict})))
             self.drop([task])
             return
         self.move(task, WAITING)
         task.attempt += 1
         task.avoid = worker.name if worker else ""
         task.careful = task.faults.crashes > 0
-        task.client.queue(task, True)
-        self.take_turn(task.client)
-
-    # --- time
-
-    def settle(self) -> None:
-        if self.answer_at <= self.now:
-            self.answer_greetings()
-        if self.count_again <= self.now:
-            self.count_answers_again()
-        if self.session:
-            self.hand_back([client for client in self.turns if client.link == BROKER])
-        self.dispatch()
-        self.recall()
-        while self.unconfirmed and not self.still_unconfirmed(*self.unconfirmed[0]):
-            self.unconfirmed.popleft()
-        if self.crew_changed:
-            self.crew_changed = False
-            self.announce_crew()
-        self.report_wait(self.waits_for())
-
-    def change_crew(self) -> None:
-        """A worker has come or gone, or is not what it was."""
-        self.crew_changed = True
-        self.kits.clear()
-        self.hosts.clear()
-        self.choices.clear()
-        self.exhausted.clear()
-        self.kept.clear()
-
-    def announce_crew(self) -> None:
-        """Slots or weights have changed: tell those for whom it matters."""
-        if self.session and self.session.joined and self.told != self.to_tell():
-            self.session.greet(self.now)
-        if self.was_empty != (self.slots == 0):
-            self.was_empty = not self.was_empty
-            for peer, run in self.run_of.items():
-                if not run.startswith(PLAIN):
-                    self.say(CLIENTS, peer, "", "OK", self.state_for_client())
-
-    # --- the status
-
-    def on_status(self, message: Message) -> None:
-        """Somebody wants to see the cloud. That is much to tell: once for all who ask meanwhile."""
-        if self.has_enough("STATUS", CLIENTS, message.peer):
-            return
-        self.viewers[message.peer] = None
-        self.answer_at = min(self.answer_at, self.now + OK_DELAY)
-
-    def status(self) -> Fields:
-        """Of clients no commands, and nothing of the runs' names."""
-        workers = [*self.named.values(), *(w for w in self.workers.values() if w.plain)]
-        ahead = Counter(task.client for worker in workers for task in worker.stuck())
-        return {"broker": self.name, "above": self.above,
-                "workers": [*map(self.status_of_worker, workers)],
-                "clients": [self.status_of_client(client, ahead[client])
-                            for client in self.clients.values()]}
-
-    def status_of_worker(self, worker: WorkerLink) -> Fields:
-        states = Counter(task.state for task in worker.tasks.values())
-        return {"name": worker.name[:STATUS_LIMIT], "host": worker.host[:STATUS_LIMIT], "kind":
-                "broker" if worker.below else "plain" if worker.plain else "worker",
-                "below": worker.below, "slots": worker.slots,
-                "labels": sorted({name[:STATUS_LIMIT] for _, labels in worker.crew
-                                  for name in labels})[:STATUS_LIMIT],
-                "running": worker.running(), "held": states[DELIVERED],
-                "done": worker.done, "failed": worker.failed, "weight": worker.weight,
-                "load": worker.load, "there": worker.peer is not None,
-                "silent": round(self.now - self.workers_seen.get(worker, self.now), 1)}
-
-    def status_of_client(self, client: ClientLink, ahead: int) -> Fields:
-        """So many of its tasks wait at workers for a slot."""
-        states = Counter(task.state for task in client.tasks.values())
-        kind = "above" if client.link == BROKER else "plain" if client.plain else "client"
-        return {"host": client.host[:STATUS_LIMIT] or "?", "pid": client.pid, "kind": kind,
-                "there": client.peer is not None,
-                "queued": states[WAITING] + states[LIMBO] + client.backlog + ahead,
-                "running": states[ASSIGNED] + states[RUNNING] - ahead,
-                "held": states[DELIVERED], "done": client.done, "failed": client.failed,
-                "waits_for": self.waited_for(client) if states[WAITING] else
-                "workers that may have them since before the broker's start" if states[LIMBO]
-                else ""}
-
-    def waited_for(self, client: ClientLink) -> str:
-        """What keeps the waiting tasks of a client from being run."""
-        if client.owed >= CREDIT:
-            return "itself: it does not take its results"
-        if not self.slots and not client.needs:
-            return "a worker"
-        which = f" with {label_words(client.needs)}" if client.needs else ""
-        return self.lacks(client) or "a free slot" + which
-
-    # --- the crew
-
-    def still_unconfirmed(self, task: Task, until: Seconds) -> bool:
-        return task.state == ASSIGNED and task.until == until
-
-    def tick(self, now: Seconds) -> None:
-        self.now = now
-        self.expire_silent()
-        for name in [name for name, until in self.away.items() if until <= now]:
-            self.forget_worker(self.named[name], "is gone", CRASH)
-        for run in [run for run, until in self.departed.items() if until <= now]:
-            del self.departed[run]
-        for peer in [peer for peer, (until, _) in self.parts.items() if until <= now]:
-            del self.parts[peer]
-        while self.unconfirmed and self.unconfirmed[0][1] <= now:
-            task, until = self.unconfirmed.popleft()
-            if self.still_unconfirmed(task, until):
-                self.give_up_waiting(task)
-        if self.limbo_until <= now:
-            for task in [task for task in self.limbo.values() if task.until <= now]:
-                self.lose(task, "the worker that had it did not come back",
-                          CRASH if task.had else "")
-            self.limbo_until = min((t.until for t in self.limbo.values()), default=math.inf)
-        if self.session:
-            self.session.tick(now)
-        self.settle()
-
-    def waits_for(self) -> str:
-        if not self.session or self.session.joined:
-            return ""
-        absent = self.session.trouble or ("" if self.session.up else "not there (yet)")
-        return "waiting for the broker above" + (absent and ": " + absent)
-
-    def recall(self) -> None:
-        """Have commands handed back that wait for a slot although another worker has a free
-        one (and nothing else for it), or that wait longer than short commands take."""
-        tasks: List[Task] = []
-        while self.ahead and not self.waits_there(self.ahead[0][0]):
-            self.ahead.popleft()
-        best = self.best_worker() if self.ahead else None
-        while self.ahead and best and not best.silent and len(tasks) < best.free():
-            tasks.append(self.ahead.pop()[0])
-        while self.ahead and self.ahead[0][1] + RECALL_DELAY <= self.now:
-            tasks.append(self.ahead.popleft()[0])
-        tasks = [task for task in tasks if self.waits_there(task)]
-        for task in tasks:
-            assert task.worker is not None
-            task.worker.ahead = 0  # its commands are not short any more
-            self.rank(task.worker)
-        self.instruct([("RECALL", task) for task in tasks])
-
-    def waits_there(self, task: Task) -> bool:
-        """Whether its worker has it, and more than it has slots: then it may wait for one."""
-        return task.state == RUNNING and task.worker is not None \
-            and task.worker.busy > task.worker.slots
+        self.scheduler.submit(task, True)
 
     def give_up_waiting(self, task: Task) -> None:
-        """No QUEUED in time: take the task back; nothing more for this worker until it speaks."""
+        """No QUEUED in time: take the task back. The worker gets nothing until it speaks."""
         worker = task.worker
         assert worker is not None
         worker.ready = False
@@ -2505,157 +2280,696 @@ class Broker(Machine):
         self.instruct([("CANCEL", task)])
         self.lose(task, why)
 
+    def expire_tasks(self) -> None:
+        """Lose the tasks of which a worker should have spoken by now."""
+        now = self.now
+        for task in list(itertools.takewhile(
+                lambda task: self.unconfirmed[task] <= now, self.unconfirmed)):
+            self.give_up_waiting(task)
+        if self.recovery_at <= now:
+            for task in [task for task, until in self.recovering.items() if until <= now]:
+                self.lose(task, "the worker that had it did not come back",
+                          CRASH if task.had else "")
+            self.recovery_at = min(self.recovering.values(), default=math.inf)
+
+    def shift_deadlines(self, gap: Seconds, grace: Seconds) -> None:
+        """We were stopped for `gap` seconds. No task is given up before `grace`."""
+        self.started += gap
+        for deadlines in (self.unconfirmed, self.recovering):
+            for task, until in deadlines.items():
+                deadlines[task] = max(until + gap, grace)
+        self.recovery_at = max(self.recovery_at + gap, grace)
+
+    # --- joining workers: make our records match theirs
+
+    def reconcile(self, worker: WorkerLink, fields: Fields) -> Tuple[
+            Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
+        """Make our records match the worker's READY. Return three things: the [id, attempt]
+        that it must stop, by run; orders to hand back tasks whose client has not joined yet, for a
+        broker before us may have given them to others; and orders to send held results again."""
+        running = {tuple(row) for row in fields.get("running", ())}
+        held = {tuple(row) for row in fields.get("held", ())}
+        told = running | held
+        never_came = [task for key, task in worker.tasks.items() if key not in told]
+        never_came += [task for task in self.recovering
+                       if task.had == worker.name and task.key not in told]
+        for task in never_came:
+            self.lose(task, "was never started")
+        unwanted: Dict[Run, List[List[int]]] = {}
+        recall, resend = [], []
+        for key in sorted(told):
+            adopted = self.adopt(worker, key)
+            if adopted is None:
+                unwanted.setdefault(key[0], []).append([key[1], key[2]])
+            elif key in held:
+                resend.append(("RESEND", adopted))
+            elif not adopted.client.claimed:
+                recall.append(("RECALL", adopted))
+        if told:
+            self.upstream.join_again()  # the broker above may be looking for these
+        return unwanted, recall, resend
+
+    def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
+        """Believe a worker that it has this attempt. Return None if nobody wants it there."""
+        run, id, attempt = key
+        client = self.registry.clients.get(run)
+        if client is None:
+            from_above = self.upstream.chained
+            if run in self.registry.departed or run.startswith(PLAIN) and not from_above:
+                return None
+            # of a broker before us: its client may still come back
+            client = self.registry.require_client(run, from_above, None, self.now)
+        if client.lost.get(id, (-1, ""))[0] >= attempt:
+            return None
+        task = client.tasks.get(id)
+        if task is not None and not task.line and task.attempt < attempt:
+            self.drop([task])  # both are of a broker before us: the later attempt counts
+            task = None
+        if task is None:
+            if not client.may_submit(id):
+                return None
+            task = client.tasks[id] = Task(client, id, attempt, b"")
+        if task.attempt != attempt or not self.may_have(worker, task):
+            return None
+        if task.worker is worker and task.state == DELIVERED:
+            return task
+        is_news = task.state != RUNNING
+        self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
+        if is_news:
+            self.tell_queued([task])
+        return task
+
+    def may_have(self, worker: WorkerLink, task: Task) -> bool:
+        """Return whether this worker may have been given this task: by us, by a broker before us,
+        or before it took the place of a chained broker that died (with the same key)."""
+        if worker is task.worker or worker.name == task.had:
+            return True
+        if task.worker is None and (
+                not task.line or task.state == RECOVERING and not task.had):
+            return True
+        before = task.had if task.worker is None else task.worker.name
+        is_gone = task.worker is None or task.worker.peer is None and bool(task.worker.below)
+        return bool(before and is_gone and worker.below) \
+            and key_mark(before) == key_mark(worker.name)
+
+    def check(self) -> None:
+        """Raise AssertionError if indexes disagree. For tests."""
+        self.registry.check()
+        self.scheduler.check()
+        self.upstream.check()
+        assert {*self.scheduler.workers} == {*self.registry.workers.values()}
+        assert {*self.scheduler.away} == {*self.registry.away}
+        assert {*self.scheduler.turns} <= {*self.registry.clients.values()}
+        tasks = {task for client in self.registry.clients.values()
+                 for task in client.tasks.values()}
+        assert self.recovering.keys() == {task for task in tasks if task.state == RECOVERING}
+        assert self.unconfirmed.keys() == {task for task in tasks if task.state == ASSIGNED}
+        for client in self.registry.clients.values():
+            assert client.owed == sum(task.cost for task in client.tasks.values())
+            for id, task in client.tasks.items():
+                assert task.client is client and task.id == id and task.state != GONE
+                if task.worker is not None:
+                    assert task.worker.tasks[task.key] is task
+                else:
+                    assert task.state in (RECOVERING, WAITING) or task.result, task.state
+                if task.state == WAITING:
+                    retries = client.retries.get((task.constraints, task.careful), ())
+                    assert task in client.waiting or task in retries
+                    assert client.in_turn or not self.scheduler.may_start(client)
+        for worker in (*self.scheduler.workers, *self.scheduler.away):
+            assert {*worker.tasks.values()} <= tasks, worker.name
+
+
+CONSTRAINTS = {"needs", "elsewhere", "on", "not_on", "never_on"}  # fields of a command
+
+
+def constraints_of(fields: Fields) -> Constraints:
+    if not CONSTRAINTS & set(fields):
+        return UNCONSTRAINED
+    return Constraints(
+        frozenset(fields.get("needs", ())), on=fields.get("on", ""),
+        not_on=fields.get("not_on", ""), never_on=frozenset(fields.get("never_on", ())),
+        avoid=fields.get("avoid", "") if fields.get("elsewhere") else "")
+
+
+def token_of(task: Task) -> str:
+    """Return the token that names a task for a plain worker."""
+    return f"{task.client.run} {task.id} {task.attempt}"
+
+
+def key_mark(name: str) -> str:
+    """Return the fingerprint of the key at the end of a worker's name; "" if there is none."""
+    return name.partition(".")[2]
+
+
+# === Membership =======================================================================
+#
+# How clients and workers join, stay and leave: HELLO, READY, OK, WHO, BYE, STATUS, connections and
+# silence. Greetings are answered together, because one answer wakes a whole process. Plain and
+# unknown peers get few answers: they may answer our answers.
+
+TAKEN_FOR_COMMANDS = (b"QUEUED OK", b"QUEUED ERROR", b"QUEUED WHO")  # of a worker: our answers
+
+
+class AnswerLimit:
+    """Limits the answers to plain and unknown peers, which may answer our answers: no storm."""
+
+    def __init__(self) -> None:
+        self.answers: Counter[Tuple[str, str, Peer]] = Counter()  # by verb, link and peer
+        self.ends_at: Seconds = math.inf  # of the second in which we count
+
+    def exceeded(self, verb: str, link: str, peer: Peer, now: Seconds) -> bool:
+        """Count an answer. Return whether it is one too many in this second."""
+        self.ends_at = min(self.ends_at, now + 1)
+        self.answers[verb, link, peer] += 1
+        return self.answers[verb, link, peer] > ANSWERS_PER_SECOND
+
+    def forgive(self, verb: str, link: str, peer: Peer) -> None:
+        self.answers.pop((verb, link, peer), None)
+
+    def restart(self) -> List[Peer]:
+        """Begin a new second. Return the workers that got no OK in the last one."""
+        answers, self.answers, self.ends_at = self.answers, Counter(), math.inf
+        return [peer for (verb, link, peer), n in answers.items()
+                if verb == "OK" and link == WORKERS and n > ANSWERS_PER_SECOND]
+
+
+class PartialReadys:
+    """READYs of which parts are still to come, by peer, the oldest first."""
+
+    def __init__(self, patience: Seconds) -> None:
+        self.patience = patience
+        self.parts: Dict[Peer, Tuple[Seconds, List[Fields]]] = {}  # deadline, parts
+
+    def add(self, peer: Peer, fields: Fields, now: Seconds) -> None:
+        """Keep a part. All peers together get MAX_PARTS: a peer whose parts are dropped for
+        later ones must join again. Raises ProtocolError if it is no such part."""
+        size = max(len(fields.get(key, ())) for key in TASK_LISTS)
+        if "join" not in fields or size > MAX_READY_TASKS:
+            raise ProtocolError(f"READY with 'more' needs 'join', and at most {MAX_READY_TASKS} tasks")
+        _, parts = self.parts.pop(peer, (0.0, []))
+        if parts and parts[0]["join"] != fields["join"]:
+            parts = []
+        part = {key: fields[key] for key in ("join", *TASK_LISTS) if key in fields}
+        self.parts[peer] = now + self.patience, [*parts, part]
+        while sum(len(parts) for _, parts in self.parts.values()) > MAX_PARTS:
+            del self.parts[next(iter(self.parts))]
+
+    def whole(self, peer: Peer, last: Fields) -> Fields:
+        """Return the READY whose last part this is. Raises ProtocolError if a part is missing."""
+        _, parts = self.parts.pop(peer, (0.0, []))
+        parts = [part for part in parts if part["join"] == last["join"]]
+        if len(parts) != last.get("parts", 0):
+            raise ProtocolError("READY without its other parts: join again")
+        return dict(last, **{key: [row for part in (*parts, last) for row in part.get(key, ())]
+                             for key in TASK_LISTS})
+
+    def forget(self, peer: Peer) -> None:
+        self.parts.pop(peer, None)
+
+    def expire(self, now: Seconds) -> None:
+        for peer in [peer for peer, (until, _) in self.parts.items() if until <= now]:
+            del self.parts[peer]
+
+    def deadline(self) -> Seconds:
+        return next((until for until, _ in self.parts.values()), math.inf)
+
+
+class Membership(Dispatcher):
+    """The clients and workers of a broker. Each layer calls only the layers before it."""
+
+    def __init__(self, name: str, times: Times, chained: bool, now: Seconds) -> None:
+        super().__init__(name, times, chained, now)
+        self.limit = AnswerLimit()
+        self.partial = PartialReadys(times.worker_expiry)
+        self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of peers that wait for OK
+        self.viewers: Dict[Peer, None] = {}  # peers that wait for STATUS
+        self.answer_at: Seconds = math.inf  # when they get it
+        self.had_slots = False  # as clients were told
+
+    def heard(self, link: str, peer: Peer) -> None:
+        self.registry.heard(link, peer, self.now)
+        if link == BROKER:
+            self.upstream.session.heard(self.now)
+
+    def say(self, link: str, peer: Peer, token: Run, verb: str,
+            fields: Optional[Fields] = None) -> None:
+        """The same, but plain and unknown peers get a limited number of answers."""
+        if verb in ("OK", "ERROR", "WHO") and not self.knows_batches(link, peer):
+            worker = self.registry.workers.get(peer) if link == WORKERS else None
+            if self.limit.exceeded(verb, link, peer, self.now) or worker and worker.no_answers:
+                return
+        super().say(link, peer, token, verb, fields)
+
+    def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
+        """The same. An ERROR to a plain worker has no token, so that its answer has none."""
+        worker = self.registry.workers.get(peer) if link == WORKERS else None
+        if link == WORKERS and worker is None:
+            token = ""
+        elif worker is not None and worker.plain:
+            worker.no_answers |= line.startswith(TAKEN_FOR_COMMANDS)
+            for task in list(worker.tasks.values()) if line.startswith(b"RESULT") else ():
+                if token == token_of(task):
+                    self.deliver(task, worker, {
+                        "exitcode": NOT_RUN, "time": 0.0, "ran": True,
+                        "reason": f"its result cannot be read: {reason}"}, line)
+            token = ""
+        super().complain(link, peer, token, line, reason)
+
+    def knows_batches(self, link: str, peer: Peer) -> bool:
+        if link == CLIENTS:
+            return not self.registry.run_of.get(peer, PLAIN).startswith(PLAIN)
+        worker = self.registry.workers.get(peer)
+        return link == BROKER or worker is not None and not worker.plain
+
+    # --- clients
+
+    def on_hello(self, message: Message) -> None:
+        run, peer = message.fields["run"], message.peer
+        if not run.isalnum():  # the run of a plain client has a dot
+            raise ProtocolError("HELLO wants 'run' to be letters and digits")
+        known = self.registry.client_at(peer)
+        if "join" in message.fields:
+            if known is not None and known.run != run:
+                raise ProtocolError("HELLO from a peer that is another run already")
+            self.join_client(run, message, known is None)
+        elif known is None or known.run != run:
+            self.say(CLIENTS, peer, "", "WHO")
+        else:
+            known.backlog = message.fields.get("backlog", 0)
+            self.answer_soon(message.link, peer, message.fields.get("beat", 0))
+
+    def join_client(self, run: Run, message: Message, is_new: bool) -> None:
+        """A client has told all that it wants: drop the rest."""
+        peer, fields = message.peer, message.fields
+        if not run.startswith(self.registry.fingerprint_of(CLIENTS, peer)):
+            raise ProtocolError(
+                "this run belongs to another key: it begins with our fingerprint")
+        client = self.registry.require_client(run, False, peer, self.now)
+        if fields["join"] <= client.join:  # delayed on an older connection
+            return
+        client.join, client.backlog = fields["join"], fields.get("backlog", 0)
+        client.host, client.pid = fields.get("host", ""), fields.get("pid", 0)
+        self.registry.connect_client(client, peer)
+        if is_new:
+            self.log(logging.INFO, f"client {printable(client.host)} joined")
+        wanted = set(fields.get("unreported", ()))
+        self.drop([task for id, task in client.tasks.items() if id not in wanted])
+        client.announced = wanted.difference(client.tasks)
+        client.lost = {id: row for id, row in client.lost.items() if id in wanted}
+        self.say(CLIENTS, peer, "", "OK", dict(self.state_for_client(), join=client.join))
+
+    def on_client_bye(self, message: Message) -> None:
+        client = self.registry.client_at(message.peer)
+        if client is not None:
+            self.forget_client(client, "left")
+
+    def forget_client(self, client: ClientLink, why: str) -> None:
+        """The run is over: stop its tasks and drop every trace of it."""
+        self.drop(list(client.tasks.values()))
+        self.scheduler.remove_client(client)
+        self.registry.remove_client(client, self.now)
+        if not client.from_above:
+            self.log(logging.INFO, f"client {why}")
+
+    # --- workers
+
+    def on_ready(self, message: Message) -> None:
+        peer, fields = message.peer, message.fields
+        worker = self.registry.workers.get(peer)
+        if "name" not in fields:
+            self.on_plain_ready(message, worker)
+        elif fields.get("more"):
+            self.partial.add(peer, fields, self.now)
+        elif self.name in fields.get("below", ()):
+            if not self.upstream.chained:
+                raise ProtocolError("we cannot be below you: we have no broker above us")
+            # it does not join; if it is really above us, this answer tells it so
+            self.say(WORKERS, peer, "", "OK", self.state_for_worker())
+        elif fields.get("depth", 0) + len(self.upstream.above) + 1 > MAX_DEPTH:
+            raise ProtocolError(f"chain of more than {MAX_DEPTH} brokers")
+        elif "join" in fields:
+            self.join_worker(message)
+        elif worker is None or worker.name != fields["name"]:
+            self.say(WORKERS, peer, "", "WHO")
+        else:
+            self.update_worker(worker, fields)
+            self.answer_soon(message.link, peer, message.fields.get("beat", 0))
+
+    def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
+        if worker is None:
+            worker = self.registry.add_plain_worker(message.peer, self.now)
+            self.scheduler.add_worker(worker)
+            self.log(logging.INFO, f"plain worker {worker.name} joined")
+        elif not worker.plain:
+            raise ProtocolError("READY needs the name given before")
+        worker.weight = message.fields.get("weight", worker.weight)
+        worker.silent = False
+        for task in [task for task in worker.tasks.values() if task.state == RUNNING]:
+            self.lose(task, f"worker {printable(worker.name)} said READY instead of its result",
+                      CRASH)
+        if not worker.tasks:  # else it has not seen its command yet
+            worker.ready = True
+        self.scheduler.rank(worker)
+        self.say(WORKERS, message.peer, "", "OK")
+
+    def update_worker(self, worker: WorkerLink, fields: Fields) -> None:
+        worker.below = fields.get("below", worker.below)
+        worker.depth = fields.get("depth", worker.depth)
+        worker.load = fields.get("load", worker.load)
+        worker.labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
+        slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
+        capacity = {(worker.host, worker.labels): slots}
+        if "crew" in fields:
+            capacity = {(host, frozenset(labels)): n for host, n, *labels in fields["crew"]}
+        self.scheduler.change_worker(worker, slots, weight, capacity)
+
+    def join_worker(self, message: Message) -> None:
+        """A worker has told all that it has: make our records match."""
+        peer, name, join = message.peer, message.fields["name"], message.fields["join"]
+        known = self.registry.workers.get(peer)
+        if known is not None and (known.plain or known.name != name):
+            raise ProtocolError("READY with a name other than before")
+        if not name.endswith(self.registry.fingerprint_of(WORKERS, peer)):
+            raise ProtocolError("this name belongs to another key: it ends with our fingerprint")
+        worker = self.registry.named.get(name)
+        if worker is not None and join <= worker.join:  # delayed on an older connection
+            return
+        fields = self.partial.whole(peer, message.fields)
+        if worker is None:
+            worker = self.registry.add_worker(name, fields.get("host") or name)
+            self.log(logging.INFO, f"worker {printable(name)} joined")
+        worker.join, worker.user = join, fields.get("user", "")
+        self.registry.connect_worker(worker, peer, self.now)
+        self.scheduler.add_worker(worker)
+        self.update_worker(worker, fields)
+        for client in self.registry.clients.values() if worker.below else ():
+            self.tell_excluded(client, [worker])
+        unwanted, recall, resend = self.reconcile(worker, fields)
+        self.cancel_unwanted(worker, unwanted)  # before OK lets it start them
+        self.instruct(recall)
+        note = self.note_of_others(worker) if join == 1 else ""  # not at each new broker
+        self.say(WORKERS, peer, "", "OK", dict(
+            self.state_for_worker(), join=join, note=note, host=worker.host))
+        if worker.below:  # its own workers may have told it of these in between
+            self.cancel_unwanted(worker, unwanted)
+        self.instruct(resend)
+
+    def cancel_unwanted(self, worker: WorkerLink, unwanted: Dict[Run, List[List[int]]]) -> None:
+        for run, tasks in unwanted.items():
+            self.say(WORKERS, worker.peer or b"", run, "CANCEL", {"tasks": tasks})
+
+    def note_of_others(self, worker: WorkerLink) -> str:
+        """Return a line for a worker whose user has other workers on the same host, or ""."""
+        others = self.registry.others_of_user(worker)
+        if not others:
+            return ""
+        slots = plural(sum(other.slots for other in others), "slot")
+        host = printable(worker.host.partition("/")[0])
+        note = (f"{printable(worker.user)} runs {plural(len(others), 'other worker')} on {host} "
+                f"already, with {slots} ({printable(others[0].name)}): stop what is not wanted, or "
+                f"they share its CPUs")
+        self.log(logging.WARNING, f"worker {printable(worker.name)}: {note}")
+        return note
+
+    def on_worker_bye(self, message: Message) -> None:
+        worker = self.registry.workers.get(message.peer)
+        if worker is not None:
+            self.forget_worker(worker, "left", "")
+
+    def forget_worker(self, worker: WorkerLink, why: str, fault: str) -> None:
+        """The worker will not come back: its tasks are lost."""
+        self.scheduler.remove_worker(worker)
+        self.registry.remove_worker(worker)
+        self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
+        for task in list(worker.tasks.values()):
+            self.lose(task, f"worker {printable(worker.name)} {why}",
+                      fault if task.state in BUSY else "")  # it may have died before QUEUED
+
+    # --- answers
+
+    def answer_soon(self, link: str, peer: Peer, beat: int = 0) -> None:
+        """Say OK to a peer, but not at once: one wake-up serves many."""
+        self.greeted[link, peer] = beat or self.greeted.get((link, peer), 0)
+        self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+
+    def answer_greetings(self) -> None:
+        greeted, self.greeted, self.answer_at = self.greeted, {}, math.inf
+        lines = {CLIENTS: encode("OK", self.state_for_client()),
+                 WORKERS: encode("OK", self.state_for_worker())}
+        for (link, peer), beat in greeted.items():
+            line, client = lines[link], self.registry.client_at(peer)
+            lacks = self.lacks(client) if link == CLIENTS and client is not None else ""
+            if lacks:
+                line = encode("OK", dict(self.state_for_client(), lacks=lacks))
+            self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
+        viewers, self.viewers = self.viewers, {}
+        status = encode("STATUS", self.status()) if viewers else b""
+        for peer in viewers:
+            self.pass_on(CLIENTS, peer, "", status)
+
+    def announce_capacity(self) -> None:
+        """Slots, weights or labels have changed: tell the broker above, and clients if the first
+        slot has come or the last has gone."""
+        self.upstream.report_changes()
+        has_slots = self.scheduler.slots > 0
+        if self.had_slots != has_slots:
+            self.had_slots = has_slots
+            for peer, run in self.registry.run_of.items():
+                if not run.startswith(PLAIN):
+                    self.say(CLIENTS, peer, "", "OK", self.state_for_client())
+
+    def state_of_cloud(self) -> Fields:
+        return {"broker": self.name, "workers": len(self.registry.workers),
+                "slots": self.scheduler.slots, "patience": self.times.client_lease}
+
+    def state_for_client(self) -> Fields:
+        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()))
+
+    def state_for_worker(self) -> Fields:
+        return dict(self.state_of_cloud(), above=[self.name] + self.upstream.above,
+                    patience=min(self.times.worker_expiry, self.times.queued_timeout))
+
+    def on_status(self, message: Message) -> None:
+        """Tell the status soon, once for all peers that ask meanwhile: it is large."""
+        if not self.limit.exceeded("STATUS", CLIENTS, message.peer, self.now):
+            self.viewers[message.peer] = None
+            self.answer_at = min(self.answer_at, self.now + OK_DELAY)
+
+    def status(self) -> Fields:
+        """Return the fields of STATUS. It tells no commands and no names of runs."""
+        registry = self.registry
+        workers = [*registry.named.values(), *(w for w in registry.workers.values() if w.plain)]
+        queued = Counter(task.client for worker in workers for task in worker.queued())
+        return {"broker": self.name, "above": self.upstream.above,
+                "workers": [worker_status(worker, self.now - registry.workers_seen[worker])
+                            for worker in workers],
+                "clients": [client_status(client, queued[client], self.waited_for(client))
+                            for client in registry.clients.values()]}
+
+    def waited_for(self, client: ClientLink) -> str:
+        """Return what keeps the waiting tasks of a client from running."""
+        if client.owed >= CREDIT:
+            return "itself: it does not take its results"
+        if not self.scheduler.slots and not client.needs:
+            return "a worker"
+        which = f" with {label_words(client.needs)}" if client.needs else ""
+        return self.lacks(client) or "a free slot" + which
+
+    def lacks(self, client: ClientLink) -> str:
+        """Return the labels for which the commands of a client may wait in vain, in words."""
+        if not client.needs or not client.waiting and not client.retries \
+                or self.scheduler.has_labels(client.needs, 1):
+            return ""
+        busy = " that takes something new" if self.scheduler.has_labels(client.needs) else ""
+        return f"a worker with {label_words(client.needs)}{busy}"
+
+    # --- connections and keys
+
+    def identified(self, link: str, peer: Peer, key: str) -> None:
+        self.registry.identified(link, peer, key)
+
+    def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        why = "has no valid key any more"
+        client, worker = self.registry.client_at(peer), self.registry.workers.get(peer)
+        if link == CLIENTS and client is not None:
+            self.forget_client(client, why)
+        elif link == WORKERS and worker is not None:
+            self.forget_worker(worker, why, "")
+        self.settle()
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.now = now
+        self.registry.forget_key(link, peer)
+        if link == BROKER:
+            self.upstream.session.disconnected()
+        elif link == CLIENTS and peer in self.registry.run_of:
+            client = self.registry.disconnect_client(peer)
+            if client.plain:
+                self.forget_client(client, "left")
+        elif link == WORKERS:
+            self.partial.forget(peer)
+            worker = self.registry.workers.get(peer)
+            if worker is not None and worker.plain:
+                self.forget_worker(worker, "is gone", CRASH)
+            elif worker is not None:
+                self.scheduler.suspend_worker(worker)
+                self.registry.disconnect_worker(worker, now)
+        self.settle()
+
+    # --- silence
+
     def expire_silent(self) -> None:
-        """Forget who has been silent for too long."""
-        silence = "has been silent for too long"
-        for worker in self.silent(self.workers_seen, self.times.worker_expiry):
+        """Forget workers and clients that have been silent for too long."""
+        registry, silence = self.registry, "has been silent for too long"
+        for worker in registry.silent_workers(self.now):
             if worker.plain and (worker.tasks or worker.ready):
                 worker.silent = True  # it cannot speak while it runs, or says READY only once
-                self.rank(worker)
-                self.see(self.workers_seen, worker)
+                self.scheduler.rank(worker)
+                registry.see(registry.workers_seen, worker, self.now)
             else:
                 self.forget_worker(worker, silence, CRASH)
-        for client in self.silent(self.clients_seen, self.times.client_lease):
-            above = client.link == BROKER and client.tasks and self.session \
-                and self.session.heard_at + self.times.client_lease > self.now
+        for client in registry.silent_clients(self.now):
+            above = client.from_above and client.tasks \
+                and self.upstream.session.heard_at + self.times.client_lease > self.now
             if above or (client.plain and client.peer is not None):  # these have no heartbeat
-                self.see(self.clients_seen, client)
+                registry.see(registry.clients_seen, client, self.now)
             else:
                 self.forget_client(client, silence)
 
-    def paused(self, gap: Seconds, now: Seconds) -> None:
-        """The silence was ours, not theirs: all deadlines of others move, and a bit further, for
-        what they have said meanwhile to be read, and for those to be back who thought us dead."""
-        self.now = now
-        self.started += gap
-        if self.lenient_until < now - gap:
-            self.leniency = 0.0
-        self.lenient_until += gap
-        rest = min(gap, max(REJOIN_TIME, self.times.ready_interval))
-        if rest > self.leniency:  # else no deadline might ever pass, if we are stopped very often
-            self.leniency, self.lenient_until = rest, max(self.lenient_until, now + rest)
-        grace = self.lenient_until
-        if self.session:
-            self.session.paused(gap, now)
-        for seen, patience in self.watched():
-            for who, when in seen.items():
-                seen[who] = max(when + gap, grace - patience)
-        for name, until in self.away.items():
-            self.away[name] = max(until + gap, grace)
-        for run in self.departed:
-            self.departed[run] += gap
-        unconfirmed = [task for task, until in self.unconfirmed if self.still_unconfirmed(task, until)]
-        for task in (*unconfirmed, *self.limbo.values()):
-            task.until = max(task.until + gap, grace)
-        self.unconfirmed = deque((task, task.until) for task in unconfirmed)
-        self.limbo_until = max(self.limbo_until + gap, grace)
 
-    def watched(self) -> List[Tuple[OrderedDict[Any, Seconds], Seconds]]:
-        """When we have last heard of whom, and for how long they may be silent."""
-        return [(self.workers_seen, self.times.worker_expiry),
-                (self.clients_seen, self.times.client_lease)]
+def worker_status(worker: WorkerLink, silent: Seconds) -> Fields:
+    """Return a worker's row of STATUS."""
+    states = Counter(task.state for task in worker.tasks.values())
+    labels = {name[:STATUS_LIMIT] for _, labels in worker.capacity for name in labels}
+    return {"name": worker.name[:STATUS_LIMIT], "host": worker.host[:STATUS_LIMIT],
+            "kind": "broker" if worker.below else "plain" if worker.plain else "worker",
+            "below": worker.below, "slots": worker.slots, "labels": sorted(labels)[:STATUS_LIMIT],
+            "running": worker.running(), "held": states[DELIVERED], "done": worker.done,
+            "failed": worker.failed, "weight": worker.weight, "load": worker.load,
+            "there": worker.peer is not None, "silent": round(silent, 1)}
 
-    def silent(self, seen: OrderedDict[Any, Seconds], patience: Seconds) -> List[Any]:
-        """Those who gave no sign of life for this long."""
-        found = []
-        for who, when in seen.items():
-            if when + patience > self.now:
-                break
-            found.append(who)
+
+def client_status(client: ClientLink, queued: int, waits_for: str) -> Fields:
+    """Return a client's row of STATUS. So many of its tasks wait at workers for a slot."""
+    states = Counter(task.state for task in client.tasks.values())
+    if not states[WAITING]:
+        waits_for = "" if not states[RECOVERING] else \
+            "workers that may have them since before the broker's start"
+    return {"host": client.host[:STATUS_LIMIT] or "?", "pid": client.pid,
+            "kind": "above" if client.from_above else "plain" if client.plain else "client",
+            "there": client.peer is not None,
+            "queued": states[WAITING] + states[RECOVERING] + client.backlog + queued,
+            "running": states[ASSIGNED] + states[RUNNING] - queued, "held": states[DELIVERED],
+            "done": client.done, "failed": client.failed, "waits_for": waits_for}
+
+
+# === Broker ===========================================================================
+#
+# The protocol of commands and answers: one handler for each message, and the machine's clock.
+
+
+class Broker(Membership):
+    """The whole broker. Its links are CLIENTS, WORKERS and, if it is chained, BROKER."""
+
+    def __init__(self, name: str, times: Times = Times(), chained: bool = False,
+                 now: Seconds = 0.0) -> None:
+        super().__init__(name, times, chained, now)
+
+    # --- from clients and from the broker above
+
+    def client_of(self, message: Message) -> Optional[ClientLink]:
+        """Return the client that said this. An unknown peer is asked to join (WHO)."""
+        if message.link == BROKER:
+            if message.token not in self.registry.clients and message.verb not in (COMMAND, "SHUN"):
+                return None
+            require_run(message.token)
+            run = self.registry.require_client(message.token, True, b"", self.now)
+            return run if run.from_above else None
+        client = self.registry.client_at(message.peer)
+        if client is None:
+            self.say(CLIENTS, message.peer, "", "WHO")
+        return client
+
+    def asked_for(self, message: Message, rows: List[List[int]]) -> List[Task]:
+        """Return the tasks of these [id, attempt] that we have. The broker above gets LOST for the
+        others; a client needs no answer, because it owns its commands."""
+        client = self.client_of(message)
+        found = self.tasks_of(client, rows) if client else []
+        if message.link == BROKER and len(found) < len(rows):
+            self.upstream.disown(message.token, rows, found)
         return found
 
-    def deadline(self) -> Seconds:
-        due = [self.limbo_until, self.answer_at, self.count_again, *self.away.values()]
-        due += itertools.islice(self.departed.values(), 1)
-        due += [until for until, _ in itertools.islice(self.parts.values(), 1)]
-        for seen, patience in self.watched():
-            due += [when + patience for when in itertools.islice(seen.values(), 1)]
-        if self.unconfirmed:
-            due.append(self.unconfirmed[0][1])
-        if self.ahead:
-            due.append(self.ahead[0][1] + RECALL_DELAY)
-        if self.session:
-            due += [self.session.next_greeting, self.wait.deadline()]
-        return min(due, default=math.inf)
+    def on_command(self, message: Message) -> None:
+        if message.link == CLIENTS and message.peer not in self.registry.run_of:
+            if "id" in message.fields:
+                self.say(CLIENTS, message.peer, "", "WHO")
+                return
+            self.add_plain_client(message.peer)
+        client = self.client_of(message)
+        if client is None:
+            return
+        if len(message.line) > MAX_COMMAND:
+            raise ProtocolError(f"a command is at most {MAX_COMMAND} bytes of JSON")
+        if client.plain:
+            client.last_id += 1
+            task = Task(client, client.last_id, 1, message.line)
+            task.plain = {k: v for k, v in message.fields.items() if k in ("cmd", "cwd")}
+            self.queue(task)
+        elif "id" not in message.fields or "attempt" not in message.fields:
+            raise ProtocolError("a command needs 'id' and 'attempt'")
+        elif self.is_news(client, message.fields["id"], message.fields["attempt"]):
+            self.submit(client, message)
+            needs = frozenset(message.fields.get("needs", ()))
+            if CONSTRAINTS & set(message.fields) and needs != client.needs:
+                client.needs = needs
+                if not client.from_above and client.peer is not None:
+                    self.answer_soon(CLIENTS, client.peer)  # OK tells it if nobody has them
 
-    # --- the broker above
+    def add_plain_client(self, peer: Peer) -> None:
+        run = f"{PLAIN}{self.name}.{self.registry.next_plain_number()}"
+        self.registry.add_plain_client(peer, run, self.now)
+        self.log(logging.INFO, f"plain client {printable(peer)} joined")
 
-    def accepts(self, link: str, verb: str) -> bool:
-        return link != BROKER or (self.session is not None and self.session.accepts(verb))
+    def on_shun(self, message: Message) -> None:
+        client = self.client_of(message)
+        if client is not None:
+            client.excluded = frozenset(message.fields["hosts"])
+            self.tell_excluded(client, [w for w in self.registry.workers.values() if w.below])
 
-    def connected(self, link: str, now: Seconds) -> None:
-        self.now = now
-        if self.session:
-            self.session.connected(now)
-        self.settle()
+    def on_done(self, message: Message) -> None:
+        client = self.client_of(message)
+        if client is not None:
+            self.drop(self.tasks_of(client, message.fields["tasks"]))
+            for id, attempt in message.fields["tasks"]:
+                if not client.from_above and client.lost.get(id, (math.inf,))[0] <= attempt:
+                    del client.lost[id]
 
-    def refused(self, link: str, why: str, now: Seconds) -> None:
-        self.now = now
-        if self.session:
-            self.session.trouble = why
-        self.settle()
+    def on_cancel(self, message: Message) -> None:
+        """Stop these tasks, or all of the run. Each is answered with LOST when it has stopped."""
+        client = self.client_of(message)
+        rows = message.fields.get("tasks")
+        if rows is None:
+            tasks = list(client.tasks.values()) if client and not client.plain else []
+        else:
+            tasks = self.asked_for(message, rows)
+        stops = []
+        for task in tasks:
+            worker = task.worker
+            if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
+                stops.append(("CANCEL", task))
+            else:
+                self.say_lost(task.client, task.id, task.attempt, "cancelled")
+                self.drop([task])
+        self.instruct(stops)
 
-    def to_tell(self) -> Fields:
-        """Of our crew, what the broker above should know: the fields of a READY."""
-        workers = self.workers.values()
-        crew: Counter[Tuple[str, FrozenSet[str]]] = Counter()
-        for worker in workers:
-            crew.update(worker.crew)
-        return {"slots": self.slots, "weight": max((it.weight for it in workers), default=0),
-                "crew": sorted([host, n, *sorted(labels)] for (host, labels), n in crew.items()),
-                "below": [self.name, *sorted({name for worker in workers for name in worker.below})],
-                "depth": 1 + max((worker.depth for worker in workers), default=0)}
-
-    def greeting(self, joining: bool) -> Fields:
-        self.told = self.to_tell()
-        fields: Fields = {"name": self.name, "version": __version__, **self.told}
-        if joining:
-            tasks = self.tasks_above()
-            running = [t.key for t in tasks if t.state != DELIVERED]
-            fields["held"] = [list(t.key) for t in tasks if t.state == DELIVERED]
-            # what was lost meanwhile is still announced, so that its LOST is heard
-            present = {t.key for t in tasks}
-            running += [key for key in self.untold if key not in present]
-            fields["running"] = [list(key) for key in running]
-        return fields
-
-    def tasks_above(self) -> List[Task]:
-        """The tasks that the broker above gave us, or may have given to one before us."""
-        return [task for client in self.clients.values()
-                if client.link == BROKER or not client.claimed
-                for task in client.tasks.values()]
-
-    def on_ok(self, message: Message) -> None:
-        self.above = message.fields.get("above", [])
-        if self.name in self.above:
-            self.refuse_loop()
-        elif self.session:
-            if self.session.ok(message.fields):
-                self.crew_changed = True  # it may have, since we announced it
-                self.catch_up(self.session.announced)
-            for client in self.clients.values():
-                if client.link == BROKER and (client.waiting or client.retries):
-                    self.take_turn(client)
-
-    def catch_up(self, announced: Fields) -> None:
-        """The broker above has taken note of what we announced; tell what changed since."""
-        running = {tuple(row) for row in announced["running"]}
-        known = running | {tuple(row) for row in announced["held"]}
-        present = {task.key: task for task in self.tasks_above()}
-        for run, id, attempt in sorted(known):
-            task = present.get((run, id, attempt))
-            if task is None:
-                self.say(BROKER, b"", run, "LOST", self.untold.get((run, id, attempt), {
-                    "tasks": [[id, attempt]], "why": "lost below a chained broker"}))
-            elif task.state == DELIVERED and task.key in running:
-                self.remind(task)
-        self.untold.clear()
-        if self.session and not known.issuperset(present):
-            self.session.join(self.now)
-
-    def on_who(self, message: Message) -> None:
-        if self.session and self.session.joined:
-            self.session.join(self.now)
+    def on_fetch(self, message: Message) -> None:
+        row = [message.fields["id"], message.fields["attempt"]]
+        for task in self.asked_for(message, [row]):
+            worker = task.worker
+            if task.state != ASSIGNED and worker and worker.peer is not None and not worker.plain:
+                self.pass_on(WORKERS, worker.peer, task.client.run, message.line)
 
     def on_resend(self, message: Message) -> None:
         for task in self.asked_for(message, message.fields["tasks"]):
@@ -2667,6 +2981,134 @@ class Broker(Machine):
                 self.lose(task, RECALLED, told=True)
             elif task.state in BUSY:
                 self.instruct([("RECALL", task)])
+
+    # --- from workers
+
+    def worker_of(self, message: Message) -> Optional[WorkerLink]:
+        """Return the worker that said this. An unknown peer is asked to join (WHO)."""
+        worker = self.registry.workers.get(message.peer)
+        if worker is None and not {"id", "tasks"} & set(message.fields):
+            raise ProtocolError("say READY first")
+        if worker is None:
+            self.say(WORKERS, message.peer, "", "WHO")
+        return worker
+
+    def tasks_at(self, worker: WorkerLink, message: Message) -> List[Task]:
+        """Return the tasks of this worker that the message is about. Tasks that it does not have
+        (any more) are left out: an old attempt changes nothing."""
+        if worker.plain:
+            tasks = [task for task in worker.tasks.values() if token_of(task) == message.token]
+            if not tasks:
+                raise ProtocolError("not the token of a command that you have")
+            return tasks
+        fields = message.fields
+        rows = fields.get("tasks")
+        if rows is None:
+            if "id" not in fields or "attempt" not in fields:
+                raise ProtocolError(f"{message.verb} needs 'id' and 'attempt'")
+            rows = [[fields["id"], fields["attempt"]]]
+        keys = dict.fromkeys((message.token, id, attempt) for id, attempt in rows)
+        return [worker.tasks[key] for key in keys if key in worker.tasks]
+
+    def on_queued(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        if worker is not None:
+            accepted = [it for it in self.tasks_at(worker, message) if it.state == ASSIGNED]
+            for task in accepted:
+                self.move(task, RUNNING, worker)
+            self.tell_queued(accepted)
+
+    def on_result(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        if worker is None:
+            return
+        fields = plain_workers_fields(message) if worker.plain else message.fields
+        for task in self.tasks_at(worker, message):
+            self.deliver(task, worker, fields, message.line)
+            if worker.plain:  # it works, so its next READY is no storm
+                self.limit.forgive("OK", WORKERS, message.peer)
+
+    def on_chunk(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        for task in self.tasks_at(worker, message) if worker is not None else ():
+            client = task.client
+            if client.peer is not None:
+                token = client.run if client.from_above else ""
+                self.bulk.append(
+                    Outgoing(client.link, client.peer, token, message.line, message.data))
+
+    def on_lost(self, message: Message) -> None:
+        worker = self.worker_of(message)
+        for task in self.tasks_at(worker, message) if worker is not None else ():
+            fault = message.fields.get("fault", "")
+            if fault == NOWHERE and self.scheduler.eligible(task) != frozenset():
+                fault = ""  # there is no other host below that broker, but there is elsewhere
+            self.lose(task, printable(message.fields["why"], 200), fault, told=True)
+
+    # --- from the broker above
+
+    def accepts(self, link: str, verb: str) -> bool:
+        return link != BROKER or self.upstream.accepts(verb)
+
+    def on_ok(self, message: Message) -> None:
+        self.upstream.above = message.fields.get("above", [])
+        if self.name in self.upstream.above:
+            self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
+                                    "correct --upstream")
+            self.effects.append(Exit(2))
+            return
+        self.upstream.ok(message.fields)
+        for client in self.registry.clients.values():
+            if client.from_above:
+                self.scheduler.take_turn(client)
+
+    def on_who(self, message: Message) -> None:
+        self.upstream.join_again()
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.now = now
+        self.upstream.session.connected(now)
+        self.settle()
+
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        self.now = now
+        self.upstream.session.trouble = why
+        self.settle()
+
+    # --- time
+
+    def settle(self) -> None:
+        if self.answer_at <= self.now:
+            self.answer_greetings()
+        if self.limit.ends_at <= self.now:
+            for peer in self.limit.restart():
+                if peer in self.registry.workers:  # a plain one may be waiting for its OK
+                    self.say(WORKERS, peer, "", "OK")
+        self.dispatch()
+        if self.scheduler.capacity_changed:
+            self.scheduler.capacity_changed = False
+            self.announce_capacity()
+        self.report_wait(self.upstream.waits_for())
+
+    def tick(self, now: Seconds) -> None:
+        self.now = now
+        self.expire_silent()
+        for worker in self.registry.overdue_workers(now):
+            self.forget_worker(worker, "is gone", CRASH)
+        self.partial.expire(now)
+        self.expire_tasks()
+        self.upstream.tick(now)
+        self.settle()
+
+    def paused(self, gap: Seconds, now: Seconds) -> None:
+        self.now = now
+        self.shift_deadlines(gap, self.registry.paused(gap, now))
+        self.upstream.paused(gap, now)
+
+    def deadline(self) -> Seconds:
+        return min(self.recovery_at, self.answer_at, self.limit.ends_at, self.partial.deadline(),
+                   next(iter(self.unconfirmed.values()), math.inf), self.registry.deadline(),
+                   self.scheduler.deadline(), self.upstream.deadline())
 
     HANDLERS = {
         (CLIENTS, "HELLO"): "on_hello", (CLIENTS, COMMAND): "on_command",
@@ -2683,11 +3125,6 @@ class Broker(Machine):
         (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
         (BROKER, "RECALL"): "on_recall", (BROKER, "ERROR"): "on_error",
     }
-
-
-def owner_of(name: str) -> str:
-    """The fingerprint of the key that a worker's name ends with; "" if it was made without one."""
-    return name.partition(".")[2]
 
 
 NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
