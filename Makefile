@@ -69,8 +69,14 @@ demo: setup
 	trap 'kill $$w $$v $$b 2>/dev/null; wait; rm -r $$dir' EXIT; \
 	seq 5 | awk '{print "./pi.py " $$1}' | $$run testcloud.py client --wait 30 --connect ipc://$$dir/clients
 
+# where things are: sections, their parts, and classes with the first line of their docstrings
 toc:
-	@grep -n '^# === ' testcloud.py test_testcloud.py
+	@awk 'FNR == 1 { print FILENAME } \
+	  class { sub(/"""$$/, ""); print class (sub(/^ *"""/, ": ") ? $$0 : ""); class = "" } \
+	  /^# === / { printf "\n" } \
+	  /^# === |^ *# --- / { sub(/^ *# /, ""); sub(/ =+$$/, ""); printf "%6d %s\n", FNR, $$0 } \
+	  /^class / { sub(/[(:].*/, ""); class = sprintf("%6d     %s", FNR, $$2) }' \
+	  testcloud.py test_testcloud.py
 
 version:
 	@$(PYTHON) testcloud.py --version

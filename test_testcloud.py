@@ -147,6 +147,10 @@ class MessagesTest(unittest.TestCase):
             self.assertEqual(tc.to_bytes(tc.decode(line)[1]["stdout"]), data)
             self.assertEqual(tc.to_bytes(json.loads(line[7:])["stdout"]), data)
 
+    def test_bytes_that_are_no_utf_8_are_escapes_beside_characters(self):
+        line = tc.encode("{", {"cmd": "☃\udcff"})
+        self.assertEqual(line, '{"cmd":"☃\\udcff"}'.encode())
+
     def test_a_text_that_stands_for_no_bytes_is_still_written(self):
         self.assertEqual(tc.to_bytes("a\ud800"), b"a\xed\xa0\x80")
 
@@ -11067,6 +11071,21 @@ class DocumentsTest(unittest.TestCase):
     def test_the_manual_fits_a_terminal(self):
         for line in tc.__doc__.splitlines():
             self.assertLessEqual(len(line), 92, line)
+
+    @unittest.skipUnless(shutil.which("make") and shutil.which("awk"), "make or awk is missing")
+    def test_the_table_of_contents_has_every_section_and_class(self):
+        done = subprocess.run(["make", "-C", HERE, "--no-print-directory", "toc"], text=True,
+                              capture_output=True, env={**os.environ, "MAKEFLAGS": ""})
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for name in ("testcloud.py", "test_testcloud.py"):
+            lines = tc.read_text(os.path.join(HERE, name)).splitlines()
+            for n, line in enumerate(lines, 1):
+                found = re.match(r"# (=== .*?)( =+)?$| *# (--- .*)|class (\w+)", line)
+                if found:
+                    self.assertRegex(done.stdout, rf"(?m)^ *{n} +" + re.escape(
+                        found[1] or found[3] or found[4]) + "($|:)")
+        self.assertIn("     Times: The times of the protocol, in seconds, and two limits: options of "
+                      "the command line.\n", done.stdout)
 
     def test_every_option_is_in_the_readme(self):
         readme = self.readme()

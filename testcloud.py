@@ -472,7 +472,6 @@ def refuse_constant(name: str) -> None:
 
 
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-dump_ascii = json.JSONEncoder(separators=(",", ":")).encode
 decoder: Any = json.JSONDecoder(parse_constant=refuse_constant)
 
 
@@ -491,10 +490,7 @@ def encode(verb: str, fields: Optional[Fields] = None) -> bytes:
     """Return a line, without a newline in it or after it."""
     if fields is None:
         return verb.encode()
-    try:
-        body = dump(fields).encode()
-    except UnicodeEncodeError:  # lone surrogates must be written as escapes
-        body = dump_ascii(fields).encode()
+    body = dump(fields).encode("utf-8", "backslashreplace")  # which JSON reads for surrogates
     return body if verb == COMMAND else verb.encode() + b" " + body
 
 
