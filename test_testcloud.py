@@ -7748,7 +7748,7 @@ class KeyFilesTest(unittest.TestCase):
             self.refused("chmod 600")
         os.chmod(self.path, 0o600)
         with mock.patch.object(tc.os, "geteuid", return_value=os.geteuid() + 1):
-            self.refused("belongs to somebody else")
+            self.refused("belongs to another user")
         os.remove(self.path)
         os.mkfifo(self.path, 0o600)
         self.refused("it is no file")

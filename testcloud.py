@@ -7386,7 +7386,7 @@ class SetupError(Exception):
 
 
 def require_zmq() -> None:
-    """Import zmq. This is late because --help and --local need none. Raises SetupError."""
+    """Import zmq: late, as --help and --local do without it. Raises SetupError."""
     global zmq
     try:
         import zmq
@@ -7399,7 +7399,7 @@ def require_zmq() -> None:
 
 
 def venv_python() -> str:
-    """Return the interpreter of .venv beside the script, or of $VIRTUAL_ENV, that has pyzmq; or ""."""
+    """Return .venv's interpreter beside the script, or $VIRTUAL_ENV's, if it has pyzmq; or ""."""
     import glob
     for venv in filter(None, [beside_script(".venv", True), os.environ.get("VIRTUAL_ENV")]):
         found = os.path.join("lib", "python*", "site-packages", "zmq", "__init__.py")
@@ -7409,10 +7409,8 @@ def venv_python() -> str:
 
 
 def use_venv_python() -> None:
-    """Restart under .venv beside the script, if only that has pyzmq (as after `make demo`).
-
-    The restart runs a program there: so .venv and its directory must belong to this user.
-    """
+    """Restart under .venv beside the script, if only that has pyzmq (as after `make demo`). As this
+    runs a program there, .venv and its directory must belong to this user."""
     from importlib.machinery import PathFinder
     tried = os.environ.pop("TESTCLOUD_VENV_TRIED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
@@ -7426,11 +7424,9 @@ def use_venv_python() -> None:
 
 
 def parse_address(text: str, port: int, listen: bool = False) -> str:
-    """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path.
-
-    `port` is the default. Only a listener may have the host * and port 0. Raises UsageError.
-    """
-    if "\0" in text or to_bytes(text).decode(errors="replace") != text:
+    """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path. `port` is the
+    default. Only a listener may have the host * and port 0. Raises UsageError."""
+    if "\0" in text or in_utf8(text) != text:
         raise UsageError(f"cannot read address {printable(text)!r}: it is no UTF-8 text")
     if text.startswith("ipc://"):
         if not 6 < len(os.fsencode(text)) <= 6 + IPC_PATH_MAX:
@@ -7438,7 +7434,7 @@ def parse_address(text: str, port: int, listen: bool = False) -> str:
         return text
     scheme, found, _ = text.partition("://")
     if found and scheme != "tcp":
-        raise UsageError(f"cannot use {text!r}: an address begins with tcp:// or ipc://, or neither")
+        raise UsageError(f"cannot use {text!r}: an address begins with tcp://, ipc:// or neither")
     match = ADDRESS.fullmatch(text) if text.isascii() else None
     number = int(match[2] or port) if match else 0
     if match is None or number > 65535:
@@ -7487,13 +7483,12 @@ MAX_POLL_TIME: Seconds = 0.25  # so the loop notices each stop longer than this 
 MIN_PAUSE: Seconds = 0.25  # a clock this late is no slow round: the process was stopped
 
 
-class Adapter:
-    """A machine, its links by name, and a function for each kind of effect."""
+class Adapter(NamedTuple):
+    """What ties a machine to the loop."""
 
-    def __init__(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> None:
-        self.machine = machine
-        self.links: Dict[str, Link] = {}
-        self.effects = effects
+    machine: Machine
+    links: Dict[str, Link]  # by name
+    effects: Dict[type, Callable[[Any], object]]  # a function for each kind of effect
 
 
 class EventLoop:
@@ -7507,20 +7502,19 @@ class EventLoop:
         self.poller: Any = zmq.Poller() if sockets else select.poll()
         self.adapters: List[Adapter] = []
         self.links: List[Link] = []  # those that poll() watches
-        self.readers: Dict[Any, Callable[[Seconds], None]] = {}  # by descriptor or ZeroMQ socket
-        self.each_round: List[Callable[[], None]] = []  # functions to call in each round
+        self.readers: Dict[Any, Callable[[Seconds], object]] = {}  # by descriptor or ZeroMQ socket
         self.posted: Deque[Callable[[Seconds], None]] = deque()
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.add_reader(self.wake_in, self.woken)
+        self.add_reader(self.wake_in, lambda now: os.read(self.wake_in, 4096))
         self.expected: Seconds = math.inf  # the latest time for the next call of clock()
         self.status: Optional[int] = None
         self.refusals = RefusalLog()
-        self.each_round.append(self.refusals.flush)
+        self.each_round: List[Callable[[], None]] = [self.refusals.flush]  # called in each round
 
     def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
-        adapter = Adapter(machine, {
+        adapter = Adapter(machine, {}, {
             Log: lambda effect: logging.log(effect.level, "%s", effect.text),
             Notice: lambda effect: print_notice(effect.text),
             Reconnect: lambda effect: adapter.links[effect.link].reconnect(),
@@ -7538,10 +7532,7 @@ class EventLoop:
         with contextlib.suppress(OSError):  # full: the loop wakes anyway; or closed
             os.write(self.wake_out, b"!")
 
-    def woken(self, now: Seconds) -> None:
-        os.read(self.wake_in, 4096)
-
-    def add_reader(self, file: Any, function: Callable[[Seconds], None]) -> None:
+    def add_reader(self, file: Any, function: Callable[[Seconds], object]) -> None:
         """Call function(now) whenever the descriptor or ZeroMQ socket is readable."""
         self.readers[file] = function
         self.poller.register(file, select.POLLIN)
@@ -7549,9 +7540,9 @@ class EventLoop:
     def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
         """Call handler(128 + number, now) in the loop for each of signals_to_handle().
 
-        `control` is the pipe by which a supervisor passes its signals on. Ctrl-C in a terminal
-        reaches both processes and must count once. So with a supervisor only its signals are
-        counted; one that this process gets directly counts as the first.
+        A supervisor passes its signals on by the pipe `control`. Ctrl-C in a terminal reaches
+        both processes, and must count once. So the supervisor's signals are counted, and one
+        that this process gets itself counts as the first of them.
         """
         handled = 0
         passed_on = itertools.count(1)
@@ -7574,10 +7565,8 @@ class EventLoop:
             self.add_reader(control, read_control)
 
     def catch_signals(self, caught: Callable[[int], None]) -> None:
-        """Call caught(number) for each of signals_to_handle(), in the signal handler.
-
-        No signal stays blocked, and ignored ones get an empty handler: commands inherit neither.
-        """
+        """Call caught(number) on each of signals_to_handle(). No signal stays blocked, and ignored
+        ones get an empty handler: commands must inherit neither."""
         handled = signals_to_handle()
         for number in signal.valid_signals() - IGNORED_SIGNALS:
             if number in handled:
@@ -7599,7 +7588,7 @@ class EventLoop:
             self.wait()
 
     def clock(self) -> Seconds:
-        """Return the time. If the process was stopped since the last call, tell the machines first."""
+        """Return the time. If the process was stopped meanwhile, tell the machines first."""
         now = time.monotonic()
         if now > self.expected + MIN_PAUSE:
             for adapter in self.adapters:
@@ -7608,16 +7597,13 @@ class EventLoop:
         return now
 
     def wait(self) -> None:
-        """Do one round: wait until something is due, and hand it to the machines.
-
-        A deadline counts only if it passed before poll() returned. In a slow round later ones
-        must wait: the messages that meet them may not be read yet.
-        """
+        """Do one round: wait until something is due, and hand it to the machines. A deadline counts
+        if it passed before poll() returned: what came before it has been read then."""
         before, now = self.expected, self.clock()
         deadlines = [adapter.machine.deadline() for adapter in self.adapters]
         due = min([*deadlines, *(link.retry_at for link in self.links)])
         if now > before + MIN_PAUSE or any(link.unread for link in self.links):
-            due = now  # machines may have something to say about the pause, or links to read
+            due = now  # a machine may react to the pause, or a link has more to read
         self.expected = min(max(due, now), now + MAX_POLL_TIME)
         ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
         polled = self.clock()
@@ -7662,24 +7648,22 @@ class EventLoop:
 
 # === Links ============================================================================
 #
-# A link carries a machine's messages: a ROUTER (RouterLink), a DEALER (DealerLink), or a
-# call to another machine in the same process (LocalLink). Link says what the loop asks of
-# each. A link never blocks: a slow peer gets a bounded backlog, and is then cut off.
+# A link carries a machine's messages: through a ROUTER, a DEALER, or calls to a machine in
+# the same process. Link says what the loop asks of each. A link never blocks: a slow peer
+# gets a bounded backlog, and is then cut off.
 
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h; pyzmq's own are enums, which are slow to combine
 # bounds of memory: what waits for a peer that does not read, or comes from one that floods
 HWM = 50  # messages in libzmq, per peer and direction: mostly of a few KiB, at most of MAX_FRAME
-MAX_BACKLOG = 500  # frames for a slow peer, beyond those in libzmq
-MAX_BACKLOG_BYTES = 34 * 1024 * 1024  # in them: more than CREDIT, so that our clients stay within it
-# bounds of one turn at reading a socket; then timers and other links have theirs
-MAX_READ_MESSAGES = 2000
-MAX_READ_TIME: Seconds = 0.1
-# retries
+MAX_BACKLOG = 500  # messages for a slow peer, beyond those in libzmq
+MAX_BACKLOG_BYTES = 34 * 1024 * 1024  # in them: more than CREDIT, which bounds our own clients
+# bounds of time
+MAX_READ_TIME: Seconds = 0.1  # for a socket's messages; then timers and other links have a turn
 SEND_RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 REFUSED_RETRY: Seconds = 1.0  # between connections to a broker that refused our key
-PROBE_TIMEOUT: Seconds = 1.0  # for the greeting of what listens at an address: brokers answer at once
-# open files
-SPARE_FILES = 8  # with fewer left than these, the broker says that no more peers can connect
+PROBE_TIMEOUT: Seconds = 1.0  # for a greeting: a broker sends it at once
+# bound of open files
+SPARE_FILES = 8  # with fewer left, the broker says that no more peers can connect
 
 
 def frames_of(outgoing: Outgoing) -> List[Any]:
@@ -7690,10 +7674,8 @@ def frames_of(outgoing: Outgoing) -> List[Any]:
 
 
 def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
-    """Return token, body and data of a message's frames; None if there are too many.
-
-    The data stays a frame object: a broker passes it on without a copy.
-    """
+    """Return token, body and data of a message's frames; None if there are too many. The data
+    stays a frame object, which a broker passes on without a copy."""
     first, *rest = frames
     if len(first):
         return ("", first.bytes, rest[0] if rest else b"") if len(rest) < 2 else None
@@ -7705,21 +7687,19 @@ def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
 
 
 def seed_routing_ids() -> None:
-    """Let ROUTERs number their peers from a random number on.
-
-    libzmq takes that from rand(), unseeded. It aborts if a peer has chosen the next number.
-    """
+    """Let ROUTERs number their peers from a random number on. libzmq takes that from rand(),
+    without a seed, and aborts if a peer has chosen the next number as its id."""
     with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
         ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
 
 
 class Link:
-    """A machine's way to its peers, as the loop sees it.
+    """A machine's way to its peers, in its adapter's `links`.
 
-    A link hands what it reads to its machine's receive(), and tells it of connections:
-    connected(), disconnected(), refused(), identified(). It is in its adapter's `links`. If
-    poll() must watch it, it is also in loop.links, with its descriptors in loop.poller.
+    A link hands what it reads to its machine's receive(), and tells it of connections by
+    connected(), disconnected(), refused() and identified(). A link that poll() must watch is
+    also in loop.links, and its descriptors are in loop.poller.
     """
 
     retry_at: Seconds = math.inf  # when the loop must call retry()
@@ -7746,7 +7726,7 @@ class Link:
 
 
 class LocalLink(Link):
-    """A link to another machine in this process. A call cannot break: it needs no reconnect()."""
+    """A link to another machine in this process: a call, which cannot break."""
 
     def __init__(self, other: Machine, other_link: str, peer: Peer) -> None:
         self.other = other
@@ -7775,7 +7755,7 @@ class SocketLink(Link):
         loop.links.append(self)
 
     def open(self, kind: int, events: int) -> None:
-        """Make the socket, and a monitor of its failures and of these other events."""
+        """Make the socket, and its monitor for failures and for these other events."""
         ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
         sock.linger = 0
@@ -7785,16 +7765,11 @@ class SocketLink(Link):
         sock.tcp_keepalive = 1  # finds connections whose other end is gone; in seconds:
         sock.tcp_keepalive_idle, sock.tcp_keepalive_intvl, sock.tcp_keepalive_cnt = 30, 10, 3
         sock.ipv6 = ipv6
-        self.set_keys()
         self.monitor = sock.get_monitor_socket(
             events | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
         self.loop.poller.register(sock, zmq.POLLIN)
         self.loop.poller.register(self.monitor, zmq.POLLIN)
-
-    def set_keys(self) -> None:
-        """Set the socket's CURVE keys, if there are any."""
-        raise NotImplementedError
 
     def close(self, linger: int) -> None:
         if self.socket is not None:
@@ -7861,23 +7836,18 @@ class SocketLink(Link):
         """End a peer's connection."""
 
     def forget(self, peer: Peer, now: Seconds) -> None:
-        """Forget a peer whose connection is gone, with its backlog: a new connection must join first."""
+        """Forget a lost peer, and its backlog: on a new connection it must join first."""
         self.backlogs.pop(peer, None)
         self.adapter.machine.disconnected(self.name, peer, now)
 
     def read_messages(self, ready: Dict[Any, int]) -> None:
-        """Read until one of the bounds. Each message gets its own time: we may be stopped in between."""
-        if not (self.unread or self.socket in ready or self.monitor in ready):
-            return
+        """Read for MAX_READ_TIME. Each message has its own time: we may be stopped in between."""
         until = self.loop.clock() + MAX_READ_TIME
-        self.unread = True
-        for _ in range(MAX_READ_MESSAGES):
+        going_on = self.unread or self.socket in ready or self.monitor in ready
+        while going_on:
             now = self.loop.clock()
-            if not self.read_message(now):
-                self.unread = False
-                return
-            if now > until:
-                return
+            self.unread = self.read_message(now)
+            going_on = self.unread and now <= until
 
     def read_message(self, now: Seconds) -> bool:
         """Read a message and hand it over; False if there is none."""
@@ -7893,7 +7863,7 @@ class SocketLink(Link):
     def rest_of_message(self, frame: Any) -> List[Any]:
         """Read the frames after this one, and return all; those beyond MAX_FRAMES are dropped.
 
-        Frames are objects because their `more` is quicker than to ask the socket for RCVMORE.
+        Frame objects know if there are more: to ask the socket for RCVMORE takes longer.
         """
         frames = [frame]
         while frame.more:
@@ -7907,9 +7877,8 @@ class RouterLink(SocketLink):
     """A broker's link to its clients, or to its workers.
 
     A lost peer is detected in two ways: sending to it fails, or the monitor reports that its
-    descriptor was closed. So the link knows the descriptor of every peer. The monitor reports
-    openings and closings in order, an opening before the first message, a closing mostly
-    after the last. So events are read before messages, and closings count after them.
+    descriptor was closed. The monitor reports in order: an opening before the first message,
+    a closing mostly after the last. So events are read before messages, and handled after.
 
     A plain peer may choose its routing id, and use it again before we know that its last
     connection is gone. The new connection takes over.
@@ -7930,22 +7899,14 @@ class RouterLink(SocketLink):
         self.failures: Deque[Tuple[int, int]] = deque()
         self.file_limit = raise_file_limit()  # each peer needs an open file
         self.bound = False
-        if authenticator is not None:
-            authenticator.links.append(self)
         self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED)
         self.socket.router_mandatory = 1  # or messages to a lost peer vanish without an error
         if not self.keyed:  # with keys no peer takes over the id of another
             self.socket.router_handover = 1  # or the second peer with an id gets no answer
         self.socket.backlog = 4096
+        if authenticator is not None:
+            authenticator.protect(self)
         self.bind()
-
-    def set_keys(self) -> None:
-        if self.authenticator is not None:
-            if self.authenticator.keys is not None:
-                self.socket.curve_server = 1
-                self.socket.curve_secretkey = self.authenticator.keys.secret.encode()
-            self.socket.zap_domain = ROLE_OF[self.name].encode()
-            self.socket.zap_enforce_domain = 1  # or libzmq lets in all while no authenticator answers
 
     def bind(self) -> None:
         """Listen. Raises SetupError."""
@@ -7953,7 +7914,7 @@ class RouterLink(SocketLink):
         path = place[len("ipc://"):] if place.startswith("ipc://") else ""
         # libzmq would remove whatever has this path
         if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise SetupError(f"cannot listen on {place}: there is something else, which is no socket")
+            raise SetupError(f"cannot listen on {place}: there is something that is no socket")
         try:
             if path and security_mechanism(place) is not None:
                 raise zmq.ZMQError(errno.EADDRINUSE)
@@ -7983,8 +7944,9 @@ class RouterLink(SocketLink):
         if any(event == zmq.EVENT_ACCEPTED and value >= self.file_limit - SPARE_FILES
                for event, value in events):
             limit, self.file_limit = self.file_limit, sys.maxsize  # one warning is enough
-            print_notice(f"no more peers can connect: this process may have only {limit} open files; "
-                     f"start the broker with a higher limit (ulimit -n, or LimitNOFILE= of systemd)")
+            print_notice(f"no more peers can connect: this process may have only {limit} open "
+                         f"files; start the broker with a higher limit (ulimit -n, or LimitNOFILE= "
+                         f"of systemd)")
 
     def read_message(self, now: Seconds) -> bool:
         try:
@@ -8051,11 +8013,8 @@ class RouterLink(SocketLink):
                                           *failure)
 
     def check_key(self, peer: Peer) -> bool:
-        """Return whether a peer's key is (still) accepted. If not, cut it off.
-
-        libzmq must have chosen its routing id, too: 5 bytes, of which the first is 0. An id that
-        the peer chose could be that of a lost connection.
-        """
+        """Return whether a peer's key is (still) accepted. If not, cut it off. Its routing id must
+        be one of libzmq's: 5 bytes, first 0. One of its own choice could be that of a lost peer."""
         assert self.authenticator is not None
         if len(peer) == 5 and peer[:1] == b"\0" \
                 and self.authenticator.allows(ROLE_OF[self.name], self.key_of.get(peer, "")):
@@ -8103,7 +8062,7 @@ class DealerLink(SocketLink):
                  keys: Optional[Keys] = None, hint: str = "",
                  renew: Callable[[], Optional[Keys]] = lambda: None) -> None:
         super().__init__(loop, adapter, name, address)
-        self.listener_seen = False  # something accepted our last connection
+        self.listener_seen = False  # our last connection was accepted
         self.refused = False  # libzmq may not connect again: so we do, at retry_at
         self.probing = False  # a thread is in probe()
         self.role = role
@@ -8117,18 +8076,15 @@ class DealerLink(SocketLink):
                   | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.socket.immediate = 1  # queue nothing for a broker that is not there
         self.socket.reconnect_ivl, self.socket.reconnect_ivl_max = RECONNECT
+        if self.keys is not None:
+            self.socket.curve_serverkey = self.keys.broker.encode()
+            self.socket.curve_publickey, self.socket.curve_secretkey = (
+                key.encode() for key in self.keys.pairs[self.role])
         try:
             self.socket.connect(self.address)
         except zmq.ZMQError as error:
-            raise SetupError(f"cannot connect to {self.address} ({os.strerror(error.errno or 0)}): is "
-                             f"that the address of a broker?") from None
-
-    def set_keys(self) -> None:
-        if self.keys is not None:
-            pair = self.keys.pairs[self.role]
-            self.socket.curve_serverkey = self.keys.broker.encode()
-            self.socket.curve_publickey = pair.public.encode()
-            self.socket.curve_secretkey = pair.secret.encode()
+            raise SetupError(f"cannot connect to {self.address} ({os.strerror(error.errno or 0)}): "
+                             f"is that the address of a broker?") from None
 
     def reconnect(self) -> None:
         self.close(0)
@@ -8157,35 +8113,27 @@ class DealerLink(SocketLink):
 
     def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
         for event, detail in self.events() if self.monitor in ready else ():
-            if event in (zmq.EVENT_CONNECTED, zmq.EVENT_CONNECT_RETRIED):
-                self.note_listener(event == zmq.EVENT_CONNECTED, now)
-                continue
-            self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            self.backlogs.clear()  # it was for the last connection
-            if self.up:
-                self.adapter.machine.connected(self.name, now)
-            elif event == zmq.EVENT_DISCONNECTED:
-                self.adapter.machine.disconnected(self.name, b"", now)
+            if event == zmq.EVENT_CONNECTED:  # something listens: what it is will show
+                self.listener_seen = True
+                if not self.refused:
+                    self.tell_refusal("", now)
+            elif event == zmq.EVENT_CONNECT_RETRIED:  # nothing does, or there was a connection
+                if not self.listener_seen:
+                    self.tell_refusal(None, now)
+                self.listener_seen = False
             else:
-                self.handshake_failed(event, detail, now)
-
-    def note_listener(self, seen: bool, now: Seconds) -> None:
-        """Tell the machine whether something listens at the address; what it is shows later.
-
-        A retry means that nothing does, unless there was a connection before it.
-        """
-        if seen and not self.refused:
-            self.tell_refusal("", now)
-        elif not seen and not self.listener_seen:
-            self.tell_refusal(None, now)
-        self.listener_seen = seen
+                self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+                self.backlogs.clear()  # it was for the last connection
+                if self.up:
+                    self.adapter.machine.connected(self.name, now)
+                elif event == zmq.EVENT_DISCONNECTED:
+                    self.adapter.machine.disconnected(self.name, b"", now)
+                else:
+                    self.handshake_failed(event, detail, now)
 
     def handshake_failed(self, event: int, detail: int, now: Seconds) -> None:
-        """Find out why, and connect again later.
-
-        Only a refused key shows in the event. Any other failure may look like the end of a
-        broker: a probe in a thread finds what listens.
-        """
+        """Find out why, and connect again later. Only a refused key shows in the event. Any other
+        failure may look like the end of a broker, so a thread looks at what listens."""
         if not self.refused:
             self.refused, self.retry_at = True, now + REFUSED_RETRY
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -8205,21 +8153,20 @@ class DealerLink(SocketLink):
         what = {"400": "does not accept our key: it has been revoked, or was not made with the "
                        "broker's own file (a new one: testcloud.py keygen --role ...)",
                 "500": f"does not accept our key: that is not the port for {self.role}s",
-                "CURVE": f"{'has another key than ours' if self.keys else 'wants a key'}: {self.hint}",
-                "NULL": "has no key, but we have one: start it again, now that there is a key (or use "
-                        "--insecure here as well)" if self.keys else ""}.get(found or "")
+                "CURVE": (f"has another key than ours: {self.hint}" if self.keys else
+                          f"wants a key: {self.hint}"),
+                "NULL": "has no key, but we have one: start it again, now that there is a key (or "
+                        "use --insecure here as well)" if self.keys else ""}.get(found or "")
         why = f"the broker at {self.address} {what}" if what else (
-            f"something listens at {self.address} that does not answer as a broker: are host and port "
-            f"right?")
+            f"something listens at {self.address} that does not answer as a broker: are host and "
+            f"port right?")
         if not self.up:
             self.adapter.machine.refused(self.name, "" if found is None else why, now)
 
 
 def security_mechanism(address: str) -> Optional[str]:
-    """Return NULL or CURVE, by the greeting of what listens there (rfc.zeromq.org/spec/37).
-
-    Returns "" if that is no ZeroMQ, or silent; None if nothing listens.
-    """
+    """Return NULL or CURVE, as what listens there says in its greeting (rfc.zeromq.org/spec/37);
+    "" if that is no ZeroMQ, or silent; None if nothing listens."""
     try:
         if address.startswith("ipc://"):
             probe = socket.socket(socket.AF_UNIX)
@@ -8235,7 +8182,8 @@ def security_mechanism(address: str) -> Optional[str]:
         while len(greeting) < 32:
             part = probe.recv(64)
             greeting += part or bytes(32)
-    return greeting[12:32].rstrip(b"\0").decode("ascii", "replace") if greeting[:1] == b"\xff" else ""
+    mechanism = greeting[12:32] if greeting[:1] == b"\xff" else b""
+    return mechanism.rstrip(b"\0").decode("ascii", "replace")
 
 
 # === Key files ========================================================================
@@ -8246,8 +8194,7 @@ def security_mechanism(address: str) -> Optional[str]:
 # 40 characters of Z85.
 
 KEY_FILE = "testcloud.key"
-KEY_LENGTH = 40
-Z85 = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#")
+Z85_KEY = re.compile(r"[0-9a-zA-Z.:+=^!/*?&<>()[\]{}@%$#-]{40}")
 MAX_KEY_FILE = 1024 * 1024  # bytes: thousands of holders
 
 
@@ -8300,12 +8247,12 @@ def keys_from_json(text: str) -> Keys:
         keys = [found.broker, *filter(None, [found.secret]),
                 *(holder.public for holder in found.holders),
                 *itertools.chain(*found.pairs.values())]
-        valid = all(type(key) is str and len(key) == KEY_LENGTH and Z85.issuperset(key) for key in keys)
+        valid = all(map(Z85_KEY.fullmatch, keys))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         valid = False
     if not valid or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
-        raise ValueError("it is no key file, or damaged: copy it again (a new cloud's: testcloud.py "
-                         "keygen)")
+        raise ValueError("it is no key file, or damaged: copy it again (a new cloud's: "
+                         "testcloud.py keygen)")
     return found
 
 
@@ -8320,10 +8267,8 @@ def new_pair() -> KeyPair:
 
 
 def find_key_file(given: Optional[str]) -> str:
-    """Return the path of the key file, "" if there is none.
-
-    The first of: the one given, $TESTCLOUD_KEY_FILE, beside the script, in the user's configuration.
-    """
+    """Return the path of the key file: the given one, $TESTCLOUD_KEY_FILE's, the one beside the
+    script, or the one in the user's configuration; "" if there is none."""
     named = given or os.environ.get("TESTCLOUD_KEY_FILE", "")
     if named:
         return named
@@ -8349,10 +8294,10 @@ def read_keys(path: str) -> Keys:
             if not stat.S_ISREG(facts.st_mode):
                 raise SetupError(f"cannot use the key {shown}: it is no file")
             if facts.st_uid != os.geteuid():
-                raise SetupError(f"refusing the key {shown}: it belongs to somebody else, who can read "
-                                 f"and change it; copy it, and use the copy")
+                raise SetupError(f"refusing the key {shown}: it belongs to another user, who can "
+                                 f"read and change it; copy it, and use the copy")
             if facts.st_mode & 0o077:
-                raise SetupError(f"refusing the key {shown}: others than you may read or write it; if "
+                raise SetupError(f"refusing the key {shown}: other users may read or write it; if "
                                  f"none has, protect it with: chmod 600 {shlex.quote(shown)}")
             return keys_from_json(to_text(os.read(file, MAX_KEY_FILE)))
         finally:
@@ -8367,14 +8312,13 @@ def read_keys(path: str) -> Keys:
 def write_keys(path: str, keys: Keys) -> None:
     """Write a new file that only this user can read. Raises SetupError."""
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(file, "w", encoding="ascii") as stream:
-            stream.write(keys.to_json())
-            stream.flush()
-            os.fsync(file)
+        with open(path, "x", encoding="ascii", opener=functools.partial(os.open, mode=0o600)) as file:
+            file.write(keys.to_json())
+            file.flush()
+            os.fsync(file.fileno())
     except FileExistsError:
-        raise SetupError(f"{printable(path)} is there already, and is not overwritten: name another "
-                         f"file, or remove it") from None
+        raise SetupError(f"{printable(path)} is there already, and is not overwritten: name "
+                         f"another file, or remove it") from None
     except OSError as error:
         raise SetupError(f"cannot write {printable(path)}: {error.strerror}; name another file"
                          ) from None
@@ -8382,10 +8326,8 @@ def write_keys(path: str, keys: Keys) -> None:
 
 @contextlib.contextmanager
 def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
-    """Lock a cloud's key file, and yield the function that replaces its content.
-
-    Read the file after this, so that two changes at once are both made. Raises SetupError.
-    """
+    """Lock a cloud's key file, and yield the function that replaces its content. Read the file
+    after this, so that of two changes at once both are made. Raises SetupError."""
     path = os.path.realpath(path)
 
     def replace(keys: Keys) -> None:
@@ -8442,8 +8384,7 @@ class Authenticator:
     """Tells libzmq which connections to accept (ZAP, rfc.zeromq.org/spec/27).
 
     Without keys it accepts all. It is needed even then: without ZAP libzmq takes any bytes for
-    messages of its oldest protocol, and a web page can make a browser send those. It must be
-    there before the first RouterLink.
+    messages of its oldest protocol, and a web page can make a browser send those.
     """
 
     def __init__(self, loop: EventLoop, path: str) -> None:
@@ -8472,25 +8413,35 @@ class Authenticator:
         self.allowed = {(role, pair.public) for role, pair in keys.pairs.items()}
         self.allowed.update((holder.role, holder.public) for holder in keys.holders)
 
+    def protect(self, link: RouterLink) -> None:
+        """Let libzmq ask us about the connections of a link."""
+        self.links.append(link)
+        link.socket.zap_domain = ROLE_OF[link.name].encode()
+        link.socket.zap_enforce_domain = 1  # without an answer accept nobody, not everybody
+        if self.keys is not None:
+            link.socket.curve_server = 1
+            link.socket.curve_secretkey = self.keys.secret.encode()
+
     def allows(self, role: str, key: str) -> bool:
         """Return whether a public key is accepted for this role."""
         return self.keys is None or (role, key) in self.allowed
 
     def answer(self, now: Seconds) -> None:
         """Answer libzmq's requests: each is a connection in its handshake."""
+        from zmq.utils import z85
         while True:
             try:
                 request = self.socket.recv_multipart(NOBLOCK)
             except zmq.Again:
                 return
-            number, role, place = request[1], request[2].decode(), request[3]
-            key = z85(request[-1]) if request[5] == b"CURVE" else ""
+            number, role, place = request[1], request[2].decode(), printable(request[3])
+            key = z85.encode(request[6]).decode() if request[5] == b"CURVE" else ""
             status = ZAP_OK
             if not self.allows(role, key):
                 status, why = ZAP_UNKNOWN_KEY, "revoked, or unknown"
                 if any(self.allows(other, key) for other in ROLE_OF.values()):
                     status, why = ZAP_OTHER_ROLE, "for another role"
-                self.loop.refusals.add(now, f"refused a {role} at {printable(place)}: its key is {why}")
+                self.loop.refusals.add(now, f"refused a {role} at {place}: its key is {why}")
             self.socket.send_multipart([b"1.0", number, status, b"", key.encode(), b""])
 
     def state_of_file(self) -> Tuple[int, ...]:
@@ -8516,18 +8467,12 @@ class Authenticator:
             logging.warning("%s (the keys that were in it are still valid)", error)
             return
         if keys.secret != self.keys.secret:
-            logging.warning("%s is the key of another cloud: restart the broker to use it", self.path)
+            logging.warning("%s is another cloud's key: restart the broker to use it", self.path)
             return
         self.use(keys)
         logging.info("read the keys again: of %d holders", len(keys.holders))
         for link in self.links:
             link.cut_off_revoked(now)
-
-
-def z85(public: bytes) -> str:
-    """Return a key's 32 bytes as text; "" if it has another length."""
-    import zmq.utils.z85
-    return zmq.utils.z85.encode(public).decode() if len(public) == 32 else ""
 
 
 class RefusalLog:
@@ -8561,10 +8506,8 @@ class RefusalLog:
 
     def closed(self, now: Seconds, place: str, address: str, keyed: bool, event: int, detail: int
                ) -> None:
-        """Log a connection from `place` to our `address` that was closed before its first message.
-
-        `event` and `detail` are those of its failed handshake, 0 without.
-        """
+        """Log a connection from `place` to our `address` that was closed before its first message;
+        `event` and `detail` are those of its failed handshake, 0 without."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return  # the Authenticator has logged it
         unreadable = detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
@@ -8582,11 +8525,8 @@ class RefusalLog:
 
 
 class MemoryGuard:
-    """Cuts off connections that send a message without end, while memory is short. Linux only.
-
-    libzmq keeps the frames of a message until its last one has come. Only the system knows how
-    much a connection has sent; the guard asks it.
-    """
+    """Cuts off connections that send a message without end, while memory is short. libzmq keeps
+    all frames of a message until the last one. Only Linux tells how much a connection sent."""
 
     def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
         self.refusals = loop.refusals
@@ -8627,10 +8567,8 @@ class MemoryGuard:
 
 def bytes_received(connection: socket.socket) -> int:
     """Return how many bytes came on it: tcpi_bytes_received in struct tcp_info of linux/tcp.h.
-
-    Returns 0 where the system does not count. Raises OSError if it is closed, or not TCP.
-    """
-    if not hasattr(socket, "TCP_INFO") or sys.platform != "linux":
+    Returns 0 where no system counts. Raises OSError if it is closed, or not TCP."""
+    if sys.platform != "linux":
         return 0
     facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
     return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
