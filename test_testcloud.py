@@ -6084,7 +6084,7 @@ class ReportingTest(unittest.TestCase):
         out = mock.Mock(put=lambda item, size=0: self.out.writelines(item))
         with mock.patch.object(tc, "Writer", lambda file, failed: out):
             show = tc.Display(settings, store, None, self.client)
-        self.reports = tc.Reports(self.client, store, [show.reporter])
+        self.reports = tc.Reports(self.client, store, show.reporters)
         return self.out
 
     def end(self, complete=True, **more):
@@ -6093,7 +6093,8 @@ class ReportingTest(unittest.TestCase):
     def test_the_hash_of_the_seeds_example(self):
         store = self.store()
         for n in (3, 1, 5, 2, 4):
-            store.add(f"bin/pi {n}".encode(), 0, SEED_OUTPUTS[n - 1].encode() + b"\n")
+            store.results.append(
+                store.put(f"bin/pi {n}".encode(), 0, SEED_OUTPUTS[n - 1].encode() + b"\n"))
         self.assertEqual(store.hash(), "24aa911ac6e5f453c2ca1fa3cd8fe3ad2d6b1f43")
 
     def test_the_hash_does_not_depend_on_the_order(self):
@@ -6107,22 +6108,22 @@ class ReportingTest(unittest.TestCase):
                 for cmd, code, output in results:
                     if r.random() < 0.3 and output:
                         for at in range(len(output)):
-                            store.add_part(at, output[at:at + 1])
+                            store.put_part(tc.FetchedOutput(at, output[at:at + 1]))
                         output = None
-                    store.add(cmd, code, output)
+                    store.results.append(store.put(cmd, code, output))
                 self.assertEqual(store.hash(), naive_hash(results))
 
     def test_an_output_that_was_stored_in_part_and_given_up_leaves_no_trace(self):
         store = self.store()
-        store.add_part(0, b"abc")
-        store.add_part(3, b"def")
-        store.add_part(0, b"xy")
-        record = store.add(b"c", 0, None)
+        store.put_part(tc.FetchedOutput(0, b"abc"))
+        store.put_part(tc.FetchedOutput(3, b"def"))
+        store.put_part(tc.FetchedOutput(0, b"xy"))
+        record = store.put(b"c", 0, None)
         self.assertEqual(b"".join(store.output(record)), b"xy")
 
     def test_the_transcript(self):
         out = self.text()
-        self.reports.released(tc.RunStarted(5))
+        self.reports.started(tc.RunStarted(5))
         self.report("bin/pi 1", output=b"2.8\n")
         self.report("x", 3, b"no newline", time=10.0)
         self.report("y", 0, b"")
@@ -6158,9 +6159,9 @@ class ReportingTest(unittest.TestCase):
             self.report("a", output=b"1\n")
             self.report("b", output=bytes(1000))
             for at in range(0, 5000, 500):
-                self.reports.add_part(tc.FetchedOutput(at, bytes(500)))
+                self.reports.store.put_part(tc.FetchedOutput(at, bytes(500)))
             self.report("c", output=None)
-            self.reports.add_part(tc.FetchedOutput(0, b"x" * 500))
+            self.reports.store.put_part(tc.FetchedOutput(0, b"x" * 500))
             self.report("d", output=None)
         self.assertEqual(os.fstat(self.reports.store.files[1].fileno()).st_size, 500)
         self.end()
@@ -6194,7 +6195,7 @@ class ReportingTest(unittest.TestCase):
             self.report(f"c{n}", 1 + n % 2, host="h")
         self.report("x" * 200_000, host="i", tries=[(127, "h")])
         self.report("y" * 200_000, 4, host="i")
-        self.end(again="do it again")
+        self.end(rerun="do it again")
         lines = out.getvalue().decode().split("\n")
         self.assertEqual(lines[0], "FAIL(1) on h: c0 ⌚8.14ms")
         self.assertEqual(lines[12][:8], "OK! xxxx")
@@ -6383,8 +6384,8 @@ class ReportingTest(unittest.TestCase):
         settings = tc.build_parser().parse_args(["client", "--raw"])
         with mock.patch.object(tc, "Writer", lambda file, failed: mock.Mock(
                 put=(None, out, err)[file].writelines)):
-            self.reports.reporters = [
-                tc.Display(settings, self.reports.store, None, self.client).reporter]
+            self.reports.reporters = tc.Display(
+                settings, self.reports.store, None, self.client).reporters
         with mock.patch.object(tc, "BLOCK_SIZE", 3):
             self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")), split=True)
         self.report("b", output=b"of a plain worker")
@@ -6398,7 +6399,8 @@ class ReportingTest(unittest.TestCase):
     def test_split_outputs_are_compared_by_what_was_printed(self):
         store = self.store(split=True)
         for parts in ([b"abcd", b"x"], [b"ab", b"cdw"], [b"a"] * 5):
-            store.add(b"c", 0, self.pieces(*((1, part) for part in parts)))
+            output = self.pieces(*((1, part) for part in parts))
+            store.results.append(store.put(b"c", 0, output))
         with mock.patch.object(tc, "BLOCK_SIZE", 2):
             self.assertEqual(store.hash(), naive_hash(
                 [(b"c", 0, b"abcdx"), (b"c", 0, b"abcdw"), (b"c", 0, b"aaaaa")]))
@@ -6456,6 +6458,7 @@ class ReportingTest(unittest.TestCase):
             self.text("-b")
             log, page = os.path.join(folder, "log"), os.path.join(folder, "page")
             self.reports.reporters = [tc.JobLog(log, []), tc.HtmlReport(page, self.reports.store)]
+            self.addCleanup(self.reports.reporters[0].ended, None)
             full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
             with contextlib.redirect_stderr(io.StringIO()) as err, \
                     mock.patch.object(self.reports.reporters[0], "write", full):
@@ -6543,7 +6546,7 @@ class ReportingTest(unittest.TestCase):
     def test_what_an_earlier_run_has_done_is_known_by_text_and_occurrence(self):
         def left(rows, failures_too, commands):
             done = tc.EarlierRun([tc.JobLogRow(*row, 1.0, "") for row in rows], failures_too)
-            ran = "".join(f"{c}{n}" for c, n in ((c, done.count(c)) for c in commands)
+            ran = "".join(f"{c}{n}" for c, n in ((c, done.next_occurrence(c)) for c in commands)
                           if not done.has_done(c, n))
             return ran, done.skipped, done.skipped_failed
         rows = [(2, "a", 1, False), (3, "b", 0, True), (5, "a", 2, True), (4, "c", 0, False)]

@@ -5296,39 +5296,23 @@ class StatusClient(Machine):
 
 # === Reporting ========================================================================
 #
-# What becomes of results. Reports keeps their outputs in unlinked files until the end,
-# because the result hash takes the commands in byte order, not as they come, and hands
-# each on as an Outcome to reporters, one for each format: the seed's transcript, lines of
-# JSON, a job log, JUnit's XML, a page of HTML. A thread of its own writes to stdout, for whoever
-# reads that may take its time.
+# Reports turns each final result into one Outcome, and gives it to all reporters: one for
+# each format. The end of the run is a Summary. The sections that follow are, in order: what
+# the formats share (stored outputs, stdout and the terminal, files), then each format.
 
-STYLES = {  # SGR codes of the seed's colours
-    "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "flaky": "1;93",
-    "flaky cmd": "33", "time": "37", "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
-}
-BLOCK_SIZE = 3 * 256 * 1024  # bytes of an output in memory at once; 3 for base64
+Put = Callable[[Iterable[bytes]], None]  # takes the pieces of a text, to be written later
 NAMED_FAILURES = 10  # at the end of the transcript: they fit on a screen
 
 
-class StoredResult(NamedTuple):
-    """What the result hash needs of a result."""
-
-    cmd: bytes
-    exitcode: int
-    file: int  # index into ResultStore.files
-    offset: int
-    size: int
-
-
 class Outcome(NamedTuple):
-    """What is known of a reported command."""
+    """A reported command: its reported try, and how all tries ended."""
 
     seq: int  # its place in the input, from 1
     cmd: str
     exitcode: int
     verdict: str
     only_on: str  # the host, if the verdict is ONLY
-    host: str  # where the reported try ran; "" if it never did, as for the next three
+    host: str  # of the reported try; "" if it never ran, as for the next three
     worker: str
     slot: int  # from 1
     started: float  # seconds since 1970
@@ -5338,12 +5322,12 @@ class Outcome(NamedTuple):
     tries: Tuple[Try, ...]  # the others, in order
     shown: int  # bytes of its output that came while it ran
     stored: StoredResult
-    line: str  # of the input, of which it was made
-    occurrence: int  # how many equal commands stand before it in the input; 0 if nobody asks
+    line: str  # of the input, from which the command was made
+    occurrence: int  # how many equal commands precede it in the input; 0 without a joblog
 
 
 class Summary(NamedTuple):
-    """What there is to say at the end."""
+    """The end of a run."""
 
     complete: bool
     ran: int
@@ -5351,16 +5335,16 @@ class Summary(NamedTuple):
     flaky: int
     flaky_counts: bool  # as failed
     only_on: Dict[str, int]  # hosts: how many commands failed only there
-    skipped: int  # commands that an earlier run has done, and of them
-    skipped_failed: int
+    skipped: int  # commands that an earlier run has done
+    skipped_failed: int  # those of them that failed then
     spent: Seconds
     hash: str
-    wrong_hash: str = ""  # what to say if that is another one than expected
+    wrong_hash: str = ""  # the error message, if another hash was expected
     unable: Dict[str, int] = {}  # hosts: how many commands could only be started elsewhere
-    codes: Dict[str, int] = {}  # how commands failed: how many did so
+    codes: Dict[str, int] = {}  # ways to fail: how many commands did
     failures: Sequence[Outcome] = ()  # the first of them
-    bad_hosts: str = ""  # what to say of hosts where nothing passed, while elsewhere it did
-    again: str = ""  # how to run just the failures again, if that is known
+    bad_hosts: str = ""  # advice about hosts where everything failed
+    rerun: str = ""  # the command line that runs the failures again, if there is one
     empty: bool = False  # there were no commands, and there should be
 
     def all_passed(self) -> bool:
@@ -5368,73 +5352,266 @@ class Summary(NamedTuple):
                                       or self.flaky and self.flaky_counts)
 
     def trouble(self) -> str:
-        """What is wrong with the run as a whole."""
+        """What is wrong with the run as a whole; "" if nothing is."""
         if not self.complete:
             return "not all commands were executed"
         return "the input had no commands" if self.empty else self.wrong_hash
 
 
+def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
+    return outcome.exitcode != 0 or flaky_counts and outcome.verdict in (FLAKY, ONLY)
+
+
+def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
+    others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.began else ' (not started)'}"
+                     for row in outcome.tries)
+    words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
+    return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
+
+
+class Reporter:
+    """One format. The loop's thread calls these methods; another thread reads the outputs that
+    they hand over, later."""
+
+    path = ""  # of the file that it writes, if any
+
+    def expect(self, seq: int) -> None:
+        """This command of the input will be reported."""
+
+    def started(self, commands: Optional[int]) -> None:
+        """The run has begun, with so many commands; None: the input has not ended."""
+
+    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
+        """The command of this input line has printed data. Offset 0 begins another try."""
+
+    def result(self, outcome: Outcome) -> None:
+        """A command has ended. Raises OSError."""
+
+    def ended(self, summary: Summary) -> None:
+        """The run has ended. Raises OSError."""
+
+
+class Reports:
+    """Turns the client's effects into outcomes, and passes them to all reporters. It counts
+    failures on the way, for the summary."""
+
+    def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter]) -> None:
+        self.client = client
+        self.store = store
+        self.reporters = list(reporters)
+        # provisional results by command, and why an output could not be stored
+        self.kept: Dict[int, Tuple[StoredResult, str]] = {}
+        # unreported commands: their line of the input, and how many equal commands precede it
+        self.lines: Dict[int, Tuple[str, int]] = {}
+        self.codes: Counter[str] = Counter()  # ways to fail: commands
+        self.failures: List[Outcome] = []  # the first NAMED_FAILURES
+        self.passes: Counter[str] = Counter()  # hosts: commands reported from there
+        self.fails: Counter[str] = Counter()
+        self.unable: Counter[str] = Counter()  # hosts: commands that could only be started elsewhere
+        self.write_failed = False  # a report could not be written
+        self.failed = 0
+        self.times: List[float] = []  # ms
+        self.began = time.monotonic()
+
+    def expect(self, seq: int, line: str, occurrence: int = 0) -> None:
+        self.lines[seq] = line, occurrence
+        for reporter in self.reporters:
+            reporter.expect(seq)
+
+    def started(self, effect: RunStarted) -> None:
+        for reporter in self.reporters:
+            reporter.started(effect.commands)
+
+    def live(self, effect: LiveOutput) -> None:
+        line, _ = self.lines[effect.command.id]
+        for reporter in self.reporters:
+            reporter.live(effect.command.id, line, effect.offset, bytes(effect.data))
+
+    def keep(self, effect: ProvisionalResult) -> None:
+        self.kept[effect.command.id] = self.put(effect)
+
+    def put(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[StoredResult, str]:
+        """Store a result; return it, and why there was no room for its output: it has failed."""
+        cmd, output = to_bytes(effect.command.cmd), effect.output
+        if output and self.store.split and not effect.result.get("split"):  # of a plain worker
+            output = PIECE_HEADER.pack(1, len(output)) + output
+        try:
+            return self.store.put(cmd, effect.result["exitcode"], output), ""
+        except OSError as error:
+            return (self.store.put(cmd, NOT_RUN, b""), f"no room for its output in "
+                    f"{tempfile.gettempdir()} of the client: {error.strerror}")
+
+    def report(self, effect: FinalResult) -> None:
+        command, result = effect.command, effect.result
+        kept = self.kept.pop(command.id, None)
+        stored, lost = kept if kept and effect.kept else self.put(effect)
+        self.store.results.append(stored)
+        verdict = FAIL if stored.exitcode else command.verdict
+        tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
+        outcome = Outcome(
+            command.id, command.cmd, stored.exitcode, verdict,
+            only_host(tries) if verdict == ONLY else "",
+            result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
+            result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
+            lost or result.get("reason", ""), tuple(tries), command.shown, stored,
+            *self.lines.pop(command.id))
+        began = try_of(result).began
+        self.unable.update(unable_hosts(command.tries.values()) if began else ())
+        self.count(outcome, began)
+        self.tell_all(lambda reporter: reporter.result(outcome))
+
+    def count(self, outcome: Outcome, began: bool) -> None:
+        if has_failed(outcome, self.client.options.fail_on_flaky):
+            self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
+            self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
+        self.failed += outcome.verdict == FAIL
+        if began:
+            (self.fails if outcome.verdict == FAIL else self.passes)[outcome.host] += 1
+        self.times.append(outcome.spent)
+
+    def tell_all(self, tell: Callable[[Reporter], None]) -> None:
+        """Tell all reporters. Drop one that cannot write its file, and go on."""
+        for reporter in [*self.reporters]:
+            try:
+                tell(reporter)
+            except OSError as error:
+                self.reporters.remove(reporter)
+                self.write_failed = True
+                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
+
+    def bad_hosts(self) -> str:
+        """Advice about hosts where all commands failed, while others passed elsewhere."""
+        bad = [host for host, failed in self.fails.most_common(NAMED_FAILURES)
+               if host and failed >= EXCLUDE_AFTER and self.passes and not self.passes[host]]
+        failed = sum(self.fails[host] for host in bad)
+        total = plural(sum(self.fails.values()), "failure")
+        return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
+                        f"passed; try --retries 3") or ""
+
+    def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
+            expected: Optional[str] = None, rerun: str = "", may_be_empty: bool = True) -> Summary:
+        client, found, ran = self.client, self.store.hash(), len(self.store.results)
+        wrong = f"the result hash is {found}, and not {expected} as expected"
+        summary = Summary(complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
+                          dict(client.only_on), skipped, skipped_failed,
+                          time.monotonic() - self.began, found,
+                          wrong if expected and expected != found else "", dict(self.unable),
+                          dict(self.codes), self.failures,
+                          "" if client.options.tries > 1 else self.bad_hosts(), rerun,
+                          complete and not may_be_empty and not ran and not skipped)
+        self.tell_all(lambda reporter: reporter.ended(summary))
+        return summary
+
+
+class Filter(Reporter):
+    """Passes on to other reporters what --fail-only leaves, in the order of --keep-order."""
+
+    def __init__(self, reporters: Sequence[Reporter], fail_only: bool, keep_order: bool) -> None:
+        self.reporters = reporters
+        self.fail_only = fail_only
+        self.keep_order = keep_order
+        self.order: Deque[int] = deque()  # commands that are passed on next
+        self.early: Dict[int, Outcome] = {}  # results that wait for one before them
+
+    def expect(self, seq: int) -> None:
+        if self.keep_order:
+            self.order.append(seq)
+
+    def started(self, commands: Optional[int]) -> None:
+        for reporter in self.reporters:
+            reporter.started(commands)
+
+    def result(self, outcome: Outcome) -> None:
+        self.early[outcome.seq] = outcome
+        if not self.keep_order:
+            self.order.append(outcome.seq)
+        while self.order and self.order[0] in self.early:
+            self.pass_on(self.early.pop(self.order.popleft()))
+
+    def pass_on(self, outcome: Outcome) -> None:
+        if outcome.verdict != OK or not self.fail_only:
+            for reporter in self.reporters:
+                reporter.result(outcome)
+
+    def ended(self, summary: Summary) -> None:
+        for seq in sorted(self.early):  # those before them never ran
+            self.pass_on(self.early[seq])
+        for reporter in self.reporters:
+            reporter.ended(summary)
+
+
+# === Stored results ===================================================================
+#
+# The result hash takes commands in byte order, not as they come. So the outputs of all
+# results wait in unlinked files until the end, and memory holds one block of them at a time.
+
+BLOCK_SIZE = 3 * 256 * 1024  # bytes of an output in memory at once; 3 for base64
+
+
+class StoredResult(NamedTuple):
+    """The parts of a result that the hash covers."""
+
+    cmd: bytes
+    exitcode: int
+    file: int  # index into ResultStore.files
+    offset: int
+    size: int
+
+
 class ResultStore:
-    """The outputs of all results, and the seed's hash over them."""
+    """All results with their outputs, and the seed's hash over them."""
 
     def __init__(self, split: bool = False) -> None:
-        self.split = split  # they come in PIECES
-        self.results: List[StoredResult] = []
-        # inline outputs and fetched ones: both kinds come in turns, each has to be in one piece
-        self.files: Tuple[IO[bytes], IO[bytes]] = (
-            tempfile.TemporaryFile(buffering=0), tempfile.TemporaryFile(buffering=0))
-        self.ends = [0, 0]  # bytes of each file that belong to records
-        self.stored = 0  # bytes after that, of the output being fetched
-        self.failure: Optional[OSError] = None  # why that cannot be stored
+        self.split = split  # outputs consist of pieces, each after a PIECE_HEADER
+        self.results: List[StoredResult] = []  # that are reported
+        # inline outputs and fetched ones: parts of a fetched one come between inline ones
+        self.files = open_spool(), open_spool()
+        self.ends = [0, 0]  # bytes of each file that belong to results
+        self.stored = 0  # bytes beyond that, of the output being fetched
+        self.failure: Optional[OSError] = None  # why it cannot be stored
 
     def close(self) -> None:
         for file in self.files:
             file.close()
 
-    def add_part(self, offset: int, data: Any) -> None:
-        """The next part of the output being fetched; offset 0 begins another. If there is no room
-        for it, add() will say so."""
-        self.stored = offset + len(data)
-        if offset == 0:
+    def put_part(self, part: FetchedOutput) -> None:
+        """Store the next part of a fetched output. If there is no room, put() raises the error."""
+        self.stored = part.offset + len(part.data)
+        if part.offset == 0:
             self.failure = None
         if not self.failure:
             try:
-                write_all(self.files[1], data, self.ends[1] + offset)
+                write_all(self.files[1], part.data, self.ends[1] + part.offset)
             except OSError as error:
                 self.failure = error
                 os.ftruncate(self.files[1].fileno(), self.ends[1])
 
-    def add(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> StoredResult:
-        """A result with its output, or with what was stored if that is None. Raises OSError, and
-        forgets the output, if there is no room for it."""
+    def put(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> StoredResult:
+        """Store a result; None is the fetched output. Raises OSError if there is no room for it."""
         if output is None and self.failure:
             raise self.failure
         file, size = (1, self.stored) if output is None else (0, len(output))
         if output:
             write_all(self.files[0], output, self.ends[0])
-        record = StoredResult(cmd, exitcode, file, self.ends[file], size)
+        result = StoredResult(cmd, exitcode, file, self.ends[file], size)
         self.ends[file] += size
         self.stored = 0
-        self.results.append(record)
-        return record
+        return result
 
-    def read(self, record: StoredResult) -> Iterator[bytes]:
-        """What is stored for a record, in blocks of BLOCK_SIZE bytes. In any thread."""
-        file = self.files[record.file].fileno()
-        for at in range(0, record.size, BLOCK_SIZE):
-            yield os.pread(file, min(BLOCK_SIZE, record.size - at), record.offset + at)
+    def streams(self, result: StoredResult) -> Iterator[Tuple[int, bytes]]:
+        """Yield an output in pieces of at most BLOCK_SIZE bytes, each with its stream: 1 is
+        stdout, 2 stderr. May be called in any thread."""
+        file = self.files[result.file].fileno()
+        stored = (os.pread(file, min(BLOCK_SIZE, result.size - at), result.offset + at)
+                  for at in range(0, result.size, BLOCK_SIZE))
+        return unpack_pieces(stored) if self.split else ((1, block) for block in stored)
 
-    def streams(self, record: StoredResult) -> Iterator[Tuple[int, bytes]]:
-        """A record's output, piece by piece, each with its stream: 1 is stdout, 2 stderr."""
-        blocks = self.read(record)
-        return unpack_pieces(blocks) if self.split else ((1, block) for block in blocks)
-
-    def output(self, record: StoredResult) -> Iterator[bytes]:
-        """A record's output, piece by piece."""
-        return (piece for _, piece in self.streams(record)) if self.split else self.read(record)
+    def output(self, result: StoredResult) -> Iterator[bytes]:
+        """Yield an output in pieces, in any thread."""
+        return (piece for _, piece in self.streams(result))
 
     def compare(self, a: StoredResult, b: StoredResult) -> int:
-        """Which record's output comes first in byte order, -1, 0 or 1, as for sorting."""
+        """Return -1, 0 or 1: the byte order of two outputs."""
         left, right = blocks(self.output(a)), blocks(self.output(b))
         for x, y in itertools.zip_longest(left, right, fillvalue=b""):
             if x != y:
@@ -5442,22 +5619,22 @@ class ResultStore:
         return 0
 
     def hash(self) -> str:
-        """The seed's result hash: sha1 over the results in order of command, exit code and
-        output, each step over the hex text of the one before, the first over 'Array'."""
-        def head(record: StoredResult) -> Tuple[bytes, int]:
-            return record.cmd, record.exitcode
+        """Return the seed's result hash: sha1 over the results in order of command, exit code and
+        output. Each step hashes the hex text of the one before it; the first one 'Array'."""
+        def head(result: StoredResult) -> Tuple[bytes, int]:
+            return result.cmd, result.exitcode
         total = "Array"
         for _, same in itertools.groupby(sorted(self.results, key=head), key=head):
-            for record in sorted(same, key=functools.cmp_to_key(self.compare)):
-                sha = hashlib.sha1(total.encode() + record.cmd + b"%d" % record.exitcode)
-                for part in self.output(record):
-                    sha.update(part)
+            for result in sorted(same, key=functools.cmp_to_key(self.compare)):
+                sha = hashlib.sha1(total.encode() + result.cmd + b"%d" % result.exitcode)
+                for piece in self.output(result):
+                    sha.update(piece)
                 total = sha.hexdigest()
         return total
 
 
 def unpack_pieces(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
-    """What is in PIECES, in whatever blocks these come; each piece with its stream."""
+    """Yield the pieces of a split output, each with its stream. A block may end anywhere."""
     stream, left, head = 1, 0, b""
     for block in blocks:
         data, at = head + block, 0
@@ -5472,11 +5649,11 @@ def unpack_pieces(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
         head = data[at:]
 
 
-def blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of BLOCK_SIZE, the last of which may be shorter."""
+def blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the same bytes in blocks of BLOCK_SIZE; the last one may be shorter."""
     rest = b""
-    for part in parts:
-        rest = rest + part if rest else part
+    for piece in pieces:
+        rest = rest + piece if rest else piece
         while len(rest) >= BLOCK_SIZE:
             yield rest[:BLOCK_SIZE]
             rest = rest[BLOCK_SIZE:]
@@ -5484,46 +5661,62 @@ def blocks(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
+def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
+    """The first and last bytes of an output, and between them the number of bytes left out."""
+    head, tail, size = b"", b"", 0
+    for piece in pieces:
+        room = first - len(head)
+        head += piece[:room]
+        tail = (tail + piece[room:])[-last:]
+        size += len(piece)
+    return head, size - len(head) - len(tail), tail
+
+
+# === Terminal and stdout ==============================================================
+#
+# A thread writes to stdout, because its reader may stop reading for hours. The last line of
+# the terminal shows the progress; it disappears while others write there.
+
+
 class ProgressLine:
-    """A line at the bottom of the terminal, on stderr. It is taken away while anything else is
-    written there, so whoever writes does it inside of away(). While that is within a line, as a
-    command's output may be that is shown as it is, there is none."""
+    """The progress, as the last line of the terminal, on stderr. Writers to the terminal hide it:
+    see hidden(). It stays hidden while the cursor is within a line, as after a command's output
+    without a newline."""
 
     def __init__(self) -> None:
-        self.text = ""  # that is wanted
-        self.drawn = 0  # columns of what is there
-        self.within_line = False  # somebody else is, at the cursor
-        self.last_write: Seconds = 0.0  # when anything was written that people see
+        self.text = ""  # to show; "" for none
+        self.drawn = 0  # columns of the text on the screen
+        self.mid_line = False  # the cursor is within a line of an output
+        self.last_write: Seconds = 0.0  # when something visible was written, by time.monotonic()
         self.lock = threading.RLock()
 
     @contextlib.contextmanager
     def hidden(self) -> Iterator[None]:
-        """The line is not there, until the end of this; then it is drawn as it should be."""
         with self.lock:
             self.draw("")
             yield
-            self.draw("" if self.within_line else self.text)
+            self.draw("" if self.mid_line else self.text)
 
     @contextlib.contextmanager
     def at_line_start(self) -> Iterator[None]:
-        """As away(), for who writes lines to stderr: they begin at the left."""
+        """Hide it for a writer of whole lines to stderr; a line of an output ends first."""
         self.last_write = time.monotonic()
         with self.hidden():
-            for end in self.finish_line():
-                sys.stderr.write(end)
+            for newline in self.finish_line():
+                sys.stderr.write(newline)
             yield
 
     def finish_line(self) -> Iterator[str]:
-        """What ends the line of somebody else, if that is not there yet."""
-        if self.within_line:
-            self.within_line = False
+        """Yield the newline that the cursor's line still needs, if any."""
+        if self.mid_line:
+            self.mid_line = False
             yield "\n"
 
     def tracked(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Pieces that are written to the terminal."""
+        """Yield pieces of output for the terminal, and note whether they end a line."""
         for piece in pieces:
             if piece:
-                self.within_line = piece[-1:] != b"\n"
+                self.mid_line = piece[-1:] != b"\n"
             yield piece
 
     def draw(self, text: str) -> None:
@@ -5533,7 +5726,7 @@ class ProgressLine:
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone
             columns = max(10, screen_size(2)[0])
             text = text[:columns - 1]
-            rows = (self.drawn - 1) // columns  # more, if the terminal has become narrower
+            rows = (self.drawn - 1) // columns  # more than 0 if the terminal has become narrower
             # not \033[J: at the top of a screen, tmux and others take that for a new page
             clear = f"{' ' * min(self.drawn, columns - 1)}\r" if dumb else "\033[K"
             wipe = "\r" + clear + (0 if dumb else rows) * f"\033[A{clear}"
@@ -5543,12 +5736,12 @@ class ProgressLine:
 
 
 def is_dumb() -> bool:
-    """The terminal has no cursor that could be moved."""
+    """Return whether the terminal cannot move its cursor."""
     return os.environ.get("TERM", "dumb") == "dumb"
 
 
 def screen_size(file: int) -> Tuple[int, int]:
-    """Columns and rows of a terminal; as usual, if it does not know. Raises OSError."""
+    """Return columns and rows of a terminal; 80 and 24 if it does not know. Raises OSError."""
     columns, rows = os.get_terminal_size(file)
     return columns or 80, rows or 24
 
@@ -5557,14 +5750,14 @@ PROGRESS_LINE = ProgressLine()
 
 
 def print_notice(text: str) -> None:
-    """One line to the person at the terminal."""
-    if sys.stderr is not None:  # closed: and print() would take stdout
+    """Write one line to stderr, for the user."""
+    if sys.stderr is not None:  # closed: print() would take stdout
         with contextlib.suppress(OSError), PROGRESS_LINE.at_line_start():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """A log on stderr that does not write over the bar."""
+    """A log on stderr that does not overwrite the progress line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with PROGRESS_LINE.at_line_start():
@@ -5572,28 +5765,28 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 class Writer:
-    """Writes to a descriptor, in a thread, for that may block for hours."""
+    """Writes to a file descriptor in a thread of its own: a write may block for hours."""
 
-    AHEAD = 4 * 1024 * 1024  # bytes in memory, with which it is behind
+    AHEAD = 4 * 1024 * 1024  # bytes of backlog from which the thread is behind
 
     def __init__(self, file: int, failed: Callable[[OSError], None]) -> None:
         self.file = file
-        self.failed = failed  # called in the thread, as is what end() is given
+        # the thread calls these three: on an error; when all is written; when it is no longer behind
+        self.failed = failed
         self.ended: Callable[[], None] = lambda: None
-        self.caught_up: Callable[[], None] = lambda: None  # called in the thread, once it was behind
-        self.batch: List[Iterable[bytes]] = []  # to be handed over together
+        self.caught_up: Callable[[], None] = lambda: None
+        self.batch: List[Iterable[bytes]] = []  # the items until flush()
         self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
-        self.taken = self.written = 0  # bytes of items that are in memory
-        self.awaited = False  # somebody waits for caught_up()
+        self.taken = self.written = 0  # bytes of the items that have a size
+        self.awaited = False  # caught_up() is due
         threading.Thread(target=self.write, daemon=True, name="output").start()
 
     def put(self, item: Iterable[bytes], size: int = 0) -> None:
-        """Have this written, after flush(). So many bytes of it are in memory."""
+        """Write an item after flush(). Its size in bytes, if it is in memory, counts as backlog."""
         self.taken += size
-        self.batch.append(self.plural(item, size) if size else item)
+        self.batch.append(self.counted(item, size) if size else item)
 
-    def plural(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
-        """The same, and note when it is written."""
+    def counted(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
         yield from item
         self.written += size
         if self.awaited and self.taken - self.written <= self.AHEAD:
@@ -5601,7 +5794,7 @@ class Writer:
             self.caught_up()
 
     def is_behind(self) -> bool:
-        """If so, caught_up() will be called."""
+        """Return whether the backlog is too large. If so, caught_up() follows."""
         self.awaited = True  # first: the thread may catch up just now
         self.awaited = self.taken - self.written > self.AHEAD
         return self.awaited
@@ -5612,19 +5805,19 @@ class Writer:
             self.batch = []
 
     def redraw(self) -> None:
-        """Have the bar drawn, unless we are held up."""
+        """Draw the progress line, unless a write blocks."""
         if self.batches.empty():
             self.batches.put([])
 
     def end(self, ended: Callable[[], None]) -> None:
-        """Nothing more will come; have this called when all is written."""
+        """Write the rest, then call ended() in the thread."""
         self.ended = ended
         self.flush()
         self.batches.put(None)
 
     def write(self) -> None:
         try:
-            shared = os.isatty(self.file)  # with the bar; what is not may hold up nobody else
+            shared = os.isatty(self.file)  # with the progress line; other files do not hide it
             seen = shared or stat.S_ISFIFO(os.fstat(self.file).st_mode) or (
                 sys.stderr is not None and os.path.sameopenfile(self.file, 2))
             tracked = PROGRESS_LINE.tracked if shared and os.isatty(2) else iter
@@ -5638,664 +5831,47 @@ class Writer:
                     if batch and seen:
                         PROGRESS_LINE.last_write = time.monotonic()
                     if PROGRESS_LINE.text and not shared:
-                        with PROGRESS_LINE.hidden():
-                            pass  # it is drawn as it is now
+                        with PROGRESS_LINE.hidden():  # afterwards it is redrawn
+                            pass
             self.ended()
         except OSError as error:
             self.failed(error)
 
 
-class Reporter:
-    """What a format does with what is to be reported. These are called in the loop's thread; the
-    pieces that they put somewhere are read later, in another one."""
+# === Report files =====================================================================
+#
+# A report file is replaced as a whole, or stays as it was. Pipes, devices and our own
+# stdout and stderr are written to directly.
 
-    path = ""  # of what it writes, if that is a file
-
-    def expect(self, seq: int) -> None:
-        """This command of the input will be reported."""
-
-    def released(self, commands: Optional[int]) -> None:
-        """Commands have gone out, of so many."""
-
-    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
-        """The command of this line of the input has printed this. At offset 0 another try begins."""
-
-    def result(self, outcome: Outcome) -> None:
-        """A command has ended. Raises OSError."""
-
-    def ended(self, summary: Summary) -> None:
-        """There is no more. Raises OSError."""
+STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a rename would replace these links
 
 
-class Reports:
-    """Takes what the client says, and tells reporters."""
-
-    def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter]) -> None:
-        self.client = client
-        self.store = store
-        self.reporters = list(reporters)
-        self.kept: Dict[int, Tuple[StoredResult, str]] = {}  # and why the output is missing
-        # of the input, which are not reported yet; and how many equal commands were before
-        self.lines: Dict[int, Tuple[str, int]] = {}
-        self.codes: Counter[str] = Counter()  # of failures
-        self.failures: List[Outcome] = []  # the first of them
-        self.passed_on: Counter[str] = Counter()  # hosts: commands reported from there
-        self.failed_on: Counter[str] = Counter()
-        self.unable: Counter[str] = Counter()  # hosts: commands that could only be started elsewhere
-        self.write_failed = False  # a report could not be written
-        self.failed = 0
-        self.times: List[float] = []  # ms
-        self.began = time.monotonic()
-
-    def expect(self, seq: int, line: str, before: int = 0) -> None:
-        """The command of this line of the input will be reported."""
-        self.lines[seq] = line, before
-        for reporter in self.reporters:
-            reporter.expect(seq)
-
-    def released(self, effect: RunStarted) -> None:
-        for reporter in self.reporters:
-            reporter.released(effect.commands)
-
-    def live(self, effect: LiveOutput) -> None:
-        for reporter in self.reporters:
-            reporter.live(effect.command.id, self.lines[effect.command.id][0], effect.offset,
-                          bytes(effect.data))
-
-    def add_part(self, effect: FetchedOutput) -> None:
-        self.store.add_part(effect.offset, effect.data)
-
-    def keep(self, effect: ProvisionalResult) -> None:
-        self.kept[effect.command.id] = self.record(effect)
-        self.store.results.pop()  # it counts if it is reported
-
-    def record(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[StoredResult, str]:
-        """Put a result into the store; why its output could not be."""
-        cmd, output = to_bytes(effect.command.cmd), effect.output
-        if output and self.store.split and not effect.result.get("split"):  # of a plain worker
-            output = PIECE_HEADER.pack(1, len(output)) + output
-        try:
-            return self.store.add(cmd, effect.result["exitcode"], output), ""
-        except OSError as error:
-            return (self.store.add(cmd, NOT_RUN, b""), f"no room for its output in "
-                    f"{tempfile.gettempdir()} of the client: {error.strerror}")
-
-    def report(self, effect: FinalResult) -> None:
-        command, result = effect.command, effect.result
-        kept = self.kept.pop(command.id, None)
-        if kept and effect.kept:
-            record, lost = kept
-            self.store.results.append(record)
-        else:
-            record, lost = self.record(effect)
-        verdict = FAIL if record.exitcode else command.verdict
-        tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
-        outcome = Outcome(
-            command.id, command.cmd, record.exitcode, verdict,
-            only_host(tries) if verdict == ONLY else "",
-            result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
-            result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
-            lost or result.get("reason", ""), tuple(tries), command.shown, record,
-            *self.lines.pop(command.id))
-        began = try_of(result).began
-        self.unable.update(unable_hosts(command.tries.values()) if began else ())
-        if has_failed(outcome, self.client.options.fail_on_flaky):
-            self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
-            self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
-        self.failed += verdict == FAIL
-        if began:
-            (self.failed_on if verdict == FAIL else self.passed_on)[outcome.host] += 1
-        self.times.append(outcome.spent)
-        self.tell_all(lambda reporter: reporter.result(outcome))
-
-    def tell_all(self, tell: Callable[[Reporter], None]) -> None:
-        """Go on without those that cannot write what they should."""
-        for reporter in [*self.reporters]:
-            try:
-                tell(reporter)
-            except OSError as error:
-                self.reporters.remove(reporter)
-                self.write_failed = True
-                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
-
-    def bad_hosts(self) -> str:
-        """Of hosts where all commands failed, while others passed elsewhere."""
-        bad = [host for host, failed in self.failed_on.most_common(NAMED_FAILURES)
-               if host and failed >= EXCLUDE_AFTER and self.passed_on and not self.passed_on[host]]
-        failed = sum(self.failed_on[host] for host in bad)
-        total = plural(sum(self.failed_on.values()), "failure")
-        return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
-                        f"passed; try --retries 3") or ""
-
-    def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
-            expected: Optional[str] = None, again: str = "", may_be_empty: bool = True) -> Summary:
-        client = self.client
-        found, ran = self.store.hash(), len(self.store.results)
-        wrong = f"the result hash is {found}, and not {expected} as expected"
-        summary = Summary(complete, ran, self.failed, client.flaky,
-                          client.options.fail_on_flaky, dict(client.only_on),
-                          skipped, skipped_failed,
-                          time.monotonic() - self.began, found,
-                          wrong if expected and expected != found else "", dict(self.unable),
-                          dict(self.codes), self.failures,
-                          "" if client.options.tries > 1 else self.bad_hosts(), again,
-                          complete and not may_be_empty and not ran and not skipped)
-        self.tell_all(lambda reporter: reporter.ended(summary))
-        return summary
-
-
-class Tee(Reporter):
-    """Passes all on to others, one after the other."""
-
-    def __init__(self, reporters: Sequence[Reporter]) -> None:
-        self.reporters = reporters
-
-    def expect(self, seq: int) -> None:
-        for reporter in self.reporters:
-            reporter.expect(seq)
-
-    def released(self, commands: Optional[int]) -> None:
-        for reporter in self.reporters:
-            reporter.released(commands)
-
-    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
-        for reporter in self.reporters:
-            reporter.live(seq, line, offset, data)
-
-    def result(self, outcome: Outcome) -> None:
-        for reporter in self.reporters:
-            reporter.result(outcome)
-
-    def ended(self, summary: Summary) -> None:
-        for reporter in self.reporters:
-            reporter.ended(summary)
-
-
-class FailOnly(Tee):
-    """Passes on what did not simply pass."""
-
-    def result(self, outcome: Outcome) -> None:
-        if outcome.verdict != OK:
-            super().result(outcome)
-
-
-class Quiet(FailOnly):
-    """Passes on nothing of a run in which all has passed."""
-
-    def released(self, commands: Optional[int]) -> None:
-        pass
-
-    def ended(self, summary: Summary) -> None:
-        if not summary.all_passed():
-            super().ended(summary)
-
-
-class KeepOrder(Tee):
-    """Passes results on in the order of the input."""
-
-    def __init__(self, reporters: Sequence[Reporter]) -> None:
-        super().__init__(reporters)
-        self.order: Deque[int] = deque()
-        self.early: Dict[int, Outcome] = {}  # what came before its turn
-
-    def expect(self, seq: int) -> None:
-        self.order.append(seq)
-
-    def result(self, outcome: Outcome) -> None:
-        self.early[outcome.seq] = outcome
-        while self.order and self.order[0] in self.early:
-            super().result(self.early.pop(self.order.popleft()))
-
-    def ended(self, summary: Summary) -> None:
-        for seq in sorted(self.early):  # those before them never ran
-            super().result(self.early[seq])
-        super().ended(summary)
-
-
-class TextSummary(Reporter):
-    """The end of the seed's transcript. `say` takes the pieces of its lines. If the client has several
-    hosts, a failure names its own."""
-
-    def __init__(self, client: Client, say: Callable[[Iterable[bytes]], None],
-                 colour: bool = False) -> None:
-        self.client = client
-        self.say = say
-        self.colour = colour
-
-    def paint(self, style: str, text: str) -> str:
-        return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
-
-    def line(self, text: str) -> None:
-        self.say([to_bytes(text + "\n")])
-
-    def headline(self, outcome: Outcome) -> str:
-        """How a command ended, and its text."""
-        if outcome.verdict == OK:
-            style, words = "ok", "OK! "
-        elif outcome.verdict == FAIL:
-            where = f" on {printable(outcome.host)}:" if outcome.host and self.client.hosts > 1 else ""
-            style, words = "fail", f"FAIL({outcome.exitcode}){where} "
-        else:
-            style = "flaky"
-            words = f"FAILED ONLY ON {printable(outcome.only_on)}! " if outcome.only_on else "FLAKY! "
-        return self.paint(style, words) + self.paint(
-            style + " cmd", truncate_middle(escape_command(outcome.cmd)) + " ")
-
-    def ended(self, summary: Summary) -> None:
-        if not summary.complete:
-            self.line(self.paint("some failed", "Not all commands were executed :("))
-        elif not summary.ran and not summary.skipped:
-            style = "some failed" if summary.empty else "all ok"
-            self.line(self.paint(style, "No commands to execute"))
-            return
-        elif not summary.all_passed():
-            self.line(self.paint("some failed", "Some commands failed :("))
-        else:
-            self.line(self.paint("all ok", "All commands successfully executed ☃"))
-        for line in self.what_failed(summary):
-            self.line(line)
-        if summary.flaky:
-            hosts = ", ".join(f"{n} FAILED ONLY ON {printable(host)}"
-                              for host, n in summary.only_on.items())
-            self.line(f"Flaky: {summary.flaky} of {summary.ran} failed at first, and passed elsewhere "
-                      f"or later" + (f": {hosts}" if hosts else ""))
-        for host, n in summary.unable.items():
-            self.line(f"{plural(n, 'command')} could not be started on {printable(host)}, and ran "
-                      f"elsewhere")
-        if summary.skipped:
-            failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
-            self.line(f"Skipped {summary.skipped} that an earlier run has done{failed}")
-        self.line(f"Ran {plural(summary.ran, 'command')} in ⌚{seed_duration(summary.spent)}, result "
-                  f"hash {'' if summary.complete else 'of these '}is {summary.hash}")
-
-    def what_failed(self, summary: Summary) -> Iterator[str]:
-        """How many commands failed and how, the first of them, and what to do."""
-        failed = sum(summary.codes.values())
-        if failed:
-            codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
-                              for how, n in sorted(summary.codes.items(), key=natural_order))
-            yield f"{failed} of {plural(summary.ran, 'command')} failed: {codes}"
-        for outcome in summary.failures:
-            yield "  " + self.headline(outcome).rstrip()
-        if failed > len(summary.failures):
-            yield f"  and {failed - len(summary.failures)} more"
-        if summary.bad_hosts:
-            yield summary.bad_hosts
-        if summary.again and (failed or summary.skipped_failed):
-            yield f"To run just these again: {summary.again}"
-
-
-def seed_duration(seconds: Seconds, ms: bool = False) -> str:
-    """A time as the seed writes it; one that takes longer than 10 s as people read it."""
-    if seconds >= 10:
-        return duration(seconds)
-    return f"{seconds * 1000:.2f}ms" if ms else f"{seconds:.2f}s"
-
-
-class Transcript(TextSummary):
-    """The seed's transcript, but for the outputs."""
-
-    def __init__(self, client: Client, say: Callable[[Iterable[bytes]], None], colour: bool = False,
-                 slow: float = math.inf, verbose: bool = False) -> None:
-        super().__init__(client, say, colour)
-        self.slow = slow  # ms
-        self.verbose = verbose
-
-    def released(self, commands: Optional[int]) -> None:
-        if commands is None:
-            self.line("Releasing the hounds: commands to execute as they come")
-        else:
-            self.line(f"Releasing the hounds: {plural(commands, 'command')} to execute")
-
-    def result(self, outcome: Outcome) -> None:
-        took = "⌚" + seed_duration(outcome.spent / 1000, ms=True)
-        self.line(self.headline(outcome)
-                  + self.paint("slow" if outcome.spent > self.slow else "time", took))
-        for why in filter(None, (describe_signal(outcome), printable(outcome.reason, 1000))):
-            self.line(f"testcloud: {why}")
-        if outcome.tries and outcome.verdict != OK:
-            self.line(f"testcloud: {describe_tries(outcome, printable)}")
-        if self.verbose:
-            print_notice(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
-
-
-def describe_signal(outcome: Outcome) -> str:
-    """By which signal a command was killed, or a process whose end it passed on; "" if by none."""
-    number = outcome.signal or (0 if outcome.reason else outcome.exitcode - 128)
+def is_replaceable(path: str) -> bool:
+    """Return whether the path is, or will be, a regular file that is not our stdout or stderr."""
     try:
-        name = signal.Signals(number).name
-    except ValueError:  # no signal, or one without a name
-        return f"killed by signal {number}" if outcome.signal else ""
-    return (f"killed by {name}" if outcome.signal else
-            f"exit code {outcome.exitcode} is that of a process killed by {name}")
-
-
-def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
-    others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.began else ' (not started)'}"
-                     for row in outcome.tries)
-    words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
-    return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
-
-
-class TextOutput(Reporter):
-    """Outputs as the seed shows them: after the line of their command."""
-
-    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes]], None], tag: bool = False) -> None:
-        self.store = store
-        self.put = put
-        self.tag = tag
-
-    def result(self, outcome: Outcome) -> None:
-        parts = self.store.output(outcome.stored)
-        tag = to_bytes(escape_command(outcome.line))
-        self.put(with_newline(tag_lines(tag, parts) if self.tag else parts, b"\n"))
-
-
-class RawOutput(Reporter):
-    """Outputs as they are, of stdout and of stderr."""
-
-    def __init__(self, store: ResultStore, out: Callable[[Iterable[bytes]], None],
-                 err: Callable[[Iterable[bytes]], None]) -> None:
-        self.store = store
-        self.out = out
-        self.err = err
-
-    def result(self, outcome: Outcome) -> None:
-        self.out(self.stream(outcome, 1))
-        self.err(with_newline(self.stream(outcome, 2), b""))  # our own lines follow
-
-    def stream(self, outcome: Outcome, wanted: int) -> Iterator[bytes]:
-        return (piece for stream, piece in self.store.streams(outcome.stored) if stream == wanted)
-
-
-def with_newline(parts: Iterable[bytes], more: bytes) -> Iterator[bytes]:
-    """The output, ended with a newline if it has none, and what follows."""
-    last = b"\n"
-    for part in parts:
-        yield part
-        last = part[-1:]
-    yield more if last == b"\n" else b"\n" + more
-
-
-def tag_lines(tag: bytes, parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same lines, each after the tag and a tab."""
-    fresh = True
-    for part in parts:
-        lines = part.split(b"\n")
-        last = lines.pop()
-        for line in lines:
-            yield tag + b"\t" + line + b"\n" if fresh else line + b"\n"
-            fresh = True
-        if last:
-            yield tag + b"\t" + last if fresh else last
-            fresh = False
-
-
-class LiveLines(Reporter):
-    """Shows whole lines of running commands as they come, each after its line of the input; and in the
-    end what has not been shown. What goes on for more than BLOCK_SIZE bytes is taken for a line."""
-
-    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes], int], None]) -> None:
-        self.store = store
-        self.put = put
-        # by command: its tag, and a line of which the end has not come
-        self.begun: Dict[int, Tuple[bytes, bytes]] = {}
-
-    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
-        lines, newline, rest = (self.line_of(seq, offset) + data).rpartition(b"\n")
-        if len(rest) > BLOCK_SIZE:
-            lines, newline, rest = lines + newline + rest, b"\n", b""
-        tag = to_bytes(escape_command(line))
-        self.put(tag_lines(tag, [lines + newline]), len(lines) + 1)
-        self.begun[seq] = tag, rest
-
-    def line_of(self, seq: int, offset: int) -> bytes:
-        """The line that goes on there; one of a try before ends."""
-        _, begun = self.begun.pop(seq, (b"", b""))
-        return begun + b"\n" if begun and offset == 0 else begun
-
-    def result(self, outcome: Outcome) -> None:
-        rest = skip_bytes(self.store.output(outcome.stored), outcome.shown)
-        self.put(with_newline(tag_lines(to_bytes(escape_command(outcome.line)), itertools.chain(
-            [self.line_of(outcome.seq, outcome.shown)], rest)), b""), 0)
-
-    def ended(self, summary: Summary) -> None:
-        for tag, begun in self.begun.values():
-            self.put(with_newline(tag_lines(tag, [begun]), b""), 0)
-
-
-def skip_bytes(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """What follows the first so many bytes."""
-    for part in parts:
-        yield part[size:]
-        size = max(0, size - len(part))
-
-
-class JsonLines(Reporter):
-    """An object of JSON a line for each result."""
-
-    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes]], None], brief: bool) -> None:
-        self.store = store
-        self.put = put
-        self.brief = brief
-
-    def result(self, outcome: Outcome) -> None:
-        fields = outcome._asdict()
-        for name in ("stored", "shown", "cmd", "spent", "line", "occurrence"):
-            del fields[name]
-        fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
-                      **in_json("command", to_bytes(outcome.cmd)))
-        self.put(self.line(dump_utf8(fields), outcome))
-
-    def try_fields(self, one: Try) -> Fields:
-        fields = dict(one._asdict(), time=one.spent)
-        for name in ("spent", "size", "output", "ran"):
-            del fields[name]
-        return fields if self.brief else dict(fields, **in_json("output", one.output))
-
-    def line(self, head: str, outcome: Outcome) -> Iterator[bytes]:
-        if self.brief:
-            yield head.encode() + b"\n"
-            return
-        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        yield head[:-1].encode() + b', "output": "'
-        for part in itertools.chain(self.store.output(outcome.stored), [b""]):
-            yield json.dumps(decode(part, final=not part))[1:-1].encode()
-        if not is_utf8(self.store.output(outcome.stored)):
-            yield b'", "output_base64": "'
-            for block in blocks(self.store.output(outcome.stored)):
-                yield in_base64(block).encode()
-        yield b'"}\n'
-
-
-def is_utf8(parts: Iterable[bytes]) -> bool:
-    with contextlib.suppress(UnicodeDecodeError):
-        deque(codecs.iterdecode(parts, "utf-8"), maxlen=0)
+        return path not in STANDARD_STREAMS and stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
         return True
-    return False
-
-
-def dump_utf8(value: Any) -> str:
-    """JSON in ASCII that stands for UTF-8."""
-    text = json.dumps(value)
-    return json.dumps(load(in_utf8(dump(value)))) if "\\ud" in text else text
-
-
-def in_base64(data: bytes) -> str:
-    import base64  # late, as others that only reports need
-    return base64.b64encode(data).decode()
-
-
-def in_json(name: str, data: bytes) -> Fields:
-    """A field with this text, and another one with its bytes if it is no UTF-8."""
-    more = {} if is_utf8([data]) else {name + "_base64": in_base64(data)}
-    return {name: data.decode("utf-8", "replace"), **more}
-
-
-JOBLOG_HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
-
-
-class JobLog(Reporter):
-    """A line for each result, in the columns of GNU parallel's --joblog, written at once: whatever
-    happens to us, it is there. No other client may write there until the end."""
-
-    def __init__(self, path: str, rows: Sequence[str]) -> None:
-        """Begin with these lines of an earlier run. Raises OSError."""
-        self.path = path
-        self.files = contextlib.ExitStack()
-        self.file = self.files.enter_context(open_alone(path))
-        if rows:
-            write_atomically(path, [JOBLOG_HEADER, *rows])
-            if not os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
-                self.file = self.files.enter_context(open_alone(path))
-        else:
-            if is_replaceable(path):
-                self.file.truncate(0)
-            self.write(JOBLOG_HEADER)
-
-    def write(self, line: str) -> None:
-        rest = to_bytes(line)
-        while rest:
-            rest = rest[self.file.write(rest):]
-
-    def result(self, outcome: Outcome) -> None:
-        try:
-            self.write(joblog_line(outcome))
-        except OSError:
-            self.files.close()
-            raise
-
-    def ended(self, summary: Summary) -> None:
-        self.files.close()
-
-
-def open_alone(path: str) -> BlockingFile:
-    """A file to append to, which is for nobody else to open so until it is closed. Raises OSError."""
-    ours = STANDARD_STREAMS.get(path)
-    with notice_if_blocked(path):
-        file = BlockingFile(path if ours is None else os.dup(ours), "a")
-    try:
-        if is_replaceable(path):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise OSError(error.errno, "another client writes it") from None
-    except OSError:  # on a network's disk that knows no locks
-        pass
-    return file
-
-
-def joblog_line(outcome: Outcome) -> str:
-    """As GNU parallel has it: seconds, and newlines of the command as NUL. The verdict of one that
-    passed after it failed is added to the host. Send, the bytes that were sent to the host, would
-    always be 0: minus how many equal commands were before it tells these apart, also when the input
-    has changed, and Seq with it."""
-    verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
-    host = printable(outcome.host or ":") + printable(verdict)
-    return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
-            f"{-outcome.occurrence}\t{outcome.stored.size}\t{outcome.exitcode}\t{outcome.signal}\t"
-            + outcome.cmd.replace("\n", "\0") + "\n")
-
-
-class JobLogRow(NamedTuple):
-    """A line of a job log."""
-
-    seq: int
-    command: str
-    occurrence: int  # how many equal commands stand before it in the input
-    failed: bool
-    seconds: float
-    line: str
-
-
-def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
-    """The lines of a job log, ours or GNU parallel's; what is no such line, as one that was being
-    written when its writer was killed, is passed over. Raises OSError, SetupError."""
-    found, damaged = [], 0
-    with notice_if_blocked(path), open(path, "rb") as file:
-        head = file.readline(len(JOBLOG_HEADER))
-        if not JOBLOG_HEADER.encode().startswith(head):
-            raise SetupError(f"{printable(path)} is no joblog: its first line is another")
-        for raw in file:
-            if not raw.endswith(b"\n"):
-                break
-            line = to_text(raw)
-            columns = line.rstrip("\n").split("\t", 8)
-            try:
-                flaky = re.search(r" \((flaky|only on .*)\)$", columns[1]) is not None
-                failed = int(columns[6]) != 0 or int(columns[7]) != 0 or flaky and flaky_fails
-                found.append(JobLogRow(int(columns[0]), columns[8].replace("\0", "\n"),
-                                    max(0, -int(columns[4])), failed, float(columns[3]), line))
-            except (ValueError, IndexError):
-                damaged += 1
-    if damaged:
-        print_notice(f"{printable(path)}: passing over {plural(damaged, 'damaged line')}")
-    return found
-
-
-class EarlierRun:
-    """What an earlier run has done. A command is known by its text and by which of its occurrences
-    in the input it is, never by its place."""
-
-    def __init__(self, logged: Sequence[JobLogRow], failures_too: bool) -> None:
-        self.rows: Dict[Tuple[str, int], JobLogRow] = {}
-        moved: Dict[Tuple[int, str, int], int] = {}  # GNU parallel's rows: all have 0 before them
-        free: Counter[str] = Counter()
-        for row in logged:
-            before, this = row.occurrence, (row.seq, row.command, row.occurrence)
-            other = self.rows.get((row.command, before))
-            if this in moved:
-                before = moved[this]
-            elif other is not None and other.seq != row.seq:
-                while (row.command, before) in self.rows:
-                    before = free[row.command]
-                    free[row.command] += 1
-                moved[this] = before
-            self.rows[row.command, before] = row
-        for key in [key for key, row in self.rows.items() if failures_too and row.failed]:
-            del self.rows[key]
-        self.seen: Counter[str] = Counter()  # commands of the input
-        self.skipped = self.skipped_failed = 0
-
-    def count(self, command: str) -> int:
-        """How often it was in the input before."""
-        self.seen[command] += 1
-        return self.seen[command] - 1
-
-    def has_done(self, command: str, before: int) -> bool:
-        """Whether this occurrence of the command need not be run."""
-        row = self.rows.get((command, before))
-        if row:
-            self.skipped += 1
-            self.skipped_failed += row.failed
-        return row is not None
-
-
-STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a file in place of these nobody would look into
 
 
 def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> None:
-    """Replace a file by a new one, as soon as all of it is (`sure`ly) on the disk; if that fails, the
-    old one stays. Our own streams, pipes and devices are written to directly. Raises OSError."""
+    """Replace a file by a new one once that is complete, and (durable) on the disk. On an error the
+    old file stays. Raises OSError."""
     if not is_replaceable(path):
-        ours = STANDARD_STREAMS.get(path)
-        with notice_if_blocked(path):
-            file = os.open(path, os.O_WRONLY) if ours is None else os.dup(ours)
-        with open_text(file) as stream:
+        with open_text(open_blocking(path, "w")) as stream:
             stream.writelines(pieces)
         return
     target = os.path.realpath(path)  # a link stays a link
     new = os.path.join(os.path.dirname(target), f".testcloud-{os.urandom(8).hex()}")
-    # not tempfile: that is for our eyes only, and a thread cannot ask for the umask
-    file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    with contextlib.suppress(OSError):
-        os.fchmod(file, stat.S_IMODE(os.stat(target).st_mode))
+    file = BlockingFile(new, "x")  # not tempfile: its files are private, whatever the umask
     try:
         with open_text(file) as stream:
+            with contextlib.suppress(OSError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))
             stream.writelines(pieces)
             stream.flush()
             if durable:
-                os.fsync(file)
+                os.fsync(file.fileno())
         try:
             os.replace(new, target)
         except OSError as error:
@@ -6310,13 +5886,9 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
         raise
 
 
-def open_text(file: int) -> IO[str]:
-    return io.TextIOWrapper(io.BufferedWriter(BlockingFile(file, "w")), "utf-8", "surrogateescape", "")
-
-
 class BlockingFile(io.FileIO):
-    """A file that always blocks. What we share a terminal or a pipe with, as ssh in the background,
-    may have set that not to block, for all who have it open."""
+    """A file that blocks even if its descriptor does not. Programs that share a terminal or a pipe
+    with us, as ssh in the background, may set O_NONBLOCK for all of us."""
 
     def readinto(self, buffer: Any) -> int:
         return self.until_done(super().readinto, buffer, select.POLLIN)
@@ -6334,8 +5906,19 @@ class BlockingFile(io.FileIO):
             poller.poll()
 
 
+def open_blocking(path: str, mode: str) -> BlockingFile:
+    """Open a file or a pipe, or duplicate our own stdout or stderr. Raises OSError."""
+    ours = STANDARD_STREAMS.get(path)
+    with notice_if_blocked(path):
+        return BlockingFile(path if ours is None else os.dup(ours), mode)
+
+
+def open_text(file: BlockingFile) -> IO[str]:
+    return io.TextIOWrapper(io.BufferedWriter(file), "utf-8", "surrogateescape", "")
+
+
 def make_blocking(name: str) -> None:
-    """Have sys.stdout or sys.stderr block, unless it is closed, or another than ours."""
+    """Let sys.stdout or sys.stderr block, unless it is closed or replaced."""
     stream = getattr(sys, name)
     if stream is not None and stream is getattr(sys, f"__{name}__"):
         raw = BlockingFile(stream.fileno(), "w", closefd=False)
@@ -6345,26 +5928,16 @@ def make_blocking(name: str) -> None:
 
 @contextlib.contextmanager
 def notice_if_blocked(path: str) -> Iterator[None]:
-    """As for a pipe that nobody has opened at its other end."""
-    if is_replaceable(path):
-        yield
-        return
+    """Print a notice if opening a pipe takes long."""
     words = f"waiting for {printable(path)}: it is a pipe, which somebody else has to open as well"
     timer = threading.Timer(NOTICE_DELAY, print_notice, [words])
     timer.daemon = True
-    timer.start()
+    if not is_replaceable(path):
+        timer.start()
     try:
         yield
     finally:
         timer.cancel()
-
-
-def is_replaceable(path: str) -> bool:
-    """It is a file, or will be one: what else is there, or is ours, cannot be replaced."""
-    try:
-        return path not in STANDARD_STREAMS and stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError:
-        return True
 
 
 class FinalReport(Reporter):
@@ -6395,19 +5968,420 @@ class FinalReport(Reporter):
         raise NotImplementedError
 
 
-def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
-    return outcome.exitcode != 0 or flaky_counts and outcome.verdict in (FLAKY, ONLY)
+# === Transcript =======================================================================
+#
+# The seed's transcript: a line for each command, its output, and at the end a summary. With
+# --raw the outputs go to stdout and stderr as they are. With --live they are shown line by
+# line while the commands run.
+
+STYLES = {  # SGR codes of the seed's colours
+    "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "flaky": "1;93",
+    "flaky cmd": "33", "time": "37", "slow": "4;31", "all ok": "4;32", "some failed": "4;31",
+}
 
 
-def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
-    """The first and last bytes of an output, and between them the number of bytes left out."""
-    head, tail, size = b"", b"", 0
+class Transcript(Reporter):
+    """The transcript without the outputs. `say` takes the pieces of a line."""
+
+    def __init__(self, client: Client, say: Put, colour: bool = False, slow: float = math.inf,
+                 verbose: bool = False, brief: bool = False, quiet: bool = False) -> None:
+        self.client = client
+        self.say = say
+        self.colour = colour
+        self.slow = slow  # ms
+        self.verbose = verbose
+        self.brief = brief  # only the summary
+        self.quiet = quiet  # only failures, and the summary if there are any
+
+    def paint(self, style: str, text: str) -> str:
+        return f"\033[{STYLES[style]}m{text}\033[0m" if self.colour else text
+
+    def line(self, text: str) -> None:
+        self.say([to_bytes(text + "\n")])
+
+    def headline(self, outcome: Outcome) -> str:
+        """How a command ended, and its text. A failure names its host if there are several."""
+        if outcome.verdict == OK:
+            style, words = "ok", "OK! "
+        elif outcome.verdict == FAIL:
+            named = outcome.host and self.client.hosts > 1
+            where = f" on {printable(outcome.host)}:" if named else ""
+            style, words = "fail", f"FAIL({outcome.exitcode}){where} "
+        else:
+            style = "flaky"
+            words = f"FAILED ONLY ON {printable(outcome.only_on)}! " if outcome.only_on else "FLAKY! "
+        return self.paint(style, words) + self.paint(
+            style + " cmd", truncate_middle(escape_command(outcome.cmd)) + " ")
+
+    def started(self, commands: Optional[int]) -> None:
+        if not self.brief and not self.quiet:
+            self.line("Releasing the hounds: " + (
+                "commands to execute as they come" if commands is None else
+                f"{plural(commands, 'command')} to execute"))
+
+    def result(self, outcome: Outcome) -> None:
+        if self.brief or self.quiet and outcome.verdict == OK:
+            return
+        took = "⌚" + seed_duration(outcome.spent / 1000, ms=True)
+        self.line(self.headline(outcome)
+                  + self.paint("slow" if outcome.spent > self.slow else "time", took))
+        for why in filter(None, (describe_signal(outcome), printable(outcome.reason, 1000))):
+            self.line(f"testcloud: {why}")
+        if outcome.tries and outcome.verdict != OK:
+            self.line(f"testcloud: {describe_tries(outcome, printable)}")
+        if self.verbose:
+            print_notice(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
+
+    def ended(self, summary: Summary) -> None:
+        if self.quiet and summary.all_passed():
+            return
+        nothing = summary.complete and not summary.ran and not summary.skipped
+        passed = summary.all_passed()
+        self.line(self.paint("all ok" if passed else "some failed", (
+            "No commands to execute" if nothing else
+            "All commands successfully executed ☃" if passed else
+            "Some commands failed :(" if summary.complete else
+            "Not all commands were executed :(")))
+        if not nothing:
+            for line in itertools.chain(self.failures(summary), self.totals(summary)):
+                self.line(line)
+
+    def failures(self, summary: Summary) -> Iterator[str]:
+        """How many commands failed and how, the first of them, and what to do."""
+        failed = sum(summary.codes.values())
+        if failed:
+            codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
+                              for how, n in sorted(summary.codes.items(), key=natural_order))
+            yield f"{failed} of {plural(summary.ran, 'command')} failed: {codes}"
+        for outcome in summary.failures:
+            yield "  " + self.headline(outcome).rstrip()
+        if failed > len(summary.failures):
+            yield f"  and {failed - len(summary.failures)} more"
+        if summary.bad_hosts:
+            yield summary.bad_hosts
+        if summary.rerun and (failed or summary.skipped_failed):
+            yield f"To run just these again: {summary.rerun}"
+
+    def totals(self, summary: Summary) -> Iterator[str]:
+        if summary.flaky:
+            hosts = ", ".join(f"{n} FAILED ONLY ON {printable(host)}"
+                              for host, n in summary.only_on.items())
+            yield (f"Flaky: {summary.flaky} of {summary.ran} failed at first, and passed elsewhere "
+                   f"or later" + (f": {hosts}" if hosts else ""))
+        for host, n in summary.unable.items():
+            yield (f"{plural(n, 'command')} could not be started on {printable(host)}, and ran "
+                   f"elsewhere")
+        if summary.skipped:
+            failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
+            yield f"Skipped {summary.skipped} that an earlier run has done{failed}"
+        yield (f"Ran {plural(summary.ran, 'command')} in ⌚{seed_duration(summary.spent)}, result "
+               f"hash {'' if summary.complete else 'of these '}is {summary.hash}")
+
+
+def seed_duration(seconds: Seconds, ms: bool = False) -> str:
+    """A time in the seed's format; from 10 s on as duration() has it."""
+    if seconds >= 10:
+        return duration(seconds)
+    return f"{seconds * 1000:.2f}ms" if ms else f"{seconds:.2f}s"
+
+
+def describe_signal(outcome: Outcome) -> str:
+    """The signal that killed a command, or a process whose exit code it passed on; "" if none."""
+    number = outcome.signal or (0 if outcome.reason else outcome.exitcode - 128)
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # no signal, or one without a name
+        return f"killed by signal {number}" if outcome.signal else ""
+    return (f"killed by {name}" if outcome.signal else
+            f"exit code {outcome.exitcode} is that of a process killed by {name}")
+
+
+class TextOutput(Reporter):
+    """The output of each command, after its line of the transcript."""
+
+    def __init__(self, store: ResultStore, put: Put, tag: bool = False) -> None:
+        self.store = store
+        self.put = put
+        self.tag = tag
+
+    def result(self, outcome: Outcome) -> None:
+        output = self.store.output(outcome.stored)
+        if self.tag:
+            output = tag_lines(outcome.line, output)
+        self.put(itertools.chain(end_line(output), [b"\n"]))
+
+
+class RawOutput(Reporter):
+    """--raw: the stdout and the stderr of each command, unchanged."""
+
+    def __init__(self, store: ResultStore, out: Put, err: Put) -> None:
+        self.store = store
+        self.out = out
+        self.err = err
+
+    def result(self, outcome: Outcome) -> None:
+        self.out(self.stream(outcome, 1))
+        self.err(end_line(self.stream(outcome, 2)))  # our own lines follow
+
+    def stream(self, outcome: Outcome, wanted: int) -> Iterator[bytes]:
+        return (piece for stream, piece in self.store.streams(outcome.stored) if stream == wanted)
+
+
+class LiveLines(Reporter):
+    """--live: whole lines of running commands as they come, tagged; with the result the rest of the
+    output. More than BLOCK_SIZE bytes without a newline count as a line."""
+
+    def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes], int], None]) -> None:
+        self.store = store
+        self.put = put
+        # commands: the tag, and the start of a line whose end has not come
+        self.begun: Dict[int, Tuple[str, bytes]] = {}
+
+    def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
+        lines, newline, rest = (self.begun_line(seq, offset) + data).rpartition(b"\n")
+        if len(rest) > BLOCK_SIZE:
+            lines, newline, rest = lines + newline + rest, b"\n", b""
+        self.put(tag_lines(line, [lines + newline]), len(lines) + 1)
+        self.begun[seq] = line, rest
+
+    def begun_line(self, seq: int, offset: int) -> bytes:
+        """Take the line that goes on at this offset. Offset 0 ends the line of an earlier try."""
+        _, begun = self.begun.pop(seq, ("", b""))
+        return begun + b"\n" if begun and offset == 0 else begun
+
+    def result(self, outcome: Outcome) -> None:
+        begun = self.begun_line(outcome.seq, outcome.shown)
+        rest = skip_bytes(self.store.output(outcome.stored), outcome.shown)
+        self.put(end_line(tag_lines(outcome.line, itertools.chain([begun], rest))), 0)
+
+    def ended(self, summary: Summary) -> None:
+        for line, begun in self.begun.values():
+            self.put(end_line(tag_lines(line, [begun])), 0)
+
+
+def end_line(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield an output, and a newline if it does not end with one."""
+    last = b"\n"
     for piece in pieces:
-        room = first - len(head)
-        head += piece[:room]
-        tail = (tail + piece[room:])[-last:]
-        size += len(piece)
-    return head, size - len(head) - len(tail), tail
+        yield piece
+        last = piece[-1:]
+    if last != b"\n":
+        yield b"\n"
+
+
+def tag_lines(tag: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the same lines, each after the tag and a tab."""
+    head, at_start = to_bytes(escape_command(tag)) + b"\t", True
+    for piece in pieces:
+        for line in piece.splitlines(True):
+            yield head + line if at_start else line
+            at_start = line.endswith(b"\n")
+
+
+def skip_bytes(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Yield what follows the first `size` bytes."""
+    for piece in pieces:
+        yield piece[size:]
+        size = max(0, size - len(piece))
+
+
+# === JSON Lines =======================================================================
+#
+# One JSON object a line for each result, in ASCII. Bytes that are no UTF-8 are U+FFFD there,
+# and another field NAME_base64 has them exactly.
+
+
+class JsonLines(Reporter):
+    def __init__(self, store: ResultStore, put: Put, brief: bool) -> None:
+        self.store = store
+        self.put = put
+        self.brief = brief  # without outputs
+
+    def result(self, outcome: Outcome) -> None:
+        fields = outcome._asdict()
+        for name in ("stored", "shown", "cmd", "spent", "line", "occurrence"):
+            del fields[name]
+        fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
+                      **text_fields("command", to_bytes(outcome.cmd)))
+        self.put(self.line(dump_utf8(fields), outcome))
+
+    def try_fields(self, one: Try) -> Fields:
+        fields = dict(one._asdict(), time=one.spent)
+        for name in ("spent", "size", "output", "ran"):
+            del fields[name]
+        return fields if self.brief else dict(fields, **text_fields("output", one.output))
+
+    def line(self, head: str, outcome: Outcome) -> Iterator[bytes]:
+        """Yield the line; an output of any size passes through piece by piece."""
+        if self.brief:
+            yield head.encode() + b"\n"
+            return
+        decoder, exact = codecs.getincrementaldecoder("utf-8")("replace"), True
+        yield head[:-1].encode() + b', "output": "'
+        for piece in itertools.chain(self.store.output(outcome.stored), [b""]):
+            begun, _ = decoder.getstate()  # the start of a character
+            text = decoder.decode(piece, final=not piece)
+            exact = exact and (begun + piece).startswith(text.encode())
+            yield json.dumps(text)[1:-1].encode()
+        if not exact:
+            yield b'", "output_base64": "'
+            for block in blocks(self.store.output(outcome.stored)):
+                yield in_base64(block).encode()
+        yield b'"}\n'
+
+
+def text_fields(name: str, data: bytes) -> Fields:
+    """A field with this text; and NAME_base64 with its bytes, if it is no UTF-8."""
+    text = data.decode("utf-8", "replace")
+    exact = {} if text.encode() == data else {name + "_base64": in_base64(data)}
+    return {name: text, **exact}
+
+
+def dump_utf8(value: Any) -> str:
+    """JSON in ASCII, with U+FFFD for bytes that are no UTF-8."""
+    text = json.dumps(value)
+    return json.dumps(load(in_utf8(dump(value)))) if "\\ud" in text else text
+
+
+def in_base64(data: bytes) -> str:
+    import base64  # late, as others that only reports need
+    return base64.b64encode(data).decode()
+
+
+# === Joblog ===========================================================================
+#
+# The joblog of GNU parallel: a line of columns for each result, written at once, so that it
+# survives a crash. --resume reads it and skips what an earlier run has done.
+
+JOBLOG_HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
+
+
+class JobLog(Reporter):
+    """A joblog that this client alone may write, until the end of the run."""
+
+    def __init__(self, path: str, rows: Sequence[str]) -> None:
+        """Begin with these lines of an earlier run. Raises OSError."""
+        self.path = path
+        self.files = contextlib.ExitStack()
+        self.file = self.files.enter_context(open_locked(path))
+        if rows:
+            write_atomically(path, [JOBLOG_HEADER, *rows])
+            if not os.path.samestat(os.stat(path), os.fstat(self.file.fileno())):
+                self.file = self.files.enter_context(open_locked(path))
+        else:
+            if is_replaceable(path):
+                self.file.truncate(0)
+            self.write(JOBLOG_HEADER)
+
+    def write(self, line: str) -> None:
+        rest = to_bytes(line)
+        while rest:
+            rest = rest[self.file.write(rest):]
+
+    def result(self, outcome: Outcome) -> None:
+        self.write(joblog_line(outcome))
+
+    def ended(self, summary: Summary) -> None:
+        self.files.close()
+
+
+def open_locked(path: str) -> BlockingFile:
+    """Open a file to append to, and lock it until it is closed. Raises OSError."""
+    file = open_blocking(path, "a")
+    try:
+        if is_replaceable(path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise OSError(error.errno, "another client writes it") from None
+    except OSError:  # a network file system without locks
+        pass
+    return file
+
+
+def joblog_line(outcome: Outcome) -> str:
+    """GNU parallel's columns: times in seconds, NUL for a newline in the command. Our additions:
+    Host ends with the verdict of a flaky command. Send would always be 0; it is minus the
+    occurrence, which tells equal commands apart even if the input has changed."""
+    verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
+    host = printable(outcome.host or ":") + printable(verdict)
+    return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
+            f"{-outcome.occurrence}\t{outcome.stored.size}\t{outcome.exitcode}\t{outcome.signal}\t"
+            + outcome.cmd.replace("\n", "\0") + "\n")
+
+
+class JobLogRow(NamedTuple):
+    seq: int
+    command: str
+    occurrence: int  # how many equal commands precede it in the input; 0 in GNU parallel's
+    failed: bool
+    seconds: float
+    line: str
+
+
+def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
+    """Read a joblog, ours or GNU parallel's. Skip damaged lines, such as the last one of a writer
+    that was killed. Raises OSError, SetupError."""
+    rows, damaged = [], 0
+    with notice_if_blocked(path), open(path, "rb") as file:
+        head = file.readline(len(JOBLOG_HEADER))
+        if not JOBLOG_HEADER.encode().startswith(head):
+            raise SetupError(f"{printable(path)} is no joblog: its first line is another")
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                break
+            try:
+                rows.append(joblog_row(to_text(raw), flaky_fails))
+            except (ValueError, IndexError):
+                damaged += 1
+    if damaged:
+        print_notice(f"{printable(path)}: passing over {plural(damaged, 'damaged line')}")
+    return rows
+
+
+def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
+    """Parse a line. Raises ValueError, IndexError."""
+    seq, host, _, seconds, send, _, exitcode, signal, command = line.rstrip("\n").split("\t", 8)
+    flaky = re.search(r" \((flaky|only on .*)\)$", host) is not None
+    failed = int(exitcode) != 0 or int(signal) != 0 or flaky and flaky_fails
+    return JobLogRow(int(seq), command.replace("\0", "\n"), max(0, -int(send)), failed,
+                     float(seconds), line)
+
+
+class EarlierRun:
+    """What the joblog of an earlier run says. A command is known by its text and its occurrence:
+    its place changes with the input."""
+
+    def __init__(self, rows: Sequence[JobLogRow], failures_too: bool) -> None:
+        """Of several rows for a command the last one counts. Drop failures if these run again."""
+        self.rows: Dict[Tuple[str, int], JobLogRow] = {}
+        moved: Dict[Tuple[int, str, int], int] = {}  # GNU parallel's rows: their true occurrence
+        free: Counter[str] = Counter()
+        for row in rows:
+            known_as = row.seq, row.command, row.occurrence
+            occurrence = moved.get(known_as, row.occurrence)
+            if self.rows.get((row.command, occurrence), row).seq != row.seq:
+                while (row.command, occurrence) in self.rows:
+                    occurrence = free[row.command]
+                    free[row.command] += 1
+                moved[known_as] = occurrence
+            self.rows[row.command, occurrence] = row
+        if failures_too:
+            self.rows = {key: row for key, row in self.rows.items() if not row.failed}
+        self.seen: Counter[str] = Counter()  # commands of the input
+        self.skipped = self.skipped_failed = 0
+
+    def next_occurrence(self, command: str) -> int:
+        """Count a command of the input; return how many equal ones precede it."""
+        self.seen[command] += 1
+        return self.seen[command] - 1
+
+    def has_done(self, command: str, occurrence: int) -> bool:
+        row = self.rows.get((command, occurrence))
+        if row:
+            self.skipped += 1
+            self.skipped_failed += row.failed
+        return row is not None
 
 
 # === JUnit ============================================================================
@@ -9499,7 +9473,7 @@ def print_commands(settings: argparse.Namespace) -> int:
     with writing_to_stdout(), io.BufferedWriter(BlockingFile(1, "w", closefd=False)) as out:
         for seq, arguments in enumerate(read_arguments(settings), 1):
             command = fill_template(settings.template, arguments, seq)
-            if not done.has_done(command, done.count(command)):
+            if not done.has_done(command, done.next_occurrence(command)):
                 out.write(to_bytes(command + "\n"))
     if seq or settings.allow_empty:
         return 0
@@ -9564,20 +9538,18 @@ class Display:
             settings.raw or settings.json) else None
         say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
         self.quiet = settings.verbose is None and self.err is not None  # transcript: only errors
-        self.transcript = TextSummary(client, say, colour) if settings.json else Transcript(
-            client, say, colour, settings.slow, settings.verbose)
-        shown: List[Reporter] = [Quiet([self.transcript]) if self.quiet else self.transcript]
+        self.transcript = Transcript(client, say, colour, settings.slow, settings.verbose,
+                                     settings.json, self.quiet)
+        shown: List[Reporter] = [self.transcript]
         if settings.json:
             shown.append(JsonLines(store, self.out.put, settings.brief))
         elif self.err and not settings.brief:  # --raw
             shown.append(RawOutput(store, self.out.put, self.err.put))
         elif not settings.brief and not settings.live:
             shown.append(TextOutput(store, self.out.put, settings.tag))
-        if settings.fail_only:
-            shown = [FailOnly(shown)]
-        self.reporter = KeepOrder(shown) if settings.keep_order else Tee(shown)
+        self.reporters: List[Reporter] = [Filter(shown, settings.fail_only, settings.keep_order)]
         if settings.live:
-            self.reporter = Tee([LiveLines(store, self.out.put), self.reporter])
+            self.reporters.insert(0, LiveLines(store, self.out.put))
 
     def tell(self, line: Iterable[bytes]) -> None:
         """Put a line among the outputs that stderr gets."""
@@ -9662,17 +9634,17 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     store = ResultStore(settings.raw)
     loop: EventLoop
     show = Display(settings, store, lambda error: loop.post(lambda now: fail(error)), client)
-    reports = Reports(client, store, [show.reporter, *file_reporters(settings, store, done),
+    reports = Reports(client, store, [*show.reporters, *file_reporters(settings, store, done),
                                       Timings(timings_path())])
 
     def add(arguments: Arguments) -> None:
         command = fill_template(settings.template, arguments, client.last_id + 1)
-        before = done.count(command) if settings.joblog else 0
-        if done.has_done(command, before):
+        occurrence = done.next_occurrence(command) if settings.joblog else 0
+        if done.has_done(command, occurrence):
             client.skip()
         else:
             client.add(command, cwd)
-            reports.expect(client.last_id, " ".join(arguments), before)
+            reports.expect(client.last_id, " ".join(arguments), occurrence)
 
     def interrupt(status: int, now: Seconds) -> None:
         if client.left:  # only the transcript is still being written
@@ -9691,7 +9663,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
         adapter = loop.add(client, {
-            RunStarted: reports.released, FetchedOutput: reports.add_part, LiveOutput: live,
+            RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: live,
             ProvisionalResult: reports.keep, FinalResult: reports.report,
             Notice: lambda effect: tell(effect.text, effect.error)})
         show.out.caught_up = lambda: loop.post(client.resume_live)
