@@ -6562,169 +6562,62 @@ def xml_text(element: ET.Element) -> str:
     return tostring(element, "unicode", short_empty_elements=False)
 
 
-PAGE_OUTPUT = 32 * 1024  # bytes from either end of an output: there the reasons stand
-PAGE_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browsers get slow past it
-PAGE_ENTRIES = 1000  # failures shown with their output, and flaky commands: the list has all
-PAGE_SLOWEST = 20  # commands in that table: what fits on a screen
-# verdicts as they are shown; with marks, so that nobody needs colours
+# === HTML report ======================================================================
+#
+# One file that shows a whole run and needs neither network nor server. Failures and flaky
+# commands are plain HTML. The commands are there once more as JSON, from which the script
+# draws the timeline and the list, a page at a time: 100,000 commands stay quick. All text
+# from outside is escaped. If an escape is missing, the Content-Security-Policy still runs
+# no script but ours, which it knows by its hash.
+
+HTML_OUTPUT = 32 * 1024  # bytes from either end of an output: there the reasons stand
+HTML_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browsers get slow past it
+HTML_ENTRIES = 1000  # failures, and flaky commands, outside of the list
+# with marks, so that a reader needs no colours
 VERDICT_LABELS = {OK: "✓ OK", FAIL: "✗ FAIL", FLAKY: "~ FLAKY", ONLY: "◐ FAIL ON 1 HOST"}
 
 
 class HtmlReport(FinalReport):
-    """One file that shows a whole run, opens from anywhere and asks nobody for anything. The commands
-    are in it once, as JSON, from which its script draws the timeline and only those lines of the
-    list that are in sight: it stays quick with 100,000 of them. Failures, flaky and slowest commands
-    are plain HTML and need no script. Nothing that comes from a command is ever taken for HTML, and
-    if it were, no script but ours would run: the page says so by its hash."""
-
     def content(self, summary: Summary) -> Iterator[str]:
         hosts = {one.host for one in all_tries(self.outcomes)} - {""}
-        title = f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}"
-        facts = [("took", took_words(summary.spent * 1000)), ("hosts", str(len(hosts))),
+        facts = [("took", duration(summary.spent)), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
         facts += [(f"failed only on {host}", str(n)) for host, n in summary.only_on.items()]
         facts += [(f"could not start on {host}", str(n)) for host, n in summary.unable.items()]
-        return html_page(title, self.outcomes, self.output_of, facts, summary.trouble(),
-                         summary.flaky_counts)
+        return html_page(f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}", self.outcomes,
+                         self.output_of, facts, summary.trouble(), summary.flaky_counts)
 
 
-def one_line(text: str) -> str:
-    return escape_unprintable(text).replace("\n", "\\n")
+def html_page(title: str, outcomes: Iterable[Outcome],
+              output_of: Callable[[Outcome], Iterator[bytes]], facts: Sequence[Tuple[str, str]],
+              trouble: str = "", flaky_counts: bool = False) -> Iterator[str]:
+    """The report in pieces. An output is read when its piece is made."""
+    outcomes = sorted(outcomes)
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
+    flaky = [outcome for outcome in outcomes if outcome.verdict in (FLAKY, ONLY)]
+    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes)
+    end = min(HTML_OUTPUT, HTML_OUTPUTS // (2 * max(1, min(len(failed), HTML_ENTRIES))))
+    pieces: Dict[str, Iterable[str]] = {
+        "hash": [in_base64(hashlib.sha256(HTML_SCRIPT.encode()).digest())],
+        "title": [html_line(title)],
+        "state": [FAIL if failures or trouble else OK],
+        "headline": [html_line(html_headline(len(outcomes), failures, trouble))],
+        "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
+                   for verdict in VERDICT_LABELS if counts[verdict]),
+        "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(fact)}</div>\n" for name, fact in facts),
+        "failures": html_entries(failed, lambda outcome: html_output(output_of(outcome), end)),
+        "flaky": html_entries(flaky, lambda outcome: ""),
+        "options": (f'<option value="{key}">{label}' for key, label in VERDICT_LABELS.items()),
+        "data": html_data(outcomes),
+        "script": [HTML_SCRIPT],
+    }
+    # not string.Template: that makes one text of all
+    for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", HTML_TEMPLATE)):
+        yield from pieces[part] if at % 2 else [part]
 
 
-def html_escape(text: str, quote: bool = True) -> str:
-    import html  # late, as others that only reports need: each takes time at every start
-    return html.escape(text, quote)
-
-
-def html_line(text: str) -> str:
-    """A text from outside as one line of HTML, for an attribute too."""
-    return html_escape(one_line(text))
-
-
-def took_words(ms: float) -> str:
-    return f"{ms:.2f} ms" if ms < 1000 else f"{ms / 1000:.3f} s" if ms < 10_000 else duration(ms / 1000)
-
-
-def ending_words(outcome: Outcome) -> str:
-    """How a command ended, and its tries before, in words."""
-    words = [f"exit code {outcome.exitcode}"]
-    if outcome.exitcode == TIMED_OUT:
-        words.append("timed out")
-    if outcome.signal:
-        words.append(f"signal {outcome.signal}")
-        with contextlib.suppress(ValueError):  # one that this system does not know
-            words[-1] += f" ({signal.Signals(outcome.signal).name})"
-    if outcome.reason:
-        words.append(one_line(outcome.reason))
-    if outcome.only_on:
-        words.append(f"failed only on {one_line(outcome.only_on)}")
-    if outcome.tries:
-        words.append(describe_tries(outcome, one_line))
-    return "; ".join(words)
-
-
-def output_html(parts: Iterable[bytes], end: int) -> str:
-    head, left_out, tail = head_and_tail(parts, end, end)
-    if not left_out:
-        head, tail = head + tail, b""
-    first, last = (html_escape(escape_unprintable(
-        part.decode("utf-8", "replace").replace("\r\n", "\n")), False)
-                   for part in (head, tail))
-    cut = f"<mark>{left_out:,} bytes left out</mark>" if left_out else ""
-    return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
-
-
-def failed_tries_html(outcome: Outcome, reported: bytes = b"") -> str:
-    """What the tries printed that failed, but what is shown already: the end of the reported output,
-    or that of another try."""
-    html, shown = "", [reported]
-    for one in outcome.tries:
-        how = f"<p>Exit code {one.exitcode} on {html_line(one.host)}, after "
-        if one.output and any(output.endswith(one.output) for output in shown):
-            html += f"{how}the same output.</p>\n"
-        elif one.output:
-            shown.append(one.output)
-            html += f"{how}this output:</p>\n{output_html([one.last_words().encode()], PAGE_OUTPUT)}"
-    return html
-
-
-def html_badge(verdict: str) -> str:
-    return f'<b class="badge {verdict}">{VERDICT_LABELS[verdict]}</b>'
-
-
-def html_name(outcome: Outcome) -> str:
-    return f'<a href="#seq={outcome.seq}">{outcome.seq}</a> <code>{html_line(outcome.cmd)}</code>'
-
-
-def html_entry(outcome: Outcome, output: str) -> str:
-    """A command that asks for attention."""
-    where = f"; {html_line(outcome.host)}, slot {outcome.slot} of {html_line(outcome.worker)}, "
-    return (f'<article id="c{outcome.seq}"><h3>{html_name(outcome)}</h3>\n'
-            f"<p>{html_badge(outcome.verdict)} {html_escape(ending_words(outcome))}"
-            f"{where + took_words(outcome.spent) if outcome.host else ''}</p>\n{output}</article>\n")
-
-
-def html_entries(chosen: List[Outcome], output: Callable[[Outcome], str]) -> Iterator[str]:
-    yield from (html_entry(outcome, output(outcome)) for outcome in chosen[:PAGE_ENTRIES])
-    if len(chosen) > PAGE_ENTRIES:
-        more = len(chosen) - PAGE_ENTRIES
-        yield f"<p>And {more:,} more, which are in the list of all commands.</p>\n"
-    if not chosen:
-        yield "<p>None.</p>\n"
-
-
-def slowest_rows(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    for outcome in sorted(outcomes, key=lambda outcome: -outcome.spent)[:PAGE_SLOWEST]:
-        yield (f"<tr><td>{took_words(outcome.spent)}<td>{html_badge(outcome.verdict)}"
-               f"<td>{html_line(outcome.host)}<td>{html_name(outcome)}\n")
-
-
-def all_tries(outcomes: Iterable[Outcome]) -> Iterator[Union[Outcome, Try]]:
-    for outcome in outcomes:
-        yield outcome
-        yield from outcome.tries
-
-
-def row_place(one: Union[Outcome, Try]) -> Tuple[str, str, int]:
-    return one.host, one.worker, one.slot
-
-
-def natural_order(names: Sequence[object]) -> List[object]:
-    """For sorting: host2 comes before host10."""
-    return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
-             for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
-
-
-def script_json(value: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def commands_json(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """All commands for the page's script, which names the fields of a row; then their other tries."""
-    known = [one for one in all_tries(outcomes) if one.started]
-    began = min((one.started for one in known), default=0.0)
-    slots = sorted({*map(row_place, known)}, key=natural_order)
-    rows = {slot: row for row, slot in enumerate(slots)}
-
-    def bar(one: Union[Outcome, Try]) -> Tuple[int, float, float]:
-        return (rows[row_place(one)] if one.started else -1,
-                round(max(0.0, one.started - began) * 1000, 1), round(one.spent, 2))
-    shown = script_json([(one_line(host), one_line(worker), slot) for host, worker, slot in slots])
-    yield f'{{"began":{began},\n"labels":{script_json(VERDICT_LABELS)},\n"rows":{shown},\n"commands":['
-    verdicts = {verdict: at for at, verdict in enumerate(VERDICT_LABELS)}
-    comma = itertools.chain(["\n"], itertools.repeat(",\n"))
-    for outcome in outcomes:
-        end = ending_words(outcome)
-        yield next(comma) + script_json((
-            outcome.seq, one_line(outcome.cmd), verdicts[outcome.verdict], *bar(outcome),
-            "" if end == "exit code 0" else end))
-    tries = [(outcome.seq, one.exitcode, *bar(one)) for outcome in outcomes for one in outcome.tries]
-    yield f'],\n"tries":{script_json(tries)}}}'
-
-
-def page_headline(total: int, failed: int, trouble: str) -> str:
+def html_headline(total: int, failed: int, trouble: str) -> str:
     words = f"{total:,} command{'' if total == 1 else 's'}" if total else "No commands"
     if failed:
         words = f"{failed:,} of {words} failed"
@@ -6733,50 +6626,377 @@ def page_headline(total: int, failed: int, trouble: str) -> str:
     return words + (trouble and f"; {trouble}")
 
 
-def html_page(title: str, outcomes: Sequence[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              facts: Sequence[Tuple[str, str]], trouble: str = "",
-              flaky_counts: bool = False) -> Iterator[str]:
-    """The page, in pieces that are UTF-8 without exception."""
-    outcomes = sorted(outcomes, key=lambda outcome: outcome.seq)
-    counts = Counter(outcome.verdict for outcome in outcomes)
-    failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
-    flaky = [outcome for outcome in outcomes if outcome.verdict in (FLAKY, ONLY)]
-    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes)
+def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) -> Iterator[str]:
+    """Commands that ask for attention, with the outputs of their other tries folded."""
+    for outcome in outcomes[:HTML_ENTRIES]:
+        seq, ending = outcome.seq, describe_ending(outcome)
+        if outcome.host:
+            ending += (f"; {outcome.host}, slot {outcome.slot} of {outcome.worker}, "
+                       f"{duration(outcome.spent / 1000)}")
+        yield (f'<article id="c{seq}"><h3><a href="#seq={seq}">{seq}</a> '
+               f"<code>{html_line(outcome.cmd)}</code></h3>\n"
+               f"<p>{html_badge(outcome.verdict)} {html_line(ending)}</p>\n{output(outcome)}")
+        for one in outcome.tries:
+            if one.output:
+                yield (f"<details><summary>Exit code {one.exitcode} on {html_line(one.host)}"
+                       f"</summary>{html_output([one.last_words().encode()], HTML_OUTPUT)}</details>\n")
+        yield "</article>\n"
+    if len(outcomes) > HTML_ENTRIES:
+        yield f"<p>The list of all commands has {len(outcomes) - HTML_ENTRIES:,} more.</p>\n"
+    if not outcomes:
+        yield "<p>None.</p>\n"
 
-    def last_of(outcome: Outcome) -> bytes:
-        if not any(one.output for one in outcome.tries):
-            return b""  # and need not be read
-        return head_and_tail(output_of(outcome), 0, TRY_OUTPUT)[2]
 
-    end = min(PAGE_OUTPUT, PAGE_OUTPUTS // (2 * max(1, min(len(failed), PAGE_ENTRIES))))
-    script = HTML_TEMPLATE.partition("<script>")[2].partition("</script>")[0]
-    pieces: Dict[str, Iterable[str]] = {
-        "title": [html_line(title)],
-        "hash": [in_base64(hashlib.sha256(script.encode()).digest())],
-        "state": [FAIL if failures or trouble else OK],
-        "headline": [html_line(page_headline(len(outcomes), failures, trouble))],
-        "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
-                   for verdict in VERDICT_LABELS if counts[verdict]),
-        "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(value)}</div>\n" for name, value in facts),
-        "failures": html_entries(failed, lambda outcome: output_html(output_of(outcome), end)
-                                 + failed_tries_html(outcome, last_of(outcome))),
-        "flaky": html_entries(flaky, failed_tries_html),
-        "slowest": slowest_rows(outcomes),
-        "options": (f'<option value="{verdict}">{label}' for verdict, label in VERDICT_LABELS.items()),
-        "data": commands_json(outcomes),
+def html_output(parts: Iterable[bytes], end: int) -> str:
+    """An output without its middle if it is longer than `end` bytes at either end."""
+    head, left_out, tail = head_and_tail(parts, end, end)
+    if not left_out:
+        head, tail = head + tail, b""
+    texts = (part.decode("utf-8", "replace").replace("\r\n", "\n") for part in (head, tail))
+    first, last = map(html_escape, map(escape_unprintable, texts))
+    cut = f"<mark>{left_out:,} bytes left out</mark>" if left_out else ""
+    return f'<pre tabindex="0">\n{first}{cut}{last}</pre>' if head else "<p>It wrote nothing.</p>"
+
+
+def html_badge(verdict: str) -> str:
+    return f'<b class="badge {verdict}">{VERDICT_LABELS[verdict]}</b>'
+
+
+def html_line(text: str) -> str:
+    """A text from outside as one line of HTML, for an attribute too."""
+    return html_escape(one_line(text))
+
+
+def html_escape(text: str) -> str:
+    import html  # late, as others that only reports need: each takes time at every start
+    return html.escape(text)
+
+
+def one_line(text: str) -> str:
+    return escape_unprintable(text).replace("\n", "\\n")
+
+
+def describe_ending(outcome: Outcome) -> str:
+    """How a command ended, and its tries before, in words."""
+    words = [f"exit code {outcome.exitcode}"]
+    if outcome.exitcode == TIMED_OUT:
+        words.append("timed out")
+    if outcome.signal:
+        words.append(describe_signal(outcome))
+    if outcome.reason:
+        words.append(outcome.reason)
+    if outcome.only_on:
+        words.append(f"failed only on {outcome.only_on}")
+    if outcome.tries:
+        words.append(describe_tries(outcome, str))
+    return "; ".join(words)
+
+
+def all_tries(outcomes: Iterable[Outcome]) -> Iterator[Union[Outcome, Try]]:
+    for outcome in outcomes:
+        yield outcome
+        yield from outcome.tries
+
+
+def natural_order(names: Sequence[object]) -> List[object]:
+    """A key for sorting: host2 comes before host10."""
+    return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
+             for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
+
+
+def html_data(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """The JSON for the script, which names the fields of a row: the slots, which are rows of the
+    timeline, the commands, and their other tries."""
+    started = [one for one in all_tries(outcomes) if one.started]
+    began = min((one.started for one in started), default=0.0)
+    slots = sorted({(one.host, one.worker, one.slot) for one in started}, key=natural_order)
+    rows = {slot: row for row, slot in enumerate(slots)}
+
+    def bar(one: Union[Outcome, Try]) -> Tuple[int, float, float]:
+        return (rows[one.host, one.worker, one.slot] if one.started else -1,
+                round(max(0.0, one.started - began) * 1000, 1), round(one.spent, 2))
+    shown = script_json([(one_line(host), one_line(worker), slot) for host, worker, slot in slots])
+    yield f'{{"began":{began},\n"labels":{script_json(VERDICT_LABELS)},\n"rows":{shown},\n'
+    yield '"commands":['
+    for at, outcome in enumerate(outcomes):
+        ending = one_line(describe_ending(outcome))
+        yield (",\n" if at else "\n") + script_json((
+            outcome.seq, one_line(outcome.cmd), outcome.verdict, *bar(outcome),
+            "" if ending == "exit code 0" else ending))
+    tries = [(outcome.seq, one.exitcode, *bar(one))
+             for outcome in outcomes for one in outcome.tries]
+    yield f'],\n"tries":{script_json(tries)}}}'
+
+
+def script_json(value: object) -> str:
+    """JSON that cannot end the script element around it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+HTML_TEMPLATE = r"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
+ script-src 'sha256-{{hash}}'; base-uri 'none'; form-action 'none'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{{title}}</title>
+<style>
+:root { color-scheme: light dark; --OK: #5aa9e0; --FAIL: #d9480f; --FLAKY: #e6b000; --ONLY: #8a4fd0 }
+body { max-width: 1500px; margin: auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+h1, h3, p, dd { margin: 0 } h2 { margin: 2rem 0 .5rem } h2, h3 { font-size: 1.1em }
+header { border-left: 8px solid var(--OK); padding-left: 1rem }
+header.FAIL { border-color: var(--FAIL) }
+.bar, dl, #list summary { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; align-items: baseline }
+.bar, dl, pre, article { margin: .6rem 0 }
+dt, small { font-size: 13px; opacity: .7 }
+code, pre { font: 13px/1.45 ui-monospace, monospace }
+pre, #lanes { overflow: auto; max-height: 26rem; background: #8881; border: 1px solid #8884 }
+pre { padding: .6rem; white-space: pre-wrap }
+mark { display: block }
+article { content-visibility: auto; contain-intrinsic-size: auto 9rem }
+.badge { font-size: 12px } .badge::before { content: "■ "; color: var(--OK) }
+.FAIL::before { color: var(--FAIL) } .FLAKY::before { color: var(--FLAKY) }
+.ONLY::before { color: var(--ONLY) }
+input, select, button { font: inherit } #q { flex: 1 1 14rem }
+#lanes { max-height: 70vh } canvas { position: sticky; left: 0; top: 0; display: block }
+#tip { position: fixed; inset: auto 0 0; padding: .4rem 1rem; white-space: pre-line;
+  background: CanvasText; color: Canvas }
+#list details { padding: .2rem 0; border-bottom: 1px solid #8884 }
+#list [open] { background: #8882 } #list summary { cursor: pointer }
+#list summary > * { flex: 0 0 8rem } #list summary span:first-child { flex-basis: 3rem }
+#list summary code { flex: 1 1 20rem }
+html:not(.js) .js { display: none }
+</style></head><body>
+<header class="{{state}}"><h1>{{headline}}</h1><p>{{title}}</p></header>
+<div class="bar">{{counts}}</div>
+<dl>{{facts}}</dl>
+<nav class="bar" aria-label="Sections"><a href="#failures">Failures</a> <a href="#flaky">Flaky</a>
+<a class="js" href="#timeline">Timeline</a> <a class="js" href="#commands">All commands</a></nav>
+<section id="failures"><h2>Failures</h2>
+{{failures}}</section>
+<section id="flaky"><h2>Flaky: passed in the end, or elsewhere</h2>
+{{flaky}}</section>
+<noscript><p>The timeline and the list of all commands need JavaScript.</p></noscript>
+<section id="timeline" class="js"><h2>Timeline</h2>
+<div class="bar">
+<label>Zoom <input id="zoom" type="range" min="0" max="12" step=".5" value="0"></label>
+<small id="caption"></small></div>
+<div id="lanes" tabindex="0" role="region" aria-label="Timeline"><div>
+<canvas role="img" aria-label="A row for each slot, a bar for each command; the list has them all">
+</canvas></div></div><div id="tip" role="tooltip" hidden></div></section>
+<section id="commands" class="js"><h2>All commands</h2>
+<div class="bar" role="search"><input id="q" type="search" aria-label="Text to filter by"
+placeholder="Filter: command, host, reason"><select id="verdict" aria-label="Verdict to filter by">
+<option value="">any verdict{{options}}</select>
+<label><input id="slowest" type="checkbox"> Slowest first</label>
+<button id="back">Previous</button><button id="next">Next</button>
+<small id="found" role="status"></small></div><div id="list"></div></section>
+<script type="application/json" id="data">{{data}}</script>
+<script>{{script}}</script></body></html>
+"""
+
+HTML_SCRIPT = r""""use strict";
+document.documentElement.classList.add("js");
+const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
+const {began, labels, rows} = data;  // a row is [host, worker, slot]
+const commands = data.commands.map(([seq, cmd, verdict, row, at, spent, note]) =>
+  ({seq, cmd, verdict, row, at, spent, note: note || "exit code 0", shown: true}));
+const bySeq = new Map(commands.map(c => [c.seq, c]));
+const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // bars of their own
+  Object.create(bySeq.get(seq)), {row, at, spent, note: `another try: exit code ${code}`,
+    verdict: code ? "FAIL" : "OK", faint: .4}));
+let chosen = null, found = commands, first = 0;
+
+function where({row}) {
+  return row < 0 ? "never ran" : `${rows[row][0]}, slot ${rows[row][2]} of ${rows[row][1]}`;
+}
+function duration(ms) {  // as duration() of testcloud.py
+  const s = ms / 1000, whole = Math.round(s), min = Math.floor(whole / 60);
+  if (s < 1) return ms.toFixed(2) + " ms";
+  if (whole < 120) return s.toFixed(s < 10 ? 2 : 1) + " s";
+  return min < 120 ? `${min} min ${whole % 60} s` : `${Math.floor(min / 60)} h ${min % 60} min`;
+}
+function element(parent, tag, text, name = "") {  // a text stays a text, whatever is in it
+  const made = parent.appendChild(document.createElement(tag));
+  made.textContent = text; made.className = name;
+  return made;
+}
+
+// The timeline: a canvas as large as its box, which scrolls over the whole run.
+const lanes = $("lanes"), canvas = lanes.querySelector("canvas"), pen = canvas.getContext("2d");
+const AXIS = 24, GUTTER = 170, HEIGHT = Math.max(4, Math.min(22, 480 / rows.length));  // pixels
+const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, ...[1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900,
+  1800, 3600, 7200, 21600, 43200, 86400].map(s => s * 1000)];  // ms between marks of the axis
+const colour = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name);
+const colours = Object.fromEntries(Object.keys(labels).map(verdict => [verdict, colour(verdict)]));
+const bars = rows.map(() => []), firsts = new Map(), lasts = new Map();
+const ORDER = ["OK", "FLAKY", "ONLY", "FAIL"];  // of painting: failures on top
+for (const c of [...commands, ...tries]) if (c.row >= 0) {
+  const host = rows[c.row][0];
+  c.rank = c.faint ? -1 : ORDER.indexOf(c.verdict);
+  bars[c.row].push(c);
+  firsts.set(host, Math.min(c.at, firsts.get(host) ?? c.at));
+  lasts.set(host, Math.max(c.at + c.spent, lasts.get(host) ?? 0));
+}
+for (const row of bars) row.sort((a, b) => a.rank - b.rank || a.at - b.at);
+const total = Math.max(1, ...lasts.values());
+const longest = Math.max(1, ...[...lasts].map(([host, last]) => last - firsts.get(host)));
+const align = total > 4 * longest + 60000;  // hardly a gap in the run: the clock of a host is wrong
+const span = align ? longest : total, time = at => new Date(began * 1000 + at).toLocaleString();
+$("caption").textContent = !rows.length ? "Nothing ran." : `From ${time(0)}` +
+  (align ? ". The clocks of hosts differ: each begins with its first command." : "");
+let scale = 1;  // pixels a ms
+
+const from = c => align ? firsts.get(rows[c.row][0]) : 0;
+const xOf = c => GUTTER - lanes.scrollLeft + (c.at - from(c)) * scale;
+const yOf = row => AXIS - lanes.scrollTop + row * HEIGHT;
+function layout() {
+  scale = (lanes.clientWidth - GUTTER - 8) / span * 2 ** $("zoom").value;
+  canvas.parentNode.style.width = GUTTER + 8 + span * scale + "px";
+  canvas.parentNode.style.height = AXIS + 8 + rows.length * HEIGHT + "px";
+  paint();
+}
+function paint() {
+  const W = lanes.clientWidth, H = lanes.clientHeight, dots = devicePixelRatio;
+  canvas.width = W * dots; canvas.height = H * dots;
+  canvas.style.width = W + "px"; canvas.style.height = H + "px";
+  pen.scale(dots, dots); pen.textBaseline = "middle"; pen.font = "12px system-ui, sans-serif";
+  const fill = (style, x, y, w, h) => { pen.fillStyle = style; pen.fillRect(x, y, w, h); };
+  const ink = getComputedStyle(canvas).color, names = [];
+  let free = AXIS + 7 - HEIGHT / 2;  // from here there is room for a name
+  for (let row = Math.floor(lanes.scrollTop / HEIGHT); row < rows.length && yOf(row) < H; row++) {
+    const y = yOf(row), zero = xOf({row, at: 0}), [host, , slot] = rows[row];
+    let end = GUTTER, rank;  // what ends before is hidden, or painted already
+    for (const c of bars[row]) {
+      const x = zero + c.at * scale, w = Math.max(c.spent * scale, 2);
+      if (c.rank !== rank) { rank = c.rank; end = GUTTER; }
+      if (x > W || x + c.spent * scale < end) continue;
+      pen.globalAlpha = c.shown ? c.faint ?? 1 : .15;
+      const thin = rank > 0 ? 0 : HEIGHT / 8;
+      fill(colours[c.verdict], x, y + thin, w - (w > 4), HEIGHT - 2 * thin);
+      if (c.shown) end = x + w;
     }
-    for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", HTML_TEMPLATE)):
-        if at % 2:
-            yield from pieces[part]
-        else:
-            yield part
+    pen.globalAlpha = 1;
+    if (host !== rows[row - 1]?.[0]) fill("#8884", GUTTER, y, W, 1);
+    if (y < free) continue;
+    names.push([`${host} · ${slot}`, y + HEIGHT / 2]);
+    free = y + 14;
+  }
+  pen.clearRect(0, 0, GUTTER, H);
+  pen.fillStyle = ink;
+  for (const [name, y] of names) pen.fillText(name, 8, y, GUTTER - 16);
+  if (chosen?.row >= 0) {
+    pen.lineWidth = 2; pen.strokeStyle = ink;
+    pen.strokeRect(xOf(chosen) - 1, yOf(chosen.row), Math.max(chosen.spent * scale, 2) + 2, HEIGHT);
+  }
+  pen.clearRect(0, 0, W, AXIS);
+  const step = STEPS.find(step => step * scale > 90) ?? 90 / scale;
+  const before = lanes.scrollLeft / scale;  // ms
+  for (let n = Math.ceil(before / step); n * step <= Math.min(span, before + W / scale); n++) {
+    const x = GUTTER + (n * step - before) * scale;
+    fill("#8884", x, 0, 1, H);
+    pen.fillStyle = ink;
+    pen.fillText(n ? duration(n * step).replace(/\.0+ /, " ") : "0", x + 4, AXIS / 2);
+  }
+}
+function under(event) {  // the bar at the pointer that was painted last
+  const x = event.offsetX, row = Math.floor((event.offsetY - yOf(0)) / HEIGHT);
+  if (x < GUTTER || event.offsetY < AXIS || !bars[row]) return undefined;
+  return [...bars[row]].reverse().find(c => x > xOf(c) - 3 && x < xOf(c) + c.spent * scale + 3);
+}
+canvas.onpointermove = event => {
+  const c = under(event);
+  canvas.style.cursor = c ? "pointer" : "default";
+  $("tip").hidden = !c;
+  if (c) $("tip").textContent = `${c.seq}: ${c.cmd.slice(0, 300)}
+    ${labels[c.verdict]}, ${c.note}; ${duration(c.spent)} on ${where(c)}`;
+};
+canvas.onpointerleave = () => { $("tip").hidden = true; };
+canvas.onclick = event => {
+  const c = under(event);
+  if (c) location.hash = "seq=" + c.seq;
+};
+lanes.onscroll = paint;
+$("zoom").oninput = () => {  // what is in the middle stays there
+  const middle = (lanes.clientWidth - GUTTER) / 2, at = (lanes.scrollLeft + middle) / scale;
+  layout();
+  lanes.scrollLeft = at * scale - middle;
+};
 
+// The list: a page of it are elements; one that is opened tells the rest.
+const PAGE = 200, LONG = 500, list = $("list");
+function show(at) {  // the page with this one of those found
+  first = at - at % PAGE;
+  list.replaceChildren();
+  for (const c of found.slice(first, first + PAGE)) {
+    const item = element(list, "details", ""), head = element(item, "summary", "");
+    item.id = "l" + c.seq;
+    item.ontoggle = () => { if (item.open) choose(c, item); };
+    element(head, "span", c.seq);
+    element(head, "b", labels[c.verdict], "badge " + c.verdict);
+    element(head, "span", duration(c.spent));
+    element(head, "code", c.cmd.length > LONG ? c.cmd.slice(0, LONG) + "…" : c.cmd);
+    element(head, "span", c.row < 0 ? "never ran" : rows[c.row][0]);
+  }
+  $("back").hidden = !first;
+  $("next").hidden = first + PAGE >= found.length;
+}
+function filter() {
+  const text = $("q").value.toLowerCase(), verdict = $("verdict").value;
+  for (const c of commands) c.shown = (!verdict || c.verdict === verdict)
+    && (!text || `${c.cmd}\n${c.note}\n${where(c)}`.toLowerCase().includes(text));
+  found = commands.filter(c => c.shown);
+  if ($("slowest").checked) found.sort((a, b) => b.spent - a.spent);
+  $("found").textContent = `${found.length} of ${commands.length}`;
+  show(0); paint();
+}
+function choose(c, item) {  // tell all about it, and bring its bar in sight
+  chosen = c;
+  remember();
+  if (c.row >= 0) lanes.scrollTo(xOf(c) + lanes.scrollLeft - (lanes.clientWidth + GUTTER) / 2,
+    c.row * HEIGHT - lanes.clientHeight / 2);
+  paint();
+  if (item.children.length > 1) return;
+  element(item, "p", `${c.note}; ${where(c)}` + (c.row < 0 ? "" : `; from ${time(c.at)}`));
+  if (c.cmd.length > LONG) element(item, "pre", c.cmd);
+  for (const part of document.querySelectorAll(`#c${c.seq} > p ~ *`))
+    item.append(part.cloneNode(true));
+}
+function remember() {  // in the address, to be passed on
+  const words = Object.entries({q: $("q").value, verdict: $("verdict").value, seq: chosen?.seq});
+  history.replaceState(null, "", "#" + new URLSearchParams(words.filter(([, value]) => value)));
+}
+function arrive() {  // what the address asks for: #q=TEXT&verdict=FAIL&seq=17
+  if (!location.hash.includes("=")) return;  // a section
+  const words = new URLSearchParams(location.hash.slice(1));
+  const c = bySeq.get(Number(words.get("seq")));
+  $("q").value = words.get("q") || ""; $("verdict").value = words.get("verdict") || "";
+  filter();
+  $("commands").scrollIntoView();
+  if (!c?.shown) return;
+  show(found.indexOf(c));
+  $("l" + c.seq).open = true;
+  $("l" + c.seq).scrollIntoView({block: "center"});
+}
+$("q").oninput = $("verdict").onchange = $("slowest").onchange = () => { filter(); remember(); };
+$("back").onclick = () => show(first - PAGE);
+$("next").onclick = () => show(first + PAGE);
+addEventListener("hashchange", arrive);
+matchMedia("(prefers-color-scheme: dark)").onchange = paint;
+new ResizeObserver(layout).observe(lanes);
+layout(); filter(); arrive();
+"""
+
+
+# === Timings and progress =============================================================
+#
+# Timings orders the next run, the longest commands first. The rest tells a user how far a
+# run is, and in the end whether more slots would have made it faster.
 
 class Timings(Reporter):
-    """Remembers how long commands took, for the next run to begin with the longest."""
+    """Keeps how long commands took in a file, by command, the latest last."""
 
-    MOST = 20_000  # commands: some 1.4 MB, which are read in 10 ms
-    FORGET: Seconds = 0.05  # what is shorter need not be remembered: the order hardly matters
+    MAX_COMMANDS = 20_000  # 1.4 MB or so, which are read in 10 ms
+    MIN_LONGEST: Seconds = 0.05  # if all commands are shorter, their order hardly matters
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -6787,19 +7007,19 @@ class Timings(Reporter):
             self.fresh[outcome.cmd] = outcome.spent / 1000
 
     def ended(self, summary: Summary) -> None:
-        if max(self.fresh.values(), default=0) < self.FORGET:
+        if max(self.fresh.values(), default=0) < self.MIN_LONGEST:
             return
-        known = read_timings(self.path)  # as it is now: others have ended since we began
+        known = read_timings(self.path)  # as it is now: other clients may have ended meanwhile
         for command in self.fresh:
             known.pop(command, None)
-        rows = [*known.items(), *self.fresh.items()][-self.MOST:]
+        rows = [*known.items(), *self.fresh.items()][-self.MAX_COMMANDS:]
         with contextlib.suppress(OSError):  # it is only a cache
             os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
             write_atomically(self.path, [json.dumps(dict(rows))], durable=False)
 
 
 def read_timings(path: str) -> Dict[str, float]:
-    """What Timings has written; nothing if that cannot be read."""
+    """Seconds by command; {} if the file cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             found: Dict[str, float] = json.load(file)
@@ -6812,13 +7032,14 @@ PER_COMMAND: Seconds = 5e-5  # of broker and client: no number of slots makes a 
 
 
 def advice_on_slots(times: Sequence[float], slots: int) -> str:
-    """What more slots would have done for commands that took so long (in seconds)."""
-    longest, total = max(*times, 1e-3), sum(times)
-    least = max(longest, PER_COMMAND * len(times))
-    enough, most = max(1, math.ceil(total / (1.1 * least))), len(times)
-    while enough < most:  # more slots never take longer
+    """Whether more slots would have helped commands that took these times, in seconds: the fewest
+    slots that come within 10 % of the best."""
+    longest = max(*times, 1e-3)
+    best = max(longest, PER_COMMAND * len(times))
+    enough, most = max(1, math.ceil(sum(times) / (1.1 * best))), len(times)
+    while enough < most:  # bisect has a key from Python 3.10 on
         middle = (enough + most) // 2
-        if makespan(times, middle) > 1.1 * least:
+        if makespan(times, middle) > 1.1 * best:
             enough = middle + 1
         else:
             most = middle
@@ -6826,12 +7047,12 @@ def advice_on_slots(times: Sequence[float], slots: int) -> str:
         return (f"longest command {duration(longest)}: more slots than {enough} do not help, only "
                 f"shorter commands")
     return (f"longest command {duration(longest)}; {enough} slots would reach "
-            f"{duration(max(least, makespan(times, enough)))}; more will not help")
+            f"{duration(max(best, makespan(times, enough)))}; more will not help")
 
 
 def makespan(times: Sequence[float], slots: int) -> float:
-    """Seconds that slots need for all, the longest first (R. L. Graham, 1969)."""
-    if len(times) > 20_000:  # then the bound is close
+    """Seconds that slots need for all commands, the longest first (R. L. Graham, 1969)."""
+    if len(times) > 20_000:  # the lower bound is close then
         return max(max(times), sum(times) / slots)
     ends = [0.0] * slots
     for spent in sorted(times, reverse=True):
@@ -6839,432 +7060,54 @@ def makespan(times: Sequence[float], slots: int) -> float:
     return max(ends)
 
 
-def progress_line(client: Client, spent: Seconds, room: float = math.inf) -> str:
-    """How far a run is, on one line; of what does not fit into so many columns the least needed words
-    are left out, those with the lowest number."""
+def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> str:
+    """How far a run is after this time. If it has too few columns, the least important parts are
+    left out: those with the lowest number."""
     rate = client.reported / max(spent, 0.001)
     eta = client.reported and client.input_ended
-    words = [word for word in (
+    parts = [part for part in (
         (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
         (5, f"{client.failed} failed" if client.failed else ""),
         (4, f"{client.flaky} flaky" if client.flaky else ""),
         (3, f"{min(client.accepted, client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
-        (6, f"ETA {duration((client.total - client.reported) / rate, 0)}" if eta else ""),
+        (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
         (2, plural(client.workers, "worker")),
-        (1, plural(client.slots, "slot"))) if word[1]]
-    while sum(len(word) + 2 for _, word in words) > room + 2:
-        words.remove(min(words))
-    return ", ".join(word for _, word in words)
+        (1, plural(client.slots, "slot"))) if part[1]]
+    while sum(len(text) + 2 for _, text in parts) > columns + 2:
+        parts.remove(min(parts))
+    return ", ".join(text for _, text in parts)
 
 
 def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
-    """How far a run is, and what takes so long."""
+    """How far a run is, and the command that has been running for longest."""
+    text = progress_text(client, spent)
     held = [command for command in client.window.values() if command.worker]
     if not held:
-        return progress_line(client, spent)
+        return text
     longest = min(held, key=lambda command: command.since)
-    took = duration(now - longest.since, 0)
-    return f"{progress_line(client, spent)}; for {took}: {printable(longest.cmd)}"
+    return f"{text}; for {duration(now - longest.since, whole=True)}: {printable(longest.cmd)}"
 
 
-def duration(seconds: Seconds, digits: int = 1) -> str:
-    """For people: 63.1 s, 2 min 3 s, 2 h 3 min."""
-    whole = round(seconds)
-    if whole < 120:
-        return f"{seconds:.{digits if seconds >= 1 else 3 * digits}f} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+def duration(seconds: Seconds, whole: bool = False) -> str:
+    """For people: 8.14 ms, 1.23 s, 63.1 s, 2 min 3 s, 2 h 3 min; in whole seconds: 0 s, 63 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 2:
+        return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    if whole:
+        return f"{round(seconds)} s"
+    if seconds < 1:
+        return f"{seconds * 1000:.2f} ms"
+    return f"{seconds:.{2 if seconds < 10 else 1}f} s"
 
 
-HTML_TEMPLATE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
- script-src 'sha256-{{hash}}'; base-uri 'none'; form-action 'none'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{{title}}</title>
-<style>
-:root { --paper: #fff; --card: #f5f6f8; --ink: #1b1f24; --soft: #5b6470; --rule: #d8dce2;
-  --link: #0b5cad; --OK: #6aaee0; --FAIL: #b8320a; --FLAKY: #f0b400; --ONLY: #5b2a86 }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171c; --card: #1d2229; --ink: #e6e9ee;
-  --soft: #9aa4b1; --rule: #353c47;
-  --link: #7db8f5; --OK: #3583ac; --FAIL: #f4561d; --FLAKY: #f7ecb0; --ONLY: #a04cf6 } }
-* { box-sizing: border-box }
-body { max-width: 1500px; margin: auto; padding: 1rem 1.2rem 3rem; background: var(--paper);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { margin: 0; font-size: clamp(1.4rem, 6vw, 2rem); line-height: 1.2 }
-h2 { margin: 2.2rem 0 .6rem; font-size: 1.2rem } h3 { margin: 0; font-size: 1em } p { margin: .3rem 0 }
-header { border-left: 8px solid var(--OK); padding-left: 1rem }
-header.FAIL { border-color: var(--FAIL) }
-a { color: var(--link) } .bar a { text-decoration: none } dt, small, .n { color: var(--soft) }
-.bar, dl { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; margin: .6rem 0; align-items: center }
-dt { font-size: 13px } dd { margin: 0 } .n, dd, td { font-variant-numeric: tabular-nums }
-code, pre { font: 13px/1.45 ui-monospace, monospace }
-pre { margin: .4rem 0; padding: .6rem .8rem; max-height: 26rem; overflow: auto; white-space: pre-wrap;
-  background: var(--card); border: 1px solid var(--rule); border-radius: 6px }
-mark { display: block; margin: .5rem 0; padding: 0 .5rem; background: var(--FLAKY); color: #000 }
-.badge { white-space: nowrap; font-size: 12px; color: var(--ink) }
-.badge::before { content: ""; display: inline-block; width: 1.1em; height: .9em; margin-right: .4em;
-  vertical-align: -1px; background: var(--OK); print-color-adjust: exact }
-.badge.FAIL::before { background: repeating-linear-gradient(45deg, #fff8 0 1px, #0000 1px 4px),
-  repeating-linear-gradient(135deg, #fff8 0 1px, var(--FAIL) 1px 4px) }
-.badge.FLAKY::before {
-  background: repeating-linear-gradient(135deg, #0009 0 1.5px, var(--FLAKY) 1.5px 4px) }
-.badge.ONLY::before { background: repeating-linear-gradient(#fffb 0 1.5px, var(--ONLY) 1.5px 4px) }
-button, input, select { font: inherit; color: inherit; background: var(--paper); padding: .25rem .6rem;
-  border: 1px solid var(--rule); border-radius: 5px } #q { flex: 1 1 14rem; min-width: 0 }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 1px }
-#lanes, #list, #pick { overflow: auto; border: 1px solid var(--rule); border-radius: 6px }
-#lanes { max-height: 70vh } canvas { position: sticky; left: 0; top: 0; display: block }
-#tip { position: fixed; z-index: 1; max-width: min(32rem, 92vw); padding: .4rem .7rem; font-size: 13px;
-  background: var(--ink); color: var(--paper); border-radius: 6px; white-space: pre-line;
-  pointer-events: none }
-.two { display: grid; grid-template-columns: 3fr 2fr; gap: .8rem } #pick { padding: .6rem .9rem }
-#list, #pick { min-height: 13rem; max-height: 60vh; background: var(--card) }
-#list > div { position: relative } #list .n { text-align: right }
-#list [role=option] { position: absolute; width: 100%; height: 28px; padding: 0 .6rem; display: grid;
-  grid-template-columns: 3rem 7.6rem 5rem minmax(0, 1fr) 6rem; gap: .8rem; align-items: center;
-  cursor: pointer }
-#list [aria-selected=true] { background: var(--paper); box-shadow: inset 3px 0 var(--link) }
-#list span, #list code { overflow: hidden; text-overflow: ellipsis; white-space: pre; font-size: 13px }
-article { margin-bottom: 1.2rem; content-visibility: auto; contain-intrinsic-size: auto 9rem }
-table { border-collapse: collapse; width: 100% } td:first-child { white-space: nowrap }
-th { white-space: nowrap } td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
-  border-bottom: 1px solid var(--rule) }
-html:not(.js) .js, [hidden] { display: none }
-@media (max-width: 800px) { .two { grid-template-columns: minmax(0, 1fr) } #list { max-height: 45vh }
-  #pick { min-height: 0 } #list .ms { order: 1 }
-  #list .where, td:nth-child(3), th:nth-child(3) { display: none }
-  #list .badge { width: 1.2em; overflow: hidden }
-  #list [role=option] { grid-template-columns: 3rem 1.2em minmax(0, 1fr) 5rem; gap: .5rem } }
-@media print { #commands, nav, button, label, #tip { display: none !important } body { padding: 0 }
-  #lanes, pre { max-height: none; overflow: visible } article { content-visibility: visible }
-  #lanes > div, canvas { width: 100% !important; height: auto !important } }
-</style></head><body>
-<header class="{{state}}"><h1>{{headline}}</h1><p>{{title}}</p></header>
-<div class="bar">{{counts}}</div>
-<dl>{{facts}}</dl>
-<nav class="bar" aria-label="Sections"><a href="#failures">Failures</a> <a href="#flaky">Flaky</a>
-<a class="js" href="#timeline">Timeline</a> <a class="js" href="#commands">All commands</a>
-<a href="#slowest">Slowest</a></nav>
-<section id="failures"><h2>Failures</h2>
-{{failures}}</section>
-<section id="flaky"><h2>Flaky: passed in the end, or elsewhere</h2>
-{{flaky}}</section>
-<noscript><p>The timeline and the list of all commands need JavaScript.</p></noscript>
-<section id="timeline" class="js"><h2>Timeline</h2>
-<div class="bar"><span><button id="out" aria-label="Zoom out">−</button>
-<button id="in" aria-label="Zoom in">+</button> <button id="whole">Whole run</button></span>
-<label id="apart" title="As the clocks of hosts may differ">
-<input type="checkbox" id="align"> Each host from its first command</label>
-<small id="caption"></small></div>
-<div id="lanes" tabindex="0" role="region" aria-label="Timeline"><div>
-<canvas role="img" aria-label="A row for each slot, a bar for each command; the list has them all">
-</canvas></div></div><div id="tip" role="tooltip" hidden></div></section>
-<section id="commands" class="js"><h2>All commands</h2>
-<div class="bar" role="search"><input id="q" type="search" placeholder="Filter: command, host, reason"
-aria-label="Text to filter by"><select id="verdict" aria-label="Verdict to filter by">
-<option value="">any verdict{{options}}</select><small id="found" role="status"></small></div>
-<div class="two">
-<div id="list" role="listbox" tabindex="0" aria-label="Commands"><div role="none"></div></div>
-<div id="pick" role="region" tabindex="0" aria-live="polite" aria-label="Chosen command">
-<p class="n">Choose a command to see all about it.</p></div></div></section>
-<section id="slowest"><h2>Slowest commands</h2>
-<table><thead><tr><th scope="col">Time<th scope="col">Verdict<th scope="col">Host<th scope="col">Command
-<tbody>
-{{slowest}}</table></section>
-<script type="application/json" id="data">{{data}}</script>
-<script>"use strict";
-document.documentElement.classList.add("js");
-const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
-const {began, labels, rows} = data, VERDICTS = Object.keys(labels);  // a row is [host, worker, slot]
-const commands = data.commands.map(([seq, cmd, verdict, row, at, spent, note]) =>
-  ({seq, cmd, verdict, row, at, spent, note: note || "exit code 0", shown: true}));
-const bySeq = new Map(commands.map(c => [c.seq, c]));
-let chosen = null, found = commands;
-
-function where({row}) {
-  return row < 0 ? "never ran" : `${rows[row][0]}, slot ${rows[row][2]} of ${rows[row][1]}`;
-}
-function duration(ms) {
-  const s = Math.round(ms / 1000), min = Math.floor(s / 60);
-  if (ms < 10000) return ms < 1000 ? ms.toFixed(2) + " ms" : (ms / 1000).toFixed(3) + " s";
-  if (s < 120) return (ms / 1000).toFixed(1) + " s";
-  return s < 7200 ? `${min} min ${s % 60} s` : `${Math.floor(min / 60)} h ${min % 60} min`;
-}
-function element(parent, tag, text, name = "") {  // a text stays a text, whatever is in it
-  const made = parent.appendChild(document.createElement(tag));
-  made.textContent = text; made.className = name;
-  return made;
-}
-function badge(parent, {verdict: v}) {
-  element(parent, "b", labels[VERDICTS[v]], "badge " + VERDICTS[v]);
-}
-
-// The timeline: a canvas as large as what is in sight, in a box that scrolls over all of it.
-const lanes = $("lanes"), tip = $("tip"), canvas = lanes.querySelector("canvas");
-const pen = canvas.getContext("2d");
-const AXIS = 24, LOW = 3, READABLE = 12, TALL = 22;  // pixels
-const TURNS = {OK: 0, FLAKY: 1, ONLY: 1, FAIL: 2};  // to be painted
-const SECOND = 1000, MINUTE = 60 * SECOND, DAY = 1440 * MINUTE;
-const TICKS = [1, 2, 5, 10, 20, 50, 100, 200, 500, ...[1, 2, 5, 10, 15, 30].map(n => n * SECOND),
-  ...[1, 2, 5, 10, 15, 30, 60, 120, 360, 720, 1440].map(n => n * MINUTE)];
-const lists = rows.map(() => []), tops = [], firsts = {}, lasts = {}, colours = {};
-const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // bars of their own
-  Object.create(bySeq.get(seq)), {row, at, spent, note: `another try: exit code ${code}`,
-    verdict: VERDICTS.indexOf(code ? "FAIL" : "OK"), faint: .4}));
-for (const c of [...commands, ...tries]) if (c.row >= 0) {
-  const host = "@" + rows[c.row][0];  // there may be one of the name __proto__
-  lists[c.row].push(c);
-  firsts[host] = Math.min(c.at, firsts[host] ?? c.at);
-  lasts[host] = Math.max(c.at + c.spent, lasts[host] ?? 0);
-}
-for (const list of lists) list.sort((a, b) => a.at - b.at);
-const total = Math.max(1, ...Object.values(lasts));
-const longest = Math.max(1, ...Object.keys(lasts).map(host => lasts[host] - firsts[host]));
-$("align").checked = total > 4 * longest + MINUTE;  // hardly a gap in the run: some clock is wrong
-$("apart").hidden = Object.keys(lasts).length < 2;
-const time = at => new Date(began * 1000 + at).toLocaleString();
-$("caption").textContent = rows.length ? `from ${time(0)}` : "nothing ran";
-let zoom = 1, height = 0, gutter = 0, span = 1, scale = 1, patterns = [], pointed = null;
-
-const heads = row => rows[row][0] !== rows[row - 1]?.[0];  // is it its host's first?
-const from = row => $("align").checked ? firsts["@" + rows[row][0]] : 0;
-const left = c => gutter + (c.at - from(c.row)) * scale - lanes.scrollLeft;
-const fill = (style, x, y, w, h) => { pen.fillStyle = style; pen.fillRect(x, y, w, h); };
-
-function layout() {
-  span = $("align").checked ? longest : total;
-  gutter = Math.round(Math.min(190, lanes.clientWidth * .28));
-  scale = (lanes.clientWidth - gutter - 8) * zoom / span;  // pixels a ms
-  height = Math.min(Math.max(480 / rows.length, LOW) * zoom, TALL);
-  let y = AXIS;
-  rows.forEach((_, row) => {
-    if (heads(row)) y += height < READABLE ? 6 : 20;
-    tops[row] = y;
-    y += height;
-  });
-  canvas.parentNode.style.height = y + 6 + "px";
-  canvas.parentNode.style.width = gutter + 8 + span * scale + "px";
-  const style = getComputedStyle(document.documentElement);
-  for (const name of ["paper", "card", "ink", "soft", "rule", ...VERDICTS])
-    colours[name] = style.getPropertyValue("--" + name);
-  patterns = VERDICTS.map(pattern);
-  paint();
-}
-function pattern(name) {  // the stripes of the badges
-  const tile = document.createElement("canvas"), to = tile.getContext("2d");
-  tile.width = tile.height = 8;
-  to.fillStyle = colours[name]; to.fillRect(0, 0, 8, 8);
-  to.strokeStyle = name === "FLAKY" ? "#0009" : "#fffa";
-  const stroke = (x, y, right, down) => { to.moveTo(x, y); to.lineTo(x + right, y + down); };
-  if (name === "ONLY") { stroke(0, 2, 8, 0); stroke(0, 6, 8, 0); }
-  if (name === "FAIL") for (const x of [-8, 0, 8]) stroke(x, 0, 8, 8);
-  if (name === "FAIL" || name === "FLAKY") for (const x of [0, 8, 16]) stroke(x, 0, -8, 8);
-  to.stroke();
-  return pen.createPattern(tile, "repeat");
-}
-function paint() {
-  const W = lanes.clientWidth, H = lanes.clientHeight, dots = devicePixelRatio || 1;
-  const up = lanes.scrollTop, before = lanes.scrollLeft;
-  canvas.width = W * dots; canvas.height = H * dots;
-  canvas.style.width = W + "px"; canvas.style.height = H + "px";
-  pen.scale(dots, dots);
-  pen.textBaseline = "middle";
-  fill(colours.paper, 0, 0, W, H);
-  const step = TICKS.find(tick => tick * scale > 90) || Math.ceil(90 / scale / DAY) * DAY, ticks = [];
-  const seen = Math.min(span, (before + W) / scale);
-  for (let at = Math.ceil(before / scale / step) * step; at <= seen; at += step) {
-    ticks.push([gutter + at * scale - before, at ? duration(at).replace(/\.0+(?!\d)/, "") : "0"]);
-    fill(colours.rule, gutter + at * scale - before, 0, 1, H);
-  }
-  const inSight = [...rows.keys()].filter(row => tops[row] + height > up && tops[row] < up + H + 20);
-  for (const turn of [-1, 0, 1, 2]) {  // other tries, OK, what passed in the end, and failures on top
-    for (const row of inSight) {
-      const y = tops[row] - up, zero = gutter - from(row) * scale - before;
-      const thin = height > 8 ? 3 : height > 4 ? 1 : 0;
-      let end = gutter;  // what ends before it is hidden, or painted already
-      for (const c of lists[row]) {
-        const x = zero + c.at * scale, w = Math.max(c.spent * scale, turn ? 2 : 1);
-        if (x > W) break;
-        if (turn !== (c.faint ? -1 : TURNS[VERDICTS[c.verdict]]) || x + c.spent * scale < end) continue;
-        const style = w > 5 && height > 7 ? patterns[c.verdict] : colours[VERDICTS[c.verdict]];
-        pen.globalAlpha = c.shown ? c.faint ?? 1 : .15;
-        if (!turn) fill(colours.OK, x, y + thin, w - (w > 3), height - 2 * thin);
-        else fill(style, x, y, w - (w > 6), height);
-        if (c.shown) end = Math.max(end, x + w);
-      }
-    }
-  }
-  pen.globalAlpha = 1;
-  pen.lineWidth = 2; pen.strokeStyle = colours.ink;
-  for (const c of [chosen, pointed]) if (c?.row >= 0)
-    pen.strokeRect(left(c) - 2, tops[c.row] - up - 1, Math.max(c.spent * scale, 3) + 3, height + 2);
-  fill(colours.card, 0, 0, gutter, H);
-  let free = -Infinity;  // from here there is room for a name
-  for (const row of inSight) {
-    const [host, worker, slot] = rows[row], y = tops[row] - up, readable = height >= READABLE;
-    const name = worker.startsWith(host + "-") ? worker.slice(host.length + 1) : worker;
-    const middle = readable ? y - 9 : y + 7;  // of the host's name: above its rows, or beside them
-    if (heads(row)) fill(colours.rule, 0, y - (readable ? 20 : 3), W, 1);
-    if (heads(row) && middle >= free) { label(host, 8, middle, "ink", "600"); free = middle + 15; }
-    if (readable) label(slot + " · " + name, 18, y + height / 2, "soft");
-  }
-  fill(colours.card, 0, 0, W, AXIS);
-  fill(colours.rule, 0, AXIS, W, 1);
-  for (const [x, text] of ticks) if (x >= gutter) label(text, x + 4, AXIS / 2, "soft", "400", W);
-}
-function label(text, x, y, colour, weight = "400", right = gutter - 6) {
-  pen.font = weight + " 12px system-ui, sans-serif"; pen.fillStyle = colours[colour];
-  let shown = text;
-  for (let n = text.length; n && pen.measureText(shown).width > right - x; n--)
-    shown = text.slice(0, n - 1) + "…";
-  pen.fillText(shown, x, y);
-}
-function under(event) {  // the bar at the pointer or beside it, a small failure before its neighbours
-  const x = event.offsetX, y = event.offsetY;
-  const down = y + lanes.scrollTop, row = tops.findIndex(top => down >= top && down < top + height);
-  if (row < 0 || x < gutter || y < AXIS) return null;
-  let best = null, nearest = 5;  // pixels
-  for (const c of lists[row]) {
-    const w = c.spent * scale, favour = c.verdict && w < 5 ? 1.5 : 0;
-    const gap = Math.max(left(c) - x, x - left(c) - w, 0) - favour;
-    if (gap < nearest) { nearest = gap; best = c; }
-  }
-  return best;
-}
-function point(c, x, y) {  // names a bar
-  tip.hidden = !c;
-  canvas.style.cursor = c ? "pointer" : "default";
-  if (c) {
-    const verdict = VERDICTS[c.verdict];
-    tip.textContent = `${c.seq}: ${c.cmd.slice(0, 300)}\n${labels[verdict]}, ${c.note}\n`
-      + `${duration(c.spent)} on ${where(c)}`;
-    const above = y + 18 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 12 : y + 18;
-    tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - tip.offsetWidth - 8)) + "px";
-    tip.style.top = Math.max(4, above) + "px";
-  }
-  if (c !== pointed) { pointed = c; paint(); }
-}
-function zoomTo(wanted) {  // what is in the middle stays there
-  const middle = (lanes.clientWidth - gutter) / 2, at = (lanes.scrollLeft + middle) / scale;
-  const down = (lanes.scrollTop + lanes.clientHeight / 2) / lanes.scrollHeight;
-  zoom = Math.max(1, Math.min(wanted, 4000));  // browsers know no longer boxes
-  layout();
-  lanes.scrollTo(at * scale - middle, down * lanes.scrollHeight - lanes.clientHeight / 2);
-}
-canvas.onpointermove = event => {
-  if (event.pointerType === "mouse") point(under(event), event.clientX, event.clientY);
-};
-canvas.onpointerleave = event => { if (event.pointerType === "mouse") point(null); };
-canvas.onclick = event => {
-  const c = under(event), known = c === pointed || event.pointerType === "mouse";
-  point(c, event.clientX, event.clientY);
-  if (c && known) location.hash = "seq=" + c.seq;  // a finger's first tap only names it
-};
-lanes.onscroll = paint;
-addEventListener("scroll", () => point(null));
-$("in").onclick = () => zoomTo(zoom * 2);
-$("out").onclick = () => zoomTo(zoom / 2);
-$("whole").onclick = () => zoomTo(1);
-$("align").onchange = layout;
-
-// The list: only the lines in sight are elements.
-const LINE = 28, list = $("list"), inner = list.firstElementChild, pick = $("pick");
-let shared = commands[0]?.cmd.length ?? 0;  // characters that all commands begin with
-for (const c of commands) while (!c.cmd.startsWith(commands[0].cmd.slice(0, shared))) shared--;
-shared = commands.length > 1 ? commands[0].cmd.lastIndexOf(" ", shared - 1) + 1 : 0;
-let tail = commands.length > 1 ? commands[0].cmd.slice(shared) : "";  // and that they end with
-for (const c of commands) while (!c.cmd.slice(shared).endsWith(tail)) tail = tail.slice(1);
-tail = tail.includes(" ") ? tail.slice(tail.indexOf(" ")) : "";
-function shorten(code) {  // in the middle
-  const all = code.textContent, room = Math.floor(all.length * code.clientWidth / code.scrollWidth) - 2;
-  if (room < all.length - 2) code.textContent = all.slice(0, room / 3) + "…" + all.slice(-room * 2 / 3);
-}
-function show() {
-  const first = Math.max(0, Math.floor(list.scrollTop / LINE) - 5);
-  inner.replaceChildren();
-  found.slice(first, first + Math.ceil(list.clientHeight / LINE) + 10).forEach((c, at) => {
-    const item = element(inner, "div", ""), is = (name, value) => item.setAttribute(name, value);
-    item.id = "l" + c.seq;
-    item.style.top = (first + at) * LINE + "px";
-    is("role", "option"); is("aria-selected", c === chosen);
-    is("aria-posinset", first + at + 1); is("aria-setsize", found.length);
-    element(item, "span", c.seq, "n"); badge(item, c);
-    element(item, "span", duration(c.spent), "n ms");
-    const rest = (shared ? "…" : "") + c.cmd.slice(shared, c.cmd.length - tail.length) + (tail && "…");
-    const code = element(item, "code", rest.replace(/^(.{150}).*(.{350})$/, "$1…$2"));
-    element(item, "span", c.row < 0 ? "never ran" : rows[c.row][0], "where");
-    shorten(code);
-  });
-}
-function filter() {
-  const text = $("q").value.toLowerCase(), verdict = $("verdict").value;
-  for (const c of commands) c.shown = (!verdict || VERDICTS[c.verdict] === verdict)
-    && (!text || `${c.cmd}\n${c.note}\n${where(c)}`.toLowerCase().includes(text));
-  found = commands.filter(c => c.shown);
-  inner.style.height = found.length * LINE + "px";
-  $("found").textContent = `${found.length.toLocaleString()} of ${commands.length.toLocaleString()}`;
-  list.scrollTop = 0;
-  show(); paint();
-}
-function choose(c) {  // all about it beside the list, and its bar in sight
-  chosen = c;
-  const y = found.indexOf(c) * LINE - list.scrollTop;
-  if (y < 0 || y > list.clientHeight - LINE) list.scrollTop += y - list.clientHeight / 2;
-  const x = c.row < 0 ? gutter : left(c), down = tops[c.row] - lanes.scrollTop;
-  if (x < gutter || x > lanes.clientWidth - 9) lanes.scrollLeft += x - (lanes.clientWidth + gutter) / 2;
-  const sunk = down < AXIS || down > lanes.clientHeight - height;
-  if (sunk) lanes.scrollTop += down - lanes.clientHeight / 2;
-  show(); paint();
-  list.setAttribute("aria-activedescendant", "l" + c.seq);
-  pick.replaceChildren();
-  element(element(pick, "h3", c.seq + " "), "code", c.cmd);
-  const how = element(pick, "p", "");
-  badge(how, c); how.append(" " + c.note);
-  element(pick, "p", where(c));
-  if (c.row >= 0) element(pick, "p", `${duration(c.spent)}, from ${time(c.at)}`, "n");
-  for (const part of document.querySelectorAll(`#c${c.seq} > p ~ *`)) pick.append(part.cloneNode(true));
-}
-function remember() {  // in the address, to be passed on
-  const words = Object.entries({q: $("q").value, verdict: $("verdict").value, seq: chosen?.seq});
-  history.replaceState(null, "", "#" + new URLSearchParams(words.filter(([, value]) => value)));
-}
-function arrive() {  // what the address asks for: #q=TEXT&verdict=FAIL&seq=17
-  if (!location.hash.includes("=")) return;  // a section
-  const words = new URLSearchParams(location.hash.slice(1)), c = bySeq.get(Number(words.get("seq")));
-  $("q").value = words.get("q") || ""; $("verdict").value = words.get("verdict") || "";
-  filter();
-  if (c) choose(c);
-  $("commands").scrollIntoView();
-}
-list.onscroll = show;
-list.onclick = event => {
-  const c = found[Math.floor((event.clientY - inner.getBoundingClientRect().top) / LINE)];
-  if (c) { choose(c); remember(); }
-};
-list.onkeydown = event => {
-  const page = Math.floor(list.clientHeight / LINE), end = found.length - 1, at = found.indexOf(chosen);
-  const to = {ArrowDown: at + 1, ArrowUp: at - 1, PageDown: at + page, PageUp: at - page,
-    Home: 0, End: end}[event.key];
-  if (to === undefined || end < 0) return;
-  event.preventDefault();
-  choose(found[Math.max(0, Math.min(to, end))]);
-  remember();
-};
-$("q").oninput = $("verdict").onchange = () => { filter(); remember(); };
-addEventListener("hashchange", arrive);
-matchMedia("(prefers-color-scheme: dark)").onchange = layout;
-new ResizeObserver(layout).observe(lanes);
-new ResizeObserver(show).observe(list);
-layout(); filter(); arrive();
-</script></body></html>
-"""
-
+# === Status tables ====================================================================
+#
+# The answer to STATUS for people: lines about the whole cloud, then a table of workers and
+# one of clients. A table is a list of lines.
 
 def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[str]]:
-    """The answer to STATUS for people: lines about the whole, and a table of workers and clients. With
-    long names cut short to fit into so many columns."""
+    """The tables. If there are so many columns, long names are cut to fit into them."""
     workers = sorted(fields["workers"], key=lambda row: (row["host"], row["name"]))
     clients = fields["clients"]
     there = [row for row in workers if row["there"]]
@@ -7284,11 +7127,48 @@ def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[st
     return [[printable(line, 1000) for line in lines] for lines in tables]
 
 
+def worker_row(row: Fields) -> List[str]:
+    """The cells for a worker, or for a broker below and the brokers below that."""
+    notes = [] if row["there"] else ["connection lost"]
+    if row["kind"] != WORKER_ROLE:
+        notes.append(" ".join([row["kind"], *row["below"]]))
+    elif not row["slots"]:
+        notes.append("takes nothing new")
+    notes += [f"label {name}" for name in row["labels"]]
+    cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
+    load = f"{row['load']:.1f}" if row["kind"] == WORKER_ROLE else ""  # a broker does not report it
+    return [*cells, load, f"{row['silent']:.0f} s ago", "; ".join(notes)]
+
+
+def client_row(row: Fields) -> List[str]:
+    kind = {"above": " (broker above)", "plain": " (plain)"}.get(row["kind"], "")
+    cells = [str(row[name]) for name in ("queued", "running", "done", "failed")]
+    return [row["host"] + kind, str(row.get("pid") or ""), *cells,
+            row["waits_for"] if row["there"] else "its connection"]
+
+
+def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
+    """The table of these cells. The first and last column are texts, to the left; the others are
+    numbers, to the right. The first gets narrower if there are too few columns of the screen."""
+    rows = [[truncate_middle(printable(cell, MAX_TEXT), 60) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    last = len(widths) - 1
+    if columns:
+        widths[0] = min(widths[0], max(12, columns - 1 - 2 * last - sum(widths[1:])))
+        rows = [[truncate_middle(row[0], widths[0]), *row[1:]] for row in rows]
+    return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
+                      for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+
+
+def join_tables(tables: Sequence[Sequence[str]]) -> List[str]:
+    """The lines of the tables, with an empty line between two tables."""
+    return [line for lines in tables for line in ("", *lines)][1:]
+
+
 def fit_to_screen(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
-    """As much of the tables as a screen has room for, whose last row is for the cursor. Lines that
-    are too long go on in the next row. If there are too many they do not, and each table gets its
-    share of the rows."""
-    import textwrap
+    """The lines that a screen has room for; the cursor takes its last row. Long lines are wrapped.
+    If there are then too many lines they are cut instead, and each table gets its share of rows."""
+    import textwrap  # late: only --watch needs it
     wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ",
                                 break_on_hyphens=False).wrap
     wrapped = join_tables([[piece for line in lines for piece in wrap(line)] for lines in tables])
@@ -7304,43 +7184,6 @@ def fit_to_screen(tables: Sequence[Sequence[str]], columns: int, rows: int) -> L
                 lines[-1] = f"({left_out + 1} more lines)"[:columns - 1]
         room -= len(lines)
     return [line for lines in shown for line in lines]
-
-
-def join_tables(tables: Sequence[Sequence[str]]) -> List[str]:
-    """With an empty line between two tables."""
-    return [line for lines in tables for line in ("", *lines)][1:]
-
-
-def worker_row(row: Fields) -> List[str]:
-    """What is known of a worker; of a broker below, with the brokers below that."""
-    notes = [] if row["there"] else ["connection lost"]
-    if row["kind"] != WORKER_ROLE:
-        notes.append(" ".join([row["kind"], *row["below"]]))
-    elif not row["slots"]:
-        notes.append("takes nothing new")
-    notes += [f"label {name}" for name in row["labels"]]
-    cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
-    load = f"{row['load']:.1f}" if row["kind"] == WORKER_ROLE else ""  # others do not tell it
-    return [*cells, load, f"{row['silent']:.0f} s ago", "; ".join(notes)]
-
-
-def client_row(row: Fields) -> List[str]:
-    kind = {"above": " (broker above)", "plain": " (plain)"}.get(row["kind"], "")
-    cells = [str(row[name]) for name in ("queued", "running", "done", "failed")]
-    return [row["host"] + kind, str(row.get("pid") or ""), *cells,
-            row["waits_for"] if row["there"] else "its connection"]
-
-
-def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
-    """Lines with columns of the width that they need: texts to the left, numbers to the right."""
-    rows = [[truncate_middle(printable(cell, MAX_TEXT), 60) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    last = len(widths) - 1
-    if columns:
-        widths[0] = min(widths[0], max(12, columns - 1 - 2 * last - sum(widths[1:])))
-        rows = [[truncate_middle(row[0], widths[0]), *row[1:]] for row in rows]
-    return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
-                      for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
 # === Addresses and pyzmq ==============================================================
@@ -9602,7 +9445,7 @@ class Progress:
         if not self.lines:
             self.look_at = now + PROGRESS_INTERVAL
             with contextlib.suppress(OSError):  # the terminal has gone
-                PROGRESS_LINE.text = progress_line(self.client, spent, screen_size(2)[0] - 1)
+                PROGRESS_LINE.text = progress_text(self.client, spent, screen_size(2)[0] - 1)
             self.writer.redraw()
             return
         if self.steady or now >= PROGRESS_LINE.last_write + self.lines:
