@@ -190,12 +190,15 @@ class MessagesTest(unittest.TestCase):
 
 
 def check_client(client):
-    """A client has every command in one place."""
-    places = len(client.backlog) + len(client.window), client.reported, client.stopped, client.never_ran
+    """A client has every command in one place, and its parts agree with its window."""
+    window = client.window
+    places = len(client.backlog) + len(window), client.reported, client.stopped, client.never_ran
     assert client.left or sum(places) == client.total, (places, client.total)
-    assert client.accepted == sum(bool(command.worker) for command in client.window.values())
-    assert len(client.window) <= tc.WINDOW
-    assert all(command.id in client.window for command in client.fetching)
+    assert client.accepted == sum(bool(command.worker) for command in window.values())
+    assert len(window) <= tc.WINDOW
+    client.retry_policy.check()
+    for part in (client.host_wait, client.rechecks, client.fetcher):
+        part.check(window)
 
 
 class Desk:
@@ -3089,10 +3092,10 @@ class World:
         assert self.reports[cmd] == 1, f"{cmd} is reported twice"
         assert cmd in actor.commands, f"{cmd} was never asked for"
         output = self.fetched.get(actor.name) if effect.output is None else effect.output
-        output = self.kept[effect.command] if not actor.plain and effect.kept else output
+        output = self.kept[effect.command] if not actor.plain and effect.provisional else output
         if not actor.plain and effect.command.attempt > result.get("attempt", 0):
             self.seen["nowhere else to start"] += result["exitcode"] in tc.CANNOT_START
-        if not actor.plain and tc.unable_hosts([*effect.command.tries.values()]):
+        if not actor.plain and tc.could_not_start_on(effect.command.tries.values()):
             self.seen["started elsewhere"] += 1
         self.seen["fetched"] += effect.output is None
         text = result.get("reason", "") + tc.to_text(output)
@@ -3547,7 +3550,7 @@ class SimulationTest(unittest.TestCase):
          'fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]',
          'fields["running"] = []'),
         ("a joining client submits nothing again",
-         "            for command in self.window.values():\n                self.submit(command)\n", ""),
+         "        for command in self.window.values():\n            self.submit(command)\n", ""),
         ("a worker runs again what it has", "        if key not in self.jobs:\n            job =",
          "        if True:\n            job ="),
         ("lost workers are not counted", "self.crashes += fault == CRASH", "pass"),
@@ -3559,9 +3562,8 @@ class SimulationTest(unittest.TestCase):
          "        self.places_by_host.clear()\n        self.eligible_for.clear()\n", ""),
         ("who once had no room never has", "            self.saturated = {some for some in "
          "self.saturated if some and worker not in some}\n", "            pass\n"),
-        ("what was kept is not reported",
-         "            result, output, command.shown = command.kept, None, command.kept_shown\n",
-         "            output = b''\n"),
+        ("a provisional result is not reported",
+         "        if place is None and command.passed:\n", "        if False:\n"),
         ("who waits for another host is never told that there is none",
          "        elif not task.client.from_above:\n", "        if not task.client.from_above:\n"),
         ("commands resubmitted to a new broker start at once", "            if self.now < until:"
@@ -3627,6 +3629,8 @@ class Bench:
 
     def collect(self):
         self.machine.settle()  # after started() and finished()
+        if isinstance(self.machine, tc.Client):
+            check_client(self.machine)
         frames, effects = self.machine.take()
         for frame in frames:
             if frame.data:
@@ -5111,8 +5115,8 @@ class ClientTest(unittest.TestCase):
 
     def test_hosts_of_one_name_are_two(self):
         """The broker is told identities, people a name for each."""
-        self.client.options = tc.RunOptions(tries=3)
-        b = self.bench
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
+        b = self.bench = Bench(self.client)
         self.join()
         self.add("a", end=True)
         b.lines.clear()
@@ -5127,10 +5131,6 @@ class ClientTest(unittest.TestCase):
         report = b.effect(tc.FinalResult)
         self.assertEqual(report.command.verdict, tc.ONLY)
         self.assertEqual([row.host for row in report.command.tries.values()], ["vm", "vm~2", "vm"])
-        self.client.shunned = {"vm", "plain"}
-        self.client.shun()
-        b.collect()
-        b.lines.clear()
         names = tc.HostNames()
         self.assertEqual([names.name_of(one) for one in ("vm~2", "vm/a", "vm/b", "vm/a", "a b", "x/y/z")],
                          ["vm~2", "vm", "vm~3", "vm", "a b", "x/y"])
@@ -5192,7 +5192,7 @@ class ClientTest(unittest.TestCase):
 
     def test_the_longest_commands_are_not_too_long_for_the_broker(self):
         self.join()
-        self.add("x" * (tc.MAX_COMMAND - tc.OTHER_FIELDS - 30), end=True)
+        self.add("x" * (tc.MAX_COMMAND - tc.OTHER_FIELDS - 50), end=True)
         command = self.client.window[1]
         command.avoid = command.worker = "w" * 200
         self.client.submit(command)
@@ -5324,7 +5324,7 @@ class ClientTest(unittest.TestCase):
         self.add("a", "b", "c", end=True)
         b.lines.clear()
         split = tc.PIECE_HEADER.pack(1, 2) + b"o\0" + tc.PIECE_HEADER.pack(2, 3) + b"err"
-        self.client.room = tc.TRY_OUTPUT + 9
+        self.client.try_room = tc.TRY_OUTPUT + 9
         for id, attempt, more, size, output in (
                 (1, 1, {"stdout": "☃" * 3000}, 9000, "☃" * (tc.TRY_OUTPUT // 3)),
                 (2, 1, {"stdout": tc.to_text(split), "split": True}, 5, "o\0err"),
@@ -5333,7 +5333,7 @@ class ClientTest(unittest.TestCase):
             b.lines.clear()
             one = self.client.window[id].tries[attempt]
             self.assertEqual(one, tc.Try(1, "h", "", 2, 9.5, 3.5, size, output.encode()))
-        self.assertEqual(self.client.room, 0)
+        self.assertEqual(self.client.try_room, 0)
         b.effects.clear()
         self.result(1, 2, host="i", stdout="passed", size=6)
         b.effect(tc.ProvisionalResult)
@@ -5353,7 +5353,7 @@ class ClientTest(unittest.TestCase):
         wanted = []
         for attempt, (exitcode, host) in enumerate(tries, 1):
             never = sorted({host for code, host in tries[:attempt - 1] if code in tc.CANNOT_START})
-            b.expect("{", attempt=attempt, limit=1 if self.client.examined else None,
+            b.expect("{", attempt=attempt, limit=1 if self.client.rechecks.commands else None,
                      never_on=never if attempt > 1 and never and most != 1 else None)
             self.result(1, attempt, exitcode, host=host, stdout=f"from {host}")
             wanted += [(line[2].get("on"), line[2].get("not_on")) for line in b.lines if line[1] == "{"]
@@ -5414,7 +5414,7 @@ class ClientTest(unittest.TestCase):
         b.effects.clear()
         b.wait(0.2)
         report = b.effect(tc.FinalResult)
-        self.assertEqual((report.command.verdict, report.command.kept["host"]), (tc.FLAKY, "i"))
+        self.assertEqual((report.command.verdict, report.command.provisional["host"]), (tc.FLAKY, "i"))
         self.assertEqual(b.effects[-1], tc.Exit(0))
 
     @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
@@ -5422,7 +5422,7 @@ class ClientTest(unittest.TestCase):
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
         b.effect(tc.ProvisionalResult)
-        self.client.window[1].kept["time"] = 1000.0  # ms: it may take as long again
+        self.client.window[1].provisional["time"] = 1000.0  # ms: it may take as long again
         b.hear('QUEUED {"tasks":[[1,3]],"worker":"w"}')
         b.wait(1.5)
         self.result(1, 3, 1, host="h")
@@ -5434,7 +5434,7 @@ class ClientTest(unittest.TestCase):
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
         b.effect(tc.ProvisionalResult)
-        self.client.window[1].kept["time"] = 500.0
+        self.client.window[1].provisional["time"] = 500.0
         b.hear('QUEUED {"tasks":[[1,3]],"worker":"m"}')
         b.wait(1.9)
         self.assertNotIn(tc.FinalResult, map(type, b.effects))
@@ -5456,7 +5456,7 @@ class ClientTest(unittest.TestCase):
                 self.assertEqual((b.effect(tc.Exit).status, self.client.stopped), (130, 1))
                 continue
             report = b.effect(tc.FinalResult)
-            self.assertEqual((report.kept, report.result["exitcode"]), (True, 127))
+            self.assertEqual((report.provisional, report.result["exitcode"]), (True, 127))
             self.assertEqual(self.client.failed, 1)
 
     def test_what_could_not_be_started_is_not_forgotten_with_the_worker_that_tries_it(self):
@@ -5481,9 +5481,9 @@ class ClientTest(unittest.TestCase):
     def test_what_takes_long_for_such_an_exit_code_did_start(self):
         for exitcode, ms, again in ((127, tc.START_TIME - 1, True), (127, tc.START_TIME, False),
                                     (126, 0, True), (125, 0, False)):
-            self.assertEqual(tc.Try(exitcode, "h", spent=ms).began, not again)
+            self.assertEqual(tc.Try(exitcode, "h", spent=ms).did_start, not again)
         ran = tc.try_of({"exitcode": 126, "host": "h", "reason": "its output is lost", "ran": True})
-        self.assertTrue(ran.began)
+        self.assertTrue(ran.did_start)
 
     def refuse(self, id, *hosts):
         """These hosts, one after the other, cannot start a command."""
@@ -5510,7 +5510,7 @@ class ClientTest(unittest.TestCase):
         for id in (1, 2, 3):
             self.refuse(id, "h2", "h3")
             self.result(id, 3, host="h1")
-        self.assertEqual((self.client.shunned, self.client.failed), ({"h2", "h3"}, 0))
+        self.assertEqual((self.client.retry_policy.excluded, self.client.failed), ({"h2", "h3"}, 0))
 
     def test_a_host_that_could_start_others_is_waited_for_a_while(self):
         for returns in (True, False):
@@ -5569,16 +5569,16 @@ class ClientTest(unittest.TestCase):
         self.bench.hear(lost)
         self.bench.hear("WHO")
         self.join(2)
-        self.assertEqual(self.client.homeless, {})
+        self.assertEqual(self.client.host_wait.commands, {})
         self.bench.hear(lost)  # lost before
-        self.assertEqual((self.client.reported, [*self.client.homeless]), (1, [2]))
+        self.assertEqual((self.client.reported, [*self.client.host_wait.commands]), (1, [2]))
         self.client.disconnected(BROKER, b"", self.bench.now)
         self.bench.wait(tc.HOST_WAIT + 1)  # nobody is there to be asked
         self.bench.machine.connected(BROKER, self.bench.now)
         self.bench.collect()
         self.join(self.client.session.number)
         self.result(2, 2, host="h1")  # of a time before
-        self.assertEqual((self.client.reported, self.client.homeless), (2, {}))
+        self.assertEqual((self.client.reported, self.client.host_wait.commands), (2, {}))
 
     def test_a_host_that_does_not_come_back_is_waited_for_once(self):
         self.join()
@@ -5593,7 +5593,7 @@ class ClientTest(unittest.TestCase):
                                               "why": "", "fault": tc.NOWHERE}))
                     b.wait(2 if id == 2 else 0)
                     b.answer(hosts=1, slots=2, workers=1)
-        self.assertEqual((self.client.failed, self.client.able), (2, set()))
+        self.assertEqual((self.client.failed, self.client.host_wait.can_start), (2, set()))
 
     def test_who_waits_for_a_host_is_stopped_with_the_rest(self):
         self.join()
@@ -5636,7 +5636,7 @@ class ClientTest(unittest.TestCase):
             self.bench.hear(tc.encode("LOST", {
                 "tasks": [[1, attempt]], "why": "gone", "fault": tc.CRASH, "worker": "w"}))
         report = [effect for effect in self.bench.effects if isinstance(effect, tc.FinalResult)][0]
-        self.assertEqual((report.kept, report.result["exitcode"]), (False, tc.NOT_RUN))
+        self.assertEqual((report.provisional, report.result["exitcode"]), (False, tc.NOT_RUN))
         self.assertIn("3 workers were lost", report.result["reason"])
 
     def test_a_pass_is_not_forgotten_if_its_first_host_cannot_start_it_any_more(self):
@@ -5644,9 +5644,9 @@ class ClientTest(unittest.TestCase):
         self.assertIsNone(report)
         self.result(1, 3, 127, host="h")
         report = [effect for effect in self.bench.effects if isinstance(effect, tc.FinalResult)][0]
-        self.assertEqual((report.kept, report.result["host"]), (True, "i"))
+        self.assertEqual((report.provisional, report.result["host"]), (True, "i"))
         self.assertEqual(report.command.verdict, tc.FLAKY)
-        self.assertEqual(self.client.examined, 0)
+        self.assertEqual(self.client.rechecks.commands, {})
 
     def test_hosts_set_aside_are_told_by_identity(self):
         self.join()
@@ -5654,7 +5654,7 @@ class ClientTest(unittest.TestCase):
         for id in (1, 2, 3):
             self.refuse(id, "vm/1b")
             self.result(id, 2, host="vm/2c")
-        self.assertEqual(self.client.shunned, {"vm"})
+        self.assertEqual(self.client.retry_policy.excluded, {"vm"})
         self.assertIn(("SHUN", {"hosts": ["vm/1b"]}), [line[1:3] for line in self.bench.lines])
 
     def test_what_a_kept_try_showed_counts_if_that_is_reported(self):
@@ -5688,11 +5688,11 @@ class ClientTest(unittest.TestCase):
         self.add(*"abcdefgh", end=True)
         b = self.bench
         for id, began in enumerate((0, 0, 1, 0, 0, 0), 1):
-            self.assertFalse(self.client.shunned)
+            self.assertFalse(self.client.retry_policy.excluded)
             self.result(id, 1, 0 if began else 127, host="h")
             if not began:
                 self.result(id, 2, 0, host="i")
-        self.assertEqual(self.client.shunned, {"h"})
+        self.assertEqual(self.client.retry_policy.excluded, {"h"})
         self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
         said = [e.text for e in b.effects if isinstance(e, tc.Notice)]
         self.assertEqual(len(said), 1)
@@ -5709,7 +5709,7 @@ class ClientTest(unittest.TestCase):
         self.add(*"abcde", end=True)
         b.lines.clear()
         for id in range(1, tc.EXCLUDE_AFTER + 1):
-            self.assertFalse(self.client.shunned)
+            self.assertFalse(self.client.retry_policy.excluded)
             for attempt, (code, host) in enumerate([(1, "h"), (0, "i"), (1, "h")], 1):
                 self.result(id, attempt, code, host=host)
         self.assertIn(("SHUN", {"hosts": ["h"]}), [line[1:3] for line in b.lines])
@@ -6013,7 +6013,7 @@ class ClientTest(unittest.TestCase):
         self.assertIn("no worker", b.effect(tc.Notice).text)
         b.hear('OK {"slots":0,"workers":3}')
         b.wait(1.0)
-        self.assertIn("none of its 3 workers takes anything new", b.effect(tc.Notice).text)
+        self.assertIn("no worker that takes new commands", b.effect(tc.Notice).text)
         b.hear('OK {"slots":2,"workers":1}')
         b.wait(1.0)
         self.assertIn("busy", b.effect(tc.Notice).text)
@@ -6177,7 +6177,7 @@ class ReportingTest(unittest.TestCase):
         self.report("a", tries=[(1, "i"), (2, "h")])
         self.report("b", tries=[(1, "i"), (1, "i")])
         self.report("c", 3, tries=[(1, "i"), (1, "j")])
-        self.client.flaky, self.client.only_on = 2, {"i": 1}
+        self.client.flaky, self.client.retry_policy.failed_only_on = 2, {"i": 1}
         self.end()
         self.assertEqual(out.getvalue().decode().split("\n")[:-2], [
             "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 2 on h",

@@ -4457,26 +4457,27 @@ def read_text(path: str) -> str:
 
 # === Client ===========================================================================
 #
-# The client owns the commands. It has a window of them at the broker, and keeps each until
-# it has been reported; whatever happens to broker and workers, it submits again what is
-# unreported. An attempt that is lost is followed by the next. Results up to INLINE come with
-# the RESULT, larger outputs are fetched one at a time, a few chunks ahead.
+# The client owns the commands. It keeps a window of them at the broker and remembers each one
+# until it is reported. Whatever happens to broker and workers, it submits again what is not
+# reported. RetryPolicy decides what follows a try, HostWait and Rechecks hold the commands that
+# wait for a certain host, and Fetcher requests output that does not come with a RESULT. These
+# four send nothing and read no clock: the Client tells them, and speaks with the broker.
 
 
-OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed, wherever it was tried
-FLAKY, ONLY = "FLAKY", "ONLY"  # failed, but passed in the end; failed on one host only
-TRY_OUTPUT = 4 * 1024  # bytes of a failed try's output that are kept, if that came with its result,
-TRY_OUTPUTS = 16 * 1024 * 1024  # and in all: the rest of a run in which everything fails says no more
-EXCLUDE_AFTER = 3  # commands that failed on one host only, until that is taken for the host's fault
-CANNOT_START = (126, 127)  # exit codes of sh: what it was to run is not there, or is no program
-START_TIME = 1000.0  # ms: a command that takes longer for such an exit code did start
-START_HOSTS = 8  # that are tried for a command, until one can start it
-HOST_WAIT: Seconds = 10.0  # for a host to come back that could start others
-RECHECK_WAIT: Seconds = 10.0  # for a slot on that host when all else is done: it may be busy for hours
+OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed on each try
+FLAKY, ONLY = "FLAKY", "ONLY"  # failed first and passed later; failed on one host only
+TRY_OUTPUT = 4 * 1024  # bytes to keep of a failed try's inline output
+ALL_TRY_OUTPUTS = 16 * 1024 * 1024  # bytes to keep of all of these in a run
+EXCLUDE_AFTER = 3  # commands that only this host failed: the host is to blame
+CANNOT_START = (126, 127)  # exit codes of sh: cannot execute, not found
+START_TIME = 1000.0  # ms; a command that took longer was started
+START_HOSTS = 8  # hosts to try for a command that cannot be started
+HOST_WAIT: Seconds = 10.0  # for a host to come back
+RECHECK_WAIT: Seconds = 10.0  # for a slot on the host that failed: it may be busy for hours
 
 
 class Try(NamedTuple):
-    """How a try of a command ended."""
+    """An attempt that ended with a result. A lost attempt is no try."""
 
     exitcode: int
     host: str
@@ -4484,13 +4485,12 @@ class Try(NamedTuple):
     slot: int = 0
     started: float = 0.0  # seconds since 1970; 0 if unknown
     spent: float = 0.0  # ms
-    size: int = 0  # bytes of its output, if that is not the reported one
-    output: bytes = b""  # the last of these, if there was room
-    ran: bool = False  # for certain
+    size: int = 0  # bytes of its output, if that is not reported
+    output: bytes = b""  # the end of that output
+    ran: bool = False  # the worker says that it was started
 
     @property
-    def began(self) -> bool:
-        """Whether the command could be started there."""
+    def did_start(self) -> bool:
         return self.ran or self.exitcode not in CANNOT_START or self.spent >= START_TIME
 
     def last_words(self) -> str:
@@ -4500,57 +4500,53 @@ class Try(NamedTuple):
         return mark + self.output.decode("utf-8", "backslashreplace")
 
 
-def verdict_of(tries: Sequence[Try], shunned: Container[str] = ()) -> str:
-    """What several tries of a command show. ONLY: it failed twice on the first host, and passed on
-    another; once is enough on a host that we shun. Tries that could not be started show nothing."""
-    tries = [row for row in tries if row.began] or tries
-    passed = [row.host for row in tries if row.exitcode == 0]
-    failed = [row.host for row in tries if row.exitcode != 0]
-    if not failed:
-        return OK
-    if not passed:
-        return FAIL
-    proven = len(failed) > 1 or failed[0] in shunned
-    return ONLY if proven and len({*failed}) == 1 and failed[0] not in passed else FLAKY
-
-
-def only_host(tries: Sequence[Try]) -> str:
-    """The host on which a command failed that has the verdict ONLY."""
-    return next(row.host for row in tries if row.exitcode and row.began)
-
-
-def unable_hosts(tries: Iterable[Try]) -> List[str]:
-    """The hosts on which a command could not be started."""
-    return sorted({row.host for row in tries if not row.began})
-
-
 def try_of(fields: Fields) -> Try:
-    """What a RESULT says, but for the output."""
+    """The try that a RESULT describes, without its output."""
     return Try(fields["exitcode"], fields.get("host", "?"), fields.get("worker", ""),
                fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0),
                ran=fields.get("ran", False))
 
 
-def next_try(tries: Sequence[Try], most: int) -> Optional[Fields]:
-    """Where to try again what has failed, in turn on another host and on the first one again. A pass
-    elsewhere is followed by one more try on the first, which shows whose fault it was. Tries that
-    could not be started do not count once one could. None if it is to be tried no more."""
-    tries = [row for row in tries if row.began] if tries[-1].began else tries
-    if len(tries) >= most:
-        return None
-    first = tries[0].host
-    if tries[-1].exitcode == 0:
-        doubtful = [row.host for row in tries[:-1]] == [first] and tries[-1].host != first
-        return {"on": first} if doubtful else None
-    return {"not_on": first} if len(tries) % 2 else {"on": first}
+def with_last_words(one: Try, fields: Fields, room: int) -> Try:
+    """The try with the end of its RESULT's inline output, of at most `room` bytes."""
+    output = to_bytes(fields.get("stdout", ""))
+    if fields.get("split"):
+        output = b"".join(piece for _, piece in unpack_pieces([output]))
+    last = output[max(0, len(output) - room):]
+    if len(last) < len(output):
+        last = last.lstrip(bytes(range(0x80, 0xc0)))  # the rest of a character
+    return one._replace(size=len(output) or fields.get("size", 0), output=last)
+
+
+def verdict_of(tries: Sequence[Try], excluded: Container[str] = ()) -> str:
+    """What the tries of a command show; those that did not start count only if none did.
+
+    ONLY: it failed twice on the first host, or once if that is excluded, and passed elsewhere."""
+    tries = [one for one in tries if one.did_start] or tries
+    passed = [one.host for one in tries if one.exitcode == 0]
+    failed = [one.host for one in tries if one.exitcode != 0]
+    if not failed or not passed:
+        return FAIL if failed else OK
+    proven = len(failed) > 1 or failed[0] in excluded
+    return ONLY if proven and len({*failed}) == 1 and failed[0] not in passed else FLAKY
+
+
+def only_host(tries: Sequence[Try]) -> str:
+    """The host that failed a command with the verdict ONLY."""
+    return next(one.host for one in tries if one.exitcode and one.did_start)
+
+
+def could_not_start_on(tries: Iterable[Try]) -> List[str]:
+    """The hosts that could not start the command, sorted."""
+    return sorted({one.host for one in tries if not one.did_start})
 
 
 class Command:
-    """A command that is in the client's hands: submitted, and not reported yet."""
+    """A command that the client has not reported yet."""
 
-    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "kept", "home_until",
-                 "nowhere", "again", "worker", "since", "avoid", "result", "asked", "got", "shown",
-                 "kept_shown", "due", "verdict")
+    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "provisional",
+                 "provisional_shown", "wait_until", "again", "worker", "since", "avoid", "result",
+                 "shown", "verdict")
 
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
@@ -4558,45 +4554,56 @@ class Command:
         self.cwd = cwd
         self.attempt = 1
         self.faults = Faults()
-        self.tries: Dict[int, Try] = {}  # by attempt: those that have ended
-        self.place: Fields = {}  # where to run it, if it is tried again
-        # what to report, while a failure is looked into: a pass, or what could not be started, unless
-        # it can be elsewhere
-        self.kept: Optional[Fields] = None
-        self.home_until: Seconds = 0.0  # until when to wait for a host that might start it
-        self.nowhere = False  # there is none
-        self.again = False  # this attempt has been submitted before
+        self.tries: Dict[int, Try] = {}  # by attempt, oldest first
+        self.place: Fields = {}  # constraints of this attempt
+        self.provisional: Fields = {}  # RESULT to report unless a better one comes
+        self.provisional_shown = 0  # bytes of its output that were shown live
+        self.wait_until: Seconds = 0.0  # deadline of its HostWait; 0: never waited, -inf: given up
+        self.again = False  # this attempt was submitted before
         self.worker = ""  # that confirmed this attempt with QUEUED
-        self.since: Seconds = 0.0  # when it did
-        self.avoid = ""  # the worker that lost the last one, or where it failed
-        self.result: Optional[Fields] = None  # while its output is being fetched
-        self.asked = self.got = 0  # bytes of its output
-        self.shown = 0  # bytes of what is to be reported that came while it was running
-        self.kept_shown = 0  # the same of what is kept
-        self.due: Seconds = math.inf  # when a chunk is overdue
-        self.verdict = OK  # once it is reported
+        self.since: Seconds = 0.0  # time of that QUEUED
+        self.avoid = ""  # worker that failed or lost the last attempt
+        self.result: Fields = {}  # RESULT whose output is being fetched
+        self.shown = 0  # bytes of this attempt's output that were shown live
+        self.verdict = OK  # valid when reported
 
     @property
     def passed(self) -> bool:
-        """It has, and only its failures are being looked into."""
-        return self.kept is not None and not self.kept["exitcode"]
+        """Whether it passed and is now rechecked where it failed."""
+        return self.provisional.get("exitcode") == 0
+
+
+class RunOptions(NamedTuple):
+    """What the user asks for."""
+
+    timeout: Seconds = 0  # of each command; 0: none
+    # of a command that fails; 0: one, but more hosts if it cannot be started; 1: really one
+    tries: int = 0
+    max_output: int = 0  # bytes of output to keep; 0: all
+    env: Dict[str, str] = {}  # variables to set
+    needs: Tuple[str, ...] = ()  # labels that the worker must have
+    split: bool = False  # keep stdout and stderr apart
+    live: bool = False  # show output while the command runs
+    serial: bool = False  # one command at a time
+    fail_fast: int = 0  # failures that stop the run; 0: never stop
+    fail_on_flaky: bool = False  # flaky commands count as failed
 
 
 class RunStarted(NamedTuple):
-    """Effect: commands have gone out, of so many (None: the input has not ended)."""
+    """Effect: the run has started. `commands` is their number, None while input goes on."""
 
     commands: Optional[int]
 
 
 class FetchedOutput(NamedTuple):
-    """Effect: keep the next part of a large output. At offset 0 a new output begins."""
+    """Effect: store the next part of a large output. Offset 0 begins another output."""
 
     offset: int
     data: Any  # a buffer with a length
 
 
 class LiveOutput(NamedTuple):
-    """Effect: a running command has printed this. At offset 0 another try begins."""
+    """Effect: a running command printed this. Offset 0 begins another try."""
 
     command: Command
     offset: int
@@ -4604,90 +4611,286 @@ class LiveOutput(NamedTuple):
 
 
 class ProvisionalResult(NamedTuple):
-    """Effect: keep this result, to be reported later; `output` as of a FinalResult."""
+    """Effect: store this result, which may be reported later."""
 
     command: Command
     result: Fields
-    output: Optional[bytes]
+    output: Optional[bytes]  # None: the FetchedOutput
 
 
 class FinalResult(NamedTuple):
-    """Effect: report this result; `output` is None if it is what was stored, or, if `kept`, what
-    was kept."""
+    """Effect: report this result."""
 
     command: Command
     result: Fields
-    output: Optional[bytes]
-    kept: bool = False
+    output: Optional[bytes]  # None: the FetchedOutput, or that of the ProvisionalResult
+    provisional: bool = False  # it is the ProvisionalResult
 
 
-class RunOptions(NamedTuple):
-    """What the user wants of each command, and of all together."""
+class RetryPolicy:
+    """Decides whether and where a command is tried again, and which hosts are excluded.
 
-    timeout: Seconds = 0  # to run; 0: no limit
-    # in all, as long as it fails; 0: one, and others elsewhere if it could not be started; 1: one in
-    # any case
-    tries: int = 0
-    max_output: int = 0  # bytes of output to keep; 0: all
-    env: Dict[str, str] = {}  # variables to set
-    needs: Tuple[str, ...] = ()  # labels of workers
-    split: bool = False  # stdout and stderr apart
-    live: bool = False  # what it prints while it runs
-    serial: bool = False  # one command at a time
-    fail_fast: int = 0  # failures, after which to stop everything; 0: never
-    fail_on_flaky: bool = False  # what does not always pass has failed
+    A failed command is tried on another host and on the first host, in turn. A pass elsewhere is
+    followed by one recheck on the first host: it tells whether that host is to blame. A command
+    that a host could not start is tried on others until one can. Excluded hosts get a command
+    only if there is no other host.
+    """
+
+    def __init__(self, max_tries: int) -> None:
+        self.max_tries = max_tries  # RunOptions.tries
+        self.excluded: Set[str] = set()
+        self.failed_only_on: Counter[str] = Counter()  # commands with the verdict ONLY, by host
+        self.started_elsewhere: Counter[str] = Counter()  # commands that only others could start
+        self.failed_starts: Counter[str] = Counter()  # such commands in a row
+
+    def check(self) -> None:
+        assert self.excluded <= {*self.failed_only_on, *self.started_elsewhere}, self.excluded
+        for host, number in self.failed_starts.items():
+            assert number <= self.started_elsewhere[host], host
+
+    def next_place(self, command: Command) -> Optional[Fields]:
+        """Return the constraints of the next try, or None if there is none."""
+        tries = [*command.tries.values()]
+        last, failed_starts = tries[-1], sum(not one.did_start for one in tries)
+        if not last.did_start and self.max_tries != 1 and failed_starts < START_HOSTS \
+                and not command.passed and command.wait_until > -math.inf:
+            return {"never_on": could_not_start_on(tries)}
+        if last.did_start:
+            tries = [one for one in tries if one.did_start]
+        if len(tries) >= self.max_tries:
+            return None
+        first = tries[0].host
+        if last.exitcode:
+            return {"not_on": first} if len(tries) % 2 else {"on": first}
+        recheck = len(tries) == 2 and last.host != first and first not in self.excluded
+        return {"on": first} if recheck else None
+
+    def learn(self, verdict: str, tries: Sequence[Try]) -> Dict[str, str]:
+        """Learn from a reported command. Return the newly excluded hosts, each with the reason."""
+        suspects: List[Tuple[Counter[str], str, str]] = []
+        if verdict == ONLY:
+            suspects.append((self.failed_only_on, only_host(tries),
+                             "failed there, twice each, and nowhere else"))
+        if any(one.did_start for one in tries):
+            unable = could_not_start_on(tries)
+            self.started_elsewhere.update(unable)
+            suspects += [(self.failed_starts, host, "in a row could not be started there, and "
+                          "could elsewhere") for host in unable]
+        new = {}
+        for failures, host, why in suspects:
+            failures[host] += 1
+            if failures[host] >= EXCLUDE_AFTER and host not in self.excluded:
+                new[host] = why
+        self.excluded.update(new)
+        return new
+
+
+class HostWait:
+    """Commands that no present host may start, while a host that started others is gone.
+
+    Each waits HOST_WAIT at most, and is submitted again whenever the cloud changes.
+    """
+
+    def __init__(self) -> None:
+        self.commands: Dict[int, Command] = {}
+        self.can_start: Set[str] = set()  # hosts that started a command
+        self.cloud: Tuple[int, ...] = ()  # its size at the last change
+
+    def check(self, window: Dict[int, Command]) -> None:
+        for id, command in self.commands.items():
+            assert window[id] is command and command.wait_until > 0, id
+
+    def add(self, command: Command, now: Seconds) -> bool:
+        """Let a command wait. Return False if its time is up or no absent host may start it."""
+        able = self.can_start.difference(could_not_start_on(command.tries.values()))
+        command.wait_until = command.wait_until or now + HOST_WAIT
+        if able and now < command.wait_until:
+            self.commands[command.id] = command
+            return True
+        self.can_start -= able  # they do not come back: other commands need not wait
+        command.wait_until = -math.inf
+        return False
+
+    def change(self, cloud: Tuple[int, ...]) -> List[Command]:
+        """Note the size of the cloud. Return the commands to submit again."""
+        changed, self.cloud = cloud != self.cloud, cloud
+        return [*self.commands.values()] if changed else []
+
+    def restart(self) -> None:
+        """Forget all commands and deadlines: a new broker may not know all hosts yet."""
+        for command in self.commands.values():
+            command.wait_until = 0.0
+        self.commands.clear()
+
+    def late(self, now: Seconds) -> List[Command]:
+        return [command for command in self.commands.values() if command.wait_until <= now]
+
+    def hosts(self) -> str:
+        """The absent hosts, by name."""
+        unable = {host for command in self.commands.values()
+                  for host in could_not_start_on(command.tries.values())}
+        return printable(", ".join(sorted(self.can_start - unable)), 300)
+
+
+class Rechecks:
+    """Commands that passed, and are tried once more on the host that failed them.
+
+    When nothing else is left to do, they wait RECHECK_WAIT for a slot there. A command that a
+    worker has may be running, so it gets three times as long as the pass took. It has no more,
+    for it may also wait at a chained broker.
+    """
+
+    def __init__(self) -> None:
+        self.commands: Dict[int, Command] = {}
+        self.alone_since: Seconds = math.inf  # when nothing else was left to do
+        self.deadline: Seconds = math.inf  # when the next command may be overdue
+
+    def check(self, window: Dict[int, Command]) -> None:
+        passed = {id: command for id, command in window.items() if command.passed}
+        assert passed == self.commands, (passed, self.commands)
+
+    def overdue(self, alone: bool, now: Seconds) -> List[Command]:
+        """Return the commands to report as they are; `alone`: nothing else is left to do."""
+        if not alone:
+            self.alone_since = self.deadline = math.inf
+        elif self.alone_since == math.inf:
+            self.alone_since, self.deadline = now, now + RECHECK_WAIT
+        if now < self.deadline:
+            return []
+        due = {id: self.alone_since + RECHECK_WAIT + (
+            3 * command.provisional.get("time", 0.0) / 1000 if command.worker else 0.0)
+            for id, command in self.commands.items()}
+        self.deadline = min((at for at in due.values() if at > now), default=math.inf)
+        return [self.commands[id] for id, at in due.items() if at <= now]
+
+
+class Fetcher:
+    """Requests output that no RESULT brings: `ask(command, offset, size)` sends a FETCH.
+
+    Large outputs are fetched one at a time, in order, FETCH_AHEAD chunks ahead. Live output is
+    requested of all running commands, one chunk ahead. What does not come within `timeout` is
+    requested again: the request or the chunk may have been lost.
+    """
+
+    def __init__(self, ask: Callable[[Command, int, int], None], timeout: Seconds,
+                 live: bool) -> None:
+        self.ask = ask
+        self.timeout = timeout
+        self.queue: Deque[Command] = deque()  # commands with a large output; the first is fetched
+        self.partial: Optional[Command] = None  # whose output is stored in part
+        self.stored = self.asked = 0  # bytes of that output
+        self.overdue_at: Seconds = math.inf  # when to request it again
+        self.live = live
+        self.live_overdue_at: Seconds = math.inf
+
+    def check(self, window: Dict[int, Command]) -> None:
+        assert bool(self.queue) == (self.overdue_at < math.inf), self.overdue_at
+        assert not self.queue or self.queue[0] is self.partial
+        for command in self.queue:
+            assert window[command.id] is command and command.result, command.id
+            assert self.queue.count(command) == 1, command.id
+
+    def add(self, command: Command, result: Fields, now: Seconds) -> None:
+        """Fetch the output of this RESULT, from where that was left if it is told again."""
+        command.result = result
+        if command not in self.queue:
+            self.queue.append(command)
+            if len(self.queue) == 1:
+                self.request(now)
+
+    def remove(self, command: Command, now: Seconds) -> None:
+        """Forget the command's RESULT, if its output is being fetched."""
+        if command.result:
+            command.result = {}
+            self.partial = None if self.partial is command else self.partial
+            if command in self.queue:
+                self.queue.remove(command)
+                self.request(now)
+
+    def restart(self) -> None:
+        """Forget all requests: a RESULT whose output is still there is told again."""
+        self.queue.clear()
+        self.asked, self.overdue_at = self.stored, math.inf
+
+    def request(self, now: Seconds) -> None:
+        """Request as much of the first output as may be under way."""
+        if not self.queue:
+            self.overdue_at = math.inf
+            return
+        self.overdue_at = now + self.timeout
+        command = self.queue[0]
+        if command is not self.partial:
+            self.partial, self.stored, self.asked = command, 0, 0
+        size = command.result["size"]
+        while self.asked < min(size, self.stored + FETCH_AHEAD * CHUNK_SIZE):
+            part = min(CHUNK_SIZE, size - self.asked)
+            self.ask(command, self.asked, part)
+            self.asked += part
+
+    def take(self, command: Command, offset: int, size: int, now: Seconds) -> bool:
+        """Return whether this chunk is the next part of the first output, and request more."""
+        if not self.queue or self.queue[0] is not command or offset != self.stored:
+            return False
+        self.stored += size
+        self.request(now)
+        return True
+
+    def listen(self, command: Command, now: Seconds) -> None:
+        """Request the live output that comes next, if the command is running."""
+        if self.live and command.worker and not command.result and not command.passed:
+            self.live_overdue_at = min(self.live_overdue_at, now + self.timeout)
+            self.ask(command, command.shown, CHUNK_SIZE)
+
+    def tick(self, window: Iterable[Command], now: Seconds) -> None:
+        if self.overdue_at <= now:
+            self.asked = self.stored
+            self.request(now)
+        if self.live_overdue_at <= now:
+            self.live_overdue_at = math.inf
+            for command in window:
+                self.listen(command, now)
 
 
 class Client(SessionMachine):
     """A client's run. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
-                 address: str = "", host: str = "", options: RunOptions = RunOptions(), pid: int = 0) -> None:
+                 address: str = "", host: str = "", options: RunOptions = RunOptions(),
+                 pid: int = 0) -> None:
         super().__init__("HELLO", times, wait)
         self.run = run
         self.options = options
-        # fields of all our commands
-        self.standing: Fields = {name: value for name, value in (
+        self.common: Fields = {name: value for name, value in (  # to all commands
             ("timeout", options.timeout), ("limit", options.max_output), ("env", options.env),
             ("needs", list(options.needs)), ("split", options.split)) if value}
-        self.standing_size = len(encode("", self.standing))
         self.address = address  # for notices
         self.host, self.pid = host, pid
+        self.host_names = HostNames()  # only the broker is told identities
+        self.timings: Dict[str, float] = {}  # seconds that commands took in earlier runs
         self.backlog: Deque[Command] = deque()  # not submitted yet
         self.window: Dict[int, Command] = {}  # submitted
-        self.accepted = 0  # entries of the window that a worker has confirmed
-        # how long we were stopped, if that is too long for the broker; told if we join until then
-        self.slept: Tuple[Seconds, Seconds] = (0, 0)
-        self.fetching: Deque[Command] = deque()  # the first one is being fetched
-        self.storing: Optional[Command] = None  # whose output was stored last, perhaps in part
-        self.done: List[List[int]] = []  # [id, attempt] to be told DONE
-        self.done_until: Seconds = math.inf  # when to do so at the latest
-        self.last_id = 0  # of the commands; some of the input may have been left out
+        self.accepted = 0  # commands of the window that a worker confirmed
+        self.retry_policy = RetryPolicy(options.tries)
+        self.host_wait = HostWait()
+        self.rechecks = Rechecks()
+        self.fetcher = Fetcher(self.ask, 2 * times.ready_interval, options.live)
+        self.try_room = ALL_TRY_OUTPUTS  # bytes
+        self.done: List[List[int]] = []  # [id, attempt] for the next DONE
+        self.done_at: Seconds = math.inf  # its deadline
+        self.last_id = 0  # of the input's commands, skipped ones too
         self.total = self.reported = self.failed = self.flaky = 0
-        self.host_names = HostNames()  # the broker is told identities; all else here is by what is shown
-        self.only_on: Counter[str] = Counter()  # hosts: commands that failed only there
-        self.unable: Counter[str] = Counter()  # hosts: commands in a row that only others could start
-        self.able: Set[str] = set()  # hosts that could start some
-        self.homeless: Dict[int, Command] = {}  # of the window, which wait for a host
-        self.cloud: Tuple[int, int, int] = (0, 0, 0)  # workers, slots, hosts when they were tried last
-        self.shunned: Set[str] = set()  # hosts
-        self.live_paused = False  # who reads what running commands print does not keep up
-        self.listen_at: Seconds = math.inf  # when to ask for that again: it may have been lost
-        self.room = TRY_OUTPUTS  # bytes
-        self.examined = 0  # entries of the window that have passed, but failed before
-        self.examine_since: Seconds = math.inf  # when there was nothing else left to do
-        self.examine_until: Seconds = math.inf  # when to look for those to be waited for no longer
-        self.timings: Dict[str, float] = {}  # of earlier runs, to begin with the longest
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
-        self.cut_short = False  # there was more input than we have taken
-        self.released = False  # the commands have been announced
-        self.release_at: Seconds = math.inf  # when to do so at the latest
-        self.status: Optional[int] = None  # the exit status, once the end is decided
+        self.cut_short = False  # the input had more
+        self.announced = False  # RunStarted
+        self.announce_at: Seconds = math.inf  # its deadline
+        self.status: Optional[int] = None  # exit status of a cancelled run
         self.leave_at: Seconds = math.inf
         self.left = False
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
-        self.lacks = ""  # what it says we wait for, perhaps in vain
+        self.lacks = ""  # what the broker says we wait for, perhaps in vain
+        # length of a pause longer than the broker's patience, and until when to mention it
+        self.long_pause: Tuple[Seconds, Seconds] = (0, 0)
 
     def greeting(self, joining: bool) -> Fields:
         fields: Fields = {"run": self.run, "backlog": len(self.backlog)}
@@ -4705,13 +4908,13 @@ class Client(SessionMachine):
     # --- commands out
 
     def add(self, cmd: str, cwd: str) -> None:
-        """One more command. Call settle() after the last of a batch."""
+        """Add a command. Call settle() after the last one of a batch."""
         self.total += 1
         self.last_id += 1
         self.backlog.append(Command(self.last_id, cmd, cwd))
 
     def skip(self) -> None:
-        """One more command, which need not be run."""
+        """Count a command of the input that need not run."""
         self.last_id += 1
 
     def end_input(self, now: Seconds) -> None:
@@ -4719,9 +4922,51 @@ class Client(SessionMachine):
         self.input_ended = True
         self.settle()
 
+    def settle(self) -> None:
+        self.fill_window()
+        if self.done_at <= self.now or len(self.done) >= MAX_DONE:
+            self.send_done()
+        self.stop_rechecking()
+        if self.status is None and not self.left:
+            self.stop_early()
+            self.report_wait(self.waits_for())
+        if self.input_ended and not self.backlog and not self.window and not self.left:
+            self.leave(1 if self.bad() else 0)
+
+    def fill_window(self) -> None:
+        if self.backlog and self.session.joined:
+            self.announce_at = min(self.announce_at, self.now + RELEASE_DELAY)
+        ready = self.input_ended or self.announce_at <= self.now  # the rest is not waited for
+        if self.timings and self.backlog and ready:
+            self.sort_backlog()
+        size = 1 if self.options.serial else WINDOW
+        room = size - len(self.window)
+        if self.session.joined and not self.timings \
+                and room >= min(REFILL_FRACTION * size, len(self.backlog)):
+            for _ in range(min(room, len(self.backlog))):
+                command = self.backlog.popleft()
+                self.window[command.id] = command
+                self.submit(command)
+        if self.announce_at < math.inf and ready:
+            self.announce()
+
+    def sort_backlog(self) -> None:
+        """Put long and unknown commands first, if the backlog is complete and that may help."""
+        timings, self.timings = self.timings, {}
+        if self.input_ended and self.slots != 1 and not self.options.serial:
+            self.backlog = deque(sorted(
+                self.backlog, key=lambda command: -timings.get(command.cmd, math.inf)))
+
+    def announce(self) -> None:
+        """Tell the user, once, that the run has started."""
+        if not self.announced:
+            self.announced = True
+            self.effects.append(RunStarted(self.total if self.input_ended else None))
+
     def submit(self, command: Command) -> None:
-        fields = {"id": command.id, "attempt": command.attempt, "cmd": command.cmd, "cwd": command.cwd,
-                  **command.place, **self.standing}
+        """Submit the command's attempt. A command that is too long fails the first time."""
+        fields = {"id": command.id, "attempt": command.attempt, "cmd": command.cmd,
+                  "cwd": command.cwd, **command.place, **self.common}
         for key in {"on", "not_on"} & command.place.keys():
             fields[key] = self.host_names.identity_of(fields[key])
         if "never_on" in fields:
@@ -4735,118 +4980,49 @@ class Client(SessionMachine):
         if command.faults.crashes:
             fields["careful"] = True
         if command.passed:
-            fields["limit"] = 1  # only how it ends is wanted
-        command.again = True
-        self.say(BROKER, b"", "", COMMAND, fields)
-
-    def settle(self) -> None:
-        if self.backlog and self.session.joined:
-            self.release_at = min(self.release_at, self.now + RELEASE_DELAY)
-        if self.timings and self.backlog and (self.input_ended or self.release_at <= self.now):
-            self.longest_first()
-        size = 1 if self.options.serial else WINDOW
-        room = size - len(self.window)
-        if self.session.joined and not self.timings \
-                and room >= min(REFILL_FRACTION * size, len(self.backlog)):
-            for _ in range(min(room, len(self.backlog))):
-                self.begin(self.backlog.popleft())
-        if self.release_at < math.inf and (self.input_ended or self.release_at <= self.now):
-            self.release()
-        if self.done_until <= self.now or len(self.done) >= MAX_DONE:
-            self.tell_done()
-        if self.status is None and not self.left:
-            self.stop_examining()
-            self.stop_early()
-            self.report_wait(self.waits_for())
-        if self.input_ended and not self.backlog and not self.window and not self.left:
-            self.leave(1 if self.bad() else 0)
-
-    def longest_first(self) -> None:
-        """Put the backlog in order, if it is whole and that may help: first what we know nothing of."""
-        timings, self.timings = self.timings, {}
-        if self.input_ended and self.slots != 1 and not self.options.serial:
-            self.backlog = deque(sorted(self.backlog,
-                                        key=lambda command: -timings.get(command.cmd, math.inf)))
-
-    def bad(self) -> int:
-        """How many commands have not done what they should."""
-        return self.failed + (self.flaky if self.options.fail_on_flaky else 0)
-
-    def stop_early(self) -> None:
-        more = self.window or self.backlog or not self.input_ended
-        if more and 0 < self.options.fail_fast <= self.bad():
-            have = "has" if self.bad() == 1 else "have"
-            self.effects.append(Notice(
-                f"stopping: {plural(self.bad(), 'command')} {have} failed (--fail-fast)"))
-            self.cancel(1, self.now)
-
-    def begin(self, command: Command) -> None:
-        """Submit a command for the first time, unless it is too long."""
-        self.window[command.id] = command
-        limit = MAX_COMMAND - OTHER_FIELDS
-        if 12 * (len(command.cmd) + len(command.cwd)) + self.standing_size > limit and len(
-                encode("", {"cmd": command.cmd, "cwd": command.cwd})) + self.standing_size > limit:
-            self.report(command, {"exitcode": NOT_RUN, "time": 0.0, "reason":
-                                f"a command is at most {MAX_COMMAND} bytes of JSON"}, b"")
+            fields["limit"] = 1  # byte: only the exit code of a recheck counts
+        line = encode(COMMAND, fields)
+        first, command.again = not command.again and command.attempt == 1, True
+        if first and len(line) > MAX_COMMAND - OTHER_FIELDS:
+            self.fail(command, f"a command is at most {MAX_COMMAND} bytes of JSON")
         else:
-            self.submit(command)
-
-    def finish_with(self, id: int, attempt: int) -> None:
-        """Its worker may forget this attempt: have it told so before long."""
-        self.done.append([id, attempt])
-        self.done_until = min(self.done_until, self.now + DONE_DELAY)
-
-    def tell_done(self) -> None:
-        if self.done and self.session.joined:
-            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
-            self.done, self.done_until = [], math.inf
-
-    def release(self) -> None:
-        """Announce the commands, once: as soon as their number is known, but in time."""
-        if not self.released:
-            self.released = True
-            self.effects.append(RunStarted(self.total if self.input_ended else None))
-
-    def leave(self, status: int) -> None:
-        """The end: all is reported, or the rest is given up."""
-        self.tell_done()
-        if self.session.up:  # also if HELLO is not answered yet: it has been sent
-            self.say(BROKER, b"", "", "BYE")
-        self.left = True
-        self.effects.append(Exit(status if self.status is None else self.status))
+            self.pass_on(BROKER, b"", "", line)
 
     def on_ok(self, message: Message) -> None:
-        self.slots, self.workers, self.hosts = (
-            message.fields.get(name, 0) for name in ("slots", "workers", "hosts"))
+        cloud = self.workers, self.slots, self.hosts = tuple(
+            message.fields.get(name, 0) for name in ("workers", "slots", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
-        before, self.cloud = self.cloud, (self.workers, self.slots, self.hosts)
-        for command in [*self.homeless.values()] if self.session.joined and self.cloud != before else ():
+        waiting = self.host_wait.change(cloud)
+        for command in waiting if self.session.joined else ():
             self.next_attempt(command, "")
         if self.session.ok(message.fields):
-            for command in self.homeless.values():  # a new broker may not know all hosts yet
-                command.home_until = 0.0
-            self.homeless.clear()
-            if self.accepted and self.now < self.slept[1]:  # results that came in time are read
-                self.effects.append(Notice(
-                    f"was stopped for {self.slept[0]:.0f} s, longer than the broker waits for a client "
-                    f"(--client-lease): {plural(self.accepted, 'command')} that workers had at its "
-                    f"end will be run again"))
-            self.slept = (0, 0)
-            for command in self.window.values():
-                self.submit(command)
-            self.fetching.clear()  # what the cloud still has of their outputs, it will tell again
-            if self.shunned:
-                self.shun()
-            if self.status is not None:
-                self.say(BROKER, b"", "", "CANCEL")
+            self.host_wait.restart()
+            self.fetcher.restart()
+            self.resubmit()
+
+    def resubmit(self) -> None:
+        """Tell a broker that we have joined what it may not know."""
+        if self.accepted and self.now < self.long_pause[1]:  # results that came in time are read
+            self.effects.append(Notice(
+                f"was stopped for {self.long_pause[0]:.0f} s, longer than the broker waits for a "
+                f"client (--client-lease): {plural(self.accepted, 'command')} that workers had at "
+                f"its end will be run again"))
+        self.long_pause = (0, 0)
+        for command in self.window.values():
+            self.submit(command)
+        if self.retry_policy.excluded:
+            self.send_excluded()
+        if self.status is not None:
+            self.say(BROKER, b"", "", "CANCEL")
 
     # --- results in
 
     def command_of(self, id: int, attempt: int) -> Optional[Command]:
+        """The command whose present attempt this is; None if the attempt is over."""
         command = self.window.get(id)
         return command if command is not None and command.attempt == attempt else None
 
-    def confirm(self, command: Command, worker: str) -> None:
+    def set_worker(self, command: Command, worker: str) -> None:
         """Note which worker has the command's attempt, "" for none."""
         self.accepted += bool(worker) - bool(command.worker)
         command.worker = worker
@@ -4857,26 +5033,8 @@ class Client(SessionMachine):
             if command is not None:
                 if not command.worker:
                     command.since = self.now
-                self.confirm(command, message.fields.get("worker") or "?")
-                self.listen(command)
-
-    def listen(self, command: Command) -> None:
-        """Ask for what a running command prints next."""
-        wanted = self.options.live and not self.live_paused and self.session.joined
-        if wanted and command.worker and command.result is None and not command.passed:
-            self.listen_at = min(self.listen_at, self.now + 2 * self.times.ready_interval)
-            self.say(BROKER, b"", "", "FETCH", {
-                "id": command.id, "attempt": command.attempt, "offset": command.shown, "size": CHUNK_SIZE})
-
-    def pause_live(self) -> None:
-        """Ask for no more live output: its reader is slow."""
-        self.live_paused, self.listen_at = True, math.inf
-
-    def resume_live(self, now: Seconds) -> None:
-        """Ask for the live output of all running commands, also where a request may be lost."""
-        self.now, self.live_paused, self.listen_at = now, False, math.inf
-        for command in self.window.values():
-            self.listen(command)
+                self.set_worker(command, message.fields.get("worker") or "?")
+                self.fetcher.listen(command, self.now)
 
     def on_result(self, message: Message) -> None:
         fields = message.fields
@@ -4886,222 +5044,119 @@ class Client(SessionMachine):
             fields["host"] = self.host_names.name_of(fields["host"])
         command = self.command_of(fields["id"], fields["attempt"])
         if command is None:  # reported before: our DONE was lost
-            self.finish_with(fields["id"], fields["attempt"])
-        elif command.result != fields:
-            self.stop_fetching(command)  # of the time before our lease ended; it ran again since
+            self.acknowledge(fields["id"], fields["attempt"])
+        elif command.result == fields:
+            self.fetcher.add(command, fields, self.now)
+        else:  # another than before if the command ran again, after our lease had ended
+            self.end_attempt(command)
             self.take_result(command, fields)
-        elif command not in self.fetching:  # told again: go on where we were
-            command.asked = command.got
-            self.fetching.append(command)
-            self.fetch()
 
     def take_result(self, command: Command, fields: Fields) -> None:
-        output = to_bytes(fields["stdout"]) if "stdout" in fields else b""
-        command.tries[command.attempt] = this = try_of(fields)
-        if this.began:
-            self.able.add(this.host)
-            self.unable.pop(this.host, None)
-        if command.passed:
-            self.conclude(command, fields, b"")
-            return
-        place = self.place_for(command) if this.exitcode else None
-        if place:
-            self.keep_last_words(command, fields, output)
-        if place and "never_on" not in place:
-            self.conclude(command, fields, b"")
-        elif len(output) < fields.get("size", 0):
-            command.result = fields
-            self.fetching.append(command)
-            self.fetch()
+        """Conclude a try, or fetch its output first if that may be reported."""
+        this = try_of(fields)
+        command.tries[command.attempt] = this
+        if this.did_start:
+            self.retry_policy.failed_starts.pop(this.host, None)
+            self.host_wait.can_start.add(this.host)
+        output = to_bytes(fields.get("stdout", ""))
+        place = self.next_place(command)
+        if place and this.exitcode and not command.passed:
+            this = with_last_words(this, fields, min(TRY_OUTPUT, self.try_room))
+            command.tries[command.attempt] = this
+            self.try_room -= len(this.output)
+        useless = command.passed or place and this.exitcode and "never_on" not in place
+        if len(output) < fields.get("size", 0) and not useless:
+            self.fetcher.add(command, fields, self.now)
         else:
             self.conclude(command, fields, output)
 
-    def keep_last_words(self, command: Command, fields: Fields, output: bytes) -> None:
-        """Of a failed try that is not the last one."""
-        said = b"".join(piece for _, piece in unpack_pieces([output])) if fields.get("split") else output
-        last = said[max(0, len(said) - min(TRY_OUTPUT, self.room)):]
-        if len(last) < len(said):
-            last = last.lstrip(bytes(range(0x80, 0xc0)))  # the rest of a character
-        self.room -= len(last)
-        command.tries[command.attempt] = command.tries[command.attempt]._replace(
-            size=len(said) or fields.get("size", 0), output=last)
-
-    def place_for(self, command: Command) -> Optional[Fields]:
-        """Where to try it again; None if not at all."""
-        if self.status is not None:
-            return None
-        unable = unable_hosts(command.tries.values())
-        failed = sum(not row.began for row in command.tries.values())
-        may_start = self.options.tries != 1 and failed < START_HOSTS and not (
-            command.passed or command.nowhere)
-        last = command.tries[max(command.tries)]
-        if not last.began and may_start:
-            return {"never_on": unable}
-        place = next_try(list(command.tries.values()), self.options.tries)
-        passed = last.exitcode == 0
-        return None if passed and place and place["on"] in self.shunned else place
+    def next_place(self, command: Command) -> Optional[Fields]:
+        return self.retry_policy.next_place(command) if self.status is None else None
 
     def conclude(self, command: Command, fields: Fields, output: Optional[bytes]) -> None:
-        """A try has ended, and its output is there if it is wanted."""
-        place = self.place_for(command)
-        if place is None:
-            if not command.passed:
-                command.kept = None
+        """A try has ended, and its output is here if it is wanted: report it or try again."""
+        place = self.next_place(command)
+        if place is None and command.passed:
+            self.report(command, command.provisional)
+        elif place is None:
             self.report(command, fields, output)
-            return
-        if not fields["exitcode"] or "never_on" in place:
-            self.stop_fetching(command)
-            command.kept, command.kept_shown = fields, command.shown
-            self.examined += not fields["exitcode"]
-            self.effects.append(ProvisionalResult(command, fields, output))
-        self.finish_with(command.id, command.attempt)
-        command.place = dict(place, elsewhere=True)
-        self.next_attempt(command, fields.get("worker", ""))
-
-    def find_host(self, command: Command) -> None:
-        """Nobody is there who may start this. Wait for a host that could start others, if there was
-        one; or else it has failed."""
-        able = self.able.difference(unable_hosts(command.tries.values()))
-        self.confirm(command, "")
-        command.home_until = command.home_until or self.now + HOST_WAIT
-        if able and not command.nowhere and self.now < command.home_until:
-            self.homeless[command.id] = command
-            return
-        self.able -= able  # they do not come back, and others need not wait for them
-        command.nowhere = True
-        place = self.place_for(command)
-        if place is None:
-            self.report(command, {}, None)
         else:
+            if not fields["exitcode"] or "never_on" in place:
+                command.provisional, command.provisional_shown = fields, command.shown
+                self.effects.append(ProvisionalResult(command, fields, output))
+            if command.passed:
+                self.rechecks.commands[command.id] = command
+            self.acknowledge(command.id, command.attempt)
+            self.next_attempt(command, fields.get("worker", ""), place)
+
+    def next_attempt(self, command: Command, avoid: str, place: Optional[Fields] = None) -> None:
+        """Begin another attempt: a try at another place, or the same try again."""
+        self.end_attempt(command)
+        self.set_worker(command, "")
+        if place is not None:
             command.place = dict(place, elsewhere=True)
-            self.next_attempt(command, "")
-
-    def gone_hosts(self) -> str:
-        """The hosts that could start some, but not those that wait for them, by name."""
-        unable = {host for command in self.homeless.values()
-                  for host in unable_hosts(command.tries.values())}
-        return printable(", ".join(sorted(self.able - unable)), 300)
-
-    def next_attempt(self, command: Command, avoid: str) -> None:
-        self.homeless.pop(command.id, None)
-        self.confirm(command, "")
         command.attempt += 1
         command.again = False
         command.avoid = avoid
-        if not command.passed:
-            command.shown = 0
+        command.shown = 0
         if self.session.joined:
             self.submit(command)
 
-    def report(self, command: Command, result: Fields, output: Optional[bytes]) -> None:
-        kept = command.kept is not None
-        if command.kept is not None:
-            result, output, command.shown = command.kept, None, command.kept_shown
-            self.examined -= not result["exitcode"]
-        self.release()
-        self.confirm(command, "")
-        self.homeless.pop(command.id, None)
+    def end_attempt(self, command: Command) -> None:
+        self.fetcher.remove(command, self.now)
+        self.host_wait.commands.pop(command.id, None)
+
+    def forget(self, command: Command) -> None:
+        """Take a command out of the window."""
+        self.end_attempt(command)
+        self.set_worker(command, "")
+        self.rechecks.commands.pop(command.id, None)
         del self.window[command.id]
+
+    def report(self, command: Command, result: Fields, output: Optional[bytes] = None) -> None:
+        self.announce()
+        self.forget(command)
+        self.acknowledge(command.id, command.attempt)
+        if result is command.provisional:
+            command.shown = command.provisional_shown
+        tries = [*command.tries.values()]
+        command.verdict = FAIL if result["exitcode"] else verdict_of(
+            tries, self.retry_policy.excluded)
         self.reported += 1
-        self.failed += result["exitcode"] != 0
-        self.finish_with(command.id, command.attempt)
-        tries = list(command.tries.values())
-        command.verdict = FAIL if result["exitcode"] else verdict_of(tries, self.shunned)
-        self.effects.append(FinalResult(command, result, output, kept))
+        self.failed += command.verdict == FAIL
         self.flaky += command.verdict in (FLAKY, ONLY)
-        if command.verdict == ONLY:
-            host = only_host(tries)
-            self.only_on[host] += 1
-            if self.only_on[host] >= EXCLUDE_AFTER:
-                self.set_aside(host, "failed there, twice each, and nowhere else")
-        for host in unable_hosts(tries) if tries and tries[-1].began else ():
-            self.unable[host] += 1
-            if self.unable[host] >= EXCLUDE_AFTER:
-                self.set_aside(host, "in a row could not be started there, and could elsewhere")
-
-    def stop_examining(self) -> None:
-        """If nothing else keeps the run, report what only waits for a slot where it failed."""
-        rest = self.input_ended and not self.backlog or self.options.serial
-        if not self.window or self.examined < len(self.window) or not rest:
-            self.examine_since = self.examine_until = math.inf
-            return
-        if self.examine_since == math.inf:
-            self.examine_since, self.examine_until = self.now, self.now + RECHECK_WAIT
-        if self.now >= self.examine_until:
-            for command in [it for it in self.window.values() if self.now >= self.examined_until(it)]:
-                self.report(command, {}, None)
-            self.examine_until = min(map(self.examined_until, self.window.values()), default=math.inf)
-
-    def examined_until(self, command: Command) -> Seconds:
-        """One that a worker has may be running; it may also wait there, at a chained broker."""
-        again = 3 * (command.kept or {}).get("time", 0.0) / 1000 if command.worker else 0.0
-        return self.examine_since + RECHECK_WAIT + again
-
-    def set_aside(self, host: str, why: str) -> None:
-        """Have no more commands run on this host, if there are others."""
-        if host not in self.shunned:
-            self.shunned.add(host)
-            self.shun()
+        self.effects.append(FinalResult(command, result, output, result is command.provisional))
+        for host, why in self.retry_policy.learn(command.verdict, tries).items():
+            self.send_excluded()
             self.effects.append(Notice(
                 f"EXCLUDING host {printable(host)} for the rest of this run, if there are others: "
                 f"{EXCLUDE_AFTER} commands {why}"))
 
-    def shun(self) -> None:
-        self.say(BROKER, b"", "", "SHUN", {
-            "hosts": sorted(map(self.host_names.identity_of, self.shunned))})
+    def fail(self, command: Command, reason: str) -> None:
+        """Report that a command could not be run."""
+        self.report(command, {"exitcode": NOT_RUN, "time": 0.0, "reason": reason}, b"")
 
-    def fetch(self) -> None:
-        """Keep FETCH_AHEAD chunks of the first large output under way."""
-        if not self.fetching or not self.session.joined:
-            return
-        command = self.fetching[0]
-        assert command.result is not None
-        size = command.result["size"]
-        while command.asked < min(size, command.got + FETCH_AHEAD * CHUNK_SIZE):
-            part = min(CHUNK_SIZE, size - command.asked)
-            self.say(BROKER, b"", "", "FETCH", {
-                "id": command.id, "attempt": command.attempt, "offset": command.asked, "size": part})
-            command.asked += part
-        command.due = self.now + 2 * self.times.ready_interval
+    def stop_rechecking(self) -> None:
+        """Report commands whose recheck holds up the end of the run."""
+        rest = not self.options.serial and (self.backlog or not self.input_ended)
+        alone = self.status is None and not rest \
+            and 0 < len(self.window) == len(self.rechecks.commands)
+        for command in self.rechecks.overdue(alone, self.now):
+            self.report(command, command.provisional)
 
-    def stop_fetching(self, command: Command) -> None:
-        """The result whose output we may be fetching does not count any more."""
-        command.result = None
-        command.asked = command.got = 0
-        if command in self.fetching:
-            self.fetching.remove(command)
-            self.fetch()
+    def send_excluded(self) -> None:
+        self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(
+            map(self.host_names.identity_of, self.retry_policy.excluded))})
 
-    def fetch_again(self) -> None:
-        """Chunks may have been lost: ask anew for what has not come."""
-        if self.fetching:
-            self.fetching[0].asked = self.fetching[0].got
-            self.fetch()
+    def acknowledge(self, id: int, attempt: int) -> None:
+        """Let the worker forget this attempt, with the next DONE."""
+        self.done.append([id, attempt])
+        self.done_at = min(self.done_at, self.now + DONE_DELAY)
 
-    def on_chunk(self, message: Message) -> None:
-        fields = message.fields
-        command = self.command_of(fields["id"], fields["attempt"])
-        if command is None or not len(message.data):
-            return
-        if self.options.live and command.result is None:
-            if fields["offset"] == command.shown:
-                self.effects.append(LiveOutput(command, command.shown, message.data))
-                command.shown += len(message.data)
-                self.listen(command)
-            return
-        if not self.fetching or self.fetching[0] is not command or fields["offset"] != command.got:
-            return
-        assert command.result is not None
-        if self.storing is not command:
-            if self.storing is not None:  # begun before we had to join again
-                self.storing.asked = self.storing.got = 0
-            self.storing = command
-        self.effects.append(FetchedOutput(command.got, message.data))
-        command.got += len(message.data)
-        if command.got >= command.result["size"]:
-            self.fetching.popleft()
-            self.conclude(command, command.result, None)
-        self.fetch()
+    def send_done(self) -> None:
+        if self.done and self.session.joined:
+            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
+            self.done, self.done_at = [], math.inf
 
     def on_lost(self, message: Message) -> None:
         fields = message.fields
@@ -5112,116 +5167,172 @@ class Client(SessionMachine):
                           fields.get("worker", ""))
 
     def lose(self, command: Command, why: str, fault: str, worker: str) -> None:
-        """The command's attempt brings no result: try the next one, if that is wise."""
-        self.stop_fetching(command)
-        command.tries.pop(command.attempt, None)  # it had ended, but its output is lost
-        verdict = command.faults.count(fault, why, self.times)
-        if self.status is not None and not command.passed:
+        """The attempt brings no result: begin the next one, if that is wise."""
+        self.end_attempt(command)
+        command.tries.pop(command.attempt, None)  # it ended, but its output is lost
+        reason = command.faults.count(fault, why, self.times)
+        if command.passed and (reason or self.status is not None):
+            self.report(command, command.provisional)
+        elif self.status is not None:
             may_have_run = bool(command.worker) or command.attempt > 1
             self.stopped += may_have_run
             self.never_ran += not may_have_run
-            self.confirm(command, "")
-            del self.window[command.id]
-        elif fault == NOWHERE and self.status is None:
+            self.forget(command)
+        elif fault == NOWHERE and command.provisional:
             self.find_host(command)
-        elif verdict or self.status is not None:
-            if not command.passed:
-                command.kept = None
-            self.report(command, {"exitcode": NOT_RUN, "time": 0.0, "reason": verdict}, b"")
+        elif reason:
+            self.fail(command, reason)
         else:
             self.next_attempt(command, worker)
+
+    def find_host(self, command: Command) -> None:
+        """No present host may start the command: wait for one, or go on without."""
+        self.set_worker(command, "")
+        if not self.host_wait.add(command, self.now):
+            place = self.next_place(command)
+            if place is None:
+                self.report(command, command.provisional)
+            else:
+                self.next_attempt(command, "", place)
+
+    # --- outputs
+
+    def ask(self, command: Command, offset: int, size: int) -> None:
+        if self.session.joined:
+            self.say(BROKER, b"", "", "FETCH", {
+                "id": command.id, "attempt": command.attempt, "offset": offset, "size": size})
+
+    def on_chunk(self, message: Message) -> None:
+        offset, size = message.fields["offset"], len(message.data)
+        command = self.command_of(message.fields["id"], message.fields["attempt"])
+        if command is None or not size:
+            return
+        if self.fetcher.take(command, offset, size, self.now):
+            self.effects.append(FetchedOutput(offset, message.data))
+            result = command.result
+            if self.fetcher.stored >= result["size"]:
+                self.fetcher.remove(command, self.now)
+                self.conclude(command, result, None)
+        elif self.options.live and not command.result and offset == command.shown:
+            self.effects.append(LiveOutput(command, offset, message.data))
+            command.shown += size
+            self.fetcher.listen(command, self.now)
+
+    def pause_live(self) -> None:
+        """Request no more live output: its reader is slow."""
+        self.fetcher.live, self.fetcher.live_overdue_at = False, math.inf
+
+    def resume_live(self, now: Seconds) -> None:
+        self.now = self.fetcher.live_overdue_at = now
+        self.fetcher.live = self.options.live
+        self.fetcher.tick(self.window.values(), now)
 
     # --- time, and the end
 
     def paused(self, gap: Seconds, now: Seconds) -> None:
-        for command in self.homeless.values():
-            command.home_until += gap
+        for command in self.host_wait.commands.values():
+            command.wait_until += gap
         if gap > self.session.patience:
-            self.slept = gap, now + self.session.patience
+            self.long_pause = gap, now + self.session.patience
 
     def tick(self, now: Seconds) -> None:
         self.now = now
         if self.left:
             return
         self.session.tick(now)
-        if self.listen_at <= now:
-            self.resume_live(now)
-        if self.fetching and self.fetching[0].due <= now:
-            self.fetch_again()
-            self.fetching[0].due = now + 2 * self.times.ready_interval
-        late = [command for command in self.homeless.values() if command.home_until <= now]
-        if late and self.session.joined:
-            self.effects.append(Notice(f"gave up waiting for {self.gone_hosts()}"))
-            for command in late:
-                self.next_attempt(command, "")  # for the last time
+        self.fetcher.tick(self.window.values(), now)
+        late = self.host_wait.late(now) if self.session.joined else ()
+        if late:
+            self.effects.append(Notice(f"gave up waiting for {self.host_wait.hosts()}"))
+        for command in late:
+            self.next_attempt(command, "")  # for the last time
         self.settle()
-        if self.wait.timed_out(now) and not self.left:
-            self.effects.append(Notice("gave up " + self.wait.cause, True))
+        timed_out = self.wait.timed_out(now)
+        if not self.left and (timed_out or self.leave_at <= now):
+            if timed_out:
+                self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.leave(3)
-        elif self.leave_at <= now and not self.left:
-            self.leave(3)
-
-    def waits_for(self) -> str:
-        if not self.session.joined:
-            return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
-        if self.session.unanswered > 1:
-            return broker_is_silent(self.address)
-        if self.window and not self.slots and self.workers:
-            some = "its one worker" if self.workers == 1 else f"none of its {self.workers} workers"
-            return (f"waiting: the broker at {self.address} is there, but {some} takes "
-                    f"{'nothing' if self.workers == 1 else 'anything'} new (busy: --max-load; being "
-                    f"stopped; or a broker that has no worker)")
-        if self.window and not self.slots:
-            return (f"waiting: the broker at {self.address} has no worker (yet); start one with: "
-                    f"testcloud.py worker")
-        if self.window and self.lacks:
-            return (f"waiting for {self.lacks}; there is none among "
-                    f"{plural(self.workers, 'worker')}")
-        if self.homeless and not self.accepted:
-            return (f"waiting for {self.gone_hosts()} to come back: "
-                    f"{plural(len(self.homeless), 'command')} could not be started elsewhere")
-        if self.window and not self.accepted and not self.fetching:
-            which = f"{self.slots}"
-            if self.options.needs:
-                which = f"of workers with {label_words(self.options.needs)}"
-            shy = next(iter(self.window.values())).place.get("never_on", ())
-            if shy:
-                which = f"of hosts other than {printable(', '.join(shy), 300)}"
-            return (f"waiting for a free slot: all {which} are busy, or the broker has just been "
-                    f"started")
-        return ""
 
     def deadline(self) -> Seconds:
         if self.left:
             return math.inf
-        due = self.fetching[0].due if self.fetching else math.inf
-        release = math.inf if self.released else self.release_at
-        done = self.done_until if self.session.joined else math.inf
-        return min(self.session.next_greeting, due, release, done, self.leave_at,
-                   self.examine_until, self.listen_at, self.wait.deadline())
+        announce = math.inf if self.announced else self.announce_at
+        done = self.done_at if self.session.joined else math.inf
+        return min(self.session.next_greeting, announce, done, self.leave_at,
+                   self.rechecks.deadline, self.fetcher.overdue_at, self.fetcher.live_overdue_at,
+                   self.wait.deadline())
+
+    def waits_for(self) -> str:
+        """What the run waits for and what to do about it, "" for nothing."""
+        if not self.session.joined:
+            return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
+        if self.session.unanswered > 1:
+            return broker_is_silent(self.address)
+        if not self.window:
+            return ""
+        if not self.slots:
+            return f"waiting: the broker at {self.address} has no worker" + (
+                " that takes new commands (they are busy: --max-load; being stopped; or brokers "
+                "without workers)" if self.workers else
+                " (yet); start one with: testcloud.py worker")
+        if self.lacks:
+            return f"waiting for {self.lacks}; there is none among {plural(self.workers, 'worker')}"
+        if self.accepted or self.fetcher.queue:
+            return ""
+        if self.host_wait.commands:
+            waiting = plural(len(self.host_wait.commands), "command")
+            return (f"waiting for {self.host_wait.hosts()} to come back: {waiting} could not be "
+                    f"started elsewhere")
+        which = str(self.slots)
+        if self.options.needs:
+            which = f"of workers with {label_words(self.options.needs)}"
+        never_on = next(iter(self.window.values())).place.get("never_on", ())
+        if never_on:
+            which = f"of hosts other than {printable(', '.join(never_on), 300)}"
+        return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
+
+    def bad(self) -> int:
+        """How many commands count as failed."""
+        return self.failed + (self.flaky if self.options.fail_on_flaky else 0)
+
+    def stop_early(self) -> None:
+        rest, bad = self.window or self.backlog or not self.input_ended, self.bad()
+        if rest and 0 < self.options.fail_fast <= bad:
+            have = "has" if bad == 1 else "have"
+            self.effects.append(Notice(
+                f"stopping: {plural(bad, 'command')} {have} failed (--fail-fast)"))
+            self.cancel(1, self.now)
 
     def cancel(self, status: int, now: Seconds) -> None:
-        """Interrupted: stop everything everywhere, wait for that a little, then leave with
-        this status. A second time: leave at once."""
+        """Stop all commands everywhere, wait a little for that, then leave with this status.
+
+        The second call leaves at once."""
         self.now = now
         self.cut_short |= not self.input_ended
         self.input_ended = True
         self.never_ran += len(self.backlog)
         self.backlog.clear()
-        for id in self.homeless:
-            del self.window[id]
-        self.stopped += len(self.homeless)
-        self.homeless.clear()
-        if self.status is not None or not self.session.joined:
-            self.status = self.status or status
+        self.stopped += len(self.host_wait.commands)
+        for command in [*self.host_wait.commands.values()]:
+            self.forget(command)
+        leave_now = self.status is not None or not self.session.joined
+        self.status = self.status or status
+        if leave_now:
             if not self.left:
                 self.leave(status)
             return
-        self.status = status
         self.wait = Wait()  # from now on we wait for nothing
         self.leave_at = now + 2 * self.times.kill_grace
         self.say(BROKER, b"", "", "CANCEL")
         self.settle()
+
+    def leave(self, status: int) -> None:
+        """The end: all is reported, or the rest is given up."""
+        self.send_done()
+        if self.session.up:  # an unanswered HELLO may have reached the broker
+            self.say(BROKER, b"", "", "BYE")
+        self.left = True
+        self.effects.append(Exit(status if self.status is None else self.status))
 
     HANDLERS = {
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, "QUEUED"): "on_queued",
@@ -5237,22 +5348,22 @@ class ShowStatus(NamedTuple):
 
 
 class StatusClient(Machine):
-    """Asks the broker how the cloud stands: once, or again and again. Its link is BROKER."""
+    """Asks the broker for the state of the cloud, once or repeatedly. Its link is BROKER."""
 
     def __init__(self, address: str, wait: Seconds, interval: Seconds = math.inf) -> None:
         super().__init__()
         self.address = address  # for notices
-        self.interval = interval
+        self.interval = interval  # between questions; inf: ask once
         self.up = False
         self.trouble = ""  # why the link cannot come up
         self.ask_at: Seconds = math.inf
         self.answered = False
-        self.unanswered = 0  # of our questions
+        self.unanswered = 0  # questions
         self.wait = Wait(wait)
         self.host_names = HostNames()
 
     def connected(self, link: str, now: Seconds) -> None:
-        self.now, self.up, self.trouble, self.ask_at, self.unanswered = now, True, "", now, 0
+        self.up, self.trouble, self.ask_at, self.unanswered = True, "", now, 0
         self.tick(now)
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
@@ -5264,8 +5375,8 @@ class StatusClient(Machine):
         self.settle()
 
     def on_status(self, message: Message) -> None:
-        if not {"broker", "workers", "clients"} <= set(message.fields):
-            raise ProtocolError("STATUS without what we have asked for")
+        if not {"broker", "workers", "clients"} <= message.fields.keys():
+            raise ProtocolError("STATUS needs 'broker', 'workers' and 'clients'")
         self.answered, self.unanswered = True, 0
         for row in message.fields["workers"]:
             row["host"] = self.host_names.name_of(row["host"])
@@ -5363,7 +5474,7 @@ def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
 
 
 def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
-    others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.began else ' (not started)'}"
+    others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.did_start else ' (not started)'}"
                      for row in outcome.tries)
     words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
     return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
@@ -5407,7 +5518,6 @@ class Reports:
         self.failures: List[Outcome] = []  # the first NAMED_FAILURES
         self.passes: Counter[str] = Counter()  # hosts: commands reported from there
         self.fails: Counter[str] = Counter()
-        self.unable: Counter[str] = Counter()  # hosts: commands that could only be started elsewhere
         self.write_failed = False  # a report could not be written
         self.failed = 0
         self.times: List[float] = []  # ms
@@ -5444,7 +5554,7 @@ class Reports:
     def report(self, effect: FinalResult) -> None:
         command, result = effect.command, effect.result
         kept = self.kept.pop(command.id, None)
-        stored, lost = kept if kept and effect.kept else self.put(effect)
+        stored, lost = kept if kept and effect.provisional else self.put(effect)
         self.store.results.append(stored)
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
@@ -5455,17 +5565,15 @@ class Reports:
             result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
             lost or result.get("reason", ""), tuple(tries), command.shown, stored,
             *self.lines.pop(command.id))
-        began = try_of(result).began
-        self.unable.update(unable_hosts(command.tries.values()) if began else ())
-        self.count(outcome, began)
+        self.count(outcome, try_of(result).did_start)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
-    def count(self, outcome: Outcome, began: bool) -> None:
+    def count(self, outcome: Outcome, did_start: bool) -> None:
         if has_failed(outcome, self.client.options.fail_on_flaky):
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
         self.failed += outcome.verdict == FAIL
-        if began:
+        if did_start:
             (self.fails if outcome.verdict == FAIL else self.passes)[outcome.host] += 1
         self.times.append(outcome.spent)
 
@@ -5493,9 +5601,9 @@ class Reports:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
-                          dict(client.only_on), skipped, skipped_failed,
+                          dict(client.retry_policy.failed_only_on), skipped, skipped_failed,
                           time.monotonic() - self.began, found,
-                          wrong if expected and expected != found else "", dict(self.unable),
+                          wrong if expected and expected != found else "", dict(client.retry_policy.started_elsewhere),
                           dict(self.codes), self.failures,
                           "" if client.options.tries > 1 else self.bad_hosts(), rerun,
                           complete and not may_be_empty and not ran and not skipped)
@@ -9501,7 +9609,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
 
     def live(effect: LiveOutput) -> None:
         reports.live(effect)
-        if show.out.is_behind() and not client.live_paused:
+        if show.out.is_behind():
             client.pause_live()
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
