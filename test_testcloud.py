@@ -6190,7 +6190,7 @@ class ReportingTest(unittest.TestCase):
 
     def test_the_end_says_what_failed_and_where(self):
         out = self.text("-b")
-        self.client.hosts = 2
+        self.client.hosts, self.client.retry_policy.started_elsewhere = 2, {"h": 1}
         for n in range(12):
             self.report(f"c{n}", 1 + n % 2, host="h")
         self.report("x" * 200_000, host="i", tries=[(127, "h")])
