@@ -479,6 +479,10 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"w", "RECALL", token="r1", tasks=[[1, 1], [2, 1], [3, 1], [4, 1]])
         d.wait(1)
         d.quiet()
+        d.worker(b"w", 'LOST {"tasks":[[1,1],[2,1],[3,1],[4,1]],"why":"handed back"}', "r1")
+        self.assertEqual(d.given(b"w"), [])  # 5 and 6 wait: commands are not short any more
+        d.ends(b"w", "warm", 5)
+        self.assertEqual(d.given(b"w"), [5, 6])
 
     def test_nothing_waits_behind_a_command_with_which_workers_were_lost(self):
         d = self.desk
@@ -974,6 +978,15 @@ class BrokerTest(unittest.TestCase):
         got = [m[4]["id"] for m in d.letters if m[1] == b"w"]
         self.assertEqual(got, [3, 4, 5, 8, 9])
 
+    def test_a_command_that_is_submitted_again_comes_before_new_ones(self):
+        d = self.desk
+        d.wait(60.0)  # no worker of the time before the broker's start is awaited any more
+        d.hello(b"c", "r1", unreported=[3])
+        d.submit(b"c", 8, 9)
+        d.submit(b"c", 3, again=True)
+        d.join(b"w", slots=3)
+        self.assertEqual(d.given(b"w"), [3, 8, 9])
+
     def test_an_attempt_that_is_lost_while_it_is_submitted_again_is_not_run_again(self):
         d = self.desk
         d.join(b"w", slots=1)
@@ -1393,6 +1406,26 @@ class BrokerTest(unittest.TestCase):
             d.expect(b"w", "DONE")
             d.takes(b"w", "r1", 4)
 
+    def test_results_count_until_they_are_confirmed_whoever_keeps_their_output(self):
+        """A plain worker's are kept by the broker, large outputs by their worker."""
+        for plain, outputs in ((True, {"stdout": "x" * 1000}), (False, {"size": tc.INLINE + 1})):
+            d = Desk()
+            with mock.patch.object(tc, "CREDIT", 1000):
+                d.worker(b"w", "READY") if plain else d.join(b"w", slots=1)
+                d.hello(b"c", "r1")
+                d.submit(b"c", 1, 2)
+                token = next(letter[2] for letter in d.letters if letter[3] == "{")
+                d.letters.clear()
+                d.worker(b"w", tc.encode("RESULT", {
+                    "id": 1, "attempt": 1, "exitcode": 0, "time": 100, **outputs}), token)
+                d.worker(b"w", "READY") if plain else None
+                d.expect(b"c", "RESULT")
+                self.assertNotIn("{", [letter[3] for letter in d.letters])
+                d.letters.clear()
+                d.client(b"c", 'DONE {"tasks":[[1,1]]}')
+                d.expect(b"w", "DONE") if not plain else None
+                d.expect(b"w", "{", id=2)
+
     def test_worker_that_comes_back_in_time_keeps_what_it_runs(self):
         d = self.desk
         d.join(b"w", slots=3)
@@ -1448,34 +1481,36 @@ class BrokerTest(unittest.TestCase):
         self.assertFalse(d.broker.registry.clients or d.broker.registry.run_of)
 
     def test_client_bye_cancels_everything(self):
-        d = self.desk
-        d.join(b"w", slots=2)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1, 2, 3)
-        d.takes(b"w", "r1", 1)
-        d.takes(b"w", "r1", 2)
-        d.ends(b"w", "r1", 2)
-        d.letters.clear()
-        d.client(b"c", "BYE")
-        said = {(m[3], tuple(map(tuple, m[4]["tasks"]))) for m in d.letters}
-        self.assertIn(("DONE", ((2, 1),)), said)
-        self.assertTrue(any(verb == "CANCEL" and (1, 1) in tasks for verb, tasks in said))
-        self.assertFalse(d.broker.registry.clients)
+        for below in ([], ["w"]):  # a worker, and a chained broker
+            d = Desk()
+            d.join(b"w", slots=2, below=below)
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1, 2, 3)
+            d.takes(b"w", "r1", 1)
+            d.takes(b"w", "r1", 2)
+            d.ends(b"w", "r1", 2)
+            d.letters.clear()
+            d.client(b"c", "BYE")
+            said = {(m[3], tuple(map(tuple, m[4]["tasks"]))) for m in d.letters}
+            self.assertIn(("DONE", ((2, 1),)), said)
+            self.assertTrue(any(verb == "CANCEL" and (1, 1) in tasks for verb, tasks in said))
+            self.assertFalse(d.broker.registry.clients)
 
     def test_cancel_is_answered_when_the_worker_has_stopped(self):
-        d = self.desk
-        d.join(b"w", slots=1)
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1, 2)
-        d.takes(b"w", "r1", 1)
-        d.letters.clear()
-        d.client(b"c", "CANCEL")
-        d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
-        d.expect(b"c", "LOST", tasks=[[2, 1]], why="cancelled")
-        d.quiet()
-        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
-        d.expect(b"c", "LOST", tasks=[[1, 1]])
-        d.quiet()
+        for below in ([], ["w"]):
+            d = Desk()
+            d.join(b"w", slots=1, below=below)
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1, 2)
+            d.takes(b"w", "r1", 1)
+            d.letters.clear()
+            d.client(b"c", "CANCEL")
+            d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
+            d.expect(b"c", "LOST", tasks=[[2, 1]], why="cancelled")
+            d.quiet()
+            d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
+            d.expect(b"c", "LOST", tasks=[[1, 1]])
+            d.quiet()
 
     def test_after_a_restart_running_commands_are_adopted(self):
         d = self.desk  # a new broker, with clients and workers of a time before
@@ -2095,6 +2130,78 @@ class PlainPeersTest(unittest.TestCase):
         self.assertIn(b"3 workers", line)
         d.quiet()
 
+    def test_a_result_with_the_token_of_a_command_before_is_not_taken(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        old, _ = d.expect(b"W", "{", attempt=1)
+        d.wait(5)  # it does not confirm
+        d.expect(b"c", "LOST", tasks=[[1, 1]])
+        d.submit(b"c", 1, attempt=2)
+        d.worker(b"W", "READY")
+        d.expect(b"W", "OK")
+        new, _ = d.expect(b"W", "{", attempt=2)
+        for verb in ("QUEUED", "RESULT"):
+            d.worker(b"W", f'{verb} {{"cmd":"c1","exitcode":1}}', old)
+            d.expect(b"W", "ERROR")
+            d.quiet()
+        d.worker(b"W", 'RESULT {"cmd":"c1","exitcode":0}', new)
+        d.expect(b"c", "RESULT", attempt=2, exitcode=0)
+
+    def test_a_command_with_which_a_worker_was_lost_runs_alone(self):
+        """It waits for a free slot, and no other command waits behind it."""
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.client(b"C", '{"cmd":"x"}')
+        d.warm(b"w")
+        d.gone(WORKERS, b"W")
+        d.quiet()
+        d.ends(b"w", "warm", 5)
+        d.expect(b"warm", "RESULT")
+        d.expect(b"w", "{", cmd="x", attempt=2)
+        d.submit(b"warm", 6)
+        d.quiet()
+
+    def test_a_command_without_such_a_suspicion_may_be_given_ahead(self):
+        d = self.desk
+        d.worker(b"W", "READY")
+        d.client(b"C", '{"cmd":"x"}')
+        d.warm(b"w")
+        d.wait(5)  # W does not confirm it
+        d.expect(b"w", "{", cmd="x", attempt=2)
+
+    def test_a_retry_of_a_plain_client_goes_elsewhere_and_comes_before_its_new_commands(self):
+        d = self.desk
+        for peer, weight in ((b"w", 5), (b"v", 0)):
+            d.join(peer, slots=1, weight=weight)
+        d.client(b"C", '{"cmd":"x"}')
+        for attempt, peer in enumerate((b"w", b"v", b"v"), 1):
+            run, _ = d.expect(peer, "{", cmd="x", attempt=attempt)
+            if attempt == 2:
+                d.client(b"C", '{"cmd":"y"}')
+                d.client(b"C", '{"cmd":"z"}')
+                d.expect(b"w", "{", cmd="y")
+            if attempt < 3:
+                d.worker(peer, tc.encode("LOST", {
+                    "tasks": [[1, attempt]], "why": "no memory", "fault": tc.SPAWN}), run)
+
+    def test_each_worker_has_its_own_time_to_confirm(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.client(b"C", '{"cmd":"x"}')
+        run, _ = d.expect(b"w", "{", cmd="x")
+        d.wait(2)
+        d.join(b"v", slots=1)
+        d.worker(b"w", tc.encode("LOST", {
+            "tasks": [[1, 1]], "why": "no memory", "fault": tc.SPAWN}), run)
+        d.expect(b"v", "{", cmd="x", attempt=2)
+        d.wait(4.9)
+        d.quiet()
+        d.wait(0.2)
+        d.expect(b"v", "CANCEL", token=run, tasks=[[1, 2]])
+
     def test_id_and_attempt_of_a_plain_client_mean_nothing(self):
         d = self.desk
         d.join(b"w", slots=5)
@@ -2220,16 +2327,16 @@ class MisbehavingPeersTest(unittest.TestCase):
             run = f"r{n}"
             d.hello(client, run)
             d.submit(client, 1, 2, 3)
+            d.submit(client, 4, 5, 6, needs=[f"l{n}"])
             d.client(b"C%d" % n, '{"cmd":"x"}')
             if r.random() < 0.8:
-                d.join(worker, slots=r.randint(0, 3))
+                d.join(worker, slots=r.randint(0, 3), labels=[f"l{n}"])
                 d.worker(b"W%d" % n, "READY")
             for letter in [letter for letter in d.letters if letter[3] == "{"]:
                 if r.random() < 0.5:
                     _, peer, token, _, fields, _ = letter
                     ids = {"id": fields["id"], "attempt": fields["attempt"]} if "id" in fields else {}
-                    d.worker(peer, tc.encode("RESULT", {"exitcode": 0, **ids}), token)
-            d.letters.clear()
+                    d.worker(peer, tc.encode("RESULT", {"exitcode": 0, "time": 1, **ids}), token)
             for link, peer in ((CLIENTS, client), (WORKERS, worker), (CLIENTS, b"C%d" % n),
                                (WORKERS, b"W%d" % n)):
                 if peer[:1] in b"cw" and r.random() < 0.5:
@@ -2237,9 +2344,15 @@ class MisbehavingPeersTest(unittest.TestCase):
                 if peer[:1] in b"CW" or r.random() < 0.5:  # otherwise it is silent from now on
                     d.gone(link, peer)
             d.wait(r.choice((0.1, 10.0, 100.0)))
+            d.letters.clear()
         d.wait(100)
-        kept = {name: value for name, value in vars(d.broker).items()
-                if isinstance(value, (dict, list, set, deque)) and value and name != "effects"}
+        kept, parts = {}, [d.broker]  # the broker, and the objects of ours that it is made of
+        for part in parts:
+            for name, value in vars(part).items():
+                if isinstance(value, (dict, list, set, deque)) and value and name != "effects":
+                    kept[name] = value
+                elif type(value).__module__ == tc.__name__ and hasattr(value, "__dict__"):
+                    parts += [value] if value not in parts else []
         self.assertEqual(list(kept), [], kept)
 
     @mock.patch.object(tc, "MAX_COMPLAINTS", 1000)
@@ -2334,6 +2447,8 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "READY", slots=5, weight=7)
         d.gone(WORKERS, b"v")
         d.expect(b"", "READY", slots=2, weight=1)
+        d.worker(b"w", 'READY {"name":"w","slots":2,"weight":3}')
+        d.expect(b"", "READY", slots=2, weight=3)
         d.quiet()
 
     def test_it_announces_hosts_with_labels_and_brokers_below(self):
@@ -2358,6 +2473,16 @@ class ChainTest(unittest.TestCase):
         d.takes(b"v", "up", 1)
         d.wait(1)
         self.assertNotIn("OK", [letter[3] for letter in d.letters])  # to nobody
+
+    def test_hosts_that_a_client_above_shuns_are_told_to_brokers_below(self):
+        d = self.desk
+        d.join(b"m", below=["m"])
+        d.letters.clear()
+        d.tell(BROKER, b"", 'SHUN {"hosts":["h1"]}', "up")
+        d.expect(b"m", "SHUN", token="up", hosts=["h1"])
+        d.gone(WORKERS, b"m")
+        d.worker(b"m2", 'READY {"name":"m","slots":1,"join":99,"below":["m"]}')
+        d.expect(b"m2", "SHUN", token="up", hosts=["h1"])
 
     def test_what_nobody_has_the_labels_for_any_more_is_handed_back(self):
         d = self.desk
@@ -2419,6 +2544,45 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "LOST", token="up", tasks=[[2, 1]], fault="")
         d.expect(b"w", "RECALL", token="up", tasks=[[1, 1]])
         d.quiet()
+
+    def test_a_cancel_from_above_reaches_all_who_have_the_commands(self):
+        for cancel in ("CANCEL", 'CANCEL {"tasks":[[1,1],[2,1],[3,1]]}'):
+            self.setUp()
+            d = self.desk
+            d.join(b"w", slots=1, weight=1)
+            d.join(b"m", slots=1, below=["m"])
+            for id in (1, 2, 3):
+                d.tell(BROKER, b"", f'{{"cmd":"x","id":{id},"attempt":1}}', "up")
+            d.takes(b"w", "up", 1)
+            d.takes(b"m", "up", 2)
+            d.letters.clear()
+            d.tell(BROKER, b"", cancel, "up")
+            d.expect(b"w", "CANCEL", token="up", tasks=[[1, 1]])
+            d.expect(b"m", "CANCEL", token="up", tasks=[[2, 1]])
+            d.expect(b"", "LOST", token="up", tasks=[[3, 1]], why="cancelled")
+            d.quiet()
+            for peer, id in ((b"w", 1), (b"m", 2)):
+                d.worker(peer, f'LOST {{"tasks":[[{id},1]],"why":"cancelled"}}', "up")
+                d.expect(b"", "LOST", token="up", tasks=[[id, 1]], why="cancelled")
+
+    def test_a_slot_is_not_kept_for_the_broker_above_when_its_lease_is_over(self):
+        d = self.desk
+        d.join(b"w", slots=1, labels=["gpu"])
+        d.join(b"v", slots=1)
+        d.hello(b"c", "mine")
+        d.answer(broker="b0", above=["b0"], patience=6)
+        for id in (1, 2, 3):
+            d.tell(BROKER, b"", f'{{"cmd":"x","id":{id},"attempt":1,"needs":["gpu"]}}', "up")
+        d.takes(b"w", "up", 1)
+        d.ends(b"w", "up", 1)  # it was short, so one more might be given ahead
+        d.takes(b"w", "up", 2)
+        d.submit(b"c", 1, 2)
+        d.takes(b"v", "mine", 1)
+        d.wait(4.1)
+        d.letters.clear()
+        d.ends(b"w", "up", 2)
+        d.expect(b"", "RESULT", token="up", id=2)
+        d.takes(b"w", "mine", 2)
 
     def test_without_an_answer_from_above_nothing_from_there_is_started(self):
         d = self.desk
