@@ -860,7 +860,7 @@ class Session:
         ours may differ; the broker will take back other tasks when it finds them missing."""
         return self.joined or verb in ("OK", "WHO", "ERROR", "CANCEL", "RECALL")
 
-    def ok(self, fields: Fields) -> bool:
+    def on_ok(self, fields: Fields) -> bool:
         """Handle an OK; return whether it ends joining."""
         if "patience" in fields:
             self.patience = fields["patience"]
@@ -889,7 +889,7 @@ class Session:
     def lease_ends(self) -> Seconds:
         return self.lease_began + LEASE_FRACTION * self.patience
 
-    def take_command(self) -> None:
+    def on_command(self) -> None:
         """A command has come: doubt it if there is no lease."""
         if not self.leased():
             self.doubted_at = self.owner.now
@@ -1973,8 +1973,8 @@ class Upstream:
         if self.session.joined:
             self.session.join(self.owner.now)
 
-    def ok(self, fields: Fields) -> None:
-        if self.session.ok(fields):
+    def on_ok(self, fields: Fields) -> None:
+        if self.session.on_ok(fields):
             self.owner.scheduler.capacity_changed = True  # it may have, since we announced it
             self.catch_up(self.session.announced)
 
@@ -2065,7 +2065,7 @@ class Dispatcher(Machine):
         task.careful = message.fields.get("careful", False)
         task.constraints = constraints_of(message.fields)
         if client.from_above:
-            self.upstream.session.take_command()
+            self.upstream.session.on_command()
             self.say(BROKER, b"", client.run, "QUEUED", {
                 "tasks": [[id, attempt]], "worker": self.name})
         self.queue(task, message.fields)
@@ -3053,7 +3053,7 @@ class Broker(Membership):
                                     "correct --upstream")
             self.effects.append(Exit(2))
             return
-        self.upstream.ok(message.fields)
+        self.upstream.on_ok(message.fields)
         for client in self.registry.clients.values():
             if client.from_above:
                 self.scheduler.take_turn(client)
@@ -3374,7 +3374,7 @@ class Worker(SessionMachine):
         return self.session.accepts(verb)
 
     def on_ok(self, message: Message) -> None:
-        if self.session.ok(message.fields):
+        if self.session.on_ok(message.fields):
             self.log(logging.INFO, "joined the broker")
             self.host = message.fields.get("host", self.host)
             if message.fields.get("note"):
@@ -3407,7 +3407,7 @@ class Worker(SessionMachine):
         if "id" not in fields or "attempt" not in fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
         require_run(message.token)
-        self.session.take_command()
+        self.session.on_command()
         key = (message.token, fields["id"], fields["attempt"])
         if self.stopping is not None:
             self.report_lost(key, WORKER_STOPPED)
@@ -4995,7 +4995,7 @@ class Client(SessionMachine):
         waiting = self.host_wait.change(cloud)
         for command in waiting if self.session.joined else ():
             self.next_attempt(command, "")
-        if self.session.ok(message.fields):
+        if self.session.on_ok(message.fields):
             self.host_wait.restart()
             self.fetcher.restart()
             self.resubmit()
