@@ -6877,7 +6877,7 @@ class ReportingTest(unittest.TestCase):
                     clock.return_value = 1000.0 + second
                     if second in heard:
                         bar.last_write = clock()
-                    shown.look()
+                    shown.update()
                     if said:
                         found.append(second)
                         bar.last_write = clock()  # as the real one does
@@ -9577,7 +9577,7 @@ class WhatIsSaidTest(unittest.TestCase):
         """Each of them lets the command go on; results that nobody sees do not put them off."""
         fifo = os.path.join(self.dir, "fifo")
         os.mkfifo(fifo)
-        code = f"""tc.SILENCE = tc.STEADY = 0.3
+        code = f"""tc.SILENCE_INTERVAL = tc.STEADY_INTERVAL = 0.3
 real = tc.print_notice
 def print_notice(text):
     real(text)
@@ -9595,7 +9595,7 @@ tc.print_notice = print_notice"""
 
     def test_results_that_are_seen_put_signs_of_life_off(self):
         run = functools.partial(self.run_client, "-j1", lines=["sleep 0.2"] * 12,
-                                code="tc.SILENCE = 1.2")
+                                code="tc.SILENCE_INTERVAL = 1.2")
         self.assertNotIn("/12 done, ", run().stderr)
         path = os.path.join(self.dir, "log")
         for more in ({}, {"stderr": subprocess.STDOUT}):

@@ -6519,6 +6519,8 @@ NOT_XML = re.compile(
 
 
 class JUnit(FinalReport):
+    """The <testsuite> with a <testcase> for each command."""
+
     def content(self, summary: Summary) -> Iterator[str]:
         return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
                          summary.spent * 1000, summary.flaky_counts)
@@ -6686,6 +6688,8 @@ VERDICT_LABELS = {OK: "✓ OK", FAIL: "✗ FAIL", FLAKY: "~ FLAKY", ONLY: "◐ F
 
 
 class HtmlReport(FinalReport):
+    """The page: facts, failures, flaky commands, a timeline, and a list to filter."""
+
     def content(self, summary: Summary) -> Iterator[str]:
         hosts = {one.host for one in all_tries(self.outcomes)} - {""}
         facts = [("took", duration(summary.spent)), ("hosts", str(len(hosts))),
@@ -7166,6 +7170,52 @@ def makespan(times: Sequence[float], slots: int) -> float:
     for spent in sorted(times, reverse=True):
         heapq.heapreplace(ends, ends[0] + spent)
     return max(ends)
+
+
+PROGRESS_INTERVAL: Seconds = 0.2  # between updates of the progress line
+SILENCE_INTERVAL: Seconds = 60.0  # without a terminal: some services end a job that is silent for 10 min
+STEADY_INTERVAL: Seconds = 10.0  # between notices of --progress without a terminal
+
+
+class Progress:
+    """Shows how far a run is: in the progress line, or every `interval` seconds in a notice. Unless
+    it is steady, that time begins again when anything else is written."""
+
+    def __init__(self, client: Client, writer: Writer, interval: Seconds = 0,
+                 steady: bool = False) -> None:
+        self.client = client
+        self.writer = writer
+        self.interval = interval
+        self.steady = steady
+        self.began = PROGRESS_LINE.last_write = time.monotonic()
+        self.due = self.began + (interval or NOTICE_DELAY)  # a short run needs none
+
+    def update(self) -> None:
+        now = time.monotonic()
+        if now < self.due or self.client.left:
+            return
+        spent = now - self.began
+        if not self.interval:
+            self.due = now + PROGRESS_INTERVAL
+            with contextlib.suppress(OSError):  # the terminal has gone
+                PROGRESS_LINE.text = progress_text(self.client, spent, screen_size(2)[0] - 1)
+            self.writer.redraw()
+            return
+        if self.steady or now >= PROGRESS_LINE.last_write + self.interval:
+            print_notice(progress_notice(self.client, spent, now))
+        self.due = (now if self.steady else PROGRESS_LINE.last_write) + self.interval
+
+
+def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) -> Optional[Progress]:
+    """On a terminal a line, unless it has no cursor, or stdout is a pipe to a pager that has the
+    screen. Elsewhere notices, for services that end a silent job."""
+    if sys.stderr is None or settings.verbose is None:
+        return None
+    if not sys.stderr.isatty():
+        interval = STEADY_INTERVAL if settings.progress else SILENCE_INTERVAL
+        return Progress(client, writer, interval, settings.progress)
+    piped = stat.S_ISFIFO(os.fstat(1).st_mode)
+    return Progress(client, writer) if settings.progress or not is_dumb() and not piped else None
 
 
 def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> str:
@@ -9527,51 +9577,6 @@ class Display:
             written.wait(FINAL_WRITE_TIME)
 
 
-PROGRESS_INTERVAL: Seconds = 0.2  # between updates of the bar
-SILENCE: Seconds = 60.0  # without a terminal: some services end a job that prints nothing for 10 min
-STEADY: Seconds = 10.0  # between lines of --progress without a terminal
-
-
-class Progress:
-    """Shows how far the client is: on the bar; or without a terminal in lines, one so many seconds
-    after anything else was said, or (steady) after the last one."""
-
-    def __init__(self, client: Client, writer: Writer, lines: Seconds = 0,
-                 steady: bool = False) -> None:
-        self.client = client
-        self.writer = writer
-        self.lines = lines
-        self.steady = steady
-        self.began = PROGRESS_LINE.last_write = time.monotonic()
-        self.look_at = self.began + (lines or NOTICE_DELAY)  # a short run needs none
-
-    def look(self) -> None:
-        now = time.monotonic()
-        if now < self.look_at or self.client.left:
-            return
-        spent = now - self.began
-        if not self.lines:
-            self.look_at = now + PROGRESS_INTERVAL
-            with contextlib.suppress(OSError):  # the terminal has gone
-                PROGRESS_LINE.text = progress_text(self.client, spent, screen_size(2)[0] - 1)
-            self.writer.redraw()
-            return
-        if self.steady or now >= PROGRESS_LINE.last_write + self.lines:
-            print_notice(progress_notice(self.client, spent, now))
-        self.look_at = (now if self.steady else PROGRESS_LINE.last_write) + self.lines
-
-
-def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) -> Optional[Progress]:
-    """On a terminal a bar, unless it has no cursor or its screen is somebody else's: that of a pager;
-    on what is none lines, for services that end what is silent."""
-    if sys.stderr is None or settings.verbose is None:
-        return None
-    if not sys.stderr.isatty():
-        return Progress(client, writer, STEADY if settings.progress else SILENCE, settings.progress)
-    piped = stat.S_ISFIFO(os.fstat(1).st_mode)
-    return Progress(client, writer) if settings.progress or not is_dumb() and not piped else None
-
-
 def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     """What a client does; below a supervisor if it runs the commands itself."""
     times, slots = times_from(settings), settings.slots or usable_cpus()
@@ -9627,7 +9632,7 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
         shown = progress_of(settings, client, show.out)
         if shown:
             stack.callback(remove_progress_line)
-            loop.each_round.append(shown.look)
+            loop.each_round.append(shown.update)
         if not settings.json and not show.quiet:
             show.transcript.line(f"Connecting to {address}")
         if settings.local:
