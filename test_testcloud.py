@@ -4189,7 +4189,7 @@ class WorkerTest(unittest.TestCase):
             machine.paused(0.6, 1.0)  # in our lease, but our connection may be lost
             b.collect()
             b.expect("READY", join=2)
-            b.answer()
+            b.hear('OK {"join":2}')
             b.lines.clear()
             machine.paused(20.0, 20.0)
             b.hear('{"cmd":"true","id":2,"attempt":1}', "r1")
