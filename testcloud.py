@@ -547,6 +547,18 @@ def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def duration(seconds: Seconds, whole: bool = False) -> str:
+    """For people: 8.14 ms, 1.23 s, 63.1 s, 2 min 3 s, 2 h 3 min; in whole seconds: 0 s, 63 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 2:
+        return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    if whole:
+        return f"{round(seconds)} s"
+    if seconds < 1:
+        return f"{seconds * 1000:.2f} ms"
+    return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+
+
 def truncate(text: str, limit: int = MAX_TEXT) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -576,6 +588,12 @@ def escape_unprintable(text: str, keep: str = "\t\n") -> str:
 
 def escape_of(c: str) -> str:
     return f"\\x{ord(c) & 0xff:02x}" if "\udc80" <= c <= "\udcff" else repr(c)[1:-1]
+
+
+def natural_order(names: Sequence[object]) -> List[object]:
+    """A key for sorting: host2 comes before host10."""
+    return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
+             for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
 
 
 # === Machines =========================================================================
@@ -6532,12 +6550,9 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
     output of a failed command is read when its piece is made. `trouble` becomes a test case of its
     own: without the commands that are missing, the run looks like a success."""
     outcomes = sorted(outcomes)
-    errors = sum(map(could_not_run, outcomes))
-    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes) - errors
-    totals = {"name": name, "tests": str(len(outcomes) + bool(trouble)), "failures": str(failures),
-              "errors": str(errors + bool(trouble)), "time": in_seconds(spent)}
-    began = min(filter(None, (iso_time(outcome.started) for outcome in outcomes)), default="")
+    totals = {"name": name, "time": in_seconds(spent), **junit_counts(outcomes, trouble, flaky_counts)}
     suite = xml_element("testsuite", "\n", skipped="0", **totals)
+    began = min(filter(None, (iso_time(outcome.started) for outcome in outcomes)), default="")
     if began:
         suite.set("timestamp", began)
     frame = xml_text(xml_element("testsuites", "\n", suite, **totals))
@@ -6550,7 +6565,7 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
         case.extend(junit_parts(outcome, shown, has_failed(outcome, flaky_counts),
                                 output_of if room > 0 else None))
         piece = xml_text(case)
-        room -= len(piece) if len(case) > 1 else 0
+        room -= len(piece) if outcome.verdict != OK else 0
         yield piece + "\n"
     if trouble:
         error = xml_element("error", trouble, type="WholeRun", message=trouble)
@@ -6558,6 +6573,16 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outco
                                    time=in_seconds(0))) + "\n"
     yield f"{end}\n{tail}\n"
 
+
+def junit_counts(outcomes: Sequence[Outcome], trouble: str, flaky_counts: bool) -> Dict[str, str]:
+    """The attributes of a suite that count its test cases."""
+    errors = sum(map(could_not_run, outcomes))
+    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes) - errors
+    return {"tests": str(len(outcomes) + bool(trouble)), "failures": str(failures),
+            "errors": str(errors + bool(trouble))}
+
+
+# --- the elements of a test case
 
 def junit_parts(outcome: Outcome, shown: str, failed: bool,
                 output_of: Optional[Callable[[Outcome], Iterator[bytes]]]) -> List[ET.Element]:
@@ -6594,7 +6619,7 @@ def failed_outputs(outcome: Outcome) -> str:
 
 
 def could_not_run(outcome: Outcome) -> bool:
-    """Whether the exit code is ours: the command did not run, or has no exit code of its own."""
+    """Whether the command did not run. Its exit code is then one of testcloud."""
     return outcome.exitcode == NOT_RUN and bool(outcome.reason or not outcome.host)
 
 
@@ -6607,8 +6632,8 @@ def how_failed(outcome: Outcome) -> Tuple[str, str]:
     if could_not_run(outcome):
         kind, what = "NotRun", "could not be run"
     where = f" on {truncate(outcome.host)}" if outcome.host else ""
-    signal = f", signal {outcome.signal}" if outcome.signal else ""
-    return kind, what + where + signal + (f": {truncate(outcome.reason)}" if outcome.reason else "")
+    killed = f", signal {outcome.signal}" if outcome.signal else ""
+    return kind, what + where + killed + (f": {truncate(outcome.reason)}" if outcome.reason else "")
 
 
 def story_of(outcome: Outcome) -> Iterator[str]:
@@ -6621,6 +6646,8 @@ def story_of(outcome: Outcome) -> Iterator[str]:
     if outcome.only_on:
         yield f"failed on {truncate(outcome.only_on)} only"
 
+
+# --- names, excerpts, times, XML
 
 def unique_names(commands: Iterable[str]) -> Iterator[str]:
     """Names of test cases: GitLab ignores a second one of the same name, others mix them up."""
@@ -6738,8 +6765,10 @@ def html_headline(total: int, failed: int, trouble: str) -> str:
     return words + (trouble and f"; {trouble}")
 
 
+# --- entries, outputs, badges
+
 def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) -> Iterator[str]:
-    """Commands that ask for attention, with the outputs of their other tries folded."""
+    """Articles about failed or flaky commands. The outputs of other tries are folded."""
     for outcome in outcomes[:HTML_ENTRIES]:
         seq, ending = outcome.seq, describe_ending(outcome)
         if outcome.host:
@@ -6789,7 +6818,7 @@ def one_line(text: str) -> str:
 
 
 def describe_ending(outcome: Outcome) -> str:
-    """How a command ended, and its tries before, in words."""
+    """How a command ended, and its other tries, in words."""
     words = [f"exit code {outcome.exitcode}"]
     if outcome.exitcode == TIMED_OUT:
         words.append("timed out")
@@ -6810,11 +6839,7 @@ def all_tries(outcomes: Iterable[Outcome]) -> Iterator[Union[Outcome, Try]]:
         yield from outcome.tries
 
 
-def natural_order(names: Sequence[object]) -> List[object]:
-    """A key for sorting: host2 comes before host10."""
-    return [[(len(part), part) if at % 2 else part  # no int(): a host's name may have many digits
-             for at, part in enumerate(re.split(r"(\d+)", str(name)))] for name in names]
-
+# --- template and script, and the data for the script
 
 def html_data(outcomes: Sequence[Outcome]) -> Iterator[str]:
     """The JSON for the script, which names the fields of a row: the slots, which are rows of the
@@ -7245,18 +7270,6 @@ def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
         return text
     longest = min(held, key=lambda command: command.since)
     return f"{text}; for {duration(now - longest.since, whole=True)}: {printable(longest.cmd)}"
-
-
-def duration(seconds: Seconds, whole: bool = False) -> str:
-    """For people: 8.14 ms, 1.23 s, 63.1 s, 2 min 3 s, 2 h 3 min; in whole seconds: 0 s, 63 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 2:
-        return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-    if whole:
-        return f"{round(seconds)} s"
-    if seconds < 1:
-        return f"{seconds * 1000:.2f} ms"
-    return f"{seconds:.{2 if seconds < 10 else 1}f} s"
 
 
 # === Status tables ====================================================================
