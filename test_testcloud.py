@@ -3701,7 +3701,7 @@ class SimulationTest(unittest.TestCase):
     # what could be broken in the program, as text to be replaced; each must make a world fail
     MUTANTS = (
         ("a lost command is not tried again",
-         "            self.next_attempt(command, worker)\n\n", "            pass\n\n"),
+         '            self.next_attempt(command, fields.get("worker", ""))\n\n', "            pass\n\n"),
         ("a reported command is not remembered", "        if command is None:  # reported before",
          "        if command is None and self.window:  # reported before"),
         ("a lost worker's commands are forgotten",
@@ -5979,12 +5979,13 @@ class ClientTest(unittest.TestCase):
         self.add("a", end=True)
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
         b.lines.clear()
-        self.client.pause_live()
+        self.client.set_live(False)
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"ab\n")
         b.wait(1)
         b.collect()
         self.assertNotIn("FETCH", [line[1] for line in b.lines])
-        self.client.resume_live(b.now)
+        self.client.set_live(True)
+        self.client.tick(b.now)
         b.collect()
         self.assertEqual(b.lines[-1][1:], ("FETCH", {
             "id": 1, "attempt": 1, "offset": 3, "size": tc.CHUNK_SIZE}))

@@ -4983,23 +4983,16 @@ class Client(SessionMachine):
 
     def submit(self, command: Command) -> None:
         """Submit the command's attempt. A command that is too long fails the first time."""
-        fields = {"id": command.id, "attempt": command.attempt, "cmd": command.cmd,
-                  "cwd": command.cwd, **command.place, **self.common}
-        for key in {"on", "not_on"} & command.place.keys():
-            fields[key] = self.host_names.identity_of(fields[key])
-        if "never_on" in fields:
-            fields["never_on"] = [*map(self.host_names.identity_of, fields["never_on"])]
-        if command.again:
-            fields["again"] = True
-            if command.worker:
-                fields["had"] = command.worker
-        if command.avoid:
-            fields["avoid"] = command.avoid
-        if command.faults.crashes:
-            fields["careful"] = True
-        if command.passed:
-            fields["limit"] = 1  # byte: only the exit code of a recheck counts
-        line = encode(COMMAND, fields)
+        identity = self.host_names.identity_of
+        place = {key: [*map(identity, value)] if key == "never_on" else identity(value)
+                 for key, value in command.place.items()}
+        optional = {
+            "again": command.again, "had": command.again and command.worker, "avoid": command.avoid,
+            "careful": command.faults.crashes > 0,
+            "limit": int(command.passed)}  # 1 byte: only the exit code of a recheck counts
+        line = encode(COMMAND, {
+            "id": command.id, "attempt": command.attempt, "cmd": command.cmd, "cwd": command.cwd,
+            **place, **self.common, **{name: value for name, value in optional.items() if value}})
         first, command.again = not command.again and command.attempt == 1, True
         if first and len(line) > MAX_COMMAND - OTHER_FIELDS:
             self.fail(command, f"a command is at most {MAX_COMMAND} bytes of JSON")
@@ -5065,23 +5058,23 @@ class Client(SessionMachine):
             self.acknowledge(fields["id"], fields["attempt"])
         elif command.result == fields:
             self.fetcher.add(command, fields, self.now)
-        else:  # another than before if the command ran again, after our lease had ended
-            self.end_attempt(command)
+        else:  # it differs from an earlier one if the command ran again after our lease ended
+            self.fetcher.remove(command, self.now)
+            self.host_wait.commands.pop(command.id, None)
             self.take_result(command, fields)
 
     def take_result(self, command: Command, fields: Fields) -> None:
         """Conclude a try, or fetch its output first if that may be reported."""
-        this = try_of(fields)
-        command.tries[command.attempt] = this
+        command.tries[command.attempt] = this = try_of(fields)
         if this.did_start:
             self.retry_policy.failed_starts.pop(this.host, None)
             self.host_wait.can_start.add(this.host)
         output = to_bytes(fields.get("stdout", ""))
         place = self.next_place(command)
         if place and this.exitcode and not command.passed:
-            this = with_last_words(this, fields, min(TRY_OUTPUT, self.try_room))
-            command.tries[command.attempt] = this
-            self.try_room -= len(this.output)
+            kept = with_last_words(this, fields, min(TRY_OUTPUT, self.try_room))
+            command.tries[command.attempt] = kept
+            self.try_room -= len(kept.output)
         useless = command.passed or place and this.exitcode and "never_on" not in place
         if len(output) < fields.get("size", 0) and not useless:
             self.fetcher.add(command, fields, self.now)
@@ -5110,7 +5103,6 @@ class Client(SessionMachine):
     def next_attempt(self, command: Command, avoid: str, place: Optional[Fields] = None) -> None:
         """Begin another attempt: a try at another place, or the same try again."""
         self.end_attempt(command)
-        self.set_worker(command, "")
         if place is not None:
             command.place = dict(place, elsewhere=True)
         command.attempt += 1
@@ -5123,11 +5115,11 @@ class Client(SessionMachine):
     def end_attempt(self, command: Command) -> None:
         self.fetcher.remove(command, self.now)
         self.host_wait.commands.pop(command.id, None)
+        self.set_worker(command, "")
 
     def forget(self, command: Command) -> None:
         """Take a command out of the window."""
         self.end_attempt(command)
-        self.set_worker(command, "")
         self.rechecks.commands.pop(command.id, None)
         del self.window[command.id]
 
@@ -5137,9 +5129,8 @@ class Client(SessionMachine):
         self.acknowledge(command.id, command.attempt)
         if result is command.provisional:
             command.shown = command.provisional_shown
-        tries = [*command.tries.values()]
-        command.verdict = FAIL if result["exitcode"] else verdict_of(
-            tries, self.retry_policy.excluded)
+        tries, excluded = [*command.tries.values()], self.retry_policy.excluded
+        command.verdict = FAIL if result["exitcode"] else verdict_of(tries, excluded)
         self.reported += 1
         self.failed += command.verdict == FAIL
         self.flaky += command.verdict in (FLAKY, ONLY)
@@ -5177,22 +5168,21 @@ class Client(SessionMachine):
             self.done, self.done_at = [], math.inf
 
     def on_lost(self, message: Message) -> None:
-        fields = message.fields
-        for id, attempt in fields["tasks"]:
+        for id, attempt in message.fields["tasks"]:
             command = self.command_of(id, attempt)
             if command is not None:
-                self.lose(command, printable(fields["why"], 200), fields.get("fault", ""),
-                          fields.get("worker", ""))
+                self.lose(command, message.fields)
 
-    def lose(self, command: Command, why: str, fault: str, worker: str) -> None:
+    def lose(self, command: Command, fields: Fields) -> None:
         """The attempt brings no result: begin the next one, if that is wise."""
+        may_have_run = bool(command.worker) or command.attempt > 1
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
-        reason = command.faults.count(fault, why, self.times)
+        fault = fields.get("fault", "")
+        reason = command.faults.count(fault, printable(fields["why"], 200), self.times)
         if command.passed and (reason or self.status is not None):
             self.report(command, command.provisional)
         elif self.status is not None:
-            may_have_run = bool(command.worker) or command.attempt > 1
             self.stopped += may_have_run
             self.never_ran += not may_have_run
             self.forget(command)
@@ -5201,11 +5191,10 @@ class Client(SessionMachine):
         elif reason:
             self.fail(command, reason)
         else:
-            self.next_attempt(command, worker)
+            self.next_attempt(command, fields.get("worker", ""))
 
     def find_host(self, command: Command) -> None:
         """No present host may start the command: wait for one, or go on without."""
-        self.set_worker(command, "")
         if not self.host_wait.add(command, self.now):
             place = self.next_place(command)
             if place is None:
@@ -5236,14 +5225,10 @@ class Client(SessionMachine):
             command.shown += size
             self.fetcher.listen(command, self.now)
 
-    def pause_live(self) -> None:
-        """Request no more live output: its reader is slow."""
-        self.fetcher.live, self.fetcher.live_overdue_at = False, math.inf
-
-    def resume_live(self, now: Seconds) -> None:
-        self.now = self.fetcher.live_overdue_at = now
-        self.fetcher.live = self.options.live
-        self.fetcher.tick(self.window.values(), now)
+    def set_live(self, wanted: bool) -> None:
+        """Request live output from now on, or no more while its reader is slow."""
+        self.fetcher.live = wanted and self.options.live
+        self.fetcher.live_overdue_at = self.now if wanted else math.inf
 
     # --- time, and the end
 
@@ -5286,45 +5271,23 @@ class Client(SessionMachine):
             return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
         if self.session.unanswered > 1:
             return broker_is_silent(self.address)
-        if not self.window:
-            return ""
-        if not self.slots:
-            return f"waiting: the broker at {self.address} has no worker" + (
-                " that takes new commands (they are busy: --max-load; being stopped; or brokers "
-                "without workers)" if self.workers else
-                " (yet); start one with: testcloud.py worker")
-        if self.lacks:
-            return f"waiting for {self.lacks}; there is none among {plural(self.workers, 'worker')}"
-        if self.accepted or self.fetcher.queue:
-            return ""
-        if self.host_wait.commands:
-            waiting = plural(len(self.host_wait.commands), "command")
-            return (f"waiting for {self.host_wait.hosts()} to come back: {waiting} could not be "
-                    f"started elsewhere")
-        which = str(self.slots)
-        if self.options.needs:
-            which = f"of workers with {label_words(self.options.needs)}"
-        never_on = next(iter(self.window.values())).place.get("never_on", ())
-        if never_on:
-            which = f"of hosts other than {printable(', '.join(never_on), 300)}"
-        return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
+        return waiting_for_slot(self) if self.window else ""
 
     def bad(self) -> int:
         """How many commands count as failed."""
         return self.failed + (self.flaky if self.options.fail_on_flaky else 0)
 
     def stop_early(self) -> None:
-        rest, bad = self.window or self.backlog or not self.input_ended, self.bad()
-        if rest and 0 < self.options.fail_fast <= bad:
+        bad = self.bad()
+        if 0 < self.options.fail_fast <= bad and (
+                self.window or self.backlog or not self.input_ended):
             have = "has" if bad == 1 else "have"
             self.effects.append(Notice(
                 f"stopping: {plural(bad, 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
     def cancel(self, status: int, now: Seconds) -> None:
-        """Stop all commands everywhere, wait a little for that, then leave with this status.
-
-        The second call leaves at once."""
+        """Stop all commands, wait a little, and leave with this status. A second call leaves now."""
         self.now = now
         self.cut_short |= not self.input_ended
         self.input_ended = True
@@ -5333,16 +5296,14 @@ class Client(SessionMachine):
         self.stopped += len(self.host_wait.commands)
         for command in [*self.host_wait.commands.values()]:
             self.forget(command)
-        leave_now = self.status is not None or not self.session.joined
-        self.status = self.status or status
-        if leave_now:
-            if not self.left:
-                self.leave(status)
-            return
-        self.wait = Wait()  # from now on we wait for nothing
-        self.leave_at = now + 2 * self.times.kill_grace
-        self.say(BROKER, b"", "", "CANCEL")
-        self.settle()
+        first, self.status = self.status is None, self.status or status
+        if first and self.session.joined:
+            self.wait = Wait()  # from now on we wait for nothing
+            self.leave_at = now + 2 * self.times.kill_grace
+            self.say(BROKER, b"", "", "CANCEL")
+            self.settle()
+        elif not self.left:
+            self.leave(status)
 
     def leave(self, status: int) -> None:
         """The end: all is reported, or the rest is given up."""
@@ -5357,6 +5318,30 @@ class Client(SessionMachine):
         (BROKER, "RESULT"): "on_result", (BROKER, "CHUNK"): "on_chunk",
         (BROKER, "LOST"): "on_lost", (BROKER, "ERROR"): "on_error",
     }
+
+
+def waiting_for_slot(client: Client) -> str:
+    """Why no worker has one of the client's commands, and what to do about it; "" if one has."""
+    if not client.slots:
+        return f"waiting: the broker at {client.address} has no worker" + (
+            " that takes new commands (they are busy: --max-load; being stopped; or brokers "
+            "without workers)" if client.workers else
+            " (yet); start one with: testcloud.py worker")
+    if client.lacks:
+        return f"waiting for {client.lacks}; there is none among {plural(client.workers, 'worker')}"
+    if client.accepted or client.fetcher.queue:
+        return ""
+    absent = client.host_wait
+    if absent.commands:
+        return (f"waiting for {absent.hosts()} to come back: "
+                f"{plural(len(absent.commands), 'command')} could not be started elsewhere")
+    which = str(client.slots)
+    if client.options.needs:
+        which = f"of workers with {label_words(client.options.needs)}"
+    never_on = next(iter(client.window.values())).place.get("never_on", ())
+    if never_on:
+        which = f"of hosts other than {printable(', '.join(never_on), 300)}"
+    return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
 
 
 class ShowStatus(NamedTuple):
@@ -9628,14 +9613,14 @@ def submit(settings: argparse.Namespace, address: str, control: int) -> int:
     def live(effect: LiveOutput) -> None:
         reports.live(effect)
         if show.out.is_behind():
-            client.pause_live()
+            client.set_live(False)
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
         adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: live,
             ProvisionalResult: reports.keep, FinalResult: reports.report,
             Notice: lambda effect: tell(effect.text, effect.error)})
-        show.out.caught_up = lambda: loop.post(client.resume_live)
+        show.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
         loop.each_round.append(show.flush)
         loop.on_signals(interrupt, control)
         if not settings.sources and sys.stdin.isatty():
