@@ -6294,6 +6294,7 @@ class ReportingTest(unittest.TestCase):
         self.report("y", 0, b"")
         self.report("z", 126, b"", reason="no such directory")
         self.end()
+        self.assertEqual(self.reports.times, [8.14, 10.0, 8.14, 8.14])
         text = out.getvalue().decode()
         self.assertTrue(text.startswith(
             "Releasing the hounds: 5 commands to execute\n"
@@ -6378,7 +6379,8 @@ class ReportingTest(unittest.TestCase):
         for results, retries, suspected in (
                 ([("h", 1)] * 3 + [("i", 0)], 0, True), ([("h", 1)] * 3 + [("i", 0)], 2, False),
                 ([("h", 1)] * 2 + [("i", 0)], 0, False), ([("h", 1)] * 9, 0, False),
-                ([("h", 1)] * 9 + [("h", 0), ("i", 0)], 0, False)):
+                ([("h", 1)] * 9 + [("h", 0), ("i", 0)], 0, False),
+                ([("h", 127)] * 3 + [("i", 0)], 0, False)):  # it could not start them
             self.text("-b", options=tc.RunOptions(tries=retries))
             for host, exitcode in results:
                 self.report("c", exitcode, host=host)
@@ -6459,6 +6461,51 @@ class ReportingTest(unittest.TestCase):
         self.assertEqual(re.findall("c. *\tout|OK! c.", out.getvalue().decode()),
                          ["c2\tout", "c1\tout", "OK! c1", "OK! c2"])
 
+    def test_results_without_those_before_them_keep_their_order(self):
+        out = self.text("-b", "-k")
+        for seq in range(1, 5):
+            self.reports.expect(seq, "")
+        for seq in (4, 2, 3):
+            self.ids = iter([seq])
+            self.report(f"c{seq}")
+        self.assertEqual(out.getvalue(), b"")
+        self.end(complete=False)  # the first never ran
+        self.assertEqual(re.findall("OK! c(.)", out.getvalue().decode()), ["2", "3", "4"])
+
+    def test_fail_only_shows_what_did_not_simply_pass(self):
+        out = self.text("-b", "-f")
+        for cmd, tries in (("passed", ()), ("flaky", [(1, "i")]), ("only", [(1, "i"), (1, "i")])):
+            self.report(cmd, tries=tries)
+        self.assertEqual(re.findall("! (\\w+) ⌚", out.getvalue().decode()), ["flaky", "only"])
+
+    def test_quiet_says_nothing_of_a_run_that_passed(self):
+        for more, tries, skipped_failed, said in (
+                ((), (), 0, ""), ((), [(1, "i")], 0, "FLAKY! a"), ((), (), 1, "Some commands failed"),
+                (("--json",), [(1, "i")], 0, ""), (("--json",), (), 1, "Some commands failed")):
+            out = self.text("-b", "--quiet", *(more or ["--raw"]))
+            self.reports.reporters[0].reporters[1:] = ()  # without JSON lines
+            self.reports.started(tc.RunStarted(1))
+            self.report("a", tries=tries)
+            self.end(skipped=skipped_failed, skipped_failed=skipped_failed)
+            self.assertEqual(out.getvalue().decode()[:len(said) or None], said)
+
+    def test_failures_of_an_earlier_run_count(self):
+        for failed, words in ((0, "All commands success"), (1, "Some commands failed")):
+            out = self.text("-b")
+            self.report("a")
+            self.end(skipped=3, skipped_failed=failed, rerun="do it again")
+            lines = out.getvalue().decode().split("\n")
+            self.assertEqual(lines[1][:20], words)
+            self.assertEqual("To run just these again: do it again" in lines, bool(failed))
+            self.assertIn("Skipped 3 that an earlier run has done" + ", 1 of which failed" * failed, lines)
+
+    def test_the_hash_of_a_part_of_the_run_is_called_so(self):
+        for complete in (True, False):
+            out = self.text("-b")
+            self.report("a")
+            self.end(complete)
+            self.assertEqual("result hash of these is" in out.getvalue().decode(), not complete)
+
     def test_tags(self):
         out = self.text("--tag")
         with mock.patch.object(tc, "BLOCK_SIZE", 3):
@@ -6531,6 +6578,14 @@ class ReportingTest(unittest.TestCase):
         self.assertTrue(done.wait(PATIENCE) and caught_up.wait(PATIENCE))
         self.assertFalse(writer.is_behind())
 
+    def test_a_writer_that_is_held_up_does_not_redraw_the_progress(self):
+        with mock.patch.object(tc.threading, "Thread"):
+            writer = tc.Writer(1, None)
+        writer.redraw()
+        self.assertEqual(writer.batches.qsize(), 1)
+        writer.redraw()
+        self.assertEqual(writer.batches.qsize(), 1)
+
     def test_a_live_line_without_end(self):
         out = self.text("--live")
         command = self.command("a")
@@ -6570,6 +6625,18 @@ class ReportingTest(unittest.TestCase):
             self.assertEqual(store.hash(), naive_hash(
                 [(b"c", 0, b"abcdx"), (b"c", 0, b"abcdw"), (b"c", 0, b"aaaaa")]))
 
+    def test_the_hash_does_not_depend_on_how_an_output_was_split(self):
+        r = random.Random(4)
+        for _ in range(50):
+            results = [(b"c", 0, bytes(r.choices(b"ab", k=r.randint(1, 5)))) for _ in range(6)]
+            store = self.store(split=True)
+            for cmd, exitcode, output in results:
+                cuts = sorted(r.choices(range(len(output) + 1), k=2))
+                parts = output[:cuts[0]], output[cuts[0]:cuts[1]], output[cuts[1]:]
+                packed = self.pieces(*((r.choice([1, 2]), part) for part in parts))
+                store.results.append(store.put(cmd, exitcode, packed))
+            self.assertEqual(store.hash(), naive_hash(results))
+
     def test_json_lines(self):
         out = self.text("--json", "-f")
         self.report("passed")
@@ -6585,8 +6652,25 @@ class ReportingTest(unittest.TestCase):
             "seq", "command", "exitcode", "verdict", "only_on", "host", "worker", "slot", "started",
             "time", "signal", "reason", "tries", "output"})
 
+    def test_brief_json_lines_have_no_outputs(self):
+        out = self.text("--json", "-b")
+        self.report("a", 3, b"x", tries=[tc.Try(1, "i", output=b"y")])
+        row = json.loads(out.getvalue())
+        self.assertEqual(("output" in row, "output" in row["tries"][0]), (False, False))
+
     def test_json_lines_are_utf8_and_have_bytes_that_are_not_beside(self):
         out = self.text("--json")
+        for data in (b"1\xe2\x98\x83\xff\n\xe2\x98", b"\xff and then only good ones"):
+            self.report("c", output=data)
+            row = json.loads(out.getvalue())
+            self.assertEqual(base64.b64decode(row["output_base64"]), data)
+            self.assertEqual(row["output"], data.decode("utf-8", "replace"))
+            out.seek(0)
+            out.truncate()
+        self.report("c", output="is \ufffd a character".encode())
+        self.assertNotIn("output_base64", json.loads(out.getvalue()))
+        out.seek(0)
+        out.truncate()
         data = b"1\xe2\x98\x83\xff\n\xe2\x98"
         with mock.patch.object(tc, "BLOCK_SIZE", 3):
             tries = tc.Try(1, "\udcff", output=b"t\xff"), tc.Try(1, "i", output="☃".encode())
@@ -6707,6 +6791,46 @@ class ReportingTest(unittest.TestCase):
             text = self.log(path, [rows[1].line], ("c", 0, {}))
             self.assertEqual([line.split("\t")[-1] for line in text.splitlines()],
                              ["Command", "b", "c"])
+
+    def test_a_command_that_a_signal_ended_has_failed_whatever_its_exit_code(self):
+        """GNU parallel logs exit code 0 for it."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            with open(path, "w") as file:
+                file.write(tc.JOBLOG_HEADER + "1\t:\t1.000\t0.5\t0\t0\t0\t9\ta\n"
+                           + "2\t:\t1.000\t0.5\t0\t0\t0\t0\tb\n")
+            rows = tc.read_joblog(path)
+            self.assertEqual([row.failed for row in rows], [True, False])
+            for failures_too, expected in ((False, (True, 2, 1)), (True, (False, 1, 0))):
+                earlier = tc.EarlierRun(rows, failures_too)
+                earlier.has_done("b", 0)
+                self.assertEqual((earlier.has_done("a", 0), earlier.skipped, earlier.skipped_failed),
+                                 expected)
+
+    def test_the_joblog_names_the_host_in_one_column(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            with open(path, "w") as file:
+                file.write("a log of some other run, " * 10 + "which is replaced\n")
+            text = self.log(path, (), ("a", 1, {"host": "h\t1\n"}),
+                            ("b", 0, {"tries": [(1, "i\t"), (1, "i\t")]}))
+            self.assertEqual([line.split("\t")[1] for line in text.splitlines()],
+                             ["Host", "h\\t1\\n", "h (only on i\\t)"])
+            self.assertEqual([row.failed for row in tc.read_joblog(path)], [True, False])
+            self.assertEqual([row.failed for row in tc.read_joblog(path, True)], [True, True])
+
+    def test_a_pipe_that_nobody_opens_is_named(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            os.mkfifo(path)
+
+            def open_it(text):
+                self.assertIn(f"waiting for {path}: it is a pipe", text)
+                with open(path, "w") as file:
+                    file.write(tc.JOBLOG_HEADER)
+            with mock.patch.object(tc, "NOTICE_DELAY", 0), \
+                    mock.patch.object(tc, "print_notice", open_it):
+                self.assertEqual(tc.read_joblog(path), [])
 
     def test_what_an_earlier_run_has_done_is_known_by_text_and_occurrence(self):
         def left(rows, failures_too, commands):
@@ -7184,6 +7308,14 @@ class WholeFileTest(unittest.TestCase):
             tc.write_atomically(self.path, [])
             self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o640)
             os.unlink(self.path)
+
+    def test_a_file_is_on_the_disk_before_it_replaces_another(self):
+        for durable in (True, False):
+            calls = []
+            with mock.patch.object(os, "fsync", lambda file, calls=calls: calls.append("fsync")), \
+                    mock.patch.object(os, "replace", lambda *paths, calls=calls: calls.append("replace")):
+                tc.write_atomically(self.path, ["x"], durable)
+            self.assertEqual(calls, ["fsync", "replace"] if durable else ["replace"])
 
     def test_a_file_that_is_a_mount_point(self):
         with open(self.path, "w") as file:
@@ -9990,6 +10122,21 @@ class TerminalTest(unittest.TestCase):
                 with bar.at_line_start():
                     err.write(said)
         self.assertEqual(err.getvalue(), "\none\ntwo\n")
+
+    def test_the_bar_does_not_follow_an_unfinished_line(self):
+        bar = tc.ProgressLine()
+        bar.text = "1/2 done, " * 20
+        with contextlib.redirect_stderr(io.StringIO()) as err, \
+                mock.patch.object(tc, "screen_size", return_value=(80, 24)), \
+                mock.patch.object(tc, "PROGRESS_LINE", bar):
+            self.assertEqual([*bar.tracked([b"unfinished"])], [b"unfinished"])
+            with bar.hidden():
+                pass
+            self.assertEqual(err.getvalue(), "")
+            tc.LogHandler().emit(logging.makeLogRecord({"msg": "logged"}))
+            self.assertEqual(err.getvalue(), "\nlogged\n" + bar.text[:79])
+            tc.LogHandler().emit(logging.makeLogRecord({"msg": "more"}))
+        self.assertEqual(err.getvalue(), "\nlogged\n" + bar.text[:79] + "\r\x1b[Kmore\n" + bar.text[:79])
 
     def test_a_bar_is_wiped_when_the_terminal_has_become_narrower(self):
         bar = tc.ProgressLine()

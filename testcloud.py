@@ -5706,7 +5706,6 @@ class ResultStore:
             write_all(self.files[0], output, self.ends[0])
         result = StoredResult(cmd, exitcode, file, self.ends[file], size)
         self.ends[file] += size
-        self.stored = 0
         return result
 
     def streams(self, result: StoredResult) -> Iterator[Tuple[int, bytes]]:
