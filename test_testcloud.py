@@ -8382,7 +8382,7 @@ class KeysTest(unittest.TestCase):
             process = self.cloud.start(*argv, stdin=subprocess.DEVNULL)
             self.assertEqual(process.wait(PATIENCE), 3)
             self.assertRegex(self.cloud.err(process),
-                             "^testcloud: .*is (not for a|one holder's key).*\n$")
+                             "^testcloud: .*is (not for a|a holder's key).*\n$")
 
     def test_whoever_cannot_get_in_is_told_the_one_true_reason_once(self):
         """Both sides' keys, and the roles: nobody is told another reason, or the same one again."""

@@ -8577,10 +8577,11 @@ def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
             called: str) -> Callable[[str], Any]:
     """Return a type for argparse: kind(text), if it fits. Errors call it by this name."""
     def value_of(text: str) -> Any:
-        value = kind(text)
-        if not fits(value):
-            raise ValueError
-        return value
+        with contextlib.suppress(re.error):
+            value = kind(text)
+            if fits(value):
+                return value
+        raise ValueError
     value_of.__name__ = called
     return value_of
 
@@ -8598,47 +8599,36 @@ def parse_duration(text: str) -> Seconds:
     return float(number) * units.get(text[len(number):], math.nan)
 
 
-def parse_regex(text: str) -> re.Pattern[str]:
-    """Return a compiled regular expression. Raises ValueError."""
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise ValueError(str(error)) from None
-
-
-FILE_NAME = checked(str, bool, "file name")  # empty: a variable of the shell that is not set
-LABEL = checked(str, lambda text: name(text) and text.isprintable() and " " not in text,
-                "label (of ASCII characters, without spaces)")
-COUNT = checked(int, lambda n: n >= 1, "positive number")
-# types by the option's name, or else by the word that stands for the value
-VALUE_TYPES: Dict[str, Callable[[str], Any]] = {
-    "--slots": checked(int, lambda n: n >= 1 and slot_count(n), "number of slots"),
-    "--nice": checked(int, lambda n: n >= 0, "number"),
-    "--label": LABEL, "--need": LABEL,
-    "--host": checked(str, lambda text: 0 < len(text) <= 64 and text.isprintable()
-                      and not {*"/~ "} & {*text},
-                      "host name (up to 64 characters, without spaces, / and ~)"),
-    "ADDR": checked(str, bool, "address"), "DIR": checked(str, bool, "directory"),
-    "FILE": FILE_NAME, "JOBLOG": FILE_NAME, "NAME": checked(str, bool, "name"), "N": COUNT,
-    "TIME": checked(parse_duration, lambda span: span > 0 and number(span), "number of seconds"),
-    "W": checked(int, integer, "weight"), "X": checked(float, lambda load: load > 0, "number"),
-    "MS": checked(float, lambda ms: ms >= 0, "number of milliseconds"),
-    "SIZE": checked(parse_size, lambda n: n >= 1 and count(n), "number of bytes"),
-    "HASH": checked(str.lower, lambda text: re.fullmatch("[0-9a-f]{40}", text) is not None,
-                    "result hash"),
-    "REGEX": checked(parse_regex, lambda regex: not regex.match(""),
-                     "regular expression of something"),
+LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text,
+         "label (of ASCII characters, without spaces)")
+# checked()'s arguments, by the option's name or else by the word for its value. No text may be
+# empty: that comes from a variable of the shell that is not set.
+VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
+    "--slots": (int, lambda n: n >= 1 and slot_count(n), "number of slots"),
+    "--nice": (int, count, "number"), "--label": LABEL, "--need": LABEL,
+    "--host": (str, lambda text: 0 < len(text) <= 64 and text.isprintable()
+               and not {*"/~ "} & {*text},
+               "host name (up to 64 characters, without spaces, / and ~)"),
+    "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
+    "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
+    "NAME": (str, bool, "name"), "N": (int, lambda n: n >= 1, "positive number"),
+    "TIME": (parse_duration, lambda span: span > 0 and number(span), "number of seconds"),
+    "W": (int, integer, "weight"), "X": (float, lambda load: load > 0, "number"),
+    "MS": (float, lambda ms: ms >= 0, "number of milliseconds"),
+    "SIZE": (parse_size, lambda n: n >= 1 and count(n), "number of bytes"),
+    "HASH": (str.lower, re.compile("[0-9a-f]{40}").fullmatch, "result hash"),
+    "REGEX": (re.compile, lambda regex: not regex.match(""), "regular expression of something"),
 }
 
 
 def option(usage: str, help: str, **settings: Any) -> Option:
-    """Return a row of OPTIONS. Settings are argparse's, beside or instead of those it gets here."""
+    """Return a row of OPTIONS, with more settings for argparse."""
     *names, value = usage.split()
     if value.startswith("-"):
         return Option((*names, value), {"action": "store_true", "help": help, **settings})
     kind = VALUE_TYPES.get(names[-1] if names else "") or VALUE_TYPES.get(value)
-    return Option(tuple(names) or (value.lower(),),
-                  {"metavar": value, "type": kind, "help": help, **settings})
+    return Option(tuple(names) or (value.lower(),), {
+        "metavar": value, "type": checked(*kind) if kind else None, "help": help, **settings})
 
 
 def time_option(name: str, help: str) -> Option:
@@ -8679,11 +8669,11 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
         ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE]),
         ("what it takes", [
             option("-j --slots N", "commands at once (default: the CPUs we may use)", default=0),
-            option("--weight W", "workers with a higher one are used first (default: 0)", default=0),
+            option("--weight W", "the highest are used first (default: 0)", default=0),
             option("--label NAME", "for client --need NAME; may be repeated",
                    action="append", default=[]),
             option("--host NAME", "name of this machine in reports (default: its own)"),
-            option("--max-load X", "take no new commands at a load average from X on", default=math.inf),
+            option("--max-load X", "take no more at a load average from X on", default=math.inf),
             option("--nice N", "niceness of commands (default: 0)", default=0),
             option("--drain TIME", "for running commands when told to stop (default: 0)",
                    default=0.0)]),
@@ -8709,7 +8699,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--serial", "one command at a time"),
             KEY, INSECURE, WAIT]),
         ("failures", [
-            option("--timeout TIME", "stop a command that runs longer: 500ms, 30s, 5m, 2h, 1d", default=0.0),
+            option("--timeout TIME", "stop a command that runs longer: 500ms, 30s, 5m, 2h, 1d",
+                   default=0.0),
             option("--retries N", "try up to N times, in turn on another host", default=0),
             option("--fail-fast N", "stop everything after N failures (default: 1)",
                    nargs="?", const=1, default=0),
@@ -8782,12 +8773,11 @@ def times_from(settings: argparse.Namespace) -> Times:
 
 # === Completion =======================================================================
 #
-# Scripts in which a shell finds the options of each role and the values to choose from.
-# For all other words the shell offers files.
+# Scripts with which a shell completes roles, options and the values to choose from. For all
+# other words it offers files.
 
 
 def option_names(row: Option) -> List[str]:
-    """Return the names of an option; none for an argument."""
     return [name for name in row.names if name.startswith("-")]
 
 
@@ -8798,7 +8788,8 @@ def bash_completion() -> str:
     for role in OPTIONS:
         rows = options_of(role)
         words[f'*" {role} -"*'] = sorted(name for row in rows for name in option_names(row))
-        words.update({f'*" {name} "*' if name[0] == "-" else f'"2 {role} "*': row.settings["choices"]
+        words.update({f'*" {name} "*' if name[0] == "-" else f'"2 {role} "*':
+                      row.settings["choices"]
                       for row in rows if "choices" in row.settings for name in row.names})
     cases = "\n".join(f"    {pattern}) words='{' '.join(found)}';;"
                       for pattern, found in words.items())
@@ -8813,12 +8804,12 @@ _testcloud() {{
 complete -o default -F _testcloud testcloud testcloud.py"""
 
 
-def fish_completion() -> str:
-    """Return a script for fish, which shows the help of each option, too."""
-    lines = ["complete -c testcloud -w testcloud.py"]
+def fish_completion() -> Iterator[str]:
+    """Yield the lines of a script for fish, which shows help, too."""
+    yield "complete -c testcloud -w testcloud.py"
     for role, (purpose, _) in OPTIONS.items():
-        lines.append(f"complete -c testcloud.py -n __fish_use_subcommand -f -a {role} "
-                     f"-d {shlex.quote(purpose)}")
+        start = "complete -c testcloud.py -n"
+        yield f"{start} __fish_use_subcommand -f -a {role} -d {shlex.quote(purpose)}"
         for row in options_of(role):
             words = [f"-{'s' if len(name) == 2 else 'l'} {name.lstrip('-')}"
                      for name in option_names(row)]
@@ -8826,123 +8817,49 @@ def fish_completion() -> str:
                 words.append(f"-x -a '{' '.join(row.settings['choices'])}'")
             elif "metavar" in row.settings and words:
                 words.append("-r")
-            if words:
-                lines.append(f"complete -c testcloud.py -n '__fish_seen_subcommand_from {role}' "
-                             f"{' '.join(words)} -d {shlex.quote(row.settings['help'])}")
-    return "\n".join(lines)
+            yield (f"{start} '__fish_seen_subcommand_from {role}' {' '.join(words)} "
+                   f"-d {shlex.quote(row.settings['help'])}") if words else ""
 
 
 def run_completion(settings: argparse.Namespace) -> int:
     zsh = "autoload -Uz compinit bashcompinit && compinit -u && bashcompinit\n"
-    print_line(fish_completion() if settings.shell == "fish" else
+    print_line("\n".join(fish_completion()) if settings.shell == "fish" else
                zsh * (settings.shell == "zsh") + bash_completion())
     return 0
 
 
-# === Command line =====================================================================
+# === Broker and worker ================================================================
 #
-# main() parses the command line and runs a role. Each error that a user can cause becomes one
-# line on stderr and an exit status.
+# Each run_ROLE() function builds a loop from the settings of the command line, runs it and
+# returns the exit status. It raises UsageError or SetupError for what a user can mend.
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message} (see: {self.prog} --help)")
-
-
-class RoleParser(Parser):
-    """Its help begins with examples, and has no blank lines after these, so that it fits a screen."""
-
-    def format_help(self) -> str:
-        return EXAMPLES.get(self.prog.split()[-1], "") + super().format_help().replace("\n\n", "\n")
+def print_line(text: str) -> None:
+    """Print a line to stdout at once: scripts wait for it. Raises SetupError."""
+    with file_errors("write to", "stdout"):
+        print(text, flush=True)
 
 
-# options of xargs and GNU parallel, and how to have here what they do there
-FOREIGN_OPTIONS = {
-    "-P --max-procs --jobs": "-j N --local; in a cloud each worker has its slots (worker -j N)",
-    "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
-    "-I --replace -i": "{} in the template is where the line goes",
-    "-d --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
-    "-L --max-lines -N --max-replace-args -X -m --xargs -l": "-n N",
-    "-r --no-run-if-empty": "--allow-empty", "-q --quote": "write the template as one word",
-    "-u --ungroup --line-buffer --lb": "--live", "--tagstring": "--tag",
-    "--halt --halt-on-error -H": "--fail-fast N", "--eta --bar": "--progress",
-    "--results --files": "--json has all outputs; --joblog and --html how it went",
-    "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
-    "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
-    "--transfer --transferfile --return --trc --basefile --cleanup": "use a directory of all hosts",
-    "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
-    "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
-    "--sem --semaphore": "--serial",
-    "-S --sshlogin --sshloginfile --slf": "start a worker on each host: worker --connect HOST",
-    "-t --silent": "--verbose"}
-
-
-def unknown_argument(role: str, word: str) -> UsageError:
-    """What to say of an argument that the role does not have."""
-    name = word.partition("=")[0] if word.startswith("--") else word[:2]
-    foreign = FOREIGN_OPTIONS.items() if role == CLIENT_ROLE else ()
-    hints = [how for names, how in foreign if name in names.split()]
-    if not hints and name.startswith("--"):
-        import difflib  # late: it is rarely needed
-        ours = [ours[2:] for row in options_of(role) for ours in row.names if ours[2:3] == name[2:3]]
-        near = difflib.get_close_matches(name[2:], ours, 1, 0.66)
-        hints = [f"did you mean --{one}?" for one in near]
-    hint = f": {hints[0]}" if hints else ""
-    return UsageError(f"{role} has no {'option' if word.startswith('-') else 'argument'} "
-                      f"{printable(word)}{hint} (see: testcloud.py {role} --help)")
-
-
-def parse(argv: List[str]) -> argparse.Namespace:
-    """The settings of a command line. Raises UsageError."""
-    settings, rest = build_parser().parse_known_args(argv)
-    if rest:
-        raise unknown_argument(settings.subcommand, rest[0])
-    return settings
-
-
-def build_parser() -> argparse.ArgumentParser:
-    start, heading, rest = (__doc__ or "").partition("Exit status")
-    parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
-    roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE",
-                                  parser_class=RoleParser)
-    for role, (purpose, groups) in OPTIONS.items():
-        part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
-                                usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
-                                add_help=False, allow_abbrev=False,
-                                formatter_class=functools.partial(
-                                    argparse.HelpFormatter, max_help_position=25, width=80))
-        for title, rows in groups:
-            group = part.add_argument_group(title)
-            for row in rows:
-                group.add_argument(*row.names, **row.settings)
-        group.add_argument(*HELP.names, **HELP.settings)
-    return parser
-
-
-def broker_address(settings: argparse.Namespace, port: int) -> str:
-    """The broker to connect to. Raises UsageError, SetupError."""
-    address = parse_address(
-        settings.connect or os.environ.get("TESTCLOUD_BROKER") or "localhost", port)
-    resolve(address)
-    return address
+@contextlib.contextmanager
+def file_errors(doing: str, path: str) -> Iterator[None]:
+    """Turn an OSError into a SetupError that says what cannot be done with this file."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # as if SIGPIPE had ended us
+    except OSError as error:
+        raise SetupError(f"cannot {doing} {printable(path)}: {error.strerror}") from None
 
 
 def unique_name(keys: Optional[Keys] = None) -> str:
-    """A name for this process that no other has, and a person can place; with keys, one that is ours
-    as a worker."""
+    """Return a name for this process, HOST-PID-RANDOM. With keys, it shows that it is ours."""
     host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
     name = f"{host[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
     return f"{name}.{fingerprint(keys.pairs[WORKER_ROLE].public)}" if keys else name
 
 
 def host_identity(given: Optional[str]) -> str:
-    """NAME/ID of this machine; with the name that was given. Cloned machines may have any of these in
-    common but the boot's id, containers all but the name."""
+    """Return NAME/ID of this machine. Cloned machines differ in the boot's id only."""
     marks = read_text("/etc/machine-id") + read_text("/proc/sys/kernel/random/boot_id")
     if not marks:  # no Linux
         import uuid
@@ -8950,66 +8867,75 @@ def host_identity(given: Optional[str]) -> str:
     return f"{given or socket.gethostname()[:64]}/{hashlib.sha256(marks.encode()).hexdigest()[:12]}"
 
 
-def print_line(text: str) -> None:
-    """A line that scripts wait for. Raises SetupError."""
-    with writing_to_stdout():
-        print(text, flush=True)
+def broker_address(settings: argparse.Namespace, port: int) -> str:
+    """Return the address of the broker to connect to. Raises UsageError, SetupError."""
+    address = parse_address(
+        settings.connect or os.environ.get("TESTCLOUD_BROKER") or "localhost", port)
+    resolve(address)
+    return address
 
 
-@contextlib.contextmanager
-def writing_to_stdout() -> Iterator[None]:
-    """Raises SetupError, if that fails."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise SetupError(f"cannot write to stdout ({error.strerror})") from None
+def load_keys(path: str, role: str) -> Keys:
+    """Return the keys in a file. Raises SetupError if they are not for this role."""
+    keys = read_keys(path)
+    if not keys.suffice_for(role):
+        made = "keygen" if role == BROKER_ROLE else f"keygen --role {role}"
+        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the cloud's owner for "
+                         f"one made with: testcloud.py {made}")
+    return keys
 
 
 def find_keys(settings: argparse.Namespace, role: str) -> Tuple[str, Optional[Keys]]:
-    """The key file to use and what is in it; ("", None) without. Raises UsageError, SetupError."""
+    """Return the key file and its keys; ("", None) without. Raises UsageError, SetupError."""
     if settings.insecure and settings.key:
-        raise UsageError("--insecure is to use no key, and --key names one: give one of them only")
+        raise UsageError("--insecure uses no key, and --key names one: give one of them only")
     path = "" if settings.insecure else find_key_file(settings.key)
     return path, load_keys(path, role) if path else None
 
 
 def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Optional[Keys]:
-    """The keys to connect with; None without, then only to this machine, unless that is insisted on.
-    Raises UsageError, SetupError."""
+    """Return the keys for a connection to this broker. Raises UsageError, SetupError."""
     _, keys = find_keys(settings, role)
     if keys is None and not settings.insecure and not is_loopback(resolve(address)):
-        raise UsageError(f"without a key only a broker on this machine is believed, and {address} is "
-                         f"on another: copy the cloud's {KEY_FILE} beside this script (see --key; "
-                         f"--insecure does without, and believes whoever answers)")
+        raise UsageError(f"{address} is on another machine, and believed only with a key: copy the "
+                         f"cloud's {KEY_FILE} beside this script (or see --key and --insecure)")
     return keys
 
 
-def load_keys(path: str, role: str) -> Keys:
-    """The keys in a file that is for this role. Raises SetupError."""
-    keys = read_keys(path)
-    if not keys.suffice_for(role):
-        made = "keygen" if role == BROKER_ROLE else f"keygen --role {role}"
-        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the owner of the cloud "
-                         f"for one made with: testcloud.py {made}")
-    return keys
+def connect(loop: EventLoop, adapter: Adapter, address: str, role: str, keys: Optional[Keys],
+            settings: argparse.Namespace) -> None:
+    """Link the adapter to its broker. Keys that are found later replace refused ones."""
+    def renew() -> Optional[Keys]:
+        nonlocal keys
+        with contextlib.suppress(UsageError, SetupError):
+            found = find_keys(settings, role)[1]
+            if found is not None and found != keys:
+                keys = found
+                return found
+        return None
+    DealerLink(loop, adapter, BROKER, address, role, keys,
+               f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
+
+
+def listen_addresses(settings: argparse.Namespace, keys: Optional[Keys]) -> Tuple[str, str]:
+    """Return where a broker listens for clients and for workers. Raises UsageError, SetupError."""
+    default = "127.0.0.1" if keys is None else "*"
+    found = (parse_address(settings.clients or default, CLIENT_PORT, listen=True),
+             parse_address(settings.workers or default, WORKER_PORT, listen=True))
+    for address in map(resolve, found) if keys is None and not settings.insecure else ():
+        if not is_loopback(address):
+            raise UsageError(f"{address} can be reached from the network, and needs a key: make one "
+                             f"with: testcloud.py keygen (or let anybody in with --insecure)")
+    return found
 
 
 def run_broker(settings: argparse.Namespace) -> int:
     path, keys = find_keys(settings, BROKER_ROLE)
-    everywhere = "127.0.0.1" if keys is None else "*"
-    places = (parse_address(settings.clients or everywhere, CLIENT_PORT, listen=True),
-              parse_address(settings.workers or everywhere, WORKER_PORT, listen=True))
+    places = listen_addresses(settings, keys)
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
     above = load_keys(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
     if settings.upstream_key and not upstream:
         raise UsageError("--upstream-key goes with --upstream")
-    for place in map(resolve, places) if keys is None and not settings.insecure else ():
-        if not is_loopback(place):
-            raise UsageError(f"without a key only this machine may reach the broker, and {place} can "
-                             f"be reached from the network: make a key with: testcloud.py keygen "
-                             f"(--insecure does without, and lets anybody run commands here)")
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
         authenticator = stack.enter_context(contextlib.closing(Authenticator(loop, path)))
@@ -9027,9 +8953,8 @@ def run_broker(settings: argparse.Namespace) -> int:
             logging.info("for this machine only, as there is no key (testcloud.py keygen)")
         for link in (clients, workers):
             if keys is None and not is_loopback(link.address):
-                print_notice(f"warning: {link.address} can be reached from the network, without a key: "
-                         f"WHOEVER REACHES IT CAN RUN COMMANDS on all workers, and read and forge "
-                         f"results")
+                print_notice(f"warning: {link.address} needs no key, and can be reached from the "
+                             f"network: ANYBODY CAN RUN COMMANDS on all workers, and forge results")
         if upstream:
             DealerLink(loop, adapter, BROKER, upstream, WORKER_ROLE, above, "have a key made there "
                        "(testcloud.py keygen --role worker), and name it with --upstream-key")
@@ -9037,24 +8962,9 @@ def run_broker(settings: argparse.Namespace) -> int:
         return loop.run()
 
 
-def connect(loop: EventLoop, adapter: Adapter, address: str, role: str, keys: Optional[Keys],
-            settings: argparse.Namespace) -> None:
-    """A link to the broker, for that role. A key that is there later is used then."""
-    def renew() -> Optional[Keys]:
-        nonlocal keys
-        with contextlib.suppress(UsageError, SetupError):
-            found = find_keys(settings, role)[1]
-            if found is not None and found != keys:
-                keys = found
-                return found
-        return None
-    DealerLink(loop, adapter, BROKER, address, role, keys,
-               f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
-
-
 def watch_ssh(worker: Worker) -> Callable[[], None]:
-    """A function, to be called often, that stops a worker when the ssh that started it has ended: then
-    stdin and another of its pipes or sockets are broken. `ssh -n` breaks stdin alone, at once."""
+    """Return a function for each round of the loop. It stops a worker when the ssh that started
+    it has ended: then two of its pipes are broken. `ssh -n` breaks stdin alone, at once."""
     poller = select.poll()
     lasting = has_terminal() or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # under nohup
     if "SSH_CONNECTION" not in os.environ or lasting:
@@ -9063,7 +8973,8 @@ def watch_ssh(worker: Worker) -> Callable[[], None]:
         poller.register(file, 0)
 
     def look() -> None:
-        broken = {file for file, event in poller.poll(0) if event & (select.POLLHUP | select.POLLERR)}
+        broken = {file for file, event in poller.poll(0)
+                  if event & (select.POLLHUP | select.POLLERR)}
         if 0 in broken and len(broken) > 1:
             poller.unregister(0)
             worker.stop(128 + signal.SIGHUP, time.monotonic())
@@ -9073,24 +8984,23 @@ def watch_ssh(worker: Worker) -> Callable[[], None]:
 LOAD_INTERVAL: Seconds = 1.0  # the system updates its load average slowly
 
 
-class LoadMeter:
-    """Tells a worker the load of its machine, from time to time."""
+def watch_load(worker: Worker) -> Callable[[], None]:
+    """Return a function for each round of the loop. It tells a worker its machine's load."""
+    look_at: Seconds = 0.0
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.look_at: Seconds = 0.0
-
-    def look(self) -> None:
+    def look() -> None:
+        nonlocal look_at
         now = time.monotonic()
-        if now >= self.look_at:
-            self.look_at = now + LOAD_INTERVAL
-            with contextlib.suppress(OSError, AttributeError):  # where nobody knows
-                self.worker.set_load(os.getloadavg()[0], now)
+        if now >= look_at:
+            look_at = now + LOAD_INTERVAL
+            with contextlib.suppress(OSError, AttributeError):  # the system does not know it
+                worker.set_load(os.getloadavg()[0], now)
+    return look
 
 
 def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
                   nice: int = 0) -> Tuple[Adapter, Runner]:
-    """An adapter for the worker, with a Runner for its commands."""
+    """Give a worker its adapter to the loop, and the Runner of its commands."""
     def deliver(now: Seconds) -> None:
         for job, what in runner.take_events():
             if isinstance(what, ExitRecord):
@@ -9100,15 +9010,48 @@ def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
             else:
                 worker.started(job, what, now)
         worker.settle()
+
+    def start_jobs() -> None:
+        now = loop.clock()  # first: after a pause it tells the worker that its lease may be over
+        runner.start_jobs(min(now + LONG_PAUSE, worker.start_deadline()))
     runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, subreaper, nice)
-    # the clock comes first: if we were stopped, it is what tells the worker that its lease is doubtful
-    loop.each_round.append(lambda: runner.start_jobs(min(loop.clock() + LONG_PAUSE, worker.start_deadline())))
-    loop.each_round.append(runner.reap)
+    loop.each_round += [start_jobs, runner.reap]
     adapter = loop.add(worker, {
         Start: lambda effect: runner.enqueue(effect.job),
         Recall: lambda effect: runner.recall(effect.job),
         Kill: lambda effect: runner.kill(effect.job, effect.hard)})
     return adapter, runner
+
+
+def run_worker(settings: argparse.Namespace) -> int:
+    address = broker_address(settings, WORKER_PORT)
+    keys = keys_to_connect(settings, WORKER_ROLE, address)
+    return supervise(lambda control: worker_process(settings, address, keys, control))
+
+
+def worker_process(settings: argparse.Namespace, address: str, keys: Optional[Keys],
+                   control: int) -> int:
+    """Run a worker; control is the descriptor of its supervisor, or -1 without one."""
+    worker = Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
+                    host_identity(settings.host), times_from(settings), settings.wait, address,
+                    settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
+    ssh_watch = watch_ssh(worker)  # while we still have our terminal
+    if control >= 0:
+        detach_terminal()
+    with contextlib.closing(EventLoop(sockets=True)) as loop:
+        adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
+        loop.each_round += [watch_load(worker), ssh_watch]
+        connect(loop, adapter, address, WORKER_ROLE, keys, settings)
+        loop.on_signals(worker.stop, control)
+        print_line(f"Connecting to {address} to run commands in {plural(worker.slots, 'slot')}")
+        with contextlib.closing(runner):
+            return loop.run()
+
+
+# === Making and revoking keys =========================================================
+#
+# keygen writes the file of a new cloud; or, into the cloud's own file, which keys for one
+# role exist. A holder of such a key gets a file of its own.
 
 
 def run_keygen(settings: argparse.Namespace) -> int:
@@ -9123,91 +9066,73 @@ def run_keygen(settings: argparse.Namespace) -> int:
     with locked_key_file(own) as replace:
         keys = read_keys(own)
         if not keys.suffice_for(BROKER_ROLE):
-            raise SetupError(f"{printable(own)} is one holder's key: only with the cloud's own one can "
-                             f"keys be made or revoked (see --key)")
+            raise SetupError(f"{printable(own)} is a holder's key, and cannot make or revoke keys: "
+                             f"use the cloud's own (see --key)")
         if settings.revoke:
             replace(without_holder(keys, settings.revoke))
-            print_line(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: that counts "
-                     f"for the broker that reads this file")
+            print_line(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: the broker "
+                       f"that reads this file refuses it")
         else:
             name = settings.name or settings.role
             path = settings.file or f"testcloud-{name}.key"
             replace(with_holder(keys, settings.role, name, path))
-            print_line(f"Wrote {printable(path, 1000)}: copy it to the {settings.role}'s machine, as "
-                     f"{KEY_FILE} beside the script")
+            print_line(f"Wrote {printable(path, 1000)}: copy it to the {settings.role}'s machine, "
+                       f"as {KEY_FILE} beside the script")
     return 0
 
 
 def make_cloud(path: str) -> None:
+    """Write the key file of a new cloud. Raises SetupError."""
     broker = new_pair()
     pairs = {role: new_pair() for role in ROLE_OF.values()}
     write_keys(path, Keys(broker.public, broker.secret, pairs))
-    print_line(f"Wrote {printable(path, 1000)}: the key of a new cloud, for machines that you trust "
-             f"with all of it")
+    print_line(f"Wrote {printable(path, 1000)}: the key of a new cloud, for machines that you "
+               f"trust with all of it")
 
 
 def without_holder(keys: Keys, name: str) -> Keys:
-    """Raises UsageError if there is no such holder."""
-    rest = tuple(who for who in keys.holders if who.name != name)
+    """Return the keys without this holder's. Raises UsageError if there is no such holder."""
+    rest = tuple(holder for holder in keys.holders if holder.name != name)
     if rest == keys.holders:
-        names = ", ".join(printable(who.name) for who in keys.holders) or "nobody"
+        names = ", ".join(printable(holder.name) for holder in keys.holders) or "nobody"
         raise UsageError(f"there is no key of {printable(name)} (any more), only of: {names}")
     return keys._replace(holders=rest)
 
 
 def with_holder(keys: Keys, role: str, name: str, path: str) -> Keys:
-    """With one more holder, whose own file is written. Raises UsageError, SetupError."""
-    if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum() or len(name) > 100:
+    """Write a new holder's file; return the keys with that holder. Raises UsageError, SetupError."""
+    if not re.fullmatch("[A-Za-z0-9_-]{1,100}", name) or not name.strip("-_"):
         raise UsageError("a name has letters, digits, - and _ only, up to 100 of them")
-    if any(who.name == name for who in keys.holders):
+    if any(holder.name == name for holder in keys.holders):
         raise UsageError(f"there is a key of {name} already: choose another --name, or --revoke it")
     pair = new_pair()
     more = keys._replace(holders=(*keys.holders, KeyHolder(name, role, pair.public)))
     if len(more.to_json()) > MAX_KEY_FILE:
-        raise UsageError(f"there are {len(keys.holders)} names already, as many as fit: --revoke some")
+        raise UsageError(f"there are {len(keys.holders)} names, and no more fit: --revoke some")
     write_keys(path, Keys(keys.broker, pairs={role: pair}))
     return more
 
 
-def run_worker(settings: argparse.Namespace) -> int:
-    address = broker_address(settings, WORKER_PORT)
-    keys = keys_to_connect(settings, WORKER_ROLE, address)
-    return supervise(lambda control: work(settings, address, keys, control))
-
-
-def work(settings: argparse.Namespace, address: str, keys: Optional[Keys], control: int) -> int:
-    """What a worker does, below its supervisor."""
-    worker = Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
-                    host_identity(settings.host), times_from(settings), settings.wait, address,
-                    settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
-    tie = watch_ssh(worker)  # while we still have our terminal
-    if control >= 0:
-        detach_terminal()
-    with contextlib.closing(EventLoop(sockets=True)) as loop:
-        adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
-        loop.each_round += [LoadMeter(worker).look, tie]
-        connect(loop, adapter, address, WORKER_ROLE, keys, settings)
-        loop.on_signals(worker.stop, control)
-        print_line(f"Connecting to {address} to run commands in {plural(worker.slots, 'slot')}")
-        with contextlib.closing(runner):
-            return loop.run()
-
+# === Command templates ================================================================
+#
+# A client's arguments are TEMPLATE [::: ARGUMENTS]..., as in GNU parallel. Rows of arguments
+# come from stdin, from files or from the command line. Each row fills the template's
+# placeholders, quoted for the shell, and makes a command. A template that would do something
+# else than it seems to say is refused, above all one with a placeholder within quotes.
 
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
-SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments, or files of them; linked to those before
-# what takes the place of arguments in a template, as in GNU parallel: a number, or else all, and a way
+SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments or files; + links to those before
+# "#", or the number of an argument (none: all) and a modifier; not after an unescaped $
 PLACEHOLDER = re.compile(r"(?<!(?<!\$)\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
+PARALLEL_ONLY = r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}"  # GNU parallel's others
 MODIFIERS: Dict[str, Callable[[str], str]] = {
-    "": str, "/": lambda text: text.rpartition("/")[2],
-    ".": lambda text: re.sub(r"\.[^/.]*$", "", text),
-    "//": lambda text: os.path.dirname(text.rstrip("/")) or "/" * text.startswith("/") or ".",
-    "/.": lambda text: MODIFIERS["."](MODIFIERS["/"](text))}
-PARALLEL_ONLY = r"(?<!(?<!\$)\$)\{(?:-?\d*[./+]*|0?%|##|0#|=.*?=)\}"  # GNU parallel's
+    "": str, "/": os.path.basename, ".": lambda path: re.sub(r"\.[^/.]*$", "", path),
+    "//": lambda path: os.path.dirname(path.rstrip("/")) or "/" * path.startswith("/") or ".",
+    "/.": lambda path: MODIFIERS["."](os.path.basename(path))}
 
 
 def fill_template(template: str, arguments: Arguments, seq: int) -> str:
-    """The command for these arguments: they are put, quoted, into their places in the template, or
-    else after it; without a template they are the command."""
+    """Return the command for these arguments, the command of this number."""
     if not template:
         return " ".join(arguments)
 
@@ -9222,109 +9147,118 @@ def fill_template(template: str, arguments: Arguments, seq: int) -> str:
 
 
 def check_template(words: List[str], most: float) -> str:
-    """A template as the shell is to read it, for up to so many arguments. Raises UsageError for what
-    would do something else than it seems to say."""
+    """Return the template that these words make, for up to `most` arguments. Raises UsageError."""
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
         raise UsageError("the words of a template are joined, so that none may be empty or have a "
                          "space in it: write it as one word that /bin/sh reads, and {} outside of "
                          "quotes, as in: 'rm -rf \"my dir\"/{}'")
-    for place, wrong in placeholders(template if PLACEHOLDER.search(template) else template + " {}"):
-        known = PLACEHOLDER.fullmatch(place[0])
-        why = "" if known and int(known[1] or 0) <= most else (
-            "is an argument that no command has (see --colsep, -n, and :::)" if known else
-            "is known only where it runs: there it is $TESTCLOUD_SLOT" if "%" in place[0] else
-            "has no meaning here")
-        if not why and wrong and place[0] != "{#}":
-            why = (f"stands {UNSAFE_CONTEXTS[wrong]}, and is quoted itself: write it outside of that, as "
-                   f"in: cat \"my dir\"/{{}}")
-        if why:
-            quote = '"' if wrong == '"' else "'"
-            raise UsageError(f"{place[0]} {why}; to have it as it is, write {{{2 * quote}"
-                             f"{place[0][1:]}")
+    for place, context in placeholders(template if PLACEHOLDER.search(template)
+                                       else template + " {}"):
+        wrong = misuse(place, context, most)
+        if wrong:
+            quote = '"' if context == '"' else "'"
+            raise UsageError(f"{place} {wrong}; for it as it is, write {{{2 * quote}{place[1:]}")
     return template
 
 
-# where in a template what is quoted cannot be right
-UNSAFE_CONTEXTS = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
-                "\\": "after a backslash",
-                "<": "in a here-document", "#": "in a comment"}
+def misuse(place: str, context: str, most: float) -> str:
+    """Return why a placeholder cannot be meant in this context; "" if it can."""
+    known = PLACEHOLDER.fullmatch(place)
+    if not known:
+        return ("is known only where it runs: there it is $TESTCLOUD_SLOT" if "%" in place else
+                "has no meaning here")
+    if int(known[1] or 0) > most:
+        return "is an argument that no command has (see --colsep, -n, and :::)"
+    if context and place != "{#}":
+        return (f"stands {CONTEXTS[context]}, and is quoted itself: write it outside of that, as "
+                f"in: cat \"my dir\"/{{}}")
+    return ""
+
+
+# where a quoted argument cannot be right, by what begins it
+CONTEXTS = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
+            "\\": "after a backslash", "<": "in a here-document", "#": "in a comment"}
+CONTEXT_ENDS = {"'": "'", "$": "'", '"': '"', "`": "`", "(": ")", "#": "\n"}
+CONTEXT_STARTS = {"": "' \" ` ( $( $' #", "(": "' \" ` ( $( $' #", "`": "' \" ( $( $'", '"': "` $("}
 # not compiled: that takes time at every start, and is needed once, if there is a template
-SHELL_TOKENS = rf"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}|\\(?={{)|\\.|\$[('$]|[()'\"`\n]|(?<![^\s;&|()])#"
+SHELL_TOKENS = (rf"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}|"
+                r"""\\(?={)|\\.|\$[('$]|[()'"`\n]|(?<![^\s;&|()])#""")
 
 
-def placeholders(template: str) -> Iterator[Tuple[re.Match[str], str]]:
-    """The places of arguments in a template, ours and those that only GNU parallel knows; each with the
-    key in UNSAFE_CONTEXTS of where it stands, or "". A $(...) in quotes begins anew."""
-    within, mark = [""], ""  # quotes, parentheses and a comment that are open
+def placeholders(template: str) -> Iterator[Tuple[str, str]]:
+    """Yield placeholders, ours and GNU parallel's, each with its key in CONTEXTS, or ""."""
+    contexts, token = [""], ""
     here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
-    for token in re.finditer(SHELL_TOKENS, template, re.S):
-        before, mark, last = mark, token[0], within[-1]
-        if last == "'" and mark in ("\\'", "$'"):
-            mark = "'"
-        if mark[0] == "{":
-            yield token, last.strip("(") or ("\\" if before == "\\" else
-                                             "<" if here and token.end() > here.end() else "")
-        elif last == "#":
-            within = within[:-1] if mark[-1] == "\n" else within
-        elif mark == last or mark == ")" and last == "(" or mark == "'" and last == "$":
-            within.pop()
-        elif mark == "$'" and last != '"':
-            within.append("$")  # of bash: in it a backslash counts
-        elif mark == "#" and last in ("", "(") or last not in ("'", "$") and (
-                mark[0] not in "\\#)\n" and mark not in ("$$", "$'")) and not (
-                last == '"' and mark in "'("):
-            within.append(mark[-1])
+    for found in re.finditer(SHELL_TOKENS, template, re.S):
+        before, token, context = token, found[0], contexts[-1]
+        if token[0] == "{":
+            in_here = here is not None and found.end() > here.end()
+            yield token, context.strip("(") or "\\" * (before == "\\") or "<" * in_here
+            continue
+        if context in ("'", "#") or context == "$" and token == "$'":
+            token = token[-1]  # no escapes there
+        if token == CONTEXT_ENDS.get(context):
+            contexts.pop()
+        elif token in CONTEXT_STARTS.get(context, "").split():
+            contexts.append("$" if token == "$'" else token[-1])
 
 
 def split_sources(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
-    """The words of a template, and the sources after it: what each begins with, and its words."""
+    """Return a template's words and the sources after it: each one's mark and words."""
     marks = [at for at, word in enumerate(words) if word in SOURCE_MARKS]
     ends = [*marks[1:], len(words)]
     return words[:marks[0]] if marks else words, [
         (words[at], words[at + 1:end]) for at, end in zip(marks, ends)]
 
 
+def joined(rows: Iterable[Iterable[Arguments]]) -> Iterator[Arguments]:
+    return (tuple(itertools.chain.from_iterable(row)) for row in rows)
+
+
 def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
-    """The arguments for each command, in the order of the input; they are read while you go on.
-    Raises UsageError, SetupError; and while they are read, OSError."""
+    """Return the rows of arguments in the order of the input, read while you go on. Raises
+    SetupError; and while they are read, OSError."""
     groups: List[List[Iterable[Arguments]]] = []  # of sources that are linked
-
-    def columns(lines: Iterable[str]) -> Iterator[Arguments]:
-        return (tuple(settings.colsep.split(line)) if settings.colsep else (line,) for line in lines)
-
-    def joined(rows: Iterable[Iterable[Arguments]]) -> Iterator[Arguments]:
-        return (tuple(itertools.chain.from_iterable(row)) for row in rows)
     for mark, words in settings.sources or [("::::", ["-"])]:
         lists: List[Iterable[str]] = [words]
         if mark.startswith("::::"):
             lists = [read_lines(open_input(path), settings.null) for path in words]
             if len(settings.sources) < 2 > len(lists):  # else a blank line stands beside another
                 lists = [filter(str.strip, lists[0])]
-        for values in map(columns, lists):
+        for lines in lists:
+            split = settings.colsep.split if settings.colsep else lambda line: [line]
+            rows: Iterable[Arguments] = map(tuple, map(split, lines))
             if mark.endswith("+") and groups:
-                groups[-1].append(values)
+                groups[-1].append(rows)
             else:
-                groups.append([values])
+                groups.append([rows])
     linked = [joined(zip(*group)) for group in groups]
-    rows = linked[0] if len(linked) == 1 else joined(itertools.product(*linked))
+    found = linked[0] if len(linked) == 1 else joined(itertools.product(*linked))
     if settings.max_args > 1:
-        single = rows
-        rows = joined(iter(lambda: [*itertools.islice(single, settings.max_args)], []))
-    return (row for row in rows if settings.template or "".join(row).strip())
+        single = found
+        found = joined(iter(lambda: [*itertools.islice(single, settings.max_args)], []))
+    return (row for row in found if settings.template or "".join(row).strip())
 
 
 def open_input(path: str) -> int:
-    """A descriptor for a file of arguments; - is stdin. Raises SetupError."""
-    try:
+    """Return a descriptor for a file of arguments; - is stdin. Raises SetupError."""
+    with file_errors("read", path):
         return 0 if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SetupError(f"cannot read {printable(path)}: {error.strerror}") from None
+
+
+def read_lines(file: int, null: bool) -> Iterator[str]:
+    """Yield the lines of a descriptor; with null, they end with NUL. Raises OSError."""
+    # not sys.stdin: its lock, held by a thread, would abort the exit of Python
+    mark = codecs.BOM_UTF8
+    with io.BufferedReader(BlockingFile(file, "r", closefd=file != 0)) as stream:
+        for line in bounded_lines(stream, b"\0" if null else b"\n"):
+            line, mark = line.removeprefix(mark), b""
+            yield to_text(line if null else line.rstrip(b"\r"))
 
 
 def bounded_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
-    """What stands between those ends in a file. Of one that is too long for a command only the
-    beginning is given, which is too long as well."""
+    """Yield lines, each cut one byte after MAX_COMMAND: it is too long for a command anyway."""
     rest = b""
     for part in iter(lambda: file.read1(65536), b""):  # type: ignore[attr-defined]
         *lines, last = (rest + part).split(end)
@@ -9334,18 +9268,8 @@ def bounded_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
         yield rest
 
 
-def read_lines(file: int, null: bool) -> Iterator[str]:
-    """The lines of a descriptor, or what NULs end in it. Raises OSError."""
-    # not sys.stdin: its lock, held by a thread, would abort the exit of Python
-    mark = codecs.BOM_UTF8
-    with io.BufferedReader(BlockingFile(file, "r", closefd=file != 0)) as stream:
-        for line in bounded_lines(stream, b"\0" if null else b"\n"):
-            line, mark = line.removeprefix(mark), b""
-            yield to_text(line if null else line.rstrip(b"\r"))
-
-
 class InputReader:
-    """Reads arguments in a thread, not too far ahead of the client."""
+    """Reads rows of arguments in a thread, up to READ_AHEAD ahead of the client."""
 
     def __init__(self, loop: EventLoop, client: Client, add: Callable[[Arguments], None],
                  source: Iterator[Arguments]) -> None:
@@ -9354,7 +9278,7 @@ class InputReader:
         self.add = add  # called in the loop's thread
         self.source = source
         self.rows: Deque[Optional[Arguments]] = deque()  # read, not delivered; None is the end
-        self.posted = False  # deliver() will be called
+        self.posted = False  # the loop will call deliver()
         self.room = threading.Event()  # set unless the client has enough
         self.room.set()
         loop.each_round.append(self.make_room)
@@ -9396,51 +9320,17 @@ class InputReader:
             self.room.clear()
 
 
-def run_locally(loop: EventLoop, client: Client, slots: int, times: Times, subreaper: bool) -> Runner:
-    """Put broker and worker into the client's own process."""
-    ever = 1e9  # seconds: a stopped process stops all three alike
-    patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
-    broker = Broker("local", patient, now=time.monotonic())
-    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
-    adapter, runner = attach_runner(loop, worker, subreaper)
-    adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
-    hub = loop.add(broker, {})
-    hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
-    hub.links[CLIENTS] = LocalLink(client, BROKER, b"")
-    loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
-    loop.post(lambda now: worker.connected(BROKER, now))
-    loop.post(lambda now: client.connected(BROKER, now))
-    return runner
-
-
-def use_colour(choice: str) -> bool:
-    if choice == "auto":
-        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    return choice == "always"
+# === Running a client =================================================================
+#
+# A ClientRun ties the client's machine to its input, its display and its reports. All checks
+# of the settings come first, so that wrong usage costs no command and no old report.
 
 
 def run_client(settings: argparse.Namespace) -> int:
     if settings.template[:1] == ["--"]:
         del settings.template[0]
-    for wrong, why in (
-            ((settings.resume or settings.resume_failed) and not settings.joblog,
-             "--resume and --resume-failed need --joblog: the log of the earlier run"),
-            (settings.raw + settings.json + settings.live > 1,
-             "--raw, --json and --live are three ways to show outputs: choose one"),
-            (share_a_file([settings.joblog, settings.junit, settings.html]),
-             "--joblog, --junit and --html need a file each")):
-        if wrong:
-            raise UsageError(why)
     words, settings.sources = split_sources(settings.template)
-    if any(mark.startswith("::::") and not files for mark, files in settings.sources):
-        raise UsageError("there is no file after ::::")
-    if not settings.sources and sys.stdin is None:
-        raise UsageError("stdin is closed: there are no commands to read")
-    several = settings.max_args > 1
-    if not words and (several or settings.colsep):
-        raise UsageError("-n and --colsep need a TEMPLATE, for the arguments that they make")
-    if several and (settings.colsep or len(settings.sources) > 1):
-        raise UsageError("-n goes with one source of arguments, and without --colsep")
+    check_client(settings, words)
     counts = [len(files) if mark.startswith("::::") else 1 for mark, files in settings.sources]
     settings.template = check_template(
         words, math.inf if settings.colsep else max(settings.max_args, sum(counts)))
@@ -9452,26 +9342,50 @@ def run_client(settings: argparse.Namespace) -> int:
         if settings.need:
             print_notice("with --local this machine runs everything, whatever --need says")
             settings.need = []
-        return supervise(lambda control: submit(settings, "this machine", control))
+        return supervise(lambda control: client_process(settings, "this machine", control))
     if settings.slots:
-        raise UsageError("-j counts what runs on this machine, and needs --local (in a cloud the "
-                         "workers have slots: testcloud.py worker -j N)")
-    return submit(settings, broker_address(settings, CLIENT_PORT), -1)
+        raise UsageError("-j needs --local: in a cloud the workers have slots (worker -j N)")
+    return client_process(settings, broker_address(settings, CLIENT_PORT), -1)
+
+
+def check_client(settings: argparse.Namespace, words: List[str]) -> None:
+    """Raise UsageError for options that do not go together, or with the template's words."""
+    sources, several = settings.sources, settings.max_args > 1
+    for wrong, why in (
+            ((settings.resume or settings.resume_failed) and not settings.joblog,
+             "--resume and --resume-failed need --joblog: the log of the earlier run"),
+            (settings.raw + settings.json + settings.live > 1,
+             "--raw, --json and --live are three ways to show outputs: choose one"),
+            (share_a_file([settings.joblog, settings.junit, settings.html]),
+             "--joblog, --junit and --html need a file each"),
+            (any(mark.startswith("::::") and not files for mark, files in sources),
+             "there is no file after ::::"),
+            (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
+            (not words and (several or settings.colsep),
+             "-n and --colsep need a TEMPLATE, for the arguments that they make"),
+            (several and (settings.colsep or len(sources) > 1),
+             "-n goes with one source of arguments, and without --colsep")):
+        if wrong:
+            raise UsageError(why)
 
 
 def share_a_file(paths: Iterable[Optional[str]]) -> bool:
-    """Whether two of these are the same file, and not a device or the like."""
+    """Return whether two of these are the same file, and not a device or the like."""
     files = [os.path.realpath(path) for path in paths if path and is_replaceable(path)]
     return len({*files}) < len(files)
 
 
+NO_COMMANDS = "the input had no commands: did its program fail? (--allow-empty: that is no error)"
+
+
 def print_commands(settings: argparse.Namespace) -> int:
-    """Print what would be run."""
-    done, seq = earlier_run(settings), 0
-    with writing_to_stdout(), io.BufferedWriter(BlockingFile(1, "w", closefd=False)) as out:
+    """Print what would be run. Returns the exit status."""
+    earlier, seq = earlier_run(settings), 0
+    stdout = BlockingFile(1, "w", closefd=False)
+    with file_errors("write to", "stdout"), io.BufferedWriter(stdout) as out:
         for seq, arguments in enumerate(read_arguments(settings), 1):
             command = fill_template(settings.template, arguments, seq)
-            if not done.has_done(command, done.next_occurrence(command)):
+            if not earlier.has_done(command, earlier.next_occurrence(command)):
                 out.write(to_bytes(command + "\n"))
     if seq or settings.allow_empty:
         return 0
@@ -9479,8 +9393,8 @@ def print_commands(settings: argparse.Namespace) -> int:
     return 2
 
 
-def run_options(settings: argparse.Namespace) -> RunOptions:
-    """What is wanted of each command. Raises UsageError."""
+def added_environment(settings: argparse.Namespace) -> Dict[str, str]:
+    """Return the variables that --env sets. Raises UsageError."""
     env = {}
     for word in settings.env:
         name, given, value = word.partition("=")
@@ -9490,53 +9404,84 @@ def run_options(settings: argparse.Namespace) -> RunOptions:
     if not environment(env):
         raise UsageError("--env needs the name of a variable, or NAME=VALUE")
     if len(encode("", env)) > MAX_COMMAND // 4:
-        raise UsageError(f"--env: these variables are longer than {MAX_COMMAND // 4} bytes together")
-    return RunOptions(
-        settings.timeout, settings.retries, settings.max_output, env, tuple(settings.need),
-        settings.raw, settings.live, settings.serial, settings.fail_fast, settings.fail_on_flaky)
+        raise UsageError(f"--env: the variables are longer than {MAX_COMMAND // 4} bytes together")
+    return env
+
+
+def working_directory(given: Optional[str]) -> str:
+    """Return an absolute path, or one from the worker's home, ~. Raises UsageError."""
+    try:
+        if given and given.partition("/")[0] == "~":
+            return given
+        here = os.environ.get("PWD", "")  # with its links: on workers they may lead elsewhere
+        if not (os.path.isabs(here) and os.path.normpath(here) == here and os.path.isdir(here)
+                and os.path.samefile(here, ".")):
+            here = ""
+        return os.path.abspath(os.path.join(here, given or ""))
+    except FileNotFoundError:
+        raise UsageError("the current directory does not exist any more: say where to run the "
+                         "commands with --cwd") from None
 
 
 def earlier_run(settings: argparse.Namespace) -> EarlierRun:
-    """What need not be run. Raises SetupError."""
-    if not settings.resume and not settings.resume_failed:
-        return EarlierRun([], False)
-    try:
-        return EarlierRun(read_joblog(settings.joblog, settings.fail_on_flaky), settings.resume_failed)
-    except FileNotFoundError:
-        return EarlierRun([], False)  # the first run
-    except OSError as error:
-        raise SetupError(f"cannot read {printable(settings.joblog)}: {error.strerror}") from None
+    """Return what the joblog has of an earlier run; nothing without --resume. Raises SetupError."""
+    rows: List[JobLogRow] = []
+    if settings.resume or settings.resume_failed:
+        with file_errors("read", settings.joblog), contextlib.suppress(FileNotFoundError):
+            rows = read_joblog(settings.joblog, settings.fail_on_flaky)
+    return EarlierRun(rows, settings.resume_failed)
 
 
 def timings_path() -> str:
-    """The path of what is remembered; "" if we have no home."""
+    """Return the file that remembers how long commands took; "" if we have no home."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(cache, "testcloud", "timings.json") if os.path.isabs(cache) else ""
 
 
 def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
-    """Seconds that commands took, as far as is known. Raises SetupError."""
+    """Return the seconds that commands took, as far as is known. Raises SetupError."""
     if not settings.timings:
         return read_timings(timings_path())
-    try:
+    with file_errors("read", settings.timings):
         return {row.command: row.seconds for row in read_joblog(settings.timings)}
-    except OSError as error:
-        raise SetupError(f"cannot read {printable(settings.timings)}: {error.strerror}") from None
+
+
+def file_reporters(settings: argparse.Namespace, store: ResultStore,
+                   earlier: EarlierRun) -> List[Reporter]:
+    """Return the reporters that write files. Raises SetupError if one cannot be written."""
+    found: List[Reporter] = []
+    kept = [row.line for row in earlier.rows.values()]
+    makers: Tuple[Tuple[str, Callable[[str], Reporter]], ...] = (
+        (settings.junit, lambda path: JUnit(path, store)),
+        (settings.html, lambda path: HtmlReport(path, store)),
+        (settings.joblog, lambda path: JobLog(path, kept)))  # last: it empties a file
+    for path, make in makers:
+        if path:
+            with file_errors("write", path):
+                found.append(make(path))
+    return found
+
+
+def use_colour(choice: str) -> bool:
+    if choice == "auto":
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return choice == "always"
 
 
 class Display:
-    """Where everything that a client has to say goes."""
+    """What a client writes to stdout and stderr. With --raw and --json stdout has the outputs
+    only, and the transcript goes to stderr. The reporter chain follows the options."""
 
     def __init__(self, settings: argparse.Namespace, store: ResultStore,
                  failed: Callable[[OSError], None], client: Client) -> None:
         self.out = Writer(1, failed)
-        # with --raw and --json all but the outputs; nobody needs to read that, but those of --raw
+        # of stderr only what --raw passes on must be written
         needed = settings.raw and not settings.brief and sys.stderr is not None
         self.err = Writer(2, failed if needed else lambda error: None) if (
             settings.raw or settings.json) else None
-        say, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
-        self.quiet = settings.verbose is None and self.err is not None  # transcript: only errors
-        self.transcript = Transcript(client, say, colour, settings.slow, settings.verbose,
+        write, colour = self.tell if self.err else self.out.put, use_colour(settings.color)
+        self.quiet = settings.verbose is None and self.err is not None
+        self.transcript = Transcript(client, write, colour, settings.slow, settings.verbose,
                                      settings.json, self.quiet)
         shown: List[Reporter] = [self.transcript]
         if settings.json:
@@ -9552,7 +9497,8 @@ class Display:
     def tell(self, line: Iterable[bytes]) -> None:
         """Put a line among the outputs that stderr gets."""
         if self.err:
-            self.err.put(itertools.chain((end.encode() for end in PROGRESS_LINE.finish_line()), line))
+            ends = (end.encode() for end in PROGRESS_LINE.finish_line())
+            self.err.put(itertools.chain(ends, line))
 
     def flush(self) -> None:
         self.out.flush()
@@ -9560,8 +9506,8 @@ class Display:
             self.err.flush()
 
     def end(self, ended: Callable[[], None]) -> None:
-        """Nothing more will come; have this called when all is written to stdout. The summary on
-        stderr comes after that, for both may be one pipe; but it does not wait for long."""
+        """Call ended() when stdout is written. The summary on stderr waits for that a moment, as
+        both may be one pipe."""
         shown, written = threading.Event(), threading.Event()
 
         def all_shown() -> None:
@@ -9574,284 +9520,145 @@ class Display:
             written.wait(FINAL_WRITE_TIME)
 
 
-def submit(settings: argparse.Namespace, address: str, control: int) -> int:
-    """What a client does; below a supervisor if it runs the commands itself."""
-    times, slots = times_from(settings), settings.slots or usable_cpus()
-    keys = None if settings.local else keys_to_connect(settings, CLIENT_ROLE, address)
-    run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
-    client = Client(run, times, settings.wait, address, socket.gethostname(),
-                    run_options(settings), os.getpid())
-    client.timings = known_timings(settings)
-    done, cwd = earlier_run(settings), working_directory(settings.cwd)
-    source = read_arguments(settings)
-    store = ResultStore(settings.raw)
-    loop: EventLoop
-    show = Display(settings, store, lambda error: loop.post(lambda now: fail(error)), client)
-    reports = Reports(client, store, [*show.reporters, *file_reporters(settings, store, done),
-                                      Timings(timings_path())])
-
-    def add(arguments: Arguments) -> None:
-        command = fill_template(settings.template, arguments, client.last_id + 1)
-        occurrence = done.next_occurrence(command) if settings.joblog else 0
-        if done.has_done(command, occurrence):
-            client.skip()
-        else:
-            client.add(command, cwd)
-            reports.expect(client.last_id, " ".join(arguments), occurrence)
-
-    def interrupt(status: int, now: Seconds) -> None:
-        if client.left:  # only the transcript is still being written
-            loop.exit(Exit(status))
-        else:
-            client.cancel(status, now)
-
-    def tell(text: str, error: bool = False) -> None:
-        if error or settings.verbose is not None:
-            print_notice(text)
-
-    def live(effect: LiveOutput) -> None:
-        reports.live(effect)
-        if show.out.is_behind():
-            client.set_live(False)
-    with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
-        adapter = loop.add(client, {
-            RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: live,
-            ProvisionalResult: reports.keep, FinalResult: reports.report,
-            Notice: lambda effect: tell(effect.text, effect.error)})
-        show.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
-        loop.each_round.append(show.flush)
-        loop.on_signals(interrupt, control)
-        if not settings.sources and sys.stdin.isatty():
-            tell("reading commands from the terminal, one a line; end with Ctrl-D")
-        InputReader(loop, client, add, source)
-        stack.enter_context(stop_on_write_error(loop, client))
-        shown = progress_of(settings, client, show.out)
-        if shown:
-            stack.callback(remove_progress_line)
-            loop.each_round.append(shown.update)
-        if not settings.json and not show.quiet:
-            show.transcript.line(f"Connecting to {address}")
-        if settings.local:
-            # else we need it, to be stopped by Ctrl-Z
-            if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
-                detach_terminal()
-            stack.enter_context(contextlib.closing(run_locally(
-                loop, client, slots, times, control >= 0)))
-        else:
-            connect(loop, adapter, address, CLIENT_ROLE, keys, settings)
-        status = loop.run()
-        remove_progress_line()
-        summary = conclude(client, reports, done, settings, status)
-        status = exit_status(summary, reports.write_failed, status)
-        if status > 128:
-            written = threading.Event()
-            show.end(written.set)
-            written.wait(FINAL_WRITE_TIME)
-            return status
-        loop.status = None
-        show.end(lambda: loop.post(lambda now: loop.exit(Exit(status))))
-        status = loop.run()
-        slots = 0 if settings.serial else client.slots
-        for line in final_notices(summary, reports.times, slots):
-            tell(line, line == summary.wrong_hash)
-        return status
-
-
 def remove_progress_line() -> None:
     PROGRESS_LINE.text = ""
     with PROGRESS_LINE.hidden():
         pass
 
 
-def file_reporters(settings: argparse.Namespace, store: ResultStore, done: EarlierRun) -> List[Reporter]:
-    """The reporters that write files. Raises SetupError, if one of these cannot be written."""
-    found: List[Reporter] = []
-    path = ""
-    try:
-        if settings.junit:
-            path = settings.junit
-            found.append(JUnit(path, store))
-        if settings.html:
-            path = settings.html
-            found.append(HtmlReport(path, store))
-        if settings.joblog:  # last: it empties a file
-            path = settings.joblog
-            found.append(JobLog(path, [row.line for row in done.rows.values()]))
-    except OSError as error:
-        raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
-    return found
+class ClientRun:
+    """One run of a client in a loop, from its input to its reports."""
 
+    def __init__(self, settings: argparse.Namespace, client: Client, loop: EventLoop) -> None:
+        self.settings = settings
+        self.client = client
+        self.loop = loop
+        self.cwd = working_directory(settings.cwd)
+        self.earlier = earlier_run(settings)
+        store = ResultStore(settings.raw)
+        self.display = Display(settings, store, self.output_failed, client)
+        self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
+        self.reports = reports = Reports(client, store, [
+            *self.display.reporters, *file_reporters(settings, store, self.earlier),
+            Timings(timings_path())])
+        self.adapter = loop.add(client, {
+            RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
+            ProvisionalResult: reports.keep, FinalResult: reports.report,
+            Notice: lambda effect: self.tell(effect.text, effect.error)})
+        progress = progress_of(settings, client, self.display.out)
+        loop.each_round += [self.display.flush, *([progress.update] if progress else [])]
 
-def conclude(client: Client, reports: Reports, done: EarlierRun, settings: argparse.Namespace,
-             status: int) -> Summary:
-    """The end of a run, in all reports."""
-    complete = status in (0, 1) and client.reported == client.total and not client.cut_short
-    if not complete:
-        report_incomplete(client, status)
-    return reports.end(complete, done.skipped, done.skipped_failed, settings.expect,
-                       rerun_command(settings), settings.allow_empty)
+    def add(self, arguments: Arguments) -> None:
+        """Add the command for a row of the input, unless an earlier run has done it."""
+        command = fill_template(self.settings.template, arguments, self.client.last_id + 1)
+        occurrence = self.earlier.next_occurrence(command) if self.settings.joblog else 0
+        if self.earlier.has_done(command, occurrence):
+            self.client.skip()
+        else:
+            self.client.add(command, self.cwd)
+            self.reports.expect(self.client.last_id, " ".join(arguments), occurrence)
 
+    def interrupt(self, status: int, now: Seconds) -> None:
+        if self.client.left:  # only the display is still being written
+            self.loop.exit(Exit(status))
+        else:
+            self.client.cancel(status, now)
 
-def rerun_command(settings: argparse.Namespace) -> str:
-    """The command line that runs a run's failures again; "" if it has no joblog to tell these."""
-    if not settings.joblog:
-        return ""
-    given = separate_template(settings.argv[1:])
-    end = given.index("--") if "--" in given else len(given)
-    own = [word for word in given[:end] if word not in ("--resume", "--resume-failed")]
-    words = ["python3", sys.argv[0], CLIENT_ROLE, "--resume-failed", *own, *given[end:]]
-    return "... | " * (not settings.sources) + truncate_middle(shlex.join(words))
+    def tell(self, text: str, error: bool = False) -> None:
+        if error or self.settings.verbose is not None:
+            print_notice(text)
 
+    def live(self, effect: LiveOutput) -> None:
+        self.reports.live(effect)
+        if self.display.out.is_behind():
+            self.client.set_live(False)
 
-def exit_status(summary: Summary, troubled: bool, status: int) -> int:
-    """The exit status of a run, that would have been this one but for its reports and hash."""
-    if troubled:
-        status = max(status, 3)
-    if summary.empty:
-        return status or 2
-    # the first: there was no room for an output
-    return status or int(bool(summary.failed or summary.skipped_failed or summary.wrong_hash))
+    def output_failed(self, error: OSError) -> None:
+        """Raise an error of a writer's thread in the loop."""
+        def fail(now: Seconds) -> None:
+            raise error
+        self.loop.post(fail)
 
-
-NO_COMMANDS = ("the input had no commands: did the program fail that writes them? (--allow-empty: that "
-               "is no error)")
-
-
-# a run gets advice about slots only if each of these is reached:
-ADVICE_MIN_RUN: Seconds = 2.0  # its duration
-ADVICE_MIN_COMMAND = 100.0  # ms; its longest command
-ADVICE_MIN_SHARE = 0.6  # of its time the slots were the limit: not input, other clients or retries
-
-
-def final_notices(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
-    """What there is to say once all results are shown. 0 slots: their number does not matter."""
-    if summary.empty:
-        yield NO_COMMANDS
-    if summary.wrong_hash:
-        yield summary.wrong_hash
-    worth_it = summary.spent >= ADVICE_MIN_RUN and max(times, default=0) >= ADVICE_MIN_COMMAND
-    if summary.complete and len(times) > 1 and worth_it and slots:
-        all_spent = [spent / 1000 for spent in times]
-        if makespan(all_spent, slots) > ADVICE_MIN_SHARE * summary.spent:
-            yield advice_on_slots(all_spent, slots)
-
-
-STATUS_INTERVAL: Seconds = 1.0  # between updates of status --watch
-STATUS_WAIT: Seconds = 5.0  # for a broker, without --watch
-
-
-def run_status(settings: argparse.Namespace) -> int:
-    address = broker_address(settings, CLIENT_PORT)
-    keys = keys_to_connect(settings, CLIENT_ROLE, address)
-    if sys.stdout is None:
-        raise SetupError("stdout is closed: there is nowhere to show it")
-    wait = settings.wait or (math.inf if settings.watch else STATUS_WAIT)
-    viewer = StatusClient(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
-    if settings.watch and not settings.json and not is_dumb() and sys.stdout.isatty():
-        page = StatusScreen(address)
-        status = run_viewer(viewer, {ShowStatus: page.view, Notice: page.tell}, keys, settings, page)
-        if status == 3:
-            print_notice(page.notice)
+    def end(self, status: int) -> int:
+        """Report a run that ended with this status; return the client's exit status."""
+        settings, client, earlier = self.settings, self.client, self.earlier
+        remove_progress_line()
+        complete = status in (0, 1) and client.reported == client.total and not client.cut_short
+        if not complete:
+            report_incomplete(client, status)
+        summary = self.reports.end(
+            complete, earlier.skipped, earlier.skipped_failed, settings.expect,
+            rerun_command(settings), settings.allow_empty)
+        status = exit_status(summary, self.reports.write_failed, status)
+        if status > 128:
+            written = threading.Event()
+            self.display.end(written.set)
+            written.wait(FINAL_WRITE_TIME)
+            return status
+        self.loop.status = None
+        self.display.end(lambda: self.loop.post(lambda now: self.loop.exit(Exit(status))))
+        status = self.loop.run()
+        slots = 0 if settings.serial else client.slots
+        for line in final_notices(summary, self.reports.times, slots):
+            self.tell(line, line == summary.wrong_hash)
         return status
 
-    def show(effect: ShowStatus) -> None:
-        columns = screen_size(1)[0] if sys.stdout.isatty() else 0
-        lines = join_tables(status_tables(effect.fields, address, columns))
-        print_line(dump_utf8(effect.fields) if settings.json else
-                 "\n".join([*lines, ""] if settings.watch else lines))
-    return run_viewer(viewer, {ShowStatus: show}, keys, settings)
 
-
-def run_viewer(viewer: StatusClient, effects: Dict[type, Callable[[Any], object]], keys: Optional[Keys],
-               settings: argparse.Namespace, page: Optional[StatusScreen] = None) -> int:
-    """Have the viewer ask, until the end; with the whole screen for a page."""
+def client_process(settings: argparse.Namespace, address: str, control: int) -> int:
+    """Run a client; control is the descriptor of its supervisor, or -1 without one."""
+    keys = None if settings.local else keys_to_connect(settings, CLIENT_ROLE, address)
+    run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
+    options = RunOptions(
+        settings.timeout, settings.retries, settings.max_output, added_environment(settings),
+        tuple(settings.need), settings.raw, settings.live, settings.serial, settings.fail_fast,
+        settings.fail_on_flaky)
+    client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
+                    options, os.getpid())
+    client.timings = known_timings(settings)
+    source = read_arguments(settings)
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
-        adapter = loop.add(viewer, effects)
-        loop.on_signals(lambda status, now: loop.exit(Exit(status)))
-        if page:
-            stack.enter_context(alternate_screen(loop, page))
-        connect(loop, adapter, viewer.address, CLIENT_ROLE, keys, settings)
-        loop.post(viewer.tick)
-        return loop.run()
+        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
+        stack.callback(remove_progress_line)
+        client_run = ClientRun(settings, client, loop)
+        loop.on_signals(client_run.interrupt, control)
+        if not settings.sources and sys.stdin.isatty():
+            client_run.tell("reading commands from the terminal, one a line; end with Ctrl-D")
+        InputReader(loop, client, client_run.add, source)
+        stack.enter_context(stop_on_write_error(loop, client))
+        if not settings.json and not client_run.display.quiet:
+            client_run.display.transcript.line(f"Connecting to {address}")
+        if settings.local:
+            # with a terminal as stdin, keep it: Ctrl-Z stops us
+            if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
+                detach_terminal()
+            stack.enter_context(contextlib.closing(run_locally(
+                loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0)))
+        else:
+            connect(loop, client_run.adapter, address, CLIENT_ROLE, keys, settings)
+        return client_run.end(loop.run())
 
 
-class StatusScreen:
-    """What fills the terminal's other screen: how the cloud stood last, and what there is to say."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.tables: List[List[str]] = []
-        self.notice = ""  # that came since
-
-    def view(self, effect: ShowStatus) -> None:
-        self.tables = status_tables(effect.fields, self.address, screen_size(1)[0])
-        self.notice = ""
-        self.draw()
-
-    def tell(self, effect: Notice) -> None:
-        self.notice = effect.text
-        self.draw()
-
-    def draw(self) -> None:
-        said = [[f"testcloud: {self.notice}"]] if self.notice else []
-        lines = fit_to_screen([*said, *self.tables], *screen_size(1))
-        print_line("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
-
-
-@contextlib.contextmanager
-def alternate_screen(loop: EventLoop, page: StatusScreen) -> Iterator[None]:
-    """Take the terminal's other screen, until the end or Ctrl-Z; q ends the program."""
-    saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
-
-    def key_pressed(now: Seconds) -> None:
-        keys = os.read(0, 100)
-        if not keys or b"q" in keys.lower():
-            loop.exit(Exit(0))
-
-    def take() -> None:
-        print_line("\033[?1049h")
-        if saved:
-            wanted = termios.tcgetattr(0)
-            wanted[3] &= ~(termios.ICANON | termios.ECHO)
-            termios.tcsetattr(0, termios.TCSADRAIN, wanted)
-        page.draw()
-
-    def give_back() -> None:
-        with contextlib.suppress(OSError, SetupError):
-            print_line("\033[?1049l")
-            if saved:
-                termios.tcsetattr(0, termios.TCSADRAIN, saved)
-
-    def pause(now: Seconds) -> None:
-        give_back()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # it stops us, if there is a shell that can go on
-        signal.signal(signal.SIGTSTP, stop_asked)
-        take()
-
-    def stop_asked(number: int, _: Any) -> None:
-        loop.post(pause)
-    try:
-        take()
-        signal.signal(signal.SIGWINCH, lambda *_: loop.post(lambda now: page.draw()))
-        if saved:
-            loop.add_reader(0, key_pressed)
-            signal.signal(signal.SIGTSTP, stop_asked)
-        yield
-    finally:
-        give_back()
-
-
-def fail(error: OSError) -> None:
-    """For the loop: what went wrong in another thread goes wrong here."""
-    raise error
+def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
+                subreaper: bool) -> Runner:
+    """Put a broker and a worker into the client's process. Returns the worker's runner."""
+    ever = 1e9  # seconds: a stopped process stops all three alike
+    patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
+    broker = Broker("local", patient, now=time.monotonic())
+    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
+    adapter, runner = attach_runner(loop, worker, subreaper)
+    adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
+    hub = loop.add(broker, {})
+    hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
+    hub.links[CLIENTS] = LocalLink(client, BROKER, b"")
+    loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
+    loop.post(lambda now: worker.connected(BROKER, now))
+    loop.post(lambda now: client.connected(BROKER, now))
+    return runner
 
 
 @contextlib.contextmanager
 def stop_on_write_error(loop: EventLoop, client: Client) -> Iterator[None]:
-    """When results cannot be written any more, stop the run's commands before leaving."""
+    """When results cannot be written any more, stop the run's commands. Raises SetupError."""
     try:
         yield
     except OSError as error:
@@ -9864,100 +9671,273 @@ def stop_on_write_error(loop: EventLoop, client: Client) -> Iterator[None]:
                          f"disk, and in {tempfile.gettempdir()}?") from None
 
 
-def working_directory(given: Optional[str]) -> str:
-    """The directory that the commands are to run in: absolute, or from ~, their worker's home."""
-    try:
-        if given and given.partition("/")[0] == "~":
-            return given
-        here = os.environ.get("PWD", "")  # has the links in it: on workers they may lead elsewhere
-        if not (os.path.isabs(here) and os.path.normpath(here) == here and os.path.isdir(here)
-                and os.path.samefile(here, ".")):
-            here = ""
-        return os.path.abspath(os.path.join(here, given or ""))
-    except FileNotFoundError:
-        raise UsageError("the current directory does not exist any more: say where to run the "
-                         "commands with --cwd") from None
-
-
 def report_incomplete(client: Client, status: int) -> None:
-    """The run ended early: how much of it was done."""
-    unknown = len(client.window) + len(client.backlog)
+    """Tell how much was done of a run that ended early."""
     how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
+    unknown = len(client.window) + len(client.backlog)
+    more = f", {unknown} not run or unknown" if unknown else ""
     print_notice(f"{how}: {plural(client.reported, 'command')} reported, {client.stopped} stopped, "
-             f"{client.never_ran} never ran" + (f", {unknown} not run or unknown" if unknown else ""))
+                 f"{client.never_ran} never ran{more}")
 
 
-RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status": run_status,
-       "keygen": run_keygen, "completion": run_completion}
+def rerun_command(settings: argparse.Namespace) -> str:
+    """Return the command line that runs a run's failures again; "" without a joblog."""
+    if not settings.joblog:
+        return ""
+    given = separate_template(settings.argv[1:])
+    end = given.index("--") if "--" in given else len(given)
+    own = [word for word in given[:end] if word not in ("--resume", "--resume-failed")]
+    words = ["python3", sys.argv[0], CLIENT_ROLE, "--resume-failed", *own, *given[end:]]
+    return "... | " * (not settings.sources) + truncate_middle(shlex.join(words))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """The program; returns its exit status."""
-    if os.name != "posix":
-        print_notice("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
-        return 3
-    make_blocking("stdout")
-    make_blocking("stderr")
-    try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
-        settings = parse(with_env_options(sys.argv[1:] if argv is None else argv))
-        verbose = getattr(settings, "verbose", False)  # not every one of them can be
-        level = logging.DEBUG if verbose else logging.INFO
-        if settings.subcommand == "client" and not verbose:
-            level = logging.ERROR if verbose is None else logging.WARNING
-        logging.basicConfig(level=level, handlers=[LogHandler()], format="%(asctime)s %(message)s")
-        settings.argv = sys.argv[1:] if argv is None else argv
-        if argv is None and settings.subcommand != "completion" and not getattr(settings, "local", 0):
-            use_venv_python()
-        return RUN[settings.subcommand](settings)
-    except UsageError as error:
-        print_notice(str(error))
-        return 2
-    except SetupError as error:
-        print_notice(str(error))
-        discard_stdout()
-        return 3
-    except BrokenPipeError:  # whoever read our stdout has left: as if SIGPIPE had ended us
-        discard_stdout()
-        return 141
+def exit_status(summary: Summary, write_failed: bool, status: int) -> int:
+    """Return a client's exit status; status is that of its run without reports and hash."""
+    if write_failed:
+        status = max(status, 3)
+    if summary.empty:
+        return status or 2
+    # the first: there was no room for an output
+    return status or int(bool(summary.failed or summary.skipped_failed or summary.wrong_hash))
 
 
-def is_negative(word: str) -> bool:
-    """It is a number. argparse takes it for an option, for -0 is one."""
-    return len(word) > 1 and word[0] == "-" and word[1] in "123456789."
+# a run gets advice about slots only if each of these is reached:
+ADVICE_MIN_RUN: Seconds = 2.0  # its duration
+ADVICE_MIN_COMMAND = 100.0  # ms; its longest command
+ADVICE_MIN_SHARE = 0.6  # of its time the slots were the limit: not input, other clients or retries
+
+
+def final_notices(summary: Summary, times: Sequence[float], slots: int) -> Iterator[str]:
+    """Yield what to say after all results. times: ms of each command; slots: 0 if no limit."""
+    if summary.empty:
+        yield NO_COMMANDS
+    if summary.wrong_hash:
+        yield summary.wrong_hash
+    worth_it = summary.spent >= ADVICE_MIN_RUN and max(times, default=0) >= ADVICE_MIN_COMMAND
+    if summary.complete and len(times) > 1 and worth_it and slots:
+        all_spent = [spent / 1000 for spent in times]
+        if makespan(all_spent, slots) > ADVICE_MIN_SHARE * summary.spent:
+            yield advice_on_slots(all_spent, slots)
+
+
+# === Showing the status ===============================================================
+#
+# status asks a broker and prints its tables. --watch on a terminal shows them on its alternate
+# screen; it gives that back at the end, on Ctrl-Z and after an error.
+
+STATUS_INTERVAL: Seconds = 1.0  # between updates of status --watch
+STATUS_WAIT: Seconds = 5.0  # for a broker, without --watch
+
+
+def run_status(settings: argparse.Namespace) -> int:
+    address = broker_address(settings, CLIENT_PORT)
+    keys = keys_to_connect(settings, CLIENT_ROLE, address)
+    if sys.stdout is None:
+        raise SetupError("stdout is closed: there is nowhere to show it")
+    wait = settings.wait or (math.inf if settings.watch else STATUS_WAIT)
+    machine = StatusClient(address, wait, STATUS_INTERVAL if settings.watch else math.inf)
+    screen = None
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
+        loop.on_signals(lambda status, now: loop.exit(Exit(status)))
+        effects: Dict[type, Callable[[Any], object]] = {
+            ShowStatus: lambda effect: print_status(effect, settings, address)}
+        if settings.watch and not settings.json and not is_dumb() and sys.stdout.isatty():
+            screen = stack.enter_context(contextlib.closing(StatusScreen(loop, address)))
+            effects = {ShowStatus: screen.show, Notice: screen.tell}
+        connect(loop, loop.add(machine, effects), address, CLIENT_ROLE, keys, settings)
+        loop.post(machine.tick)
+        status = loop.run()
+    if screen and status == 3:
+        print_notice(screen.notice)  # it was on the other screen
+    return status
+
+
+def print_status(effect: ShowStatus, settings: argparse.Namespace, address: str) -> None:
+    if settings.json:
+        print_line(dump_utf8(effect.fields))
+        return
+    columns = screen_size(1)[0] if sys.stdout.isatty() else 0
+    lines = join_tables(status_tables(effect.fields, address, columns))
+    print_line("\n".join([*lines, ""] if settings.watch else lines))
+
+
+class StatusScreen:
+    """The alternate screen of a terminal, with the last status and what was said since."""
+
+    def __init__(self, loop: EventLoop, address: str) -> None:
+        self.loop = loop
+        self.address = address
+        self.tables: List[List[str]] = []
+        self.notice = ""
+        # the terminal's settings, if it is our stdin
+        self.saved = termios.tcgetattr(0) if sys.stdin is not None and sys.stdin.isatty() else None
+        if self.saved:
+            loop.add_reader(0, self.key_pressed)
+        signal.signal(signal.SIGWINCH, lambda *_: loop.post(lambda now: self.draw()))
+        self.open()
+
+    def open(self) -> None:
+        print_line("\033[?1049h")
+        if self.saved:
+            raw = termios.tcgetattr(0)
+            raw[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(0, termios.TCSADRAIN, raw)
+            signal.signal(signal.SIGTSTP, lambda *_: self.loop.post(self.pause))
+        self.draw()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError, SetupError):
+            print_line("\033[?1049l")
+            if self.saved:
+                termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+
+    def pause(self, now: Seconds) -> None:
+        self.close()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # it stops us, if there is a shell that can go on
+        self.open()
+
+    def key_pressed(self, now: Seconds) -> None:
+        keys = os.read(0, 100)
+        if not keys or b"q" in keys.lower():
+            self.loop.exit(Exit(0))
+
+    def show(self, effect: ShowStatus) -> None:
+        self.tables = status_tables(effect.fields, self.address, screen_size(1)[0])
+        self.notice = ""
+        self.draw()
+
+    def tell(self, effect: Notice) -> None:
+        self.notice = effect.text
+        self.draw()
+
+    def draw(self) -> None:
+        notice = [[f"testcloud: {self.notice}"]] if self.notice else []
+        lines = fit_to_screen([*notice, *self.tables], *screen_size(1))
+        print_line("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
+
+
+# === Command line =====================================================================
+#
+# main() parses the command line and runs a role. Each error that a user can cause becomes one
+# line on stderr and an exit status.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (see: {self.prog} --help)")
+
+
+class RoleParser(Parser):
+    """Help with examples first and no blank lines after them, so that it fits a screen."""
+
+    def format_help(self) -> str:
+        return EXAMPLES.get(self.prog.split()[-1], "") + super().format_help().replace("\n\n", "\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    start, heading, rest = (__doc__ or "").partition("Exit status")
+    parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
+    roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE",
+                                  parser_class=RoleParser)
+    for role, (purpose, groups) in OPTIONS.items():
+        part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
+                                usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
+                                add_help=False, allow_abbrev=False,
+                                formatter_class=functools.partial(
+                                    argparse.HelpFormatter, max_help_position=25, width=80))
+        for title, rows in groups:
+            group = part.add_argument_group(title)
+            for row in rows:
+                group.add_argument(*row.names, **row.settings)
+        group.add_argument(*HELP.names, **HELP.settings)
+    return parser
+
+
+# options of xargs and GNU parallel, and what does the same here
+FOREIGN_OPTIONS = {
+    "-P --max-procs --jobs": "-j N --local; in a cloud each worker has its slots (worker -j N)",
+    "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
+    "-I --replace -i": "{} in the template is where the line goes",
+    "-d --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
+    "-L --max-lines -N --max-replace-args -X -m --xargs -l": "-n N",
+    "-r --no-run-if-empty": "--allow-empty", "-q --quote": "write the template as one word",
+    "-u --ungroup --line-buffer --lb": "--live", "--tagstring": "--tag",
+    "--halt --halt-on-error -H": "--fail-fast N", "--eta --bar": "--progress",
+    "--results --files": "--json has all outputs; --joblog and --html how it went",
+    "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
+    "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
+    "--transfer --transferfile --return --trc --basefile --cleanup": "use a directory of all hosts",
+    "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
+    "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
+    "--sem --semaphore": "--serial",
+    "-S --sshlogin --sshloginfile --slf": "start a worker on each host: worker --connect HOST",
+    "-t --silent": "--verbose"}
+
+
+def unknown_argument(role: str, word: str) -> UsageError:
+    """Return the error for an argument that a role does not have, with a hint if there is one."""
+    name = word.partition("=")[0] if word.startswith("--") else word[:2]
+    foreign = FOREIGN_OPTIONS.items() if role == CLIENT_ROLE else ()
+    hints = [how for names, how in foreign if name in names.split()]
+    if not hints and name.startswith("--"):
+        import difflib  # late: it is rarely needed
+        ours = [other[2:] for row in options_of(role) for other in row.names
+                if other[2:3] == name[2:3]]
+        near = difflib.get_close_matches(name[2:], ours, 1, 0.66)
+        hints = [f"did you mean --{one}?" for one in near]
+    hint = f": {hints[0]}" if hints else ""
+    return UsageError(f"{role} has no {'option' if word.startswith('-') else 'argument'} "
+                      f"{printable(word)}{hint} (see: testcloud.py {role} --help)")
+
+
+def parse(argv: List[str]) -> argparse.Namespace:
+    """Return the settings of a command line. Raises UsageError."""
+    settings, rest = build_parser().parse_known_args(argv)
+    if rest:
+        raise unknown_argument(settings.subcommand, rest[0])
+    return settings
+
+
+NEGATIVE = re.compile("-[1-9.]")  # argparse takes such a number for an option, as -0 is one
 
 
 def separate_template(argv: List[str]) -> List[str]:
-    """A client's arguments with -- before the template, for that begins where options end, whatever
-    argparse thinks of it; and with a number for --fail-fast."""
+    """Return a client's arguments with -- before the template: its options are not ours. A number
+    is put beside --fail-fast."""
     valued = {name: "metavar" in row.settings
               for row in options_of(CLIENT_ROLE) for name in row.names}
-    marked, rest = [], deque(argv)
+    separated, rest = [], deque(argv)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.popleft()
         if word == "--fail-fast":
-            given = rest and (rest[0].isdigit() or is_negative(rest[0]))
+            given = rest and (rest[0].isdigit() or NEGATIVE.match(rest[0]))
             word += "=" + (rest.popleft() if given else "1")
-        marked.append(word)
+        separated.append(word)
         name = word
         if not word.startswith("--"):  # -kj 4, -j4: the first that has a value ends it
             letters = next((at for at, c in enumerate(word[1:], 1) if valued.get("-" + c)), 0)
             name = "-" + word[letters] if letters == len(word) - 1 else ""
         if valued.get(name) and rest:
-            if is_negative(rest[0]):
-                marked[-1] += "=" * word.startswith("--") + rest.popleft()
+            if NEGATIVE.match(rest[0]):
+                separated[-1] += "=" * word.startswith("--") + rest.popleft()
             else:
-                marked.append(rest.popleft())
-    return [*marked, *(["--"] if rest and rest[0] != "--" else []), *rest]
+                separated.append(rest.popleft())
+    return [*separated, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
 
 OUTPUT_MODES = {"--raw", "--json", "--live"}  # of which there can be one
+# options that remove others of $TESTCLOUD
 OVERRIDES = {"--connect": {"--local"}, **dict.fromkeys(OUTPUT_MODES, OUTPUT_MODES)}
 
 
 def with_env_options(argv: List[str]) -> List[str]:
-    """With the user's own options for clients, which come before those given, and yield to them.
-    Raises UsageError."""
+    """Return a client's arguments with the options of $TESTCLOUD first. Raises UsageError."""
     if argv[:1] != [CLIENT_ROLE]:
         return argv
     try:
@@ -9968,14 +9948,43 @@ def with_env_options(argv: List[str]) -> List[str]:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
     given = separate_template(argv[1:])
     options = itertools.takewhile(lambda word: word != "--", given)
-    beaten = {other for word in options for other in OVERRIDES.get(word.partition("=")[0], ())}
-    return [CLIENT_ROLE, *(word for word in own if word not in beaten), *given]
+    removed = {other for word in options for other in OVERRIDES.get(word.partition("=")[0], ())}
+    return [CLIENT_ROLE, *(word for word in own if word not in removed), *given]
 
 
-def discard_stdout() -> None:
-    """What is still unwritten must not fail again when Python ends."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status": run_status,
+       "keygen": run_keygen, "completion": run_completion}
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program; return its exit status."""
+    if os.name != "posix":
+        print_notice("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
+        return 3
+    make_blocking("stdout")
+    make_blocking("stderr")
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
+        given = sys.argv[1:] if argv is None else argv
+        settings = parse(with_env_options(given))
+        settings.argv = given
+        verbose = getattr(settings, "verbose", False)  # None: --quiet
+        level = logging.DEBUG if verbose else logging.INFO
+        if settings.subcommand == CLIENT_ROLE and not verbose:
+            level = logging.ERROR if verbose is None else logging.WARNING
+        logging.basicConfig(level=level, handlers=[LogHandler()], format="%(asctime)s %(message)s")
+        needs_zmq = settings.subcommand != "completion" and not getattr(settings, "local", False)
+        if argv is None and needs_zmq:
+            use_venv_python()
+        return RUN[settings.subcommand](settings)
+    except UsageError as error:
+        print_notice(str(error))
+        return 2
+    except SetupError as error:
+        print_notice(str(error))
+        return 3
+    except BrokenPipeError:  # the reader of our stdout has closed it, as if SIGPIPE had ended us
+        return 141
 
 
 if __name__ == "__main__":
