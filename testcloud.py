@@ -161,7 +161,6 @@ __version__ = "0.1.0"
 # roles that use them. A number that only one section needs is at the head of that section.
 
 # --- names
-
 Seconds = float
 Peer = bytes  # a connection's routing id at a ROUTER; b"" on a DEALER
 Run = str  # names one client's run for all brokers and workers: the token on the wire
@@ -180,7 +179,6 @@ WORKER_PORT = 2225
 PLAIN = "plain."  # prefix of a plain client's run, which ends with its broker
 
 # --- sizes on the wire, in bytes
-
 MAX_FRAME = 4 * 1024 * 1024  # libzmq closes a connection that sends a larger frame
 BATCH_BYTES = MAX_FRAME // 16  # a body is closed past this size
 INLINE = 64 * 1024  # of output inside a RESULT; the client fetches a larger one
@@ -194,7 +192,6 @@ MAX_READY_TASKS = 10_000  # in one READY, at some 50 bytes each; more come in se
 MAX_FRAMES = 8  # in one message
 
 # --- what bounds the memory of broker, client and worker
-
 WINDOW = 4096  # commands of one client at the broker at once
 CREDIT = 32 * 1024 * 1024  # bytes of one client's results at the broker that lack their DONE
 SPOOL_COST = 256 * 1024  # of CREDIT for a large output: its worker keeps a file open
@@ -205,8 +202,7 @@ READ_AHEAD = 4 * WINDOW  # lines of its input that a client holds before it can 
 MAX_BULK = 128  # chunks that a worker reads before it sends them
 MAX_UNANSWERED = 1000  # greetings whose time is remembered: many more than a lease has
 
-# --- what bounds work and noise
-
+# --- what bounds work, logs and answers
 MAX_BAD_LINES = 100  # in one body; the rest of it is ignored
 MAX_COMPLAINTS = 20  # lines in the log about different bad messages, per COMPLAINT_INTERVAL
 COMPLAINT_INTERVAL: Seconds = 10.0
@@ -218,21 +214,18 @@ MAX_RETRY_KINDS = 64  # queues of a client's retries that one look goes through,
 SPAWN_LIMIT = 5  # failed starts of one command on machines that lack memory or the like
 
 # --- how much is given ahead
-
 PREFETCH = 16  # commands per slot that a worker may be given beyond its slots
 PREFETCH_TIME = 80.0  # ms that these may take together, by the times of earlier commands
 RECALL_DELAY: Seconds = PREFETCH_TIME / 1000 + 0.02  # one that still waits then goes elsewhere
 REFILL_FRACTION = 1 / 16  # of the window: a client submits more when so much of it is free
 
 # --- how long lines wait to share a message
-
 OK_DELAY: Seconds = 0.05  # the broker's answers to greetings
 REPORT_DELAY: Seconds = 0.01  # QUEUED, and the reports of a worker's slots
 DONE_DELAY: Seconds = 0.05  # DONE
 MAX_DONE = CREDIT // 8 // INLINE  # tasks in one DONE, so that credit comes back early
 
-# --- how long somebody waits
-
+# --- other waits
 RELEASE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
 NOTICE_DELAY: Seconds = 0.7  # a shorter wait gets no notice
 OUTPUT_GRACE: Seconds = 0.1  # for output after its command's leader exited, or was killed
@@ -993,9 +986,11 @@ class HostNames:
         base, id = key = self.key(identity)
         if key not in self.names:
             name = identity.rpartition("/")[0] or identity
-            names = itertools.chain([name], (f"{base}~{n}" for n in itertools.count(2)))
-            self.names[key] = next(name for name in names if name not in self.identities)
-            self.identities[self.names[key]] = identity
+            numbered = (f"{base}~{n}" for n in itertools.count(2))
+            while name in self.identities:
+                name = next(numbered)
+            self.names[key] = name
+            self.identities[name] = identity
         return self.names[key]
 
     def identity_of(self, name: str) -> str:
