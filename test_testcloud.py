@@ -4648,10 +4648,9 @@ class RunnerTest(unittest.TestCase):
         job = tc.Job(("r", 1, 1), {"cmd": "echo one; read x < fifo", "cwd": self.dir})
         os.mkfifo(os.path.join(self.dir, "fifo"))
         job.live_from = 0
-        with mock.patch.object(tc, "SHORT_COMMAND", 0.5):
-            self.start_job(job)
-            with self.ended:
-                self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
+        self.start_job(job)
+        with self.ended:
+            self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
         with open(os.path.join(self.dir, "fifo"), "w") as fifo:
             fifo.write("\n")
         self.result(job)
@@ -4700,10 +4699,11 @@ class RunnerTest(unittest.TestCase):
         self.runner.slots = 1  # no more threads
         self.runner.enqueue(jobs[0])
         self.runner.start_jobs(-math.inf)
-        open(f"{self.dir}/end", "w").close()
-        self.result(late)  # and its thread takes no other
-        while self.runner.idle < len(self.runner.threads):
-            time.sleep(0.001)
+        with mock.patch.object(self.runner.lock, "wait", side_effect=self.runner.lock.wait) as waits:
+            open(f"{self.dir}/end", "w").close()
+            self.result(late)  # and its thread takes no other
+            while not waits.called:
+                time.sleep(0.001)
         for job in jobs:
             self.runner.enqueue(job)
             self.runner.start_jobs(time.monotonic() - 0.001)
@@ -4735,8 +4735,7 @@ class RunnerTest(unittest.TestCase):
             self.runner.enqueue(job)
             with self.runner.lock:
                 self.runner.start_deadline = -math.inf
-                self.runner.idle -= 1
-            self.runner.semaphore.put(None)
+                self.runner.lock.notify()
             end = time.monotonic() + PATIENCE
             while not calls and time.monotonic() < end:
                 time.sleep(0.001)
@@ -4744,14 +4743,14 @@ class RunnerTest(unittest.TestCase):
 
     def test_news_are_told_although_their_slot_is_held_up_by_its_next_command(self):
         self.runner = self.new_runner(1)
-        real, hold, first = self.runner.start_shell, threading.Event(), []
+        real, hold, first = self.runner.launcher.start, threading.Event(), []
 
-        def start_shell(*args):
+        def start(*args):
             if first:
                 hold.wait(PATIENCE)
             first.append(1)
             return real(*args)
-        with mock.patch.object(self.runner, "start_shell", start_shell):
+        with mock.patch.object(self.runner.launcher, "start", start):
             jobs = [self.start(f"true {n}") for n in range(9)]
             end = time.monotonic() + PATIENCE
             while jobs[0].key not in self.endings and time.monotonic() < end:
@@ -4788,7 +4787,7 @@ class RunnerTest(unittest.TestCase):
     def test_an_error_of_a_networks_directory_is_no_shortage(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true", "cwd": self.dir})
         error = TimeoutError(errno.ETIMEDOUT, "Connection timed out", self.dir)
-        with mock.patch.object(self.runner, "start_shell", side_effect=error):
+        with mock.patch.object(self.runner.launcher, "start", side_effect=error):
             self.start_job(job)
             how = self.result(job)
         self.assertFalse(how.requeue)
@@ -4797,7 +4796,7 @@ class RunnerTest(unittest.TestCase):
     def test_what_cannot_be_started_in_time_is_not_started_later(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         error = BlockingIOError(errno.EAGAIN, "no process")
-        with mock.patch.object(self.runner, "start_shell", side_effect=error) as tries:
+        with mock.patch.object(self.runner.launcher, "start", side_effect=error) as tries:
             self.runner.enqueue(job)
             self.runner.start_jobs(time.monotonic() + 0.1)
             how = self.result(job)
@@ -4811,7 +4810,7 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(tc.os, "killpg") as killpg, mock.patch.object(tc.os, "kill") as kill:
             for hard in (False, True):
                 self.runner.kill(job, hard)
-        self.assertFalse(killpg.called or kill.called or self.runner.kill_requests)
+        self.assertFalse(killpg.called or kill.called)
 
     def test_output_and_exit_code(self):
         self.assertEqual(self.run_one("echo out; echo err >&2; echo out; exit 3"),
@@ -4853,25 +4852,24 @@ class RunnerTest(unittest.TestCase):
         except AttributeError:
             self.skipTest("libc lacks what it takes")
         ours, theirs = os.pipe()
-        null = os.open(os.devnull, os.O_RDONLY)
-        for file in (ours, theirs, null):
+        for file in (ours, theirs):
             self.addCleanup(os.close, file)
         pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], [b"A=b"], None, b"/",
-                            (null, theirs, theirs))
+                            theirs, theirs)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
         self.assertEqual(os.read(ours, 99), b"/\nbc\n")
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
             with self.assertRaises(OSError) as caught:
-                spawner.spawn(argv, [], None, cwd, (null, theirs, theirs))
+                spawner.spawn(argv, [], None, cwd, theirs, theirs)
             self.assertEqual(caught.exception.errno, number)
 
     def test_an_orphan_belongs_to_one_attempt_of_one_command(self):
         mark = {"TESTCLOUD_WORKER": "w1", "TESTCLOUD_RUN": "r", "TESTCLOUD_SEQ": "5",
                 "TESTCLOUD_ATTEMPT": "2"}
         runner = self.new_runner(1, "w1")
-        runner.processes["r", 5, 2] = None
+        runner.processes["r", 5, 2] = tc.Process()
         for changed, ended in (({}, False), ({"TESTCLOUD_ATTEMPT": "1"}, True),
                                ({"TESTCLOUD_SEQ": "4"}, True), ({"TESTCLOUD_RUN": "q"}, True),
                                ({"TESTCLOUD_WORKER": "w2"}, True)):
@@ -4882,12 +4880,12 @@ class RunnerTest(unittest.TestCase):
     def test_an_orphan_without_our_variables_may_belong_to_any_command_that_is_older(self):
         runner = self.new_runner(1, "w1")
         ticks = {77: 10.0, 1: 5.0, 2: 20.0}
-        older, younger = tc.Process(1, []), tc.Process(2, [])
+        older, younger = tc.Process(1), tc.Process(2)
         with mock.patch.object(tc, "environment_of", lambda pid: {}), \
                 mock.patch.object(tc, "start_ticks", ticks.get):
             for processes, ended in (([], True), ([younger], True), ([older], False),
                                      ([older, younger], False), ([younger, older], False),
-                                     ([younger, None], False)):  # None: being started now
+                                     ([younger, tc.Process()], False)):  # it is being started
                 runner.processes = dict(enumerate(processes))
                 self.assertEqual(runner.command_has_ended(77), ended, processes)
         runner.processes = {}
@@ -4994,8 +4992,7 @@ class RunnerTest(unittest.TestCase):
             for split in (False, True):
                 log = f"{self.dir}/{n}{split}"
                 cmd = f"{wait}echo a; exec >&- 2>&-; sleep 0.1; echo end > {log}; exit 3"
-                with mock.patch.object(tc, "SHORT_COMMAND", 0.02), \
-                        mock.patch.object(tc, "OUTPUT_GRACE", 0.0):
+                with mock.patch.object(tc, "OUTPUT_GRACE", 0.0):
                     how = self.result(self.start(cmd, split=split))
                 self.assertEqual((how.exitcode, tc.read_text(log)), (3, "end\n"))
 
@@ -5055,7 +5052,7 @@ class RunnerTest(unittest.TestCase):
                 "open(sys.argv[1], 'w').write('x'); time.sleep(1000)"
         for n, hard in enumerate((False, True)):
             job = self.start(f"exec {sys.executable} -c \"{leave}\" {self.dir}/{n}")
-            if self.runner.spawner is None:  # it leads a session, and so it cannot leave
+            if self.runner.launcher.spawner is None:  # it leads a session, and so it cannot leave
                 self.assertEqual(self.result(job).exitcode, 1)
                 continue
             self.wait_for_file(str(n))
@@ -5063,16 +5060,16 @@ class RunnerTest(unittest.TestCase):
             self.assertEqual(self.result(job).signal, signal.SIGKILL if hard else signal.SIGTERM)
 
     def test_kill_before_the_process_is_there(self):
-        real = self.runner.start_shell
+        real = self.runner.launcher.start
 
-        def start_shell(*args):
+        def start(*args):
             self.runner.kill(job, True)
             return real(*args)
         job = tc.Job(("r", 1, 1), {"cmd": "sleep 1000"})
-        with mock.patch.object(self.runner, "start_shell", start_shell):
+        with mock.patch.object(self.runner.launcher, "start", start):
             self.start_job(job)
             self.assertEqual(self.result(job).signal, signal.SIGKILL)
-        self.assertFalse(self.runner.kill_requests)
+        self.assertFalse(self.runner.processes)
 
     def test_close_kills_what_runs(self):
         self.start(f"echo $$ > {self.dir}/pid; sleep 1000")
@@ -5081,16 +5078,16 @@ class RunnerTest(unittest.TestCase):
         self.assert_gone(pid)
 
     def test_close_kills_what_is_just_being_started(self):
-        real = self.runner.start_shell
+        real = self.runner.launcher.start
 
-        def start_shell(*args):
+        def start(*args):
             process = real(*args)
             closer.start()
             while not self.runner.closing:
                 time.sleep(0.001)
             return process
         closer = threading.Thread(target=self.runner.close)
-        with mock.patch.object(self.runner, "start_shell", start_shell):
+        with mock.patch.object(self.runner.launcher, "start", start):
             job = self.start("sleep 1000")
             self.assertEqual(self.result(job).signal, signal.SIGKILL)
         closer.join(PATIENCE)
@@ -5120,22 +5117,22 @@ class RunnerTest(unittest.TestCase):
             self.assertLessEqual(output.size, max(limit, tc.INLINE))
 
     def test_what_the_machine_lacks_for_a_moment_is_tried_again(self):
-        real, tries = self.runner.start_shell, []
+        real, tries = self.runner.launcher.start, []
 
-        def start_shell(*args):
+        def start(*args):
             tries.append(1)
             if len(tries) < 3:
                 raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
             return real(*args)
-        with mock.patch.object(self.runner, "start_shell", start_shell), \
+        with mock.patch.object(self.runner.launcher, "start", start), \
                 mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
             self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
 
     def test_what_the_machine_lacks_for_long_is_handed_back(self):
         for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-            def start_shell(*args, number=number):
+            def start(*args, number=number):
                 raise OSError(number, os.strerror(number))
-            with mock.patch.object(self.runner, "start_shell", start_shell), \
+            with mock.patch.object(self.runner.launcher, "start", start), \
                     mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
                 exit_record = self.result(self.start(f"echo {number}"))
             self.assertTrue(exit_record.requeue)

@@ -3175,110 +3175,114 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 
 # === Worker ===========================================================================
 #
-# The worker's bookkeeping: which commands it has accepted, which run, which results it
-# holds until their client has them. Every command that arrives is accepted at once
-# (QUEUED) and handed to the Runner, which runs it as soon as a slot is free and we have a
-# lease. The machine asks with Start, Recall and Kill, and is told with started() and
-# finished().
+# The worker's bookkeeping: which commands it has accepted, which of them run, and which
+# results it holds until their client has them. A worker accepts each command when it
+# arrives (QUEUED) and gives it to the Runner, which starts it when a slot is free and the
+# worker has a lease. Start, Recall and Kill are orders to the Runner. The Runner's events
+# come in as started(), printed() and finished().
 
-NOT_RUN = 126  # exit code of a command that could not be started, as of sh
-TIMED_OUT = 124  # exit code of one that was stopped by its timeout, as of timeout(1)
-LOAD_HYSTERESIS = 0.9  # of --max-load: below it all is well again, lest it change with every look
+NOT_RUN = 126  # exit code of a command that could not be started, as in sh
+TIMED_OUT = 124  # exit code of a command that ran longer than its timeout, as in timeout(1)
+LOAD_HYSTERESIS = 0.9  # of --max-load: an overloaded worker takes commands again below this
 WORKER_STOPPED = "its worker was stopped"
 RECALLED = "it waited for a slot"
 
 
 class Start(NamedTuple):
-    """Effect: run this command, after those before it, while start_deadline() allows."""
+    """Effect: put this command into the Runner's queue."""
 
     job: Job
 
 
 class Recall(NamedTuple):
-    """Effect: hand this command back, unless it has been started."""
+    """Effect: take this command out of the queue, unless it was started."""
 
     job: Job
 
 
 class Kill(NamedTuple):
-    """Effect: hand this command back, or if it has been started stop it; gently first, then hard."""
+    """Effect: take this command out of the queue, or send it SIGTERM; SIGKILL if hard."""
 
     job: Job
     hard: bool
 
 
-PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: 1 or 2, its stream, and its size
+PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stream, size
 
 
 class Output:
-    """What a command printed. Kept in memory while small, in an unlinked file beyond that.
-    What comes after `limit` bytes is only counted; 0 is no limit. Written in one thread, it may be
-    read meanwhile in another."""
+    """What a command printed: in memory while it is small, then in an unlinked file.
+
+    Bytes beyond `limit` are counted and dropped; 0 is no limit. One thread may write while
+    another reads: tempfile.SpooledTemporaryFile does not allow that.
+    """
 
     def __init__(self, limit: int = 0, split: bool = False) -> None:
         self.limit = limit or sys.maxsize
-        self.split = split  # kept in pieces, each after a PIECE_HEADER
-        self.kept = 0  # bytes of what the command printed
-        self.dropped = 0  # those beyond the limit
-        self.failure = ""  # why it could not be kept whole
-        self.size = 0  # of what is safely kept, in all
-        self.head = bytearray()  # all of it, until there is a file
+        self.split = split  # store pieces of stdout (1) and stderr (2), each with its header
+        self.kept = 0  # bytes of the command's output that are stored
+        self.dropped = 0  # bytes beyond the limit
+        self.failure = ""  # why the rest could not be stored
+        self.size = 0  # bytes stored, with headers and the mark at the end
+        self.head = bytearray()  # the whole output, until there is a file
         self.file: Optional[IO[bytes]] = None
 
     def write(self, data: bytes, stream: int = 1) -> None:
-        """Keep this. If there is no room for it, `failure` says so from then on, and what was
-        kept before stays."""
+        """Append this. An error sets `failure`: then nothing more is stored."""
         room = max(0, self.limit - self.kept)
         self.dropped += max(0, len(data) - room)
-        self.keep(data[:room], stream)
+        self.store(data[:room], stream)
 
     def end(self) -> None:
-        """Nothing more will be written: if something was cut off, say so at the end."""
+        """Append a mark if something was dropped. Call this after the last write()."""
         if self.dropped:
-            self.keep(to_bytes(cut_mark(self.kept, self.kept + self.dropped)), 1)
+            self.store(to_bytes(cut_mark(self.kept, self.kept + self.dropped)), 1)
 
-    def keep(self, data: bytes, stream: int) -> None:
+    def store(self, data: bytes, stream: int) -> None:
+        if not data or self.failure:
+            return
+        piece = PIECE_HEADER.pack(stream, len(data)) + data if self.split else data
         try:
-            if data and not self.failure:
-                self.append(PIECE_HEADER.pack(stream, len(data)) + data if self.split else data)
-                self.kept += len(data)
+            if self.file is None and self.size + len(piece) > INLINE:
+                self.move_to_file()
+            if self.file is None:
+                self.head += piece
+            else:
+                write_all(self.file, piece, self.size)
         except OSError as error:
             self.failure = error.strerror or "error"
-
-    def append(self, data: bytes) -> None:
-        if self.file is None and self.size + len(data) > INLINE:
-            file = open_spool()
-            try:
-                write_all(file, bytes(self.head), 0)
-            except OSError:
-                file.close()
-                raise
-            self.file = file
-            self.head = bytearray()
-        if self.file is None:
-            self.head += data
         else:
-            write_all(self.file, data, self.size)
-        self.size += len(data)
+            self.size += len(piece)
+            self.kept += len(data)
+
+    def move_to_file(self) -> None:
+        file = open_spool()
+        try:
+            write_all(file, self.head, 0)
+        except OSError:
+            file.close()
+            raise
+        self.file = file
+        self.head = bytearray()
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to that many bytes; fewer only at the end."""
+        """Return up to `size` bytes; fewer only at the end. Raises OSError."""
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
-        head = self.head  # first: it is replaced after there is a file
+        head = self.head  # before self.file is read: move_to_file() sets that first
         if self.file is None:
             return bytes(head[offset:offset + size])
         return os.pread(self.file.fileno(), size, offset)
 
     def close(self) -> None:
         if self.file is not None:
-            with contextlib.suppress(OSError):  # on a network's disk; it is not needed any more
+            with contextlib.suppress(OSError):  # a network's disk may fail; nobody needs the file
                 self.file.close()
 
 
 def write_all(file: IO[bytes], data: Any, offset: int) -> None:
-    """Write a buffer to that place of a file."""
+    """Write a whole buffer to this place of a file. Raises OSError."""
     rest = memoryview(data)
     while rest:
         done = os.pwrite(file.fileno(), rest, offset)
@@ -3286,39 +3290,36 @@ def write_all(file: IO[bytes], data: Any, offset: int) -> None:
 
 
 def open_spool() -> IO[bytes]:
-    """An unlinked file, unbuffered: a full disk must show now, not when the result is read."""
+    """Open an unlinked file, unbuffered: a full disk must fail the write, not a later read."""
     try:
         return tempfile.TemporaryFile(buffering=0)
     except OSError as error:
         if error.errno != errno.EMFILE:
             raise
-    raise_file_limit()  # not before it must be: it changes what commands find
+    raise_file_limit()  # only now: commands inherit the limit
     return tempfile.TemporaryFile(buffering=0)
 
 
 class ExitRecord(NamedTuple):
-    """How a command ended, as the Runner tells it."""
+    """How a command ended, as the Runner reports it."""
 
     exitcode: int
     time: float  # ms
     started: float  # seconds since 1970
-    output: Any  # an Output, or whatever has size, read() and close()
-    signal: int = 0  # that killed it
+    output: Any  # an Output, or an object with its size, read() and close()
+    signal: int = 0  # the signal that killed it
     reason: str = ""  # why it could not be run
-    slot: int = 0  # that it ran in, from 1
-    requeue: bool = False  # it was not started, and others may: we lack something, or handed it back
+    slot: int = 0  # the slot that it ran in, from 1
+    requeue: bool = False  # it was not started: another worker may start it
 
 
-def requeued(why: str) -> ExitRecord:
-    """Of a command that was not started; others may."""
-    return ExitRecord(NOT_RUN, 0.0, time.time(), Output(), reason=why, requeue=True)
+def requeued(reason: str) -> ExitRecord:
+    """The record of a command that was not started and that another worker may start."""
+    return ExitRecord(NOT_RUN, 0.0, time.time(), Output(), reason=reason, requeue=True)
 
 
 class Job:
     """A command that the worker has accepted."""
-
-    __slots__ = ("key", "cmd", "cwd", "timeout", "limit", "cut", "env", "split", "state", "deadline",
-                 "killed", "cancelled", "record", "output", "live_from", "output_told")
 
     def __init__(self, key: Key, fields: Fields) -> None:
         self.key = key
@@ -3326,18 +3327,18 @@ class Job:
         self.cwd: Optional[str] = fields.get("cwd")
         self.timeout: Seconds = fields.get("timeout", 0)  # 0: none
         self.limit: int = fields.get("limit", 0)  # bytes of output, 0: none
-        # 0, or how many go inline and no others at all; they must fit in a frame
+        # for plain clients: bytes of output in the RESULT, which must fit in a frame; 0: no cut
         self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
         self.env: Dict[str, str] = fields.get("env", {})
         self.split: bool = fields.get("split", False)
-        self.state = WAITING  # for a slot, as far as we were told; then RUNNING, DELIVERED (held), GONE
+        self.state = WAITING  # then RUNNING, DELIVERED (the worker holds its result), GONE
         self.deadline: Seconds = math.inf  # when its timeout is over
-        self.killed = False  # was told to end
+        self.killed = False  # the Runner was told to kill it
         self.cancelled = ""  # why nobody wants its result
-        self.record: Optional[ExitRecord] = None  # in DELIVERED
-        self.output: Optional[Output] = None  # so far, while it runs
-        self.live_from = -1  # from here on its client wants more of that; -1: it does not
-        self.output_told = False  # the Runner has told that there is more
+        self.record: Optional[ExitRecord] = None  # once it has ended
+        self.output: Optional[Output] = None  # once it is started
+        self.live_from = -1  # its client waits for output from this offset on; -1: it does not
+        self.output_told = False  # the Runner has told that there is output for its client
 
 
 class Worker(SessionMachine):
@@ -3350,26 +3351,26 @@ class Worker(SessionMachine):
         super().__init__("READY", times, wait)
         self.user = user
         self.labels = sorted(labels)
-        self.max_load = max_load  # from it on we take nothing more
-        self.overloaded = False  # so it is
-        self.load = -1.0  # of this machine, if we were told
-        self.drain = drain  # what running commands get when the worker is stopped
-        self.name = name  # this incarnation
+        self.max_load = max_load  # the machine's load from which on it takes no commands
+        self.overloaded = False
+        self.load = -1.0  # the machine's load average; -1: unknown
+        self.drain = drain  # seconds that running commands have when the worker is stopped
+        self.name = name  # of this incarnation
         self.slots = slots
         self.weight = weight
         self.host = host
-        self.address = address  # for notices
+        self.address = address  # the broker's, for notices
         self.jobs: Dict[Key, Job] = {}
-        self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to be told QUEUED
-        self.ended: List[Job] = []  # to be told RESULT
-        self.report_at: Seconds = math.inf  # when to tell what was accepted, at the latest
-        self.kill_at: Dict[Job, Seconds] = {}  # when to kill jobs; if killed, to do it hard
-        self.stopping: Optional[int] = None  # the exit status, once told to stop
-        self.stop_at: Seconds = math.inf  # when to leave in any case
+        self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to report QUEUED
+        self.ended: List[Job] = []  # to report RESULT
+        self.report_at: Seconds = math.inf  # when to report these
+        self.kill_at: Dict[Job, Seconds] = {}  # when to kill a job; if it is killed already, hard
+        self.exit_status: Optional[int] = None  # set when the worker is told to stop
+        self.leave_at: Seconds = math.inf  # when to leave in any case
         self.has_left = False
 
     def greeting(self, joining: bool) -> Fields:
-        slots = 0 if self.stopping is not None or self.overloaded else self.slots
+        slots = 0 if self.exit_status is not None or self.overloaded else self.slots
         fields: Fields = {"name": self.name, "slots": slots, "weight": self.weight}
         if self.load >= 0:
             fields["load"] = round(self.load, 2)
@@ -3386,18 +3387,7 @@ class Worker(SessionMachine):
     def accepts(self, link: str, verb: str) -> bool:
         return self.session.accepts(verb)
 
-    def on_ok(self, message: Message) -> None:
-        if self.session.on_ok(message.fields):
-            self.log(logging.INFO, "joined the broker")
-            self.host = message.fields.get("host", self.host)
-            if message.fields.get("note"):
-                self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
-            for run, id, attempt in self.session.announced["running"]:
-                job = self.jobs.get((run, id, attempt))
-                if job is None or job.state == DELIVERED:  # it has ended meanwhile
-                    self.report_state((run, id, attempt))
-
-    # --- commands
+    # --- reports to the broker
 
     def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
         if self.report_at < math.inf:
@@ -3405,7 +3395,7 @@ class Worker(SessionMachine):
         super().pass_on(link, peer, token, line)
 
     def send_reports(self) -> None:
-        """Say what waited for company. While we are not joined it is forgotten: READY tells."""
+        """Send the reports that are due. Without a session they are dropped: READY has them."""
         accepted, ended, self.accepted, self.ended = self.accepted, self.ended, {}, []
         self.report_at = math.inf
         if self.session.joined:
@@ -3415,24 +3405,8 @@ class Worker(SessionMachine):
                 if job.state == DELIVERED:
                     self.report_result(job)
 
-    def on_command(self, message: Message) -> None:
-        fields = message.fields
-        if "id" not in fields or "attempt" not in fields:
-            raise ProtocolError("a command needs 'id' and 'attempt'")
-        require_run(message.token)
-        self.session.on_command()
-        key = (message.token, fields["id"], fields["attempt"])
-        if self.stopping is not None:
-            self.report_lost(key, WORKER_STOPPED)
-            return
-        if key not in self.jobs:
-            job = Job(key, fields)
-            self.jobs[key] = job
-            self.effects.append(Start(job))
-        self.report_state(key)
-
     def report_state(self, key: Key) -> None:
-        """Say how a command stands: QUEUED, RESULT, or LOST if we do not have it."""
+        """Report QUEUED, RESULT, or LOST for a command that the worker does not have."""
         job = self.jobs.get(key)
         if job is None or job.cancelled:
             self.report_lost(key, "unknown to the worker")
@@ -3454,12 +3428,8 @@ class Worker(SessionMachine):
         fields = {"id": id, "attempt": attempt, "exitcode": record.exitcode, "time": record.time,
                   "started": record.started, "size": record.output.size, "worker": self.name,
                   "host": self.host}
-        if record.slot:
-            fields["slot"] = record.slot
-        if job.split:
-            fields["split"] = True
-        if record.signal:
-            fields["signal"] = record.signal
+        fields.update((name, value) for name, value in (
+            ("slot", record.slot), ("split", job.split), ("signal", record.signal)) if value)
         if record.reason:
             fields.update(reason=record.reason, ran=record.time > 0)
         if job.cut or record.output.size <= INLINE:
@@ -3471,68 +3441,50 @@ class Worker(SessionMachine):
         self.say(BROKER, b"", run, "RESULT", fields)
 
     def report_unreadable(self, job: Job, error: OSError) -> None:
-        """A command has run, but its output is lost: that is its result."""
+        """Make the loss of a command's output its result, and report that."""
         assert job.record is not None
         job.record.output.close()
         job.record = job.record._replace(exitcode=NOT_RUN, signal=0, output=Output(), reason=(
             f"its output cannot be read on the worker: {error.strerror}"))
         self.report_result(job)
 
-    def start_deadline(self) -> Seconds:
-        """Nothing may be started later than this: others may have been given it."""
-        return self.session.lease_ends() if self.session.leased() else -math.inf
+    def send_chunk(self, key: Key, output: Any, offset: int, size: int) -> None:
+        """Send a part of an output. Raises OSError."""
+        data = output.read(offset, min(size, CHUNK_SIZE))
+        line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
+        self.bulk.append(Outgoing(BROKER, b"", key[0], line, data))
 
-    def started(self, job: Job, when: Seconds, now: Seconds) -> None:
-        """The Runner says that a command is running, since `when`; of a short one it does not."""
-        self.now = now
-        job.state = RUNNING
-        if job.timeout and not job.killed:
-            job.deadline = when + job.timeout
-            self.kill_at[job] = min(self.kill_at.get(job, math.inf), job.deadline)
+    # --- messages of the broker
 
-    def printed(self, job: Job, now: Seconds) -> None:
-        """The Runner says that a running command has printed something."""
-        self.now = now
-        job.output_told = False
-        if job.output and 0 <= job.live_from < job.output.size and job.key in self.jobs:
-            offset, job.live_from = job.live_from, -1
-            with contextlib.suppress(OSError):  # its end will tell
-                self.send_part(job.key, offset, job.output.read(offset, CHUNK_SIZE))
+    def on_ok(self, message: Message) -> None:
+        if self.session.on_ok(message.fields):
+            self.log(logging.INFO, "joined the broker")
+            self.host = message.fields.get("host", self.host)
+            if message.fields.get("note"):
+                self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
+            for run, id, attempt in self.session.announced["running"]:
+                job = self.jobs.get((run, id, attempt))
+                if job is None or job.state == DELIVERED:  # it has ended meanwhile
+                    self.report_state((run, id, attempt))
 
-    def finished(self, job: Job, record: ExitRecord, now: Seconds) -> None:
-        """The Runner says that a command has ended. Call settle() after the last of a batch."""
-        self.now = now
-        self.kill_at.pop(job, None)
-        if job.cancelled or record.requeue:
-            record.output.close()
-            self.forget(job)
-            fault = "" if job.cancelled or record.reason == RECALLED else SPAWN
-            self.report_lost(job.key, job.cancelled or record.reason, fault)
-        else:
-            if job.killed and record.time >= job.timeout * 1000:  # else it ended before that
-                record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
-                    f"stopped after {job.timeout:g} seconds (see --timeout)"))
-            job.state, job.record = DELIVERED, record
-            self.ended.append(job)
-
-    def forget(self, job: Job) -> None:
-        job.state = GONE
-        self.jobs.pop(job.key, None)
-
-    def settle(self) -> None:
-        """Say what there is to say; when stopping, leave once nothing is left."""
-        if self.report_at <= self.now or self.ended:
-            self.send_reports()
-        if self.stopping is not None and not self.has_left:
-            wanted = self.jobs and (self.session.joined or any(
-                job.state != DELIVERED for job in self.jobs.values()))
-            if not wanted or self.now >= self.stop_at:
-                self.leave()
-        if self.stopping is None:
-            self.report_wait(self.waits_for())
+    def on_command(self, message: Message) -> None:
+        fields = message.fields
+        if "id" not in fields or "attempt" not in fields:
+            raise ProtocolError("a command needs 'id' and 'attempt'")
+        require_run(message.token)
+        self.session.on_command()
+        key = (message.token, fields["id"], fields["attempt"])
+        if self.exit_status is not None:
+            self.report_lost(key, WORKER_STOPPED)
+            return
+        if key not in self.jobs:
+            job = Job(key, fields)
+            self.jobs[key] = job
+            self.effects.append(Start(job))
+        self.report_state(key)
 
     def jobs_of(self, message: Message) -> List[Job]:
-        """The jobs that the message names; all of the run if it names none."""
+        """Return the jobs that the message names; all of its run if it names none."""
         rows = message.fields.get("tasks")
         if rows is None:
             return [job for key, job in self.jobs.items() if key[0] == message.token]
@@ -3541,30 +3493,12 @@ class Worker(SessionMachine):
 
     def on_done(self, message: Message) -> None:
         for job in self.jobs_of(message):
-            if job.state == DELIVERED and job.record:
-                job.record.output.close()
+            if job.state == DELIVERED:
                 self.forget(job)
 
     def on_cancel(self, message: Message) -> None:
         for job in self.jobs_of(message):
             self.stop_job(job, "cancelled")
-
-    def stop_job(self, job: Job, why: str) -> None:
-        """A job that has ended is dropped, others are handed back or killed: LOST follows then."""
-        if job.record:
-            job.record.output.close()
-            self.forget(job)
-            self.report_lost(job.key, why)
-        else:
-            job.cancelled = job.cancelled or why
-            self.kill(job)
-
-    def kill(self, job: Job) -> None:
-        """Tell a job to end; kill it hard after a grace."""
-        if not job.killed:
-            job.killed = True
-            self.kill_at[job] = self.now + self.times.kill_grace
-            self.effects.append(Kill(job, False))
 
     def on_resend(self, message: Message) -> None:
         for id, attempt in message.fields["tasks"]:
@@ -3577,31 +3511,87 @@ class Worker(SessionMachine):
 
     def on_fetch(self, message: Message) -> None:
         fields = message.fields
-        key = (message.token, fields["id"], fields["attempt"])
+        key, offset = (message.token, fields["id"], fields["attempt"]), fields["offset"]
         job = self.jobs.get(key)
         if job is None:
             self.report_lost(key, "unknown to the worker")
-            return
-        if job.record is None:
-            job.live_from = fields["offset"]
+        elif job.record is None:
+            job.live_from = offset
             self.printed(job, self.now)
-            return
-        if len(self.bulk) >= MAX_BULK:  # no client of ours asks for so much at once
-            return
-        try:
-            data = job.record.output.read(fields["offset"], min(fields["size"], CHUNK_SIZE))
-        except OSError as error:
-            self.report_unreadable(job, error)
-            return
-        self.send_part(key, fields["offset"], data)
+        elif len(self.bulk) < MAX_BULK:  # our clients ask for less at once
+            try:
+                self.send_chunk(key, job.record.output, offset, fields["size"])
+            except OSError as error:
+                self.report_unreadable(job, error)
 
-    def send_part(self, key: Key, offset: int, data: bytes) -> None:
-        line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
-        self.bulk.append(Outgoing(BROKER, b"", key[0], line, data))
+    # --- events of the Runner, and the load
+
+    def start_deadline(self) -> Seconds:
+        """Return when the lease ends: later the broker may give commands to other workers."""
+        return self.session.lease_ends() if self.session.leased() else -math.inf
+
+    def started(self, job: Job, when: Seconds, now: Seconds) -> None:
+        """The Runner started this command at `when`. It does not tell this of short ones."""
+        self.now = now
+        job.state = RUNNING
+        if job.timeout and not job.killed:
+            job.deadline = when + job.timeout
+            self.kill_no_later(job, job.deadline)
+
+    def printed(self, job: Job, now: Seconds) -> None:
+        """A running command has printed something."""
+        self.now = now
+        job.output_told = False
+        if job.output and 0 <= job.live_from < job.output.size and job.state != GONE:
+            offset, job.live_from = job.live_from, -1
+            with contextlib.suppress(OSError):  # the result will show it
+                self.send_chunk(job.key, job.output, offset, CHUNK_SIZE)
+
+    def finished(self, job: Job, record: ExitRecord, now: Seconds) -> None:
+        """A command has ended. Call settle() after the last one of a batch."""
+        self.now = now
+        self.kill_at.pop(job, None)
+        job.record = record
+        if job.cancelled or record.requeue:
+            self.forget(job)
+            fault = "" if job.cancelled or record.reason == RECALLED else SPAWN
+            self.report_lost(job.key, job.cancelled or record.reason, fault)
+            return
+        if job.killed and record.time >= job.timeout * 1000:  # else it ended just before that
+            job.record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
+                f"stopped after {job.timeout:g} seconds (see --timeout)"))
+        job.state = DELIVERED
+        self.ended.append(job)
+
+    def forget(self, job: Job) -> None:
+        """Drop a job that has ended, and its output."""
+        if job.record:
+            job.record.output.close()
+        job.state = GONE
+        self.jobs.pop(job.key, None)
+
+    def stop_job(self, job: Job, why: str) -> None:
+        """Drop a job that has ended; kill another, or take it out of the queue. LOST follows."""
+        if job.record:
+            self.forget(job)
+            self.report_lost(job.key, why)
+        else:
+            job.cancelled = job.cancelled or why
+            self.kill(job)
+
+    def kill(self, job: Job) -> None:
+        """Have a job terminated now, and killed after the grace."""
+        if not job.killed:
+            job.killed = True
+            self.kill_at[job] = self.now + self.times.kill_grace
+            self.effects.append(Kill(job, False))
+
+    def kill_no_later(self, job: Job, when: Seconds) -> None:
+        self.kill_at[job] = min(self.kill_at.get(job, math.inf), when)
 
     def set_load(self, load: float, now: Seconds) -> None:
-        """How many processes want a processor, on average. From max_load on we take nothing more,
-        and hand back what we have not started."""
+        """Note the load average. From max_load on the worker takes no commands, and hands
+        back those that wait."""
         self.load, limit = load, self.max_load * (LOAD_HYSTERESIS if self.overloaded else 1)
         if (load >= limit) == self.overloaded:
             return
@@ -3631,7 +3621,7 @@ class Worker(SessionMachine):
             else:
                 self.stop_job(job, WORKER_STOPPED)
         self.settle()
-        if self.wait.timed_out(now) and self.stopping is None:
+        if self.wait.timed_out(now) and self.exit_status is None:
             self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.stop(3, now)
 
@@ -3641,38 +3631,53 @@ class Worker(SessionMachine):
         return waiting_for_broker(self.session.trouble, self.session.up, self.address, "worker")
 
     def deadline(self) -> Seconds:
-        kill_at = min(self.kill_at.values(), default=math.inf)
-        return min(self.session.next_greeting, kill_at, self.stop_at, self.report_at,
-                   self.wait.deadline())
+        return min(self.session.next_greeting, *self.kill_at.values(), self.leave_at,
+                   self.report_at, self.wait.deadline())
+
+    def settle(self) -> None:
+        """Send the reports that are due. A stopping worker leaves once it is not needed."""
+        if self.report_at <= self.now or self.ended:
+            self.send_reports()
+        if self.exit_status is None:
+            self.report_wait(self.waits_for())
+        elif not self.has_left and (self.now >= self.leave_at or not self.is_needed()):
+            self.leave()
+
+    def is_needed(self) -> bool:
+        """Return whether commands still run, or a client may still fetch a result."""
+        return any(self.session.joined or job.state != DELIVERED for job in self.jobs.values())
 
     def stop(self, status: int, now: Seconds) -> None:
-        """Leave: start nothing more, stop what still runs after a time to drain, and wait a
-        little for results to be fetched. Told a second time: leave at once."""
+        """Start nothing more, let commands run for `drain` seconds, then stop them and leave.
+
+        Clients have a little longer to fetch results. A second call leaves at once.
+        """
         self.now = now
-        if self.stopping is not None:
-            self.stop_at = now
+        if self.exit_status is not None:
+            self.leave_at = now
         else:
-            self.stopping = status
-            self.wait = Wait()  # from now on we wait for nothing
-            self.stop_at = now + self.drain + 2 * self.times.kill_grace
+            self.exit_status = status
+            self.wait = Wait()  # from now on it waits for no broker
+            self.leave_at = now + self.drain + 2 * self.times.kill_grace
             if self.session.joined:
                 self.session.greet(now)
-            for job in list(self.jobs.values()):
-                if job.state == DELIVERED:
-                    continue
-                if self.drain:
-                    if job.state == WAITING:
-                        self.effects.append(Recall(job))
-                    self.kill_at[job] = min(self.kill_at.get(job, math.inf), now + self.drain)
-                else:
-                    self.stop_job(job, WORKER_STOPPED)
+            for job in [job for job in self.jobs.values() if job.state != DELIVERED]:
+                self.drain_job(job)
         self.settle()
+
+    def drain_job(self, job: Job) -> None:
+        if self.drain:
+            if job.state == WAITING:
+                self.effects.append(Recall(job))
+            self.kill_no_later(job, self.now + self.drain)
+        else:
+            self.stop_job(job, WORKER_STOPPED)
 
     def leave(self) -> None:
         if self.session.up:
             self.say(BROKER, b"", "", "BYE")
-        self.effects.append(Exit(self.stopping or 0))
-        self.has_left, self.stop_at = True, math.inf
+        self.effects.append(Exit(self.exit_status or 0))
+        self.has_left, self.leave_at = True, math.inf
 
     HANDLERS = {
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
@@ -3687,7 +3692,7 @@ def label_words(names: Iterable[str]) -> str:
 
 
 def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
-    """Why a client or worker has not joined yet, and what to do about it."""
+    """Return why a client or worker has not joined yet, and what to do about it."""
     if trouble:
         return f"waiting: {trouble}"
     if up:
@@ -3699,40 +3704,29 @@ def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
 
 
 def broker_is_silent(address: str) -> str:
-    """What to say of one that does not answer any more, although the connection stands."""
+    """Return the notice about a broker that is connected and does not answer."""
     return f"waiting: the broker at {address} does not answer; is it stopped, or its machine busy?"
 
 
-# === Running commands =================================================================
+# === Processes ========================================================================
 #
-# The only place with processes, and the only one with threads: one per slot, each of them
-# waiting for the one command that it runs. They share nothing with the machines: jobs
-# stand in line for a slot here, so that one that is free need not ask for its next, and
-# what there is to tell is collected by the loop. It is woken for that when the line gets
-# short, or when news would be late. Each command is the leader of a process group of its
-# own, so that it can be killed with its children. Those that have moved to another session
-# are found when they lose their parent: Linux then gives them to us. And who runs commands
-# is itself the child of a supervisor, which kills what is left when its child has ended,
-# even by SIGKILL. Only if both are killed at once do commands survive.
+# What the system offers for commands. Each command leads a process group, so that one
+# signal reaches its children. A process that leaves the group becomes an orphan when its
+# parent ends; Linux makes it our child, because we are a subreaper, and we kill it. The
+# process that runs commands is the child of a supervisor, which kills all its descendants
+# when it ends, even by SIGKILL. Commands survive only if both are killed at once.
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
-F_SETPIPE_SZ = 1031  # of linux/fcntl.h; Python 3.9 does not tell
-MAX_FILES = 2**20  # open files are enough, and more than this some systems refuse
-PIPE_SIZE = 64 * 1024  # bytes, of a pipe as the system makes it
-LARGE_PIPE = 1024 * 1024  # the most that it gives without asking who we are
-SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4, 0)  # then others may try
-POLL_INTERVAL: Seconds = 0.02  # between looks at processes of which nothing tells us the end
-REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to disappear; what takes longer is stuck in the system
-REAP_INTERVAL: Seconds = 1.0  # between looks for orphans that have ended, lest zombies pile up
-SHORT_COMMAND: Seconds = 0.002  # who ends sooner is not watched for anything but its output
-OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer slots "
-                 "(-j), or more memory")
-LOW_WATER = 2  # commands for each slot: with fewer waiting, more are wanted at once
+F_SETPIPE_SZ = 1031  # of linux/fcntl.h; Python 3.9 lacks it
+MAX_FILES = 2**20  # open files; some systems refuse more
+PIPE_SIZE = 64 * 1024  # bytes that a new pipe holds
+LARGE_PIPE = 1024 * 1024  # bytes that a pipe may hold without privileges
+REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to end; later ones hang in the kernel
 
 
 def pidfd(pid: int) -> int:
-    """A file descriptor that becomes readable when the process ends; -1 if there is none."""
+    """Return a file descriptor that is readable when the process ends; -1 if there is none."""
     try:
         return os.pidfd_open(pid)
     except (AttributeError, OSError):  # not Linux, an old kernel, or forbidden
@@ -3740,7 +3734,7 @@ def pidfd(pid: int) -> int:
 
 
 def become_subreaper() -> bool:
-    """Have orphans among our descendants become our children; false where that is unknown."""
+    """Make orphans among our descendants our children. Return whether we can see them."""
     try:
         import ctypes
         known = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
@@ -3750,22 +3744,30 @@ def become_subreaper() -> bool:
 
 
 def open_children() -> int:
-    """An open file for children()."""
+    """Return an open file for read_children()."""
     return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
 
 
 def read_children(file: int) -> List[int]:
-    """The pids of our main thread's children: those that it started itself, and orphans."""
+    """Return the pids of our main thread's children: those that it started, and orphans."""
     parts: List[bytes] = []
     while not parts or parts[-1]:  # the system gives them in parts
         parts.append(os.pread(file, 65536, sum(map(len, parts))))
     return [int(pid) for pid in b"".join(parts).split()]
 
 
+def has_terminal() -> bool:
+    """Return whether commands could reach a terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 def detach_terminal() -> None:
-    """Give up our controlling terminal, and so that of our children: commands that ask a person
-    for a password must fail, not wait. Ctrl-C still comes to our process group. Only for a child
-    of ours: the leader of a session would end it."""
+    """Give up our controlling terminal: a command that asks for a password must fail, not wait.
+    Ctrl-C still reaches our process group. The leader of a session must not call this."""
     with contextlib.suppress(OSError):
         terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
         try:
@@ -3774,17 +3776,8 @@ def detach_terminal() -> None:
             os.close(terminal)
 
 
-def has_terminal() -> bool:
-    """Whether what we start could reach a terminal."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
-
-
 def raise_file_limit() -> int:
-    """Allow this process as many open files as the system lets it; that number."""
+    """Allow this process as many open files as the system lets it. Return the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
@@ -3794,16 +3787,16 @@ def raise_file_limit() -> int:
 
 
 def set_close_on_exec() -> None:
-    """What we were started with, beside stdin, stdout and stderr, is not for our commands."""
+    """Keep files that we inherited, but stdin, stdout and stderr, from our commands."""
     with contextlib.suppress(OSError):  # not Linux
         for file in map(int, os.listdir("/proc/self/fd")):
-            with contextlib.suppress(OSError):  # that of the listing itself is closed by now
+            with contextlib.suppress(OSError):  # listdir() has closed its own by now
                 if file > 2:
                     os.set_inheritable(file, False)
 
 
 def group_is_alive(leader: int) -> bool:
-    """Whether a process group has living members; false where there is no /proc."""
+    """Return whether a process group has living members; false where there is no /proc."""
     with contextlib.suppress(OSError):
         for entry in filter(str.isdigit, os.listdir("/proc")):
             state = read_text(f"/proc/{entry}/stat").rpartition(")")[2].split()[:3]
@@ -3813,37 +3806,37 @@ def group_is_alive(leader: int) -> bool:
 
 
 def start_ticks(pid: int) -> float:
-    """When a process was started, in the system's ticks; inf if it is gone."""
+    """Return when a process was started, in the system's ticks; inf if it is gone."""
     _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
     return int(fields.split()[19]) if fields else math.inf
 
 
 def environment_of(pid: int) -> Dict[str, str]:
-    """The environment with which a process was started, as far as we may know it."""
+    """Return the environment with which a process was started; {} if we may not see it."""
     rows = (row.partition("=") for row in read_text(f"/proc/{pid}/environ").split("\0"))
     return {name: value for name, _, value in rows}
 
 
 def supervise(run: Callable[[int], int]) -> int:
-    """Call run(control) in a child process, wait for its end, and kill what it left behind.
+    """Call run(control) in a child process, and kill all that it left behind when it ends.
 
-    A byte comes from the descriptor `control` for each signal that we are sent; its end means
-    that we are gone. Returns the child's exit status, or 128 + signal if it was killed. Where
-    the system does not give us orphans, run(-1) is called directly.
+    The descriptor `control` gives the child a byte for each signal that we get; its end means that
+    we are gone. Returns the child's exit status, 128 + signal if it was killed. Where the system
+    does not give us orphans, this calls run(-1) without a child.
     """
     if not become_subreaper():
         print_notice("notice: this system cannot tell what has moved out of a command's process group: "
                  "such processes may survive their command")
         return run(-1)
     control, signals = os.pipe()
-    # handlers would come too late for a signal just before waitpid(); so we take them one by one
+    # a handler would miss a signal just before waitpid(): so signals are awaited one by one
     awaited = {signal.SIGCHLD, *signals_to_handle(NOT_FATAL)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(signals)
-        become_subreaper()  # is not inherited
+        become_subreaper()  # a child does not inherit this
         return run(control)
     os.close(control)
     children_file = open_children()
@@ -3865,8 +3858,7 @@ def supervise(run: Callable[[int], int]) -> int:
 
 
 def kill_descendants(children_file: int) -> List[int]:
-    """Kill all our children, and theirs as they become ours; those that would not die. `family`
-    is our open_children()."""
+    """Kill our children, and theirs as they become ours. Return those that do not end."""
     until = time.monotonic() + REAP_TIMEOUT
     while time.monotonic() < until:
         for pid in read_children(children_file):
@@ -3875,13 +3867,13 @@ def kill_descendants(children_file: int) -> List[int]:
         try:
             if os.waitpid(-1, os.WNOHANG)[0] == 0:
                 time.sleep(0.001)
-        except ChildProcessError:  # none is left; that children() is empty would not say so
+        except ChildProcessError:  # no child is left; an empty read_children() does not prove it
             return []
     return read_children(children_file)
 
 
 def reaped(pid: int) -> bool:
-    """Whether a child of ours has ended; then its zombie is gone as well."""
+    """Reap a child of ours if it has ended. Return whether it has."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:
@@ -3889,15 +3881,15 @@ def reaped(pid: int) -> bool:
 
 
 NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
-            "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}  # end nothing
+             "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}
 FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}  # no handler would run
-# the first two are reset for commands anyway; what the others interrupt would be tried for ever
+# Popen() resets the first two for commands; the others would interrupt the same call for ever
 IGNORED_SIGNALS = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
 
 
 def signals_to_handle(but: Set[str] = NOT_FATAL | FAULTS) -> Set[int]:
-    """The signals that would end us, unless they are ignored: as SIGHUP is under nohup, and SIGINT
-    and SIGQUIT in the background of a script."""
+    """Return the signals that would end us. Those that we ignore are left out: SIGHUP under
+    nohup, SIGINT and SIGQUIT in the background of a script."""
     left_out = {getattr(signal, name, None) for name in but}
     return {number for number in signal.valid_signals() - left_out
             if signal.getsignal(number) != signal.SIG_IGN}
@@ -3906,15 +3898,15 @@ def signals_to_handle(but: Set[str] = NOT_FATAL | FAULTS) -> Set[int]:
 class Process:
     """A command's first process, the leader of its process group."""
 
-    def __init__(self, pid: int, pipes: List[int]) -> None:
-        self.pid = pid
-        self.pipes = pipes  # from which its output is read: one, or those of stdout and stderr
-        self.terminating = False  # its group was asked to end, and is not being killed yet
+    def __init__(self, pid: int = 0) -> None:
+        self.pid = pid  # 0 while it is being started
+        self.pipes: Tuple[int, ...] = ()  # for its output; two if stdout and stderr are split
+        self.signalled = 0  # the last signal for it, SIGTERM or SIGKILL
         self.status: Optional[int] = None  # once it is reaped
 
     def has_ended(self) -> bool:
-        """Where possible it is left a zombie, whose pid nobody else can get, until its group has
-        been killed."""
+        """Return whether it has ended. With waitid() it stays a zombie: nobody else gets its pid
+        until its group was killed."""
         if hasattr(os, "waitid"):
             how = os.WEXITED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self.pid, how) is not None
@@ -3924,42 +3916,57 @@ class Process:
         return pid != 0
 
     def wait(self) -> int:
-        """Reap it: its exit code, or a signal's number with a minus."""
+        """Reap it. Return its exit code, or a signal's number with a minus."""
         if self.status is None:
             self.status = os.waitpid(self.pid, 0)[1]
         return os.waitstatus_to_exitcode(self.status)
 
+    def signal(self, number: int) -> None:
+        """Send a signal to its group; call this only before wait(). A process that is being
+        started only notes it."""
+        self.signalled = number
+        if self.pid == 0:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(self.pid) != self.pid:  # the leader has joined another group
+                os.kill(self.pid, number)
+                os.kill(self.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+            os.killpg(self.pid, signal.SIGCONT)  # a stopped group gets no SIGTERM before
 
-# what a command finds of itself in its environment; ours may have it from a command that we are
+
+# each command has its own values of these; our own may be those of a command that we are
 COMMAND_VARIABLES = (b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT", b"TESTCLOUD_SLOT",
                      b"TESTCLOUD_WORKER", b"PWD")
 
 
 class Spawner:
-    """libc's posix_spawn(), each process in a group of its own. os.posix_spawn() knows no directory
-    to start in, and it keeps all other threads from running until the new process runs its
-    program: most of a short command's time. Raises what it takes to say that there is none."""
+    """libc's posix_spawn(), with a process group for each process. os.posix_spawn() cannot set a
+    directory, and stops all threads until the new process runs its program: most of a short
+    command's time. The constructor raises OSError, ImportError or AttributeError if libc lacks it.
+    """
 
-    STRUCT = 1024  # bytes for one of libc's, of which no known one needs more than 350
+    STRUCT = 1024  # bytes for one of libc's; known ones need at most 350
 
     def __init__(self, environment: List[bytes]) -> None:
         import ctypes
         self.ctypes = ctypes
-        # with room for them
+        # with room for the command's own
         self.environment = self.texts(environment + [b""] * len(COMMAND_VARIABLES))
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
-        # sigfillset() would leave out those of libc itself, and posix_spawn() have them ignored
+        # sigfillset() would leave out libc's own signals: commands would inherit them ignored
         default = ctypes.create_string_buffer(b"\xff" * self.STRUCT)
         libc.posix_spawnattr_init(self.attributes)
         libc.posix_spawnattr_setflags(self.attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
     def spawn(self, argv: List[bytes], own: List[bytes], environment: Optional[List[bytes]],
-              cwd: Optional[bytes], files: Tuple[int, int, int]) -> int:
-        """Start a program; its pid. None of the texts has a NUL in it. `own` are added to our own
-        environment, or to the one given. Raises OSError."""
+              cwd: Optional[bytes], stdout: int, stderr: int) -> int:
+        """Start a program with `own` added to `environment` (default: ours). Return its pid. No text
+        may contain a NUL. Raises OSError."""
         if environment is None:
             variables = type(self.environment).from_buffer_copy(self.environment)
             room = len(COMMAND_VARIABLES) + 1
@@ -3969,8 +3976,9 @@ class Spawner:
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
-            for to, file in enumerate(files):
-                libc.posix_spawn_file_actions_adddup2(actions, file, to)
+            libc.posix_spawn_file_actions_addopen(actions, 0, os.devnull.encode(), os.O_RDWR, 0)
+            libc.posix_spawn_file_actions_adddup2(actions, stdout, 1)
+            libc.posix_spawn_file_actions_adddup2(actions, stderr, 2)
             if cwd is not None:
                 self.set_directory(actions, cwd)
             pid = self.ctypes.c_int()
@@ -3983,121 +3991,330 @@ class Spawner:
         return pid.value
 
     def texts(self, texts: List[bytes]) -> Any:
-        """An array as C has it, with NULL at its end."""
+        """Return them as a C array with NULL at its end."""
         return (self.ctypes.c_char_p * (len(texts) + 1))(*texts)
 
 
-# when it was started (by our clock), or that it has printed something, or how it ended
+def is_transient(error: Exception) -> bool:
+    """Return whether the system lacks something that it may have in a moment."""
+    return isinstance(error, OSError) and error.errno in (
+        errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may use: affinity, and the cgroup's quota."""
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cpus = os.cpu_count() or 1
+    return max(1, min([cpus] + [int(quota) for quota in cgroup_quotas()]))
+
+
+def cgroup_quotas(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> List[float]:
+    """Return the quotas, in CPUs, of our cgroup and those above it (versions 2 and 1)."""
+    quotas = []
+    for line in read_text(own).splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        names = [root, controllers, *filter(None, path.split("/"))]
+        for depth in range(2, len(names) + 1):
+            quota = [word for file in files
+                     for word in read_text(os.path.join(*names[:depth], file)).split()]
+            if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
+                quotas.append(int(quota[0]) / max(1, int(quota[1])))
+    return quotas
+
+
+def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+    """Return how many processes of our cgroup (version 2) were killed for want of memory."""
+    path = re.search("^0::(.*)$", read_text(own), re.M)
+    events = read_text(f"{root}{path[1]}/memory.events") if path else ""
+    return int((re.findall("^oom_kill ([0-9]+)$", events, re.M) or ["0"])[0])
+
+
+def read_text(path: str) -> str:
+    """Return a small file's text, "" if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+# === Running commands =================================================================
+#
+# The only section with threads: one per slot, each waits for the one command that it runs.
+# Threads share nothing with the machines. The loop puts jobs into a queue here, so that a
+# free slot need not ask for its next, and takes the events of the slots. It is woken for
+# these when the queue runs low, or when they have waited for REPORT_DELAY. concurrent.futures
+# does not serve: it cannot hold back queued jobs when a lease ends.
+
+SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then other workers may try
+POLL_INTERVAL: Seconds = 0.02  # between looks at processes that do not signal their end
+REAP_INTERVAL: Seconds = 1.0  # between looks for orphans: zombies must not pile up
+LOW_WATER = 2  # queued commands per slot: with fewer the loop is woken at once
+MAX_LATE_READS = 16  # after a command was killed: more than its pipes hold
+OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer slots "
+                 "(-j), or more memory")
+
+# a command was started (by time.monotonic()), has printed something, or has ended
 Event = Tuple[Job, Union[Seconds, Output, ExitRecord]]
+
+
+def reason_not_started(job: Job, error: Exception) -> str:
+    """Return why a command could not be started, and what can be done about it."""
+    if isinstance(error, OSError):
+        if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
+            return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
+                    f"exist on the worker (see --cwd)")
+        if error.errno == errno.E2BIG:
+            return "cannot start it: the command and its environment are too long for the system"
+        return f"cannot start it: {error.strerror}"
+    return f"cannot start it: {error}"  # a NUL byte, for one
+
+
+class Launcher:
+    """Starts commands: each in a shell that leads a process group."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker = worker  # its name, for the commands
+        self.inherited = [b"%s=%s" % row for row in os.environb.items()
+                          if row[0] not in COMMAND_VARIABLES]
+        self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
+        self.spawner: Optional[Spawner] = None
+        if not has_terminal():  # else commands need sessions of their own, which only Popen makes
+            with contextlib.suppress(ImportError, OSError, AttributeError):
+                self.spawner = Spawner(self.inherited)
+                set_close_on_exec()
+
+    def start(self, job: Job, slot: int) -> Tuple[int, Tuple[int, ...]]:
+        """Start a job's command. Return its pid and the pipes of its output. Raises OSError or
+        ValueError."""
+        apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
+        argv = [b"/bin/sh", b"-c", apart + to_bytes(job.cmd)]
+        pipes: List[Tuple[int, int]] = []
+        ours: Tuple[int, ...] = ()
+        try:
+            for _ in range(1 + job.split):
+                pipes.append(os.pipe())
+            pid = self.spawn(job, argv, self.variables(job, slot), pipes[0][1], pipes[-1][1])
+            self.restore_file_limit(pid)
+            ours = tuple(pipe for pipe, _ in pipes)
+            return pid, ours
+        finally:
+            for end in set(itertools.chain(*pipes)).difference(ours):
+                os.close(end)
+
+    def spawn(self, job: Job, argv: List[bytes], own: List[bytes], stdout: int, stderr: int) -> int:
+        """Start a program; return its pid. Popen does what Spawner cannot, or says why not."""
+        cwd = None if job.cwd is None else to_bytes(job.cwd)
+        environment = self.environment(job.env) if job.env else None
+        if self.spawner and b"\0" not in argv[-1] + (cwd or b""):
+            with contextlib.suppress(OSError):
+                return self.spawner.spawn(argv, own, environment, cwd, stdout, stderr)
+        rows = (environment or self.inherited) + own
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
+            start_new_session=True, env=dict(row.split(b"=", 1) for row in rows))
+        process.returncode = 0  # as if it was waited for: Process does that
+        return process.pid
+
+    def variables(self, job: Job, slot: int) -> List[bytes]:
+        """Return the values of COMMAND_VARIABLES for a job."""
+        pwd = job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")
+        values = (*map(str, (*job.key, slot, self.worker)), pwd)
+        return [b"%s=%s" % (name, to_bytes(value)) for name, value in zip(COMMAND_VARIABLES, values)]
+
+    def environment(self, more: Dict[str, str]) -> List[bytes]:
+        """Return our own environment with these variables, but without COMMAND_VARIABLES."""
+        ours = dict(row.split(b"=", 1) for row in self.inherited)
+        ours.update((to_bytes(name), to_bytes(value)) for name, value in more.items())
+        return [b"%s=%s" % row for row in ours.items() if row[0] not in COMMAND_VARIABLES]
+
+    def restore_file_limit(self, pid: int) -> None:
+        """Undo raise_file_limit() for a command, if the system can: `ulimit` takes a shell longer."""
+        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit and hasattr(resource, "prlimit"):
+            with contextlib.suppress(OSError):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, self.file_limit)
+
+
+class OutputReader:
+    """Collects a command's output, in the thread of its slot."""
+
+    def __init__(self, runner: Runner, job: Job, process: Process, output: Output,
+                 began: Seconds) -> None:
+        self.runner, self.job, self.process = runner, job, process
+        self.output, self.began = output, began
+        self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # that the command was started
+        self.streams = dict(zip(process.pipes, (1, 2)))
+        self.sizes = dict.fromkeys(process.pipes, PIPE_SIZE)  # of open pipes: bytes to read at once
+        self.poller = select.poll()
+        for pipe in process.pipes:
+            self.poller.register(pipe, select.POLLIN)
+
+    def read_until_end(self) -> None:
+        """Read until the leader has ended, and then for OUTPUT_GRACE what its children write.
+
+        SIGTERM ends a shell at once. Its children got it too: they have until SIGKILL to end.
+        """
+        self.wait_for_leader()
+        while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.pid):
+            self.poll(time.monotonic() + POLL_INTERVAL)
+        deadline = time.monotonic() + OUTPUT_GRACE  # `tee` may have something to pass on
+        while self.sizes and time.monotonic() < deadline:
+            self.poll(deadline)
+
+    def read_rest(self) -> None:
+        """Read what is in the pipes after all was killed, and close them."""
+        deadline = time.monotonic() + OUTPUT_GRACE
+        for _ in range(MAX_LATE_READS):
+            if not self.sizes or not self.poll(deadline):
+                break
+        for pipe in self.process.pipes:
+            os.close(pipe)
+
+    def wait_for_leader(self) -> None:
+        leader = pidfd(self.process.pid)
+        if leader < 0:
+            while not self.process.has_ended():
+                self.poll(time.monotonic() + POLL_INTERVAL)
+            return
+        self.poller.register(leader, select.POLLIN)
+        while leader not in self.poll(math.inf):
+            pass
+        self.poller.unregister(leader)
+        os.close(leader)
+
+    def poll(self, until: Seconds) -> Dict[int, int]:
+        """Read what there is, or comes until then. Return the descriptors that were ready."""
+        now = time.monotonic()
+        if now >= self.report_at:
+            self.report_at = math.inf
+            self.runner.report(self.job, self.began, urgent=True)
+        if 0 <= self.job.live_from < self.output.size and not self.job.output_told:
+            self.job.output_told = True
+            self.runner.report(self.job, self.output, urgent=True)
+        until = min(until, self.report_at)
+        ready = dict(self.poller.poll(None if until == math.inf else max(0.0, until - now) * 1000))
+        for pipe in [pipe for pipe in self.sizes if pipe in ready]:
+            self.read(pipe)
+        return ready
+
+    def read(self, pipe: int) -> None:
+        data = os.read(pipe, self.sizes[pipe])
+        if not data:
+            del self.sizes[pipe]
+            self.poller.unregister(pipe)
+            return
+        self.output.write(data, self.streams[pipe])
+        if len(data) == PIPE_SIZE:  # it was full: if it holds more, its writer waits less
+            self.sizes[pipe] = LARGE_PIPE // 4
+            with contextlib.suppress(OSError):  # not Linux, or too many of them
+                fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
 
 
 class Runner:
     """Runs jobs in threads. `wake()` is called, in any thread, when take_events() has something
-    that should not wait. With `adopting`, the orphans of commands have become children of our main
-    thread, which has no others."""
+    urgent. With `subreaper`, orphans are children of our main thread, which has no others."""
 
     def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
                  subreaper: bool = False, nice: int = 0) -> None:
-        self.nice = nice  # added to what we have ourselves, for commands
-        if nice and sys.platform != "linux":  # only there each thread has its own
+        self.nice = nice  # added to our own niceness, for commands
+        if nice and sys.platform != "linux":  # only Linux has a niceness for each thread
             with contextlib.suppress(OSError):
                 os.nice(nice)
         self.wake = wake
         self.slots = slots
-        self.name = name  # the worker's
-        self.inherited = [b"%s=%s" % row for row in os.environb.items()
-                          if row[0] not in COMMAND_VARIABLES]
+        self.launcher = Launcher(name)
         self.children_file = open_children() if subreaper else -1
-        self.files = resource.getrlimit(resource.RLIMIT_NOFILE)  # for commands
-        self.null = os.open(os.devnull, os.O_RDWR)
-        self.spawner: Optional[Spawner] = None
-        if not has_terminal():  # only in a session of its own a command cannot reach that
-            with contextlib.suppress(ImportError, OSError, AttributeError):
-                self.spawner = Spawner(self.inherited)
-                set_close_on_exec()
         self.reap_at: Seconds = 0.0
-        self.oom_kills, self.oom_at = oom_kills(), -math.inf  # how many, and when the last was found
+        self.oom_kills, self.oom_at = oom_kills(), -math.inf  # their number, when it last grew
         self.stuck: List[int] = []  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
-        self.waiting: OrderedDict[Key, Job] = OrderedDict()  # the line
+        self.waiting: OrderedDict[Key, Job] = OrderedDict()  # the queue
         self.threads: List[threading.Thread] = []
-        self.idle = 0  # how many of them wait for the bell
-        self.semaphore: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.events: Deque[Event] = deque()
-        self.wake_at: Seconds = math.inf  # when the loop must be woken for them
-        self.woken = False  # it was, and has not come for them yet
-        # guards line, idle threads and processes, and whoever reaps: nobody is signalled after that
-        self.lock = threading.Lock()
-        # of the commands that run; None while it is being started
-        self.processes: Dict[Key, Optional[Process]] = {}
-        self.closing = False  # what starts now is killed at once
-        self.kill_requests: Dict[Key, bool] = {}  # asked for while its process was being started
+        self.wake_at: Seconds = math.inf  # when the loop must be woken for these
+        self.woken = False  # the loop was woken, and has not taken them yet
+        # guards waiting, processes, and reaping: nobody signals a reaped process. Slots wait for it
+        self.lock = threading.Condition()
+        self.processes: Dict[Key, Process] = {}  # of the commands that run
+        self.closing = False  # a process that starts now is killed at once
 
     # --- for the loop
 
     def enqueue(self, job: Job) -> None:
-        """Put a job in line. Call start_jobs() after the last of a batch."""
+        """Put a job into the queue. Call start_jobs() after the last one of a batch."""
         with self.lock:
             self.waiting[job.key] = job
 
     def start_jobs(self, until: Seconds) -> None:
-        """Start what is in line, as slots become free, but nothing after `until`: call it again
-        before that, or all slots rest."""
+        """Start jobs of the queue as slots become free, but none after `until`: the loop must call
+        this again before that."""
         self.start_deadline = until
         now = time.monotonic()
-        if now >= self.wake_at:  # whoever should have said so is held up, in starting a command
+        if now >= self.wake_at:  # the slot that should wake us is held up: it starts a command
             self.wake_loop()
         with self.lock:
             wanted = len(self.waiting) if now < until else 0
-            called = min(self.idle, wanted)
-            self.idle -= called
-        for _ in range(called):
-            self.semaphore.put(None)
-        for _ in range(min(wanted - called, self.slots - len(self.threads))):
+            self.lock.notify(wanted)
+        for _ in range(min(wanted, self.slots - len(self.threads))):
             thread = threading.Thread(target=self.work, daemon=True, name="slot",
                                       args=(len(self.threads) + 1,))
             try:
                 thread.start()
-            except RuntimeError as error:  # no more threads: those that there are must do
+            except RuntimeError as error:  # no more threads: go on with those that run
                 while self.waiting and not self.threads:
-                    self.add_event(self.waiting.popitem(last=False)[1], requeued(str(error)))
+                    self.report(self.waiting.popitem(last=False)[1], requeued(str(error)))
                 return
             self.threads.append(thread)
 
     def recall(self, job: Job) -> bool:
-        """Hand a job back if it is in line; false if it is not."""
+        """Hand a job back if it is in the queue. Return whether it was."""
         with self.lock:
             waited = self.waiting.pop(job.key, None) is not None
         if waited:
-            self.add_event(job, requeued(RECALLED))
-            self.wake_loop()  # somebody waits for it
+            self.report(job, requeued(RECALLED), urgent=True)
         return waited
 
     def kill(self, job: Job, hard: bool) -> None:
-        """Hand a job back, or signal its process group: SIGTERM, or SIGKILL if hard. One whose
-        process is being started is killed as soon as it is there."""
+        """Hand a job back if it is in the queue; otherwise signal its process group."""
         if self.recall(job):
             return
         with self.lock:
-            process = self.processes.get(job.key)
-            if process is not None:
-                self.signal(process, hard)
-            elif job.key in self.processes:
-                self.kill_requests[job.key] = hard
+            if job.key in self.processes:
+                self.processes[job.key].signal(signal.SIGKILL if hard else signal.SIGTERM)
 
     def take_events(self) -> List[Event]:
-        """What has happened since the last time. Commands that ended soon were not told as started."""
+        """Return the events since the last call. A short command has no event of its start."""
         self.woken, self.wake_at = False, math.inf
         return [self.events.popleft() for _ in range(len(self.events))]
 
+    def close(self) -> None:
+        """Kill all that still runs, and let the threads end."""
+        with self.lock:
+            self.closing = True
+            for process in self.processes.values():
+                process.signal(signal.SIGKILL)
+            self.lock.notify_all()
+        for thread in self.threads:
+            thread.join(1.0)
+        if self.children_file >= 0:
+            kill_descendants(self.children_file)
+            os.close(self.children_file)
+        self.children_file = -1
+
     # --- in any thread
 
-    def add_event(self, job: Job, what: Union[Seconds, Output, ExitRecord]) -> None:
-        """Add to the news, and wake the loop if they should not wait."""
+    def report(self, job: Job, what: Union[Seconds, Output, ExitRecord],
+               urgent: bool = False) -> None:
+        """Add an event, and wake the loop if it should not wait."""
         now = time.monotonic()
         self.events.append((job, what))
         self.wake_at = min(self.wake_at, now + REPORT_DELAY)
-        if now >= self.wake_at or len(self.waiting) < LOW_WATER * self.slots:
+        if urgent or now >= self.wake_at or len(self.waiting) < LOW_WATER * self.slots:
             self.wake_loop()
 
     def wake_loop(self) -> None:
@@ -4105,37 +4322,11 @@ class Runner:
             self.woken = True
             self.wake()
 
-    def signal(self, process: Process, hard: bool) -> None:
-        process.terminating = not hard
-        number = signal.SIGKILL if hard else signal.SIGTERM
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(process.pid) != process.pid:  # a leader may, if of no session
-                os.kill(process.pid, number)
-                os.kill(process.pid, signal.SIGCONT)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-            os.killpg(process.pid, signal.SIGCONT)  # a stopped group hears nothing else
-
-    def close(self) -> None:
-        """Kill all that still runs, and let the threads end."""
-        with self.lock:
-            self.closing = True
-            for process in filter(None, self.processes.values()):
-                self.signal(process, True)
-        for _ in self.threads:
-            self.semaphore.put(None)
-        for thread in self.threads:
-            thread.join(1.0)
-        if self.children_file >= 0:
-            kill_descendants(self.children_file)
-            os.close(self.children_file)
-        if self.null >= 0:
-            os.close(self.null)
-        self.children_file = self.null = -1
+    # --- in the thread of a slot
 
     def work(self, slot: int) -> None:
-        """A slot's thread; slots are numbered from 1."""
-        if self.nice and sys.platform == "linux":  # processes have it from the thread that starts them
+        """Run jobs in this slot, numbered from 1, until we are closing."""
+        if self.nice and sys.platform == "linux":  # a process has the niceness of its thread
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(),
                                os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
@@ -4144,145 +4335,88 @@ class Runner:
                 record = self.run(job, slot)
             except Exception as error:  # a bug of ours is that command's failure, with a reason
                 record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
-                                reason=f"testcloud failed to run it: {error!r}")
-                self.forget(job)
-            self.add_event(job, record._replace(slot=slot))
+                                    reason=f"testcloud failed to run it: {error!r}")
+            with self.lock:
+                self.processes.pop(job.key, None)
+            self.report(job, record._replace(slot=slot))
 
     def next_job(self) -> Optional[Job]:
-        """Wait until there is one that may be started; None when we are closing."""
-        while True:
-            with self.lock:
-                if self.closing:
-                    return None
+        """Wait for a job that may be started. Return None when we are closing."""
+        with self.lock:
+            while not self.closing:
                 if self.waiting and time.monotonic() < self.start_deadline:
                     key, job = self.waiting.popitem(last=False)
-                    self.processes[key] = None
+                    self.processes[key] = Process()
                     return job
-                self.idle += 1
-            if self.events or self.waiting:  # the latter if our leave has just ended
-                self.wake_loop()
-            self.semaphore.get()
-
-    def forget(self, job: Job) -> None:
-        with self.lock:
-            self.processes.pop(job.key, None)
-            self.kill_requests.pop(job.key, None)
-
-    def variables(self, job: Job, slot: int) -> List[bytes]:
-        """What a command can know of itself, for its environment."""
-        run, id, attempt = job.key
-        return [b"%s=%s" % (mark, str(value).encode()) for mark, value in zip(
-            COMMAND_VARIABLES, (run, id, attempt, slot, self.name))] + [b"PWD=" + to_bytes(
-                job.env.get("PWD") or job.cwd or os.environ.get("PWD", ""))]
+                if self.events or self.waiting:  # the latter when the deadline has just passed
+                    self.wake_loop()
+                self.lock.wait()
+        return None
 
     def run(self, job: Job, slot: int) -> ExitRecord:
         """Run a job's command to its end."""
         job.output = output = Output(job.limit, job.split)
         job.cwd = job.cwd and os.path.expanduser(job.cwd)
         wall, began = time.time(), time.monotonic()
+        process = self.processes[job.key]
         try:
-            process = self.spawn(job, slot)
+            self.start_process(job, slot, process)
         except (OSError, ValueError) as error:
-            self.forget(job)
             return ExitRecord(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
-                          requeue=is_transient(error))
-        with self.lock:
-            self.processes[job.key] = process
-            if self.closing or job.key in self.kill_requests:
-                self.signal(process, self.closing or self.kill_requests.pop(job.key))
+                              requeue=is_transient(error))
+        reader = OutputReader(self, job, process, output, began)
         try:
-            if not self.read_short_output(process, output, began + SHORT_COMMAND):
-                self.read_output(job, process, output, began)
+            reader.read_until_end()
         finally:
-            for pipe in process.pipes:
-                os.close(pipe)
             self.kill_leftovers(job, process)
             code = process.wait()
+            reader.read_rest()
         output.end()
-        reason = f"no room for its output on the worker: {output.failure}" if output.failure else ""
         spent = (time.monotonic() - began) * 1000
-        if not reason and code in (-signal.SIGKILL, 128 + signal.SIGKILL) and self.oom_killed_since(began):
+        reason = f"no room for its output on the worker: {output.failure}" if output.failure else ""
+        killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+        if killed and not reason and self.oom_killed_since(began):
             reason = OUT_OF_MEMORY
         if code < 0:
             return ExitRecord(128 - code, spent, wall, output, signal=-code, reason=reason)
         return ExitRecord(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
 
-    def oom_killed_since(self, since: Seconds) -> bool:
-        """Whether the system has killed a process of our cgroup since then, for want of memory."""
-        count = oom_kills()
-        if count > self.oom_kills:
-            self.oom_at, self.oom_kills = time.monotonic(), count
-        return self.oom_at >= since
-
-    def spawn(self, job: Job, slot: int) -> Process:
-        """Start a job's command. What this machine lacks now it may have in a moment."""
-        for delay in SPAWN_DELAYS:
+    def start_process(self, job: Job, slot: int, process: Process) -> None:
+        """Start a job's command, again after a while if the machine lacks something. Raises
+        OSError or ValueError."""
+        delays = iter(SPAWN_DELAYS)
+        while True:
             try:
-                process = self.start_shell(job, self.variables(job, slot))
-                self.restore_file_limit(process.pid)
-                return process
+                pid, pipes = self.launcher.start(job, slot)
+                break
             except OSError as error:
-                if not is_transient(error) or not delay:
+                delay = next(delays, 0)
+                if not delay or not is_transient(error):
                     raise
                 if error.errno == errno.EMFILE:
                     raise_file_limit()
-                self.wake_loop()  # others' news should not wait for us
+                self.wake_loop()  # events must not wait for this
                 time.sleep(delay)
-                late = time.monotonic() >= self.start_deadline
-                if late or self.closing or job.key in self.kill_requests:
+                if time.monotonic() >= self.start_deadline or process.signalled:
                     raise
-        raise AssertionError("the last delay is 0")
+        with self.lock:
+            process.pid, process.pipes = pid, pipes
+            if process.signalled:
+                process.signal(process.signalled)
 
-    def restore_file_limit(self, pid: int) -> None:
-        """Give a command the limit of open files that we had, if we had to raise ours. (A shell
-        takes far longer to begin. Where the system cannot do this, it keeps ours.)"""
-        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.files and hasattr(resource, "prlimit"):
-            with contextlib.suppress(OSError):
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, self.files)
+    def oom_killed_since(self, when: Seconds) -> bool:
+        """Return whether the system has killed a process of our cgroup since then."""
+        count = oom_kills()
+        if count > self.oom_kills:
+            self.oom_at, self.oom_kills = time.monotonic(), count
+        return self.oom_at >= when
 
-    def start_shell(self, job: Job, variables: List[bytes]) -> Process:
-        """Start a shell with a job's command. What cannot be done the quick way is done, or found
-        to be impossible and why, the slow way."""
-        apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
-        argv = [b"/bin/sh", b"-c", apart + to_bytes(job.cmd)]
-        cwd = None if job.cwd is None else to_bytes(job.cwd)
-        environment = self.environment(job.env) if job.env else None
-        ours: List[int] = []
-        theirs: List[int] = []
-        try:
-            for _ in range(1 + job.split):
-                ends = os.pipe()
-                ours.append(ends[0])
-                theirs.append(ends[1])
-            if self.spawner and b"\0" not in argv[2] + (cwd or b""):
-                with contextlib.suppress(OSError):
-                    return Process(self.spawner.spawn(argv, variables, environment, cwd, (
-                        self.null, theirs[0], theirs[-1])), ours)
-            rows = (environment or self.inherited) + variables
-            process = subprocess.Popen(
-                argv, stdin=self.null, stdout=theirs[0], stderr=theirs[-1], cwd=cwd,
-                start_new_session=True, env=dict(row.split(b"=", 1) for row in rows))
-            process.returncode = 0  # as if it had been waited for: that is our business
-            return Process(process.pid, ours)
-        except BaseException:
-            for pipe in ours:
-                os.close(pipe)
-            raise
-        finally:
-            for pipe in theirs:
-                os.close(pipe)
-
-    def environment(self, more: Dict[str, str]) -> List[bytes]:
-        """Our own environment with other values, or more of them."""
-        ours = dict(row.split(b"=", 1) for row in self.inherited)
-        ours.update((to_bytes(name), to_bytes(value)) for name, value in more.items())
-        return [b"%s=%s" % row for row in ours.items() if row[0] not in COMMAND_VARIABLES]
+    # --- what commands leave behind
 
     def kill_leftovers(self, job: Job, process: Process) -> None:
-        """The leader has ended (and is a zombie still, if possible): kill what it left behind."""
+        """Kill what is left of a command. Its leader has ended, and was not reaped if possible."""
         with self.lock:
-            if self.processes.pop(job.key, None) is None:
-                return
+            self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         until = time.monotonic() + REAP_TIMEOUT
@@ -4294,178 +4428,37 @@ class Runner:
             time.sleep(0.001)
 
     def kill_orphans(self) -> List[int]:
-        """Reap the orphans that have ended, and kill those whose command has ended; returns
-        the latter, for they take a moment to die and may leave orphans in their turn."""
+        """Reap orphans that have ended, and kill those whose command has ended. Return the pids of
+        the latter: they need a moment to end, and may leave orphans in turn."""
         if self.children_file < 0:
             return []
         with self.lock:
             orphans = [pid for pid in read_children(self.children_file) if not reaped(pid)]
-            strays = [pid for pid in orphans if self.command_has_ended(pid)]
-            for pid in strays:
-                with contextlib.suppress(OSError):  # not ours to kill: it has become another user's
+            killed = [pid for pid in orphans if self.command_has_ended(pid)]
+            for pid in killed:
+                with contextlib.suppress(OSError):  # it has become another user's
                     os.kill(pid, signal.SIGKILL)
-        return [pid for pid in strays if pid not in self.stuck]
+        return [pid for pid in killed if pid not in self.stuck]
 
-    def command_has_ended(self, pid: int) -> bool:
-        """Whether the command of this orphan has ended. If it has hidden from whom it comes:
-        whether all commands that ran when it was started have."""
-        mark = environment_of(pid)
-        if "TESTCLOUD_WORKER" in mark:
-            key = tuple(mark.get("TESTCLOUD_" + name) for name in ("RUN", "SEQ", "ATTEMPT"))
+    def command_has_ended(self, orphan: int) -> bool:
+        """Return whether the command of an orphan has ended. An orphan without our variables may
+        belong to any command that was there when it was started."""
+        variables = environment_of(orphan)
+        if "TESTCLOUD_WORKER" in variables:
+            key = tuple(variables.get("TESTCLOUD_" + name) for name in ("RUN", "SEQ", "ATTEMPT"))
             alive = [(run, str(id), str(attempt)) for run, id, attempt in self.processes]
-            return mark["TESTCLOUD_WORKER"] != self.name or key not in alive
-        began = start_ticks(pid)
-        return all(process is not None and start_ticks(process.pid) > began
+            return variables["TESTCLOUD_WORKER"] != self.launcher.worker or key not in alive
+        began = start_ticks(orphan)
+        return all(process.pid and start_ticks(process.pid) > began
                    for process in self.processes.values())
 
     def reap(self) -> None:
-        """Call this often: from time to time it looks after orphans."""
+        """Care for orphans from time to time. The loop calls this in each round."""
         now = time.monotonic()
         if now >= self.reap_at:
             self.reap_at = now + REAP_INTERVAL
             self.kill_orphans()
-            self.oom_killed_since(now)  # lest a later command is taken for its victim
-
-    def read_short_output(self, process: Process, output: Output, until: Seconds) -> bool:
-        """Collect output for a moment; true if the command has ended with it: then there is nothing
-        more to wait for, and no need of what it takes to do so."""
-        if len(process.pipes) > 1:
-            return False
-        pipe, = process.pipes
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        left = until - time.monotonic()
-        while left > 0 and poller.poll(left * 1000):
-            data = os.read(pipe, PIPE_SIZE)
-            if not data:
-                return not process.terminating and process.has_ended()
-            output.write(data)
-            left = until - time.monotonic()
-        return False
-
-    def read_output(self, job: Job, process: Process, output: Output, began: Seconds) -> None:
-        """Collect output until the leader has ended, and then what its helpers still write for
-        OUTPUT_GRACE; then kill what it left behind. But if it was asked to end, so were its children,
-        and have the same grace: shells die at once."""
-        leader = pidfd(process.pid)
-        poller = select.poll()
-        for file in (*process.pipes, *([leader] if leader >= 0 else ())):
-            poller.register(file, select.POLLIN)
-        # the open pipes, and how much to read from each at a time
-        parts, streams = dict.fromkeys(process.pipes, PIPE_SIZE), dict(zip(process.pipes, (1, 2)))
-        ended, cleared, until = False, False, math.inf
-        reads_left = 16  # reads of what is in the pipe after `until`: we may have been stopped meanwhile
-        tell_at = min(began + REPORT_DELAY, self.wake_at)
-        while not cleared or (parts and reads_left):
-            now = time.monotonic()
-            reads_left -= cleared and now >= until
-            if now >= tell_at:
-                tell_at = math.inf
-                self.add_event(job, began)
-                self.wake_loop()
-            if 0 <= job.live_from < output.size and not job.output_told:
-                job.output_told = True
-                self.add_event(job, output)
-                self.wake_loop()
-            look_at = now + POLL_INTERVAL if leader < 0 or ended else math.inf
-            due = min(look_at if until == math.inf else until, tell_at)
-            events = dict(poller.poll(None if due == math.inf else max(0.0, due - now) * 1000))
-            if cleared and not events and time.monotonic() >= until:
-                break
-            for pipe in [pipe for pipe in parts if pipe in events]:
-                data = os.read(pipe, parts[pipe])
-                if not data:
-                    del parts[pipe]
-                    poller.unregister(pipe)
-                    continue
-                output.write(data, streams[pipe])
-                if len(data) == PIPE_SIZE:
-                    parts[pipe] = enlarge(pipe)
-            if not ended and (leader in events if leader >= 0 else process.has_ended()):
-                ended = True
-                if leader >= 0:
-                    poller.unregister(leader)
-                    os.close(leader)
-            if ended and until == math.inf and not (process.terminating and group_is_alive(process.pid)):
-                until = time.monotonic() + OUTPUT_GRACE  # tee, for one, has something to pass on
-            if not cleared and until < math.inf and (not parts or time.monotonic() >= until):
-                self.kill_leftovers(job, process)
-                cleared, until = True, time.monotonic() + OUTPUT_GRACE
-
-
-def enlarge(pipe: int) -> int:
-    """Let a pipe that was full hold more, so that whoever writes into it waits less often; how
-    much to read from it at a time."""
-    with contextlib.suppress(OSError):  # not Linux, or too many of them
-        fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
-    return LARGE_PIPE // 4
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether a command could not be started for want of something that comes and goes."""
-    return isinstance(error, OSError) and error.errno in (
-        errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-
-
-def reason_not_started(job: Job, error: Exception) -> str:
-    """Why a command could not be started, and what can be done about it."""
-    if isinstance(error, OSError):
-        if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
-            return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
-                    f"exist on the worker (see --cwd)")
-        if error.errno == errno.E2BIG:
-            return "cannot start it: the command and its environment are too long for the system"
-        return f"cannot start it: {error.strerror}"
-    return f"cannot start it: {error}"  # a NUL byte, for one
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use: affinity, and the cgroup's quota."""
-    try:
-        cpus = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        cpus = os.cpu_count() or 1
-    return max(1, min([cpus] + [int(quota) for quota in cgroup_quotas()]))
-
-
-def cgroup_quotas(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> List[float]:
-    """The CPU quotas, in CPUs, of our cgroup and those above it (versions 2 and 1)."""
-    quotas = []
-    for line in read_text(own).splitlines():
-        _, _, rest = line.partition(":")
-        kinds, _, path = rest.partition(":")
-        if kinds not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
-            continue
-        base = root if kinds == "" else os.path.join(root, kinds)
-        while True:
-            folder = os.path.join(base, path.strip("/"))
-            if kinds == "":
-                quota = read_text(os.path.join(folder, "cpu.max")).split()
-            else:
-                quota = [read_text(os.path.join(folder, "cpu.cfs_quota_us")).strip(),
-                         read_text(os.path.join(folder, "cpu.cfs_period_us")).strip()]
-            if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
-                quotas.append(int(quota[0]) / max(1, int(quota[1])))
-            if not path.strip("/"):
-                break
-            path = os.path.dirname(path.rstrip("/"))
-    return quotas
-
-
-def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
-    """How many processes of our cgroup (version 2) were killed for want of memory; 0 if unknown."""
-    path = re.search("^0::(.*)$", read_text(own), re.M)
-    events = read_text(f"{root}{path[1]}/memory.events") if path else ""
-    return int((re.findall("^oom_kill ([0-9]+)$", events, re.M) or ["0"])[0])
-
-
-def read_text(path: str) -> str:
-    """A small file's text, "" if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
+            self.oom_killed_since(now)  # a later command must not be taken for its victim
 
 
 # === Client ===========================================================================
