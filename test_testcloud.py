@@ -186,6 +186,310 @@ class MessagesTest(unittest.TestCase):
         self.assertEqual(tc.printable("x" * 100, 5), "xxxxx...")
 
 
+# === Scheduler ========================================================================
+
+
+class SmallWorld:
+    """A scheduler with a few workers, clients and tasks, beside an oracle that decides by brute
+    force: it looks at the plain facts, without ranking, caches or limits."""
+
+    HOSTS, LABELS = "gh", "xy"
+
+    def __init__(self, seed):
+        self.r = random.Random(seed)
+        self.now = 0.0
+        self.scheduler = tc.Scheduler()
+        self.scheduler.has_lease = True
+        self.clients = [tc.ClientLink(f"r{n}", n == 2, b"") for n in range(self.r.randint(1, 3))]
+        self.workers = []  # all that are not removed
+        self.names = itertools.count()
+        self.waited = Counter()  # decisions for others while a client had a task to be decided
+        self.seen = Counter()
+        for _ in range(self.r.randint(0, 3)):
+            self.come()
+
+    # the oracle
+
+    def eligible(self, task):
+        wanted = task.constraints
+        places = [(host, worker) for worker in self.scheduler.workers
+                  for (host, labels), slots in worker.capacity.items()
+                  if slots and wanted.needs <= labels and host not in wanted.never_on]
+        for meets in (lambda host, worker: host not in task.client.excluded,
+                      lambda host, worker: host == wanted.on,
+                      lambda host, worker: host != wanted.not_on,
+                      lambda host, worker: worker.name != wanted.avoid):
+            places = [place for place in places if meets(*place)] or places
+        return {worker for _, worker in places}
+
+    def may_start(self, client):
+        return client.owed < tc.CREDIT and (not client.from_above or self.scheduler.has_lease)
+
+    def fits(self, worker, task):
+        def busy_with(labels):
+            return sum(other.state in tc.BUSY and other.constraints.needs == labels
+                       for other in worker.tasks.values())
+        needs = task.constraints.needs
+        return not needs or len(worker.capacity) == 1 or busy_with(needs) < sum(
+            slots for (_, labels), slots in worker.capacity.items() if needs <= labels)
+
+    def busy(self, worker):
+        return [task for task in worker.tasks.values() if task.state in tc.BUSY]
+
+    def best(self, task, reserved, prefetch):
+        """The workers of which each would be the best for this task."""
+        def is_free_for(worker):
+            busy, holder = self.busy(worker), reserved.get(worker)
+            ahead = 0 if any(other.careful for other in busy) else prefetch[worker]
+            if not worker.ready or len(busy) >= worker.slots + ahead or not self.fits(worker, task):
+                return False
+            return holder in (None, task) or holder.state != tc.WAITING \
+                or not self.may_start(holder.client) or not self.fits(worker, holder) \
+                or worker not in self.eligible(holder)
+
+        def rank(worker):
+            free = worker.slots - len(self.busy(worker))
+            order = 2 if worker.silent else int(free <= 0)
+            return order, worker.name == task.avoid, -worker.weight, -free
+        able = list(filter(is_free_for, self.eligible(task)))
+        return {worker for worker in able if rank(worker) == min(map(rank, able))}
+
+    def is_unplaceable(self, task):
+        never, workers = task.constraints.never_on, self.scheduler.workers
+        if self.eligible(task) or not never and not task.client.from_above:
+            return False
+        if never and any(host not in never for worker in self.scheduler.away
+                         for host, _ in worker.capacity):
+            return False
+        return any(worker.slots for worker in workers) or not any(
+            task.constraints.needs <= labels for worker in workers
+            for _, labels in worker.capacity)
+
+    def next_tasks(self, client):
+        heads = [[task for task in queue if task.state == tc.WAITING][:1]
+                 for queue in (*client.retries.values(), client.waiting)]
+        return [task for head in heads for task in head] if self.may_start(client) else []
+
+    def decide(self):
+        """For each client in turn: the task to be decided, and its best workers."""
+        reserved = dict(self.scheduler.reservations)
+        prefetch = {worker: worker.prefetch for worker in self.scheduler.workers}
+        found = {}
+        for client in self.scheduler.turns:
+            for task in self.next_tasks(client):
+                best = self.best(task, reserved, prefetch)
+                if best and all(len(self.busy(worker)) >= worker.slots for worker in best) and (
+                        task.careful or self.all_may(task)):
+                    if len(best) > 1:  # either may be reserved: only one outcome is told apart
+                        return found, True
+                    (worker,) = best
+                    reserved[worker], prefetch[worker] = task, 0
+                elif best or self.is_unplaceable(task):
+                    found[client] = task, best
+                    break
+        return found, False
+
+    def all_may(self, task):
+        return self.eligible(task) != {w for w in self.scheduler.workers if w.slots}
+
+    # what happens
+
+    def set_lease(self, has_lease):
+        self.scheduler.has_lease = has_lease
+        for client in self.clients:
+            self.scheduler.take_turn(client)
+
+    def come(self):
+        worker = tc.WorkerLink(b"", f"w{next(self.names)}", False)
+        self.workers.append(worker)
+        self.scheduler.add_worker(worker)
+        self.change(worker)
+
+    def change(self, worker):
+        rows = {(self.r.choice(self.HOSTS), frozenset(self.r.sample(self.LABELS, self.r.randint(0, 2)))):
+                self.r.randint(0, 2) for _ in range(self.r.choice((1, 1, 1, 2)))}
+        worker.silent = self.r.random() < 0.1
+        self.scheduler.change_worker(worker, sum(rows.values()), self.r.choice((0, 0, 1)), rows)
+        self.scheduler.rank(worker)
+
+    def submit(self, client=None, attempt=1, avoid=""):
+        client = client or self.r.choice(self.clients)
+        client.last_id += 1
+        task = tc.Task(client, client.last_id, attempt, b"{}")
+        task.avoid, task.careful = avoid, attempt > 1 and self.r.random() < 0.2
+        if self.r.random() < 0.4:
+            def some(kinds):
+                return frozenset(self.r.sample(kinds, self.r.choice((0, 0, 1, 2))))
+            task.constraints = tc.Constraints(
+                some(self.LABELS), on=self.r.choice(["", *self.HOSTS]),
+                not_on=self.r.choice(["", *self.HOSTS]), avoid=self.r.choice(["", avoid]),
+                never_on=some(self.HOSTS) if self.r.random() < 0.5 else frozenset())
+        client.tasks[task.id] = task
+        self.scheduler.submit(task, attempt > 1)
+
+    def again(self, task):
+        worker = task.worker
+        self.scheduler.move(task, tc.GONE, None, self.now)
+        self.submit(task.client, task.attempt + 1, worker.name if worker else "")
+
+    def end(self, task):
+        worker = task.worker
+        self.scheduler.learn_duration(worker, self.r.choice((1.0, 1.0, 1.0, 1000.0)))
+        self.scheduler.move(task, tc.DELIVERED, worker, self.now)
+        self.scheduler.charge(task, self.r.choice((1, 1, 1, tc.CREDIT)))
+
+    def step(self):
+        r, running = self.r, [task for worker in self.workers for task in self.busy(worker)]
+        there = list(self.scheduler.workers)
+        kind = r.randrange(16)
+        if kind < 5:
+            client = r.choice(self.clients)
+            for _ in range(r.choice((1, 1, 2, 5))):
+                self.submit(client)
+        elif kind < 8 and running:
+            for task in r.sample(running, r.randint(1, len(running))):
+                self.end(task)
+        elif kind == 8 and running:
+            self.again(r.choice(running))
+        elif kind == 9 and len(self.workers) < 4:
+            self.come()
+        elif kind == 10 and there:
+            self.change(r.choice(there))
+        elif kind == 11 and there:
+            self.scheduler.suspend_worker(r.choice(there))
+        elif kind == 12 and self.workers:
+            worker = r.choice(self.workers)
+            if worker in self.scheduler.away and r.random() < 0.5:
+                self.scheduler.add_worker(worker)
+                self.change(worker)
+            else:
+                self.workers.remove(worker)
+                self.scheduler.remove_worker(worker)
+                for task in list(worker.tasks.values()):
+                    self.again(task)
+        elif kind == 13:
+            holders = [task.client for task in self.scheduler.reservations.values()]
+            client = r.choice(holders or self.clients)
+            client.excluded = frozenset(r.sample(self.HOSTS, r.randint(0, 2)))
+        elif kind == 14:
+            self.set_lease(not self.scheduler.has_lease)
+        elif kind == 15:
+            for client in self.clients:
+                for task in list(client.tasks.values()):
+                    if task.state == tc.DELIVERED or task.state == tc.WAITING and r.random() < 0.1:
+                        self.scheduler.move(task, tc.GONE, None, self.now)
+        self.now += r.choice((0.0, 0.01, 1.0))
+
+    def settle(self):
+        """Carry out all decisions, each compared with the oracle's."""
+        for task in self.scheduler.unplaceable(self.clients):
+            assert self.is_unplaceable(task)
+            self.scheduler.move(task, tc.GONE, None, self.now)
+        for client in self.clients:
+            assert client.in_turn or not self.next_tasks(client), "nobody will look at it"
+            assert client.owed == sum(task.cost for task in client.tasks.values())
+        decisions = self.scheduler.decisions()
+        while True:
+            expected, either = self.decide()
+            task, worker = next(decisions, (None, None))
+            if either:
+                self.seen["either"] += 1
+            elif task is None:
+                has_room = any(worker.has_room() for worker in self.scheduler.workers)
+                for waiting, best in expected.values():
+                    assert not best and not has_room, f"left waiting: {waiting.key}"
+            else:
+                client, (wanted, best) = next(iter(expected.items()))
+                assert task is wanted, f"{task.key} before {wanted.key}"
+                assert worker in best or not best and worker is None, f"{worker} is not of {best}"
+            if task is None:
+                break
+            assert worker is None or worker in self.eligible(task) and worker.has_room()
+            for client in self.clients:
+                waits = client in expected and client is not task.client
+                self.waited[client] = self.waited[client] + 1 if waits else 0
+                assert self.waited[client] < 2 * len(self.clients), "unfair"
+            if worker is None:
+                self.seen["unplaceable"] += 1
+                self.scheduler.move(task, tc.GONE, None, self.now)
+            else:
+                self.seen["beyond slots" if worker.free() <= 0 else "free slot"] += 1
+                self.seen["constrained"] += task.constraints != tc.UNCONSTRAINED
+                self.scheduler.move(task, tc.ASSIGNED, worker, self.now)
+                self.scheduler.move(task, tc.RUNNING, worker, self.now)
+        self.seen["reserved"] += len(self.scheduler.reservations)
+        assert len(self.scheduler.eligible_for) <= tc.MAX_CACHED_CONSTRAINTS
+        self.scheduler.check()
+
+    def recall(self):
+        free = [worker for worker in self.scheduler.workers if worker.ready and not worker.silent
+                and len(self.busy(worker)) < worker.slots]
+        prefetched = dict(self.scheduler.prefetched)
+        queued = [task for worker in self.workers if worker.ready
+                  for task in self.busy(worker) if len(self.busy(worker)) > worker.slots]
+        recalled = self.scheduler.recalls(self.now)
+        self.seen["recalled"] += len(recalled)
+        assert len({*recalled}) == len(recalled)
+        if {*free} - self.scheduler.reservations.keys() and prefetched.keys() & {*queued}:
+            assert recalled, "a slot is free, and tasks wait elsewhere"
+        assert free or not recalled or self.now >= min(
+            prefetched[task] for task in recalled) + tc.RECALL_DELAY
+        for task in recalled:
+            assert len(self.busy(task.worker)) > task.worker.slots and not task.worker.prefetch
+        for task in recalled:
+            self.again(task)
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.step()
+            self.settle()
+            self.recall()
+            self.settle()
+        self.finish()
+        return self.seen
+
+    def finish(self):
+        """Nobody starves: when what runs ends, what is placeable runs, in as many steps."""
+        self.set_lease(True)
+        for worker in [*self.scheduler.away]:
+            self.scheduler.add_worker(worker)
+            self.scheduler.change_worker(worker, worker.slots, worker.weight, worker.capacity)
+        for _ in range(10 + 2 * sum(len(client.tasks) for client in self.clients)):
+            for client in self.clients:
+                for task in [task for task in client.tasks.values() if task.state == tc.DELIVERED]:
+                    self.scheduler.move(task, tc.GONE, None, self.now)
+            self.settle()
+            running = [task for worker in self.workers for task in self.busy(worker)]
+            if running:
+                self.end(self.r.choice(running))
+        for client in self.clients:
+            for task in self.next_tasks(client):
+                assert not self.eligible(task), f"{task.key} starves"
+
+
+class SchedulerTest(unittest.TestCase):
+    WORLDS = 4000  # and 100 for each seed of `make soak`
+
+    def run_worlds(self, seeds):
+        seen = Counter()
+        for seed in seeds:
+            limits = random.Random(seed)
+            try:
+                with mock.patch.multiple(
+                        tc, MAX_PASSED_OVER=limits.randint(0, 4),
+                        MAX_CACHED_CONSTRAINTS=limits.randint(1, 4)):
+                    seen += SmallWorld(seed).run(steps=limits.randint(1, 24))
+            except Exception as error:
+                raise AssertionError(f"small world {seed}: {error!r}") from error
+        return seen
+
+    def test_it_decides_as_brute_force_does(self):
+        seen = self.run_worlds(range(self.WORLDS))
+        for kind in ("free slot", "beyond slots", "constrained", "reserved", "unplaceable", "recalled"):
+            self.assertGreater(seen[kind], self.WORLDS // 50, seen)
+        self.assertLess(seen["either"], self.WORLDS)
+
+
 # === Machines: a broker with people around it, by story ===============================
 
 
@@ -11816,6 +12120,11 @@ def soak_batch(first, count):
                 seen.update(test.world(seed, faults, adversary).seen, worlds=1)
             except AssertionError as error:
                 wrong.append(str(error))
+        try:
+            SchedulerTest().run_worlds(range(100 * seed, 100 * seed + 100))
+            seen["small worlds"] += 100
+        except AssertionError as error:
+            wrong.append(str(error))
     return seen, wrong
 
 

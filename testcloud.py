@@ -1278,6 +1278,7 @@ class Scheduler:
         # caches, until capacity changes
         self.slots_by_labels: Counter[FrozenSet[str]] = Counter()
         self.places_by_host: Dict[str, List[Place]] = {}
+        self.with_slots = 0  # how many workers have slots
         self.eligible_for: Dict[Constraints, Eligible] = {}
         self.saturated: Set[Eligible] = set()  # sets of workers of which none has room
 
@@ -1387,6 +1388,7 @@ class Scheduler:
     def places(self) -> Dict[str, List[Place]]:
         """Return all places of connected workers, by host."""
         if not self.places_by_host:
+            self.with_slots = sum(worker.slots > 0 for worker in self.workers)
             for worker in self.workers:
                 for (host, labels), slots in worker.capacity.items():
                     place = Place(host, labels, slots, worker)
@@ -1420,9 +1422,7 @@ class Scheduler:
         found = constraints.eligible(() if on in constraints.excluded else by_host.get(on, ()))
         if not found:
             found = constraints.eligible(itertools.chain.from_iterable(by_host.values()))
-            if len(found) == sum(1 for worker in self.workers if worker.slots):
-                return None
-        return frozenset(found)
+        return frozenset(found) if len(found) < self.with_slots else None
 
     def is_unplaceable(self, task: Task) -> bool:
         """Return whether no worker may run a task whose owner must not wait for one: it excludes
@@ -1520,9 +1520,11 @@ class Scheduler:
                 client.in_turn = False
                 continue
             passed_over += 1
+            self.turns.rotate(-1)
             for task in tasks:
                 worker = self.best_worker(task)
                 if worker is None and not self.ranking:
+                    self.turns.rotate(1)  # it is its turn still
                     return
                 if worker is None and not self.is_unplaceable(task):
                     continue
@@ -1532,7 +1534,6 @@ class Scheduler:
                 passed_over = 0
                 if worker is not None:
                     break
-            self.turns.rotate(-1)
 
     def reserves(self, task: Task, worker: WorkerSlots) -> bool:
         """Return whether this task reserves the worker's next free slot, because it must not
@@ -1600,8 +1601,10 @@ class Scheduler:
             ranked = [row[:3] for row in self.ranking if row[3:] == (worker.stamp, worker)]
             assert ranked == [(worker.order(), -worker.weight, -worker.free())] * worker.has_room()
             assert worker in self.workers or not worker.ready
+        assert self.reservations.keys() <= self.workers.keys()
         for workers in self.saturated:
-            assert workers is not None and not any(worker.has_room() for worker in workers)
+            assert workers is not None and workers <= self.workers.keys()
+            assert not any(worker.has_room() for worker in workers)
 
 
 # === Registry =========================================================================
