@@ -1011,6 +1011,14 @@ class BrokerTest(unittest.TestCase):
                 "name": name, "slots": 1, "join": 99, "below": [name], "running": [], "held": []}))
             d.expect(peer, "SHUN", token="r1", hosts=["h1"])
 
+    def test_a_command_that_wants_a_host_without_its_label_goes_to_another_host(self):
+        d = self.desk
+        d.join(b"w", slots=1, host="h1", weight=5)
+        d.join(b"v", slots=1, host="h2", labels=["gpu"])
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, attempt=2, needs=["gpu"], on="h1", elsewhere=True)
+        d.takes(b"v", "r1", 1, 2)
+
     def test_a_chained_broker_is_all_the_hosts_below_it(self):
         for wishes, takes in (({"on": "h1"}, {b"a"}), ({"on": "h2"}, {b"a"}), ({"on": "h3"}, {b"b"}),
                               ({"not_on": "h1"}, {b"a", b"b"}), ({"not_on": "h3"}, {b"a"}),
@@ -1629,6 +1637,91 @@ class BrokerTest(unittest.TestCase):
         d.expect(b"c", "LOST", tasks=[[2, 1]])
         d.wait(3.0)
         d.expect(b"c", "LOST", tasks=[[1, 1]])  # from now on it counts
+
+    def deadline_moves(self, seconds, begin, verb, **times):
+        """The broker says this verb so long after begin(desk), and its own stop does not count.
+        When it goes on, there is always REJOIN_TIME left."""
+        for age in (0.3, seconds - 0.3):
+            with self.subTest(age=age):
+                d = Desk(**times)
+                begin(d)
+                d.letters.clear()
+                d.wait(age)
+                d.pause(1000.0)
+                d.wait(max(seconds - age, tc.REJOIN_TIME) - 0.1)
+                self.assertNotIn(verb, [letter[3] for letter in d.letters])
+                d.wait(0.2)
+                self.assertIn(verb, [letter[3] for letter in d.letters])
+
+    def test_a_stop_of_the_broker_is_no_silence_of_a_worker(self):
+        self.deadline_moves(10.0, lambda d: d.run_one(), "LOST")
+
+    def test_a_stop_of_the_broker_is_no_silence_of_a_client(self):
+        self.deadline_moves(8.0, lambda d: d.run_one(), "CANCEL", client_lease=8.0)
+
+    def test_a_stop_of_the_broker_is_no_absence_of_a_worker(self):
+        def begin(d):
+            d.run_one()
+            d.gone(WORKERS, b"w")
+        self.deadline_moves(1.0, begin, "LOST")
+        self.deadline_moves(6.0, begin, "LOST", lost_grace=6.0)
+
+    def test_a_stop_of_the_broker_does_not_shorten_the_time_to_confirm(self):
+        def begin(d):
+            d.join(b"w")
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1)
+        self.deadline_moves(5.0, begin, "CANCEL")
+
+    def test_a_stop_of_the_broker_does_not_shorten_the_wait_for_workers_after_its_restart(self):
+        def submit(d):
+            d.hello(b"c", "r1", unreported=[1])
+            d.submit(b"c", 1, again=True, had="w")
+        self.deadline_moves(10.0, submit, "LOST")
+        d = Desk()  # one command after the other
+        d.hello(b"c", "r1", unreported=[1, 2])
+        d.submit(b"c", 1, again=True)
+        d.submit(b"c", 2, again=True, had="w")
+        d.pause(1000.0)
+        d.wait(9.0)
+        d.expect(b"c", "LOST", tasks=[[1, 1]])
+        d.quiet()
+        d.wait(1.1)
+        d.expect(b"c", "LOST", tasks=[[2, 1]])
+        d = self.desk  # nor for a client that comes only after the stop
+        d.wait(9.0)
+        d.pause(1000.0)
+        d.join(b"v")
+        submit(d)
+        d.quiet()
+        d.wait(0.9)
+        d.join(b"w", running=[["r1", 1, 1]])
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], worker="w")
+
+    def test_a_run_that_is_over_is_known_as_such_after_a_stop_of_the_broker(self):
+        d = self.desk
+        d.run_one()
+        d.gone(WORKERS, b"w")
+        d.client(b"c", "BYE")
+        d.letters.clear()
+        d.wait(20.0)
+        d.pause(1000.0)
+        d.wait(9.0)
+        d.worker(b"w2", 'READY {"name":"w","slots":1,"join":99,"running":[["r1",1,1]]}')
+        d.expect(b"w2", "CANCEL", token="r1", tasks=[[1, 1]])
+
+    def test_a_worker_may_be_back_late_just_after_a_stop_of_the_broker(self):
+        """It was stopped as well, if it runs on the same machine."""
+        d = Desk(queued_timeout=0.5)
+        d.join(b"w")
+        d.hello(b"c", "r1")
+        d.pause(1000.0)
+        d.submit(b"c", 1)
+        d.expect(b"w", "{")
+        d.wait(tc.REJOIN_TIME - 0.1)
+        d.quiet()
+        d.wait(0.2)
+        d.expect(b"w", "CANCEL")
 
     def test_who_is_stopped_again_and_again_gives_up_the_dead_all_the_same(self):
         for awake, gap in ((0.3, 0.4), (0.4, 0.4), (0.3, 3.0), (3.0, 20.0)):
@@ -2977,6 +3070,37 @@ class ChainTest(unittest.TestCase):
             d.wait(2.0)
             d.worker(b"w", 'READY {"name":"w"}')
         self.assertNotIn("CANCEL", [m[3] for m in d.letters])
+
+    def test_a_stop_does_not_shorten_the_time_for_which_commands_from_above_are_kept(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"id":1,"attempt":1,"cmd":"x"}', "up")
+        d.takes(b"w", "up", 1)
+        for seconds in [2.0] * 14 + [1000.0] + [2.0] * 13:
+            if seconds == 1000.0:
+                d.tell(BROKER, b"", "OK")
+                d.gone(BROKER, b"")
+                d.letters.clear()
+                d.pause(seconds)
+            else:
+                d.wait(seconds)
+            d.worker(b"w", 'READY {"name":"w"}')
+        self.assertNotIn("CANCEL", [letter[3] for letter in d.letters])
+
+    def test_after_a_long_stop_it_joins_again_before_it_starts_commands_from_above(self):
+        """What came meanwhile may be given to others by now."""
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.answer(broker="b0", above=["b0"], patience=5)
+        d.letters.clear()
+        d.pause(1000.0)
+        d.expect(b"", "READY", slots=1, running=[], held=[])
+        d.tell(BROKER, b"", '{"id":1,"attempt":1,"cmd":"x"}', "up")
+        d.quiet()
+        d.answer(broker="b0", above=["b0"], patience=5)
+        d.tell(BROKER, b"", '{"id":1,"attempt":2,"cmd":"x"}', "up")
+        d.expect(b"", "QUEUED", token="up", tasks=[[1, 2]])
+        d.takes(b"w", "up", 1, 2)
 
     def test_who_claims_to_be_above_a_broker_is_told_who_is_and_not_let_in(self):
         d = self.desk
