@@ -7310,14 +7310,20 @@ class ReportingTest(unittest.TestCase):
             self.reports.reporters = [tc.Timings(path)]
             self.report("a", time=70.0)
             with open(path, "w") as file:  # another client has just ended
-                file.write('{"old": 1.0, "a": 9.0}')
-            self.report("never ran", 126, reason="no directory")
+                file.write('{"a": 9.0, "old": 1.0}')
+            self.report("could not start", 126, reason="no directory", time=99.0)
+            self.report("never ran", 126, host="", time=99.0)
             self.end()
-            self.assertEqual(tc.read_timings(path), {"old": 1.0, "a": 0.07})
+            self.assertEqual([*tc.read_timings(path).items()], [("old", 1.0), ("a", 0.07)])
             with mock.patch.object(tc.Timings, "MAX_COMMANDS", 1):
                 self.reports.reporters = [tc.Timings(path)]
                 self.report("b", time=70.0)
                 self.end()
+            self.assertEqual(tc.read_timings(path), {"b": 0.07})
+            self.assertEqual(os.stat(os.path.dirname(path)).st_mode & 0o777, 0o700)
+            self.reports.reporters = [tc.Timings(path)]
+            self.report("short", time=49.0)
+            self.end()
             self.assertEqual(tc.read_timings(path), {"b": 0.07})
             for text in ("", "[]", '{"a":"b"}', "[" * 100_000):
                 with open(path, "w") as file:
@@ -7334,6 +7340,7 @@ class ReportingTest(unittest.TestCase):
         with mock.patch.object(tc, "makespan", wraps=tc.makespan) as tried:
             self.assertIn("; 500 slots would reach 1.00 s", tc.advice_on_slots([1.0] * 500, 8))
         self.assertLess(tried.call_count, 20)
+        self.assertEqual(tc.makespan([1.0, 1.0, 2.0], 2), 2.0)
         r = random.Random(3)
         for _ in range(100):
             times = [r.expovariate(1) for _ in range(r.randint(1, 50))]
@@ -7540,9 +7547,10 @@ class JUnitTest(unittest.TestCase):
         self.assertEqual([case.find("failure").attrib for case in found], [
             {"type": "Flaky", "message": "tried 3 times; other exit codes: 3 on h1, 0 on h1"},
             {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1 (2 times)"}])
-        row = outcome(verdict="FLAKY", tries=(tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
+        row = outcome(verdict="FLAKY", tries=(
+            tc.Try(2, "h0"), tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
         case, = cases(row, flaky_counts=True, output=b"passed")
-        self.assertTrue(case.findtext("failure").endswith("\n\non h1:\nwhy"))
+        self.assertTrue(case.findtext("failure").endswith("2 on h0, 3 on h1, 0 on h\n\non h1:\nwhy"))
 
     def test_outputs_of_tries_are_bounded_too(self):
         one = tc.Try(1, "h1", size=4096, output=b"\0" * 4096)
@@ -8052,6 +8060,12 @@ class PageTest(unittest.TestCase):
         pre = failure_in_page([b"a\xff\r\n\x1b[1m\rb"])
         self.assertEqual(pre.text, "\na\ufffd\n\\x1b[1m\\rb")
 
+    def test_no_output_and_a_character_between_its_halves(self):
+        text = Parsed(rendered([paged(1, "FAIL")], lambda outcome: iter([]))).one("section", id="failures")
+        self.assertIn("It wrote nothing.", text.text)
+        pre = failure_in_page([b"x" * (tc.HTML_OUTPUT - 1) + "☃".encode()])
+        self.assertTrue(pre.text.endswith("x☃"))
+
     def test_many_failures_share_the_room(self):
         failed = [paged(seq, "FAIL") for seq in range(1, 21)]
         with mock.patch.multiple(tc, HTML_ENTRIES=10, HTML_OUTPUTS=1000):
@@ -8068,13 +8082,50 @@ class PageTest(unittest.TestCase):
         self.assertEqual([(seq, row, at) for seq, _, _, row, at, _, _ in data["commands"]],
                          [(1, 0, 0.0), (2, 1, 1000.0), (3, -1, 0.0), (10, 2, 9000.0)])
 
-    def test_hosts_of_tries_are_hosts_of_the_run(self):
-        page = tc.HtmlReport(os.devnull, None)
-        page.outcomes = [paged(3, "FLAKY", tries=(tc.Try(7, "host8"), tc.Try(7, "host9")))]
-        summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40, "")
-        text = "".join(page.content(summary))
-        self.assertIn("<dt>hosts<dd>3<", text)
-        self.assertIn("<dt>failed only on host&lt;9&gt;<dd>4<", text)
+    def facts(self, *outcomes, **changes):
+        """The facts at the top of a report, by name."""
+        report = tc.HtmlReport(os.devnull, mock.Mock(output=lambda stored: []))
+        report.outcomes = outcomes
+        summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40)
+        text = "".join(report.content(summary._replace(**changes)))
+        return dict(re.findall("<dt>(.*?)<dd>(.*?)</div>", text))
+
+    def test_facts(self):
+        tried = paged(3, "FLAKY", tries=(tc.Try(7, "host8"), tc.Try(7, "host9")))
+        self.assertEqual(self.facts(tried, unable={"h": 2}), {
+            "took": "3.00 s", "hosts": "3", "result hash": "a" * 40,
+            "failed only on host&lt;9&gt;": "4", "could not start on h": "2"})
+        never = paged(4, "FAIL", **NEVER_RAN)
+        self.assertEqual(self.facts(never)["hosts"], "0")
+        self.assertIn("result hash of these", self.facts(never, complete=False))
+
+    def test_the_verdicts_that_occur_are_counted(self):
+        page = Parsed(rendered([paged(1), paged(2), paged(3, "FLAKY")]))
+        self.assertEqual([(link.attributes["href"], link.text) for link in page.all("a")[:3]], [
+            ("#verdict=OK", "✓ OK 2"), ("#verdict=FLAKY", "~ FLAKY 1"), ("#failures", "Failures")])
+
+    def test_how_a_command_ended(self):
+        for verdict, fields, said, where in (
+                ("FAIL", {"exitcode": 3}, "exit code 3", "; host1, slot 2 of host1-7-ab, 10.00 ms"),
+                ("FAIL", {"exitcode": 124, "signal": 15},
+                 "exit code 124; timed out; killed by SIGTERM", "; host1, slot 2"),
+                ("FAIL", dict(NEVER_RAN, reason="no worker\nhas gpu"),
+                 r"exit code 126; no worker\nhas gpu", "\n")):
+            page = Parsed(rendered([paged(1, verdict, **fields)]))
+            self.assertIn(f"✗ FAIL {said}{where}", page.one("section", id="failures").text)
+            self.assertEqual(page.data()["commands"][0][-1], said)
+        self.assertEqual(Parsed(rendered([paged(1)])).data()["commands"][0][-1], "")
+
+    def test_the_policy_knows_the_script_by_its_hash(self):
+        page = Parsed(rendered([]))
+        script = page.one("script", id=None).text
+        policy = page.one("meta", http_equiv="Content-Security-Policy").attributes["content"]
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        self.assertIn(f"script-src 'sha256-{digest}'; ", policy)
+
+    def test_the_script_knows_the_elements_of_the_page(self):
+        ids = {element.attributes.get("id") for element in Parsed(rendered([])).elements}
+        self.assertLessEqual(set(re.findall(r'\$\("(\w+)"\)', tc.HTML_SCRIPT)), ids)
 
     def test_other_tries_are_bars_and_their_outputs_are_shown(self):
         page = Parsed(rendered([paged(3, "ONLY", only_on="host9", tries=(

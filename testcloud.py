@@ -6671,7 +6671,7 @@ def xml_element(tag: str, text: str = "", *children: ET.Element, **attributes: s
 
 def xml_text(element: ET.Element) -> str:
     from xml.etree.ElementTree import tostring
-    return tostring(element, "unicode", short_empty_elements=False)
+    return tostring(element, "unicode")
 
 
 # === HTML report ======================================================================
