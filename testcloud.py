@@ -1561,13 +1561,13 @@ class Scheduler:
         another worker has a free one, or longer than RECALL_DELAY."""
         tasks: List[Task] = []
         queue = self.prefetched
-        while queue and not self.is_queued(queue[0][0]):
-            queue.popleft()
-        best = self.best_worker() if queue else None
-        while queue and best and not best.silent and len(tasks) < best.free():
-            tasks.append(queue.pop()[0])
-        while queue and queue[0][1] + RECALL_DELAY <= now:
+        while queue and (not self.is_queued(queue[0][0]) or queue[0][1] + RECALL_DELAY <= now):
             tasks.append(queue.popleft()[0])
+        best = self.best_worker() if queue else None
+        free = best.free() if best and not best.silent else 0
+        while queue and free > 0:
+            tasks.append(queue.pop()[0])
+            free -= self.is_queued(tasks[-1])
         tasks = [task for task in tasks if self.is_queued(task)]
         for task in tasks:
             assert task.worker is not None
