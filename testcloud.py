@@ -1720,9 +1720,10 @@ class Registry:
         self.run_of[peer] = client.run
         self.departed.pop(client.run, None)
 
-    def add_plain_client(self, peer: Peer, run: Run, now: Seconds) -> ClientLink:
-        self.run_of[peer] = run
-        return self.require_client(run, False, peer, now)
+    def add_plain_client(self, peer: Peer, broker: str, now: Seconds) -> None:
+        self.plain_peers += 1
+        run = self.run_of[peer] = f"{PLAIN}{broker}.{self.plain_peers}"
+        self.require_client(run, False, peer, now)
 
     def disconnect_client(self, peer: Peer) -> ClientLink:
         client = self.clients[self.run_of.pop(peer)]
@@ -1749,15 +1750,11 @@ class Registry:
         return worker
 
     def add_plain_worker(self, peer: Peer, now: Seconds) -> WorkerLink:
-        number = self.next_plain_number()
+        self.plain_peers += 1
         given = peer[:1] == b"\0"  # made by libzmq: only we know it, and nobody else should
-        worker = WorkerLink(peer, f"{PLAIN}{number}" if given else printable(peer), True)
+        worker = WorkerLink(peer, f"{PLAIN}{self.plain_peers}" if given else printable(peer), True)
         self.connect_worker(worker, peer, now)
         return worker
-
-    def next_plain_number(self) -> int:
-        self.plain_peers += 1
-        return self.plain_peers
 
     def connect_worker(self, worker: WorkerLink, peer: Peer, now: Seconds) -> None:
         """The worker is at this peer now, wherever it was before."""
@@ -1902,16 +1899,11 @@ class Upstream:
         self.owner = owner
         self.chained = chained
         self.session = Session(owner, "READY", self.greeting, owner.times)
+        if not chained:
+            self.session.next_greeting = math.inf
         self.above: List[str] = []  # the brokers above us, nearest first
         self.reported: Fields = {}  # capacity(), as the broker above knows it
         self.unsent: Dict[Key, Fields] = {}  # LOSTs that the broker above could not hear
-
-    def accepts(self, verb: str) -> bool:
-        return self.chained and self.session.accepts(verb)
-
-    def leased(self) -> bool:
-        """Return whether tasks from above may start: nobody else has been given them."""
-        return self.chained and self.session.leased()
 
     def waits_for(self) -> str:
         """Return what we wait for, in words; "" if we have joined, or are not chained."""
@@ -2009,17 +2001,6 @@ class Upstream:
         if not known.issuperset(present):
             self.join_again()
 
-    def tick(self, now: Seconds) -> None:
-        if self.chained:
-            self.session.tick(now)
-
-    def paused(self, gap: Seconds, now: Seconds) -> None:
-        if self.chained:
-            self.session.paused(gap, now)
-
-    def deadline(self) -> Seconds:
-        return min(self.session.next_greeting, self.owner.wait.deadline()) if self.chained else math.inf
-
     def check(self) -> None:
         """Raise AssertionError if its records disagree. For tests."""
         assert self.chained or not (self.session.joined or self.unsent or self.above)
@@ -2039,7 +2020,8 @@ class Dispatcher(Machine):
     """The tasks of a broker. It uses Registry (who is there), Scheduler (who gets what) and
     Upstream (the broker above)."""
 
-    def __init__(self, name: str, times: Times, chained: bool, now: Seconds) -> None:
+    def __init__(self, name: str, times: Times = Times(), chained: bool = False,
+                 now: Seconds = 0.0) -> None:
         super().__init__()
         self.name = name  # this incarnation
         self.times = times
@@ -2133,7 +2115,7 @@ class Dispatcher(Machine):
 
     def dispatch(self) -> None:
         """Carry out what the scheduler decides."""
-        self.scheduler.has_lease = self.upstream.leased()
+        self.scheduler.has_lease = self.upstream.session.leased()
         if self.upstream.chained:
             self.hand_back([client for client in self.scheduler.turns if client.from_above])
         for task, worker in self.scheduler.decisions():
@@ -2510,7 +2492,8 @@ class PartialReadys:
 class Membership(Dispatcher):
     """The clients and workers of a broker. Each layer calls only the layers before it."""
 
-    def __init__(self, name: str, times: Times, chained: bool, now: Seconds) -> None:
+    def __init__(self, name: str, times: Times = Times(), chained: bool = False,
+                 now: Seconds = 0.0) -> None:
         super().__init__(name, times, chained, now)
         self.limit = AnswerLimit()
         self.partial = PartialReadys(times.worker_expiry)
@@ -2678,18 +2661,16 @@ class Membership(Dispatcher):
         for client in self.registry.clients.values() if worker.below else ():
             self.tell_excluded(client, [worker])
         unwanted, recall, resend = self.reconcile(worker, fields)
-        self.cancel_unwanted(worker, unwanted)  # before OK lets it start them
+        for run, tasks in unwanted.items():  # before OK lets it start them
+            self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(recall)
         note = self.note_of_others(worker) if join == 1 else ""  # not at each new broker
         self.say(WORKERS, peer, "", "OK", dict(
             self.state_for_worker(), join=join, note=note, host=worker.host))
-        if worker.below:  # its own workers may have told it of these in between
-            self.cancel_unwanted(worker, unwanted)
+        for run, tasks in unwanted.items() if worker.below else ():
+            # in between, its own workers may have told it of these
+            self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(resend)
-
-    def cancel_unwanted(self, worker: WorkerLink, unwanted: Dict[Run, List[List[int]]]) -> None:
-        for run, tasks in unwanted.items():
-            self.say(WORKERS, worker.peer or b"", run, "CANCEL", {"tasks": tasks})
 
     def note_of_others(self, worker: WorkerLink) -> str:
         """Return a line for a worker whose user has other workers on the same host, or ""."""
@@ -2885,10 +2866,6 @@ def client_status(client: ClientLink, queued: int, waits_for: str) -> Fields:
 class Broker(Membership):
     """The whole broker. Its links are CLIENTS, WORKERS and, if it is chained, BROKER."""
 
-    def __init__(self, name: str, times: Times = Times(), chained: bool = False,
-                 now: Seconds = 0.0) -> None:
-        super().__init__(name, times, chained, now)
-
     # --- from clients and from the broker above
 
     def client_of(self, message: Message) -> Optional[ClientLink]:
@@ -2918,7 +2895,8 @@ class Broker(Membership):
             if "id" in message.fields:
                 self.say(CLIENTS, message.peer, "", "WHO")
                 return
-            self.add_plain_client(message.peer)
+            self.registry.add_plain_client(message.peer, self.name, self.now)
+            self.log(logging.INFO, f"plain client {printable(message.peer)} joined")
         client = self.client_of(message)
         if client is None:
             return
@@ -2938,11 +2916,6 @@ class Broker(Membership):
                 client.needs = needs
                 if not client.from_above and client.peer is not None:
                     self.answer_soon(CLIENTS, client.peer)  # OK tells it if nobody has them
-
-    def add_plain_client(self, peer: Peer) -> None:
-        run = f"{PLAIN}{self.name}.{self.registry.next_plain_number()}"
-        self.registry.add_plain_client(peer, run, self.now)
-        self.log(logging.INFO, f"plain client {printable(peer)} joined")
 
     def on_shun(self, message: Message) -> None:
         client = self.client_of(message)
@@ -3060,7 +3033,7 @@ class Broker(Membership):
     # --- from the broker above
 
     def accepts(self, link: str, verb: str) -> bool:
-        return link != BROKER or self.upstream.accepts(verb)
+        return link != BROKER or self.upstream.chained and self.upstream.session.accepts(verb)
 
     def on_ok(self, message: Message) -> None:
         self.upstream.above = message.fields.get("above", [])
@@ -3109,18 +3082,19 @@ class Broker(Membership):
             self.forget_worker(worker, "is gone", CRASH)
         self.partial.expire(now)
         self.expire_tasks()
-        self.upstream.tick(now)
+        self.upstream.session.tick(now)
         self.settle()
 
     def paused(self, gap: Seconds, now: Seconds) -> None:
         self.now = now
         self.shift_deadlines(gap, self.registry.paused(gap, now))
-        self.upstream.paused(gap, now)
+        self.upstream.session.paused(gap, now)
 
     def deadline(self) -> Seconds:
         return min(self.recovery_at, self.answer_at, self.limit.ends_at, self.partial.deadline(),
                    next(iter(self.unconfirmed.values()), math.inf), self.registry.deadline(),
-                   self.scheduler.deadline(), self.upstream.deadline())
+                   self.scheduler.deadline(), self.wait.deadline(),
+                   self.upstream.session.next_greeting)
 
     HANDLERS = {
         (CLIENTS, "HELLO"): "on_hello", (CLIENTS, COMMAND): "on_command",
