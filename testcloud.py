@@ -8005,7 +8005,7 @@ class DealerLink(SocketLink):
         self.role = role
         self.keys = keys
         self.hint = hint  # how to get a key
-        self.renew = renew  # returns other keys than before, if there are any
+        self.renew = renew  # returns the keys to use now, if there are any
         self.connect()
 
     def connect(self) -> None:
@@ -8035,7 +8035,7 @@ class DealerLink(SocketLink):
             super().retry(now)
             return
         keys = self.renew()
-        if keys is not None:
+        if keys is not None and keys != self.keys:
             self.keys = keys
             self.adapter.machine.key_changed(fingerprint(keys.pairs[self.role].public))
         self.reconnect()
@@ -8824,7 +8824,7 @@ def unique_name(keys: Optional[Keys] = None) -> str:
 
 
 def host_identity(given: Optional[str]) -> str:
-    """Return NAME/ID of this machine. Cloned machines differ in the boot's id only."""
+    """Return NAME/ID of this machine. Clones differ in the boot's id, containers in the name."""
     marks = read_text("/etc/machine-id") + read_text("/proc/sys/kernel/random/boot_id")
     if not marks:  # no Linux
         import uuid
@@ -8871,12 +8871,8 @@ def connect(loop: EventLoop, adapter: Adapter, address: str, role: str, keys: Op
             settings: argparse.Namespace) -> None:
     """Link the adapter to its broker. Keys that are found later replace refused ones."""
     def renew() -> Optional[Keys]:
-        nonlocal keys
         with contextlib.suppress(UsageError, SetupError):
-            found = find_keys(settings, role)[1]
-            if found is not None and found != keys:
-                keys = found
-                return found
+            return find_keys(settings, role)[1]
         return None
     DealerLink(loop, adapter, BROKER, address, role, keys,
                f"copy its cloud's {KEY_FILE} beside this script (see --key)", renew)
@@ -9544,6 +9540,20 @@ class ClientRun:
             raise error
         self.loop.post(fail)
 
+    def run(self) -> int:
+        """Run to the end, and return the exit status. When results cannot be written, stop the
+        commands and raise SetupError."""
+        try:
+            return self.end(self.loop.run())
+        except OSError as error:
+            if not self.client.left:
+                self.client.leave(3)
+            self.loop.flush()
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise SetupError(f"cannot write the results ({error.strerror}): is there room on the "
+                             f"disk, and in {tempfile.gettempdir()}?") from None
+
     def end(self, status: int) -> int:
         """Report a run that ended with this status; return the client's exit status."""
         settings, client, earlier = self.settings, self.client, self.earlier
@@ -9589,7 +9599,6 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         if not settings.sources and sys.stdin.isatty():
             client_run.tell("reading commands from the terminal, one a line; end with Ctrl-D")
         InputReader(loop, client, client_run.add, source)
-        stack.enter_context(stop_on_write_error(loop, client))
         if not settings.json and not client_run.display.quiet:
             client_run.display.transcript.line(f"Connecting to {address}")
         if settings.local:
@@ -9600,7 +9609,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
                 loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0)))
         else:
             connect(loop, client_run.adapter, address, CLIENT_ROLE, keys, settings)
-        return client_run.end(loop.run())
+        return client_run.run()
 
 
 def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
@@ -9619,21 +9628,6 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
     loop.post(lambda now: worker.connected(BROKER, now))
     loop.post(lambda now: client.connected(BROKER, now))
     return runner
-
-
-@contextlib.contextmanager
-def stop_on_write_error(loop: EventLoop, client: Client) -> Iterator[None]:
-    """When results cannot be written any more, stop the run's commands. Raises SetupError."""
-    try:
-        yield
-    except OSError as error:
-        if not client.left:
-            client.leave(3)
-        loop.flush()
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise SetupError(f"cannot write the results ({error.strerror}): is there room on the "
-                         f"disk, and in {tempfile.gettempdir()}?") from None
 
 
 def report_incomplete(client: Client, status: int) -> None:
@@ -9790,17 +9784,15 @@ class StatusScreen:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line. The help of a role begins with examples and has no other
+    blank lines, so that it fits a screen."""
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message} (see: {self.prog} --help)")
 
-
-class RoleParser(Parser):
-    """Help with examples first and no blank lines after them, so that it fits a screen."""
-
     def format_help(self) -> str:
-        return EXAMPLES.get(self.prog.split()[-1], "") + super().format_help().replace("\n\n", "\n")
+        role, text = self.prog.split()[-1], super().format_help()
+        return EXAMPLES.get(role, "") + text.replace("\n\n", "\n") if role in OPTIONS else text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -9808,8 +9800,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
-    roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE",
-                                  parser_class=RoleParser)
+    roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE")
     for role, (purpose, groups) in OPTIONS.items():
         part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
                                 usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
