@@ -490,6 +490,122 @@ class SchedulerTest(unittest.TestCase):
         self.assertLess(seen["either"], self.WORLDS)
 
 
+# === Registry =========================================================================
+
+
+class RegistryTest(unittest.TestCase):
+    """Who is there, without any message: `now` is all that passes."""
+
+    TIMES = tc.Times(worker_expiry=10, client_lease=30, lost_grace=1, ready_interval=2)
+
+    def setUp(self):
+        self.registry = tc.Registry(self.TIMES)
+        self.addCleanup(self.registry.check)
+
+    def worker(self, name, peer=b"w", now=0.0, **more):
+        worker = self.registry.add_worker(name, name)
+        for key, value in more.items():
+            setattr(worker, key, value)
+        self.registry.connect_worker(worker, peer, now)
+        return worker
+
+    def client(self, run, peer=b"c", now=0.0):
+        client = self.registry.require_client(run, False, peer, now)
+        self.registry.connect_client(client, peer)
+        return client
+
+    def test_a_client_that_comes_back_is_known_at_its_new_peer_only(self):
+        client = self.client("r")
+        self.registry.disconnect_client(b"c")
+        self.assertIsNone(client.peer)
+        self.assertIsNone(self.registry.client_at(b"c"))
+        self.assertIs(self.client("r", b"d"), client)
+        self.assertIs(self.client("r", b"e"), client)
+        self.assertEqual((self.registry.client_at(b"d"), self.registry.client_at(b"e")), (None, client))
+
+    def test_a_run_of_which_only_workers_spoke_belongs_to_the_first_client(self):
+        unclaimed = self.registry.require_client("r", True, None, 0.0)
+        self.assertFalse(unclaimed.claimed)
+        self.assertIs(self.client("r"), unclaimed)
+        self.assertEqual((unclaimed.claimed, unclaimed.link), (True, CLIENTS))
+
+    def test_a_run_that_is_over_is_remembered_for_a_lease(self):
+        self.registry.remove_client(self.client("r"), 5.0)
+        self.assertEqual((self.registry.clients, self.registry.run_of), ({}, {}))
+        self.assertIn("r", self.registry.departed)
+        self.assertEqual(self.registry.deadline(), 35.0)
+        self.registry.overdue_workers(34.9)
+        self.assertIn("r", self.registry.departed)
+        self.registry.overdue_workers(35.0)
+        self.assertFalse(self.registry.departed)
+
+    def test_a_broken_connection_has_a_grace_and_that_of_a_broker_is_longer(self):
+        worker, broker = self.worker("w"), self.worker("b", b"b", below=["b"])
+        for it in (worker, broker):
+            self.registry.disconnect_worker(it, 5.0)
+        self.assertEqual((self.registry.away, self.registry.workers), ({worker: 6.0, broker: 15.0}, {}))
+        self.assertEqual(self.registry.overdue_workers(6.0), [worker])
+        self.registry.remove_worker(worker)
+        self.registry.connect_worker(broker, b"b2", 7.0)
+        self.assertEqual(self.registry.workers, {b"b2": broker})
+        self.assertEqual(self.registry.overdue_workers(99.0), [])
+
+    def test_silence_counts_from_the_last_sign_of_life_of_each(self):
+        first, second = self.worker("w1", b"1"), self.worker("w2", b"2", now=1.0)
+        client = self.client("r")
+        self.assertEqual(self.registry.deadline(), 10.0)
+        self.registry.heard(WORKERS, b"1", 4.0)
+        self.registry.heard(CLIENTS, b"c", 4.0)
+        self.registry.heard(WORKERS, b"nobody", 4.0)
+        self.assertEqual(self.registry.silent_workers(10.9), [])
+        self.assertEqual(self.registry.silent_workers(11.0), [second])
+        self.assertEqual(self.registry.silent_workers(14.0), [second, first])
+        self.assertEqual(self.registry.silent_clients(33.9), [])
+        self.assertEqual(self.registry.silent_clients(34.0), [client])
+
+    def test_no_deadline_passes_while_we_are_stopped_or_soon_after(self):
+        worker, away = self.worker("w", b"1"), self.worker("a", b"2")
+        client = self.client("r")
+        self.registry.remove_client(self.client("gone", b"g"), 0.0)
+        self.registry.disconnect_worker(away, 0.0)
+        grace = self.registry.paused(100.0, 100.5)
+        self.assertEqual(grace, 102.5)
+        self.assertEqual(self.registry.silent_workers(109.9), [])
+        self.assertEqual(self.registry.silent_workers(110.0), [worker, away])
+        self.assertEqual(self.registry.silent_clients(129.9), [])
+        self.assertEqual(self.registry.silent_clients(130.0), [client])
+        self.assertEqual(self.registry.away[away], grace)
+        self.assertEqual(self.registry.departed["gone"], 130.0)
+        self.registry.disconnect_worker(worker, 101.0)
+        self.assertEqual(self.registry.away[worker], grace)
+
+    def test_names_belong_to_a_key_and_a_closed_connection_to_none(self):
+        self.assertEqual(self.registry.fingerprint_of(CLIENTS, b"c"), "")
+        self.registry.identified(CLIENTS, b"c", "key")
+        self.assertEqual(self.registry.fingerprint_of(CLIENTS, b"c"), tc.fingerprint("key"))
+        for link, peer in ((WORKERS, b"c"), (CLIENTS, b"d")):
+            with self.assertRaises(tc.ProtocolError):
+                self.registry.fingerprint_of(link, peer)
+        self.registry.forget_key(CLIENTS, b"c")
+        with self.assertRaises(tc.ProtocolError):
+            self.registry.fingerprint_of(CLIENTS, b"c")
+
+    def test_workers_of_one_user_on_one_host_are_found(self):
+        first = self.worker("w1", b"1", user="ann")
+        first.host = "vm"
+        self.registry.at_host = {"vm": {first: None}}
+        workers = [first]
+        for n, user in enumerate(("ann", "bob", ""), 2):
+            worker = self.registry.add_worker(f"w{n}", "vm")
+            worker.user = user
+            self.registry.connect_worker(worker, b"%d" % n, 0.0)
+            workers.append(worker)
+        self.assertEqual([[*map(workers.index, self.registry.others_of_user(it))] for it in workers],
+                         [[1], [0], [], []])
+        self.registry.disconnect_worker(workers[1], 0.0)
+        self.assertFalse(self.registry.others_of_user(first))
+
+
 # === Machines: a broker with people around it, by story ===============================
 
 

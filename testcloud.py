@@ -1177,8 +1177,8 @@ class ClientQueue:
             self.waiting.append(task)
 
     def next_tasks(self) -> List[Task]:
-        """Return the first task of each queue: of at most MAX_RETRY_KINDS kinds of retries, in turns,
-        and of first attempts."""
+        """Return the first task of each queue: of first attempts, and of MAX_RETRY_KINDS kinds of
+        retries at most, in turns."""
         found = []
         for kind in list(itertools.islice(self.retries, MAX_RETRY_KINDS)):
             queue = self.retries.pop(kind)
@@ -1478,7 +1478,8 @@ class Scheduler:
             return None
         passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
-        while self.ranking and best is None and (among is None or len(passed_over) < MAX_PASSED_OVER):
+        limit = math.inf if among is None else MAX_PASSED_OVER
+        while self.ranking and best is None and len(passed_over) < limit:
             row = self.ranking[0]
             if row[3] != row[4].stamp:
                 heapq.heappop(self.ranking)
@@ -2460,7 +2461,8 @@ class PartialReadys:
         later ones must join again. Raises ProtocolError if it is no such part."""
         size = max(len(fields.get(key, ())) for key in TASK_LISTS)
         if "join" not in fields or size > MAX_READY_TASKS:
-            raise ProtocolError(f"READY with 'more' needs 'join', and at most {MAX_READY_TASKS} tasks")
+            raise ProtocolError(
+                f"READY with 'more' needs 'join', and at most {MAX_READY_TASKS} tasks")
         _, parts = self.parts.pop(peer, (0.0, []))
         if parts and parts[0]["join"] != fields["join"]:
             parts = []
@@ -3121,8 +3123,8 @@ def cut_mark(sent: int, size: int) -> str:
 
 
 def cut_output(output: bytes, size: int) -> str:
-    """The text of an output of so many bytes, or as many as these, which are its first: no more than
-    a plain client gets, to the end of a character, and a mark if there are more."""
+    """Return as text what a plain client gets of an output: at most PLAIN_INLINE bytes, whole
+    characters, and a mark if that is not all. `size` counts all bytes, `output` has the first."""
     size = max(size, len(output))
     if len(output) == size <= PLAIN_INLINE + 100:  # as much as a mark, which may be there already
         return to_text(output)
@@ -3133,7 +3135,7 @@ def cut_output(output: bytes, size: int) -> str:
 
 
 def plain_workers_fields(message: Message) -> Fields:
-    """What we pass on of a plain worker's RESULT: the fields of the seed, in bounds."""
+    """Return what we pass on of a plain worker's RESULT: the fields of the seed, bounded."""
     fields = message.fields
     stdout = NO_BYTE.sub("\ufffd", fields.get("stdout", ""))
     if len(message.line) > MAX_RESULT:
@@ -3142,7 +3144,7 @@ def plain_workers_fields(message: Message) -> Fields:
 
 
 def plain_result(task: Task, fields: Fields) -> Fields:
-    """A RESULT as plain clients know it, from any kind of worker's."""
+    """Return a RESULT as plain clients know it, from that of any worker."""
     stdout = cut_output(to_bytes(fields.get("stdout", "")), fields.get("size", 0))
     if fields.get("reason"):
         stdout += f"testcloud: {fields['reason']}\n"
