@@ -106,7 +106,7 @@ def check_broker(broker):
 
 class MessagesTest(unittest.TestCase):
     EXAMPLES = {
-        "{": {"cmd": "pi 2", "cwd": "/tmp", "id": 1, "attempt": 1, "again": True},
+        "{": {"cmd": "pi 2", "cwd": "/tmp", "shell": "bash", "id": 1, "attempt": 1, "again": True},
         "HELLO": {"run": "a1", "join": 1, "unreported": [1, 2]},
         "READY": {"name": "w", "slots": 2, "weight": -5, "running": [["a", 1, 1]], "held": [],
                   "below": ["x"], "crew": [["h1", 1], ["h2", 9, "gpu"]], "join": 3, "depth": 1},
@@ -156,6 +156,7 @@ class MessagesTest(unittest.TestCase):
 
     MALFORMED = [
         b"NOPE", b"ready", b"READY{}", b"{", b"{]", b'{"cmd":1}', b"{}", b'["cmd"]', b"\xff\xfe",
+        b'{"cmd":"x","shell":1}',
         b"QUEUED [", b"QUEUED 5", b'QUEUED {"tasks":5}', b'QUEUED {"tasks":[[1]]}',
         b'QUEUED {"tasks":[[1,"2"]]}', b'QUEUED {"tasks":[[-1,2]]}', b'RESULT {}', b"RESULT",
         b'RESULT {"exitcode":"0"}', b'RESULT {"exitcode":true}', b'RESULT {"exitcode":1.5}',
@@ -4492,6 +4493,12 @@ class WorkerTest(unittest.TestCase):
         b.collect()
         b.expect("READY", slots=2, load=3.5)
 
+    def test_a_command_may_name_its_shell(self):
+        for more, shell in (({"shell": "bash"}, "bash"), ({}, "/bin/sh"), ({"shell": ""}, "/bin/sh")):
+            self.setUp()
+            self.give(1, **more)
+            self.assertEqual(self.bench.effect(tc.Start).job.shell, shell)
+
     def test_accepts_more_than_its_slots(self):
         b = self.bench
         for id in (1, 2, 3):
@@ -5488,6 +5495,42 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(tc.oom_kills(self.dir, own), 5)
         self.assertEqual((tc.oom_kills("/nowhere", own), tc.oom_kills(self.dir, "/no")), (0, 0))
 
+    def run_in(self, shell, cmd, **more):
+        how = self.result(self.start(cmd, shell=shell, **more))
+        return how.exitcode, how.output.read(0, 999), how.reason
+
+    @unittest.skipUnless(shutil.which("bash"), "no bash")
+    def test_another_shell(self):
+        cmd = "set -o pipefail; a=(1 2); false | cat <(echo ${a[1]}) -; echo $? $0"
+        bash = shutil.which("bash")
+        with mock.patch.dict(os.environ, SHELL="/bin/false"):
+            for shell in (bash, "bash"):
+                self.assertEqual(self.run_in(shell, cmd), (0, f"2\n1 {bash}\n".encode(), ""))
+            for shell in ({}, {"shell": ""}):
+                how = self.result(self.start("echo $0 $SHELL", **shell))
+                self.assertEqual(how.output.read(0, 99).split()[0], b"/bin/sh")
+        self.assertEqual(self.run_in("bash", "-x 2> /dev/null; echo $?")[1], b"127\n")
+        self.assertEqual(self.run_in(bash, "pwd; echo $B", cwd="/", env={"B": "b"})[1], b"/\nb\n")
+
+    def test_a_shell_that_the_worker_lacks(self):
+        file = os.path.join(self.dir, "shell")
+        with open(file, "w") as text:
+            text.write("no program")
+        for shell, reason in (
+                ("/no/such/shell", "this worker has no shell /no/such/shell (see --shell)"),
+                ("no-such-shell", "this worker has no shell no-such-shell (see --shell)"),
+                ("shell", "this worker has no shell shell (see --shell)"),  # not from the directory
+                (file, f"this worker cannot execute the shell {file}: Permission denied (see --shell)"),
+                (f"{file}/sh", f"this worker has no shell {file}/sh (see --shell)"),
+                ("/bin/s\0h", "cannot start it: embedded null byte")):
+            with self.subTest(shell):
+                how = self.result(self.start("true", self.dir, shell=shell))
+                self.assertEqual((how.exitcode, how.reason), (tc.NOT_RUN, reason))
+                self.assertEqual((how.requeue, how.time), (False, 0.0))
+        os.chmod(file, 0o700)
+        self.assertIn("Exec format error", self.run_in(file, "true")[2])
+        self.assertIn("cannot enter directory", self.run_in("/no/shell", "true", cwd="/no/dir")[2])
+
     def test_a_command_is_no_option_of_the_shell(self):
         for cmd in ("-x", "+x", "-c 'exit 3'", "--version", "-"):
             code, output = self.run_one(cmd)
@@ -6020,6 +6063,18 @@ class ClientTest(unittest.TestCase):
         self.assertEqual([row[:2] for row in report.command.tries.values()],
                          [(3, "h"), (4, "i"), (5, "?")])
         self.assertEqual(report.command.verdict, tc.FAIL)
+
+    def test_a_shell_that_a_worker_lacks_is_looked_for_on_another_host(self):
+        self.client = tc.Client("r1", options=tc.RunOptions(shell="zsh"))
+        b = self.bench = Bench(self.client)
+        b.expect("HELLO")
+        self.join()
+        self.add("a", end=True)
+        b.effect(tc.RunStarted)
+        b.expect("{", id=1, attempt=1, shell="zsh")
+        self.result(1, exitcode=126, time=0.0, ran=False, worker="w", host="h",
+                    reason="this worker has no shell zsh (see --shell)")
+        b.expect("{", id=1, attempt=2, shell="zsh", never_on=["h"])
 
     def test_what_a_failed_try_printed_last_is_kept_while_there_is_room(self):
         self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
@@ -9447,6 +9502,14 @@ class CommandLineTest(unittest.TestCase):
                 check = [shell, "--no-execute"] if shell == "fish" else [shell, "-n"]
                 self.assertEqual(subprocess.run(check, input=text, text=True).returncode, 0)
 
+    def test_a_shell_for_local_commands_and_none_for_a_dry_run(self):
+        for argv, found in (
+                (("--local", "--raw", "--shell", "/bin/echo", "a b", ":::", "c"), (0, "-c a b c\n")),
+                (("--dry-run", "--shell", "/no/such", "a b", ":::", "c"), (0, "a b c\n"))):
+            done = subprocess.run([sys.executable, SCRIPT, "client", *argv], capture_output=True,
+                                  text=True, timeout=PATIENCE)
+            self.assertEqual((done.returncode, done.stdout), found, done.stderr)
+
     def test_wrong_usage_is_one_line_and_status_2(self):
         for argv in ([], ["nonsense"], ["client", "--nonsense"], ["worker", "-j", "0"],
                      ["worker", "-j", "x"], ["worker", "--connect", "a b"],
@@ -9464,7 +9527,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--timeout", "s"], ["client", "--timeout", "0"],
                      ["client", "--max-output", "0"], ["client", "--retries", "0"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
-                     ["client", "-j", "2"], ["client", "-C", ""], ["client", "--resume"],
+                     ["client", "-j", "2"], ["client", "-C", ""], ["client", "--shell", ""], ["client", "--resume"],
                      ["client", "--joblog", ""], ["client", "--connect", ""], ["client", "--key", ""],
                      ["client", "--expect", ""], ["client", "--expect", "1" * 39 + "g"],
                      ["client", "--html", "a", "--junit", "./a"], ["keygen", ""],
@@ -10247,6 +10310,27 @@ class ProcessesTest(unittest.TestCase):
         self.assertEqual(out.count("OK!"), 26)
         self.assertIn("x" * 200000, out)
         self.assertEqual(self.cloud.client(bottom, ["true"])[0], 0)  # it has clients of its own
+
+    def test_a_shell_in_a_chain_of_which_one_worker_lacks_it(self):
+        folder = os.path.join(self.cloud.dir, "bin")
+        os.mkdir(folder)
+        with open(os.path.join(folder, "shell"), "w") as file:
+            file.write("#!/bin/sh\necho $SHELL: $2\n")
+        os.chmod(file.name, 0o755)
+        top = self.cloud.broker()
+        bottom = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--upstream", top.workers)
+        self.cloud.worker(top, "--host", "lacks", "--weight", "1", "-j", "2")
+        self.cloud.worker(bottom, "--host", "has", "-j", "1", env=dict(
+            os.environ, PATH=f"{folder}:{os.environ['PATH']}", SHELL="mine"))
+        commands = ["a <(b)", "c"]
+        self.cloud.wait_for(lambda: self.cloud.client(top, None, "--json", "--shell", "shell", "echo",
+                                                      ":::", "x")[0] == 0, "both workers")
+        for where in (top, bottom):
+            status, out = self.cloud.client(where, commands, "--raw", "-k", "--shell", "shell")
+            self.assertEqual((status, out), (0, "mine: a <(b)\nmine: c\n"))
+        status, out = self.cloud.client(top, ["true"], "--shell", f"{folder}/none")
+        self.assertEqual(status, 1)
+        self.assertIn(f"this worker has no shell {folder}/none", out)
 
     def test_a_loop_of_brokers_is_refused(self):
         one = self.cloud.broker()

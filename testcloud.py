@@ -395,6 +395,7 @@ MESSAGES: Dict[str, Spec] = {
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
         "env": environment,  # variables to set
+        "shell": text,  # runs the command: a path, or a name in the worker's PATH; "": /bin/sh
         "split": flag,  # send the output in PIECES, of stdout and of stderr
         "cut": count}),  # bytes of output to send at most, inline
     "HELLO": Spec("client > broker", {"run": name}, {
@@ -3309,6 +3310,7 @@ class Job:
         # for plain clients: bytes of output in the RESULT, which must fit in a frame; 0: no cut
         self.cut: int = min(fields.get("cut", 0), PLAIN_INLINE)
         self.env: Dict[str, str] = fields.get("env", {})
+        self.shell: str = fields.get("shell") or "/bin/sh"
         self.split: bool = fields.get("split", False)
         self.state = WAITING  # then RUNNING, DELIVERED (the worker holds its result), GONE
         self.deadline: Seconds = math.inf  # when its timeout is over
@@ -4042,6 +4044,17 @@ OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give t
 Event = Tuple[Job, Union[Seconds, Output, ExitRecord]]
 
 
+def shell_path(shell: str) -> str:
+    """Return the path of a shell; look up a name in our PATH. Raises FileNotFoundError."""
+    if "/" in shell:
+        return shell
+    import shutil
+    path = shutil.which(shell)
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shell)
+    return path
+
+
 def reason_not_started(job: Job, error: Exception) -> str:
     """Return why a command could not be started, and what can be done about it."""
     if isinstance(error, OSError):
@@ -4050,6 +4063,11 @@ def reason_not_started(job: Job, error: Exception) -> str:
                     f"exist on the worker (see --cwd)")
         if error.errno == errno.E2BIG:
             return "cannot start it: the command and its environment are too long for the system"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return f"this worker has no shell {printable(job.shell, 500)} (see --shell)"
+        if error.errno in (errno.EACCES, errno.ENOEXEC):
+            return (f"this worker cannot execute the shell {printable(job.shell, 500)}: "
+                    f"{error.strerror} (see --shell)")
         return f"cannot start it: {error.strerror}"
     return f"cannot start it: {error}"  # a NUL byte, for one
 
@@ -4072,7 +4090,7 @@ class Launcher:
         """Start a job's command. Return its pid and the pipes of its output. Raises OSError or
         ValueError."""
         apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
-        argv = [b"/bin/sh", b"-c", apart + to_bytes(job.cmd)]
+        argv = [to_bytes(shell_path(job.shell)), b"-c", apart + to_bytes(job.cmd)]
         pipes: List[Tuple[int, int]] = []
         ours: Tuple[int, ...] = ()
         try:
@@ -4090,7 +4108,7 @@ class Launcher:
         """Start a program; return its pid. Popen does what Spawner cannot, or says why not."""
         cwd = None if job.cwd is None else to_bytes(job.cwd)
         environment = self.environment(job.env) if job.env else None
-        if self.spawner and b"\0" not in argv[-1] + (cwd or b""):
+        if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
             with contextlib.suppress(OSError):
                 return self.spawner.spawn(argv, own, environment, cwd, stdout, stderr)
         rows = (environment or self.inherited) + own
@@ -4566,6 +4584,7 @@ class RunOptions(NamedTuple):
     tries: int = 0
     max_output: int = 0  # bytes of output to keep; 0: all
     env: Dict[str, str] = {}  # variables to set
+    shell: Optional[str] = None  # that runs the commands, a path or a name; None: /bin/sh
     needs: Tuple[str, ...] = ()  # labels that the worker must have
     split: bool = False  # keep stdout and stderr apart
     live: bool = False  # show output while the command runs
@@ -4847,7 +4866,8 @@ class Client(SessionMachine):
         self.options = options
         self.common: Fields = {name: value for name, value in (  # to all commands
             ("timeout", options.timeout), ("limit", options.max_output), ("env", options.env),
-            ("needs", list(options.needs)), ("split", options.split)) if value}
+            ("shell", options.shell), ("needs", list(options.needs)),
+            ("split", options.split)) if value}
         self.address = address  # for notices
         self.host, self.pid = host, pid
         self.host_names = HostNames()  # only the broker is told identities
@@ -8578,6 +8598,7 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
                "host name (up to 64 characters, without spaces, / and ~)"),
     "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
     "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
+    "PATH": (str, lambda path: path and "\0" not in path, "path"),
     "NAME": (str, bool, "name"), "N": (int, lambda n: n >= 1, "positive number"),
     "TIME": (parse_duration, lambda span: span > 0 and number(span), "number of seconds"),
     "W": (int, integer, "weight"), "X": (float, lambda load: load > 0, "number"),
@@ -8657,6 +8678,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("-C --cwd DIR", "directory on the worker: relative to ours, or ~ there"),
             option("--env NAME", "set a variable as it is here; also: NAME=VALUE",
                    action="append", default=[]),
+            option("--shell PATH", "shell of the commands: /bin/bash, or a name in the worker's PATH "
+                   "(default: /bin/sh)"),
             option("--dry-run", "only print the commands")]),
         ("where", [
             CONNECT,
@@ -9114,7 +9137,7 @@ def check_template(words: List[str], most: float) -> str:
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
         raise UsageError("the words of a template are joined, so that none may be empty or have a "
-                         "space in it: write it as one word that /bin/sh reads, and {} outside of "
+                         "space in it: write it as one word that the shell reads, and {} outside of "
                          "quotes, as in: 'rm -rf \"my dir\"/{}'")
     for place, context in placeholders(template if PLACEHOLDER.search(template)
                                        else template + " {}"):
@@ -9587,7 +9610,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     options = RunOptions(
         settings.timeout, settings.retries, settings.max_output, added_environment(settings),
-        tuple(settings.need), settings.raw, settings.live, settings.serial, settings.fail_fast,
+        settings.shell, tuple(settings.need), settings.raw, settings.live, settings.serial, settings.fail_fast,
         settings.fail_on_flaky)
     client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
                     options, os.getpid())
