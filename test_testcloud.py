@@ -8523,10 +8523,50 @@ class SocketsTest(unittest.TestCase):
                       tc.Outgoing(WORKERS, b"p", "r1", body, b"d")):
             self.assertEqual(parse(tc.frames_of(frame)), (frame.token, body, frame.data))
 
+    def restore_signals(self):
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            if signal.getsignal(number) is not None:
+                self.addCleanup(signal.signal, number, signal.getsignal(number))
+
+    def test_ctrl_c_counts_once_for_a_process_and_its_supervisor(self):
+        """Either signal may be the first to arrive; a second Ctrl-C counts as a second one."""
+        self.restore_signals()
+        for own_first in (True, False):
+            control, supervisor = os.pipe()
+            self.addCleanup(os.close, control)
+            statuses = []
+            with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
+                loop.on_signals(lambda status, now, said=statuses: said.append(status), control)
+                loop.add(tc.Machine(), {})
+
+                def get(own, loop=loop, supervisor=supervisor):
+                    if own:
+                        signal.raise_signal(signal.SIGINT)
+                    else:
+                        os.write(supervisor, bytes([signal.SIGINT]))
+                    loop.wait()
+                for count in (1, 2):
+                    get(own_first)
+                    get(not own_first)
+                    self.assertEqual(statuses, [130] * count)
+                os.close(supervisor)
+                loop.wait()
+                self.assertEqual((statuses, loop.status), ([130] * 2, 137))
+
+    def test_each_signal_counts_without_a_supervisor(self):
+        self.restore_signals()
+        statuses = []
+        with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
+            loop.on_signals(lambda status, now: statuses.append(status))
+            loop.add(tc.Machine(), {})
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+                signal.raise_signal(number)
+            loop.wait()
+        self.assertEqual(statuses, [130, 143, 143])
+
     def test_a_signal_just_before_the_waiting_ends_it(self):
         """Its Python handler may run only after the waiting: the system itself must end it."""
-        for number in tc.signals_to_handle():
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        self.restore_signals()
         with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
             loop.on_signals(lambda status, now: None)
             signal.signal(signal.SIGTERM, lambda number, frame: None)
@@ -8631,6 +8671,136 @@ class SocketsTest(unittest.TestCase):
             while "gone" not in seen and real() < end:
                 loop.wait()
         self.assertEqual(seen, [b"0", b"1", b"2", b"3", "gone"])
+
+    def router(self, machine):
+        """A loop, a RouterLink with that machine, and a function that waits for a condition."""
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
+        link = tc.RouterLink(loop, loop.add(machine, {}), CLIENTS, "tcp://127.0.0.1:0")
+        return loop, link, functools.partial(self.wait_until, loop)
+
+    def wait_until(self, loop, condition):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            loop.wait()
+
+    def slow_peer(self, loop, address, name=b"me"):
+        """A client that says its name and reads nothing by itself."""
+        import zmq
+        peer = loop.context.socket(zmq.DEALER)
+        self.addCleanup(peer.close, 0)
+        peer.linger, peer.rcvhwm, peer.rcvtimeo = 0, 1, int(PATIENCE * 1000)
+        peer.routing_id = name
+        peer.connect(address)
+        peer.send(name)
+        return peer
+
+    BODY = b"x" * 100_000
+
+    def fill(self, link, peer):
+        """Send until something must wait for the peer."""
+        while not link.backlogs:
+            link.send(tc.Outgoing(link.name, peer, "", self.BODY, b""))
+
+    def test_a_peer_that_does_not_read_is_cut_off(self):
+        import zmq
+        for bounds in ({"MAX_BACKLOG": 5}, {"MAX_BACKLOG_BYTES": 500_000}):
+            gone, seen = [], []
+
+            class Probe(tc.Machine):
+                def receive(self, link, peer, *rest, seen=seen):
+                    seen.append(peer)
+
+                def disconnected(self, link, peer, now, gone=gone):
+                    gone.append(peer)
+            loop, link, wait_until = self.router(Probe())
+            peer = self.slow_peer(loop, link.address)
+            monitor = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self.addCleanup(monitor.close, 0)
+            self.addCleanup(peer.disable_monitor)
+            wait_until(lambda seen=seen: seen)
+            with mock.patch.multiple(tc, **bounds):
+                self.fill(link, b"me")
+                for count in range(2, 7):
+                    self.assertEqual((gone, len(link.backlogs[b"me"])), ([], count - 1))
+                    link.send(tc.Outgoing(link.name, b"me", "", self.BODY, b""))
+            self.assertEqual((gone, link.backlogs, link.descriptor_of), ([b"me"], {}, {}))
+            end = time.monotonic() + PATIENCE
+            while not monitor.poll(0):  # it learns of that when it has read what came before
+                self.assertLess(time.monotonic(), end)
+                if peer.poll(10):
+                    peer.recv()
+
+    def test_a_new_connection_gets_nothing_that_waited_for_the_last_one(self):
+        """Neither if it takes over the routing id, nor if the last one has ended before."""
+        for ended in (False, True):
+            seen = []
+
+            class Probe(tc.Machine):
+                def receive(self, link, peer, token, body, *rest, seen=seen):
+                    seen.append(body)
+
+                def disconnected(self, link, peer, now, seen=seen):
+                    seen.append("gone")
+            loop, link, wait_until = self.router(Probe())
+            peers = [self.slow_peer(loop, link.address)]
+            wait_until(lambda seen=seen: seen)
+            self.fill(link, b"me")
+            if ended:
+                peers[0].close(0)
+                wait_until(lambda seen=seen: seen[1:])
+            peers.append(self.slow_peer(loop, link.address))
+            wait_until(lambda seen=seen: seen[2:])
+            self.assertEqual((seen, link.backlogs), ([b"me", "gone", b"me"], {}))
+            link.send(tc.Outgoing(link.name, b"me", "", b"new", b""))
+            self.assertEqual(peers[1].recv(), b"new")
+
+    def broker(self, context, address="tcp://127.0.0.1:0"):
+        """A ROUTER that reads nothing by itself."""
+        import zmq
+        router = context.socket(zmq.ROUTER)
+        self.addCleanup(router.close, 0)
+        router.linger, router.rcvhwm, router.rcvtimeo = 0, 1, int(PATIENCE * 1000)
+        router.bind(address)
+        return router
+
+    def test_a_new_connection_to_a_broker_gets_nothing_that_waited_for_the_last_one(self):
+        import zmq
+        seen = []
+
+        class Probe(tc.Machine):
+            def connected(self, link, now):
+                seen.append("up")
+
+            def disconnected(self, link, peer, now):
+                seen.append("down")
+        with zmq.Context() as context, contextlib.closing(tc.EventLoop(sockets=True)) as loop:
+            first = self.broker(context)
+            address = first.last_endpoint.decode()
+            link = tc.DealerLink(loop, loop.add(Probe(), {}), BROKER, address)
+            self.wait_until(loop, lambda: seen == ["up"])
+            self.fill(link, b"")
+            first.close(0)
+            self.wait_until(loop, lambda: seen == ["up", "down"])
+            second = self.broker(context, address)
+            self.wait_until(loop, lambda: seen == ["up", "down", "up"])
+            link.send(tc.Outgoing(link.name, b"", "", b"new", b""))
+            self.assertEqual(second.recv_multipart()[1], b"new")
+            self.fill(link, b"")
+            link.reconnect()  # as after a silence
+            self.wait_until(loop, lambda: len(seen) == 4)
+            link.send(tc.Outgoing(link.name, b"", "", b"newer", b""))
+            got = {}  # by connection
+
+            def has_come():
+                while second.poll(0):
+                    peer, body = second.recv_multipart()
+                    got.setdefault(peer, []).append(body)
+                return [b"newer"] in got.values()
+            self.wait_until(loop, has_come)
+            second.close(0)
 
     def test_nobody_can_guess_the_id_that_the_next_peer_is_given(self):
         import ctypes
@@ -8763,6 +8933,27 @@ class KeyFilesTest(unittest.TestCase):
             authenticator.reload_keys()
             self.assertFalse(authenticator.allows("client", "a" * 40))
 
+    def test_a_key_file_of_another_cloud_is_not_taken_over(self):
+        """A broker keeps its own keys until it is restarted, or its own file is back."""
+        tc.write_keys(self.path, self.KEYS)
+        other = self.KEYS._replace(secret="t" * 40, holders=(tc.KeyHolder("eve", "client", "e" * 40),))
+        with contextlib.ExitStack() as stack:
+            loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
+            authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
+
+            def look(keys):
+                with tc.locked_key_file(self.path) as replace:
+                    replace(keys)
+                authenticator.look_at = 0.0
+                with self.assertLogs(level="INFO") as logs:
+                    authenticator.reload_keys()
+                return logs.output[0], [authenticator.allows("client", key * 40) for key in "ae"]
+            said, allowed = look(other)
+            self.assertIn("another cloud's key: restart the broker", said)
+            self.assertEqual(allowed, [True, False])
+            said, allowed = look(self.KEYS._replace(holders=()))
+            self.assertEqual((said, allowed), ("INFO:root:read the keys again: of 0 holders", [False] * 2))
+
     def test_two_changes_at_once_are_both_made(self):
         tc.write_keys(self.path, self.KEYS)
         roles = ["--role=client", "--role=worker"] * 4
@@ -8834,7 +9025,7 @@ class KeysTest(unittest.TestCase):
         import zmq
         sock = self.cloud.dealer()
         monitor = sock.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
         self.addCleanup(monitor.close, 0)
         self.addCleanup(sock.disable_monitor)
@@ -9151,6 +9342,27 @@ class KeysTest(unittest.TestCase):
         client.stdin = None
         status, out = self.cloud.finish(client)
         self.assertEqual((status, out.count("\nOK! echo")), (0, 2), out)
+
+    def test_a_revoked_peer_is_cut_off_although_it_says_nothing(self):
+        cloud = tc.read_keys(self.path)
+        pairs = [tc.read_keys(self.holder(role, role + name)).pairs[role]
+                 for name in ("1", "2") for role in ("client", "worker")]
+        self.cloud.wait_for_log(self.broker, "read the keys again: of 4 holders")
+        peers = []
+        for n, pair in enumerate(pairs):
+            role, name = ("client", "worker")[n % 2], tc.fingerprint(pair.public).encode()
+            peer, _ = self.raw(getattr(self.broker, role + "s"), pair, cloud.broker)
+            peer.send(b'HELLO {"run":"%sr","join":1}' % name if role == "client" else
+                      b'READY {"name":"w.%s","slots":1,"join":1}' % name)
+            self.assertTrue(peer.recv().startswith(b"OK"))
+            peers.append(peer)
+        for name in ("client1", "worker1"):
+            self.keygen("--key", self.path, "--revoke", name)
+        for peer, revoked in zip(peers, (True, True, False, False)):
+            monitor = peer.get_monitor_socket()
+            self.assertEqual(bool(monitor.poll(PATIENCE * 1000 if revoked else 0)), revoked)
+        said = self.cloud.err(self.broker)
+        self.assertEqual(said.count("has no valid key any more"), 2, said)
 
     def test_what_passes_cannot_be_read_and_with_no_key_it_can(self):
         for argv, readable in ((["--key", self.path], False), (["--insecure"], True)):

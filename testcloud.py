@@ -8082,11 +8082,10 @@ class DealerLink(SocketLink):
                 self.listener_seen = False
             else:
                 self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-                self.backlogs.clear()  # it was for the last connection
                 if self.up:
                     self.adapter.machine.connected(self.name, now)
                 elif event == zmq.EVENT_DISCONNECTED:
-                    self.adapter.machine.disconnected(self.name, b"", now)
+                    self.forget(b"", now)
                 else:
                     self.handshake_failed(event, detail, now)
 
