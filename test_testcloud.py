@@ -6833,7 +6833,8 @@ class ReportingTest(unittest.TestCase):
 
     def store(self, split=False):
         store = tc.ResultStore(split)
-        self.addCleanup(store.close)
+        for file in store.files:
+            self.addCleanup(file.close)
         return store
 
     def text(self, *words, split=False, options=tc.RunOptions()):

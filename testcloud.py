@@ -5397,16 +5397,16 @@ class StatusClient(Machine):
 
 # === Reporting ========================================================================
 #
-# Reports turns each final result into one Outcome, and gives it to all reporters: one for
-# each format. The end of the run is a Summary. The sections that follow are, in order: what
-# the formats share (stored outputs, stdout and the terminal, files), then each format.
+# Reports turns each result into an Outcome, and passes it to one reporter for each format.
+# What the formats share comes first (stored results, stdout and the terminal, files); then
+# each format has its section.
 
 Put = Callable[[Iterable[bytes]], None]  # takes the pieces of a text, to be written later
 NAMED_FAILURES = 10  # at the end of the transcript: they fit on a screen
 
 
 class Outcome(NamedTuple):
-    """A reported command: its reported try, and how all tries ended."""
+    """A reported command."""
 
     seq: int  # its place in the input, from 1
     cmd: str
@@ -5464,17 +5464,17 @@ def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
 
 
 def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
-    others = Counter(f"{row.exitcode} on {escape(row.host)}{'' if row.did_start else ' (not started)'}"
-                     for row in outcome.tries)
+    others = Counter(f"{one.exitcode} on {escape(one.host)}" + " (not started)" * (not one.did_start)
+                     for one in outcome.tries)
     words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
     return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
 
 
 class Reporter:
-    """One format. The loop's thread calls these methods; another thread reads the outputs that
-    they hand over, later."""
+    """One format. The loop's thread calls its methods. Outputs are often read later, by the thread
+    that writes them."""
 
-    path = ""  # of the file that it writes, if any
+    path = ""  # of its file, if any
 
     def expect(self, seq: int) -> None:
         """This command of the input will be reported."""
@@ -5493,8 +5493,7 @@ class Reporter:
 
 
 class Reports:
-    """Turns the client's effects into outcomes, and passes them to all reporters. It counts
-    failures on the way, for the summary."""
+    """Turns the client's effects into outcomes for all reporters, and counts for the summary."""
 
     def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter]) -> None:
         self.client = client
@@ -5531,7 +5530,7 @@ class Reports:
         self.kept[effect.command.id] = self.put(effect)
 
     def put(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[StoredResult, str]:
-        """Store a result; return it, and why there was no room for its output: it has failed."""
+        """Store a result; without room for its output as a failure. Return it, and the reason."""
         cmd, output = to_bytes(effect.command.cmd), effect.output
         if output and self.store.split and not effect.result.get("split"):  # of a plain worker
             output = PIECE_HEADER.pack(1, len(output)) + output
@@ -5578,25 +5577,26 @@ class Reports:
                 print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
     def bad_hosts(self) -> str:
-        """Advice about hosts where all commands failed, while others passed elsewhere."""
+        """Advice about hosts where all commands failed, while others passed elsewhere; or ""."""
         bad = [host for host, failed in self.fails.most_common(NAMED_FAILURES)
                if host and failed >= EXCLUDE_AFTER and self.passes and not self.passes[host]]
         failed = sum(self.fails[host] for host in bad)
         total = plural(sum(self.fails.values()), "failure")
-        return bad and (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
-                        f"passed; try --retries 3") or ""
+        advice = (f"{failed} of {total} were on {printable(', '.join(bad), 300)}, where nothing "
+                  f"passed; try --retries 3")
+        return advice if bad else ""
 
     def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
             expected: Optional[str] = None, rerun: str = "", may_be_empty: bool = True) -> Summary:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
+        retries = client.retry_policy
         wrong = f"the result hash is {found}, and not {expected} as expected"
-        summary = Summary(complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
-                          dict(client.retry_policy.failed_only_on), skipped, skipped_failed,
-                          time.monotonic() - self.began, found,
-                          wrong if expected and expected != found else "", dict(client.retry_policy.started_elsewhere),
-                          dict(self.codes), self.failures,
-                          "" if client.options.tries > 1 else self.bad_hosts(), rerun,
-                          complete and not may_be_empty and not ran and not skipped)
+        summary = Summary(
+            complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
+            dict(retries.failed_only_on), skipped, skipped_failed, time.monotonic() - self.began,
+            found, wrong if expected and expected != found else "", dict(retries.started_elsewhere),
+            dict(self.codes), self.failures, "" if client.options.tries > 1 else self.bad_hosts(),
+            rerun, complete and not may_be_empty and not ran and not skipped)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
@@ -5668,12 +5668,8 @@ class ResultStore:
         self.stored = 0  # bytes beyond that, of the output being fetched
         self.failure: Optional[OSError] = None  # why it cannot be stored
 
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
-
     def put_part(self, part: FetchedOutput) -> None:
-        """Store the next part of a fetched output. If there is no room, put() raises the error."""
+        """Store the next part of a fetched output. Without room for it, put() raises the error."""
         self.stored = part.offset + len(part.data)
         if part.offset == 0:
             self.failure = None
@@ -5685,7 +5681,7 @@ class ResultStore:
                 os.ftruncate(self.files[1].fileno(), self.ends[1])
 
     def put(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> StoredResult:
-        """Store a result; None is the fetched output. Raises OSError if there is no room for it."""
+        """Store a result; None is the fetched output. Raises OSError without room for it."""
         if output is None and self.failure:
             raise self.failure
         file, size = (1, self.stored) if output is None else (0, len(output))
@@ -5695,17 +5691,16 @@ class ResultStore:
         self.ends[file] += size
         return result
 
-    def streams(self, result: StoredResult) -> Iterator[Tuple[int, bytes]]:
+    def streams(self, result: StoredResult, start: int = 0) -> Iterator[Tuple[int, bytes]]:
         """Yield an output in pieces of at most BLOCK_SIZE bytes, each with its stream: 1 is
-        stdout, 2 stderr. May be called in any thread."""
+        stdout, 2 stderr. Any thread may call this. `start` is for outputs that are not split."""
         file = self.files[result.file].fileno()
         stored = (os.pread(file, min(BLOCK_SIZE, result.size - at), result.offset + at)
-                  for at in range(0, result.size, BLOCK_SIZE))
+                  for at in range(start, result.size, BLOCK_SIZE))
         return unpack_pieces(stored) if self.split else ((1, block) for block in stored)
 
-    def output(self, result: StoredResult) -> Iterator[bytes]:
-        """Yield an output in pieces, in any thread."""
-        return (piece for _, piece in self.streams(result))
+    def output(self, result: StoredResult, start: int = 0) -> Iterator[bytes]:
+        return (piece for _, piece in self.streams(result, start))
 
     def compare(self, a: StoredResult, b: StoredResult) -> int:
         """Return -1, 0 or 1: the byte order of two outputs."""
@@ -5716,8 +5711,8 @@ class ResultStore:
         return 0
 
     def hash(self) -> str:
-        """Return the seed's result hash: sha1 over the results in order of command, exit code and
-        output. Each step hashes the hex text of the one before it; the first one 'Array'."""
+        """Return the seed's result hash: a chain of sha1 over the results in order of command, exit
+        code and output. Each link begins with the hex text of the one before; the first with 'Array'."""
         def head(result: StoredResult) -> Tuple[bytes, int]:
             return result.cmd, result.exitcode
         total = "Array"
@@ -5776,15 +5771,14 @@ def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes
 
 
 class ProgressLine:
-    """The progress, as the last line of the terminal, on stderr. Writers to the terminal hide it:
-    see hidden(). It stays hidden while the cursor is within a line, as after a command's output
-    without a newline."""
+    """The progress, as the last line of the terminal, on stderr. It is hidden while anything else
+    is written there, and as long as an output has not ended its line."""
 
     def __init__(self) -> None:
         self.text = ""  # to show; "" for none
         self.drawn = 0  # columns of the text on the screen
         self.mid_line = False  # the cursor is within a line of an output
-        self.last_write: Seconds = 0.0  # when something visible was written, by time.monotonic()
+        self.last_write: Seconds = 0.0  # time.monotonic() when something visible was written
         self.lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -5794,9 +5788,13 @@ class ProgressLine:
             yield
             self.draw("" if self.mid_line else self.text)
 
+    def redraw(self) -> None:
+        with self.hidden():
+            pass
+
     @contextlib.contextmanager
     def at_line_start(self) -> Iterator[None]:
-        """Hide it for a writer of whole lines to stderr; a line of an output ends first."""
+        """Hide it for whole lines on stderr, after a newline if an output needs one."""
         self.last_write = time.monotonic()
         with self.hidden():
             for newline in self.finish_line():
@@ -5804,13 +5802,13 @@ class ProgressLine:
             yield
 
     def finish_line(self) -> Iterator[str]:
-        """Yield the newline that the cursor's line still needs, if any."""
+        """Yield the newline that an output needs, if any."""
         if self.mid_line:
             self.mid_line = False
             yield "\n"
 
     def tracked(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Yield pieces of output for the terminal, and note whether they end a line."""
+        """Yield pieces of output, and note whether they end their line."""
         for piece in pieces:
             if piece:
                 self.mid_line = piece[-1:] != b"\n"
@@ -5823,7 +5821,7 @@ class ProgressLine:
         with contextlib.suppress(OSError, ValueError):  # the terminal has gone
             columns = max(10, screen_size(2)[0])
             text = text[:columns - 1]
-            rows = (self.drawn - 1) // columns  # more than 0 if the terminal has become narrower
+            rows = (self.drawn - 1) // columns  # not 0 if the terminal has become narrower
             # not \033[J: at the top of a screen, tmux and others take that for a new page
             clear = f"{' ' * min(self.drawn, columns - 1)}\r" if dumb else "\033[K"
             wipe = "\r" + clear + (0 if dumb else rows) * f"\033[A{clear}"
@@ -5868,10 +5866,10 @@ class Writer:
 
     def __init__(self, file: int, failed: Callable[[OSError], None]) -> None:
         self.file = file
-        # the thread calls these three: on an error; when all is written; when it is no longer behind
+        # the thread calls these
         self.failed = failed
-        self.ended: Callable[[], None] = lambda: None
-        self.caught_up: Callable[[], None] = lambda: None
+        self.ended: Callable[[], None] = lambda: None  # when all is written
+        self.caught_up: Callable[[], None] = lambda: None  # when it is no longer behind
         self.batch: List[Iterable[bytes]] = []  # the items until flush()
         self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
         self.taken = self.written = 0  # bytes of the items that have a size
@@ -5879,7 +5877,7 @@ class Writer:
         threading.Thread(target=self.write, daemon=True, name="output").start()
 
     def put(self, item: Iterable[bytes], size: int = 0) -> None:
-        """Write an item after flush(). Its size in bytes, if it is in memory, counts as backlog."""
+        """Write an item after flush(). Its size in bytes, if given, counts as backlog."""
         self.taken += size
         self.batch.append(self.counted(item, size) if size else item)
 
@@ -5928,8 +5926,7 @@ class Writer:
                     if batch and seen:
                         PROGRESS_LINE.last_write = time.monotonic()
                     if PROGRESS_LINE.text and not shared:
-                        with PROGRESS_LINE.hidden():  # afterwards it is redrawn
-                            pass
+                        PROGRESS_LINE.redraw()
             self.ended()
         except OSError as error:
             self.failed(error)
@@ -5944,7 +5941,7 @@ STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a rename would replac
 
 
 def is_replaceable(path: str) -> bool:
-    """Return whether the path is, or will be, a regular file that is not our stdout or stderr."""
+    """Return whether a path is a regular file or nothing yet, and not our stdout or stderr."""
     try:
         return path not in STANDARD_STREAMS and stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -5952,8 +5949,8 @@ def is_replaceable(path: str) -> bool:
 
 
 def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> None:
-    """Replace a file by a new one once that is complete, and (durable) on the disk. On an error the
-    old file stays. Raises OSError."""
+    """Replace a file as soon as the new one is complete, and with `durable` on the disk. On an
+    error the old one stays. Raises OSError."""
     if not is_replaceable(path):
         with open_text(open_blocking(path, "w")) as stream:
             stream.writelines(pieces)
@@ -5984,8 +5981,8 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
 
 
 class BlockingFile(io.FileIO):
-    """A file that blocks even if its descriptor does not. Programs that share a terminal or a pipe
-    with us, as ssh in the background, may set O_NONBLOCK for all of us."""
+    """A file that blocks even if its descriptor does not: programs that share our terminal or pipe,
+    as ssh in the background, may set O_NONBLOCK for us all."""
 
     def readinto(self, buffer: Any) -> int:
         return self.until_done(super().readinto, buffer, select.POLLIN)
@@ -6106,7 +6103,9 @@ class Transcript(Reporter):
             style, words = "fail", f"FAIL({outcome.exitcode}){where} "
         else:
             style = "flaky"
-            words = f"FAILED ONLY ON {printable(outcome.only_on)}! " if outcome.only_on else "FLAKY! "
+            words = "FLAKY! "
+            if outcome.only_on:
+                words = f"FAILED ONLY ON {printable(outcome.only_on)}! "
         return self.paint(style, words) + self.paint(
             style + " cmd", truncate_middle(escape_command(outcome.cmd)) + " ")
 
@@ -6183,7 +6182,7 @@ def seed_duration(seconds: Seconds, ms: bool = False) -> str:
 
 
 def describe_signal(outcome: Outcome) -> str:
-    """The signal that killed a command, or a process whose exit code it passed on; "" if none."""
+    """How a signal ended a command, or a process whose exit code it passed on; "" if none did."""
     number = outcome.signal or (0 if outcome.reason else outcome.exitcode - 128)
     try:
         name = signal.Signals(number).name
@@ -6225,7 +6224,7 @@ class RawOutput(Reporter):
 
 
 class LiveLines(Reporter):
-    """--live: whole lines of running commands as they come, tagged; with the result the rest of the
+    """--live: tagged lines of running commands as they come, and with a result the rest of the
     output. More than BLOCK_SIZE bytes without a newline count as a line."""
 
     def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes], int], None]) -> None:
@@ -6242,13 +6241,13 @@ class LiveLines(Reporter):
         self.begun[seq] = line, rest
 
     def begun_line(self, seq: int, offset: int) -> bytes:
-        """Take the line that goes on at this offset. Offset 0 ends the line of an earlier try."""
+        """Take the line that goes on at this offset; offset 0 ends that of an earlier try."""
         _, begun = self.begun.pop(seq, ("", b""))
         return begun + b"\n" if begun and offset == 0 else begun
 
     def result(self, outcome: Outcome) -> None:
         begun = self.begun_line(outcome.seq, outcome.shown)
-        rest = skip_bytes(self.store.output(outcome.stored), outcome.shown)
+        rest = self.store.output(outcome.stored, outcome.shown)
         self.put(end_line(tag_lines(outcome.line, itertools.chain([begun], rest))), 0)
 
     def ended(self, summary: Summary) -> None:
@@ -6273,13 +6272,6 @@ def tag_lines(tag: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
         for line in piece.splitlines(True):
             yield head + line if at_start else line
             at_start = line.endswith(b"\n")
-
-
-def skip_bytes(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
-    """Yield what follows the first `size` bytes."""
-    for piece in pieces:
-        yield piece[size:]
-        size = max(0, size - len(piece))
 
 
 # === JSON Lines =======================================================================
@@ -6397,9 +6389,9 @@ def open_locked(path: str) -> BlockingFile:
 
 
 def joblog_line(outcome: Outcome) -> str:
-    """GNU parallel's columns: times in seconds, NUL for a newline in the command. Our additions:
-    Host ends with the verdict of a flaky command. Send would always be 0; it is minus the
-    occurrence, which tells equal commands apart even if the input has changed."""
+    """GNU parallel's columns: times in seconds, NUL for a newline in the command. We add the
+    verdict of a flaky command to Host. Send, which would always be 0, is minus the occurrence:
+    it tells equal commands apart even if the input has changed."""
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
     return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
@@ -6417,8 +6409,8 @@ class JobLogRow(NamedTuple):
 
 
 def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
-    """Read a joblog, ours or GNU parallel's. Skip damaged lines, such as the last one of a writer
-    that was killed. Raises OSError, SetupError."""
+    """Read a joblog, ours or GNU parallel's. Skip damaged lines, as a killed writer leaves them.
+    Raises OSError, SetupError."""
     rows, damaged = [], 0
     with notice_if_blocked(path), open(path, "rb") as file:
         head = file.readline(len(JOBLOG_HEADER))
@@ -6446,13 +6438,13 @@ def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
 
 
 class EarlierRun:
-    """What the joblog of an earlier run says. A command is known by its text and its occurrence:
-    its place changes with the input."""
+    """What the joblog of an earlier run says. A command is known by its text and occurrence, as its
+    place changes with the input."""
 
     def __init__(self, rows: Sequence[JobLogRow], failures_too: bool) -> None:
-        """Of several rows for a command the last one counts. Drop failures if these run again."""
+        """The last row of a command counts. Drop failures, if they are to run again."""
         self.rows: Dict[Tuple[str, int], JobLogRow] = {}
-        moved: Dict[Tuple[int, str, int], int] = {}  # GNU parallel's rows: their true occurrence
+        moved: Dict[Tuple[int, str, int], int] = {}  # true occurrences of GNU parallel's rows
         free: Counter[str] = Counter()
         for row in rows:
             known_as = row.seq, row.command, row.occurrence
@@ -9507,8 +9499,7 @@ class Display:
 
 def remove_progress_line() -> None:
     PROGRESS_LINE.text = ""
-    with PROGRESS_LINE.hidden():
-        pass
+    PROGRESS_LINE.redraw()
 
 
 class ClientRun:
