@@ -8931,7 +8931,7 @@ class KeyFilesTest(unittest.TestCase):
             with mock.patch.object(tc, "load_keys", slowly):
                 authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
             self.assertTrue(authenticator.allows("client", "a" * 40))
-            authenticator.reload_keys()
+            authenticator.reload_keys(0.0)
             self.assertFalse(authenticator.allows("client", "a" * 40))
 
     def test_a_key_file_of_another_cloud_is_not_taken_over(self):
@@ -8945,9 +8945,8 @@ class KeyFilesTest(unittest.TestCase):
             def look(keys):
                 with tc.locked_key_file(self.path) as replace:
                     replace(keys)
-                authenticator.look_at = 0.0
                 with self.assertLogs(level="INFO") as logs:
-                    authenticator.reload_keys()
+                    authenticator.reload_keys(0.0)
                 return logs.output[0], [authenticator.allows("client", key * 40) for key in "ae"]
             said, allowed = look(other)
             self.assertIn("another cloud's key: restart the broker", said)

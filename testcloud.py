@@ -7488,6 +7488,18 @@ class EventLoop:
         self.readers[file] = function
         self.poller.register(file, select.POLLIN)
 
+    def every(self, interval: Seconds, function: Callable[[Seconds], None]) -> None:
+        """Call function(now) in each round, but not more often than every `interval` seconds."""
+        due = -math.inf
+
+        def look() -> None:
+            nonlocal due
+            now = time.monotonic()
+            if now >= due:
+                due = now + interval
+                function(now)
+        self.each_round.append(look)
+
     def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
         """Call handler(128 + number, now) in the loop for each of signals_to_handle().
 
@@ -7960,8 +7972,7 @@ class RouterLink(SocketLink):
                 self.forget(self.peer_at[value], now)
             elif value in self.pending:
                 failure = self.failures.popleft() if self.failures else (0, 0)
-                self.loop.refusals.closed(now, self.pending.pop(value), self.address, self.keyed,
-                                          *failure)
+                self.loop.refusals.closed(self, self.pending.pop(value), *failure, now)
 
     def check_key(self, peer: Peer) -> bool:
         """Return whether a peer's key is (still) accepted. If not, cut it off. Its routing id must
@@ -8342,7 +8353,6 @@ class Authenticator:
         self.loop = loop
         self.path = path
         self.links: List[RouterLink] = []
-        self.look_at: Seconds = 0.0
         self.state = self.state_of_file()  # before we read it: it may change meanwhile
         self.keys: Optional[Keys] = None
         self.allowed: Set[Tuple[str, str]] = set()  # (role, public key)
@@ -8352,7 +8362,7 @@ class Authenticator:
         self.socket.linger = 0
         self.socket.bind("inproc://zeromq.zap.01")
         loop.add_reader(self.socket, self.answer)
-        loop.each_round.append(self.reload_keys)
+        loop.every(KEY_FILE_INTERVAL, self.reload_keys)
 
     def close(self) -> None:
         self.loop.poller.unregister(self.socket)
@@ -8401,14 +8411,10 @@ class Authenticator:
             return ()
         return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
 
-    def reload_keys(self) -> None:
+    def reload_keys(self, now: Seconds) -> None:
         """If the key file has changed, read it again and cut off peers whose key was revoked."""
-        now = time.monotonic()
-        if now < self.look_at or self.keys is None:
-            return
-        self.look_at = now + KEY_FILE_INTERVAL
         state = self.state_of_file()
-        if state in (self.state, ()):
+        if self.keys is None or state in (self.state, ()):
             return
         self.state = state
         try:
@@ -8454,24 +8460,26 @@ class RefusalLog:
             if not any(unless in old for old in self.seen):
                 self.add(now, reason)
 
-    def closed(self, now: Seconds, place: str, address: str, keyed: bool, event: int, detail: int
-               ) -> None:
-        """Log a connection from `place` to our `address` that was closed before its first message;
-        `event` and `detail` are those of its failed handshake, 0 without."""
+    def closed(self, link: RouterLink, place: str, event: int, detail: int, now: Seconds) -> None:
+        """Log a connection from `place` that was closed before its first message. `event` and
+        `detail` are those of its failed handshake, 0 without."""
+        copy = f"(it needs a copy of our {KEY_FILE})"
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return  # the Authenticator has logged it
-        unreadable = detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
-        why = (
-            "it sent nothing; is that no program of ours (browser, ssh, port scan)?" if not event
-            else "it has a key and this broker has none (testcloud.py keygen), or it is no program "
-            "of ours" if not keyed else
-            f"it has the key of another cloud (it needs a copy of our {KEY_FILE})" if unreadable else
-            f"it has no key (it needs a copy of our {KEY_FILE}), or is no program of ours")
-        route = f" to {address} failed: "
+        if not event:
+            why = "it sent nothing; is that no program of ours (browser, ssh, port scan)?"
+        elif not link.keyed:
+            why = ("it has a key and this broker has none (testcloud.py keygen), or it is no "
+                   "program of ours")
+        elif detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            why = f"it has the key of another cloud {copy}"
+        else:
+            why = f"it has no key {copy}, or is no program of ours"
+        route = f" to {link.address} failed: "
         if place:
-            route = f"connection from {place}{route}"
+            route = f" from {place}{route}"
         vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or not place
-        self.add(now, ("" if place else "a connection") + route + why, route if vague else "")
+        self.add(now, f"connection{route}{why}", route if vague else "")
 
 
 class MemoryGuard:
@@ -8481,25 +8489,25 @@ class MemoryGuard:
     def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
         self.refusals = loop.refusals
         self.links = links
-        self.look_at: Seconds = 0.0
-        self.trim_at: Seconds = 0.0
-        loop.each_round.append(self.look)
+        self.short = False  # memory is short
+        loop.every(MEMORY_INTERVAL, self.look)
+        loop.every(TRIM_INTERVAL, self.trim)
 
-    def look(self) -> None:
-        now = time.monotonic()
-        if now < self.look_at:
-            return
-        self.look_at = now + MEMORY_INTERVAL
+    def look(self, now: Seconds) -> None:
         peers = sum(len(link.peer_at) for link in self.links)
-        short = memory_in_use() >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
+        self.short = memory_in_use() >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
         for link in self.links:
-            if short:
+            if self.short:
                 self.cut_off_endless(link, now)
             else:
                 link.received.clear()
-        if short and now >= self.trim_at:
-            self.trim_at = now + TRIM_INTERVAL
-            trim_memory()
+
+    def trim(self, now: Seconds) -> None:
+        """Let glibc return free memory to the system: it keeps what large messages leave behind."""
+        if self.short:
+            with contextlib.suppress(ImportError, OSError, AttributeError):
+                import ctypes
+                ctypes.CDLL(None).malloc_trim(0)
 
     def cut_off_endless(self, link: RouterLink, now: Seconds) -> None:
         """Cut off the connections of a link that have sent too much since their last message."""
@@ -8528,13 +8536,6 @@ def memory_in_use() -> int:
     """Return the bytes of this process that are in memory; 0 if the system does not tell."""
     pages = read_text("/proc/self/statm").split()
     return int(pages[1]) * resource.getpagesize() if len(pages) > 1 else 0
-
-
-def trim_memory() -> None:
-    """Let glibc return free memory to the system: it keeps what large messages leave behind."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 # === Options ==========================================================================
