@@ -4226,7 +4226,6 @@ class Runner:
         self.slots = slots
         self.launcher = Launcher(name)
         self.children_file = open_children() if subreaper else -1
-        self.reap_at: Seconds = 0.0
         self.oom_kills, self.oom_at = oom_kills(), -math.inf  # their number, when it last grew
         self.stuck: List[int] = []  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
@@ -4449,13 +4448,10 @@ class Runner:
         return all(process.pid and start_ticks(process.pid) > began
                    for process in self.processes.values())
 
-    def reap(self) -> None:
-        """Care for orphans from time to time. The loop calls this in each round."""
-        now = time.monotonic()
-        if now >= self.reap_at:
-            self.reap_at = now + REAP_INTERVAL
-            self.kill_orphans()
-            self.oom_killed_since(now)  # a later command must not be taken for its victim
+    def reap(self, now: Seconds) -> None:
+        """Care for orphans. The loop calls this every REAP_INTERVAL."""
+        self.kill_orphans()
+        self.oom_killed_since(now)  # a later command must not be taken for its victim
 
 
 # === Client ===========================================================================
@@ -8962,18 +8958,12 @@ def watch_ssh(worker: Worker) -> Callable[[], None]:
 LOAD_INTERVAL: Seconds = 1.0  # the system updates its load average slowly
 
 
-def watch_load(worker: Worker) -> Callable[[], None]:
-    """Return a function for each round of the loop. It tells a worker its machine's load."""
-    look_at: Seconds = 0.0
-
-    def look() -> None:
-        nonlocal look_at
-        now = time.monotonic()
-        if now >= look_at:
-            look_at = now + LOAD_INTERVAL
-            with contextlib.suppress(OSError, AttributeError):  # the system does not know it
-                worker.set_load(os.getloadavg()[0], now)
-    return look
+def watch_load(loop: EventLoop, worker: Worker) -> None:
+    """Tell a worker its machine's load every LOAD_INTERVAL."""
+    def look(now: Seconds) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # the system does not know it
+            worker.set_load(os.getloadavg()[0], now)
+    loop.every(LOAD_INTERVAL, look)
 
 
 def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
@@ -8993,7 +8983,8 @@ def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
         now = loop.clock()  # first: after a pause it tells the worker that its lease may be over
         runner.start_jobs(min(now + LONG_PAUSE, worker.start_deadline()))
     runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, subreaper, nice)
-    loop.each_round += [start_jobs, runner.reap]
+    loop.each_round.append(start_jobs)
+    loop.every(REAP_INTERVAL, runner.reap)
     adapter = loop.add(worker, {
         Start: lambda effect: runner.enqueue(effect.job),
         Recall: lambda effect: runner.recall(effect.job),
@@ -9018,7 +9009,8 @@ def worker_process(settings: argparse.Namespace, address: str, keys: Optional[Ke
         detach_terminal()
     with contextlib.closing(EventLoop(sockets=True)) as loop:
         adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
-        loop.each_round += [watch_load(worker), ssh_watch]
+        loop.each_round.append(ssh_watch)
+        watch_load(loop, worker)
         connect(loop, adapter, address, WORKER_ROLE, keys, settings)
         loop.on_signals(worker.stop, control)
         print_line(f"Connecting to {address} to run commands in {plural(worker.slots, 'slot')}")
