@@ -9593,8 +9593,8 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     options = RunOptions(
         settings.timeout, settings.retries, settings.max_output, added_environment(settings),
-        settings.shell, tuple(settings.need), settings.raw, settings.live, settings.serial, settings.fail_fast,
-        settings.fail_on_flaky)
+        settings.shell, tuple(settings.need), settings.raw, settings.live, settings.serial,
+        settings.fail_fast, settings.fail_on_flaky)
     client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
                     options, os.getpid())
     client.timings = known_timings(settings)
