@@ -5778,6 +5778,256 @@ class PortableRunnerTest(RunnerTest):
 # === Client ===========================================================================
 
 
+class RetryPolicyTest(unittest.TestCase):
+    def command(self, *tries):
+        """A command with these tries: (exit code, host)."""
+        command = tc.Command(1, "a", "/")
+        command.tries = {n: tc.Try(*one) for n, one in enumerate(tries, 1)}
+        return command
+
+    def learn(self, policy, *tries):
+        command = self.command(*tries)
+        found = policy.learn(tc.verdict_of([*command.tries.values()], policy.excluded),
+                             [*command.tries.values()])
+        policy.check()
+        return found
+
+    def test_where_a_command_is_tried_next(self):
+        elsewhere, again, others = {"not_on": "h"}, {"on": "h"}, {"never_on": ["h"]}
+        for most, tries, place in (
+                (3, [(0, "h")], None), (1, [(1, "h")], None), (0, [(1, "h")], None),
+                (3, [(1, "h")], elsewhere), (3, [(1, "h"), (1, "i")], again),
+                (3, [(1, "h"), (1, "i"), (1, "h")], None),
+                (4, [(1, "h"), (1, "i"), (1, "h")], elsewhere),
+                (2, [(1, "h"), (0, "i")], None),  # there is no try left for a recheck
+                (3, [(1, "h"), (0, "i")], again), (3, [(1, "h"), (0, "h")], None),
+                (5, [(1, "h"), (1, "i"), (1, "h"), (0, "i")], None),  # the first host failed twice
+                (1, [(127, "h")], None), (0, [(127, "h")], others), (3, [(126, "h")], others),
+                (0, [(127, "i"), (127, "h")], {"never_on": ["h", "i"]}),
+                (0, [(127, "h")] * tc.START_HOSTS, None),
+                (3, [(127, "h"), (1, "i")], {"not_on": "i"}),  # the first that could start it
+                (3, [(127, "h"), (1, "i"), (0, "h")], {"on": "i"}),
+                (3, [(127, "i"), (1, "h"), (1, "i"), (1, "h")], None)):
+            self.assertEqual(tc.RetryPolicy(most).next_place(self.command(*tries)), place, tries)
+
+    def test_a_pass_is_not_rechecked_on_an_excluded_host(self):
+        policy = tc.RetryPolicy(3)
+        policy.excluded.add("h")
+        self.assertIsNone(policy.next_place(self.command((1, "h"), (0, "i"))))
+        self.assertEqual(policy.next_place(self.command((1, "i"), (0, "j"))), {"on": "i"})
+
+    def test_when_no_host_is_left_that_may_start_it_retries_follow(self):
+        command = self.command((127, "h"))
+        command.wait_until = -math.inf
+        self.assertEqual(tc.RetryPolicy(3).next_place(command), {"not_on": "h"})
+        self.assertIsNone(tc.RetryPolicy(0).next_place(command))
+
+    def test_verdicts(self):
+        for verdict, excluded, *tries in (
+                (tc.OK, (), (0, "h")), (tc.FAIL, (), (1, "h")), (tc.FAIL, (), (127, "h")),
+                (tc.OK, (), (127, "h"), (0, "i")), (tc.FLAKY, (), (1, "h"), (0, "i")),
+                (tc.ONLY, ("h",), (1, "h"), (0, "i")), (tc.ONLY, (), (1, "h"), (0, "i"), (1, "h")),
+                (tc.FLAKY, (), (1, "h"), (0, "h"), (1, "h")),
+                (tc.FLAKY, ("h",), (1, "h"), (1, "i"), (0, "i"))):
+            command = self.command(*tries)
+            self.assertEqual(tc.verdict_of([*command.tries.values()], excluded), verdict, tries)
+
+    def test_a_host_that_alone_fails_commands_is_excluded_once(self):
+        policy, tries = tc.RetryPolicy(3), [(1, "h"), (0, "i"), (1, "h")]
+        for _ in range(tc.EXCLUDE_AFTER - 1):
+            self.assertEqual(self.learn(policy, *tries), {})
+            self.learn(policy, (0, "h"))  # it need not fail all in a row
+        self.assertEqual(self.learn(policy, *tries), {"h": "failed there, twice each, and nowhere else"})
+        self.assertEqual(self.learn(policy, *tries), {})
+        self.assertEqual(policy.failed_only_on, {"h": tc.EXCLUDE_AFTER + 1})
+
+    def test_flaky_commands_exclude_nothing(self):
+        policy = tc.RetryPolicy(3)
+        for _ in range(2 * tc.EXCLUDE_AFTER):
+            self.learn(policy, (1, "h"), (0, "i"))
+            self.learn(policy, (1, "h"), (1, "i"), (0, "h"))
+        self.assertEqual((policy.excluded, policy.failed_only_on), (set(), {}))
+
+    def test_a_host_that_starts_nothing_is_excluded_if_others_could(self):
+        policy = tc.RetryPolicy(0)
+        for _ in range(2 * tc.EXCLUDE_AFTER):
+            self.learn(policy, (127, "h"), (127, "i"))  # it may be the command's fault
+        self.assertEqual(policy.started_elsewhere, {})
+        for _ in range(tc.EXCLUDE_AFTER - 1):
+            self.assertEqual(self.learn(policy, (127, "h"), (0, "i")), {})
+        policy.failed_starts.pop("h")  # it started one
+        for _ in range(tc.EXCLUDE_AFTER - 1):
+            self.assertEqual(self.learn(policy, (127, "h"), (1, "i")), {})
+        self.assertEqual([*self.learn(policy, (127, "h"), (0, "i"))], ["h"])
+        self.assertEqual(policy.started_elsewhere, {"h": 2 * tc.EXCLUDE_AFTER - 1})
+
+
+class HostWaitTest(unittest.TestCase):
+    def setUp(self):
+        self.waits = tc.HostWait()
+        self.waits.can_start = {"h", "i"}
+        self.command = tc.Command(1, "a", "/")
+        self.command.tries = {1: tc.Try(127, "h")}
+        self.window = {1: self.command}
+
+    def test_a_command_waits_until_its_deadline_however_often_it_is_tried(self):
+        self.assertTrue(self.waits.add(self.command, 5.0))
+        self.waits.check(self.window)
+        self.assertEqual(self.waits.hosts(), "i")
+        self.waits.commands.clear()
+        self.assertTrue(self.waits.add(self.command, 5.0 + tc.HOST_WAIT - 1))
+        self.assertEqual(self.waits.late(5.0 + tc.HOST_WAIT - 1), [])
+        self.assertEqual(self.waits.late(5.0 + tc.HOST_WAIT), [self.command])
+        self.waits.commands.clear()
+        self.assertFalse(self.waits.add(self.command, 5.0 + tc.HOST_WAIT))
+        self.assertEqual((self.waits.commands, self.waits.can_start), ({}, {"h"}))
+        self.waits.can_start.add("j")
+        self.assertFalse(self.waits.add(self.command, 6.0))  # it has been given up
+
+    def test_nothing_is_waited_for_if_all_hosts_are_unable(self):
+        self.waits.can_start = {"h"}
+        self.assertFalse(self.waits.add(self.command, 5.0))
+        self.assertEqual(self.waits.can_start, {"h"})
+
+    def test_a_changed_cloud_is_tried_at_once(self):
+        self.waits.change((1, 1, 1))
+        self.waits.add(self.command, 5.0)
+        self.assertEqual(self.waits.change((1, 1, 1)), [])
+        self.assertEqual(self.waits.change((2, 2, 2)), [self.command])
+        self.assertEqual(self.waits.change((2, 2, 2)), [])
+
+    def test_a_new_broker_is_given_all_the_time(self):
+        self.waits.add(self.command, 5.0)
+        self.waits.restart()
+        self.waits.check(self.window)
+        self.assertEqual(self.waits.commands, {})
+        self.assertTrue(self.waits.add(self.command, 50.0))
+        self.assertEqual(self.command.wait_until, 50.0 + tc.HOST_WAIT)
+
+
+class RechecksTest(unittest.TestCase):
+    def setUp(self):
+        self.rechecks = tc.Rechecks()
+        self.window = {}
+        for id in (1, 2):
+            command = self.window[id] = self.rechecks.commands[id] = tc.Command(id, "a", "/")
+            command.provisional = {"exitcode": 0, "time": 2000.0}
+        self.rechecks.check(self.window)
+
+    def overdue(self, now, alone=True):
+        return [command.id for command in self.rechecks.overdue(alone, now)]
+
+    def test_they_have_all_the_time_while_there_is_more_to_do(self):
+        self.assertEqual(self.overdue(5.0), [])
+        self.assertEqual(self.rechecks.deadline, 5.0 + tc.RECHECK_WAIT)
+        self.assertEqual(self.overdue(100.0, alone=False), [])
+        self.assertEqual(self.rechecks.deadline, math.inf)
+        self.assertEqual(self.overdue(101.0), [])
+        self.assertEqual(self.overdue(101.0 + tc.RECHECK_WAIT - 0.1), [])
+        self.assertEqual(self.overdue(101.0 + tc.RECHECK_WAIT), [1, 2])
+
+    def test_a_command_that_a_worker_has_gets_three_times_as_long_as_its_pass_took(self):
+        self.window[2].worker = "w"
+        self.overdue(0.0)
+        self.assertEqual(self.overdue(tc.RECHECK_WAIT), [1])
+        self.assertEqual(self.rechecks.deadline, tc.RECHECK_WAIT + 6.0)
+        del self.rechecks.commands[1]
+        self.assertEqual(self.overdue(tc.RECHECK_WAIT + 5.9), [])
+        self.assertEqual(self.overdue(tc.RECHECK_WAIT + 6.0), [2])
+
+
+class FetcherTest(unittest.TestCase):
+    def setUp(self):
+        self.asked = []
+        self.fetcher = tc.Fetcher(lambda command, offset, size: self.asked.append(
+            (command.id, offset, size)), 4.0, live=True)
+        self.window = {id: tc.Command(id, "a", "/") for id in (1, 2, 3)}
+        limits = mock.patch.multiple(tc, CHUNK_SIZE=10, FETCH_AHEAD=2)
+        limits.start()
+        self.addCleanup(limits.stop)
+
+    def add(self, id, size=25, now=0.0):
+        self.fetcher.add(self.window[id], {"size": size}, now)
+        self.fetcher.check(self.window)
+
+    def take(self, id, offset, size=10, now=0.0):
+        taken = self.fetcher.take(self.window[id], offset, size, now)
+        self.fetcher.check(self.window)
+        return taken
+
+    def expect(self, *asked):
+        self.assertEqual(self.asked, [*asked])
+        self.asked.clear()
+
+    def test_one_output_at_a_time_in_order_and_a_little_ahead(self):
+        self.add(1)
+        self.add(2)
+        self.expect((1, 0, 10), (1, 10, 10))
+        self.assertFalse(self.take(2, 0) or self.take(1, 10) or self.take(3, 0))
+        self.assertTrue(self.take(1, 0))
+        self.expect((1, 20, 5))
+        self.assertFalse(self.take(1, 0))  # twice
+        self.assertTrue(self.take(1, 10) and self.take(1, 20, 5))
+        self.assertEqual(self.fetcher.stored, 25)
+        self.expect()
+        self.fetcher.remove(self.window[1], 0.0)
+        self.expect((2, 0, 10), (2, 10, 10))
+        self.assertEqual(self.window[1].result, {})
+
+    def test_what_does_not_come_is_requested_again_from_where_it_is(self):
+        self.add(1, now=1.0)
+        self.take(1, 0, now=2.0)
+        self.asked.clear()
+        self.fetcher.tick([], 5.9)
+        self.expect()
+        self.fetcher.tick([], 6.0)
+        self.expect((1, 10, 10), (1, 20, 5))
+        self.assertEqual(self.fetcher.overdue_at, 10.0)
+
+    def test_a_result_that_is_told_again_goes_on_and_another_one_begins_anew(self):
+        self.add(1)
+        self.add(1)
+        self.take(1, 0)
+        self.fetcher.restart()
+        self.fetcher.check(self.window)
+        self.assertFalse(self.take(1, 10))  # nobody waits for it
+        self.asked.clear()
+        self.add(1)
+        self.expect((1, 10, 10), (1, 20, 5))
+        self.fetcher.remove(self.window[1], 0.0)
+        self.add(1)
+        self.expect((1, 0, 10), (1, 10, 10))
+
+    def test_another_output_takes_the_place_of_one_that_is_stored_in_part(self):
+        self.add(1)
+        self.take(1, 0)
+        self.fetcher.restart()
+        self.add(2)
+        self.take(2, 0)
+        self.fetcher.remove(self.window[2], 0.0)
+        self.asked.clear()
+        self.add(1)
+        self.expect((1, 0, 10), (1, 10, 10))
+
+    def test_live_output_is_requested_of_what_runs(self):
+        command, passed, ended = self.window.values()
+        for one in (command, passed, ended):
+            self.fetcher.listen(one, 0.0)  # no worker has it yet
+            one.worker = "w"
+        passed.provisional, ended.result = {"exitcode": 0}, {"size": 99}
+        command.shown = 7
+        for one in (command, passed, ended):
+            self.fetcher.listen(one, 1.0)
+        self.expect((1, 7, 10))
+        self.fetcher.listen(command, 2.0)
+        self.asked.clear()
+        self.fetcher.tick(self.window.values(), 4.9)
+        self.expect()
+        self.fetcher.tick(self.window.values(), 5.0)  # that may have been lost
+        self.expect((1, 7, 10))
+        self.assertEqual(self.fetcher.live_overdue_at, 9.0)
+
+
 class ClientTest(unittest.TestCase):
     def setUp(self):
         self.client = tc.Client("r1", address="tcp://b:1")
@@ -6661,6 +6911,45 @@ class ClientTest(unittest.TestCase):
             b.lines.clear()
         self.assertEqual(asked, 2)
 
+    def test_a_try_whose_output_is_lost_does_not_count(self):
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", end=True)
+        self.result(1, 1, 0, size=tc.INLINE + 1, host="h")
+        b.lines.clear()
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone"}')
+        b.expect("{", attempt=2, not_on=None, on=None)
+        self.result(1, 2, 1, host="i")
+        b.expect("{", attempt=3, not_on="i")
+        self.result(1, 3, 1, host="h")
+        self.result(1, 4, 1, host="i")
+        report = [e for e in b.effects if isinstance(e, tc.FinalResult)][0]
+        self.assertEqual(([*report.command.tries], report.command.verdict), ([2, 3, 4], tc.FAIL))
+
+    def test_what_is_said_of_an_older_attempt_changes_nothing(self):
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3, live=True))
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", end=True)
+        self.result(1, 1, 1, host="h", worker="w")
+        b.wait(tc.DONE_DELAY)
+        b.lines.clear()
+        b.effects.clear()
+        before = {name: getattr(self.client.window[1], name) for name in tc.Command.__slots__}
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"old")
+        b.hear('LOST {"tasks":[[1,1]],"why":"gone","fault":"crash","worker":"w"}')
+        b.quiet()
+        for late in ({"exitcode": 0}, {"exitcode": 1, "host": "i"},
+                     {"exitcode": 0, "size": tc.INLINE + 1}):
+            self.result(1, 1, **late)
+            self.expect_done([1, 1])
+        self.assertEqual(
+            {name: getattr(self.client.window[1], name) for name in tc.Command.__slots__}, before)
+        self.result(1, 2, 0, host="i", stdout="new", size=3)  # it may be rechecked now
+        self.assertEqual(b.effect(tc.ProvisionalResult).result["attempt"], 2)
+
     def chunk(self, id, offset, data):
         self.bench.hear(tc.encode("CHUNK", {"id": id, "attempt": 1, "offset": offset}), data=data)
 
@@ -6729,6 +7018,37 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Exit).status, 130)
         self.assertEqual((self.client.reported, self.client.stopped, self.client.never_ran),
                          (1, 1, 2))
+
+    @mock.patch.object(tc, "WINDOW", 3)
+    def test_a_second_interrupt_counts_nothing_again(self):
+        b = self.bench
+        self.join()
+        self.add(*"abcdef", end=True)
+        self.result(1, host="h")
+        self.refuse(2, "i")
+        b.hear(tc.encode("LOST", {"tasks": [[2, 2]], "why": "", "fault": tc.NOWHERE}))
+        self.assertEqual([*self.client.host_wait.commands], [2])
+        b.lines.clear()
+        for left in False, True, True:
+            self.client.cancel(130, b.now)
+            b.collect()
+            self.assertEqual((self.client.stopped, self.client.never_ran, self.client.left), (1, 2, left))
+        self.assertEqual([verb for _, verb, _ in b.lines], ["CANCEL", "DONE", "BYE"])
+        self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [130])
+
+    def test_the_interrupt_ends_the_wait_for_a_recheck(self):
+        """Its deadline must not wake us again and again until we leave."""
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", end=True)
+        self.result(1, 1, 1, host="h")
+        self.result(1, 2, 0, host="i")
+        b.wait(tc.RECHECK_WAIT - 1)
+        self.client.cancel(130, b.now)
+        b.collect()
+        b.wait(2)
+        self.assertEqual(self.client.rechecks.deadline, math.inf)
 
     def test_what_was_lost_before_the_interrupt_has_run(self):
         b = self.bench
@@ -6873,6 +7193,30 @@ class ReportingTest(unittest.TestCase):
                         output = None
                     store.results.append(store.put(cmd, code, output))
                 self.assertEqual(store.hash(), naive_hash(results))
+
+    def test_the_hash_does_not_depend_on_how_an_output_came(self):
+        """Inline or in chunks, and with --raw in whatever pieces of stdout and stderr."""
+        r = random.Random(1)
+        outputs = [bytes(r.choices(b"xy", k=size)) for size in (0, 1, 2, 3, 5, 7, 8, 9) * 3]
+        expected = naive_hash((b"a", 1, output) for output in outputs)
+
+        def in_pieces(output):
+            cuts = sorted({0, len(output), *(r.randrange(len(output) + 1) for _ in range(3))})
+            return b"".join(tc.PIECE_HEADER.pack(r.choice((1, 2)), to - at) + output[at:to]
+                            for at, to in zip(cuts, cuts[1:]))
+        for split in (False, True) * 5:
+            store = self.store(split)
+            for output in r.sample(outputs, len(outputs)):
+                data = in_pieces(output) if split else output
+                fetched = data and r.random() < 0.5
+                cuts = [0, *sorted(r.sample(range(1, len(data)), min(3, len(data) - 1)))] if fetched else ()
+                for at, to in zip(cuts, [*cuts[1:], len(data)]):
+                    store.put_part(tc.FetchedOutput(at, data[at:to]))
+                with mock.patch.object(tc, "BLOCK_SIZE", 4):
+                    store.results.append(store.put(b"a", 1, None if fetched else data))
+            for size in (4, 6, 1000):
+                with mock.patch.object(tc, "BLOCK_SIZE", size):
+                    self.assertEqual(store.hash(), expected)
 
     def test_an_output_that_was_stored_in_part_and_given_up_leaves_no_trace(self):
         store = self.store()
@@ -8573,6 +8917,27 @@ class SocketsTest(unittest.TestCase):
             signal.raise_signal(signal.SIGTERM)
             loop.add(tc.Machine(), {})
             loop.wait()  # with nothing due
+
+    def test_a_signal_that_the_supervisor_passes_on_counts_once(self):
+        """Ctrl-C in a terminal reaches both processes; `kill` reaches one."""
+        for number in tc.signals_to_handle():
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        for supervised, story in ((True, "12 12"), (True, "21 21"), (True, "2 2"), (False, "1 1")):
+            control, supervisor = os.pipe() if supervised else (-1, -1)
+            got = []
+            with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
+                loop.on_signals(lambda status, now, got=got: got.append(status), control)
+                loop.add(tc.Machine(), {})
+                for times, told in enumerate(story.split(), 1):
+                    for one in told:
+                        if one == "1":
+                            signal.raise_signal(signal.SIGINT)
+                        else:
+                            os.write(supervisor, bytes([signal.SIGINT]))
+                        loop.wait()
+                    self.assertEqual(got, [130] * times, story)
+            for descriptor in (control, supervisor) if supervised else ():
+                os.close(descriptor)
 
     def test_who_was_stopped_between_two_messages_hears_of_it_before_the_second(self):
         import zmq
