@@ -6280,6 +6280,34 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(report.result["exitcode"], tc.NOT_RUN)
         self.assertIn("3 workers", report.result["reason"])
 
+    def test_what_may_have_killed_a_worker_runs_with_care(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        b.lines.clear()
+        b.hear('LOST {"tasks":[[1,1]],"why":"stopped","fault":"","worker":"w"}')
+        b.expect("{", attempt=2, careful=None)
+        b.hear('LOST {"tasks":[[1,2]],"why":"gone","fault":"crash","worker":"w"}')
+        b.expect("{", attempt=3, careful=True)
+
+    def test_a_command_is_timed_from_its_first_confirmation(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        for b.now, worker in ((1.0, "m"), (2.0, "w")):
+            b.hear(tc.encode("QUEUED", {"tasks": [[1, 1]], "worker": worker}))
+            command = self.client.window[1]
+            self.assertEqual((command.since, command.worker), (1.0, worker))
+
+    def test_a_command_that_was_tried_nowhere_is_tried_again(self):
+        """No broker of ours says NOWHERE of it, but what a broker says must not end the client."""
+        b = self.bench
+        self.join()
+        self.add("a")
+        b.lines.clear()
+        b.hear(tc.encode("LOST", {"tasks": [[1, 1]], "why": "", "fault": tc.NOWHERE}))
+        b.expect("{", attempt=2)
+
     def test_a_command_that_cannot_be_started_anywhere_has_failed(self):
         b = self.bench
         self.join()
@@ -6427,6 +6455,18 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(b.effects[-1], tc.Exit(0))
 
     @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
+    def test_the_next_of_one_at_a_time_does_not_wait_for_a_busy_host(self):
+        self.client = tc.Client("r1", options=tc.RunOptions(tries=3, serial=True))
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", "b")
+        self.result(1, 1, 1, host="h")
+        self.result(1, 2, 0, host="i")
+        b.lines.clear()
+        b.wait(0.6)
+        self.assertEqual([f["cmd"] for _, verb, f in b.lines if verb == "{"], ["b"])
+
+    @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
     def test_what_runs_again_where_it_failed_is_waited_for(self):
         self.examine(3, (1, "h"), (0, "i"))
         b = self.bench
@@ -6568,6 +6608,16 @@ class ClientTest(unittest.TestCase):
             attempt = self.client.window[2].attempt if 2 in self.client.window else 0
         self.assertGreaterEqual(b.now, began + tc.HOST_WAIT)
         self.assertEqual(self.client.failed, 1)
+
+    def test_the_time_in_which_we_were_stopped_is_no_wait_for_a_host(self):
+        self.join()
+        self.add("a", "b")
+        self.result(1, host="h1")
+        self.refuse(2, "h2")
+        self.bench.hear(tc.encode("LOST", {"tasks": [[2, 2]], "why": "", "fault": tc.NOWHERE}))
+        until = self.bench.now + tc.HOST_WAIT
+        self.client.paused(5.0, self.bench.now + 5.0)
+        self.assertEqual(self.client.window[2].wait_until, until + 5.0)
 
     def test_who_joins_again_goes_on_waiting_for_a_host(self):
         self.join()
@@ -6749,6 +6799,17 @@ class ClientTest(unittest.TestCase):
         self.assertIn("CANCEL", [line[1] for line in b.lines])
         b.hear('LOST {"tasks":[[4,1]],"why":"cancelled"}')
         self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [1])
+
+    def test_flaky_commands_stop_the_run_if_they_count_as_failed(self):
+        for counts in (True, False):
+            self.client = tc.Client("r1", options=tc.RunOptions(
+                tries=2, fail_fast=1, fail_on_flaky=counts))
+            self.bench = Bench(self.client)
+            self.join()
+            self.add("a", "b")
+            self.result(1, 1, 1, host="h")
+            self.result(1, 2, 0, host="i")
+            self.assertEqual("CANCEL" in [verb for _, verb, _ in self.bench.lines], counts)
 
     def test_fail_fast_when_all_has_run(self):
         self.client = tc.Client("r1", options=tc.RunOptions(fail_fast=1))
@@ -7036,8 +7097,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual([verb for _, verb, _ in b.lines], ["CANCEL", "DONE", "BYE"])
         self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [130])
 
-    def test_the_interrupt_ends_the_wait_for_a_recheck(self):
-        """Its deadline must not wake us again and again until we leave."""
+    def test_a_recheck_does_not_hold_up_an_interrupted_run(self):
         self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         b = self.bench = Bench(self.client)
         self.join()
@@ -7047,8 +7107,29 @@ class ClientTest(unittest.TestCase):
         b.wait(tc.RECHECK_WAIT - 1)
         self.client.cancel(130, b.now)
         b.collect()
-        b.wait(2)
-        self.assertEqual(self.client.rechecks.deadline, math.inf)
+        b.effects.clear()
+        b.wait(1)
+        self.assertEqual(b.effect(tc.FinalResult).result["host"], "i")
+        self.assertEqual(b.effect(tc.Exit).status, 130)
+
+    def test_a_new_broker_is_told_of_the_interrupt(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        self.client.cancel(130, b.now)
+        b.collect()
+        b.hear("WHO")
+        b.lines.clear()
+        self.join(2)
+        self.assertEqual([verb for _, verb, _ in b.lines], ["{", "CANCEL"])
+
+    def test_input_that_an_interrupt_left_unread_is_noted(self):
+        for ended in (True, False):
+            self.setUp()
+            self.join()
+            self.add("a", end=ended)
+            self.client.cancel(130, self.bench.now)
+            self.assertEqual(self.client.cut_short, not ended)
 
     def test_what_was_lost_before_the_interrupt_has_run(self):
         b = self.bench
@@ -7107,6 +7188,17 @@ class ClientTest(unittest.TestCase):
 
 
 class StatusClientTest(unittest.TestCase):
+    def test_hosts_of_one_name_are_two(self):
+        b = Bench(tc.StatusClient("tcp://b:1", math.inf))
+        row = {"name": "w", "kind": "worker", "below": [], "labels": [], "slots": 1, "weight": 1,
+               "running": 0, "held": 0, "done": 0, "failed": 0, "load": 0, "there": True, "silent": 0}
+        rows = [dict(row, host=host) for host in ("vm/a", "vm/b")]
+        for again in range(2):
+            b.hear(tc.encode("STATUS", dict(MessagesTest.EXAMPLES["STATUS"], workers=rows)))
+            shown = b.effect(tc.ShowStatus).fields["workers"]
+            self.assertEqual([row["host"] for row in shown], ["vm", "vm~2"], again)
+            self.assertEqual(b.effect(tc.Exit).status, 0)
+
     def test_a_broker_that_falls_silent(self):
         b = Bench(tc.StatusClient("tcp://b:1", math.inf, 1.0))
         for _ in range(3):

@@ -4927,8 +4927,10 @@ class Client(SessionMachine):
         self.fill_window()
         if self.done_at <= self.now or len(self.done) >= MAX_DONE:
             self.send_done()
+        if self.left:
+            return
         self.stop_rechecking()
-        if self.status is None and not self.left:
+        if self.status is None:
             self.stop_early()
             self.report_wait(self.waits_for())
         if self.input_ended and not self.backlog and not self.window and not self.left:
@@ -4970,7 +4972,7 @@ class Client(SessionMachine):
         place = {key: [*map(identity, value)] if key == "never_on" else identity(value)
                  for key, value in command.place.items()}
         optional = {
-            "again": command.again, "had": command.again and command.worker, "avoid": command.avoid,
+            "again": command.again, "had": command.worker, "avoid": command.avoid,
             "careful": command.faults.crashes > 0,
             "limit": int(command.passed)}  # 1 byte: only the exit code of a recheck counts
         line = encode(COMMAND, {
@@ -5131,8 +5133,7 @@ class Client(SessionMachine):
     def stop_rechecking(self) -> None:
         """Report commands whose recheck holds up the end of the run."""
         rest = not self.options.serial and (self.backlog or not self.input_ended)
-        alone = self.status is None and not rest \
-            and 0 < len(self.window) == len(self.rechecks.commands)
+        alone = not rest and 0 < len(self.window) == len(self.rechecks.commands)
         for command in self.rechecks.overdue(alone, self.now):
             self.report(command, command.provisional)
 
