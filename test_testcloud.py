@@ -169,7 +169,8 @@ class MessagesTest(unittest.TestCase):
         b'FETCH {"id":1}', b'READY {"slots":9007199254740993}',
         b'READY {"name":"\xff"}', b"HELLO " + b"[" * 100000,
         b'READY {"slots":1' + b"0" * 9999 + b"}",
-        b"\x00" * 1000, b"{" * 5000,
+        b"\x00" * 1000, b"{" * 5000, b'QUEUED {"tasks":[[1,2,3]]}', b'READY {"crew":[["h"]]}',
+        b'READY {"crew":[["h",1048577]]}', b'READY {"crew":[["h",1,5]]}',
     ]
 
     def test_malformed_lines_raise_a_protocol_error_of_one_line(self):
@@ -178,6 +179,15 @@ class MessagesTest(unittest.TestCase):
                 tc.decode(line)
             self.assertNotIn("\n", str(caught.exception))
             self.assertLess(len(str(caught.exception)), 200)
+
+    def test_a_row_of_status_has_all_its_fields_and_each_is_checked(self):
+        row = self.EXAMPLES["STATUS"]["clients"][0]
+        for name in row:
+            less = {key: value for key, value in row.items() if key != name}
+            bad = [{**row, name: None}] + [less] * (name != "pid")  # older clients do not tell it
+            for wrong in bad:
+                with self.assertRaises(tc.ProtocolError):
+                    tc.decode(tc.encode("STATUS", {"clients": [row, wrong]}))
 
     def test_unknown_fields_are_allowed(self):
         self.assertEqual(tc.decode(b'READY {"colour":"red"}'), ("READY", {"colour": "red"}))
@@ -2217,6 +2227,75 @@ class NamesOfHostsTest(unittest.TestCase):
         self.assertEqual((d.broker.registry.at_host, names.identities, names.names), ({}, {}, {}))
 
 
+class SessionTest(unittest.TestCase):
+    """Joins, heartbeats and leases, of a worker."""
+
+    def setUp(self):
+        self.worker = tc.Worker("w1", 1)
+        self.bench = Bench(self.worker)
+        self.session = self.worker.session
+
+    def test_with_a_slow_broker_attempts_to_join_become_rare(self):
+        b, session = self.bench, self.session
+        waits = []
+        for _ in range(8):
+            b.hear(f'OK {{"join":{session.number - 1}}}')
+            waits.append((session.next_greeting - b.now) / session.interval)
+            b.wait(session.next_greeting - b.now)
+        self.assertEqual(waits, [2, 4, 8, 16, 16, 16, 16, 16])
+        b.answer()
+        self.worker.connected(BROKER, b.now)
+        self.assertEqual(session.next_greeting - b.now, session.interval)
+
+    def test_a_broker_without_any_patience_gets_some_greetings(self):
+        b = self.bench
+        b.answer(patience=0)
+        b.lines.clear()
+        b.wait(10 * tc.MIN_GREETING_INTERVAL)
+        self.assertLessEqual(len(b.lines), 11)
+
+    def test_greetings_without_an_answer_are_few_in_memory(self):
+        b = self.bench
+        b.answer()
+        with mock.patch.object(tc, "MAX_UNANSWERED", 3):
+            for _ in range(9):
+                b.wait(2.0)
+                b.hear('CANCEL {"tasks":[]}')  # it says other things, so that we stay connected
+        self.assertEqual([*self.session.sent], [8, 9, 10])
+
+    def test_an_older_answer_does_not_shorten_the_lease(self):
+        b = self.bench
+        b.answer(patience=6)
+        b.wait(4.0)
+        ends = []
+        for number in (self.session.number, self.session.number - 1):
+            b.answer(number)
+            ends.append(self.session.lease_ends())
+        self.assertEqual(ends[0], ends[1])
+
+    def test_a_short_stop_after_which_the_lease_is_over_makes_it_join_again(self):
+        b = self.bench
+        b.answer(patience=6)
+        b.now = 0.7 * 6
+        b.lines.clear()
+        self.worker.paused(tc.LONG_PAUSE / 2, b.now)
+        b.collect()
+        b.expect("READY", join=2)
+
+    def test_a_long_greeting_is_whole_in_its_parts(self):
+        rows = [["r", n, 1] for n in range(9)]
+        ready = {"name": "w", "join": 7, "slots": 2, "running": rows[:5], "held": rows[5:]}
+        with mock.patch.object(tc, "MAX_READY_TASKS", 2):
+            *parts, last = tc.split_greeting(ready)
+        self.assertEqual([sum(len(part.get(key, ())) for key in ("running", "held"))
+                          for part in parts], [2, 2, 1, 2, 2])
+        self.assertEqual(sum((part.get("running", []) for part in parts), []), rows[:5])
+        self.assertEqual(sum((part.get("held", []) for part in parts), []), rows[5:])
+        self.assertEqual({(part["name"], part["join"], part["more"]) for part in parts},
+                         {("w", 7, True)})
+        self.assertEqual(last, dict(ready, running=[], held=[], parts=5))
+
+
 class OnlyElsewhereTest(unittest.TestCase):
     """What only another host is to run, and is lost if there is none."""
 
@@ -2898,6 +2977,31 @@ class MisbehavingPeersTest(unittest.TestCase):
         d.quiet()
         self.assertEqual(len(d.logs), 1)
 
+    def test_a_body_with_too_many_bad_lines_is_read_no_further(self):
+        d = Desk()
+        hello = b'HELLO {"run":"r1","join":1}'
+        for more in (1, 0):
+            d.client(b"x", b"noise\n" * (tc.MAX_BAD_LINES + more) + hello)
+            self.assertEqual([letter[3] for letter in d.letters], ["ERROR"] + ["OK"] * (not more))
+            d.letters.clear()
+
+    def test_each_fault_is_logged_once_in_a_while_and_few_at_a_time(self):
+        d = Desk()
+        for n in range(2 * tc.MAX_COMPLAINTS):
+            d.client(b"x", b"DONE " + b" " * n + b"x")  # the reason says at which character
+        self.assertEqual(len(d.logs), tc.MAX_COMPLAINTS)
+        for seconds, more in ((tc.COMPLAINT_INTERVAL - 1, 0), (2, 0), (tc.COMPLAINT_INTERVAL, 1)):
+            d.now += seconds
+            d.logs.clear()
+            d.client(b"x", b"DONE x")
+            self.assertEqual(len(d.logs), more)
+
+    def test_a_verb_at_the_wrong_port_is_answered_with_the_right_one(self):
+        d = Desk()
+        d.worker(b"x", 'HELLO {"run":"r1"}')
+        d.expect(b"x", "ERROR", reason="HELLO is not understood on the link to workers, but on that "
+                                       "to clients: is the port right?")
+
     def test_an_error_is_never_answered(self):
         d = Desk()
         for line in (b"ERROR", b"ERROR {}", b"ERROR {", b'ERROR {"reason":5}'):
@@ -2952,6 +3056,18 @@ class ChainTest(unittest.TestCase):
         d.collect()
         d.expect(b"", "READY", name="b1", slots=0, join=1, below=["b1"], depth=1)
         d.tell(BROKER, b"", 'OK {"join":1,"broker":"b0","above":["b0"]}')
+
+    def test_a_pause_of_ours_does_not_end_the_runs_from_above(self):
+        d, clients = self.desk, self.desk.broker.registry.clients
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "r1")
+        d.now += d.broker.times.client_lease - 1
+        d.answer()  # the broker above is heard shortly before
+        d.now += 100
+        d.broker.paused(100.0, d.now)
+        d.wait(5)
+        self.assertIn("r1", clients)
+        d.wait(d.broker.times.client_lease)
+        self.assertNotIn("r1", clients)
 
     def test_it_announces_the_sum_of_slots_and_the_highest_weight(self):
         d = self.desk

@@ -832,7 +832,6 @@ class Session:
         fields["beat" if self.joined else "join"] = self.number
         if not self.joined:
             self.announced = fields
-            self.sent.clear()  # their answers may come from a broker that knew less of us
         self.sent[self.number] = now
         if len(self.sent) > MAX_UNANSWERED:
             del self.sent[min(self.sent)]
