@@ -36,6 +36,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import struct
 import subprocess
@@ -8096,6 +8097,12 @@ class ReportingTest(unittest.TestCase):
                       "4/10 done, 1 failed, 2 flaky, ETA 12 s", "4/10 done, ETA 12 s"):
             self.assertEqual(tc.progress_text(client, 8.0, len(words)), words)
             self.assertNotEqual(tc.progress_text(client, 8.0, len(words) - 1), words)
+        for spent, rate in ((0.0, "4000/s"), (0.25, "16/s"), (1.6, "2.5/s"), (80.0, "0.05/s")):
+            self.assertIn(f", {rate}, ETA", tc.progress_text(client, spent))
+        client.input_ended = False
+        self.assertNotIn("ETA", tc.progress_text(client, 8.0))
+
+    def test_durations(self):
         for seconds, words in ((0.00814, "8.14 ms"), (1.234, "1.23 s"), (63.14, "63.1 s"),
                                (119.7, "2 min 0 s"), (123, "2 min 3 s"), (7387, "2 h 3 min")):
             self.assertEqual(tc.duration(seconds), words)
@@ -8125,6 +8132,16 @@ class ReportingTest(unittest.TestCase):
             "CLIENT  PID  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
             "h        77       1        2     3       1  a worker"])
 
+    def test_clients_of_the_status(self):
+        client, = MessagesTest.EXAMPLES["STATUS"]["clients"]
+        whole, table = tc.status_tables({"workers": [], "above": ["b\x1b"], "clients": [
+            dict(client, there=False), dict(client, kind="plain", pid=None),
+            dict(client, host="x" * 99, kind="above")]}, "tcp://b:1")
+        self.assertEqual(whole, ["tcp://b:1: 0 workers, 0 of 0 slots busy, 3 clients", r"below b\x1b"])
+        self.assertEqual([line.split("  ")[0] for line in table[1:]],
+                         ["h", "h (plain)", f"{'x' * 29}...{'x' * 13} (broker above)"])
+        self.assertTrue(table[1].endswith("  its connection"))
+
     def test_long_names_are_cut_in_the_middle_where_columns_are_few(self):
         rows = [["HOST", "SLOTS", ""], ["build-machine-number-17", "2", "a note"], ["h", "4", ""]]
         self.assertEqual(tc.align_columns(rows)[1], "build-machine-number-17      2  a note")
@@ -8134,7 +8151,7 @@ class ReportingTest(unittest.TestCase):
             "h                      4"])
         self.assertTrue(tc.align_columns(rows, 10)[1].startswith("build...r-17  "))
 
-    def test_a_sign_of_life_names_what_takes_longest(self):
+    def test_a_progress_notice_names_the_command_that_takes_longest(self):
         client = tc.Client("r1")
         client.total = client.slots = client.workers = 1
         self.assertNotIn(";", tc.progress_notice(client, 1.0, 9.0))
@@ -8142,10 +8159,11 @@ class ReportingTest(unittest.TestCase):
         for since, id, cmd in ((5.0, 1, "short"), (2.0, 2, "long\x1b")):
             command = client.window[id] = tc.Command(id, cmd, "/")
             command.worker, command.since = "w", since
+        client.window[3] = tc.Command(3, "not accepted yet", "/")
         self.assertEqual(tc.progress_notice(client, 1.0, 9.0),
                          "0/1+ done, 1 running, 1 worker, 1 slot; for 7 s: long\\x1b")
 
-    def test_a_sign_of_life_comes_when_nothing_else_was_said(self):
+    def test_a_progress_notice_comes_when_nothing_else_was_written(self):
         client, bar, said = tc.Client("r1"), tc.ProgressLine(), []
         with mock.patch.object(tc, "PROGRESS_LINE", bar), mock.patch.object(tc, "print_notice", said.append), \
                 mock.patch.object(tc.time, "monotonic") as clock:
@@ -8163,6 +8181,28 @@ class ReportingTest(unittest.TestCase):
                         bar.last_write = clock()  # as the real one does
                         said.clear()
                 self.assertEqual(found, wanted, (steady, heard))
+            shown = tc.Progress(client, None, 60.0, True)
+            client.left, clock.return_value = True, 9999.0
+            shown.update()
+            self.assertEqual(said, [], "the run has ended")
+
+    def test_where_progress_is_shown(self):
+        def shown(options, tty=True, piped=False, term="xterm", stderr=True):
+            settings = tc.build_parser().parse_args(["client", *options])
+            status = mock.Mock(st_mode=stat.S_IFIFO if piped else stat.S_IFCHR)
+            with mock.patch.object(sys, "stderr", mock.Mock(isatty=lambda: tty) if stderr else None), \
+                    mock.patch.object(os, "fstat", lambda file: status), \
+                    mock.patch.dict(os.environ, {"TERM": term}):
+                progress = tc.progress_of(settings, tc.Client("r1"), None)
+            return progress and (progress.interval, bool(progress.steady))
+        line, sometimes, steadily = (0, False), (tc.SILENCE_INTERVAL, False), (tc.STEADY_INTERVAL, True)
+        for wanted, *case in (
+                (line, []), (None, ["--quiet"]), (None, ["--quiet", "-p"]), (line, ["-p"]),
+                (sometimes, [], {"tty": False}), (steadily, ["-p"], {"tty": False}),
+                (None, [], {"piped": True}), (line, ["-p"], {"piped": True}),  # to a pager
+                (None, [], {"term": "dumb"}), (line, ["-p"], {"term": "dumb"}),
+                (None, ["-p"], {"stderr": False})):
+            self.assertEqual(shown(case[0], **dict(*case[1:])), wanted, case)
 
     def test_tables_share_a_screen(self):
         tables = [["the whole"], [f"worker {n}" for n in range(20)], ["CLIENTS", "one of them"]]
