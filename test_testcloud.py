@@ -172,6 +172,10 @@ class MessagesTest(unittest.TestCase):
         b'READY {"slots":1' + b"0" * 9999 + b"}",
         b"\x00" * 1000, b"{" * 5000, b'QUEUED {"tasks":[[1,2,3]]}', b'READY {"crew":[["h"]]}',
         b'READY {"crew":[["h",1048577]]}', b'READY {"crew":[["h",1,5]]}',
+        b'DONE {"tasks":[[9007199254740993,1]]}', b'RESULT {"exitcode":2147483648}',
+        b'RESULT {"exitcode":0,"time":1e18}', b'HELLO {"run":"' + b"x" * 201 + b'"}',
+        b'{"cmd":"x","again":1}', b'{"cmd":"x","env":{"A=":"b"}}', b'{"cmd":"x","env":{"":"b"}}',
+        b'{"cmd":"x","env":{"A":1}}', b'{"cmd":"x","env":{"A":"\\u0000"}}', b'WHO {}}',
     ]
 
     def test_malformed_lines_raise_a_protocol_error_of_one_line(self):
@@ -196,6 +200,21 @@ class MessagesTest(unittest.TestCase):
     def test_printable_shows_no_control_characters(self):
         self.assertEqual(tc.printable(b"a\x1b[31m\n\xff"), "a\\x1b[31m\\n\ufffd")
         self.assertEqual(tc.printable("x" * 100, 5), "xxxxx...")
+
+    def test_a_command_keeps_tabs_and_what_may_be_letters_elsewhere(self):
+        self.assertEqual(tc.escape_command("a\tb☃\udca0\udc9b\x1b\n\u202e"),
+                         "a\tb☃\udca0\\x9b\\x1b\\n\\u202e")
+
+    def test_the_ends_of_a_long_text_stay(self):
+        for text, limit, wanted in (("abcdefgh", 8, "abcdefgh"), ("abcdefghi", 8, "abc...hi"),
+                                    ("abcdefghi", 7, "ab...hi")):
+            self.assertEqual(tc.truncate_middle(text, limit), wanted)
+
+    def test_lines_fill_bodies_up_to_a_limit(self):
+        lines = [b"1234", b"5", b"67890", b"x" * 20, b"y"]
+        self.assertEqual([*tc.batch_lines(lines, 10)], [b"1234\n5\n67890", b"x" * 20, b"y"])
+        self.assertEqual([*tc.batch_lines(lines, 9)], [b"1234\n5", b"67890", b"x" * 20, b"y"])
+        self.assertEqual([*tc.batch_lines(lines, 0)], lines)
 
 
 # === Scheduler ========================================================================
@@ -2295,6 +2314,24 @@ class SessionTest(unittest.TestCase):
         self.assertEqual({(part["name"], part["join"], part["more"]) for part in parts},
                          {("w", 7, True)})
         self.assertEqual(last, dict(ready, running=[], held=[], parts=5))
+
+
+class WaitTest(unittest.TestCase):
+    def test_each_cause_has_a_notice_and_the_limit_is_for_all_of_them(self):
+        delay, wait = tc.NOTICE_DELAY, tc.Wait(10.0)
+        self.assertEqual(wait.deadline(), math.inf)
+        for now, cause, notice, deadline in (
+                (1.0, "a", "", 1 + delay), (1.1, "b", "", 1.1 + delay), (1.2, "b", "", 1.1 + delay),
+                (1.1 + delay, "b", "b", 11.0), (9.0, "b", "", 11.0), (10.0, "c", "", 10 + delay),
+                (10 + delay, "c", "c", 11.0), (10.9, "c", "", 11.0)):
+            self.assertEqual((wait.notice(cause, now), wait.deadline()), (notice, deadline), now)
+            self.assertFalse(wait.timed_out(now))
+        self.assertTrue(wait.timed_out(11.0))
+        for now, cause, notice in ((12.0, "", "the wait is over, going on"), (13.0, "", ""),
+                                   (20.0, "a", ""), (20.1, "", ""), (20.2, "", "")):
+            self.assertEqual(wait.notice(cause, now), notice, now)
+            self.assertFalse(wait.timed_out(now))
+        self.assertEqual(wait.deadline(), math.inf)
 
 
 class OnlyElsewhereTest(unittest.TestCase):
