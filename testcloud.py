@@ -7373,15 +7373,12 @@ def use_venv_python() -> None:
 def parse_address(text: str, port: int, listen: bool = False) -> str:
     """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path. `port` is the
     default. Only a listener may have the host * and port 0. Raises UsageError."""
-    if "\0" in text or in_utf8(text) != text:
-        raise UsageError(f"cannot read address {printable(text)!r}: it is no UTF-8 text")
     if text.startswith("ipc://"):
-        if not 6 < len(os.fsencode(text)) <= 6 + IPC_PATH_MAX:
-            raise UsageError(f"cannot use {text!r}: the path has 1 to {IPC_PATH_MAX} bytes")
+        size = len(to_bytes(text[len("ipc://"):]))
+        if "\0" in text or in_utf8(text) != text or not 0 < size <= IPC_PATH_MAX:
+            raise UsageError(f"cannot use {text!r}: a path of an ipc:// address is UTF-8 text of 1 "
+                             f"to {IPC_PATH_MAX} bytes")
         return text
-    scheme, found, _ = text.partition("://")
-    if found and scheme != "tcp":
-        raise UsageError(f"cannot use {text!r}: an address begins with tcp://, ipc:// or neither")
     match = ADDRESS.fullmatch(text) if text.isascii() else None
     number = int(match[2] or port) if match else 0
     if match is None or number > 65535:
@@ -7401,11 +7398,9 @@ def split_tcp(address: str) -> Tuple[str, int]:
 
 def resolve(address: str) -> str:
     """Return the endpoint with its host name resolved. Raises SetupError."""
-    if not address.startswith("tcp://"):
+    if address.startswith(("ipc://", "tcp://*:")):
         return address
     host, port = split_tcp(address)
-    if host == "*":
-        return address
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         # IPv4 first, as libzmq connects: otherwise localhost would be two addresses
@@ -7418,6 +7413,13 @@ def resolve(address: str) -> str:
 def is_loopback(address: str) -> bool:
     """Return whether only this machine can reach the (resolved) endpoint."""
     return address.startswith(("ipc://", "tcp://127.", "tcp://[::1]"))
+
+
+def call_libc(function: str, argument: int) -> None:
+    """Call a function of the C library, if there is one of that name."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        getattr(ctypes.CDLL(None), function)(argument)
 
 
 # === Event loop =======================================================================
@@ -7444,7 +7446,9 @@ class EventLoop:
     def __init__(self, sockets: bool) -> None:
         if sockets:
             require_zmq()
-            seed_routing_ids()
+            # ROUTERs number their peers from rand() on, which libzmq does not seed. It aborts when a
+            # peer has chosen the next number as its routing id.
+            call_libc("srand", int.from_bytes(os.urandom(4), "little"))
         self.context: Any = zmq.Context() if sockets else None
         self.poller: Any = zmq.Poller() if sockets else select.poll()
         self.adapters: List[Adapter] = []
@@ -7643,14 +7647,6 @@ def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
     if len(rest) > 3:
         return None
     return rest[0].bytes.decode("ascii", "replace"), rest[1].bytes, rest[2] if rest[2:] else b""
-
-
-def seed_routing_ids() -> None:
-    """Let ROUTERs number their peers from a random number on. libzmq takes that from rand(),
-    without a seed, and aborts if a peer has chosen the next number as its id."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
 
 
 class Link:
@@ -8194,7 +8190,7 @@ class Keys(NamedTuple):
 
 def keys_from_json(text: str) -> Keys:
     """Read the content of a key file. Raises ValueError, whose text shows nothing secret."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         fields = json.loads(text)
         broker = fields["broker"]
         found = Keys(
@@ -8204,13 +8200,11 @@ def keys_from_json(text: str) -> Keys:
         keys = [found.broker, *filter(None, [found.secret]),
                 *(holder.public for holder in found.holders),
                 *itertools.chain(*found.pairs.values())]
-        valid = all(map(Z85_KEY.fullmatch, keys))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        valid = False
-    if not valid or not found.pairs or found.secret and len(found.pairs) < len(ROLE_OF):
-        raise ValueError("it is no key file, or damaged: copy it again (a new cloud's: "
-                         "testcloud.py keygen)")
-    return found
+        complete = len(found.pairs) >= (len(ROLE_OF) if found.secret else 1)
+        if complete and all(map(Z85_KEY.fullmatch, keys)):
+            return found
+    raise ValueError("it is no key file, or damaged: copy it again (a new cloud's: testcloud.py "
+                     "keygen)")
 
 
 def new_pair() -> KeyPair:
@@ -8501,9 +8495,7 @@ class MemoryGuard:
     def trim(self, now: Seconds) -> None:
         """Let glibc return free memory to the system: it keeps what large messages leave behind."""
         if self.short:
-            with contextlib.suppress(ImportError, OSError, AttributeError):
-                import ctypes
-                ctypes.CDLL(None).malloc_trim(0)
+            call_libc("malloc_trim", 0)
 
     def cut_off_endless(self, link: RouterLink, now: Seconds) -> None:
         """Cut off the connections of a link that have sent too much since their last message."""
@@ -8521,9 +8513,7 @@ class MemoryGuard:
 
 def bytes_received(connection: socket.socket) -> int:
     """Return how many bytes came on it: tcpi_bytes_received in struct tcp_info of linux/tcp.h.
-    Returns 0 where no system counts. Raises OSError if it is closed, or not TCP."""
-    if sys.platform != "linux":
-        return 0
+    Returns 0 on old systems. Raises OSError if it is closed, or not TCP."""
     facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
     return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
 
