@@ -9347,6 +9347,46 @@ class SocketsTest(unittest.TestCase):
         peer.send(name)
         return peer
 
+    def test_that_no_more_peers_can_connect_is_said_once(self):
+        loop, link, wait_until = self.router(tc.Machine())
+        link.file_limit = tc.SPARE_FILES  # so that every descriptor is one of the last
+        with mock.patch.object(tc, "print_notice") as notice:
+            for count in (1, 2):
+                peer = socket.create_connection(tc.split_tcp(link.address))
+                self.addCleanup(peer.close)
+                wait_until(lambda count=count: len(link.pending) == count)
+        self.assertEqual(notice.call_count, 1)
+
+    def test_a_peer_is_gone_when_another_has_its_descriptor(self):
+        """Although the new one's message is read before the end of the old one's connection."""
+        events = []
+
+        class Probe(tc.Machine):
+            def receive(self, link, peer, *rest):
+                events.append(peer)
+
+            def disconnected(self, link, peer, now):
+                events.append(b"gone " + peer)
+        loop, link, wait_until = self.router(Probe())
+        for n in range(100):
+            old, new = b"old%d" % n, b"new%d" % n
+            events.clear()
+            peer = self.slow_peer(loop, link.address, old)
+            wait_until(lambda: events)
+            descriptor = link.descriptor_of[old]
+            peer.close(0)
+            with contextlib.suppress(OSError):
+                while os.fstat(descriptor):
+                    time.sleep(0.001)
+            peer = self.slow_peer(loop, link.address, new)
+            self.assertTrue(link.socket.poll(PATIENCE * 1000))
+            wait_until(lambda new=new: new in events)
+            wait_until(lambda old=old: b"gone " + old in events)
+            if link.descriptor_of[new] == descriptor:
+                self.assertEqual(events, [old, b"gone " + old, new])
+                return
+        self.fail("no descriptor was used twice")
+
     BODY = b"x" * 100_000
 
     def fill(self, link, peer):
