@@ -10249,7 +10249,8 @@ class CommandLineTest(unittest.TestCase):
                 (["true # {}"], "in a comment"), (["true #"], "in a comment"),
                 (["(true)# it's {}"], "in a comment"), (["cat <<E\nx"], "in a here-document"),
                 (["echo 'a"], "in quotes"), ([r"echo $'a\'{}'"], "in quotes"),
-                (["true # # {}"], "in a comment")):
+                (["true # # {}"], "in a comment"), (['"$((1 + 2)) {}"'], "in quotes"),
+                (["'a' \"$(true) {}\""], "in quotes"), (["echo $'a$'\"{}\""], "in quotes")):
             with self.assertRaises(tc.UsageError) as caught:
                 tc.check_template(words, 1)
             self.assertIn(hint, str(caught.exception))
@@ -10257,7 +10258,8 @@ class CommandLineTest(unittest.TestCase):
                          '"$(wc -c {})"', "true # don't #\necho {}", "(true)# it's\necho {}",
                          "echo $$", "echo $${}", "echo '5$' {}", r"echo $'a\'b' {}", r"\\{}",
                          "cat <<< {}", r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
-                         "(cd {}; ls)", "{1}{.}{//}"):
+                         "(cd {}; ls)", "{1}{.}{//}", '"$((1 + 2))" {}', '"$( (ls {}); ls {})"',
+                         "echo $'a$' {}"):
             self.assertEqual(tc.check_template([template], 1), template)
         self.assertEqual(tc.check_template(["a", "{7}"], math.inf), "a {7}")
 
@@ -10270,6 +10272,13 @@ class CommandLineTest(unittest.TestCase):
             file.seek(0)
             with mock.patch.object(tc, "open_input", lambda path: os.dup(file.fileno())):
                 return [*tc.read_arguments(settings)]
+
+    def test_a_byte_order_mark_counts_before_the_first_line_only(self):
+        mark = "\ufeff"
+        for words, stdin, wanted in (("x", "a\r\nb\r\n", ["a", mark + "b"]),
+                                     ("-0 x", "a\r\0b\r", ["a\r", mark + "b\r"])):
+            data = (mark + stdin.replace("b", mark + "b")).encode()
+            self.assertEqual(self.arguments(*words.split(), stdin=data), [(text,) for text in wanted])
 
     def test_sources_of_arguments(self):
         for words, stdin, wanted in [
@@ -10343,6 +10352,36 @@ class CommandLineTest(unittest.TestCase):
             for given, wanted in (("~", home), ("~/d", os.path.join(home, "d"))):
                 out = self.main_process("client", "--local", "-C", given, ":::", "pwd -P")[1]
                 self.assertIn("\n" + os.path.realpath(wanted) + "\n", out)
+
+    def test_a_dry_run_prints_what_would_be_run(self):
+        log = os.path.join(tempfile.mkdtemp(), "log")
+        self.addCleanup(shutil.rmtree, os.path.dirname(log))
+        self.assertEqual(self.main_process("client", "--local", "--joblog", log, ":::", "true")[0], 0)
+        for more, status, out in ((["--resume", "--joblog", log], 0, "false\n"),
+                                  (["--joblog", log], 0, "true\nfalse\n")):
+            self.assertEqual(self.main_process("client", "--dry-run", *more, ":::", "true", "false"),
+                             (status, out, ""))
+        for more, status in ((["--allow-empty"], 0), ([], 2)):
+            self.assertEqual(self.main_process("client", "--dry-run", *more, ":::")[:2], (status, ""))
+
+    def test_reports_that_cannot_be_written_leave_the_joblog_alone(self):
+        with tempfile.TemporaryDirectory() as folder:
+            log = os.path.join(folder, "log")
+            pathlib.Path(log).write_text(tc.JOBLOG_HEADER)
+            for name in ("--html", "--junit"):
+                status, out, err = self.main_process(
+                    "client", "--local", "--joblog", log, name, "/no/such/place", ":::", "true")
+                self.assertEqual((status, out), (3, ""))
+                self.assertRegex(err, "^testcloud: cannot write /no/such/place: .*\n$")
+            self.assertEqual(pathlib.Path(log).read_text(), tc.JOBLOG_HEADER)
+            self.assertTrue(tc.share_a_file([log, None, os.path.join(folder, ".", "log")]))
+        self.assertFalse(tc.share_a_file([os.devnull, os.devnull, None]))
+
+    def test_an_input_that_cannot_be_read_ends_the_run(self):
+        status, out, err = self.main_process("client", "--local", "echo", "::::", "/")
+        self.assertEqual(status, 3)
+        self.assertIn("testcloud: cannot read the input: Is a directory\n", err)
+        self.assertIn("Not all commands were executed", out)
 
     def test_a_template_begins_where_the_options_end(self):
         for words, marked in (
@@ -10438,11 +10477,15 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "--label", "a b"],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],
                      ["client", "--fail-fast", "-2"], ["worker", "--label", "\u00e9"],
-                     ["worker", "--max-load", "0"],
+                     ["worker", "--max-load", "0"], ["broker", "--upstream-key", "/no/such"],
+                     ["broker", "--key", "/no/such", "--insecure"], ["keygen", "--name", "x"],
+                     ["keygen", "--role", "client", "--revoke", "x"],
+                     ["worker", "--connect", "192.0.2.1"], ["status", "--connect", "192.0.2.1"],
                      ["completion", "csh"], ["client", "--fail-fast=0"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
             self.assertTrue(err.startswith("testcloud: "), err)
+            self.assertNotIn(tc.NO_COMMANDS, err)  # of an option that is taken, but should not be
 
     def test_version_and_help(self):
         self.assertEqual(self.main("--version")[:2], (0, f"testcloud {tc.__version__}\n"))
@@ -11776,6 +11819,15 @@ class TerminalTest(unittest.TestCase):
         self.press(status, b"\x03")
         self.assertEqual(status.wait(PATIENCE), 130)
         self.assertNotIn(b"\x1b", seen)
+
+    def test_ctrl_c_comes_to_client_and_supervisor_and_counts_once(self):
+        client = self.start("client", "--local", "--live", "-j", "1")
+        self.press(client, b"echo be''gun; sleep 1000\n")
+        self.read_until(client, b"begun")
+        self.press(client, b"\x03")
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 130, out)
+        self.assertIn("interrupted: 0 commands reported, 1 stopped, 0 never ran\r\n", out)
 
     def test_commands_typed_for_this_machine(self):
         client = self.start("client", "--local", "--timeout", "30")

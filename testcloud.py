@@ -8896,10 +8896,10 @@ def listen_addresses(settings: argparse.Namespace, keys: Optional[Keys]) -> Tupl
 def run_broker(settings: argparse.Namespace) -> int:
     path, keys = find_keys(settings, BROKER_ROLE)
     places = listen_addresses(settings, keys)
+    if settings.upstream_key and not settings.upstream:
+        raise UsageError("--upstream-key goes with --upstream")
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
     above = load_keys(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
-    if settings.upstream_key and not upstream:
-        raise UsageError("--upstream-key goes with --upstream")
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
         authenticator = stack.enter_context(contextlib.closing(Authenticator(loop, path)))
