@@ -569,6 +569,9 @@ class RegistryTest(unittest.TestCase):
         self.assertIn("r", self.registry.departed)
         self.registry.overdue_workers(35.0)
         self.assertFalse(self.registry.departed)
+        self.registry.remove_client(self.client("r"), 50.0)
+        self.client("r")
+        self.assertFalse(self.registry.departed)
 
     def test_a_broken_connection_has_a_grace_and_that_of_a_broker_is_longer(self):
         worker, broker = self.worker("w"), self.worker("b", b"b", below=["b"])
@@ -580,6 +583,11 @@ class RegistryTest(unittest.TestCase):
         self.registry.connect_worker(broker, b"b2", 7.0)
         self.assertEqual(self.registry.workers, {b"b2": broker})
         self.assertEqual(self.registry.overdue_workers(99.0), [])
+
+    def test_a_worker_that_comes_back_is_known_at_its_new_peer_only(self):
+        worker = self.worker("w", b"old")
+        self.registry.connect_worker(worker, b"new", 1.0)
+        self.assertEqual(self.registry.workers, {b"new": worker})
 
     def test_silence_counts_from_the_last_sign_of_life_of_each(self):
         first, second = self.worker("w1", b"1"), self.worker("w2", b"2", now=1.0)
@@ -791,6 +799,14 @@ class Desk:
 class BrokerTest(unittest.TestCase):
     def setUp(self):
         self.desk = Desk()
+
+    def test_a_later_attempt_replaces_one_that_runs(self):
+        d = self.desk
+        d.run_one()
+        d.letters.clear()
+        d.submit(b"c", 1, attempt=2)
+        d.expect(b"w", "CANCEL", tasks=[[1, 1]])
+        d.takes(b"w", "r1", 1, attempt=2)
 
     def test_a_command_goes_to_a_worker_and_its_result_comes_back(self):
         d = self.desk
@@ -3131,6 +3147,46 @@ class ChainTest(unittest.TestCase):
         d.gone(WORKERS, b"w")
         d.expect(b"", "READY", slots=1, crew=[["h3", 1]])
         d.quiet()
+
+    def rejoin(self, meanwhile):
+        """The link to the broker above breaks, and comes back; `meanwhile` happens after the
+        greeting was sent and before its OK."""
+        d = self.desk
+        d.gone(BROKER, b"")
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        greeting = [letter[4] for letter in d.letters if letter[3] == "READY"][-1]
+        meanwhile()
+        d.letters.clear()
+        d.tell(BROKER, b"", tc.encode("OK", {"join": greeting["join"], "above": ["b0"]}))
+        return greeting
+
+    def test_a_result_that_comes_while_it_joins_is_told_after_the_ok(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"w", "up", 1)
+        greeting = self.rejoin(lambda: d.ends(b"w", "up", 1))
+        self.assertEqual((greeting["running"], greeting["held"]), ([["up", 1, 1]], []))
+        d.expect(b"w", "RESEND", token="up", tasks=[[1, 1]])
+
+    def test_a_task_that_turns_up_while_it_joins_makes_it_join_again(self):
+        d = self.desk
+        self.rejoin(lambda: d.join(b"w", slots=1, running=[["up", 7, 1]]))
+        d.expect(b"", "READY", running=[["up", 7, 1]])
+
+    def test_a_loss_is_told_once(self):
+        d = self.desk
+        d.join(b"w", slots=1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "up")
+        d.takes(b"w", "up", 1)
+        d.gone(BROKER, b"")
+        d.worker(b"w", "BYE")
+        greeting = self.rejoin(lambda: None)
+        self.assertEqual(greeting["running"], [["up", 1, 1]])
+        d.expect(b"", "LOST", token="up", tasks=[[1, 1]], why="worker w left")
+        self.assertEqual(self.rejoin(lambda: None)["running"], [])
+        self.assertNotIn("LOST", [letter[3] for letter in d.letters])
 
     def test_hosts_are_shunned_of_whose_run_it_has_no_command_yet(self):
         d = self.desk

@@ -1717,7 +1717,7 @@ class Registry:
         """The run's client is at this peer now, wherever it was before."""
         if not client.from_above and client.peer is not None:
             self.run_of.pop(client.peer, None)
-        client.from_above, client.peer, client.claimed = False, peer, True
+        client.from_above, client.peer = False, peer
         self.run_of[peer] = client.run
         self.departed.pop(client.run, None)
 
