@@ -4650,12 +4650,12 @@ class RetryPolicy:
     def next_place(self, command: Command) -> Optional[Fields]:
         """Return the constraints of the next try, or None if there is none."""
         tries = [*command.tries.values()]
-        last, failed_starts = tries[-1], sum(not one.did_start for one in tries)
-        if not last.did_start and self.max_tries != 1 and failed_starts < START_HOSTS \
-                and not command.passed and command.wait_until > -math.inf:
-            return {"never_on": could_not_start_on(tries)}
+        last = tries[-1]
         if last.did_start:
             tries = [one for one in tries if one.did_start]
+        elif self.max_tries != 1 and sum(not one.did_start for one in tries) < START_HOSTS \
+                and not command.passed and command.wait_until > -math.inf:
+            return {"never_on": could_not_start_on(tries)}
         if len(tries) >= self.max_tries:
             return None
         first = tries[0].host
@@ -4670,8 +4670,8 @@ class RetryPolicy:
         if verdict == ONLY:
             suspects.append((self.failed_only_on, only_host(tries),
                              "failed there, twice each, and nowhere else"))
-        if any(one.did_start for one in tries):
-            unable = could_not_start_on(tries)
+        unable = could_not_start_on(tries)
+        if unable and any(one.did_start for one in tries):
             self.started_elsewhere.update(unable)
             suspects += [(self.failed_starts, host, "in a row could not be started there, and "
                           "could elsewhere") for host in unable]
@@ -4776,7 +4776,7 @@ class Fetcher:
         self.ask = ask
         self.timeout = timeout
         self.queue: Deque[Command] = deque()  # commands with a large output; the first is fetched
-        self.partial: Optional[Command] = None  # whose output is stored in part
+        self.partial: Fields = {}  # RESULT whose output is stored in part
         self.stored = self.asked = 0  # bytes of that output
         self.overdue_at: Seconds = math.inf  # when to request it again
         self.live = live
@@ -4784,14 +4784,14 @@ class Fetcher:
 
     def check(self, window: Dict[int, Command]) -> None:
         assert bool(self.queue) == (self.overdue_at < math.inf), self.overdue_at
-        assert not self.queue or self.queue[0] is self.partial
+        assert not self.queue or self.queue[0].result is self.partial
         for command in self.queue:
             assert window[command.id] is command and command.result, command.id
             assert self.queue.count(command) == 1, command.id
 
     def add(self, command: Command, result: Fields, now: Seconds) -> None:
-        """Fetch the output of this RESULT, from where that was left if it is told again."""
-        command.result = result
+        """Fetch the output of this RESULT. If it came before, go on where that was left."""
+        command.result = command.result or result
         if command not in self.queue:
             self.queue.append(command)
             if len(self.queue) == 1:
@@ -4801,7 +4801,6 @@ class Fetcher:
         """Forget the command's RESULT, if its output is being fetched."""
         if command.result:
             command.result = {}
-            self.partial = None if self.partial is command else self.partial
             if command in self.queue:
                 self.queue.remove(command)
                 self.request(now)
@@ -4818,9 +4817,9 @@ class Fetcher:
             return
         self.overdue_at = now + self.timeout
         command = self.queue[0]
-        if command is not self.partial:
-            self.partial, self.stored, self.asked = command, 0, 0
-        size = command.result["size"]
+        if command.result is not self.partial:
+            self.partial, self.stored, self.asked = command.result, 0, 0
+        size = self.partial["size"]
         while self.asked < min(size, self.stored + FETCH_AHEAD * CHUNK_SIZE):
             part = min(CHUNK_SIZE, size - self.asked)
             self.ask(command, self.asked, part)
@@ -4879,6 +4878,7 @@ class Client(SessionMachine):
         self.done_at: Seconds = math.inf  # its deadline
         self.last_id = 0  # of the input's commands, skipped ones too
         self.total = self.reported = self.failed = self.flaky = 0
+        self.bad = 0  # commands that count as failed
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
         self.cut_short = False  # the input had more
@@ -4933,7 +4933,7 @@ class Client(SessionMachine):
             self.stop_early()
             self.report_wait(self.waits_for())
         if self.input_ended and not self.backlog and not self.window and not self.left:
-            self.leave(1 if self.bad() else 0)
+            self.leave(1 if self.bad else 0)
 
     def fill_window(self) -> None:
         if self.backlog and self.session.joined:
@@ -5054,12 +5054,12 @@ class Client(SessionMachine):
             self.retry_policy.failed_starts.pop(this.host, None)
             self.host_wait.can_start.add(this.host)
         output = to_bytes(fields.get("stdout", ""))
-        place = self.next_place(command)
-        if place and this.exitcode and not command.passed:
+        place = self.next_place(command) if this.exitcode and not command.passed else None
+        if place:
             kept = with_last_words(this, fields, min(TRY_OUTPUT, self.try_room))
             command.tries[command.attempt] = kept
             self.try_room -= len(kept.output)
-        useless = command.passed or place and this.exitcode and "never_on" not in place
+        useless = command.passed or place and "never_on" not in place
         if len(output) < fields.get("size", 0) and not useless:
             self.fetcher.add(command, fields, self.now)
         else:
@@ -5118,6 +5118,7 @@ class Client(SessionMachine):
         self.reported += 1
         self.failed += command.verdict == FAIL
         self.flaky += command.verdict in (FLAKY, ONLY)
+        self.bad = self.failed + (self.flaky if self.options.fail_on_flaky else 0)
         self.effects.append(FinalResult(command, result, output, result is command.provisional))
         for host, why in self.retry_policy.learn(command.verdict, tries).items():
             self.send_excluded()
@@ -5256,17 +5257,12 @@ class Client(SessionMachine):
             return broker_is_silent(self.address)
         return waiting_for_slot(self) if self.window else ""
 
-    def bad(self) -> int:
-        """How many commands count as failed."""
-        return self.failed + (self.flaky if self.options.fail_on_flaky else 0)
-
     def stop_early(self) -> None:
-        bad = self.bad()
-        if 0 < self.options.fail_fast <= bad and (
-                self.window or self.backlog or not self.input_ended):
-            have = "has" if bad == 1 else "have"
+        rest = self.window or self.backlog or not self.input_ended
+        if rest and 0 < self.options.fail_fast <= self.bad:
+            have = "has" if self.bad == 1 else "have"
             self.effects.append(Notice(
-                f"stopping: {plural(bad, 'command')} {have} failed (--fail-fast)"))
+                f"stopping: {plural(self.bad, 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
     def cancel(self, status: int, now: Seconds) -> None:
