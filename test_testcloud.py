@@ -7820,6 +7820,35 @@ class ReportingTest(unittest.TestCase):
         self.assertTrue(done.wait(PATIENCE) and caught_up.wait(PATIENCE))
         self.assertFalse(writer.is_behind())
 
+    def test_the_progress_is_drawn_after_what_is_written(self):
+        """Never between the parts of an output that waits in a buffer."""
+        events, line = [], mock.Mock(tracked=iter)
+
+        @contextlib.contextmanager
+        def hidden():
+            yield
+            events.append("drawn")
+
+        class Terminal(io.RawIOBase):
+            def writable(self):
+                return True
+
+            def write(self, data):
+                events.append(bytes(data))
+                return len(data)
+        line.hidden, done = hidden, threading.Event()
+        with mock.patch.object(tc.threading, "Thread"):
+            writer = tc.Writer(1, None)
+        for part in (b"a", b"b"):
+            writer.put([part])
+            writer.flush()
+        writer.end(done.set)
+        with mock.patch.object(os, "isatty", return_value=True), \
+                mock.patch.object(tc, "BlockingFile", lambda *args, **more: Terminal()), \
+                mock.patch.object(tc, "PROGRESS_LINE", line):
+            writer.write()
+        self.assertEqual((events, done.is_set()), ([b"a", "drawn", b"b", "drawn"], True))
+
     def test_a_writer_that_is_held_up_does_not_redraw_the_progress(self):
         with mock.patch.object(tc.threading, "Thread"):
             writer = tc.Writer(1, None)

@@ -5696,15 +5696,15 @@ class ResultStore:
 
     def compare(self, a: StoredResult, b: StoredResult) -> int:
         """Return -1, 0 or 1: the byte order of two outputs."""
-        left, right = blocks(self.output(a)), blocks(self.output(b))
+        left, right = in_blocks(self.output(a)), in_blocks(self.output(b))
         for x, y in itertools.zip_longest(left, right, fillvalue=b""):
             if x != y:
                 return -1 if x < y else 1
         return 0
 
     def hash(self) -> str:
-        """Return the seed's result hash: a chain of sha1 over the results in order of command, exit
-        code and output. Each link begins with the hex text of the one before; the first with 'Array'."""
+        """Return the seed's result hash: a sha1 chain over the results in order of command, exit code
+        and output. Each link begins with the hex text of the one before; the first with 'Array'."""
         def head(result: StoredResult) -> Tuple[bytes, int]:
             return result.cmd, result.exitcode
         total = "Array"
@@ -5733,7 +5733,7 @@ def unpack_pieces(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
         head = data[at:]
 
 
-def blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the same bytes in blocks of BLOCK_SIZE; the last one may be shorter."""
     rest = b""
     for piece in pieces:
@@ -5789,8 +5789,7 @@ class ProgressLine:
         """Hide it for whole lines on stderr, after a newline if an output needs one."""
         self.last_write = time.monotonic()
         with self.hidden():
-            for newline in self.finish_line():
-                sys.stderr.write(newline)
+            sys.stderr.writelines(self.finish_line())
             yield
 
     def finish_line(self) -> Iterator[str]:
@@ -5983,13 +5982,13 @@ class BlockingFile(io.FileIO):
         return self.until_done(super().write, data, select.POLLOUT)
 
     def until_done(self, act: Callable[[Any], Optional[int]], data: Any, event: int) -> int:
-        while True:
-            done = act(data)
-            if done is not None:
-                return done
+        done = act(data)
+        while done is None:
             poller = select.poll()
             poller.register(self, event)
             poller.poll()
+            done = act(data)
+        return done
 
 
 def open_blocking(path: str, mode: str) -> BlockingFile:
@@ -6094,10 +6093,8 @@ class Transcript(Reporter):
             where = f" on {printable(outcome.host)}:" if named else ""
             style, words = "fail", f"FAIL({outcome.exitcode}){where} "
         else:
-            style = "flaky"
-            words = "FLAKY! "
-            if outcome.only_on:
-                words = f"FAILED ONLY ON {printable(outcome.only_on)}! "
+            only = f"FAILED ONLY ON {printable(outcome.only_on)}"
+            style, words = "flaky", f"{only if outcome.only_on else 'FLAKY'}! "
         return self.paint(style, words) + self.paint(
             style + " cmd", truncate_middle(escape_command(outcome.cmd)) + " ")
 
@@ -6306,7 +6303,7 @@ class JsonLines(Reporter):
             yield json.dumps(text)[1:-1].encode()
         if not exact:
             yield b'", "output_base64": "'
-            for block in blocks(self.store.output(outcome.stored)):
+            for block in in_blocks(self.store.output(outcome.stored)):
                 yield in_base64(block).encode()
         yield b'"}\n'
 
@@ -6401,19 +6398,18 @@ class JobLogRow(NamedTuple):
 
 
 def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
-    """Read a joblog, ours or GNU parallel's. Skip damaged lines, as a killed writer leaves them.
-    Raises OSError, SetupError."""
+    """Read a joblog, ours or GNU parallel's. Skip damaged lines. Raises OSError, SetupError."""
     rows, damaged = [], 0
     with notice_if_blocked(path), open(path, "rb") as file:
         head = file.readline(len(JOBLOG_HEADER))
         if not JOBLOG_HEADER.encode().startswith(head):
             raise SetupError(f"{printable(path)} is no joblog: its first line is another")
         for raw in file:
-            if not raw.endswith(b"\n"):
+            if not raw.endswith(b"\n"):  # its writer was killed
                 break
             try:
                 rows.append(joblog_row(to_text(raw), flaky_fails))
-            except (ValueError, IndexError):
+            except ValueError:
                 damaged += 1
     if damaged:
         print_notice(f"{printable(path)}: passing over {plural(damaged, 'damaged line')}")
@@ -6421,7 +6417,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
 
 
 def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
-    """Parse a line. Raises ValueError, IndexError."""
+    """Parse a line. Raises ValueError."""
     seq, host, _, seconds, send, _, exitcode, signal, command = line.rstrip("\n").split("\t", 8)
     flaky = re.search(r" \((flaky|only on .*)\)$", host) is not None
     failed = int(exitcode) != 0 or int(signal) != 0 or flaky and flaky_fails
