@@ -11187,9 +11187,9 @@ class ProcessesTest(unittest.TestCase):
         loop.wait()
         loop.flush()
         broker = loop.adapters[2].machine
-        self.assertTrue(broker.workers and broker.clients)
+        self.assertTrue(broker.registry.workers and broker.registry.clients)
         broker.tick(time.monotonic() + 10000)  # nobody could say anything meanwhile
-        self.assertTrue(broker.workers and broker.clients)
+        self.assertTrue(broker.registry.workers and broker.registry.clients)
 
     def test_a_blocked_stdout_does_not_end_the_lease(self):
         broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--client-lease", "1")

@@ -5463,8 +5463,7 @@ def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
 
 
 class Reporter:
-    """One format. The loop's thread calls its methods. Outputs are often read later, by the thread
-    that writes them."""
+    """One format. The loop's thread calls it; the thread of a Writer reads the outputs later."""
 
     path = ""  # of its file, if any
 
@@ -5539,13 +5538,15 @@ class Reports:
         self.store.results.append(stored)
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
+        line, occurrence = self.lines.pop(command.id)
         outcome = Outcome(
             command.id, command.cmd, stored.exitcode, verdict,
-            only_host(tries) if verdict == ONLY else "",
-            result.get("host", ""), result.get("worker", ""), result.get("slot", 0),
-            result.get("started", 0.0), result.get("time", 0.0), result.get("signal", 0),
-            lost or result.get("reason", ""), tuple(tries), command.shown, stored,
-            *self.lines.pop(command.id))
+            only_on=only_host(tries) if verdict == ONLY else "", host=result.get("host", ""),
+            worker=result.get("worker", ""), slot=result.get("slot", 0),
+            started=result.get("started", 0.0), spent=result.get("time", 0.0),
+            signal=result.get("signal", 0), reason=lost or result.get("reason", ""),
+            tries=tuple(tries), shown=command.shown, stored=stored, line=line,
+            occurrence=occurrence)
         self.count(outcome, try_of(result).did_start)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
@@ -5581,14 +5582,16 @@ class Reports:
     def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
             expected: Optional[str] = None, rerun: str = "", may_be_empty: bool = True) -> Summary:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
-        retries = client.retry_policy
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(
             complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
-            dict(retries.failed_only_on), skipped, skipped_failed, time.monotonic() - self.began,
-            found, wrong if expected and expected != found else "", dict(retries.started_elsewhere),
-            dict(self.codes), self.failures, "" if client.options.tries > 1 else self.bad_hosts(),
-            rerun, complete and not may_be_empty and not ran and not skipped)
+            only_on=dict(client.retry_policy.failed_only_on),
+            unable=dict(client.retry_policy.started_elsewhere),
+            skipped=skipped, skipped_failed=skipped_failed, spent=time.monotonic() - self.began,
+            hash=found, wrong_hash=wrong if expected and expected != found else "",
+            codes=dict(self.codes), failures=self.failures, rerun=rerun,
+            bad_hosts="" if client.options.tries > 1 else self.bad_hosts(),
+            empty=complete and not may_be_empty and not ran and not skipped)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
