@@ -9101,6 +9101,8 @@ class BrowserTest(unittest.TestCase):
         self.assertEqual(self.lines(self.visit(MIXED_RUN, "#verdict=FLAKY")), ["l42"])
         self.assertEqual(self.lines(self.visit(MIXED_RUN, "#q=no+such+file&verdict=FAIL")), ["l44"])
         self.assertEqual(self.lines(self.visit(MIXED_RUN, "#q=nowhere")), [])
+        other = self.visit(MIXED_RUN, "#verdict=FLAKY&seq=5")
+        self.assertEqual((self.lines(other), other.all("details", open="")), (["l42"], []))
 
     def test_typing_filters_and_is_remembered_in_the_address(self):
         parsed = self.visit(MIXED_RUN, extra="""$("q").value = "onload"; $("q").oninput();
@@ -9126,6 +9128,11 @@ class BrowserTest(unittest.TestCase):
             setTimeout(() => { document.title = location.hash; }, 100)""")
         self.assertEqual(parsed.one("title").text, "#q=case&seq=5")
 
+    def test_a_command_is_filled_in_when_it_is_first_opened(self):
+        click = """$("l5").firstChild.click();"""
+        parsed = self.visit(MIXED_RUN, extra=click + f"setTimeout(() => {{ {click} {click} }}, 100)")
+        self.assertEqual(self.chosen(parsed).text.count("slot 2 of host2-7-ab"), 1)
+
     def point(self, kind, seq):
         """A script that has the pointer on a bar."""
         return f"""{{ const c = bySeq.get({seq}), box = lanes.getBoundingClientRect();
@@ -9143,6 +9150,10 @@ class BrowserTest(unittest.TestCase):
         self.assertNotIn("hidden", parsed.one(id="tip").attributes)
         for words in ("41: ./run --case 41", "✗ FAIL", "exit code 137", "410.00 ms", "host2"):
             self.assertIn(words, parsed.one(id="tip").text)
+        for gone in ("""canvas.dispatchEvent(new PointerEvent("pointerleave"))""",
+                     """canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: 1}))"""):
+            parsed = self.visit(MIXED_RUN, extra=f"{self.point('pointermove', 41)}; {gone}")
+            self.assertIn("hidden", parsed.one(id="tip").attributes)
 
     def test_failures_are_in_front(self):
         both = [paged(seq, verdict, spent=500.0, slot=1, host="h", worker="w", started=1764080001.0)
@@ -9180,8 +9191,16 @@ class BrowserTest(unittest.TestCase):
     def test_zoom(self):
         parsed = self.visit(MIXED_RUN, extra="""const before = lanes.scrollWidth;
             $("zoom").value = 2; $("zoom").oninput();
-            document.title = (lanes.scrollWidth / before).toFixed(0)""")
-        self.assertGreaterEqual(int(parsed.one("title").text), 3)
+            document.title = [lanes.scrollWidth / before, lanes.scrollLeft * 2 + lanes.clientWidth,
+              lanes.scrollWidth].map(Math.round).join()""")
+        factor, twice_the_middle, width = map(int, parsed.one("title").text.split(","))
+        self.assertGreaterEqual(factor, 3)
+        self.assertAlmostEqual(twice_the_middle / width, 1, delta=.2)
+
+    def test_the_bar_of_an_opened_command_comes_in_sight(self):
+        parsed = self.visit(MIXED_RUN[:40], extra="""$("zoom").value = 6; $("zoom").oninput();
+            location.hash = "seq=40"; setTimeout(() => { document.title = xOf(bySeq.get(40)); }, 100)""")
+        self.assertTrue(170 < float(parsed.one("title").text) < 1400, parsed.one("title").text)
 
     def test_runs_that_are_odd(self):
         for outcomes in ([], [paged(1, "FAIL", **NEVER_RAN)], [paged(1, spent=0.0)],
@@ -9191,8 +9210,9 @@ class BrowserTest(unittest.TestCase):
     def test_hosts_with_wrong_clocks_begin_together(self):
         for late, aligned in ((5.0, False), (86400.0, True)):
             parsed = self.visit([paged(1), paged(2, started=1764080000.0 + late)],
-                                extra="document.title = align")
-            self.assertEqual(parsed.one("title").text, str(aligned).lower())
+                                extra="document.title = [1, 2].map(n => xOf(bySeq.get(n)) === GUTTER)")
+            self.assertEqual(parsed.one("title").text, f"true,{str(aligned).lower()}")
+            self.assertEqual("clocks of hosts differ" in parsed.one(id="caption").text, aligned)
 
 
 # === Sockets ==========================================================================
