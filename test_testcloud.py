@@ -9676,6 +9676,26 @@ class KeyFilesTest(unittest.TestCase):
         os.mkfifo(self.path, 0o600)
         self.refused("it is no file")
 
+    def test_holders_are_added_and_revoked(self):
+        path = os.path.join(self.dir, "bob.key")
+        more = tc.with_holder(self.KEYS, "worker", "bob-1_x", path)
+        own = tc.read_keys(path)
+        self.assertEqual((own.broker, own.secret, own.holders, [*own.pairs]),
+                         (self.KEYS.broker, "", (), ["worker"]))
+        self.assertEqual(more.holders, (*self.KEYS.holders, tc.KeyHolder(
+            "bob-1_x", "worker", own.pairs["worker"].public)))
+        self.assertEqual(tc.without_holder(more, "alice").holders, more.holders[1:])
+        with self.assertRaisesRegex(tc.UsageError, "no key of bob .*only of: alice, hub$"):
+            tc.without_holder(self.KEYS, "bob")
+        full = self.KEYS._replace(holders=self.KEYS.holders * (tc.MAX_KEY_FILE // 160))
+        for keys, name, why in ((self.KEYS, "alice", "a key of alice already"),
+                                (full, "bob", "no more fit"), *(
+                (self.KEYS, name, "letters, digits") for name in (
+                    "", "a b", "a/b", "--", "x" * 101, "\u00e9", "a\n"))):
+            with self.assertRaisesRegex(tc.UsageError, why):
+                tc.with_holder(keys, "client", name, os.path.join(self.dir, "other.key"))
+        self.assertEqual(os.listdir(self.dir), ["bob.key"])
+
     def test_nothing_is_overwritten_and_no_link_followed(self):
         os.symlink(os.path.join(self.dir, "elsewhere"), self.path)
         with self.assertRaisesRegex(tc.SetupError, "is there already"):
@@ -10364,7 +10384,7 @@ class CommandLineTest(unittest.TestCase):
                          "echo $$", "echo $${}", "echo '5$' {}", r"echo $'a\'b' {}", r"\\{}",
                          "cat <<< {}", r"\"{}\"", r"'\'{}", '"{#}"', "${1}",
                          "(cd {}; ls)", "{1}{.}{//}", '"$((1 + 2))" {}', '"$( (ls {}); ls {})"',
-                         "echo $'a$' {}"):
+                         "echo $'a$' {}", 'echo "(" {}'):
             self.assertEqual(tc.check_template([template], 1), template)
         self.assertEqual(tc.check_template(["a", "{7}"], math.inf), "a {7}")
 
@@ -10418,6 +10438,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertIn("testcloud.py client --help", err)
         self.assertIn("did you mean --slots?", self.main("worker", "--slot", "3")[2])
         self.assertIn("worker has no argument ls", self.main("worker", "ls")[2])
+        self.assertNotIn("--local", self.main("worker", "-P", "4")[2])
         names = {name for row in tc.options_of("client") for name in row.names}
         self.assertFalse(names & {*" ".join(tc.FOREIGN_OPTIONS).split()})
 
@@ -10463,6 +10484,7 @@ class CommandLineTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, os.path.dirname(log))
         self.assertEqual(self.main_process("client", "--local", "--joblog", log, ":::", "true")[0], 0)
         for more, status, out in ((["--resume", "--joblog", log], 0, "false\n"),
+                                  (["--resume", "--joblog", log + "-none"], 0, "true\nfalse\n"),
                                   (["--joblog", log], 0, "true\nfalse\n")):
             self.assertEqual(self.main_process("client", "--dry-run", *more, ":::", "true", "false"),
                              (status, out, ""))
@@ -10472,13 +10494,14 @@ class CommandLineTest(unittest.TestCase):
     def test_reports_that_cannot_be_written_leave_the_joblog_alone(self):
         with tempfile.TemporaryDirectory() as folder:
             log = os.path.join(folder, "log")
-            pathlib.Path(log).write_text(tc.JOBLOG_HEADER)
+            text = tc.JOBLOG_HEADER + "1\t:\t1.000\t1.000\t0\t0\t0\t0\tfalse\n"
+            pathlib.Path(log).write_text(text)
             for name in ("--html", "--junit"):
                 status, out, err = self.main_process(
                     "client", "--local", "--joblog", log, name, "/no/such/place", ":::", "true")
                 self.assertEqual((status, out), (3, ""))
                 self.assertRegex(err, "^testcloud: cannot write /no/such/place: .*\n$")
-            self.assertEqual(pathlib.Path(log).read_text(), tc.JOBLOG_HEADER)
+            self.assertEqual(pathlib.Path(log).read_text(), text)
             self.assertTrue(tc.share_a_file([log, None, os.path.join(folder, ".", "log")]))
         self.assertFalse(tc.share_a_file([os.devnull, os.devnull, None]))
 
@@ -10538,6 +10561,11 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(bash("testcloud.py completion ''"), list(tc.SHELLS))
         self.assertEqual(bash("testcloud.py status --h"), ["--help"])
         self.assertEqual(bash("testcloud.py client -- --ju"), [])
+        fish = self.main("completion", "fish")[1]
+        for line in (" -s s -l slow -r -d ", " -l color -x -a 'auto always never' -d ",
+                     " -s k -l keep-order -d ",
+                     "'__fish_seen_subcommand_from completion' -x -a 'bash zsh fish' -d "):
+            self.assertEqual(fish.count(line), 1, line)
         for shell in tc.SHELLS:
             status, text, _ = self.main("completion", shell)
             self.assertEqual(status, 0)
@@ -10577,7 +10605,8 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--html", "a", "--junit", "./a"], ["keygen", ""],
                      ["keygen", "--revoke", ""], ["client", "--env", ""],
                      ["client", "--raw", "--json"],
-                     ["worker", "--host", "a/b"], ["worker", "--host", ""],
+                     ["worker", "--host", "a/b"], ["worker", "--host", ""], ["worker", "--host", "a~2"],
+                     ["client", "--expect", "1" * 41],
                      ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
                      ["worker", "--label", "a b"],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],

@@ -8577,7 +8577,7 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
     "W": (int, integer, "weight"), "X": (float, lambda load: load > 0, "number"),
     "MS": (float, lambda ms: ms >= 0, "number of milliseconds"),
     "SIZE": (parse_size, lambda n: n >= 1 and count(n), "number of bytes"),
-    "HASH": (str.lower, re.compile("[0-9a-f]{40}").fullmatch, "result hash"),
+    "HASH": (str.lower, lambda text: re.fullmatch("[0-9a-f]{40}", text), "result hash"),
     "REGEX": (re.compile, lambda regex: not regex.match(""), "regular expression of something"),
 }
 
@@ -9224,7 +9224,7 @@ def bounded_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
 
 
 class InputReader:
-    """Reads rows of arguments in a thread, up to READ_AHEAD ahead of the client."""
+    """Reads rows of arguments in a thread, until READ_AHEAD wait to be submitted."""
 
     def __init__(self, loop: EventLoop, client: Client, add: Callable[[Arguments], None],
                  source: Iterator[Arguments]) -> None:
@@ -9234,16 +9234,14 @@ class InputReader:
         self.source = source
         self.rows: Deque[Optional[Arguments]] = deque()  # read, not delivered; None is the end
         self.posted = False  # the loop will call deliver()
-        self.room = threading.Event()  # set unless the client has enough
-        self.room.set()
-        loop.each_round.append(self.make_room)
         threading.Thread(target=self.read, daemon=True, name="stdin").start()
 
     def read(self) -> None:
         try:
             for row in self.source:
                 self.hand_over(row)
-                self.room.wait()
+                while len(self.rows) + len(self.client.backlog) > READ_AHEAD:
+                    time.sleep(0.05)  # the client needs longer for READ_AHEAD commands
         except OSError as error:
             print_notice(f"cannot read the input: {error.strerror}")
             self.loop.post(lambda now: self.client.cancel(3, now))
@@ -9251,8 +9249,6 @@ class InputReader:
 
     def hand_over(self, row: Optional[Arguments]) -> None:
         self.rows.append(row)
-        if len(self.rows) > READ_AHEAD:
-            self.room.clear()
         if not self.posted:
             self.posted = True
             self.loop.post(self.deliver)
@@ -9267,12 +9263,6 @@ class InputReader:
                 self.add(row)
         self.client.now = now
         self.client.settle()
-
-    def make_room(self) -> None:
-        if len(self.client.backlog) < READ_AHEAD:
-            self.room.set()
-        else:
-            self.room.clear()
 
 
 # === Running a client =================================================================
@@ -9853,7 +9843,7 @@ def parse(argv: List[str]) -> argparse.Namespace:
     return settings
 
 
-NEGATIVE = re.compile("-[1-9.]")  # argparse takes such a number for an option, as -0 is one
+NEGATIVE = "-[1-9.]"  # argparse takes such a number for an option, as -0 is one
 
 
 def separate_template(argv: List[str]) -> List[str]:
@@ -9865,7 +9855,7 @@ def separate_template(argv: List[str]) -> List[str]:
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.popleft()
         if word == "--fail-fast":
-            given = rest and (rest[0].isdigit() or NEGATIVE.match(rest[0]))
+            given = rest and (rest[0].isdigit() or re.match(NEGATIVE, rest[0]))
             word += "=" + (rest.popleft() if given else "1")
         separated.append(word)
         name = word
@@ -9873,7 +9863,7 @@ def separate_template(argv: List[str]) -> List[str]:
             letters = next((at for at, c in enumerate(word[1:], 1) if valued.get("-" + c)), 0)
             name = "-" + word[letters] if letters == len(word) - 1 else ""
         if valued.get(name) and rest:
-            if NEGATIVE.match(rest[0]):
+            if re.match(NEGATIVE, rest[0]):
                 separated[-1] += "=" * word.startswith("--") + rest.popleft()
             else:
                 separated.append(rest.popleft())
