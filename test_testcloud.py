@@ -6525,8 +6525,9 @@ class ClientTest(unittest.TestCase):
         b.lines.clear()
         b.effects.clear()
         for attempt in range(1, tc.SPAWN_LIMIT + 1):
-            b.hear(f'LOST {{"tasks":[[1,{attempt}]],"why":"no memory","fault":"spawn"}}')
-        self.assertIn("no memory", b.effect(tc.FinalResult).result["reason"])
+            b.hear(tc.encode("LOST", {
+                "tasks": [[1, attempt]], "why": "no memory\33[2J", "fault": "spawn"}))
+        self.assertRegex(b.effect(tc.FinalResult).result["reason"], r"no memory\\x1b\[2J$")
 
     def test_a_failing_command_is_tried_elsewhere(self):
         self.client = tc.Client("r1", options=tc.RunOptions(timeout=30, tries=3, max_output=100))
@@ -7365,6 +7366,59 @@ class ClientTest(unittest.TestCase):
             else:
                 b.wait(4.1)
             self.assertIn(tc.Exit(130), b.effects)
+
+    def test_why_no_worker_has_a_command(self):
+        for needs, place, cloud, cause in (
+                ((), {}, {}, "no worker (yet); start one"),
+                ((), {}, {"workers": 2}, "no worker that takes new commands"),
+                ((), {}, {"workers": 2, "slots": 2}, "all 2 are busy"),
+                ((), {}, {"workers": 2, "slots": 2, "lacks": "a \1b"},
+                 "waiting for a \\x01b; there is none among 2 workers"),
+                (("gpu",), {}, {"workers": 2, "slots": 2}, "all of workers with --label gpu are busy"),
+                ((), {"never_on": ["h1", "h2"]}, {"workers": 2, "slots": 2},
+                 "all of hosts other than h1, h2 are busy")):
+            self.client = tc.Client("r1", options=tc.RunOptions(needs=needs))
+            b = self.bench = Bench(self.client)
+            self.join()
+            self.add("a")
+            self.client.window[1].place = place
+            b.answer(workers=1, slots=1, lacks="what was said before")
+            b.answer(**cloud)
+            self.assertIn(cause, self.client.waits_for())
+
+    def test_who_waits_longer_than_it_may_gives_up(self):
+        self.client = tc.Client("r1", wait=5.0, address="tcp://b:1")
+        b = self.bench = Bench(self.client)
+        self.client.disconnected(BROKER, b"", 0.0)
+        b.wait(6.0)
+        self.assertEqual((b.now, b.effects[-1]), (5.0, tc.Exit(3)))
+        self.assertTrue(b.effects[-2].error)
+        self.assertRegex(b.effects[-2].text, "^gave up waiting: no broker at tcp://b:1")
+
+    def test_who_has_left_hears_nothing_more(self):
+        self.join()
+        self.add("a")
+        self.client.leave(3)
+        self.bench.collect()
+        self.bench.effects.clear()
+        self.result(1)
+        self.assertEqual(self.bench.effects, [])
+
+    def test_the_name_of_a_run_goes_with_its_key(self):
+        self.client = tc.Client("mark" + 32 * "0")
+        b = self.bench = Bench(self.client)
+        self.client.key_changed("new")
+        self.client.connected(BROKER, b.now)
+        b.collect()
+        self.assertEqual([f["run"] for _, _, f in b.lines], ["mark" + 32 * "0", "new" + 32 * "0"])
+
+    def test_commands_that_need_not_run_keep_their_number(self):
+        self.join()
+        self.client.skip()
+        self.add("b", end=True)
+        self.assertEqual(self.bench.lines[-1][2]["id"], 2)
+        self.result(2)
+        self.assertEqual((self.client.reported, self.client.total), (1, 1))
 
     def test_says_what_it_waits_for(self):
         b = self.bench
