@@ -6764,7 +6764,7 @@ class ClientTest(unittest.TestCase):
             if not reported:
                 self.assertEqual(self.client.window[1].place["never_on"], sorted(unable))
 
-    def test_two_bad_hosts_are_both_set_aside(self):
+    def test_two_bad_hosts_are_both_excluded(self):
         self.join()
         self.add(*"abc", end=True)
         for id in (1, 2, 3):
@@ -6918,7 +6918,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(report.command.verdict, tc.FLAKY)
         self.assertEqual(self.client.rechecks.commands, {})
 
-    def test_hosts_set_aside_are_told_by_identity(self):
+    def test_excluded_hosts_are_told_by_identity(self):
         self.join()
         self.add(*"abc", end=True)
         for id in (1, 2, 3):
@@ -6953,7 +6953,7 @@ class ClientTest(unittest.TestCase):
         self.assertIsNone(b.effect(tc.ProvisionalResult).output)
         b.expect("{", attempt=2, never_on=["h"])
 
-    def test_a_host_that_can_start_nothing_is_set_aside(self):
+    def test_a_host_that_can_start_nothing_is_excluded(self):
         self.join()
         self.add(*"abcdefgh", end=True)
         b = self.bench
@@ -6971,7 +6971,7 @@ class ClientTest(unittest.TestCase):
         self.result(7, 2, 0, host="i")
         self.assertEqual((self.client.reported, self.client.failed), (7, 0))
 
-    def test_a_host_on_which_alone_commands_fail_is_set_aside(self):
+    def test_a_host_on_which_alone_commands_fail_is_excluded(self):
         self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         b = self.bench = Bench(self.client)
         b.expect("HELLO")

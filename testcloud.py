@@ -4517,9 +4517,8 @@ def with_last_words(one: Try, fields: Fields, room: int) -> Try:
 
 
 def verdict_of(tries: Sequence[Try], excluded: Container[str] = ()) -> str:
-    """What the tries of a command show; those that did not start count only if none did.
-
-    ONLY: it failed twice on the first host, or once if that is excluded, and passed elsewhere."""
+    """Return what the tries of a command prove. Without a start a try proves nothing, if others
+    have one. ONLY needs a pass elsewhere and two failures, or one on an excluded host."""
     tries = [one for one in tries if one.did_start] or tries
     passed = [one.host for one in tries if one.exitcode == 0]
     failed = [one.host for one in tries if one.exitcode != 0]
@@ -4630,8 +4629,8 @@ class RetryPolicy:
     """Decides whether and where a command is tried again, and which hosts are excluded.
 
     A failed command is tried on another host and on the first host, in turn. A pass elsewhere is
-    followed by one recheck on the first host: it tells whether that host is to blame. A command
-    that a host could not start is tried on others until one can. Excluded hosts get a command
+    followed by a recheck on the first host, which shows whether that host is to blame. A command
+    that a host could not start is tried on others until one can. An excluded host gets a command
     only if there is no other host.
     """
 
@@ -4687,7 +4686,7 @@ class RetryPolicy:
 class HostWait:
     """Commands that no present host may start, while a host that started others is gone.
 
-    Each waits HOST_WAIT at most, and is submitted again whenever the cloud changes.
+    A command waits HOST_WAIT at most. It is submitted again whenever the cloud changes.
     """
 
     def __init__(self) -> None:
@@ -4735,8 +4734,8 @@ class Rechecks:
     """Commands that passed, and are tried once more on the host that failed them.
 
     When nothing else is left to do, they wait RECHECK_WAIT for a slot there. A command that a
-    worker has may be running, so it gets three times as long as the pass took. It has no more,
-    for it may also wait at a chained broker.
+    worker has may be running: it also gets three times as long as the pass took. It gets no
+    more, because it may still wait at a chained broker.
     """
 
     def __init__(self) -> None:
@@ -4764,11 +4763,11 @@ class Rechecks:
 
 
 class Fetcher:
-    """Requests output that no RESULT brings: `ask(command, offset, size)` sends a FETCH.
+    """Requests output that does not come with a RESULT. `ask(command, offset, size)` sends a FETCH.
 
     Large outputs are fetched one at a time, in order, FETCH_AHEAD chunks ahead. Live output is
-    requested of all running commands, one chunk ahead. What does not come within `timeout` is
-    requested again: the request or the chunk may have been lost.
+    requested of all running commands, one chunk ahead. After `timeout` a chunk is requested
+    again, because the request or the chunk may be lost.
     """
 
     def __init__(self, ask: Callable[[Command, int, int], None], timeout: Seconds,
@@ -4850,7 +4849,7 @@ class Fetcher:
 
 
 class Client(SessionMachine):
-    """A client's run. Its link is BROKER."""
+    """A client's run: submits commands, reports each one once, and leaves. Its link is BROKER."""
 
     def __init__(self, run: Run, times: Times = Times(), wait: Seconds = math.inf,
                  address: str = "", host: str = "", options: RunOptions = RunOptions(),
@@ -4858,14 +4857,14 @@ class Client(SessionMachine):
         super().__init__("HELLO", times, wait)
         self.run = run
         self.options = options
-        self.common: Fields = {name: value for name, value in (  # to all commands
+        self.common: Fields = {name: value for name, value in (  # fields of all commands
             ("timeout", options.timeout), ("limit", options.max_output), ("env", options.env),
             ("shell", options.shell), ("needs", list(options.needs)),
             ("split", options.split)) if value}
         self.address = address  # for notices
         self.host, self.pid = host, pid
-        self.host_names = HostNames()  # only the broker is told identities
-        self.timings: Dict[str, float] = {}  # seconds that commands took in earlier runs
+        self.host_names = HostNames()  # people see names, the broker gets identities
+        self.timings: Dict[str, float] = {}  # seconds of each command in earlier runs
         self.backlog: Deque[Command] = deque()  # not submitted yet
         self.window: Dict[int, Command] = {}  # submitted
         self.accepted = 0  # commands of the window that a worker confirmed
@@ -4881,15 +4880,15 @@ class Client(SessionMachine):
         self.bad = 0  # commands that count as failed
         self.stopped = self.never_ran = 0  # cancelled commands
         self.input_ended = False
-        self.cut_short = False  # the input had more
-        self.announced = False  # RunStarted
+        self.cut_short = False  # input was left unread
+        self.announced = False  # RunStarted is out
         self.announce_at: Seconds = math.inf  # its deadline
         self.status: Optional[int] = None  # exit status of a cancelled run
         self.leave_at: Seconds = math.inf
         self.left = False
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
         self.lacks = ""  # what the broker says we wait for, perhaps in vain
-        # length of a pause longer than the broker's patience, and until when to mention it
+        # length of a pause that the broker did not tolerate, and when it is too old to mention
         self.long_pause: Tuple[Seconds, Seconds] = (0, 0)
 
     def greeting(self, joining: bool) -> Fields:
@@ -4953,7 +4952,7 @@ class Client(SessionMachine):
             self.announce()
 
     def sort_backlog(self) -> None:
-        """Put long and unknown commands first, if the backlog is complete and that may help."""
+        """Put unknown commands first, then long ones, if the backlog is complete."""
         timings, self.timings = self.timings, {}
         if self.input_ended and self.slots != 1 and not self.options.serial:
             self.backlog = deque(sorted(
@@ -4996,7 +4995,7 @@ class Client(SessionMachine):
             self.resubmit()
 
     def resubmit(self) -> None:
-        """Tell a broker that we have joined what it may not know."""
+        """Repeat all that the broker may not know."""
         if self.accepted and self.now < self.long_pause[1]:  # results that came in time are read
             self.effects.append(Notice(
                 f"was stopped for {self.long_pause[0]:.0f} s, longer than the broker waits for a "
@@ -5069,7 +5068,7 @@ class Client(SessionMachine):
         return self.retry_policy.next_place(command) if self.status is None else None
 
     def conclude(self, command: Command, fields: Fields, output: Optional[bytes]) -> None:
-        """A try has ended, and its output is here if it is wanted: report it or try again."""
+        """Report a try or begin the next one. `output` is None if it was fetched."""
         place = self.next_place(command)
         if place is None and command.passed:
             self.report(command, command.provisional)
@@ -5142,7 +5141,7 @@ class Client(SessionMachine):
             map(self.host_names.identity_of, self.retry_policy.excluded))})
 
     def acknowledge(self, id: int, attempt: int) -> None:
-        """Let the worker forget this attempt, with the next DONE."""
+        """Let the worker forget this attempt: the next DONE lists it."""
         self.done.append([id, attempt])
         self.done_at = min(self.done_at, self.now + DONE_DELAY)
 
@@ -5158,7 +5157,7 @@ class Client(SessionMachine):
                 self.lose(command, message.fields)
 
     def lose(self, command: Command, fields: Fields) -> None:
-        """The attempt brings no result: begin the next one, if that is wise."""
+        """Begin the next attempt of a command whose attempt brings no result, or give it up."""
         may_have_run = bool(command.worker) or command.attempt > 1
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
@@ -5178,7 +5177,7 @@ class Client(SessionMachine):
             self.next_attempt(command, fields.get("worker", ""))
 
     def find_host(self, command: Command) -> None:
-        """No present host may start the command: wait for one, or go on without."""
+        """Wait for a host that may start the command, or go on without one."""
         if not self.host_wait.add(command, self.now):
             place = self.next_place(command)
             if place is None:
@@ -5232,7 +5231,7 @@ class Client(SessionMachine):
         if late:
             self.effects.append(Notice(f"gave up waiting for {self.host_wait.hosts()}"))
         for command in late:
-            self.next_attempt(command, "")  # for the last time
+            self.next_attempt(command, "")  # the last one that may wait
         self.settle()
         timed_out = self.wait.timed_out(now)
         if not self.left and (timed_out or self.leave_at <= now):
@@ -5250,7 +5249,7 @@ class Client(SessionMachine):
                    self.wait.deadline())
 
     def waits_for(self) -> str:
-        """What the run waits for and what to do about it, "" for nothing."""
+        """Return what the run waits for and what to do about it, "" for nothing."""
         if not self.session.joined:
             return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
         if self.session.unanswered > 1:
@@ -5285,7 +5284,7 @@ class Client(SessionMachine):
             self.leave(status)
 
     def leave(self, status: int) -> None:
-        """The end: all is reported, or the rest is given up."""
+        """Say goodbye. The exit status is that of a cancelled run, or else this one."""
         self.send_done()
         if self.session.up:  # an unanswered HELLO may have reached the broker
             self.say(BROKER, b"", "", "BYE")
@@ -5300,7 +5299,7 @@ class Client(SessionMachine):
 
 
 def waiting_for_slot(client: Client) -> str:
-    """Why no worker has one of the client's commands, and what to do about it; "" if one has."""
+    """Return why no worker has a command of the client, and what to do; "" if one has."""
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
             " that takes new commands (they are busy: --max-load; being stopped; or brokers "
