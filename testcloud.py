@@ -6891,10 +6891,10 @@ const {began, labels, rows} = data;  // a row is [host, worker, slot]
 const commands = data.commands.map(([seq, cmd, verdict, row, at, spent, note]) =>
   ({seq, cmd, verdict, row, at, spent, note: note || "exit code 0", shown: true}));
 const bySeq = new Map(commands.map(c => [c.seq, c]));
-const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // bars of their own
+const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // with bars of their own
   Object.create(bySeq.get(seq)), {row, at, spent, note: `another try: exit code ${code}`,
     verdict: code ? "FAIL" : "OK", faint: .4}));
-let chosen = null, found = commands, first = 0;
+let chosen = null, found = commands, first = 0;  // of the page of those found
 
 function where({row}) {
   return row < 0 ? "never ran" : `${rows[row][0]}, slot ${rows[row][2]} of ${rows[row][1]}`;
@@ -6905,13 +6905,13 @@ function duration(ms) {  // as duration() of testcloud.py
   if (whole < 120) return s.toFixed(s < 10 ? 2 : 1) + " s";
   return min < 120 ? `${min} min ${whole % 60} s` : `${Math.floor(min / 60)} h ${min % 60} min`;
 }
-function element(parent, tag, text, name = "") {  // a text stays a text, whatever is in it
+function element(parent, tag, text, name = "") {  // no text becomes an element
   const made = parent.appendChild(document.createElement(tag));
   made.textContent = text; made.className = name;
   return made;
 }
 
-// The timeline: a canvas as large as its box, which scrolls over the whole run.
+// The timeline: a canvas as large as its box. The box scrolls over the whole run.
 const lanes = $("lanes"), canvas = lanes.querySelector("canvas"), pen = canvas.getContext("2d");
 const AXIS = 24, GUTTER = 170, HEIGHT = Math.max(4, Math.min(22, 480 / rows.length));  // pixels
 const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, ...[1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900,
@@ -6930,7 +6930,7 @@ for (const c of [...commands, ...tries]) if (c.row >= 0) {
 for (const row of bars) row.sort((a, b) => a.rank - b.rank || a.at - b.at);
 const total = Math.max(1, ...lasts.values());
 const longest = Math.max(1, ...[...lasts].map(([host, last]) => last - firsts.get(host)));
-const align = total > 4 * longest + 60000;  // hardly a gap in the run: the clock of a host is wrong
+const align = total > 4 * longest + 60000;  // no run has such a gap: the clock of a host is wrong
 const span = align ? longest : total, time = at => new Date(began * 1000 + at).toLocaleString();
 $("caption").textContent = !rows.length ? "Nothing ran." : `From ${time(0)}` +
   (align ? ". The clocks of hosts differ: each begins with its first command." : "");
@@ -6952,10 +6952,10 @@ function paint() {
   pen.scale(dots, dots); pen.textBaseline = "middle"; pen.font = "12px system-ui, sans-serif";
   const fill = (style, x, y, w, h) => { pen.fillStyle = style; pen.fillRect(x, y, w, h); };
   const ink = getComputedStyle(canvas).color, names = [];
-  let free = AXIS + 7 - HEIGHT / 2;  // from here there is room for a name
+  let free = AXIS + 7 - HEIGHT / 2;  // where the next name fits
   for (let row = Math.floor(lanes.scrollTop / HEIGHT); row < rows.length && yOf(row) < H; row++) {
     const y = yOf(row), zero = xOf({row, at: 0}), [host, , slot] = rows[row];
-    let end = GUTTER, rank;  // what ends before is hidden, or painted already
+    let end = GUTTER, rank;  // bars that end before this x are hidden
     for (const c of bars[row]) {
       const x = zero + c.at * scale, w = Math.max(c.spent * scale, 2);
       if (c.rank !== rank) { rank = c.rank; end = GUTTER; }
@@ -7012,9 +7012,9 @@ $("zoom").oninput = () => {  // what is in the middle stays there
   lanes.scrollLeft = at * scale - middle;
 };
 
-// The list: a page of it are elements; one that is opened tells the rest.
+// The list: only a page of it are elements. An opened command has all that is known of it.
 const PAGE = 200, LONG = 500, list = $("list");
-function show(at) {  // the page with this one of those found
+function show(at) {  // the page with the command of this index
   first = at - at % PAGE;
   list.replaceChildren();
   for (const c of found.slice(first, first + PAGE)) {
@@ -7039,7 +7039,7 @@ function filter() {
   $("found").textContent = `${found.length} of ${commands.length}`;
   show(0); paint();
 }
-function choose(c, item) {  // tell all about it, and bring its bar in sight
+function choose(c, item) {  // fill in an opened command, and bring its bar in sight
   chosen = c;
   remember();
   if (c.row >= 0) lanes.scrollTo(xOf(c) + lanes.scrollLeft - (lanes.clientWidth + GUTTER) / 2,
@@ -7051,7 +7051,7 @@ function choose(c, item) {  // tell all about it, and bring its bar in sight
   for (const part of document.querySelectorAll(`#c${c.seq} > p ~ *`))
     item.append(part.cloneNode(true));
 }
-function remember() {  // in the address, to be passed on
+function remember() {  // in the address, which a user may pass on
   const words = Object.entries({q: $("q").value, verdict: $("verdict").value, seq: chosen?.seq});
   history.replaceState(null, "", "#" + new URLSearchParams(words.filter(([, value]) => value)));
 }
