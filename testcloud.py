@@ -5994,10 +5994,18 @@ class BlockingFile(io.FileIO):
 
 
 def open_blocking(path: str, mode: str) -> BlockingFile:
-    """Open a file or a pipe, or duplicate our own stdout or stderr. Raises OSError."""
-    ours = STANDARD_STREAMS.get(path)
-    with notice_if_blocked(path):
+    """Open a file or a pipe, or duplicate our own stdout or stderr. Print a notice if that takes
+    long. Raises OSError."""
+    words = f"waiting for {printable(path)}: it is a pipe, and its other end is not open"
+    timer = threading.Timer(NOTICE_DELAY, print_notice, [words])
+    timer.daemon = True
+    if not is_replaceable(path):
+        timer.start()
+    ours = None if mode == "r" else STANDARD_STREAMS.get(path)
+    try:
         return BlockingFile(path if ours is None else os.dup(ours), mode)
+    finally:
+        timer.cancel()
 
 
 def open_text(file: BlockingFile) -> IO[str]:
@@ -6011,20 +6019,6 @@ def make_blocking(name: str) -> None:
         raw = BlockingFile(stream.fileno(), "w", closefd=False)
         setattr(sys, name, io.TextIOWrapper(
             io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True))
-
-
-@contextlib.contextmanager
-def notice_if_blocked(path: str) -> Iterator[None]:
-    """Print a notice if opening a pipe takes long."""
-    words = f"waiting for {printable(path)}: it is a pipe, which somebody else has to open as well"
-    timer = threading.Timer(NOTICE_DELAY, print_notice, [words])
-    timer.daemon = True
-    if not is_replaceable(path):
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 class FinalReport(Reporter):
@@ -6402,7 +6396,7 @@ class JobLogRow(NamedTuple):
 def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
     """Read a joblog, ours or GNU parallel's. Skip damaged lines. Raises OSError, SetupError."""
     rows, damaged = [], 0
-    with notice_if_blocked(path), open(path, "rb") as file:
+    with io.BufferedReader(open_blocking(path, "r")) as file:
         head = file.readline(len(JOBLOG_HEADER))
         if not JOBLOG_HEADER.encode().startswith(head):
             raise SetupError(f"{printable(path)} is no joblog: its first line is another")
