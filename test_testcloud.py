@@ -175,7 +175,7 @@ class MessagesTest(unittest.TestCase):
         b'DONE {"tasks":[[9007199254740993,1]]}', b'RESULT {"exitcode":2147483648}',
         b'RESULT {"exitcode":0,"time":1e18}', b'HELLO {"run":"' + b"x" * 201 + b'"}',
         b'{"cmd":"x","again":1}', b'{"cmd":"x","env":{"A=":"b"}}', b'{"cmd":"x","env":{"":"b"}}',
-        b'{"cmd":"x","env":{"A":1}}', b'{"cmd":"x","env":{"A":"\\u0000"}}', b'WHO {}}',
+        b'{"cmd":"x","env":{"A":1}}', b'{"cmd":"x","env":{"A":"\\u0000"}}', b'WHO {}}', b'READY {"colour":NaN}',
     ]
 
     def test_malformed_lines_raise_a_protocol_error_of_one_line(self):
@@ -215,6 +215,14 @@ class MessagesTest(unittest.TestCase):
         self.assertEqual([*tc.batch_lines(lines, 10)], [b"1234\n5\n67890", b"x" * 20, b"y"])
         self.assertEqual([*tc.batch_lines(lines, 9)], [b"1234\n5", b"67890", b"x" * 20, b"y"])
         self.assertEqual([*tc.batch_lines(lines, 0)], lines)
+
+    def test_parts_of_outputs_leave_after_all_lines(self):
+        machine = tc.Machine()
+        chunk = tc.Outgoing(CLIENTS, b"c", "", b"CHUNK {}", b"abc")
+        machine.bulk.append(chunk)
+        machine.say(CLIENTS, b"d", "", "OK")
+        self.assertEqual(machine.take()[0], [tc.Outgoing(CLIENTS, b"d", "", b"OK", b""), chunk])
+        self.assertEqual(machine.take(), ([], []))
 
 
 # === Scheduler ========================================================================
@@ -2270,6 +2278,24 @@ class SessionTest(unittest.TestCase):
         self.worker = tc.Worker("w1", 1)
         self.bench = Bench(self.worker)
         self.session = self.worker.session
+
+    def test_while_it_joins_it_does_not_join_again_at_each_who(self):
+        b = self.bench
+        b.expect("READY", join=1)
+        b.hear("WHO")
+        b.quiet()
+        b.answer()
+        b.hear("WHO")
+        b.expect("READY", join=2)
+
+    def test_a_complaint_of_the_broker_is_a_warning_once_and_nothing_while_it_joins(self):
+        levels = []
+        for line in ('ERROR {"reason":"x"}', 'OK {"join":1}', *['ERROR {"reason":"x"}'] * 2,
+                     'ERROR {"reason":"y"}'):
+            self.worker.receive(BROKER, b"", "", line.encode(), b"", 0.0)
+            levels.append([log.level for log in self.worker.take()[1] if isinstance(log, tc.Log)])
+        info, warning, debug = [logging.INFO], [logging.WARNING], [logging.DEBUG]
+        self.assertEqual(levels, [[], info, warning, debug, warning])
 
     def test_with_a_slow_broker_attempts_to_join_become_rare(self):
         b, session = self.bench, self.session
