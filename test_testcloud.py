@@ -1036,12 +1036,37 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'DONE {"tasks":[[1,2]]}')
         d.expect(b"w", "DONE", tasks=[[1, 2]])
 
-    def test_a_worker_that_does_not_confirm_is_given_nothing_until_it_speaks(self):
+    def test_a_later_attempt_from_its_client_ends_the_older_one(self):
         d = self.desk
-        d.join(b"w", slots=2)
+        d.join(b"w", slots=1)
         d.hello(b"c", "r1")
         d.submit(b"c", 1)
-        d.expect(b"w", "{")
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.submit(b"c", 1, attempt=2)
+        d.expect(b"w", "CANCEL", token="r1", tasks=[[1, 1]])
+        d.takes(b"w", "r1", 1, 2)
+
+    def test_a_command_that_is_done_is_not_wanted_from_another_worker(self):
+        d = self.desk
+        d.hello(b"c", "r1", unreported=[1])
+        d.join(b"w", slots=1, held=[["r1", 1, 1]])
+        d.submit(b"c", 1, again=True, had="w")
+        d.client(b"c", 'DONE {"tasks":[[1,1]]}')
+        d.letters.clear()
+        d.join(b"v", slots=1, running=[["r1", 1, 1]])
+        d.expect(b"v", "CANCEL", token="r1", tasks=[[1, 1]])
+        d.quiet()
+
+    def test_a_worker_that_does_not_confirm_is_given_nothing_until_it_speaks(self):
+        d = self.desk
+        d.join(b"w", slots=3)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 9)
+        d.takes(b"w", "r1", 9)
+        d.expect(b"c", "QUEUED")
+        d.submit(b"c", 1)
+        d.expect(b"w", "{", id=1)
         d.wait(4.9)
         d.quiet()
         d.wait(0.2)
@@ -1050,7 +1075,7 @@ class BrokerTest(unittest.TestCase):
         d.submit(b"c", 2)
         d.submit(b"c", 1, attempt=2)
         d.quiet()
-        d.worker(b"w", 'READY {"name":"w","slots":2}')
+        d.worker(b"w", 'READY {"name":"w","slots":3}')
         d.takes(b"w", "r1", 1, 2)
         d.takes(b"w", "r1", 2)
 
