@@ -2322,6 +2322,30 @@ class SessionTest(unittest.TestCase):
         info, warning, debug = [logging.INFO], [logging.WARNING], [logging.DEBUG]
         self.assertEqual(levels, [[], info, warning, debug, warning])
 
+    def test_without_a_connection_it_takes_a_new_socket_in_the_end(self):
+        b = self.bench
+        b.answer()
+        self.worker.disconnected(BROKER, b"", b.now)
+        b.wait(4 * 2.0)
+        self.worker.connected(BROKER, b.now)  # counting begins anew
+        b.wait(2 * 2.0)
+        self.assertNotIn(tc.Reconnect(BROKER), b.effects)
+        self.worker.disconnected(BROKER, b"", b.now)
+        b.wait(4 * 2.0)
+        self.assertIn(tc.Reconnect(BROKER), b.effects)
+
+    def test_what_was_wrong_with_a_link_is_told_only_until_it_is_up(self):
+        b = self.bench
+        for link_is_up, wanted in ((False, True), (True, False)):
+            self.worker.disconnected(BROKER, b"", b.now)
+            self.worker.refused(BROKER, "the key is refused", b.now)
+            if link_is_up:
+                self.worker.connected(BROKER, b.now)
+            b.wait(1.0)
+            told = [effect.text for effect in b.effects if isinstance(effect, tc.Notice)]
+            b.effects.clear()
+            self.assertEqual(["the key is refused" in text for text in told], [wanted])
+
     def test_with_a_slow_broker_attempts_to_join_become_rare(self):
         b, session = self.bench, self.session
         waits = []
