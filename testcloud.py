@@ -7334,7 +7334,7 @@ def require_zmq() -> None:
 
 
 def venv_python() -> str:
-    """Return .venv's interpreter beside the script, or $VIRTUAL_ENV's, if it has pyzmq; or ""."""
+    """Return the python of .venv beside the script, or of $VIRTUAL_ENV, that has pyzmq; or ""."""
     import glob
     for venv in filter(None, [beside_script(".venv", True), os.environ.get("VIRTUAL_ENV")]):
         found = os.path.join("lib", "python*", "site-packages", "zmq", "__init__.py")
@@ -7344,8 +7344,8 @@ def venv_python() -> str:
 
 
 def use_venv_python() -> None:
-    """Restart under .venv beside the script, if only that has pyzmq (as after `make demo`). As this
-    runs a program there, .venv and its directory must belong to this user."""
+    """Restart under .venv beside the script, if only that has pyzmq (as after `make demo`). This
+    runs a program there: so .venv and its directory must belong to this user."""
     from importlib.machinery import PathFinder
     tried = os.environ.pop("TESTCLOUD_VENV_TRIED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
@@ -7359,8 +7359,8 @@ def use_venv_python() -> None:
 
 
 def parse_address(text: str, port: int, listen: bool = False) -> str:
-    """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path. `port` is the
-    default. Only a listener may have the host * and port 0. Raises UsageError."""
+    """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path. `port` is
+    the default. Only a listener may have the host * and port 0. Raises UsageError."""
     if text.startswith("ipc://"):
         size = len(to_bytes(text[len("ipc://"):]))
         if "\0" in text or in_utf8(text) != text or not 0 < size <= IPC_PATH_MAX:
@@ -7434,8 +7434,8 @@ class EventLoop:
     def __init__(self, sockets: bool) -> None:
         if sockets:
             require_zmq()
-            # ROUTERs number their peers from rand() on, which libzmq does not seed. It aborts when a
-            # peer has chosen the next number as its routing id.
+            # ROUTERs number their peers from rand() on, and libzmq does not seed it. It aborts if
+            # a peer has chosen the next number as its routing id.
             call_libc("srand", int.from_bytes(os.urandom(4), "little"))
         self.context: Any = zmq.Context() if sockets else None
         self.poller: Any = zmq.Poller() if sockets else select.poll()
@@ -7477,7 +7477,7 @@ class EventLoop:
         self.poller.register(file, select.POLLIN)
 
     def every(self, interval: Seconds, function: Callable[[Seconds], None]) -> None:
-        """Call function(now) in each round, but not more often than every `interval` seconds."""
+        """Call function(now) in a round of the loop, at most once in `interval` seconds."""
         due = -math.inf
 
         def look() -> None:
@@ -7516,8 +7516,8 @@ class EventLoop:
             self.add_reader(control, read_control)
 
     def catch_signals(self, caught: Callable[[int], None]) -> None:
-        """Call caught(number) on each of signals_to_handle(). No signal stays blocked, and ignored
-        ones get an empty handler: commands must inherit neither."""
+        """Call caught(number) on each of signals_to_handle(). No signal stays blocked, and those
+        ignored get an empty handler: commands must inherit neither."""
         handled = signals_to_handle()
         for number in signal.valid_signals() - IGNORED_SIGNALS:
             if number in handled:
@@ -7548,8 +7548,8 @@ class EventLoop:
         return now
 
     def wait(self) -> None:
-        """Do one round: wait until something is due, and hand it to the machines. A deadline counts
-        if it passed before poll() returned: what came before it has been read then."""
+        """Do one round: wait until something is due, and hand it to the machines. A deadline
+        counts if it passed before poll() returned: what came before it has been read then."""
         before, now = self.expected, self.clock()
         deadlines = [adapter.machine.deadline() for adapter in self.adapters]
         due = min([*deadlines, *(link.retry_at for link in self.links)])
@@ -7656,7 +7656,7 @@ class Link:
         """Replace the connection by a new one: it may be dead without knowing it."""
 
     def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
-        """Note which connections were opened or closed. `ready` has what poll() found readable."""
+        """Note which connections were opened or closed. `ready` is what poll() found readable."""
 
     def read_messages(self, ready: Dict[Any, int]) -> None:
         """Hand over the messages that came. The loop has called read_events() before."""
@@ -7784,7 +7784,7 @@ class SocketLink(Link):
         self.adapter.machine.disconnected(self.name, peer, now)
 
     def read_messages(self, ready: Dict[Any, int]) -> None:
-        """Read for MAX_READ_TIME. Each message has its own time: we may be stopped in between."""
+        """Read for MAX_READ_TIME. Each message has its own time: a pause may come in between."""
         until = self.loop.clock() + MAX_READ_TIME
         going_on = self.unread or self.socket in ready or self.monitor in ready
         while going_on:
@@ -7956,7 +7956,7 @@ class RouterLink(SocketLink):
 
     def check_key(self, peer: Peer) -> bool:
         """Return whether a peer's key is (still) accepted. If not, cut it off. Its routing id must
-        be one of libzmq's: 5 bytes, first 0. One of its own choice could be that of a lost peer."""
+        be libzmq's: 5 bytes, first 0. An id of its own choice could be that of a lost peer."""
         assert self.authenticator is not None
         if len(peer) == 5 and peer[:1] == b"\0" \
                 and self.authenticator.allows(ROLE_OF[self.name], self.key_of.get(peer, "")):
@@ -7971,7 +7971,7 @@ class RouterLink(SocketLink):
                 self.adapter.machine.revoked(self.name, peer, now)
 
     def cut_off(self, peer: Peer) -> None:
-        """End a peer's connection. libzmq cannot; but it notices that its socket was shut down."""
+        """End a peer's connection. libzmq cannot, but it notices that its socket is shut down."""
         with contextlib.suppress(OSError, KeyError), \
                 borrowed_socket(self.descriptor_of[peer]) as connection:
             connection.shutdown(socket.SHUT_RDWR)
@@ -8073,8 +8073,8 @@ class DealerLink(SocketLink):
                     self.handshake_failed(event, detail, now)
 
     def handshake_failed(self, event: int, detail: int, now: Seconds) -> None:
-        """Find out why, and connect again later. Only a refused key shows in the event. Any other
-        failure may look like the end of a broker, so a thread looks at what listens."""
+        """Find out why, and connect again later. Only a refused key shows in the event. Any
+        other failure may look like the end of a broker, so a thread looks at what listens."""
         if not self.refused:
             self.refused, self.retry_at = True, now + REFUSED_RETRY
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -8089,8 +8089,8 @@ class DealerLink(SocketLink):
         self.loop.post(lambda now: self.tell_refusal(found, now))
 
     def tell_refusal(self, found: Optional[str], now: Seconds) -> None:
-        """Tell the machine why it has no connection. `found` is the status of ZAP that refused our
-        key, or what security_mechanism() returned."""
+        """Tell the machine why it has no connection. `found` is the status with which our key was
+        refused, or what security_mechanism() returned."""
         what = {"400": "does not accept our key: it has been revoked, or was not made with the "
                        "broker's own file (a new one: testcloud.py keygen --role ...)",
                 "500": f"does not accept our key: that is not the port for {self.role}s",
@@ -8218,7 +8218,7 @@ def find_key_file(given: Optional[str]) -> str:
 
 
 def beside_script(name: str, real: bool = False) -> str:
-    """Return a path beside the script; if `real`, beside the file that its symbolic link means."""
+    """Return a path beside the script; if `real`, beside the target of its symbolic link."""
     script = os.path.realpath(__file__) if real else os.path.abspath(__file__)
     return os.path.join(os.path.dirname(script), name)
 
@@ -8251,7 +8251,8 @@ def read_keys(path: str) -> Keys:
 def write_keys(path: str, keys: Keys) -> None:
     """Write a new file that only this user can read. Raises SetupError."""
     try:
-        with open(path, "x", encoding="ascii", opener=functools.partial(os.open, mode=0o600)) as file:
+        private = functools.partial(os.open, mode=0o600)
+        with open(path, "x", encoding="ascii", opener=private) as file:
             file.write(keys.to_json())
             file.flush()
             os.fsync(file.fileno())
@@ -8390,7 +8391,7 @@ class Authenticator:
         return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
 
     def reload_keys(self, now: Seconds) -> None:
-        """If the key file has changed, read it again and cut off peers whose key was revoked."""
+        """If the key file has changed, read it again, and cut off peers with revoked keys."""
         state = self.state_of_file()
         if self.keys is None or state in (self.state, ()):
             return
@@ -8418,7 +8419,7 @@ class RefusalLog:
         self.logged: Deque[Seconds] = deque([-math.inf] * MAX_REFUSALS, MAX_REFUSALS)
 
     def add(self, now: Seconds, reason: str, unless: str = "") -> None:
-        """Log a reason. With `unless` it waits, and is dropped if a reason with that text comes."""
+        """Log a reason; with `unless` later, if no other reason with that text has come."""
         self.seen = {old: when for old, when in self.seen.items() if when + REFUSAL_INTERVAL > now}
         if reason not in self.seen:
             if unless:
@@ -8481,12 +8482,12 @@ class MemoryGuard:
                 link.received.clear()
 
     def trim(self, now: Seconds) -> None:
-        """Let glibc return free memory to the system: it keeps what large messages leave behind."""
+        """Let glibc return free memory to the system: it keeps what large messages leave."""
         if self.short:
             call_libc("malloc_trim", 0)
 
     def cut_off_endless(self, link: RouterLink, now: Seconds) -> None:
-        """Cut off the connections of a link that have sent too much since their last message."""
+        """Cut off the connections that have sent too much since their last message."""
         for descriptor in (*link.pending, *link.peer_at):
             pending, seen = descriptor in link.pending, descriptor in link.received
             with contextlib.suppress(OSError), borrowed_socket(descriptor) as connection:
