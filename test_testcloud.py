@@ -9106,7 +9106,7 @@ class PageTest(unittest.TestCase):
 
     def test_facts(self):
         tried = paged(3, "FLAKY", tries=(tc.Try(7, "host8"), tc.Try(7, "host9")))
-        self.assertEqual(self.facts(tried, unable={"h": 2}), {
+        self.assertEqual(self.facts(tried, started_elsewhere={"h": 2}), {
             "took": "3.00 s", "hosts": "3", "result hash": "a" * 40,
             "failed only on host&lt;9&gt;": "4", "could not start on h": "2"})
         never = paged(4, "FAIL", **NEVER_RAN)

@@ -5432,7 +5432,7 @@ class Summary(NamedTuple):
     spent: Seconds
     hash: str
     wrong_hash: str = ""  # the error message, if another hash was expected
-    unable: Dict[str, int] = {}  # hosts: how many commands could only be started elsewhere
+    started_elsewhere: Dict[str, int] = {}  # hosts: commands that only others could start
     codes: Dict[str, int] = {}  # ways to fail: how many commands did
     failures: Sequence[Outcome] = ()  # the first of them
     bad_hosts: str = ""  # advice about hosts where everything failed
@@ -5585,7 +5585,7 @@ class Reports:
         summary = Summary(
             complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
             only_on=dict(client.retry_policy.failed_only_on),
-            unable=dict(client.retry_policy.started_elsewhere),
+            started_elsewhere=dict(client.retry_policy.started_elsewhere),
             skipped=skipped, skipped_failed=skipped_failed, spent=time.monotonic() - self.began,
             hash=found, wrong_hash=wrong if expected and expected != found else "",
             codes=dict(self.codes), failures=self.failures, rerun=rerun,
@@ -6149,7 +6149,7 @@ class Transcript(Reporter):
                               for host, n in summary.only_on.items())
             yield (f"Flaky: {summary.flaky} of {summary.ran} failed at first, and passed elsewhere "
                    f"or later" + (f": {hosts}" if hosts else ""))
-        for host, n in summary.unable.items():
+        for host, n in summary.started_elsewhere.items():
             yield (f"{plural(n, 'command')} could not be started on {printable(host)}, and ran "
                    f"elsewhere")
         if summary.skipped:
@@ -6669,7 +6669,7 @@ class HtmlReport(FinalReport):
         facts = [("took", duration(summary.spent)), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
         facts += [(f"failed only on {host}", str(n)) for host, n in summary.only_on.items()]
-        facts += [(f"could not start on {host}", str(n)) for host, n in summary.unable.items()]
+        facts += [(f"could not start on {host}", str(n)) for host, n in summary.started_elsewhere.items()]
         return html_page(f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}", self.outcomes,
                          self.output_of, facts, summary.trouble(), summary.flaky_counts)
 
