@@ -10847,12 +10847,18 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "--max-load", "0"], ["broker", "--upstream-key", "/no/such"],
                      ["broker", "--key", "/no/such", "--insecure"], ["keygen", "--name", "x"],
                      ["keygen", "--role", "client", "--revoke", "x"],
-                     ["worker", "--connect", "192.0.2.1"], ["status", "--connect", "192.0.2.1"],
                      ["completion", "csh"], ["client", "--fail-fast=0"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
             self.assertTrue(err.startswith("testcloud: "), err)
             self.assertNotIn(tc.NO_COMMANDS, err)  # of an option that is taken, but should not be
+
+    def test_a_broker_elsewhere_needs_a_key(self):
+        for role in ("worker", "client", "status"):
+            with mock.patch.object(tc, "find_key_file", lambda given: ""):
+                status, out, err = self.main(role, "--connect", "192.0.2.1")
+            self.assertEqual((status, out), (2, ""))
+            self.assertRegex(err, "^testcloud: .* is on another machine, and believed only with a key")
 
     def test_version_and_help(self):
         self.assertEqual(self.main("--version")[:2], (0, f"testcloud {tc.__version__}\n"))
