@@ -10683,7 +10683,7 @@ class CommandLineTest(unittest.TestCase):
             "client", "--local", "--joblog", os.devnull, "false", ":::", "a")
         self.assertEqual(status, 1)
         self.assertRegex(out, r"To run just these again: python3 \S+ client --resume-failed --local "
-                              r"--joblog /dev/null -- false ::: a\n")
+                              r"--joblog=/dev/null -- false ::: a\n")
         status, out, err = self.main_process("client", "x", "::::", "/no/such")
         self.assertEqual((status, err), (
             3, "testcloud: cannot read /no/such: No such file or directory\n"))
@@ -10746,11 +10746,11 @@ class CommandLineTest(unittest.TestCase):
 
     def test_a_template_begins_where_the_options_end(self):
         for words, marked in (
-                ("-b pytest -q {}", "-b -- pytest -q {}"), ("-kj 4 make -j4", "-kj 4 -- make -j4"),
+                ("-b pytest -q {}", "-b -- pytest -q {}"), ("-kj 4 make -j4", "-kj4 -- make -j4"),
                 ("-j4 x", "-j4 -- x"), ("--fail-fast pytest -x", "--fail-fast=1 -- pytest -x"),
                 ("--fail-fast 3 x", "--fail-fast=3 -- x"), ("--fail-fast", "--fail-fast=1"),
-                ("-C -b x", "-C -b -- x"), ("--cwd=/x -- -y", "--cwd=/x -- -y"), ("", ""),
-                ("--env A --json echo --json", "--env A --json -- echo --json"), ("-j", "-j"),
+                ("-C -b x", "-C-b -- x"), ("--cwd=/x -- -y", "--cwd=/x -- -y"), ("", ""),
+                ("--env A --json echo --json", "--env=A --json -- echo --json"), ("-j", "-j"),
                 ("- x", "-- - x"), ("--timeout -1 -0 x", "--timeout=-1 -0 -- x"),
                 ("-kj -2", "-kj-2"), ("--fail-fast -1", "--fail-fast=-1"),
                 ("--fail-fast -0", "--fail-fast=1 -0")):
@@ -10771,7 +10771,7 @@ class CommandLineTest(unittest.TestCase):
                                  ["client", *whole.split()])
         with mock.patch.dict(os.environ, TESTCLOUD="--local -k"):
             self.assertEqual(tc.with_env_options(["client", "--connect", "h", "ls"]),
-                             ["client", "-k", "--connect", "h", "--", "ls"])
+                             ["client", "-k", "--connect=h", "--", "ls"])
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")

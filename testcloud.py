@@ -8645,7 +8645,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("-C --cwd DIR", "directory on the worker: relative to ours, or ~ there"),
             option("--env NAME", "set a variable as it is here; also: NAME=VALUE",
                    action="append", default=[]),
-            option("--shell PATH", "shell of the commands: /bin/bash, or a name in the worker's PATH "
+            option("--shell PATH", "shell of the commands: a path, or a name in the worker's PATH "
                    "(default: /bin/sh)"),
             option("--dry-run", "only print the commands")]),
         ("where", [
@@ -8837,8 +8837,8 @@ def load_keys(path: str, role: str) -> Keys:
     keys = read_keys(path)
     if not keys.suffice_for(role):
         made = "keygen" if role == BROKER_ROLE else f"keygen --role {role}"
-        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the cloud's owner for "
-                         f"one made with: testcloud.py {made}")
+        raise SetupError(f"the key {printable(path)} is not for a {role}: ask the cloud's owner "
+                         f"for one made with: testcloud.py {made}")
     return keys
 
 
@@ -8877,8 +8877,8 @@ def listen_addresses(settings: argparse.Namespace, keys: Optional[Keys]) -> Tupl
              parse_address(settings.workers or default, WORKER_PORT, listen=True))
     for address in map(resolve, found) if keys is None and not settings.insecure else ():
         if not is_loopback(address):
-            raise UsageError(f"{address} can be reached from the network, and needs a key: make one "
-                             f"with: testcloud.py keygen (or let anybody in with --insecure)")
+            raise UsageError(f"{address} can be reached from the network, and needs a key: make "
+                             f"one with: testcloud.py keygen (or let anybody in with --insecure)")
     return found
 
 
@@ -9019,8 +9019,8 @@ def run_keygen(settings: argparse.Namespace) -> int:
                              f"use the cloud's own (see --key)")
         if settings.revoke:
             replace(without_holder(keys, settings.revoke))
-            print_line(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: the broker "
-                       f"that reads this file refuses it")
+            print_line(f"Revoked the key of {settings.revoke} in {printable(own, 1000)}: the "
+                       f"broker that reads this file refuses it")
         else:
             name = settings.name or settings.role
             path = settings.file or f"testcloud-{name}.key"
@@ -9049,7 +9049,7 @@ def without_holder(keys: Keys, name: str) -> Keys:
 
 
 def with_holder(keys: Keys, role: str, name: str, path: str) -> Keys:
-    """Write a new holder's file; return the keys with that holder. Raises UsageError, SetupError."""
+    """Write a new holder's file; return the keys with it. Raises UsageError, SetupError."""
     if not re.fullmatch("[A-Za-z0-9_-]{1,100}", name) or not name.strip("-_"):
         raise UsageError("a name has letters, digits, - and _ only, up to 100 of them")
     if any(holder.name == name for holder in keys.holders):
@@ -9099,9 +9099,8 @@ def check_template(words: List[str], most: float) -> str:
     """Return the template that these words make, for up to `most` arguments. Raises UsageError."""
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
-        raise UsageError("the words of a template are joined, so that none may be empty or have a "
-                         "space in it: write it as one word that the shell reads, and {} outside of "
-                         "quotes, as in: 'rm -rf \"my dir\"/{}'")
+        raise UsageError("words of a template are joined, so none may be empty or have a space in it: "
+                         "write it as one word, {} outside of quotes, as in: 'rm -rf \"a b\"/{}'")
     for place, context in placeholders(template if PLACEHOLDER.search(template)
                                        else template + " {}"):
         wrong = misuse(place, context, most)
@@ -9837,34 +9836,28 @@ def parse(argv: List[str]) -> argparse.Namespace:
     return settings
 
 
-NEGATIVE = "-[1-9.]"  # argparse takes such a number for an option, as -0 is one
-
-
 def separate_template(argv: List[str]) -> List[str]:
-    """Return a client's arguments with -- before the template: its options are not ours. A number
-    is put beside --fail-fast."""
+    """Return a client's arguments with -- before the template: its options are not ours. Values
+    are joined to their options: argparse would take "-1" for an option, as "-0" is one."""
     valued = {name: "metavar" in row.settings
               for row in options_of(CLIENT_ROLE) for name in row.names}
     separated, rest = [], deque(argv)
     while rest and rest[0].startswith("-") and rest[0] not in ("-", "--"):
         word = rest.popleft()
-        if word == "--fail-fast":
-            given = rest and (rest[0].isdigit() or re.match(NEGATIVE, rest[0]))
-            word += "=" + (rest.popleft() if given else "1")
-        separated.append(word)
         name = word
-        if not word.startswith("--"):  # -kj 4, -j4: the first that has a value ends it
-            letters = next((at for at, c in enumerate(word[1:], 1) if valued.get("-" + c)), 0)
-            name = "-" + word[letters] if letters == len(word) - 1 else ""
-        if valued.get(name) and rest:
-            if re.match(NEGATIVE, rest[0]):
-                separated[-1] += "=" * word.startswith("--") + rest.popleft()
-            else:
-                separated.append(rest.popleft())
+        if not word.startswith("--"):  # -kj 4, -kj4: the first that has a value ends it
+            at = next((at for at, c in enumerate(word) if valued.get("-" + c)), 0)
+            name = "-" + word[at] if at == len(word) - 1 else ""
+        if word == "--fail-fast":
+            given = rest and re.fullmatch(r"\d+|-[1-9.].*", rest[0])
+            word += "=" + (rest.popleft() if given else "1")
+        elif valued.get(name) and rest:
+            word += "=" * word.startswith("--") + rest.popleft()
+        separated.append(word)
     return [*separated, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
 
-OUTPUT_MODES = {"--raw", "--json", "--live"}  # of which there can be one
+OUTPUT_MODES = {"--raw", "--json", "--live"}  # a client can have one of these
 # options that remove others of $TESTCLOUD
 OVERRIDES = {"--connect": {"--local"}, **dict.fromkeys(OUTPUT_MODES, OUTPUT_MODES)}
 
