@@ -1461,7 +1461,7 @@ class Scheduler:
         if holder is None or holder is task:
             return False
         among = self.eligible(holder)
-        if holder.state == WAITING and self.may_start(holder.client) and worker.fits(holder) \
+        if holder.state == WAITING and self.may_start(holder.client) \
                 and (among is None or worker in among):
             return True
         del self.reservations[worker]
@@ -2293,7 +2293,6 @@ class Dispatcher(Machine):
         for deadlines in (self.unconfirmed, self.recovering):
             for task, until in deadlines.items():
                 deadlines[task] = max(until + gap, grace)
-        self.recovery_at = max(self.recovery_at + gap, grace)
 
     # --- joining workers: make our records match theirs
 
