@@ -9812,6 +9812,16 @@ class SocketsTest(unittest.TestCase):
             self.wait_until(loop, has_come)
             second.close(0)
 
+    def test_what_happens_at_an_interval(self):
+        times, now = [], [100.0]
+        with contextlib.closing(tc.EventLoop(sockets=False)) as loop, \
+                mock.patch.object(tc.time, "monotonic", lambda: now[0]):
+            loop.every(2.0, times.append)
+            for now[0] in (100.0, 101.9, 102.0, 103.0, 109.0, 110.0, 111.0):
+                for function in loop.each_round:
+                    function()
+        self.assertEqual(times, [100.0, 102.0, 109.0, 111.0])
+
     def test_nobody_can_guess_the_id_that_the_next_peer_is_given(self):
         import ctypes
 
@@ -9870,6 +9880,7 @@ class KeyFilesTest(unittest.TestCase):
     def test_what_is_damaged_is_refused_without_showing_it(self):
         good = self.KEYS.to_json()
         for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20], good.replace("B" * 40, "B" * 39),
+                     good.replace("h" * 40, "h" * 41), good.replace("x" * 40, ""),
                      good.replace('"public": "a', '"pub": "a'),
                      good.replace("s" * 40, "\u00e9" * 40), good.replace("s" * 40, "~" * 40),
                      json.dumps({"broker": {"public": "B" * 40}}), good.replace('"d', '1, "d')):
@@ -9919,6 +9930,14 @@ class KeyFilesTest(unittest.TestCase):
         with self.assertRaisesRegex(tc.SetupError, "name another file"):
             tc.write_keys(os.path.join(self.dir, "no", "such"), self.KEYS)
 
+    def test_a_change_that_fails_leaves_the_file_as_it_was(self):
+        tc.write_keys(self.path, self.KEYS)
+        with mock.patch.object(tc.os, "replace", side_effect=OSError(28, "no space left")), \
+                self.assertRaisesRegex(tc.SetupError, "cannot write .*: no space left"), \
+                tc.locked_key_file(self.path) as replace:
+            replace(self.KEYS._replace(holders=()))
+        self.assertEqual((os.listdir(self.dir), tc.read_keys(self.path)), (["testcloud.key"], self.KEYS))
+
     def test_where_it_is_found(self):
         script, config = os.path.join(self.dir, "bin"), os.path.join(self.dir, "config")
         beside, other = os.path.join(script, "testcloud.key"), f"{config}/testcloud/testcloud.key"
@@ -9930,6 +9949,13 @@ class KeyFilesTest(unittest.TestCase):
                 os.makedirs(os.path.dirname(path))
                 open(path, "w").close()
                 self.assertEqual(tc.find_key_file(None), path)
+            link = os.path.join(self.dir, "link", "testcloud.py")
+            os.mkdir(os.path.dirname(link))
+            os.symlink(tc.__file__, link)
+            with mock.patch.object(tc, "__file__", link):
+                self.assertEqual(tc.find_key_file(None), os.path.realpath(beside))
+                open(os.path.join(os.path.dirname(link), "testcloud.key"), "w").close()
+                self.assertEqual(tc.find_key_file(None), os.path.join(self.dir, "link", "testcloud.key"))
             os.environ["TESTCLOUD_KEY_FILE"] = "/no/such"
             self.assertEqual(tc.find_key_file(None), "/no/such")
             self.assertEqual(tc.find_key_file("/given"), "/given")
