@@ -9533,6 +9533,8 @@ class SocketsTest(unittest.TestCase):
                 peers.append(loop.context.socket(zmq.DEALER))
                 peers[-1].connect(address)
             client, worker = peers
+            while not all(link.pending for link in loop.links) and real() < end:
+                loop.wait()
             for _ in range(200):  # 4 seconds of work
                 client.send(b"")
             adapter.links[CLIENTS].socket.poll(PATIENCE * 1000)
