@@ -9582,6 +9582,7 @@ class SocketsTest(unittest.TestCase):
             while "gone" not in seen and real() < end:
                 loop.wait()
         self.assertEqual(seen, [b"0", b"1", b"2", b"3", "gone"])
+        self.assertLess(real(), end)
 
     def router(self, machine):
         """A loop, a RouterLink with that machine, and a function that waits for a condition."""
