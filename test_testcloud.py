@@ -9358,7 +9358,7 @@ class SocketsTest(unittest.TestCase):
             self.assertEqual(tc.parse_address(text, 2224, listen=True), expected, text)
         self.assertEqual(tc.parse_address("host", 2225), "tcp://host:2225")
 
-    def test_addresses_that_are_none(self):
+    def test_wrong_addresses(self):
         for text in ("", "tcp://", ":7", "host:", "host:x", "host:65536", "host:-1", "http://h:1",
                      "a b", "::1", "ipc://", "[::1", "udp://h:1", "host:٣", "[::1]x"):
             with self.subTest(text=text), self.assertRaises(tc.UsageError):
@@ -9475,7 +9475,7 @@ class SocketsTest(unittest.TestCase):
             for descriptor in (control, supervisor) if supervised else ():
                 os.close(descriptor)
 
-    def test_who_was_stopped_between_two_messages_hears_of_it_before_the_second(self):
+    def test_a_pause_between_two_messages_is_told_before_the_second(self):
         import zmq
         events, stopped = [], [0.0]
 
@@ -9544,14 +9544,14 @@ class SocketsTest(unittest.TestCase):
                 peer.close(0)
         return seen
 
-    def test_who_takes_long_to_read_judges_nobody_by_what_he_has_not_read(self):
+    def test_a_deadline_waits_for_the_messages_that_came_before_it(self):
         """A round begins with a poll; what comes after that, and what is due after that, waits."""
         for delay in (0.05, 0.5):  # within the first round, or some rounds later
             seen = self.slow_reader(delay)
             self.assertIn(WORKERS, seen[:seen.index("tick")])
             self.assertLess(seen.index("tick"), 100)
 
-    def test_what_is_left_unread_is_read_in_the_next_round(self):
+    def test_messages_left_unread_are_read_in_the_next_round(self):
         """Also the news that a peer is gone, if its last message was read when time was up."""
         import zmq
         took = [0.0]
@@ -9815,7 +9815,7 @@ class SocketsTest(unittest.TestCase):
             self.wait_until(loop, has_come)
             second.close(0)
 
-    def test_what_happens_at_an_interval(self):
+    def test_every_interval(self):
         times, now = [], [100.0]
         with contextlib.closing(tc.EventLoop(sockets=False)) as loop, \
                 mock.patch.object(tc.time, "monotonic", lambda: now[0]):
@@ -9825,7 +9825,7 @@ class SocketsTest(unittest.TestCase):
                     function()
         self.assertEqual(times, [100.0, 102.0, 109.0, 111.0])
 
-    def test_nobody_can_guess_the_id_that_the_next_peer_is_given(self):
+    def test_routing_ids_cannot_be_guessed(self):
         import ctypes
 
         import zmq
@@ -9880,7 +9880,7 @@ class KeyFilesTest(unittest.TestCase):
         self.assertEqual(tc.read_keys(self.path), self.KEYS)
         self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
 
-    def test_what_is_damaged_is_refused_without_showing_it(self):
+    def test_a_damaged_file_is_refused_without_showing_it(self):
         good = self.KEYS.to_json()
         for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20], good.replace("B" * 40, "B" * 39),
                      good.replace("h" * 40, "h" * 41), good.replace("x" * 40, ""),
@@ -9941,7 +9941,7 @@ class KeyFilesTest(unittest.TestCase):
             replace(self.KEYS._replace(holders=()))
         self.assertEqual((os.listdir(self.dir), tc.read_keys(self.path)), (["testcloud.key"], self.KEYS))
 
-    def test_where_it_is_found(self):
+    def test_where_a_key_file_is_found(self):
         script, config = os.path.join(self.dir, "bin"), os.path.join(self.dir, "config")
         beside, other = os.path.join(script, "testcloud.key"), f"{config}/testcloud/testcloud.key"
         with mock.patch.object(tc, "__file__", os.path.join(script, "testcloud.py")), \
@@ -9963,7 +9963,7 @@ class KeyFilesTest(unittest.TestCase):
             self.assertEqual(tc.find_key_file(None), "/no/such")
             self.assertEqual(tc.find_key_file("/given"), "/given")
 
-    def test_who_may_connect_as_what(self):
+    def test_keys_are_allowed_by_role(self):
         tc.write_keys(self.path, self.KEYS)
         with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
                 contextlib.closing(tc.Authenticator(loop, self.path)) as authenticator:
@@ -10055,13 +10055,13 @@ class RefusalsTest(unittest.TestCase):
             self.refusals.flush()
         return [call.args[1] for call in log.call_args_list]
 
-    def test_what_goes_on_is_said_once_and_again_when_it_had_ceased(self):
+    def test_a_reason_is_logged_once_while_it_lasts(self):
         self.assertEqual([self.said("a", after=tc.REFUSAL_INTERVAL - 1) for _ in range(3)],
                          [["a"], [], []])
         self.said(after=2)
         self.assertEqual(self.said("a"), ["a"])
 
-    def test_what_is_vague_waits_for_better_words(self):
+    def test_a_vague_reason_waits_for_a_better_one(self):
         self.assertEqual(self.said("at h: perhaps", unless="at h"), [])
         self.assertEqual(self.said("at h: surely", after=tc.REFUSAL_DELAY), ["at h: surely"])
         self.assertEqual(self.said("at i: perhaps", "at i: perhaps", unless="at i"), [])
@@ -10070,7 +10070,7 @@ class RefusalsTest(unittest.TestCase):
             self.assertEqual(self.said("at j: perhaps", unless="at j", after=tc.REFUSAL_DELAY * 0.6), said)
         self.assertEqual(self.refusals.delayed, {})
 
-    def test_many_things_are_too_many(self):
+    def test_the_number_of_reasons_is_bounded(self):
         self.assertEqual(len(self.said(*map(str, range(50)))), tc.MAX_REFUSALS)
         self.said(after=tc.REFUSAL_INTERVAL)
         self.assertEqual(self.said("x"), ["x"])
@@ -10114,7 +10114,7 @@ class KeysTest(unittest.TestCase):
         event, _ = struct.unpack("=hi", monitor.recv_multipart()[0])
         return sock, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
 
-    def test_who_gets_in_where(self):
+    def test_keys_are_accepted_at_the_port_of_their_role(self):
         cloud = tc.read_keys(self.path)
         worker = tc.read_keys(self.holder("worker", "w")).pairs["worker"]
         client = tc.read_keys(self.holder("client", "c")).pairs["client"]
@@ -10156,7 +10156,7 @@ class KeysTest(unittest.TestCase):
         again.send(hello % (run, 3))
         self.assertTrue(again.recv().startswith(b"OK"))
 
-    def test_what_those_inside_may_not_do(self):
+    def test_an_authenticated_peer_cannot_act_for_another_role_or_run(self):
         cloud = tc.read_keys(self.path)
         alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
         run, other = (tc.fingerprint(pair.public).encode() + b"r" for pair in (alice, eve))
@@ -10211,7 +10211,7 @@ class KeysTest(unittest.TestCase):
                 client.terminate()
                 self.assertEqual(client.wait(PATIENCE), 143)
 
-    def test_what_was_recorded_cannot_be_sent_again(self):
+    def test_a_recorded_connection_cannot_be_replayed(self):
         self.cloud.worker(self.broker, "--key", self.path)
         proxy = Proxy(self.broker.clients)
         self.addCleanup(proxy.close)
@@ -10251,7 +10251,7 @@ class KeysTest(unittest.TestCase):
         one.send_multipart([b"", token, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"good"}'])
         self.assertIn(b'"good"', client.recv())
 
-    def test_nobody_chooses_an_id_that_could_be_anothers(self):
+    def test_a_routing_id_of_a_peers_own_choice_is_refused(self):
         import zmq
         cloud = tc.read_keys(self.path)
         sock = self.cloud.dealer(identity=b"\0abcd-me")
@@ -10263,7 +10263,7 @@ class KeysTest(unittest.TestCase):
         sock.send(b'HELLO {"run":"r1","join":1}')
         self.assertFalse(sock.poll(300))
 
-    def test_who_was_given_up_for_not_reading_may_come_back(self):
+    def test_a_peer_that_was_cut_off_for_not_reading_may_come_back(self):
         import zmq
         cloud = tc.read_keys(self.path)
         pair = cloud.pairs["client"]
@@ -10298,7 +10298,7 @@ class KeysTest(unittest.TestCase):
             self.assertRegex(self.cloud.err(process),
                              "^testcloud: .*is (not for a|a holder's key).*\n$")
 
-    def test_whoever_cannot_get_in_is_told_the_one_true_reason_once(self):
+    def test_a_refused_peer_and_the_broker_are_told_the_reason_once(self):
         """Both sides' keys, and the roles: nobody is told another reason, or the same one again."""
         self.keygen(os.path.join(self.cloud.dir, "other.key"))
         revoked = {role: self.holder(role, f"revoked-{role}") for role in ("client", "worker")}
@@ -10375,7 +10375,7 @@ class KeysTest(unittest.TestCase):
             self.cloud.wait_for_log(peer, f"does not accept our key: that is not the port for {role}s")
         self.cloud.wait_for_log(self.broker, "its key is for another role")
 
-    def test_what_listens_is_known_by_its_greeting(self):
+    def test_the_security_mechanism_is_known_by_the_greeting(self):
         """Even if its connections end like those of a broker with another key."""
         path = os.path.join(self.cloud.dir, "ipc")
         self.cloud.start("broker", "--insecure", "--clients", f"ipc://{path}", "--workers",
@@ -10439,7 +10439,7 @@ class KeysTest(unittest.TestCase):
             self.assertEqual(bool(monitor.poll(PATIENCE * 1000 if revoked else 0)), revoked)
         self.cloud.wait_for(lambda: self.cloud.err(self.broker).count("has no valid key") == 2, "both")
 
-    def test_what_passes_cannot_be_read_and_with_no_key_it_can(self):
+    def test_messages_are_encrypted_if_there_is_a_key(self):
         for argv, readable in ((["--key", self.path], False), (["--insecure"], True)):
             broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", *argv)
             proxies = [Proxy(broker.clients), Proxy(broker.workers)]
