@@ -7916,18 +7916,30 @@ class ReportingTest(unittest.TestCase):
     def test_the_summary_on_stderr_comes_after_the_outputs(self):
         """For both may be the same pipe. Nobody waits for a reader of stdout that does not read."""
         for reads in (True, False):
-            order = []
+            order, written = [], []
 
-            def writer(file, failed, reads=reads, order=order):
+            def writer(file, failed, reads=reads, order=order, written=written):
                 def end(ended):
                     order.append(file)
-                    if reads or file == 2:
+                    if file == 2:
                         ended()
+                    elif reads:
+                        written.append(ended)
                 return mock.Mock(end=end)
+
+            class Event:
+                def set(self):
+                    pass
+
+                def wait(self, timeout, written=written):
+                    """Meanwhile stdout is written."""
+                    while written:
+                        written.pop()()
             settings = tc.build_parser().parse_args(["client", "--raw"])
             with mock.patch.object(tc, "Writer", writer):
                 show = tc.Display(settings, self.store(True), None, tc.Client("r1"))
-            show.end(lambda order=order: order.append("ended"))
+            with mock.patch.object(tc.threading, "Event", Event):
+                show.end(lambda order=order: order.append("ended"))
             self.assertEqual(order, [1, "ended", 2] if reads else [1, 2])
 
     def test_a_writer_tells_when_it_has_caught_up(self):
@@ -10713,6 +10725,9 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertRegex(out, r"To run just these again: python3 \S+ client --resume-failed --local "
                               r"--joblog=/dev/null -- false ::: a\n")
+        status, out, err = self.main_process("client", "--local", "--need", "x", ":::", "true")
+        self.assertEqual(status, 0)
+        self.assertIn("with --local this machine runs everything", err)
         status, out, err = self.main_process("client", "x", "::::", "/no/such")
         self.assertEqual((status, err), (
             3, "testcloud: cannot read /no/such: No such file or directory\n"))
@@ -10752,6 +10767,35 @@ class CommandLineTest(unittest.TestCase):
                              (status, out, ""))
         for more, status in ((["--allow-empty"], 0), ([], 2)):
             self.assertEqual(self.main_process("client", "--dry-run", *more, ":::")[:2], (status, ""))
+
+    def test_of_equal_commands_those_in_the_joblog_are_skipped(self):
+        with tempfile.TemporaryDirectory() as folder:
+            argv = ["client", "--local", "--resume", "--joblog", os.path.join(folder, "log"), ":::"]
+            for commands, ran in ((["true"], 1), (["true"] * 3, 2), (["true"] * 3, 0)):
+                status, out, _ = self.main_process(*argv, *commands)
+                self.assertEqual(status, 0)
+                self.assertIn(f"Ran {tc.plural(ran, 'command')} in", out)
+
+    def test_exit_status_of_a_client(self):
+        fine = {"empty": False, "failed": 0, "skipped_failed": 0, "wrong_hash": ""}
+        for change, write_failed, status, wanted in (
+                ({}, False, 0, 0), ({"failed": 2}, False, 0, 1), ({"skipped_failed": 1}, False, 0, 1),
+                ({"wrong_hash": "it differs"}, False, 0, 1), ({}, False, 3, 3), ({}, False, 130, 130),
+                ({"failed": 1}, True, 0, 3), ({"failed": 1}, True, 1, 3), ({}, True, 130, 130),
+                ({"empty": True}, False, 0, 2), ({"empty": True}, False, 130, 130),
+                ({"empty": True}, True, 0, 3)):
+            summary = types.SimpleNamespace(**{**fine, **change})
+            self.assertEqual(tc.exit_status(summary, write_failed, status), wanted, change)
+
+    def test_how_to_run_the_failures_again(self):
+        settings = types.SimpleNamespace(joblog="l", sources=[], argv=[
+            "client", "--resume", "-b", "--joblog", "l", "--resume-failed", "x", "--resume"])
+        with mock.patch.object(sys, "argv", ["t.py"]):
+            for change, wanted in (({}, "... | "), ({"sources": [(":::", ["a"])]}, ""),
+                                   ({"joblog": None}, None)):
+                vars(settings).update(change)
+                self.assertEqual(tc.rerun_command(settings), "" if wanted is None else (
+                    f"{wanted}python3 t.py client --resume-failed -b --joblog=l -- x --resume"))
 
     def test_reports_that_cannot_be_written_leave_the_joblog_alone(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -10885,7 +10929,7 @@ class CommandLineTest(unittest.TestCase):
     def test_a_broker_elsewhere_needs_a_key(self):
         for role in ("worker", "client", "status"):
             with mock.patch.object(tc, "find_key_file", lambda given: ""):
-                status, out, err = self.main(role, "--connect", "192.0.2.1")
+                status, out, err = self.main(role, "--connect", "192.0.2.1", "--wait", "0.1")
             self.assertEqual((status, out), (2, ""))
             self.assertRegex(err, "^testcloud: .* is on another machine, and believed only with a key")
 
@@ -11720,6 +11764,11 @@ class WhatIsSaidTest(unittest.TestCase):
             self.assertEqual(done.returncode, status, argv)
             self.assertRegex(done.stderr, err, argv)
             self.assertEqual(bool(done.stdout), "--raw" not in argv)
+
+    def test_no_advice_on_slots_that_are_not_used(self):
+        for more, said in (((), True), (("--serial",), False)):
+            done = self.run_client("-j1", *more, lines=["sleep 0.2"] * 4, code="tc.ADVICE_MIN_RUN = 0.5")
+            self.assertEqual("longest command" in done.stderr, said, done.stderr)
 
     def test_ones_own_option_for_quiet_yields(self):
         with mock.patch.dict(os.environ, TESTCLOUD="--quiet"):
