@@ -10776,6 +10776,15 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(status, 0)
                 self.assertIn(f"Ran {tc.plural(ran, 'command')} in", out)
 
+    def test_how_much_is_logged(self):
+        with mock.patch.dict(tc.RUN, dict.fromkeys(tc.RUN, lambda settings: 0)), \
+                mock.patch.object(tc.logging, "basicConfig") as configure:
+            for argv, level in (("client", "WARNING"), ("client --quiet", "ERROR"),
+                                ("client -v", "DEBUG"), ("client --quiet -v", "DEBUG"),
+                                ("worker", "INFO"), ("worker -v", "DEBUG"), ("completion zsh", "INFO")):
+                self.assertEqual(self.main(*argv.split())[0], 0)
+                self.assertEqual(configure.call_args.kwargs["level"], getattr(logging, level), argv)
+
     def test_exit_status_of_a_client(self):
         fine = {"empty": False, "failed": 0, "skipped_failed": 0, "wrong_hash": ""}
         for change, write_failed, status, wanted in (
