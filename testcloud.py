@@ -5169,20 +5169,12 @@ class Client(SessionMachine):
             self.never_ran += not may_have_run
             self.forget(command)
         elif fault == NOWHERE and command.provisional:
-            self.find_host(command)
+            if not self.host_wait.add(command, self.now):
+                self.conclude(command, command.provisional, None)
         elif reason:
             self.fail(command, reason)
         else:
             self.next_attempt(command, fields.get("worker", ""))
-
-    def find_host(self, command: Command) -> None:
-        """Wait for a host that may start the command, or go on without one."""
-        if not self.host_wait.add(command, self.now):
-            place = self.next_place(command)
-            if place is None:
-                self.report(command, command.provisional)
-            else:
-                self.next_attempt(command, "", place)
 
     # --- outputs
 
