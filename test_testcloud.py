@@ -4538,8 +4538,8 @@ class SimulationTest(unittest.TestCase):
          "        for task in list(worker.tasks.values()):\n            self.lose(",
          "        for task in ():\n            self.lose("),
         ("a worker drops results that it has told",
-         "                    self.report_result(job)\n\n",
-         "                    self.report_result(job)\n                    self.forget(job)\n\n"),
+         "            self.report_result(job)\n\n    def forget",
+         "            self.report_result(job)\n            self.forget(job)\n\n    def forget"),
         ("a joining worker does not tell what it runs",
          'fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]',
          'fields["running"] = []'),
@@ -5684,21 +5684,21 @@ class RunnerTest(unittest.TestCase):
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):
         try:
-            spawner = tc.Spawner([b"B=c"])
+            spawner = tc.Spawner({b"B": b"c"})
         except AttributeError:
             self.skipTest("libc lacks what it takes")
         ours, theirs = os.pipe()
         for file in (ours, theirs):
             self.addCleanup(os.close, file)
-        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], [b"A=b"], None, b"/",
-                            theirs, theirs)
+        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], {b"A": b"b"}, None,
+                            b"/", theirs, theirs)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
         self.assertEqual(os.read(ours, 99), b"/\nbc\n")
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
             with self.assertRaises(OSError) as caught:
-                spawner.spawn(argv, [], None, cwd, theirs, theirs)
+                spawner.spawn(argv, {}, None, cwd, theirs, theirs)
             self.assertEqual(caught.exception.errno, number)
 
     def test_an_orphan_belongs_to_one_attempt_of_one_command(self):

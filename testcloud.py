@@ -3189,14 +3189,11 @@ PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stre
 
 
 class Output:
-    """What a command printed: in memory while it is small, then in an unlinked file.
-
-    Bytes beyond `limit` are counted and dropped; 0 is no limit. One thread may write while
-    another reads: tempfile.SpooledTemporaryFile does not allow that.
-    """
+    """What a command printed: in memory while it is small, then in an unlinked file. One thread
+    may write while another reads, which tempfile.SpooledTemporaryFile does not allow."""
 
     def __init__(self, limit: int = 0, split: bool = False) -> None:
-        self.limit = limit or sys.maxsize
+        self.limit = limit or sys.maxsize  # bytes; what comes then is counted and dropped
         self.split = split  # store pieces of stdout (1) and stderr (2), each with its header
         self.kept = 0  # bytes of the command's output that are stored
         self.dropped = 0  # bytes beyond the limit
@@ -3206,7 +3203,7 @@ class Output:
         self.file: Optional[IO[bytes]] = None
 
     def write(self, data: bytes, stream: int = 1) -> None:
-        """Append this. An error sets `failure`: then nothing more is stored."""
+        """Append this. After an error, `failure` is set and nothing more is stored."""
         room = max(0, self.limit - self.kept)
         self.dropped += max(0, len(data) - room)
         self.store(data[:room], stream)
@@ -3341,8 +3338,7 @@ class Worker(SessionMachine):
         self.address = address  # the broker's, for notices
         self.jobs: Dict[Key, Job] = {}
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to report QUEUED
-        self.ended: List[Job] = []  # to report RESULT
-        self.report_at: Seconds = math.inf  # when to report these
+        self.report_at: Seconds = math.inf  # when to report these, at the latest
         self.kill_at: Dict[Job, Seconds] = {}  # when to kill a job; if it is killed already, hard
         self.exit_status: Optional[int] = None  # set when the worker is told to stop
         self.leave_at: Seconds = math.inf  # when to leave in any case
@@ -3370,19 +3366,14 @@ class Worker(SessionMachine):
 
     def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
         if self.report_at < math.inf:
-            self.send_reports()
+            self.report_accepted()
         super().pass_on(link, peer, token, line)
 
-    def send_reports(self) -> None:
-        """Send the reports that are due. Without a session they are dropped: READY has them."""
-        accepted, ended, self.accepted, self.ended = self.accepted, self.ended, {}, []
-        self.report_at = math.inf
-        if self.session.joined:
-            for run, tasks in accepted.items():
-                self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
-            for job in ended:
-                if job.state == DELIVERED:
-                    self.report_result(job)
+    def report_accepted(self) -> None:
+        """Report QUEUED, before anything else. Without a session READY will have it."""
+        accepted, self.accepted, self.report_at = self.accepted, {}, math.inf
+        for run, tasks in accepted.items() if self.session.joined else ():
+            self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
 
     def report_state(self, key: Key) -> None:
         """Report QUEUED, RESULT, or LOST for a command that the worker does not have."""
@@ -3540,7 +3531,8 @@ class Worker(SessionMachine):
             job.record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
                 f"stopped after {job.timeout:g} seconds (see --timeout)"))
         job.state = DELIVERED
-        self.ended.append(job)
+        if self.session.joined:  # otherwise READY will have it
+            self.report_result(job)
 
     def forget(self, job: Job) -> None:
         """Drop a job that has ended, and its output."""
@@ -3614,29 +3606,24 @@ class Worker(SessionMachine):
                    self.report_at, self.wait.deadline())
 
     def settle(self) -> None:
-        """Send the reports that are due. A stopping worker leaves once it is not needed."""
-        if self.report_at <= self.now or self.ended:
-            self.send_reports()
+        """Report what is due. A stopping worker leaves once nobody needs it."""
+        if self.report_at <= self.now:
+            self.report_accepted()
         if self.exit_status is None:
             self.report_wait(self.waits_for())
-        elif not self.has_left and (self.now >= self.leave_at or not self.is_needed()):
-            self.leave()
-
-    def is_needed(self) -> bool:
-        """Return whether commands still run, or a client may still fetch a result."""
-        return any(self.session.joined or job.state != DELIVERED for job in self.jobs.values())
+        elif not self.has_left:
+            needed = any(self.session.joined or job.state != DELIVERED for job in self.jobs.values())
+            if self.now >= self.leave_at or not needed:
+                self.leave()
 
     def stop(self, status: int, now: Seconds) -> None:
-        """Start nothing more, let commands run for `drain` seconds, then stop them and leave.
-
-        Clients have a little longer to fetch results. A second call leaves at once.
-        """
+        """Start nothing more, let commands run for `drain` seconds, then stop them and leave. Clients
+        have a little longer to fetch results. A second call leaves at once."""
         self.now = now
         if self.exit_status is not None:
             self.leave_at = now
         else:
-            self.exit_status = status
-            self.wait = Wait()  # from now on it waits for no broker
+            self.exit_status, self.wait = status, Wait()  # it waits for no broker any more
             self.leave_at = now + self.drain + 2 * self.times.kill_grace
             if self.session.joined:
                 self.session.greet(now)
@@ -3723,7 +3710,6 @@ def become_subreaper() -> bool:
 
 
 def open_children() -> int:
-    """Return an open file for read_children()."""
     return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
 
 
@@ -3767,11 +3753,10 @@ def raise_file_limit() -> int:
 
 def set_close_on_exec() -> None:
     """Keep files that we inherited, but stdin, stdout and stderr, from our commands."""
-    with contextlib.suppress(OSError):  # not Linux
-        for file in map(int, os.listdir("/proc/self/fd")):
-            with contextlib.suppress(OSError):  # listdir() has closed its own by now
-                if file > 2:
-                    os.set_inheritable(file, False)
+    for entry in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else ():
+        with contextlib.suppress(OSError):  # listdir() has closed its own by now
+            if int(entry) > 2:
+                os.set_inheritable(int(entry), False)
 
 
 def group_is_alive(leader: int) -> bool:
@@ -3923,16 +3908,15 @@ COMMAND_VARIABLES = (b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT", b
 class Spawner:
     """libc's posix_spawn(), with a process group for each process. os.posix_spawn() cannot set a
     directory, and stops all threads until the new process runs its program: most of a short
-    command's time. The constructor raises OSError, ImportError or AttributeError if libc lacks it.
-    """
+    command's time. Raises OSError, ImportError or AttributeError if libc lacks it."""
 
     STRUCT = 1024  # bytes for one of libc's; known ones need at most 350
 
-    def __init__(self, environment: List[bytes]) -> None:
+    def __init__(self, environment: Dict[bytes, bytes]) -> None:
         import ctypes
         self.ctypes = ctypes
         # with room for the command's own
-        self.environment = self.texts(environment + [b""] * len(COMMAND_VARIABLES))
+        self.environment = self.texts(self.rows(environment) + [b""] * len(COMMAND_VARIABLES))
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
@@ -3942,16 +3926,17 @@ class Spawner:
         libc.posix_spawnattr_setflags(self.attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
-    def spawn(self, argv: List[bytes], own: List[bytes], environment: Optional[List[bytes]],
-              cwd: Optional[bytes], stdout: int, stderr: int) -> int:
-        """Start a program with `own` added to `environment` (default: ours). Return its pid. No text
-        may contain a NUL. Raises OSError."""
+    def spawn(self, argv: List[bytes], own: Dict[bytes, bytes],
+              environment: Optional[Dict[bytes, bytes]], cwd: Optional[bytes],
+              stdout: int, stderr: int) -> int:
+        """Start a program with the variables `own` and `environment` (None: ours). Return its pid.
+        No text may contain a NUL. Raises OSError."""
         if environment is None:
             variables = type(self.environment).from_buffer_copy(self.environment)
             room = len(COMMAND_VARIABLES) + 1
-            variables[-room:] = [*own, *[None] * (room - len(own))]
+            variables[-room:] = [*self.rows(own), *[None] * (room - len(own))]
         else:
-            variables = self.texts(environment + own)
+            variables = self.texts(self.rows({**environment, **own}))
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
@@ -3968,6 +3953,9 @@ class Spawner:
         if error:
             raise OSError(error, os.strerror(error))
         return pid.value
+
+    def rows(self, variables: Dict[bytes, bytes]) -> List[bytes]:
+        return [b"%s=%s" % row for row in variables.items()]
 
     def texts(self, texts: List[bytes]) -> Any:
         """Return them as a C array with NULL at its end."""
@@ -4075,8 +4063,8 @@ class Launcher:
 
     def __init__(self, worker: str) -> None:
         self.worker = worker  # its name, for the commands
-        self.inherited = [b"%s=%s" % row for row in os.environb.items()
-                          if row[0] not in COMMAND_VARIABLES]
+        self.inherited = {name: value for name, value in os.environb.items()
+                          if name not in COMMAND_VARIABLES}
         self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # else commands need sessions of their own, which only Popen makes
@@ -4102,36 +4090,31 @@ class Launcher:
             for end in set(itertools.chain(*pipes)).difference(ours):
                 os.close(end)
 
-    def spawn(self, job: Job, argv: List[bytes], own: List[bytes], stdout: int, stderr: int) -> int:
+    def spawn(self, job: Job, argv: List[bytes], own: Dict[bytes, bytes], stdout: int,
+              stderr: int) -> int:
         """Start a program; return its pid. Popen does what Spawner cannot, or says why not."""
         cwd = None if job.cwd is None else to_bytes(job.cwd)
-        environment = self.environment(job.env) if job.env else None
+        environment = {**self.inherited, **{
+            to_bytes(name): to_bytes(value) for name, value in job.env.items()}} if job.env else None
         if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
             with contextlib.suppress(OSError):
                 return self.spawner.spawn(argv, own, environment, cwd, stdout, stderr)
-        rows = (environment or self.inherited) + own
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
-            start_new_session=True, env=dict(row.split(b"=", 1) for row in rows))
+            start_new_session=True, env={**(environment or self.inherited), **own})
         process.returncode = 0  # as if it was waited for: Process does that
         return process.pid
 
-    def variables(self, job: Job, slot: int) -> List[bytes]:
-        """Return the values of COMMAND_VARIABLES for a job."""
+    def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
+        """Return the COMMAND_VARIABLES of a job."""
         pwd = job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")
         values = (*map(str, (*job.key, slot, self.worker)), pwd)
-        return [b"%s=%s" % (name, to_bytes(value)) for name, value in zip(COMMAND_VARIABLES, values)]
-
-    def environment(self, more: Dict[str, str]) -> List[bytes]:
-        """Return our own environment with these variables, but without COMMAND_VARIABLES."""
-        ours = dict(row.split(b"=", 1) for row in self.inherited)
-        ours.update((to_bytes(name), to_bytes(value)) for name, value in more.items())
-        return [b"%s=%s" % row for row in ours.items() if row[0] not in COMMAND_VARIABLES]
+        return dict(zip(COMMAND_VARIABLES, map(to_bytes, values)))
 
     def restore_file_limit(self, pid: int) -> None:
-        """Undo raise_file_limit() for a command, if the system can: `ulimit` takes a shell longer."""
-        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit and hasattr(resource, "prlimit"):
-            with contextlib.suppress(OSError):
+        """Undo raise_file_limit() for a command. (`ulimit` takes a shell longer.)"""
+        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit:
+            with contextlib.suppress(OSError, AttributeError):  # not Linux
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, self.file_limit)
 
 
@@ -4150,10 +4133,8 @@ class OutputReader:
             self.poller.register(pipe, select.POLLIN)
 
     def read_until_end(self) -> None:
-        """Read until the leader has ended, and then for OUTPUT_GRACE what its children write.
-
-        SIGTERM ends a shell at once. Its children got it too: they have until SIGKILL to end.
-        """
+        """Read until the leader has ended, and then for OUTPUT_GRACE what its children write. (If
+        SIGTERM ended a shell, its children got it, too: they have until SIGKILL.)"""
         self.wait_for_leader()
         while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.pid):
             self.poll(time.monotonic() + POLL_INTERVAL)
