@@ -211,10 +211,15 @@ class MessagesTest(unittest.TestCase):
             self.assertEqual(tc.truncate_middle(text, limit), wanted)
 
     def test_lines_fill_bodies_up_to_a_limit(self):
-        lines = [b"1234", b"5", b"67890", b"x" * 20, b"y"]
-        self.assertEqual([*tc.batch_lines(lines, 10)], [b"1234\n5\n67890", b"x" * 20, b"y"])
-        self.assertEqual([*tc.batch_lines(lines, 9)], [b"1234\n5", b"67890", b"x" * 20, b"y"])
+        lines = [b"1234", b"5", b"67890", b"x" * 20, b"y", b"z"]
+        self.assertEqual([*tc.batch_lines(lines, 10)], [b"1234\n5\n67890", b"x" * 20, b"y\nz"])
+        self.assertEqual([*tc.batch_lines(lines, 9)], [b"1234\n5", b"67890", b"x" * 20, b"y\nz"])
         self.assertEqual([*tc.batch_lines(lines, 0)], lines)
+
+    def test_names_are_tied_to_a_key_by_16_digits(self):
+        self.assertRegex(tc.fingerprint("a key"), "^[0-9a-f]{16}$")
+        self.assertNotEqual(tc.fingerprint("a key"), tc.fingerprint("another"))
+        self.assertEqual(tc.fingerprint(""), "")
 
     def test_parts_of_outputs_leave_after_all_lines(self):
         machine = tc.Machine()
