@@ -6447,7 +6447,7 @@ class ClientTest(unittest.TestCase):
         self.add("a")
         b.expect("{", id=1)
         b.quiet()
-        b.wait(tc.RELEASE_DELAY)
+        b.wait(tc.ANNOUNCE_DELAY)
         self.assertIsNone(b.effect(tc.RunStarted).commands)
         self.result(1)
         b.effect(tc.FinalResult)
@@ -7125,7 +7125,7 @@ class ClientTest(unittest.TestCase):
                 self.client.end_input(self.bench.now)
                 self.bench.collect()
             else:  # it goes on without knowing the rest
-                self.bench.wait(tc.RELEASE_DELAY)
+                self.bench.wait(tc.ANNOUNCE_DELAY)
             self.assertEqual("".join(line[2]["cmd"] for line in self.bench.lines), order)
 
     def test_longest_first_only_where_it_may_help(self):

@@ -226,7 +226,7 @@ DONE_DELAY: Seconds = 0.05  # DONE
 MAX_DONE = CREDIT // 8 // INLINE  # tasks in one DONE, so that credit comes back early
 
 # --- other waits
-RELEASE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
+ANNOUNCE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
 NOTICE_DELAY: Seconds = 0.7  # a shorter wait gets no notice
 OUTPUT_GRACE: Seconds = 0.1  # for output after its command's leader exited, or was killed
 FINAL_WRITE_TIME: Seconds = 1.0  # for the transcript of an interrupted client
@@ -4916,7 +4916,7 @@ class Client(SessionMachine):
 
     def fill_window(self) -> None:
         if self.backlog and self.session.joined:
-            self.announce_at = min(self.announce_at, self.now + RELEASE_DELAY)
+            self.announce_at = min(self.announce_at, self.now + ANNOUNCE_DELAY)
         ready = self.input_ended or self.announce_at <= self.now  # the rest is not waited for
         if self.timings and self.backlog and ready:
             self.sort_backlog()
@@ -5462,7 +5462,7 @@ class Reports:
         self.store = store
         self.reporters = list(reporters)
         # provisional results by command, and why an output could not be stored
-        self.kept: Dict[int, Tuple[StoredResult, str]] = {}
+        self.provisional: Dict[int, Tuple[StoredResult, str]] = {}
         # unreported commands: their line of the input, and how many equal commands precede it
         self.lines: Dict[int, Tuple[str, int]] = {}
         self.codes: Counter[str] = Counter()  # ways to fail: commands
@@ -5489,7 +5489,7 @@ class Reports:
             reporter.live(effect.command.id, line, effect.offset, bytes(effect.data))
 
     def keep(self, effect: ProvisionalResult) -> None:
-        self.kept[effect.command.id] = self.put(effect)
+        self.provisional[effect.command.id] = self.put(effect)
 
     def put(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[StoredResult, str]:
         """Store a result; without room for its output as a failure. Return it, and the reason."""
@@ -5504,8 +5504,8 @@ class Reports:
 
     def report(self, effect: FinalResult) -> None:
         command, result = effect.command, effect.result
-        kept = self.kept.pop(command.id, None)
-        stored, lost = kept if kept and effect.provisional else self.put(effect)
+        provisional = self.provisional.pop(command.id, None)
+        stored, lost = provisional if provisional and effect.provisional else self.put(effect)
         self.store.results.append(stored)
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
