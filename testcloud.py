@@ -8856,18 +8856,19 @@ def listen_addresses(settings: argparse.Namespace, keys: Optional[Keys]) -> Tupl
 
 def run_broker(settings: argparse.Namespace) -> int:
     path, keys = find_keys(settings, BROKER_ROLE)
-    places = listen_addresses(settings, keys)
+    addresses = listen_addresses(settings, keys)
     if settings.upstream_key and not settings.upstream:
         raise UsageError("--upstream-key goes with --upstream")
     upstream = parse_address(settings.upstream, WORKER_PORT) if settings.upstream else ""
-    above = load_keys(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
+    upstream_keys = load_keys(settings.upstream_key, WORKER_ROLE) if settings.upstream_key else keys
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
         authenticator = stack.enter_context(contextlib.closing(Authenticator(loop, path)))
-        broker = Broker(unique_name(above), times_from(settings), bool(upstream), time.monotonic())
+        broker = Broker(unique_name(upstream_keys), times_from(settings), bool(upstream),
+                        time.monotonic())
         adapter = loop.add(broker, {})
-        clients = RouterLink(loop, adapter, CLIENTS, places[0], authenticator)
-        workers = RouterLink(loop, adapter, WORKERS, places[1], authenticator)
+        clients = RouterLink(loop, adapter, CLIENTS, addresses[0], authenticator)
+        workers = RouterLink(loop, adapter, WORKERS, addresses[1], authenticator)
         MemoryGuard(loop, [clients, workers])
         loop.on_signals(lambda status, now: loop.exit(Exit(status)))
         print_line(f"Listening for clients on {clients.address}")
@@ -8881,8 +8882,9 @@ def run_broker(settings: argparse.Namespace) -> int:
                 print_notice(f"warning: {link.address} needs no key, and can be reached from the "
                              f"network: ANYBODY CAN RUN COMMANDS on all workers, and forge results")
         if upstream:
-            DealerLink(loop, adapter, BROKER, upstream, WORKER_ROLE, above, "have a key made there "
-                       "(testcloud.py keygen --role worker), and name it with --upstream-key")
+            DealerLink(loop, adapter, BROKER, upstream, WORKER_ROLE, upstream_keys,
+                       "have a key made there (testcloud.py keygen --role worker), and name it with "
+                       "--upstream-key")
             print_line(f"Joining the broker at {upstream}")
         return loop.run()
 
@@ -9329,8 +9331,7 @@ def working_directory(given: Optional[str]) -> str:
             here = ""
         return os.path.abspath(os.path.join(here, given or ""))
     except FileNotFoundError:
-        raise UsageError("the current directory does not exist any more: say where to run the "
-                         "commands with --cwd") from None
+        raise UsageError("the current directory is gone: name another one with --cwd") from None
 
 
 def earlier_run(settings: argparse.Namespace) -> EarlierRun:
@@ -9563,15 +9564,15 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
 def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
                 subreaper: bool) -> Runner:
     """Put a broker and a worker into the client's process. Returns the worker's runner."""
-    ever = 1e9  # seconds: a stopped process stops all three alike
-    patient = times._replace(queued_timeout=ever, worker_expiry=ever, client_lease=ever)
+    forever = 1e9  # seconds: a stopped process stops all three alike
+    patient = times._replace(queued_timeout=forever, worker_expiry=forever, client_lease=forever)
     broker = Broker("local", patient, now=time.monotonic())
     worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
     adapter, runner = attach_runner(loop, worker, subreaper)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
-    hub = loop.add(broker, {})
-    hub.links[WORKERS] = LocalLink(worker, BROKER, b"")
-    hub.links[CLIENTS] = LocalLink(client, BROKER, b"")
+    broker_adapter = loop.add(broker, {})
+    broker_adapter.links[WORKERS] = LocalLink(worker, BROKER, b"")
+    broker_adapter.links[CLIENTS] = LocalLink(client, BROKER, b"")
     loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
     loop.post(lambda now: worker.connected(BROKER, now))
     loop.post(lambda now: client.connected(BROKER, now))
