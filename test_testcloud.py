@@ -10772,6 +10772,9 @@ class CommandLineTest(unittest.TestCase):
                              (status, out, ""))
         for more, status in ((["--allow-empty"], 0), ([], 2)):
             self.assertEqual(self.main_process("client", "--dry-run", *more, ":::")[:2], (status, ""))
+        pathlib.Path(log).write_text("a\nb\n")
+        self.assertEqual(self.main_process("client", "--dry-run", "echo {2}{1}", "::::", log, log)[:2],
+                         (0, "echo aa\necho ba\necho ab\necho bb\n"))
 
     def test_of_equal_commands_those_in_the_joblog_are_skipped(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -10927,7 +10930,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--raw", "--json"],
                      ["worker", "--host", "a/b"], ["worker", "--host", ""], ["worker", "--host", "a~2"],
                      ["client", "--expect", "1" * 41],
-                     ["client", "--env", "NO_SUCH"], ["client", "--need", ""],
+                     ["client", "--env", "NO_SUCH"], ["client", "--env", "A=" + "x" * tc.MAX_COMMAND], ["client", "--need", ""],
                      ["worker", "--label", "a b"],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],
                      ["client", "--fail-fast", "-2"], ["worker", "--label", "\u00e9"],
