@@ -8445,8 +8445,10 @@ class MemoryGuard:
         loop.every(TRIM_INTERVAL, self.trim)
 
     def look(self, now: Seconds) -> None:
+        pages = read_text("/proc/self/statm").split()
+        used = int(pages[1]) * resource.getpagesize() if pages else 0
         peers = sum(len(link.peer_at) for link in self.links)
-        self.short = memory_in_use() >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
+        self.short = used >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
         for link in self.links:
             if self.short:
                 self.cut_off_endless(link, now)
@@ -8477,12 +8479,6 @@ def bytes_received(connection: socket.socket) -> int:
     Returns 0 on old systems. Raises OSError if it is closed, or not TCP."""
     facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
     return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
-
-
-def memory_in_use() -> int:
-    """Return the bytes of this process that are in memory; 0 if the system does not tell."""
-    pages = read_text("/proc/self/statm").split()
-    return int(pages[1]) * resource.getpagesize() if len(pages) > 1 else 0
 
 
 # === Options ==========================================================================
