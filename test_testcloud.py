@@ -10093,6 +10093,140 @@ class RefusalsTest(unittest.TestCase):
         self.assertEqual(self.said("x"), ["x"])
 
 
+class AuthenticationTest(unittest.TestCase):
+    """An Authenticator and a RouterLink in this process, with peers that have keys."""
+
+    def setUp(self):
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        self.path = os.path.join(folder, "testcloud.key")
+        broker = tc.new_pair()
+        self.pairs = [tc.new_pair() for _ in range(3)]  # the cloud's own, and those of two holders
+        holders = [tc.KeyHolder(f"h{n}", "client", self.pairs[n].public) for n in (1, 2)]
+        tc.write_keys(self.path, tc.Keys(broker.public, broker.secret, dict.fromkeys(
+            ("client", "worker"), self.pairs[0]), tuple(holders)))
+        self.server = broker.public.encode()
+        self.events = []
+
+    def start(self, path):
+        test = self
+
+        class Probe(tc.Machine):
+            def receive(self, link, peer, token, body, *rest):
+                test.events.append(("receive", peer, body))
+
+            def identified(self, link, peer, key):
+                test.events.append(("identified", peer, key))
+
+            def disconnected(self, link, peer, now):
+                test.events.append(("disconnected", peer))
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        self.loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
+        self.authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(self.loop, path)))
+        self.link = tc.RouterLink(self.loop, self.loop.add(Probe(), {}), CLIENTS, "tcp://127.0.0.1:0",
+                                  self.authenticator)
+
+    def wait_until(self, condition):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end, self.events)
+            self.loop.wait()
+
+    def peer(self, pair=None, name=b""):
+        import zmq
+        peer = self.loop.context.socket(zmq.DEALER)
+        self.addCleanup(peer.close, 0)
+        peer.linger, peer.rcvtimeo = 0, int(PATIENCE * 1000)
+        if name:
+            peer.routing_id = name
+        if pair:
+            peer.curve_serverkey = self.server
+            peer.curve_publickey, peer.curve_secretkey = (key.encode() for key in pair)
+        peer.connect(self.link.address)
+        return peer
+
+    def round_trip(self, peer, name):
+        """A message from a peer, and one to the peer with that routing id."""
+        self.events.clear()
+        peer.send(b"ping")
+        self.wait_until(lambda: self.events)
+        self.link.send(tc.Outgoing(CLIENTS, name, "", b"pong", b""))
+        self.assertEqual(peer.recv(), b"pong")
+        self.assertEqual(self.events, [("receive", name, b"ping")])
+
+    def test_without_an_answer_nobody_is_accepted(self):
+        """Neither with keys nor without."""
+        import zmq
+        for path, pair in (("", None), (self.path, self.pairs[1])):
+            self.start(path)
+            self.authenticator.socket.unbind("inproc://zeromq.zap.01")
+            peer = self.peer(pair)
+            peer.send(b"hello")
+            seen = set()
+            while zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL not in seen:
+                self.assertTrue(self.link.monitor.poll(PATIENCE * 1000))
+                seen |= {event for event, _ in self.link.events()}
+            self.assertFalse(self.link.socket.poll(0))
+            peer.close(0)
+
+    def test_a_refused_link_connects_again_with_another_key(self):
+        self.start(self.path)
+        test, keys = self, [tc.Keys(self.server.decode(), pairs={"client": pair})
+                            for pair in (self.pairs[1], tc.new_pair())]
+
+        class Probe(tc.Machine):
+            def refused(self, link, why, now):
+                test.events.append("not our key" if "does not accept our key" in why else "reached")
+
+            def key_changed(self, mark):
+                test.events.append(mark)
+
+            def connected(self, link, now):
+                test.events.append("connected")
+        with mock.patch.object(tc, "REFUSED_RETRY", 0.0), self.assertLogs(level="WARNING") as logs:
+            tc.DealerLink(self.loop, self.loop.add(Probe(), {}), BROKER, self.link.address, "client",
+                          keys.pop(), renew=lambda: keys.pop() if keys else None)
+            self.wait_until(lambda: "connected" in self.events)
+        self.assertEqual([event for event in self.events if event != "reached"],
+                         ["not our key", tc.fingerprint(self.pairs[1].public), "connected"])
+        self.assertEqual([line.split(":root:")[1] for line in logs.output],
+                         ["refused a client at 127.0.0.1: its key is revoked, or unknown"])
+
+    def test_no_peer_takes_over_the_routing_id_of_another(self):
+        self.start(self.path)
+        peer = self.peer(self.pairs[1])
+        peer.send(b"hello")
+        self.wait_until(lambda: self.link.descriptor_of)
+        name, = self.link.descriptor_of
+        thief = self.peer(self.pairs[2], name)
+        thief.send(b"mine")
+        self.wait_until(lambda: self.link.pending)
+        for _ in range(10):
+            self.round_trip(peer, name)
+
+    def test_a_routing_id_of_a_lost_peer_belongs_to_the_key_of_the_new_one(self):
+        self.start(self.path)
+        peer = self.peer(self.pairs[1])
+        peer.send(b"hello")
+        self.wait_until(lambda: self.link.descriptor_of)
+        (name, descriptor), = self.link.descriptor_of.items()
+        peer.close(0)
+        with contextlib.suppress(OSError):
+            while os.fstat(descriptor):
+                time.sleep(0.001)
+        other = self.peer(self.pairs[2], name)
+        other.send(b"hello")
+        end = time.monotonic() + PATIENCE
+        while not self.link.socket.poll(1) and time.monotonic() < end:
+            self.authenticator.answer(0.0)  # nothing else is read yet
+        self.wait_until(lambda: len(self.events) >= 5)
+        self.assertEqual(self.events, [
+            ("identified", name, self.pairs[1].public), ("receive", name, b"hello"),
+            ("disconnected", name),
+            ("identified", name, self.pairs[2].public), ("receive", name, b"hello")])
+
+
 class KeysTest(unittest.TestCase):
     """Who holds what, tries what, and what must happen; over real sockets."""
 
