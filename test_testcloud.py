@@ -10087,6 +10087,31 @@ class RefusalsTest(unittest.TestCase):
             self.assertEqual(self.said("at j: perhaps", unless="at j", after=tc.REFUSAL_DELAY * 0.6), said)
         self.assertEqual(self.refusals.delayed, {})
 
+    def test_why_a_connection_failed(self):
+        import zmq
+        tc.require_zmq()
+        protocol, no_detail = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+                               zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        for keyed, event, detail, reason in [
+                (True, zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400, ""),
+                (True, protocol, 0x11000001, "it has the key of another cloud"),
+                (True, protocol, 0x11000002, "it has no key"),
+                (False, protocol, 0x11000002, "it has a key and this broker has none"),
+                (True, 0, 0, "it sent nothing"), (True, no_detail, 0, "later: it has no key")]:
+            for place in ("h", ""):
+                self.setUp()
+                link = types.SimpleNamespace(address="tcp://a:1", keyed=keyed)
+                with mock.patch.object(tc.logging, "warning") as log:
+                    self.refusals.closed(link, place, event, detail, self.now)
+                said = [call.args[1] for call in log.call_args_list]
+                start = f"connection{' from h' * bool(place)} to tcp://a:1 failed: "
+                if reason.startswith("later: ") or not place:  # a better reason may come
+                    self.assertEqual(said, [])
+                    said = [*self.refusals.delayed]
+                self.assertEqual(len(said), bool(reason))
+                if reason:
+                    self.assertTrue(said[0].startswith(start + reason.replace("later: ", "")), said)
+
     def test_the_number_of_reasons_is_bounded(self):
         self.assertEqual(len(self.said(*map(str, range(50)))), tc.MAX_REFUSALS)
         self.said(after=tc.REFUSAL_INTERVAL)

@@ -7810,8 +7810,7 @@ class RouterLink(SocketLink):
         self.pending: Dict[int, str] = {}  # connections without a message yet: descriptor, address
         self.received: Dict[int, int] = {}  # the MemoryGuard's: bytes, by descriptor
         self.monitored: List[Tuple[int, int]] = []  # events that are read but not handled
-        # (event, detail) of failed handshakes; the closings of their descriptors follow
-        self.failures: Deque[Tuple[int, int]] = deque()
+        self.failure = (0, 0)  # (event, detail) of a failed handshake; its closing comes next
         self.file_limit = raise_file_limit()  # each peer needs an open file
         self.bound = False
         self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED)
@@ -7893,7 +7892,7 @@ class RouterLink(SocketLink):
         for old in (peer, self.peer_at.get(descriptor, peer)):
             if old in self.descriptor_of:
                 self.forget(old, now)
-        self.monitored += self.events()
+        self.monitored += self.events()  # those up to its opening are about earlier connections
         opened = max((at for at, row in enumerate(self.monitored)
                       if row == (zmq.EVENT_ACCEPTED, descriptor)), default=-1)
         self.monitored = [row for at, row in enumerate(self.monitored)
@@ -7919,12 +7918,12 @@ class RouterLink(SocketLink):
             if event == zmq.EVENT_ACCEPTED:
                 self.pending[value] = peer_address(value)
             elif event != zmq.EVENT_DISCONNECTED:
-                self.failures.append((event, value))
+                self.failure = event, value
             elif value in self.peer_at:
                 self.forget(self.peer_at[value], now)
             elif value in self.pending:
-                failure = self.failures.popleft() if self.failures else (0, 0)
-                self.loop.refusals.closed(self, self.pending.pop(value), *failure, now)
+                self.loop.refusals.closed(self, self.pending.pop(value), *self.failure, now)
+                self.failure = (0, 0)
 
     def check_key(self, peer: Peer) -> bool:
         """Return whether a peer's key is (still) accepted. If not, cut it off. Its routing id must
