@@ -4521,10 +4521,6 @@ def could_not_start_on(tries: Iterable[Try]) -> List[str]:
 class Command:
     """A command that the client has not reported yet."""
 
-    __slots__ = ("id", "cmd", "cwd", "attempt", "faults", "tries", "place", "provisional",
-                 "provisional_shown", "wait_until", "again", "worker", "since", "avoid", "result",
-                 "shown", "verdict")
-
     def __init__(self, id: int, cmd: str, cwd: str) -> None:
         self.id = id
         self.cmd = cmd
