@@ -18,6 +18,7 @@ import base64
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -5511,6 +5512,13 @@ class RunnerTest(unittest.TestCase):
             fifo.write("\n")
         self.result(job)
 
+    def test_output_is_told_once_until_it_was_taken(self):
+        job = tc.Job(("r", 1, 1), {"cmd": "for n in 1 2 3 4 5; do echo $n; sleep 0.02; done"})
+        job.live_from = 0
+        self.start_job(job)
+        self.result(job)
+        self.assertEqual(len(self.printed), 1)
+
     def test_no_more_than_its_slots_run_and_others_wait_in_line(self):
         self.runner = self.new_runner(2)
         for n in range(4):
@@ -5532,12 +5540,12 @@ class RunnerTest(unittest.TestCase):
     def test_nothing_is_started_without_leave(self):
         """If we were stopped since it was given, our loop must look at the clock first."""
         jobs = [tc.Job(("r", n, 1), {"cmd": f"touch {self.dir}/{n}"}) for n in range(3)]
+        self.runner = self.new_runner(1)
         first = self.start("true")
         self.result(first)  # a thread is there, and waits
         late = self.start(f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done; rm {self.dir}/end")
         while self.runner.waiting:
             time.sleep(0.001)
-        self.runner.slots = 1  # no more threads
         self.runner.enqueue(jobs[0])
         self.runner.start_jobs(-math.inf)
         with mock.patch.object(self.runner.lock, "wait", side_effect=self.runner.lock.wait) as waits:
@@ -5884,6 +5892,7 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(tc, "pidfd", lambda pid: -1):
             self.assertEqual(self.run_one("echo a; exit 3"), (3, b"a\n"))
             self.assertEqual(self.run_one("sleep 1000 & echo b"), (0, b"b\n"))
+            self.assertEqual(self.run_one("echo d; exec >&- 2>&-; sleep 0.1; exit 3"), (3, b"d\n"))
             with mock.patch.object(tc.os, "waitid", create=True):
                 del tc.os.waitid
                 self.assertEqual(self.run_one("echo c; exit 4"), (4, b"c\n"))
@@ -5922,6 +5931,14 @@ class RunnerTest(unittest.TestCase):
         self.runner.kill(job, True)
         self.result(job)
         self.assert_gone(stubborn)
+
+    def test_after_sigkill_nobody_has_a_grace(self):
+        """A member of the group may be another user's, whom we cannot kill."""
+        job = self.start(f"echo > {self.dir}/a; sleep 1000")
+        self.wait_for_file("a")
+        with mock.patch.object(tc, "group_is_alive", lambda leader: True):
+            self.runner.kill(job, True)
+            self.assertEqual(self.result(job).signal, signal.SIGKILL)
 
     def test_a_command_that_has_left_its_process_group_can_be_killed(self):
         leave = "import os, sys, time; os.setpgid(0, os.getpgid(os.getppid())); " \
@@ -5978,6 +5995,38 @@ class RunnerTest(unittest.TestCase):
             for size in (1, 60000):
                 self.assertEqual(self.run_one(f"head -c {size} /dev/zero"), (0, b"\0" * size))
 
+    def reader(self, pipe):
+        """An OutputReader of a command that has just ended, with this pipe."""
+        child = subprocess.Popen("true")
+        self.addCleanup(child.wait)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        process = tc.Process(child.pid)
+        process.pipes = (pipe,)
+        job = tc.Job(("r", 1, 1), {"cmd": "true"})
+        return tc.OutputReader(self.runner, job, process, tc.Output(limit=10), time.monotonic())
+
+    @unittest.skipUnless(sys.platform == "linux", "not Linux")
+    def test_a_pipe_is_read_to_its_end_and_closed(self):
+        ours, theirs = os.pipe()
+        fcntl.fcntl(theirs, tc.F_SETPIPE_SZ, tc.LARGE_PIPE)
+        os.write(theirs, b"x" * 700_000)
+        os.close(theirs)
+        reader = self.reader(ours)
+        with mock.patch.object(tc, "OUTPUT_GRACE", -1):  # as if we had been stopped meanwhile
+            reader.read_until_end()
+            reader.read_rest()
+        self.assertEqual(reader.output.kept + reader.output.dropped, 700_000)
+        self.assertRaises(OSError, os.fstat, ours)
+
+    @unittest.skipUnless(sys.platform == "linux", "not Linux")
+    def test_a_pipe_into_which_somebody_writes_for_ever_is_closed(self):
+        endless = os.open("/dev/zero", os.O_RDONLY)
+        reader = self.reader(endless)
+        with mock.patch.object(tc, "OUTPUT_GRACE", 2 * PATIENCE):
+            reader.read_rest()
+        self.assertGreater(reader.output.dropped, tc.PIPE_SIZE)
+        self.assertRaises(OSError, os.fstat, endless)
+
     def test_full_disk_is_a_failed_command(self):
         for limit in (0, 30000, 66000, 200000):
             def room(file, data, offset, limit=limit):
@@ -6003,6 +6052,18 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(self.runner.launcher, "start", start), \
                 mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
             self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
+
+    def test_a_command_that_was_killed_while_the_machine_lacked_something_is_not_tried_again(self):
+        job = tc.Job(("r", 1, 1), {"cmd": "true"})
+        tries = []
+
+        def start(*args):
+            tries.append(self.runner.kill(job, len(tries) > 0))
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        with mock.patch.object(self.runner.launcher, "start", start):
+            self.start_job(job)
+            self.assertTrue(self.result(job).requeue)
+        self.assertEqual(len(tries), 1)
 
     def test_what_the_machine_lacks_for_long_is_handed_back(self):
         for number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
