@@ -5072,6 +5072,31 @@ class WorkerTest(unittest.TestCase):
         self.assertEqual(output.read(1, 2), b"bc")
         self.assertEqual(output.read(1, 3), b"bcd")
 
+    def test_an_output_that_moves_into_a_file_can_be_read_at_each_moment(self):
+        test, moves = self, []
+
+        class Watched(tc.Output):
+            def __setattr__(self, name, value):
+                super().__setattr__(name, value)
+                if name in ("head", "file") and getattr(self, "size", 0):
+                    test.assertEqual(self.read(0, 3), b"abc")
+                    moves.append(name)
+
+        output = Watched()
+        self.addCleanup(output.close)
+        output.write(b"abc")
+        output.write(b"d" * tc.INLINE)
+        self.assertEqual(set(moves), {"head", "file"})
+
+    def test_after_a_full_disk_nothing_more_is_stored(self):
+        output = tc.Output()
+        self.addCleanup(output.close)
+        output.write(b"a" * tc.INLINE)
+        with mock.patch.object(tc, "write_all", side_effect=OSError(28, "No space left on device")):
+            output.write(b"b")
+        output.write(b"c")  # there is room again
+        self.assertEqual((output.failure, output.size), ("No space left on device", tc.INLINE))
+
     def test_odd_fetches_do_no_harm(self):
         b = self.bench
         self.give(1)
@@ -5348,6 +5373,49 @@ class WorkerTest(unittest.TestCase):
         b.collect()
         self.assertEqual([verb for _, verb, _ in b.lines], ["LOST", "LOST", "BYE"])
         self.assertEqual(b.effect(tc.Exit).status, 143)
+
+    def test_told_to_stop_twice_it_leaves_at_once(self):
+        b = self.bench
+        self.give(1)
+        self.worker.stop(143, b.now)
+        b.collect()
+        self.assertNotIn("BYE", [verb for _, verb, _ in b.lines])
+        self.worker.stop(130, b.now)
+        b.collect()
+        self.assertEqual(b.lines.pop()[1], "BYE")
+        self.assertEqual(b.effects.pop(), tc.Exit(143))
+
+    def test_a_stopping_worker_takes_no_commands(self):
+        b = self.bench
+        self.give(1)
+        b.effect(tc.Start)
+        self.worker.stop(143, b.now)
+        b.collect()
+        b.effect(tc.Kill)
+        b.lines.clear()
+        self.give(2)
+        b.expect("LOST", tasks=[[2, 1]], why=tc.WORKER_STOPPED)
+        b.quiet()
+
+    def test_outputs_are_closed_when_nobody_wants_them(self):
+        b = self.bench
+        for end in ('DONE {"tasks":[[1,1]]}', 'CANCEL {"tasks":[[1,1]]}', "CANCEL"):
+            for ended_before in (True, False):
+                self.give(1, split=True)
+                job, record = b.effect(tc.Start).job, exit_record(0, b"out")
+                if ended_before:
+                    self.worker.finished(job, record, b.now)
+                    b.collect()
+                    b.expect("QUEUED")
+                    b.expect("RESULT", split=True)
+                b.hear(end, "r")
+                if not ended_before:
+                    self.worker.finished(job, record, b.now)
+                    b.hear(end, "r")
+                self.assertIsNone(record.output.data)
+                self.assertFalse(self.worker.jobs)
+                b.lines.clear()
+                b.effects.clear()
 
     def test_says_what_it_waits_for_and_gives_up(self):
         worker = tc.Worker("w", 1, wait=5.0, address="tcp://x:1")
