@@ -5881,10 +5881,14 @@ class RunnerTest(unittest.TestCase):
         file = os.path.join(self.dir, "shell")
         with open(file, "w") as text:
             text.write("no program")
+        os.symlink("/bin/echo", f"{self.dir}/echo")
+        path = mock.patch.dict(os.environ, PATH="/nonexistent")
+        path.start()
+        self.addCleanup(path.stop)
         for shell, reason in (
                 ("/no/such/shell", "this worker has no shell /no/such/shell (see --shell)"),
                 ("no-such-shell", "this worker has no shell no-such-shell (see --shell)"),
-                ("shell", "this worker has no shell shell (see --shell)"),  # not from the directory
+                ("echo", "this worker has no shell echo (see --shell)"),  # not from the directory
                 (file, f"this worker cannot execute the shell {file}: Permission denied (see --shell)"),
                 (f"{file}/sh", f"this worker has no shell {file}/sh (see --shell)"),
                 ("/bin/s\0h", "cannot start it: embedded null byte")):
@@ -5892,6 +5896,7 @@ class RunnerTest(unittest.TestCase):
                 how = self.result(self.start("true", self.dir, shell=shell))
                 self.assertEqual((how.exitcode, how.reason), (tc.NOT_RUN, reason))
                 self.assertEqual((how.requeue, how.time), (False, 0.0))
+        self.assertEqual(self.run_in("./echo", "true", cwd=self.dir)[:2], (0, b"-c true\n"))
         os.chmod(file, 0o700)
         self.assertIn("Exec format error", self.run_in(file, "true")[2])
         self.assertIn("cannot enter directory", self.run_in("/no/shell", "true", cwd="/no/dir")[2])
@@ -12296,9 +12301,9 @@ class LimitsTest(unittest.TestCase):
         self.cloud.wait_for(lambda: tc.read_text(ended), "a first result")
         stopped.send_signal(signal.SIGSTOP)
         self.cloud.wait_for(lambda: len(tc.read_text(ended)) == 200, "the last result")
-        status, out = self.cloud.client(broker, ["seq 20000", "ulimit -n"])
+        status, out = self.cloud.client(broker, ["seq 20000", "echo limit $(ulimit -n)"])
         stopped.send_signal(signal.SIGCONT)
-        self.assertEqual((status, "\n60\n" in out), (0, True), out[-300:])
+        self.assertEqual((status, "\nlimit 60\n" in out), (0, True), out[-300:])
         status, out = self.cloud.finish(stopped)
         self.assertEqual((status, out.count("OK! ")), (0, 100))
 
