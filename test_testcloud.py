@@ -11770,13 +11770,23 @@ class ProcessesTest(unittest.TestCase):
             client = self.cloud.client(broker, [f"echo $$ >> {pids}; exec sleep 1000"] * 5, wait=False)
             self.cloud.wait_for(lambda pids=pids: len(tc.read_text(pids).split()) == 2, "two starts")
             client.send_signal(number)
-            code, _ = self.cloud.finish(client)
+            code, out = self.cloud.finish(client)
             self.assertEqual(code, status)
+            self.assertIn("Not all commands were executed :(\nRan 0 commands in", out)
             self.assertIn("interrupted: 0 commands reported, 2 stopped, 3 never ran",
                           self.cloud.err(client))
             with open(pids) as file:
                 for pid in file.read().split():
                     self.cloud.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "end")
+
+    def test_a_run_that_stops_before_its_input_ends_is_not_complete(self):
+        client = self.cloud.start("client", "--local", "--fail-fast", stdin=subprocess.PIPE)
+        client.stdin.write(b"false\n")
+        client.stdin.flush()
+        self.assertEqual(client.wait(PATIENCE), 1)
+        self.assertIn("Not all commands were executed", client.stdout.read().decode())
+        self.assertIn("stopped early: 1 command reported, 0 stopped, 0 never ran\n",
+                      self.cloud.err(client))
 
     def test_stopped_worker_leaves_no_process_and_hands_its_commands_back(self):
         broker = self.cloud.broker()
@@ -12558,10 +12568,27 @@ class TerminalTest(unittest.TestCase):
                 broker.kill()
             seen = self.read_until(status, wanted, seen)
             if not wait:
+                os.kill(self.cloud.inner(status), signal.SIGWINCH)  # it is drawn again for that
+                seen = self.read_until(status, wanted, seen.rpartition(wanted)[2])
                 self.press(status, b"q")
             _, out = self.cloud.finish(status)
             after = (seen.decode() + out).partition("\x1b[?1049l")[2]
             self.assertEqual((status.returncode, "gave up" in after), (3, True) if wait else (0, False))
+
+    def test_a_live_status_shows_no_keys_and_leaves_the_terminal_as_it_was(self):
+        run = (f"{sys.executable} {SCRIPT} status --watch --connect {self.cloud.broker().clients}; "
+               f"stty -a")
+        with mock.patch.object(self.cloud, "script", "-c"):
+            shell = self.cloud.start(self.SPAWN, "sh", "-c", run, stdin=subprocess.PIPE)
+        seen = self.read_until(shell, b"0 workers")
+        self.press(shell, b"~")
+        seen += self.read_until(shell, b"0 workers")
+        self.press(shell, b"q")
+        _, out = self.cloud.finish(shell)
+        screen, _, after = (seen.decode() + out).partition("\x1b[?1049l")
+        self.assertNotIn("~", screen)
+        self.assertRegex(after, r"\sicanon\s")
+        self.assertRegex(after, r"\secho\s")
 
     def test_a_live_status_that_is_quit(self):
         status = self.start("status", "--watch", "--connect", self.cloud.broker().clients)
