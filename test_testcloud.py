@@ -3732,7 +3732,7 @@ class World:
         self.serial = 0
         self.deeds = 0  # things that actors were told
         self.starts = Counter()  # cmd > executions begun
-        self.endings = {}  # cmd > attempt > what its executions can be reported as
+        self.records = {}  # cmd > attempt > what its executions can be reported as
         self.attempts = set()  # (run, id, attempt) of all executions
         self.given = Counter()  # cmd > how often a broker gave it to a worker
         self.unable = Counter()  # cmd > how often it could not be started
@@ -4077,7 +4077,7 @@ class World:
         if job.killed and not job.cancelled and how.time >= job.timeout * 1000:
             code, reason = tc.TIMED_OUT, "stopped"
             self.seen["timeout"] += 1
-        known = self.endings.setdefault(job.cmd, {}).setdefault(job.key[2], set())
+        known = self.records.setdefault(job.cmd, {}).setdefault(job.key[2], set())
         if not how.requeue:
             known.add((code, how.output.data, reason))
         if job.deadline < actor.clock(actor.paused_until):  # when it goes on, this is seen first
@@ -4105,7 +4105,7 @@ class World:
             assert "lost" in text or self.unable[cmd] >= tc.SPAWN_LIMIT, cmd
             return
         assert not cmd.endswith("poison") or result["exitcode"] == tc.TIMED_OUT, cmd
-        endings = self.endings[cmd]
+        endings = self.records[cmd]
         if actor.plain:  # these get all in the output, and do not know of attempts
             assert any((result["exitcode"], tc.to_text(output)) == (code, tc.in_utf8(tc.to_text(
                 out + (f"testcloud: {why}\n".encode() if why else b""))))
@@ -4736,7 +4736,7 @@ class WorkerTest(unittest.TestCase):
         b.quiet()
         self.assertFalse(self.worker.jobs)
 
-    def test_tells_what_a_running_command_has_printed_to_who_asks(self):
+    def test_live_output_goes_to_a_client_that_asks_for_it(self):
         b = self.bench
         self.give(1)
         b.expect("QUEUED")
@@ -5004,7 +5004,7 @@ class WorkerTest(unittest.TestCase):
                 while answers and answers[0][0] <= b.now:
                     b.hear(tc.encode("OK", {"join": answers.pop(0)[1]}))
 
-    def test_who_was_stopped_starts_nothing_until_it_has_joined_again(self):
+    def test_a_paused_worker_starts_nothing_until_it_has_joined_again(self):
         b = self.bench
         b.answer(patience=6)
         self.give(1)
@@ -5016,7 +5016,7 @@ class WorkerTest(unittest.TestCase):
         b.answer()
         self.assertTrue(b.may_start())
 
-    def test_who_was_stopped_joins_again_before_it_takes_more_commands(self):
+    def test_a_paused_worker_joins_again_before_it_takes_more_commands(self):
         """The broker may have given those that wait in the socket to others."""
         for machine in (tc.Worker("w1", 2), tc.Broker("b1", chained=True)):
             b = Bench(machine)
@@ -5374,6 +5374,20 @@ class WorkerTest(unittest.TestCase):
         self.assertEqual([verb for _, verb, _ in b.lines], ["LOST", "LOST", "BYE"])
         self.assertEqual(b.effect(tc.Exit).status, 143)
 
+    def test_a_stopped_worker_without_a_broker_does_not_wait_for_clients(self):
+        b = self.bench
+        for id in (1, 2):
+            self.give(id)
+        ended, running = (b.effect(tc.Start).job for _ in range(2))
+        self.worker.finished(ended, exit_record(), b.now)
+        self.worker.disconnected(BROKER, b"", b.now)
+        self.worker.stop(143, b.now)
+        b.collect()
+        self.assertEqual(b.effects, [tc.Kill(running, False)])
+        self.worker.finished(running, exit_record(143), b.now)
+        b.collect()
+        self.assertEqual(b.effects.pop(), tc.Exit(143))
+
     def test_told_to_stop_twice_it_leaves_at_once(self):
         b = self.bench
         self.give(1)
@@ -5441,14 +5455,14 @@ class RunnerTest(unittest.TestCase):
         self.ids = itertools.count(1000)
         self.began = {}
         self.printed = []
-        self.endings = {}
+        self.records = {}
         self.ended = threading.Condition()
         self.runner = self.new_runner(4)
         self.dir = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.dir)
 
     def new_runner(self, slots, name=""):
-        """Whoever is woken takes the news at once."""
+        """wake() takes the events at once."""
         runner = tc.Runner(slots, lambda: self.note(runner), name)
         self.addCleanup(runner.close)
         return runner
@@ -5458,7 +5472,7 @@ class RunnerTest(unittest.TestCase):
             for job, what in runner.take_events():
                 if isinstance(what, tc.ExitRecord):
                     self.addCleanup(what.output.close)
-                    self.endings[job.key] = what
+                    self.records[job.key] = what
                 elif isinstance(what, tc.Output):
                     self.printed.append(what.read(0, 99))
                 else:
@@ -5476,9 +5490,9 @@ class RunnerTest(unittest.TestCase):
 
     def result(self, job):
         with self.ended:
-            ok = self.ended.wait_for(lambda: job.key in self.endings, PATIENCE)
+            ok = self.ended.wait_for(lambda: job.key in self.records, PATIENCE)
         self.assertTrue(ok, f"{job.cmd} does not end")
-        return self.endings[job.key]
+        return self.records[job.key]
 
     def run_one(self, cmd, cwd=None):
         exit_record = self.result(self.start(cmd, cwd))
@@ -5571,7 +5585,7 @@ class RunnerTest(unittest.TestCase):
         os.mkfifo(os.path.join(self.dir, "fifo"))
         job.live_from = 0
         self.runner.enqueue(job)
-        for n in range(tc.LOW_WATER):  # others wait: that is no reason to wait for their news
+        for n in range(tc.LOW_WATER):  # that others wait must not delay the event
             self.start(f"true {n}")
         with self.ended:
             self.assertTrue(self.ended.wait_for(lambda: self.printed, PATIENCE))
@@ -5601,12 +5615,12 @@ class RunnerTest(unittest.TestCase):
         open(f"{self.dir}/end", "w").close()
         self.wait_for_file("3")
         with self.ended:
-            self.assertTrue(self.ended.wait_for(lambda: len(self.endings) == 5, PATIENCE))
+            self.assertTrue(self.ended.wait_for(lambda: len(self.records) == 5, PATIENCE))
         self.assertEqual(sorted(os.listdir(self.dir)), ["0", "1", "3", "end"])
-        self.assertEqual(sum(how.requeue for how in self.endings.values()), 2)
+        self.assertEqual(sum(how.requeue for how in self.records.values()), 2)
 
-    def test_nothing_is_started_without_leave(self):
-        """If we were stopped since it was given, our loop must look at the clock first."""
+    def test_nothing_is_started_after_the_deadline(self):
+        """After a pause of the process, the loop must look at the clock first."""
         jobs = [tc.Job(("r", n, 1), {"cmd": f"touch {self.dir}/{n}"}) for n in range(3)]
         self.runner = self.new_runner(1)
         first = self.start("true")
@@ -5631,7 +5645,7 @@ class RunnerTest(unittest.TestCase):
             self.assertEqual(self.result(job).exitcode, 0)
 
     def test_what_is_handed_back_is_told_at_once(self):
-        """However much is in line, while a slot is busy for long."""
+        """Even with a long queue and a busy slot."""
         self.runner = self.new_runner(1)
         slow = self.start(f"while [ ! -e {self.dir}/end ]; do sleep 0.01; done")
         with self.ended:
@@ -5641,10 +5655,10 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.result(jobs[-1]).reason, tc.RECALLED)
         self.runner.kill(jobs[-2], True)
         self.assertEqual(self.result(jobs[-2]).reason, tc.RECALLED)
-        self.assertNotIn(slow.key, self.endings)
+        self.assertNotIn(slow.key, self.records)
         open(f"{self.dir}/end", "w").close()
 
-    def test_who_is_called_too_late_to_start_anything_says_so(self):
+    def test_a_slot_that_wakes_after_the_deadline_wakes_the_loop(self):
         self.result(self.start("true"))
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         calls = []
@@ -5658,7 +5672,7 @@ class RunnerTest(unittest.TestCase):
                 time.sleep(0.001)
         self.assertTrue(calls)
 
-    def test_news_are_told_although_their_slot_is_held_up_by_its_next_command(self):
+    def test_events_wake_the_loop_although_their_slot_is_held_up(self):
         self.runner = self.new_runner(1)
         real, hold, first = self.runner.launcher.start, threading.Event(), []
 
@@ -5670,16 +5684,16 @@ class RunnerTest(unittest.TestCase):
         with mock.patch.object(self.runner.launcher, "start", start):
             jobs = [self.start(f"true {n}") for n in range(9)]
             end = time.monotonic() + PATIENCE
-            while jobs[0].key not in self.endings and time.monotonic() < end:
+            while jobs[0].key not in self.records and time.monotonic() < end:
                 self.runner.start_jobs(math.inf)  # as its loop does
-            self.assertIn(jobs[0].key, self.endings)
+            self.assertIn(jobs[0].key, self.records)
             hold.set()
             for job in jobs:
                 self.result(job)
 
-    def test_news_wait_for_company_but_not_for_long(self):
-        """They are told at once when little is in line, else soon; of what runs for long, that it
-        was started."""
+    def test_events_wait_for_others_but_not_for_long(self):
+        """The loop is woken at once when the queue is short, otherwise soon. A long command has an
+        event of its start."""
         self.runner = self.new_runner(1)
         began = time.monotonic()
         for _ in range(20):
@@ -5694,7 +5708,7 @@ class RunnerTest(unittest.TestCase):
             self.runner.start_jobs(math.inf)
             with self.ended:
                 self.assertTrue(self.ended.wait_for(lambda: slow.key in self.began, PATIENCE))
-                self.assertEqual(len(self.endings), 20)
+                self.assertEqual(len(self.records), 20)
         # once in a delay for what has ended, and once for each command that lasted so long
         self.assertLess(calls.call_count, 3 + 2 * (time.monotonic() - began) / delay)
         self.assertTrue(began < self.began[slow.key] < time.monotonic())
@@ -5720,8 +5734,8 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual((how.requeue, how.reason), (True, "cannot start it: no process"))
         self.assertLess(tries.call_count, len(tc.SPAWN_DELAYS))
 
-    def test_who_has_ended_is_not_signalled(self):
-        """Its number may be another's by then."""
+    def test_a_command_that_has_ended_is_not_signalled(self):
+        """Another process may have its pid by then."""
         job = self.start("exit 3")
         self.assertEqual(self.result(job).exitcode, 3)
         with mock.patch.object(tc.os, "killpg") as killpg, mock.patch.object(tc.os, "kill") as kill:
@@ -5752,7 +5766,7 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.run_one("kill -PIPE $$")[0], 128 + signal.SIGPIPE)
         self.assertEqual(self.run_one("kill -XFSZ $$")[0], 128 + signal.SIGXFSZ)
 
-    def test_marks_replace_those_of_a_command_that_we_are(self):
+    def test_a_command_has_its_own_variables_instead_of_ours(self):
         with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_RUN="x", TESTCLOUD_BROKER="b"):
             self.runner = self.new_runner(1, "w1")
         job = tc.Job(("r", 5, 2), {"cmd": "env | grep ^TESTCLOUD_ | sort"})
@@ -5806,6 +5820,23 @@ class RunnerTest(unittest.TestCase):
                 runner.processes = dict(enumerate(processes))
                 self.assertEqual(runner.command_has_ended(77), ended, processes)
         runner.processes = {}
+
+    def test_an_orphan_that_cannot_be_killed_is_waited_for_once(self):
+        runner = self.runner
+        runner.children_file = os.open(os.devnull, os.O_RDONLY)
+        try:
+            with mock.patch.object(tc, "read_children", lambda file: [77]), \
+                    mock.patch.object(tc, "reaped", lambda pid: False), \
+                    mock.patch.object(runner, "command_has_ended", lambda pid: True), \
+                    mock.patch.object(tc.os, "kill") as kill, \
+                    mock.patch.object(tc, "REAP_TIMEOUT", 0.05), self.assertLogs() as logs:
+                self.run_one("true 1")
+                self.run_one("true 2")
+        finally:
+            os.close(runner.children_file)
+            runner.children_file = -1
+        kill.assert_called_with(77, signal.SIGKILL)
+        self.assertEqual(logs.output, ["WARNING:root:processes that cannot be killed: [77]"])
 
     def test_each_command_has_its_directory_and_we_keep_ours(self):
         before = os.getcwd()
@@ -5953,7 +5984,7 @@ class RunnerTest(unittest.TestCase):
                     how = self.result(self.start(cmd, split=split))
                 self.assertEqual((how.exitcode, tc.read_text(log)), (3, "end\n"))
 
-    def test_who_has_closed_our_pipe_is_not_waited_for(self):
+    def test_a_process_that_has_closed_our_pipe_is_not_waited_for(self):
         with mock.patch.object(tc, "OUTPUT_GRACE", 2 * PATIENCE):
             for wait in ("", "sleep 0.05; "):
                 code, data = self.run_one(
@@ -5977,7 +6008,7 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.result(job).signal, signal.SIGTERM)
         self.assert_gone(child)
 
-    def test_kill_hard_reaches_who_ignores_sigterm_and_who_is_stopped(self):
+    def test_a_hard_kill_reaches_processes_that_ignore_sigterm_or_are_stopped(self):
         job = self.start(f"trap '' TERM; echo $$ > {self.dir}/pid; while :; do sleep 1000; done")
         self.wait_for_file("pid")
         self.runner.kill(job, False)
@@ -6000,7 +6031,7 @@ class RunnerTest(unittest.TestCase):
         stubborn = self.wait_for_file("b")
         self.runner.kill(job, False)
         with self.ended:
-            self.assertFalse(self.ended.wait_for(lambda: job.key in self.endings, 0.2))
+            self.assertFalse(self.ended.wait_for(lambda: job.key in self.records, 0.2))
         self.runner.kill(job, True)
         self.result(job)
         self.assert_gone(stubborn)
@@ -6178,13 +6209,15 @@ class RunnerTest(unittest.TestCase):
             with open(path, "w") as file:
                 file.write(text)
             return path
-        own = put("own", "0::/a/b\n1:name=systemd:/x\n4:cpu,cpuacct:/c\n")
+        own = put("own", "0::/a/b\n1:name=systemd:/x\n4:cpu,cpuacct:/c\n5:cpuset:/c\n")
         put("fs/a/cpu.max", "250000 100000\n")
         put("fs/a/b/cpu.max", "max 100000\n")
         put("fs/cpu,cpuacct/c/cpu.cfs_quota_us", "300000\n")
         put("fs/cpu,cpuacct/c/cpu.cfs_period_us", "100000\n")
         put("fs/cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
         put("fs/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
+        put("fs/cpuset/c/cpu.cfs_quota_us", "100000\n")  # of another controller
+        put("fs/cpuset/c/cpu.cfs_period_us", "100000\n")
         self.assertEqual(tc.cgroup_quotas(os.path.join(self.dir, "fs"), own), [2.5, 3.0])
         self.assertEqual(tc.cgroup_quotas("/nowhere", "/nowhere"), [])
 
@@ -12668,7 +12701,7 @@ class NothingLeftBehindTest(unittest.TestCase):
         self.assertFalse(any(map(is_alive, self.left())))
 
     def test_a_command_beside_others_that_go_on(self):
-        marked = self.escape.replace("sh ", "sed -i 's/env -i//' ", 1)  # without it who would know?
+        marked = self.escape.replace("sh ", "sed -i 's/env -i//' ", 1)  # with our variables
         worker, client = self.run_on_worker(f"{marked}; {self.escape}", "cat fifo", slots="2")
         os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
         self.wait_for_escapes()
@@ -12677,7 +12710,7 @@ class NothingLeftBehindTest(unittest.TestCase):
             file.write("x")
         self.assertEqual(self.cloud.finish(client)[0], 0)
 
-    def test_a_stranger_is_killed_when_all_are_done_that_may_have_started_it(self):
+    def test_an_orphan_without_our_variables_is_killed_when_all_older_commands_have_ended(self):
         worker, client = self.run_on_worker("echo a > fifo; sleep 0.5", f"cat fifo; {self.escape}",
                                             slots="2")
         os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
@@ -12731,7 +12764,7 @@ class NothingLeftBehindTest(unittest.TestCase):
             "for i in 1 2 3 4 5 6 7 8; do (setsid true &); done; sleep 1000", "true", slots="1")
         inner = self.cloud.inner(worker)
         self.cloud.wait_for(lambda: len(children_of(inner)) > 3, "orphans")
-        self.cloud.wait_for(lambda: not children_of(inner), "their burial")
+        self.cloud.wait_for(lambda: not children_of(inner), "their end")
 
     def test_a_signal_to_the_whole_group_counts_once(self):
         broker = self.cloud.broker()
