@@ -9046,7 +9046,7 @@ MODIFIERS: Dict[str, Callable[[str], str]] = {
 
 
 def fill_template(template: str, arguments: Arguments, seq: int) -> str:
-    """Return the command for these arguments, the command of this number."""
+    """Return the command for these arguments; seq is its number."""
     if not template:
         return " ".join(arguments)
 
@@ -9089,12 +9089,13 @@ def misuse(place: str, context: str, most: float) -> str:
     return ""
 
 
-# where a quoted argument cannot be right, by what begins it
+# contexts in which a quoted argument cannot be right, by what begins them; "$" is for $'...'
 CONTEXTS = {"'": "in quotes", '"': "in quotes", "$": "in quotes", "`": "in `...`",
             "\\": "after a backslash", "<": "in a here-document", "#": "in a comment"}
+# "" is outside of all, "(" in parentheses: there, and in $(...), quoting begins anew
 CONTEXT_ENDS = {"'": "'", "$": "'", '"': '"', "`": "`", "(": ")", "#": "\n"}
 CONTEXT_STARTS = {"": "' \" ` ( $( $' #", "(": "' \" ` ( $( $' #", "`": "' \" ( $( $'", '"': "` $("}
-# not compiled: that takes time at every start, and is needed once, if there is a template
+# not compiled: only a client with a template needs it, once
 SHELL_TOKENS = (rf"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}|"
                 r"""\\(?={)|\\.|\$[('$]|[()'"`\n]|(?<![^\s;&|()])#""")
 
@@ -9102,7 +9103,7 @@ SHELL_TOKENS = (rf"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}|"
 def placeholders(template: str) -> Iterator[Tuple[str, str]]:
     """Yield placeholders, ours and GNU parallel's, each with its key in CONTEXTS, or ""."""
     contexts, token = [""], ""
-    here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)
+    here = re.search(r"(?<!<)<<(?!<)[^\n]*\n", template)  # a here-document, but not <<<
     for found in re.finditer(SHELL_TOKENS, template, re.S):
         before, token, context = token, found[0], contexts[-1]
         if token[0] == "{":
@@ -9126,18 +9127,18 @@ def split_sources(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str
 
 
 def joined(rows: Iterable[Iterable[Arguments]]) -> Iterator[Arguments]:
+    """Make one row of several, each time."""
     return (tuple(itertools.chain.from_iterable(row)) for row in rows)
 
 
 def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
-    """Return the rows of arguments in the order of the input, read while you go on. Raises
-    SetupError; and while they are read, OSError."""
+    """Return rows of arguments, which are read lazily. Raises SetupError, and on reading OSError."""
     groups: List[List[Iterable[Arguments]]] = []  # of sources that are linked
     for mark, words in settings.sources or [("::::", ["-"])]:
         lists: List[Iterable[str]] = [words]
         if mark.startswith("::::"):
             lists = [read_lines(open_input(path), settings.null) for path in words]
-            if len(settings.sources) < 2 > len(lists):  # else a blank line stands beside another
+            if len(settings.sources) < 2 > len(lists):  # else a blank line is an argument, too
                 lists = [filter(str.strip, lists[0])]
         for lines in lists:
             split = settings.colsep.split if settings.colsep else lambda line: [line]
