@@ -9565,7 +9565,8 @@ class SocketsTest(unittest.TestCase):
                 ([b"", b"", body], ("", body, b"")),
                 ([body, b"x", b"y"], None), ([b"", b"r1", body, b"d", b"e"], None)]:
             self.assertEqual(parse(parts), expected)
-        for frame in (tc.Outgoing(WORKERS, b"p", "r1", body, b""), tc.Outgoing(CLIENTS, b"p", "", body, b""),
+        for frame in (tc.Outgoing(WORKERS, b"p", "r1", body, b""),
+                      tc.Outgoing(CLIENTS, b"p", "", body, b""),
                       tc.Outgoing(CLIENTS, b"p", "", body, b"d"),
                       tc.Outgoing(WORKERS, b"p", "r1", body, b"d")):
             self.assertEqual(parse(tc.frames_of(frame)), (frame.token, body, frame.data))
@@ -9812,7 +9813,8 @@ class SocketsTest(unittest.TestCase):
         wait_until(lambda: link.pending)
         peer.send(b"hello")
         wait_until(lambda: link.descriptor_of)
-        self.assertEqual((link.pending, list(link.peer_at)), ({}, list(link.descriptor_of.values())))
+        self.assertEqual(link.pending, {})
+        self.assertEqual([*link.peer_at], [*link.descriptor_of.values()])
         peer.close(0)
         wait_until(lambda: not link.descriptor_of)
         self.assertEqual((link.pending, link.peer_at, link.key_of), ({}, {}, {}))
@@ -10038,7 +10040,8 @@ class SocketsTest(unittest.TestCase):
 class KeyFilesTest(unittest.TestCase):
     KEYS = tc.Keys("B" * 40, "s" * 40, {"client": tc.KeyPair("c" * 40, "d" * 40),
                                         "worker": tc.KeyPair("w" * 40, "x" * 40)},
-                   (tc.KeyHolder("alice", "client", "a" * 40), tc.KeyHolder("hub", "worker", "h" * 40)))
+                   (tc.KeyHolder("alice", "client", "a" * 40),
+                    tc.KeyHolder("hub", "worker", "h" * 40)))
 
     def setUp(self):
         self.dir = tempfile.mkdtemp()
@@ -10053,21 +10056,21 @@ class KeyFilesTest(unittest.TestCase):
             self.assertNotIn(secret, str(caught.exception))
 
     def test_written_keys_are_read_again(self):
-        for keys in (self.KEYS, tc.Keys("B" * 40, pairs={"worker": tc.KeyPair("w" * 40, "x" * 40)})):
+        holders = tc.Keys("B" * 40, pairs={"worker": tc.KeyPair("w" * 40, "x" * 40)})
+        for keys in (self.KEYS, holders):
             with contextlib.suppress(OSError):
                 os.remove(self.path)
             tc.write_keys(self.path, keys)
             self.assertEqual(tc.read_keys(self.path), keys)
             self.assertEqual(os.stat(self.path).st_mode & 0o777, 0o600)
-        with tc.locked_key_file(self.path) as replace:
-            replace(self.KEYS)
+        self.replace(self.KEYS)
         self.assertEqual(tc.read_keys(self.path), self.KEYS)
         self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
 
     def test_a_damaged_file_is_refused_without_showing_it(self):
         good = self.KEYS.to_json()
-        for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20], good.replace("B" * 40, "B" * 39),
-                     good.replace("h" * 40, "h" * 41), good.replace("x" * 40, ""),
+        for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20],
+                     good.replace("B" * 40, "B" * 39), good.replace("h" * 40, "h" * 41), good.replace("x" * 40, ""),
                      good.replace('"public": "a', '"pub": "a'),
                      good.replace("s" * 40, "\u00e9" * 40), good.replace("s" * 40, "~" * 40),
                      json.dumps({"broker": {"public": "B" * 40}}), good.replace('"d', '1, "d')):
@@ -10123,7 +10126,8 @@ class KeyFilesTest(unittest.TestCase):
                 self.assertRaisesRegex(tc.SetupError, "cannot write .*: no space left"), \
                 tc.locked_key_file(self.path) as replace:
             replace(self.KEYS._replace(holders=()))
-        self.assertEqual((os.listdir(self.dir), tc.read_keys(self.path)), (["testcloud.key"], self.KEYS))
+        self.assertEqual(os.listdir(self.dir), ["testcloud.key"])
+        self.assertEqual(tc.read_keys(self.path), self.KEYS)
 
     def test_where_a_key_file_is_found(self):
         script, config = os.path.join(self.dir, "bin"), os.path.join(self.dir, "config")
@@ -10141,23 +10145,33 @@ class KeyFilesTest(unittest.TestCase):
             os.symlink(tc.__file__, link)
             with mock.patch.object(tc, "__file__", link):
                 self.assertEqual(tc.find_key_file(None), os.path.realpath(beside))
-                open(os.path.join(os.path.dirname(link), "testcloud.key"), "w").close()
-                self.assertEqual(tc.find_key_file(None), os.path.join(self.dir, "link", "testcloud.key"))
+                path = os.path.join(self.dir, "link", "testcloud.key")
+                open(path, "w").close()
+                self.assertEqual(tc.find_key_file(None), path)
             os.environ["TESTCLOUD_KEY_FILE"] = "/no/such"
             self.assertEqual(tc.find_key_file(None), "/no/such")
             self.assertEqual(tc.find_key_file("/given"), "/given")
 
+    def authenticator(self):
+        stack = contextlib.ExitStack()
+        self.addCleanup(stack.close)
+        loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
+        return stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
+
+    def replace(self, keys):
+        with tc.locked_key_file(self.path) as replace:
+            replace(keys)
+
     def test_keys_are_allowed_by_role(self):
         tc.write_keys(self.path, self.KEYS)
-        with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
-                contextlib.closing(tc.Authenticator(loop, self.path)) as authenticator:
-            for role, key, admitted in [
-                    ("client", "a", True), ("client", "c", True), ("client", "h", False),
-                    ("client", "w", False), ("client", "B", False), ("worker", "h", True),
-                    ("worker", "a", False), ("worker", "w", True), ("nobody", "a", False),
-                    ("client", "z", False)]:
-                self.assertEqual(authenticator.allows(role, key * 40), admitted, (role, key))
-            self.assertFalse(authenticator.allows("client", ""))
+        authenticator = self.authenticator()
+        for role, key, allowed in [
+                ("client", "a", True), ("client", "c", True), ("client", "h", False),
+                ("client", "w", False), ("client", "B", False), ("worker", "h", True),
+                ("worker", "a", False), ("worker", "w", True), ("nobody", "a", False),
+                ("client", "z", False)]:
+            self.assertEqual(authenticator.allows(role, key * 40), allowed, (role, key))
+        self.assertFalse(authenticator.allows("client", ""))
 
     def test_a_change_that_is_made_while_the_broker_starts_counts(self):
         tc.write_keys(self.path, self.KEYS)
@@ -10165,52 +10179,41 @@ class KeyFilesTest(unittest.TestCase):
 
         def slowly(path, role):
             keys = real(path, role)
-            with tc.locked_key_file(path) as replace:
-                replace(self.KEYS._replace(holders=()))
+            self.replace(self.KEYS._replace(holders=()))
             return keys
-        with contextlib.ExitStack() as stack:
-            loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
-            with mock.patch.object(tc, "load_keys", slowly):
-                authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
-            self.assertTrue(authenticator.allows("client", "a" * 40))
-            authenticator.reload_keys(0.0)
-            self.assertFalse(authenticator.allows("client", "a" * 40))
+        with mock.patch.object(tc, "load_keys", slowly):
+            authenticator = self.authenticator()
+        self.assertTrue(authenticator.allows("client", "a" * 40))
+        authenticator.reload_keys(0.0)
+        self.assertFalse(authenticator.allows("client", "a" * 40))
 
     def test_a_key_file_of_another_cloud_is_not_taken_over(self):
         """A broker keeps its own keys until it is restarted, or its own file is back."""
         tc.write_keys(self.path, self.KEYS)
-        other = self.KEYS._replace(secret="t" * 40, holders=(tc.KeyHolder("eve", "client", "e" * 40),))
-        with contextlib.ExitStack() as stack:
-            loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
-            authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
-
-            def look(keys):
-                with tc.locked_key_file(self.path) as replace:
-                    replace(keys)
-                with self.assertLogs(level="INFO") as logs:
-                    authenticator.reload_keys(0.0)
-                return logs.output[0], [authenticator.allows("client", key * 40) for key in "ae"]
-            said, allowed = look(other)
-            self.assertIn("another cloud's key: restart the broker", said)
-            self.assertEqual(allowed, [True, False])
-            said, allowed = look(self.KEYS._replace(holders=()))
-            self.assertEqual((said, allowed), ("INFO:root:read the keys again: of 0 holders", [False] * 2))
+        eve = tc.KeyHolder("eve", "client", "e" * 40)
+        authenticator = self.authenticator()
+        for keys, said, allowed in [
+                (self.KEYS._replace(secret="t" * 40, holders=(eve,)),
+                 "is another cloud's key: restart the broker", [True, False]),
+                (self.KEYS._replace(holders=()), "read the keys again: of 0 holders", [False] * 2)]:
+            self.replace(keys)
+            with self.assertLogs(level="INFO") as logs:
+                authenticator.reload_keys(0.0)
+            self.assertIn(said, logs.output[0])
+            self.assertEqual([authenticator.allows("client", key * 40) for key in "ae"], allowed)
 
     def test_a_key_file_that_is_damaged_or_missing_changes_nothing(self):
         tc.write_keys(self.path, self.KEYS)
-        with contextlib.ExitStack() as stack:
-            loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
-            authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(loop, self.path)))
-            log = stack.enter_context(mock.patch.object(tc.logging, "warning"))
-            for change, warnings in ((lambda: os.truncate(self.path, 100), 1),
-                                     (lambda: os.remove(self.path), 0)):
-                log.reset_mock()
-                change()
+        authenticator = self.authenticator()
+        for change, warnings in ((lambda: os.truncate(self.path, 100), 1),
+                                 (lambda: os.remove(self.path), 0)):
+            change()
+            with mock.patch.object(tc.logging, "warning") as log:
                 for _ in range(2):
                     authenticator.reload_keys(0.0)
-                self.assertEqual(log.call_count, warnings)
-                self.assertTrue(authenticator.allows("client", "a" * 40))
-                self.assertFalse(authenticator.allows("client", "z" * 40))
+            self.assertEqual(log.call_count, warnings)
+            self.assertTrue(authenticator.allows("client", "a" * 40))
+            self.assertFalse(authenticator.allows("client", "z" * 40))
 
     def test_two_changes_at_once_are_both_made(self):
         tc.write_keys(self.path, self.KEYS)
@@ -10251,7 +10254,8 @@ class RefusalsTest(unittest.TestCase):
         self.assertEqual(self.said("at i: perhaps", "at i: perhaps", unless="at i"), [])
         self.assertEqual(self.said(after=tc.REFUSAL_DELAY), ["at i: perhaps"])
         for said in ([], ["at j: perhaps"]):  # it does not wait longer when it comes again
-            self.assertEqual(self.said("at j: perhaps", unless="at j", after=tc.REFUSAL_DELAY * 0.6), said)
+            after = tc.REFUSAL_DELAY * 0.6
+            self.assertEqual(self.said("at j: perhaps", unless="at j", after=after), said)
         self.assertEqual(self.refusals.delayed, {})
 
     def test_why_a_connection_failed(self):
@@ -10315,9 +10319,10 @@ class AuthenticationTest(unittest.TestCase):
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         self.loop = stack.enter_context(contextlib.closing(tc.EventLoop(sockets=True)))
-        self.authenticator = stack.enter_context(contextlib.closing(tc.Authenticator(self.loop, path)))
-        self.link = tc.RouterLink(self.loop, self.loop.add(Probe(), {}), CLIENTS, "tcp://127.0.0.1:0",
-                                  self.authenticator)
+        self.authenticator = stack.enter_context(
+            contextlib.closing(tc.Authenticator(self.loop, path)))
+        self.link = tc.RouterLink(self.loop, self.loop.add(Probe(), {}), CLIENTS,
+                                  "tcp://127.0.0.1:0", self.authenticator)
 
     def wait_until(self, condition):
         end = time.monotonic() + PATIENCE
@@ -10377,8 +10382,8 @@ class AuthenticationTest(unittest.TestCase):
             def connected(self, link, now):
                 test.events.append("connected")
         with mock.patch.object(tc, "REFUSED_RETRY", 0.0), self.assertLogs(level="WARNING") as logs:
-            tc.DealerLink(self.loop, self.loop.add(Probe(), {}), BROKER, self.link.address, "client",
-                          keys.pop(), renew=lambda: keys.pop() if keys else None)
+            tc.DealerLink(self.loop, self.loop.add(Probe(), {}), BROKER, self.link.address,
+                          "client", keys.pop(), renew=lambda: keys.pop() if keys else None)
             self.wait_until(lambda: "connected" in self.events)
         self.assertEqual([event for event in self.events if event != "reached"],
                          ["not our key", tc.fingerprint(self.pairs[1].public), "connected"])
@@ -10780,7 +10785,8 @@ class KeysTest(unittest.TestCase):
         for peer, revoked in zip(peers, (True, True, False, False)):
             monitor = peer.get_monitor_socket()
             self.assertEqual(bool(monitor.poll(PATIENCE * 1000 if revoked else 0)), revoked)
-        self.cloud.wait_for(lambda: self.cloud.err(self.broker).count("has no valid key") == 2, "both")
+        self.cloud.wait_for(
+            lambda: self.cloud.err(self.broker).count("has no valid key") == 2, "both")
 
     def test_messages_are_encrypted_if_there_is_a_key(self):
         for argv, readable in ((["--key", self.path], False), (["--insecure"], True)):
