@@ -3612,13 +3612,14 @@ class Worker(SessionMachine):
         if self.exit_status is None:
             self.report_wait(self.waits_for())
         elif not self.has_left:
-            needed = any(self.session.joined or job.state != DELIVERED for job in self.jobs.values())
+            needed = any(self.session.joined or job.state != DELIVERED
+                         for job in self.jobs.values())
             if self.now >= self.leave_at or not needed:
                 self.leave()
 
     def stop(self, status: int, now: Seconds) -> None:
-        """Start nothing more, let commands run for `drain` seconds, then stop them and leave. Clients
-        have a little longer to fetch results. A second call leaves at once."""
+        """Start nothing more, let commands run for `drain` seconds, then stop them and leave.
+        Clients have a little longer to fetch results. A second call leaves at once."""
         self.now = now
         if self.exit_status is not None:
             self.leave_at = now
@@ -3628,16 +3629,13 @@ class Worker(SessionMachine):
             if self.session.joined:
                 self.session.greet(now)
             for job in [job for job in self.jobs.values() if job.state != DELIVERED]:
-                self.drain_job(job)
+                if not self.drain:
+                    self.stop_job(job, WORKER_STOPPED)
+                    continue
+                if job.state == WAITING:
+                    self.effects.append(Recall(job))
+                self.kill_no_later(job, now + self.drain)
         self.settle()
-
-    def drain_job(self, job: Job) -> None:
-        if self.drain:
-            if job.state == WAITING:
-                self.effects.append(Recall(job))
-            self.kill_no_later(job, self.now + self.drain)
-        else:
-            self.stop_job(job, WORKER_STOPPED)
 
     def leave(self) -> None:
         if self.session.up:
@@ -3789,8 +3787,8 @@ def supervise(run: Callable[[int], int]) -> int:
     does not give us orphans, this calls run(-1) without a child.
     """
     if not become_subreaper():
-        print_notice("notice: this system cannot tell what has moved out of a command's process group: "
-                 "such processes may survive their command")
+        print_notice("notice: this system does not show processes that have left their command's "
+                     "process group: they may survive it")
         return run(-1)
     control, signals = os.pipe()
     # a handler would miss a signal just before waitpid(): so signals are awaited one by one
@@ -3816,7 +3814,8 @@ def supervise(run: Callable[[int], int]) -> int:
     if stuck:
         print_notice(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
     if os.WIFSIGNALED(how):
-        print_notice(f"process {child} was killed by signal {os.WTERMSIG(how)}: so were its commands")
+        print_notice(f"process {child} was killed by signal {os.WTERMSIG(how)}: "
+                     "so were its commands")
         return 128 + os.WTERMSIG(how)
     return os.WEXITSTATUS(how)
 
@@ -3923,7 +3922,8 @@ class Spawner:
         # sigfillset() would leave out libc's own signals: commands would inherit them ignored
         default = ctypes.create_string_buffer(b"\xff" * self.STRUCT)
         libc.posix_spawnattr_init(self.attributes)
-        libc.posix_spawnattr_setflags(self.attributes, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
+        libc.posix_spawnattr_setflags(self.attributes,
+                                      POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
     def spawn(self, argv: List[bytes], own: Dict[bytes, bytes],
@@ -4023,8 +4023,8 @@ POLL_INTERVAL: Seconds = 0.02  # between looks at processes that do not signal t
 REAP_INTERVAL: Seconds = 1.0  # between looks for orphans: zombies must not pile up
 LOW_WATER = 2  # queued commands per slot: with fewer the loop is woken at once
 MAX_LATE_READS = 16  # after a command was killed: more than its pipes hold
-OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer slots "
-                 "(-j), or more memory")
+OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer "
+                 "slots (-j), or more memory")
 
 # a command was started (by time.monotonic()), has printed something, or has ended
 Event = Tuple[Job, Union[Seconds, Output, ExitRecord]]
@@ -4042,7 +4042,7 @@ def shell_path(shell: str) -> str:
 
 
 def reason_not_started(job: Job, error: Exception) -> str:
-    """Return why a command could not be started, and what can be done about it."""
+    """Return why a command could not be started, and what to do about it."""
     if isinstance(error, OSError):
         if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
             return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
@@ -4094,8 +4094,8 @@ class Launcher:
               stderr: int) -> int:
         """Start a program; return its pid. Popen does what Spawner cannot, or says why not."""
         cwd = None if job.cwd is None else to_bytes(job.cwd)
-        environment = {**self.inherited, **{
-            to_bytes(name): to_bytes(value) for name, value in job.env.items()}} if job.env else None
+        added = {to_bytes(name): to_bytes(value) for name, value in job.env.items()}
+        environment = {**self.inherited, **added} if added else None
         if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
             with contextlib.suppress(OSError):
                 return self.spawner.spawn(argv, own, environment, cwd, stdout, stderr)
@@ -4153,18 +4153,16 @@ class OutputReader:
 
     def wait_for_leader(self) -> None:
         leader = pidfd(self.process.pid)
-        if leader < 0:
-            while not self.process.has_ended():
-                self.poll(time.monotonic() + POLL_INTERVAL)
-            return
-        self.poller.register(leader, select.POLLIN)
-        while leader not in self.poll(math.inf):
-            pass
-        self.poller.unregister(leader)
-        os.close(leader)
+        if leader >= 0:
+            self.poller.register(leader, select.POLLIN)
+        while not self.process.has_ended():
+            self.poll(math.inf if leader >= 0 else time.monotonic() + POLL_INTERVAL)
+        if leader >= 0:
+            self.poller.unregister(leader)
+            os.close(leader)
 
-    def poll(self, until: Seconds) -> Dict[int, int]:
-        """Read what there is, or comes until then. Return the descriptors that were ready."""
+    def poll(self, until: Seconds) -> bool:
+        """Read what there is, or comes until then. Return whether something came."""
         now = time.monotonic()
         if now >= self.report_at:
             self.report_at = math.inf
@@ -4173,10 +4171,11 @@ class OutputReader:
             self.job.output_told = True
             self.runner.report(self.job, self.output, urgent=True)
         until = min(until, self.report_at)
-        ready = dict(self.poller.poll(None if until == math.inf else max(0.0, until - now) * 1000))
-        for pipe in [pipe for pipe in self.sizes if pipe in ready]:
+        patience = None if until == math.inf else max(0.0, until - now) * 1000
+        ready = [file for file, _ in self.poller.poll(patience)]
+        for pipe in self.sizes.keys() & ready:
             self.read(pipe)
-        return ready
+        return bool(ready)
 
     def read(self, pipe: int) -> None:
         data = os.read(pipe, self.sizes[pipe])
