@@ -4012,11 +4012,11 @@ def read_text(path: str) -> str:
 
 # === Running commands =================================================================
 #
-# The only section with threads: one per slot, each waits for the one command that it runs.
-# Threads share nothing with the machines. The loop puts jobs into a queue here, so that a
-# free slot need not ask for its next, and takes the events of the slots. It is woken for
-# these when the queue runs low, or when they have waited for REPORT_DELAY. concurrent.futures
-# does not serve: it cannot hold back queued jobs when a lease ends.
+# Each slot is a thread, which waits for the one command that it runs. Slots share nothing
+# with the machines. The loop puts jobs into a queue here, so that a free slot need not ask
+# for its next, and takes the events of the slots. It is woken for these when the queue runs
+# low, or when they have waited for REPORT_DELAY. concurrent.futures does not serve: it cannot
+# hold back queued jobs when a lease ends.
 
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then other workers may try
 POLL_INTERVAL: Seconds = 0.02  # between looks at processes that do not signal their end
@@ -4212,7 +4212,8 @@ class Runner:
         self.events: Deque[Event] = deque()
         self.wake_at: Seconds = math.inf  # when the loop must be woken for these
         self.woken = False  # the loop was woken, and has not taken them yet
-        # guards waiting, processes, and reaping: nobody signals a reaped process. Slots wait for it
+        # guards waiting, processes and reaping, so that no reaped process is signalled; idle
+        # slots wait on it
         self.lock = threading.Condition()
         self.processes: Dict[Key, Process] = {}  # of the commands that run
         self.closing = False  # a process that starts now is killed at once
