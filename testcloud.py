@@ -8608,8 +8608,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("-C --cwd DIR", "directory on the worker: relative to ours, or ~ there"),
             option("--env NAME", "set a variable as it is here; also: NAME=VALUE",
                    action="append", default=[]),
-            option("--shell PATH", "shell of the commands: a path, or a name in the worker's PATH "
-                   "(default: /bin/sh)"),
+            option("--shell PATH", "shell of the commands, path or name (default: /bin/sh)"),
             option("--dry-run", "only print the commands")]),
         ("where", [
             CONNECT,
