@@ -176,7 +176,8 @@ class MessagesTest(unittest.TestCase):
         b'DONE {"tasks":[[9007199254740993,1]]}', b'RESULT {"exitcode":2147483648}',
         b'RESULT {"exitcode":0,"time":1e18}', b'HELLO {"run":"' + b"x" * 201 + b'"}',
         b'{"cmd":"x","again":1}', b'{"cmd":"x","env":{"A=":"b"}}', b'{"cmd":"x","env":{"":"b"}}',
-        b'{"cmd":"x","env":{"A":1}}', b'{"cmd":"x","env":{"A":"\\u0000"}}', b'WHO {}}', b'READY {"colour":NaN}',
+        b'{"cmd":"x","env":{"A":1}}', b'{"cmd":"x","env":{"A":"\\u0000"}}', b'WHO {}}',
+        b'READY {"colour":NaN}',
     ]
 
     def test_malformed_lines_raise_a_protocol_error_of_one_line(self):
@@ -351,7 +352,8 @@ class SmallWorld:
         self.change(worker)
 
     def change(self, worker):
-        rows = {(self.r.choice(self.HOSTS), frozenset(self.r.sample(self.LABELS, self.r.randint(0, 2)))):
+        rows = {(self.r.choice(self.HOSTS),
+                 frozenset(self.r.sample(self.LABELS, self.r.randint(0, 2)))):
                 self.r.randint(0, 2) for _ in range(self.r.choice((1, 1, 1, 2)))}
         worker.silent = self.r.random() < 0.1
         self.scheduler.change_worker(worker, sum(rows.values()), self.r.choice((0, 0, 1)), rows)
@@ -530,7 +532,8 @@ class SchedulerTest(unittest.TestCase):
 
     def test_it_decides_as_brute_force_does(self):
         seen = self.run_worlds(range(self.WORLDS))
-        for kind in ("free slot", "beyond slots", "constrained", "reserved", "unplaceable", "recalled"):
+        for kind in ("free slot", "beyond slots", "constrained", "reserved", "unplaceable",
+                     "recalled"):
             self.assertGreater(seen[kind], self.WORLDS // 50, seen)
         self.assertLess(seen["either"], self.WORLDS)
 
@@ -566,7 +569,8 @@ class RegistryTest(unittest.TestCase):
         self.assertIsNone(self.registry.client_at(b"c"))
         self.assertIs(self.client("r", b"d"), client)
         self.assertIs(self.client("r", b"e"), client)
-        self.assertEqual((self.registry.client_at(b"d"), self.registry.client_at(b"e")), (None, client))
+        self.assertEqual((self.registry.client_at(b"d"), self.registry.client_at(b"e")),
+                         (None, client))
 
     def test_a_run_of_which_only_workers_spoke_belongs_to_the_first_client(self):
         unclaimed = self.registry.require_client("r", True, None, 0.0)
@@ -591,7 +595,8 @@ class RegistryTest(unittest.TestCase):
         worker, broker = self.worker("w"), self.worker("b", b"b", below=["b"])
         for it in (worker, broker):
             self.registry.disconnect_worker(it, 5.0)
-        self.assertEqual((self.registry.away, self.registry.workers), ({worker: 6.0, broker: 15.0}, {}))
+        self.assertEqual((self.registry.away, self.registry.workers),
+                         ({worker: 6.0, broker: 15.0}, {}))
         self.assertEqual(self.registry.overdue_workers(6.0), [worker])
         self.registry.remove_worker(worker)
         self.registry.connect_worker(broker, b"b2", 7.0)
@@ -653,7 +658,8 @@ class RegistryTest(unittest.TestCase):
             worker.user = user
             self.registry.connect_worker(worker, b"%d" % n, 0.0)
             workers.append(worker)
-        self.assertEqual([[*map(workers.index, self.registry.others_of_user(it))] for it in workers],
+        self.assertEqual([[*map(workers.index, self.registry.others_of_user(it))]
+                          for it in workers],
                          [[1], [0], [], []])
         self.registry.disconnect_worker(workers[1], 0.0)
         self.assertFalse(self.registry.others_of_user(first))
@@ -1222,7 +1228,8 @@ class BrokerTest(unittest.TestCase):
         d.takes(b"v", "r1", 1, 2)
 
     def test_a_chained_broker_is_all_the_hosts_below_it(self):
-        for wishes, takes in (({"on": "h1"}, {b"a"}), ({"on": "h2"}, {b"a"}), ({"on": "h3"}, {b"b"}),
+        for wishes, takes in (({"on": "h1"}, {b"a"}), ({"on": "h2"}, {b"a"}),
+                              ({"on": "h3"}, {b"b"}),
                               ({"not_on": "h1"}, {b"a", b"b"}), ({"not_on": "h3"}, {b"a"}),
                               ({"on": "h9"}, {b"a", b"b"}), ({"needs": ["x"]}, {b"a", b"b"}),
                               ({"needs": ["x", "y"]}, set()), ({"needs": ["x", "z"]}, {b"b"}),
@@ -1241,7 +1248,7 @@ class BrokerTest(unittest.TestCase):
                 d.submit(b"c", 4)
                 d.expect(b"a", "{")
                 continue
-            d.broker.registry.clients["r1"].told_excluded["a"] = -16.0  # it may have forgotten the run
+            d.broker.registry.clients["r1"].told_excluded["a"] = -16.0  # it may have forgotten it
             d.submit(b"c", 4)
             d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])
             d.expect(b"a", "{")
@@ -1307,7 +1314,8 @@ class BrokerTest(unittest.TestCase):
         d.join(b"v", slots=0, labels=["db", "gpu", "x"])
         d.client(b"c", 'HELLO {"run":"r1","beat":2}')
         d.wait(tc.OK_DELAY)
-        d.expect(b"c", "OK", lacks="a worker with --label db and --label gpu that takes something new")
+        d.expect(b"c", "OK",
+                 lacks="a worker with --label db and --label gpu that takes something new")
         d.worker(b"v", 'READY {"name":"v","slots":1}')
         d.takes(b"v", "r1", 1)
         d.expect(b"c", "QUEUED")
@@ -1369,7 +1377,8 @@ class BrokerTest(unittest.TestCase):
         d.client(b"s", "STATUS")
         d.wait(tc.OK_DELAY)
         row = tc.decode(d.expect(b"s", "STATUS")[1])[1]["workers"][0]
-        self.assertEqual([row[name] for name in ("slots", "running")], [0, d.broker.registry.workers[b"w"].busy])
+        self.assertEqual([row[name] for name in ("slots", "running")],
+                         [0, d.broker.registry.workers[b"w"].busy])
 
     def test_the_status_is_not_as_long_as_peers_like(self):
         d = self.desk
@@ -1643,7 +1652,8 @@ class BrokerTest(unittest.TestCase):
                 for _, peer, run, _, fields, _ in given:
                     row = [fields["id"], fields["attempt"]]
                     d.worker(peer, tc.encode("QUEUED", {"tasks": [row]}), run)
-                busy = [task for worker in d.broker.registry.workers.values() for task in worker.tasks.values()
+                busy = [task for worker in d.broker.registry.workers.values()
+                        for task in worker.tasks.values()
                         if task.state == tc.RUNNING]
                 task = r.choice(busy)
                 rounds += 1
@@ -1668,7 +1678,8 @@ class BrokerTest(unittest.TestCase):
             d.wait(1.0)
         lost = [row for letter in d.letters if letter[3] == "LOST" for row in letter[4]["tasks"]]
         self.assertEqual(sorted(lost), [[n, 1] for n in range(1, 13)])
-        self.assertFalse(d.broker.registry.named or d.broker.registry.workers or d.broker.scheduler.slots)
+        registry = d.broker.registry
+        self.assertFalse(registry.named or registry.workers or d.broker.scheduler.slots)
 
     def test_a_result_whose_done_was_lost_with_its_broker_is_forgotten_by_its_worker(self):
         """The client has it, and does not ask for it again, whoever comes first."""
@@ -1718,7 +1729,8 @@ class BrokerTest(unittest.TestCase):
         for join in (1, 2):
             for _ in range(tc.MAX_PARTS - 1):
                 part(b"w", join)
-        self.assertEqual([part["join"] for part in d.broker.partial.parts[b"w"][1]], [2] * (tc.MAX_PARTS - 1))
+        self.assertEqual([part["join"] for part in d.broker.partial.parts[b"w"][1]],
+                         [2] * (tc.MAX_PARTS - 1))
         part(b"v", 1)
         part(b"u", 1)
         self.assertEqual(sorted(d.broker.partial.parts), [b"u", b"v"])
@@ -2764,7 +2776,8 @@ class PlainPeersTest(unittest.TestCase):
             _, _, token, verb, fields, line = letter
             said.append(verb)
             self.desk.worker(b"W", b"QUEUED " + line, token)
-            result = {"cmd": fields.get("cmd"), "exitcode": 0, "stdout": "o"} if verb == "{" else None
+            result = None if verb != "{" else {
+                "cmd": fields.get("cmd"), "exitcode": 0, "stdout": "o"}
             self.desk.worker(b"W", b"RESULT " + tc.dump(result).encode(), token)
             self.desk.worker(b"W", "READY")
 
@@ -2950,7 +2963,8 @@ class PlainPeersTest(unittest.TestCase):
         deep = "[" * 500 + "]" * 500
         d.worker(b"W", '{"exitcode":0}', token)
         d.expect(b"W", "ERROR")
-        d.worker(b"W", f'RESULT {{"exitcode":0,"stdout":"abc","size":99,"x":1e999,"y":{deep}}}', token)
+        d.worker(b"W", f'RESULT {{"exitcode":0,"stdout":"abc","size":99,"x":1e999,"y":{deep}}}',
+                 token)
         _, line = d.expect(b"c", "RESULT", stdout="abc", size=None, host="W")
         self.assertNotIn(b"Infinity", line)
 
@@ -3026,7 +3040,8 @@ class PlainPeersTest(unittest.TestCase):
             d.submit(b"c", 1) if peer == b"c" else d.client(b"C", '{"cmd":"x"}')
             d.expect(b"W", "OK")
             token, _ = d.expect(b"W", "{")
-            d.worker(b"W", tc.encode("RESULT", {"exitcode": 3, "time": 1, "stdout": "\udcff" * 400000}),
+            d.worker(b"W",
+                     tc.encode("RESULT", {"exitcode": 3, "time": 1, "stdout": "\udcff" * 400000}),
                      token)
             _, line = d.expect(peer, "RESULT", exitcode=3)
             self.assertLess(len(line), tc.MAX_FRAME // 2)
@@ -3063,7 +3078,7 @@ class MisbehavingPeersTest(unittest.TestCase):
             for letter in [letter for letter in d.letters if letter[3] == "{"]:
                 if r.random() < 0.5:
                     _, peer, token, _, fields, _ = letter
-                    ids = {"id": fields["id"], "attempt": fields["attempt"]} if "id" in fields else {}
+                    ids = {key: fields[key] for key in ("id", "attempt") if key in fields}
                     d.worker(peer, tc.encode("RESULT", {"exitcode": 0, "time": 1, **ids}), token)
             for link, peer in ((CLIENTS, client), (WORKERS, worker), (CLIENTS, b"C%d" % n),
                                (WORKERS, b"W%d" % n)):
@@ -3134,7 +3149,8 @@ class MisbehavingPeersTest(unittest.TestCase):
     def test_a_verb_at_the_wrong_port_is_answered_with_the_right_one(self):
         d = Desk()
         d.worker(b"x", 'HELLO {"run":"r1"}')
-        d.expect(b"x", "ERROR", reason="HELLO is not understood on the link to workers, but on that "
+        d.expect(b"x", "ERROR",
+                 reason="HELLO is not understood on the link to workers, but on that "
                                        "to clients: is the port right?")
 
     def test_an_error_is_never_answered(self):
@@ -3449,7 +3465,8 @@ class ChainTest(unittest.TestCase):
     def test_a_worker_lost_while_the_broker_above_is_away_is_reported_when_it_is_back(self):
         d = self.desk
         self.lose_while_above_is_away(d)
-        d.expect(b"", "READY", running=[["up", 1, 1]], held=[], join=d.broker.upstream.session.number)
+        d.expect(b"", "READY", running=[["up", 1, 1]], held=[],
+                 join=d.broker.upstream.session.number)
         d.answer(broker="b0", above=["b0"])
         d.expect(b"", "LOST", token="up", tasks=[[1, 1]], fault="crash")
         d.quiet()
@@ -3669,7 +3686,8 @@ class Actor:
 
     def __init__(self, name):
         self.name = name
-        self.role = {"b": "broker", "w": "worker", "v": "worker", "c": "client", "d": "client"}[name[0]]
+        self.role = {"b": "broker", "w": "worker", "v": "worker",
+                     "c": "client", "d": "client"}[name[0]]
         self.plain = name[0] in "vd"
         self.machine = None  # while it is alive
         self.generation = 0  # of its machine
@@ -3711,10 +3729,10 @@ class Wire:
 
 class World:
     """One simulated run. `faults` are the kinds of faults that happen; None is a mix of all,
-    with all sorts of peers, clocks, limits and troubles. With an adversary, lines come twice and out
-    of turn, as on no connection of ours: then only what clients report is checked, and that they
-    report all once they have new connections. In every other world all have keys, and there are
-    thieves."""
+    with all sorts of peers, clocks, limits and troubles. With an adversary, lines come twice and
+    out of turn, as on no connection of ours: then only what clients report is checked, and that
+    they report all once they have new connections. In every other world all have keys, and there
+    are thieves."""
 
     MIX = ("crash", "pause", "cut_wire", "cut_wire", "swallow", "freeze", "terminate", "interrupt",
            "steal", "load")
@@ -3750,10 +3768,12 @@ class World:
         self.adversary = adversary
         self.keyed = seed % 2 == 1
         self.times = tc.Times()
-        self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0  # when starting commands
+        # how often commands cannot be started
+        self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
         if self.wild:
-            self.limits.update(MAX_READY_TASKS=self.r.choice([1, 3, tc.MAX_READY_TASKS]), EXCLUDE_AFTER=1)
+            self.limits.update(MAX_READY_TASKS=self.r.choice([1, 3, tc.MAX_READY_TASKS]),
+                               EXCLUDE_AFTER=1)
             self.limits.update(WINDOW=self.r.choice([3, 10, tc.WINDOW]), SPOOL_COST=200,
                                CREDIT=self.r.choice([500, 2000, tc.CREDIT]))
         self.build()
@@ -3808,7 +3828,8 @@ class World:
     def may_drop(self, key, cmd):
         """Whether nobody will ask for this attempt's result any more."""
         run, id, attempt = key
-        if run in self.forgotten or run.startswith(tc.PLAIN) or key in self.lost or self.reports[cmd]:
+        if run in self.forgotten or run.startswith(tc.PLAIN) \
+                or key in self.lost or self.reports[cmd]:
             return True
         for actor in self.actors.values():  # one may not have been able yet to tell that it is lost
             if actor.role == "broker" and actor.machine is not None \
@@ -3870,10 +3891,12 @@ class World:
             if verb == COMMAND and frame.link == WORKERS:
                 self.given[json.loads(line)["cmd"]] += 1
             elif verb == "LOST" and actor.role == "broker":
-                run = actor.machine.registry.run_of.get(frame.peer) if frame.link == CLIENTS else frame.token
+                run = frame.token if frame.link != CLIENTS else \
+                    actor.machine.registry.run_of.get(frame.peer)
                 self.lost.update((run, *row) for row in tc.decode(line)[1]["tasks"])
             elif verb == "CANCEL" and actor.role == "broker" and b"tasks" in line \
-                    and actor.machine.upstream.chained and not actor.machine.upstream.session.joined:
+                    and actor.machine.upstream.chained \
+                    and not actor.machine.upstream.session.joined:
                 # it will not list these when it joins, and that will be its LOST
                 self.lost.update((frame.token, *row) for row in tc.decode(line)[1]["tasks"])
             elif verb == "READY" and b'"held":[[' in line:
@@ -3980,7 +4003,8 @@ class World:
                 self.seen["killed in line"] += 1
             elif key in self.live and (effect.hard or self.r.random() < 0.8):
                 job, token = self.live.pop(key)
-                self.finish(actor, generation, job, self.timed(actor, job, exit_record(143, b"killed")))
+                self.finish(actor, generation, job,
+                            self.timed(actor, job, exit_record(143, b"killed")))
         elif kind is tc.FetchedOutput:
             known = self.fetched.get(actor.name, b"")
             self.fetched[actor.name] = known[:effect.offset] + effect.data
@@ -4411,7 +4435,7 @@ class World:
             assert actor.exited > 1 or not missing, f"never reported: {missing}"
 
     def check_end(self):
-        """With all clients gone, nothing is kept, nothing runs, and little happens after a while."""
+        """With all clients gone, nothing is kept, nothing runs, and soon little happens."""
         self.run_until(self.now + SIM_QUIET - 50)
         before = self.deeds
         self.run_until(self.now + 50)
@@ -4537,7 +4561,8 @@ class SimulationTest(unittest.TestCase):
     # what could be broken in the program, as text to be replaced; each must make a world fail
     MUTANTS = (
         ("a lost command is not tried again",
-         '            self.next_attempt(command, fields.get("worker", ""))\n\n', "            pass\n\n"),
+         '            self.next_attempt(command, fields.get("worker", ""))\n\n',
+         "            pass\n\n"),
         ("a reported command is not remembered", "        if command is None:  # reported before",
          "        if command is None and self.window:  # reported before"),
         ("a lost worker's commands are forgotten",
@@ -4567,12 +4592,16 @@ class SimulationTest(unittest.TestCase):
         ("who waits for another host is never told that there is none",
          "        elif not task.client.from_above:\n", "        if not task.client.from_above:\n"),
         ("commands resubmitted to a new broker start at once", "            if self.now < until:"
-         "\n                task.state = RECOVERING", "            if False:\n                pass"),
-        ("silent clients are kept for ever", "            else:\n                self.forget_client("
-         "client, silence)", "            else:\n                registry.see(registry.clients_seen, client, self.now)"),
+         "\n                task.state = RECOVERING",
+         "            if False:\n                pass"),
+        ("silent clients are kept for ever",
+         "            else:\n                self.forget_client("
+         "client, silence)", "            else:\n"
+         "                registry.see(registry.clients_seen, client, self.now)"),
         ("a lease lasts for ever", "return self.lease_began + LEASE_FRACTION * self.patience",
          "return math.inf"),
-        ("what comes without a lease is not doubted", "            self.doubted_at = self.owner.now",
+        ("what comes without a lease is not doubted",
+         "            self.doubted_at = self.owner.now",
          "            pass"),
         ("any OK is a lease", "            self.lease_began = answered",
          "            self.lease_began = self.owner.now"),
@@ -4785,7 +4814,8 @@ class WorkerTest(unittest.TestCase):
         b.expect("READY", slots=2, load=3.5)
 
     def test_a_command_may_name_its_shell(self):
-        for more, shell in (({"shell": "bash"}, "bash"), ({}, "/bin/sh"), ({"shell": ""}, "/bin/sh")):
+        for more, shell in (({"shell": "bash"}, "bash"), ({}, "/bin/sh"),
+                            ({"shell": ""}, "/bin/sh")):
             self.setUp()
             self.give(1, **more)
             self.assertEqual(self.bench.effect(tc.Start).job.shell, shell)
@@ -5230,7 +5260,8 @@ class WorkerTest(unittest.TestCase):
             b = Bench(worker)
             b.hear('OK {"join":1}')
             for id in (1, 2):
-                b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c", "timeout": timeout}), "r")
+                b.hear(tc.encode("{", {"id": id, "attempt": 1, "cmd": "c", "timeout": timeout}),
+                       "r")
             before, after = (b.effect(tc.Start).job for _ in range(2))
             b.begin(before)
             worker.stop(143, b.now)
@@ -5274,7 +5305,8 @@ class WorkerTest(unittest.TestCase):
             self.setUp()
             b = self.bench
             self.give(1)
-            self.worker.finished(b.effect(tc.Start).job, exit_record(0, b"x" * (tc.INLINE + 1)), b.now)
+            self.worker.finished(b.effect(tc.Start).job, exit_record(0, b"x" * (tc.INLINE + 1)),
+                                 b.now)
             b.collect()
             self.worker.stop(143, b.now)
             b.collect()
@@ -5630,7 +5662,8 @@ class RunnerTest(unittest.TestCase):
             time.sleep(0.001)
         self.runner.enqueue(jobs[0])
         self.runner.start_jobs(-math.inf)
-        with mock.patch.object(self.runner.lock, "wait", side_effect=self.runner.lock.wait) as waits:
+        with mock.patch.object(self.runner.lock, "wait",
+                               side_effect=self.runner.lock.wait) as waits:
             open(f"{self.dir}/end", "w").close()
             self.result(late)  # and its thread takes no other
             while not waits.called:
@@ -5639,7 +5672,8 @@ class RunnerTest(unittest.TestCase):
             self.runner.enqueue(job)
             self.runner.start_jobs(time.monotonic() - 0.001)
         self.assertFalse(self.runner.recall(first))
-        self.assertEqual((os.listdir(self.dir), list(self.runner.waiting)), ([], [j.key for j in jobs]))
+        self.assertEqual((os.listdir(self.dir), list(self.runner.waiting)),
+                         ([], [j.key for j in jobs]))
         self.runner.start_jobs(time.monotonic() + PATIENCE)
         for job in jobs:
             self.assertEqual(self.result(job).exitcode, 0)
@@ -5767,7 +5801,8 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.run_one("kill -XFSZ $$")[0], 128 + signal.SIGXFSZ)
 
     def test_a_command_has_its_own_variables_instead_of_ours(self):
-        with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_RUN="x", TESTCLOUD_BROKER="b"):
+        with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_RUN="x",
+                             TESTCLOUD_BROKER="b"):
             self.runner = self.new_runner(1, "w1")
         job = tc.Job(("r", 5, 2), {"cmd": "env | grep ^TESTCLOUD_ | sort"})
         self.start_job(job)
@@ -5920,7 +5955,8 @@ class RunnerTest(unittest.TestCase):
                 ("/no/such/shell", "this worker has no shell /no/such/shell (see --shell)"),
                 ("no-such-shell", "this worker has no shell no-such-shell (see --shell)"),
                 ("echo", "this worker has no shell echo (see --shell)"),  # not from the directory
-                (file, f"this worker cannot execute the shell {file}: Permission denied (see --shell)"),
+                (file,
+                 f"this worker cannot execute the shell {file}: Permission denied (see --shell)"),
                 (f"{file}/sh", f"this worker has no shell {file}/sh (see --shell)"),
                 ("/bin/s\0h", "cannot start it: embedded null byte")):
             with self.subTest(shell):
@@ -6090,7 +6126,8 @@ class RunnerTest(unittest.TestCase):
         closer.join(PATIENCE)
 
     def test_without_threads_commands_are_handed_back(self):
-        with mock.patch.object(tc.threading.Thread, "start", side_effect=RuntimeError("can't start")):
+        with mock.patch.object(tc.threading.Thread, "start",
+                               side_effect=RuntimeError("can't start")):
             self.assertTrue(self.result(self.start("true")).requeue)
         self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
 
@@ -6294,7 +6331,8 @@ class RetryPolicyTest(unittest.TestCase):
         for _ in range(tc.EXCLUDE_AFTER - 1):
             self.assertEqual(self.learn(policy, *tries), {})
             self.learn(policy, (0, "h"))  # it need not fail all in a row
-        self.assertEqual(self.learn(policy, *tries), {"h": "failed there, twice each, and nowhere else"})
+        self.assertEqual(self.learn(policy, *tries),
+                         {"h": "failed there, twice each, and nowhere else"})
         self.assertEqual(self.learn(policy, *tries), {})
         self.assertEqual(policy.failed_only_on, {"h": tc.EXCLUDE_AFTER + 1})
 
@@ -6586,7 +6624,8 @@ class ClientTest(unittest.TestCase):
         self.assertEqual(report.command.verdict, tc.ONLY)
         self.assertEqual([row.host for row in report.command.tries.values()], ["vm", "vm~2", "vm"])
         names = tc.HostNames()
-        self.assertEqual([names.name_of(one) for one in ("vm~2", "vm/a", "vm/b", "vm/a", "a b", "x/y/z")],
+        self.assertEqual([names.name_of(one) for one in ("vm~2", "vm/a", "vm/b", "vm/a", "a b",
+                                                         "x/y/z")],
                          ["vm~2", "vm", "vm~3", "vm", "a b", "x/y"])
 
     def test_a_run(self):
@@ -6833,7 +6872,8 @@ class ClientTest(unittest.TestCase):
         self.result(1, 2, host="i", stdout="passed", size=6)
         b.effect(tc.ProvisionalResult)
         self.result(1, 3, 1, host="h", stdout="x...cut", size=7)
-        _, *others = [(one.size, one.output) for one in b.effect(tc.FinalResult).command.tries.values()]
+        tries = b.effect(tc.FinalResult).command.tries.values()
+        _, *others = [(one.size, one.output) for one in tries]
         self.assertEqual(others, [(0, b"")] * 2)
 
 
@@ -6851,7 +6891,8 @@ class ClientTest(unittest.TestCase):
             b.expect("{", attempt=attempt, limit=1 if self.client.rechecks.commands else None,
                      never_on=never if attempt > 1 and never and most != 1 else None)
             self.result(1, attempt, exitcode, host=host, stdout=f"from {host}")
-            wanted += [(line[2].get("on"), line[2].get("not_on")) for line in b.lines if line[1] == "{"]
+            wanted += [(fields.get("on"), fields.get("not_on"))
+                       for _, verb, fields in b.lines if verb == "{"]
         reports = [effect for effect in b.effects if isinstance(effect, tc.FinalResult)]
         return wanted, reports[0] if reports else None
 
@@ -6909,7 +6950,8 @@ class ClientTest(unittest.TestCase):
         b.effects.clear()
         b.wait(0.2)
         report = b.effect(tc.FinalResult)
-        self.assertEqual((report.command.verdict, report.command.provisional["host"]), (tc.FLAKY, "i"))
+        self.assertEqual((report.command.verdict, report.command.provisional["host"]),
+                         (tc.FLAKY, "i"))
         self.assertEqual(b.effects[-1], tc.Exit(0))
 
     @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
@@ -6972,7 +7014,8 @@ class ClientTest(unittest.TestCase):
         b.lines.clear()
         b.hear('LOST {"tasks":[[1,2]],"why":"worker w is gone","fault":"crash","worker":"w"}')
         b.expect("{", attempt=3, never_on=["h"])
-        self.result(1, 3, host="i", stdout="x" * 5, size=tc.INLINE + 1)  # the whole is to be fetched
+        self.result(1, 3, host="i", stdout="x" * 5,
+                    size=tc.INLINE + 1)  # the whole is to be fetched
         b.expect("FETCH", attempt=3)
         b.hear('LOST {"tasks":[[1,3]],"why":"its output is lost"}')
         b.effect(tc.ProvisionalResult)
@@ -6983,7 +7026,8 @@ class ClientTest(unittest.TestCase):
             b.wait(2)
             b.answer(slots=2, workers=1)
         b.hear(tc.encode("LOST", {"tasks": [[1, 5]], "why": "none", "fault": tc.NOWHERE}))
-        self.assertEqual([e for e in b.effects if isinstance(e, tc.FinalResult)][0].result["attempt"], 1)
+        final = next(effect for effect in b.effects if isinstance(effect, tc.FinalResult))
+        self.assertEqual(final.result["attempt"], 1)
 
     def test_what_takes_long_for_such_an_exit_code_did_start(self):
         for exitcode, ms, again in ((127, tc.START_TIME - 1, True), (127, tc.START_TIME, False),
@@ -7369,7 +7413,8 @@ class ClientTest(unittest.TestCase):
             b.effects.clear()
             b.hear(f'QUEUED {{"tasks":[[1,{attempt}]],"worker":"w"}}')
             b.hear(f'CHUNK {{"id":1,"attempt":{attempt},"offset":0}}', data=b"x" * shown)
-            self.assertEqual([(e.offset, len(e.data)) for e in b.effects if isinstance(e, tc.LiveOutput)],
+            self.assertEqual([(effect.offset, len(effect.data)) for effect in b.effects
+                              if isinstance(effect, tc.LiveOutput)],
                              [(0, shown)] if shown else [])
             self.result(1, attempt, code, host=host, stdout="xxx", size=3)
         self.assertEqual(b.effect(tc.FinalResult).command.shown, 2)
@@ -7551,7 +7596,8 @@ class ClientTest(unittest.TestCase):
         for left in False, True, True:
             self.client.cancel(130, b.now)
             b.collect()
-            self.assertEqual((self.client.stopped, self.client.never_ran, self.client.left), (1, 2, left))
+            self.assertEqual((self.client.stopped, self.client.never_ran, self.client.left),
+                             (1, 2, left))
         self.assertEqual([verb for _, verb, _ in b.lines], ["CANCEL", "DONE", "BYE"])
         self.assertEqual([e.status for e in b.effects if isinstance(e, tc.Exit)], [130])
 
@@ -7621,7 +7667,8 @@ class ClientTest(unittest.TestCase):
                 ((), {}, {"workers": 2, "slots": 2}, "all 2 are busy"),
                 ((), {}, {"workers": 2, "slots": 2, "lacks": "a \1b"},
                  "waiting for a \\x01b; there is none among 2 workers"),
-                (("gpu",), {}, {"workers": 2, "slots": 2}, "all of workers with --label gpu are busy"),
+                (("gpu",), {}, {"workers": 2, "slots": 2},
+                 "all of workers with --label gpu are busy"),
                 ((), {"never_on": ["h1", "h2"]}, {"workers": 2, "slots": 2},
                  "all of hosts other than h1, h2 are busy")):
             self.client = tc.Client("r1", options=tc.RunOptions(needs=needs))
@@ -7702,7 +7749,8 @@ class StatusClientTest(unittest.TestCase):
     def test_hosts_of_one_name_are_two(self):
         b = Bench(tc.StatusClient("tcp://b:1", math.inf))
         row = {"name": "w", "kind": "worker", "below": [], "labels": [], "slots": 1, "weight": 1,
-               "running": 0, "held": 0, "done": 0, "failed": 0, "load": 0, "there": True, "silent": 0}
+               "running": 0, "held": 0, "done": 0, "failed": 0, "load": 0, "there": True,
+               "silent": 0}
         rows = [dict(row, host=host) for host in ("vm/a", "vm/b")]
         for again in range(2):
             b.hear(tc.encode("STATUS", dict(MessagesTest.EXAMPLES["STATUS"], workers=rows)))
@@ -7812,7 +7860,8 @@ class ReportingTest(unittest.TestCase):
             for output in r.sample(outputs, len(outputs)):
                 data = in_pieces(output) if split else output
                 fetched = data and r.random() < 0.5
-                cuts = [0, *sorted(r.sample(range(1, len(data)), min(3, len(data) - 1)))] if fetched else ()
+                most = min(3, len(data) - 1)
+                cuts = [0, *sorted(r.sample(range(1, len(data)), most))] if fetched else ()
                 for at, to in zip(cuts, [*cuts[1:], len(data)]):
                     store.put_part(tc.FetchedOutput(at, data[at:to]))
                 with mock.patch.object(tc, "BLOCK_SIZE", 4):
@@ -7910,7 +7959,8 @@ class ReportingTest(unittest.TestCase):
         self.assertEqual(lines[12][:8], "OK! xxxx")
         self.assertLess(max(map(len, lines)), 1100)
         self.assertEqual(lines[14:17], [
-            "Some commands failed :(", "13 of 14 commands failed: 6 with exit code 1, 6 with exit code "
+            "Some commands failed :(",
+            "13 of 14 commands failed: 6 with exit code 1, 6 with exit code "
             "2, 1 with exit code 4", "  FAIL(1) on h: c0"])
         self.assertEqual(lines[25:-2], [
             "  FAIL(2) on h: c9", "  and 3 more",
@@ -8023,7 +8073,8 @@ class ReportingTest(unittest.TestCase):
 
     def test_quiet_says_nothing_of_a_run_that_passed(self):
         for more, tries, skipped_failed, said in (
-                ((), (), 0, ""), ((), [(1, "i")], 0, "FLAKY! a"), ((), (), 1, "Some commands failed"),
+                ((), (), 0, ""), ((), [(1, "i")], 0, "FLAKY! a"),
+                ((), (), 1, "Some commands failed"),
                 (("--json",), [(1, "i")], 0, ""), (("--json",), (), 1, "Some commands failed")):
             out = self.text("-b", "--quiet", *(more or ["--raw"]))
             self.reports.reporters[0].reporters[1:] = ()  # without JSON lines
@@ -8040,7 +8091,8 @@ class ReportingTest(unittest.TestCase):
             lines = out.getvalue().decode().split("\n")
             self.assertEqual(lines[1][:20], words)
             self.assertEqual("To run just these again: do it again" in lines, bool(failed))
-            self.assertIn("Skipped 3 that an earlier run has done" + ", 1 of which failed" * failed, lines)
+            self.assertIn("Skipped 3 that an earlier run has done" + ", 1 of which failed" * failed,
+                          lines)
 
     def test_the_hash_of_a_part_of_the_run_is_called_so(self):
         for complete in (True, False):
@@ -8191,7 +8243,8 @@ class ReportingTest(unittest.TestCase):
             self.reports.reporters = tc.Display(
                 settings, self.reports.store, None, self.client).reporters
         with mock.patch.object(tc, "BLOCK_SIZE", 3):
-            self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")), split=True)
+            self.report("a", output=self.pieces((1, b"out"), (2, b"err"), (1, b"more\n")),
+                        split=True)
         self.report("b", output=b"of a plain worker")
         self.end()
         self.assertEqual(out.getvalue(), b"outmore\nof a plain worker")
@@ -8227,7 +8280,8 @@ class ReportingTest(unittest.TestCase):
         with mock.patch.object(tc, "BLOCK_SIZE", 3):
             self.report("a '☃", 3, b"1\xe2\x98\x83\n", tries=[(1, "i")], slot=2, signal=9)
         row = json.loads(out.getvalue())
-        self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"], row["time"]),
+        self.assertEqual((row["command"], row["output"], row["exitcode"], row["verdict"],
+                          row["time"]),
                          ("a '☃", "1☃\n", 3, "FAIL", 8.14))
         self.assertEqual((row["tries"], row["slot"], row["seq"]), ([{
             "exitcode": 1, "host": "i", "worker": "", "slot": 0, "started": 0.0, "time": 0.0,
@@ -8388,7 +8442,8 @@ class ReportingTest(unittest.TestCase):
             for failures_too, expected in ((False, (True, 2, 1)), (True, (False, 1, 0))):
                 earlier = tc.EarlierRun(rows, failures_too)
                 earlier.has_done("b", 0)
-                self.assertEqual((earlier.has_done("a", 0), earlier.skipped, earlier.skipped_failed),
+                self.assertEqual((earlier.has_done("a", 0), earlier.skipped,
+                                  earlier.skipped_failed),
                                  expected)
 
     def test_the_joblog_names_the_host_in_one_column(self):
@@ -8491,7 +8546,8 @@ class ReportingTest(unittest.TestCase):
 
     def test_advice(self):
         for times, slots, words in (
-                ([38.0] + [9.0] * 40, 4, "longest command 38.0 s; 11 slots would reach 38.0 s; more"),
+                ([38.0] + [9.0] * 40, 4,
+                 "longest command 38.0 s; 11 slots would reach 38.0 s; more"),
                 ([38.0] + [9.0] * 40, 12, "longest command 38.0 s: more slots than 11 do not help"),
                 ([0.17] + [0.0015] * 100_000, 2, "; 28 slots would reach 5.36 s;"),  # for a broker
                 ([1.0], 1, "more slots than 1"), ([0.0, 0.0], 3, "more slots than 1")):
@@ -8572,7 +8628,8 @@ class ReportingTest(unittest.TestCase):
         whole, table = tc.status_tables({"workers": [], "above": ["b\x1b"], "clients": [
             dict(client, there=False), dict(client, kind="plain", pid=None),
             dict(client, host="x" * 99, kind="above")]}, "tcp://b:1")
-        self.assertEqual(whole, ["tcp://b:1: 0 workers, 0 of 0 slots busy, 3 clients", r"below b\x1b"])
+        self.assertEqual(whole,
+                         ["tcp://b:1: 0 workers, 0 of 0 slots busy, 3 clients", r"below b\x1b"])
         self.assertEqual([line.split("  ")[0] for line in table[1:]],
                          ["h", "h (plain)", f"{'x' * 29}...{'x' * 13} (broker above)"])
         self.assertTrue(table[1].endswith("  its connection"))
@@ -8600,7 +8657,8 @@ class ReportingTest(unittest.TestCase):
 
     def test_a_progress_notice_comes_when_nothing_else_was_written(self):
         client, bar, said = tc.Client("r1"), tc.ProgressLine(), []
-        with mock.patch.object(tc, "PROGRESS_LINE", bar), mock.patch.object(tc, "print_notice", said.append), \
+        with mock.patch.object(tc, "PROGRESS_LINE", bar), \
+                mock.patch.object(tc, "print_notice", said.append), \
                 mock.patch.object(tc.time, "monotonic") as clock:
             for steady, heard, wanted in ((False, (), [60, 120]), (False, (50,), [110]),
                                           (True, (50,), [60, 120])):
@@ -8625,12 +8683,14 @@ class ReportingTest(unittest.TestCase):
         def shown(options, tty=True, piped=False, term="xterm", stderr=True):
             settings = tc.build_parser().parse_args(["client", *options])
             status = mock.Mock(st_mode=stat.S_IFIFO if piped else stat.S_IFCHR)
-            with mock.patch.object(sys, "stderr", mock.Mock(isatty=lambda: tty) if stderr else None), \
+            stderr = mock.Mock(isatty=lambda: tty) if stderr else None
+            with mock.patch.object(sys, "stderr", stderr), \
                     mock.patch.object(os, "fstat", lambda file: status), \
                     mock.patch.dict(os.environ, {"TERM": term}):
                 progress = tc.progress_of(settings, tc.Client("r1"), None)
             return progress and (progress.interval, bool(progress.steady))
-        line, sometimes, steadily = (0, False), (tc.SILENCE_INTERVAL, False), (tc.STEADY_INTERVAL, True)
+        line, sometimes = (0, False), (tc.SILENCE_INTERVAL, False)
+        steadily = (tc.STEADY_INTERVAL, True)
         for wanted, *case in (
                 (line, []), (None, ["--quiet"]), (None, ["--quiet", "-p"]), (line, ["-p"]),
                 (sometimes, [], {"tty": False}), (steadily, ["-p"], {"tty": False}),
@@ -8645,7 +8705,8 @@ class ReportingTest(unittest.TestCase):
         self.assertEqual(tc.fit_to_screen(tables, 80, 8), [
             "the whole", "worker 0", "worker 1", "worker 2", "(17 more lines)",
             "CLIENTS", "one of them"])
-        self.assertEqual(tc.fit_to_screen(tables, 8, 5), ["the who", "worker ", "(19 mor", "CLIENTS"])
+        self.assertEqual(tc.fit_to_screen(tables, 8, 5),
+                         ["the who", "worker ", "(19 mor", "CLIENTS"])
         self.assertEqual(tc.fit_to_screen([["a " * 10], ["x" * 9]], 12, 24),
                          ["a a a a a a", "    a a a a", "", "x" * 9])
         for rows in range(2, 30):
@@ -8670,7 +8731,8 @@ HEAD, TAIL = tc.JUNIT_HEAD, tc.JUNIT_TAIL
 XML_ORDER = ["failure", "rerunFailure", "flakyFailure", "error", "system-out"]
 FAILED_TOO = tc.Try(3, "h1"), tc.Try(1, "h2")
 PASSED_TOO = tc.Try(3, "h1"), tc.Try(0, "h1")
-ODD = "\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ <&>'\" ]]> <![CDATA[ &#0;"
+ODD = ("\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ "
+       "<&>'\" ]]> <![CDATA[ &#0;")
 
 
 def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
@@ -8681,13 +8743,15 @@ def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
 
 
 def never(seq, reason="no worker has gpu"):
-    return outcome(seq, "gpu", 126, host="", worker="", slot=0, started=0.0, spent=0.0, reason=reason)
+    return outcome(seq, "gpu", 126, host="", worker="", slot=0, started=0.0, spent=0.0,
+                   reason=reason)
 
 
 def document(*outcomes, output=b"", trouble="", name="nightly", flaky_counts=False):
     """A JUnit report of these."""
     pieces = [output] if isinstance(output, bytes) else output
-    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), trouble, 2500.0, flaky_counts))
+    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), trouble, 2500.0,
+                                flaky_counts))
 
 
 def cases(*outcomes, **more):
@@ -8748,7 +8812,8 @@ class JUnitTest(unittest.TestCase):
         row = outcome(verdict="FLAKY", tries=(
             tc.Try(2, "h0"), tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
         case, = cases(row, flaky_counts=True, output=b"passed")
-        self.assertTrue(case.findtext("failure").endswith("2 on h0, 3 on h1, 0 on h\n\non h1:\nwhy"))
+        self.assertTrue(case.findtext("failure").endswith(
+            "2 on h0, 3 on h1, 0 on h\n\non h1:\nwhy"))
 
     def test_outputs_of_tries_are_bounded_too(self):
         one = tc.Try(1, "h1", size=4096, output=b"\0" * 4096)
@@ -8774,7 +8839,8 @@ class JUnitTest(unittest.TestCase):
             root = ET.fromstring(document(*EVERY_VERDICT, trouble=trouble,
                                           flaky_counts=flaky_counts).encode())
             for node in (root, root.find("testsuite")):
-                for what, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error")):
+                for what, tag in (("tests", "testcase"), ("failures", "failure"),
+                                  ("errors", "error")):
                     self.assertEqual(int(node.get(what)), len(list(root.iter(tag))), what)
                 self.assertEqual((node.get("name"), node.get("time")), ("nightly", "2.500"))
             self.assertEqual(root.find("testsuite").get("timestamp"), "2023-11-14T22:13:20+00:00")
@@ -8800,7 +8866,8 @@ class JUnitTest(unittest.TestCase):
         found = cases(outcome(3), outcome(1), outcome(4, "pi 2 [2]"), outcome(2),
                       outcome(5, "b" * 999, 1), outcome(6, "b" * 998))
         self.assertEqual([case.get("name") for case in found], [
-            "pi 2", "pi 2 [2]", "pi 2 [3]", "pi 2 [2] [2]", "b" * 240 + "...", "b" * 240 + "... [2]"])
+            "pi 2", "pi 2 [2]", "pi 2 [3]", "pi 2 [2] [2]", "b" * 240 + "...",
+            "b" * 240 + "... [2]"])
         self.assertIn("\ncommand: " + "b" * 999 + "\n", found[4].find("failure").text)
         self.assertEqual({case.get("classname") for case in found}, {"nightly"})
 
@@ -8818,7 +8885,8 @@ class JUnitTest(unittest.TestCase):
         self.assertIn('tests="0"', document())
 
     def test_every_character_makes_a_document(self):
-        shown = r"\x00\x07\x08" + "\t" + r"\x0b\x1b" + "\x7f\x85" + r" \x80\xff\ud800 \ufffe\uffff" + \
+        shown = r"\x00\x07\x08" + "\t" + r"\x0b\x1b" + "\x7f\x85" + \
+            r" \x80\xff\ud800 \ufffe\uffff" + \
             "\U0001f40d ☃ <&>'\" ]]> <![CDATA[ &#0;"
         row = outcome(1, ODD, 1, host=ODD, worker=ODD, reason=ODD, tries=(tc.Try(1, ODD),))
         case, = cases(row, output=ODD.encode("utf-8", "surrogatepass"), name=ODD)
@@ -8897,7 +8965,8 @@ class JUnitTest(unittest.TestCase):
                                  set(root.find("testsuite").attrib))
 
     def test_all_are_valid(self):
-        schema = os.path.join(HERE, ".venv", "junit-10.xsd")  # of Jenkins' xunit plugin; see Makefile
+        schema = os.path.join(HERE, ".venv",
+                              "junit-10.xsd")  # of Jenkins' xunit plugin; see Makefile
         try:
             from lxml import etree
         except ImportError:
@@ -8944,7 +9013,8 @@ class WholeFileTest(unittest.TestCase):
         for durable in (True, False):
             calls = []
             with mock.patch.object(os, "fsync", lambda file, calls=calls: calls.append("fsync")), \
-                    mock.patch.object(os, "replace", lambda *paths, calls=calls: calls.append("replace")):
+                    mock.patch.object(os, "replace",
+                                      lambda *paths, calls=calls: calls.append("replace")):
                 tc.write_atomically(self.path, ["x"], durable)
             self.assertEqual(calls, ["fsync", "replace"] if durable else ["replace"])
 
@@ -9001,7 +9071,8 @@ class WholeFileTest(unittest.TestCase):
     def test_what_cannot_be_written_raises(self):
         loop = os.path.join(self.folder, "loop")
         os.symlink("loop", loop)
-        for path in (self.folder, os.path.join(self.folder, "no", "report.xml"), "/proc/none", loop):
+        for path in (self.folder, os.path.join(self.folder, "no", "report.xml"), "/proc/none",
+                     loop):
             with self.assertRaises(OSError):
                 tc.write_atomically(path, ["x"])
         os.unlink(loop)
@@ -9193,13 +9264,15 @@ class PageTest(unittest.TestCase):
         text = rendered(MIXED_RUN)
         parsed = Parsed(text)
         self.assertEqual(parsed.strays, [])
-        ids = [element.attributes["id"] for element in parsed.elements if "id" in element.attributes]
+        ids = [element.attributes["id"] for element in parsed.elements
+               if "id" in element.attributes]
         self.assertEqual(len(ids), len(set(ids)))
         policy = parsed.one("meta", http_equiv="Content-Security-Policy").attributes["content"]
         self.assertTrue(policy.startswith("default-src 'none';"))
         for element in parsed.elements:
             self.assertNotIn(element.tag, ("link", "iframe", "img", "object", "base", "form"))
-            self.assertFalse([name for name in element.attributes if name == "src" or name[:2] == "on"])
+            self.assertFalse([name for name in element.attributes
+                              if name == "src" or name[:2] == "on"])
             self.assertTrue(element.attributes.get("href", "#").startswith("#"))
         self.assertNotIn("://", tc.HTML_TEMPLATE)
 
@@ -9214,13 +9287,15 @@ class PageTest(unittest.TestCase):
                 (flaky, "3 commands; not <all>", "FAIL", "not <all>"),
                 (MIXED_RUN, "7 of 49 commands failed; not all", "FAIL", "not all"),
                 ([], "No commands; not all", "FAIL", "not all")]:
-            page = Parsed("".join(tc.html_page("a run", outcomes, lambda outcome: iter([]), (), *more)))
+            page = Parsed("".join(tc.html_page("a run", outcomes, lambda outcome: iter([]), (),
+                                               *more)))
             self.assertEqual((page.one("h1").text, page.one("header").attributes["class"]),
                              (words, state))
 
     def test_failures_and_flaky_need_no_script(self):
         text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]
-        self.assertIn("exit code 137; killed by SIGKILL; tried 2 times; other exit codes: 1 on host2; "
+        self.assertIn("exit code 137; killed by SIGKILL; tried 2 times; other exit codes: "
+                      "1 on host2; "
                       "host2, slot 2 of host2-7-ab, 410.00 ms",
                       text)
         self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
@@ -9259,7 +9334,8 @@ class PageTest(unittest.TestCase):
         self.assertEqual(pre.text, "\na\ufffd\n\\x1b[1m\\rb")
 
     def test_no_output_and_a_character_between_its_halves(self):
-        text = Parsed(rendered([paged(1, "FAIL")], lambda outcome: iter([]))).one("section", id="failures")
+        page = Parsed(rendered([paged(1, "FAIL")], lambda outcome: iter([])))
+        text = page.one("section", id="failures")
         self.assertIn("It wrote nothing.", text.text)
         pre = failure_in_page([b"x" * (tc.HTML_OUTPUT - 1) + "☃".encode()])
         self.assertTrue(pre.text.endswith("x☃"))
@@ -9390,7 +9466,8 @@ class BrowserTest(unittest.TestCase):
                                        (["next", "back"], 1, ["back"])):
             parsed = self.visit(long, extra="".join(f"$('{id}').click();" for id in clicks))
             self.assertEqual(self.lines(parsed)[0], f"l{first}")
-            self.assertEqual([button.attributes["id"] for button in parsed.all("button", hidden="")],
+            hidden = parsed.all("button", hidden="")
+            self.assertEqual([button.attributes["id"] for button in hidden],
                              buttons)
 
     def test_slowest_first(self):
@@ -9400,7 +9477,8 @@ class BrowserTest(unittest.TestCase):
     def test_times_are_written_as_testcloud_writes_them(self):
         times = [0.0, 8.14, 999.99, 1000, 9990, 10_000, 119_400, 119_600, 3_600_000, 7_199_600, 9e6]
         parsed = self.visit([], extra=f"document.title = {times}.map(duration).join()")
-        self.assertEqual(parsed.one("title").text.split(","), [tc.duration(ms / 1000) for ms in times])
+        self.assertEqual(parsed.one("title").text.split(","),
+                         [tc.duration(ms / 1000) for ms in times])
 
     def test_a_long_command_is_cut_in_the_list_and_whole_when_chosen(self):
         long = paged(1, cmd="x" * 9999)
@@ -9443,7 +9521,8 @@ class BrowserTest(unittest.TestCase):
 
     def test_a_command_is_filled_in_when_it_is_first_opened(self):
         click = """$("l5").firstChild.click();"""
-        parsed = self.visit(MIXED_RUN, extra=click + f"setTimeout(() => {{ {click} {click} }}, 100)")
+        parsed = self.visit(MIXED_RUN,
+                            extra=click + f"setTimeout(() => {{ {click} {click} }}, 100)")
         self.assertEqual(self.chosen(parsed).text.count("slot 2 of host2-7-ab"), 1)
 
     def point(self, kind, seq):
@@ -9478,7 +9557,8 @@ class BrowserTest(unittest.TestCase):
     def test_other_tries_are_behind_what_is_reported(self):
         middle = """const c = bySeq.get(1), dots = devicePixelRatio, y = yOf(c.row) + HEIGHT / 2;
             document.title = pen.getImageData((xOf(c) + 1) * dots, y * dots, 1, 1).data"""
-        one, long = paged(1, "FAIL", spent=2.0, slot=1), paged(2, spent=60_000.0, slot=2, host="host1")
+        one = paged(1, "FAIL", spent=2.0, slot=1)
+        long = paged(2, spent=60_000.0, slot=2, host="host1")
         tries = tuple(tc.Try(1, one.host, one.worker, 1, one.started + more, 2.0)
                       for more in (-0.003, 0.003, 0.006))
         seen = {self.visit([row, long], extra=middle).one("title").text
@@ -9487,7 +9567,8 @@ class BrowserTest(unittest.TestCase):
 
     def test_other_tries_are_faint_bars_in_their_rows(self):
         row = paged(1, "FAIL", spent=500.0, slot=1, host="h", worker="w", tries=(
-            tc.Try(1, "h", "w", 2, 1764080001.0, 500.0), tc.Try(0, "h", "w", 3, 1764080001.0, 500.0)))
+            tc.Try(1, "h", "w", 2, 1764080001.0, 500.0),
+            tc.Try(0, "h", "w", 3, 1764080001.0, 500.0)))
         parsed = self.visit([row], extra="""const dots = devicePixelRatio, line = pen.getImageData(
             (xOf(bySeq.get(1)) + 3) * dots, 0, 1, canvas.height).data;
             document.title = [...[0, 1, 2].map(row => yOf(row) + HEIGHT / 2), 1].map(y =>
@@ -9512,18 +9593,21 @@ class BrowserTest(unittest.TestCase):
 
     def test_the_bar_of_an_opened_command_comes_in_sight(self):
         parsed = self.visit(MIXED_RUN[:40], extra="""$("zoom").value = 6; $("zoom").oninput();
-            location.hash = "seq=40"; setTimeout(() => { document.title = xOf(bySeq.get(40)); }, 100)""")
+            location.hash = "seq=40";
+            setTimeout(() => { document.title = xOf(bySeq.get(40)); }, 100)""")
         self.assertTrue(170 < float(parsed.one("title").text) < 1400, parsed.one("title").text)
 
     def test_runs_that_are_odd(self):
         for outcomes in ([], [paged(1, "FAIL", **NEVER_RAN)], [paged(1, spent=0.0)],
                          [paged(1), paged(2, started=1e17)], [paged(7, host="__proto__")]):
-            self.assertEqual(self.visit(outcomes).one(id="found").text.split()[0], str(len(outcomes)))
+            self.assertEqual(self.visit(outcomes).one(id="found").text.split()[0],
+                             str(len(outcomes)))
 
     def test_hosts_with_wrong_clocks_begin_together(self):
         for late, aligned in ((5.0, False), (86400.0, True)):
             parsed = self.visit([paged(1), paged(2, started=1764080000.0 + late)],
-                                extra="document.title = [1, 2].map(n => xOf(bySeq.get(n)) === GUTTER)")
+                                extra="document.title = [1, 2].map("
+                                      "n => xOf(bySeq.get(n)) === GUTTER)")
             self.assertEqual(parsed.one("title").text, f"true,{str(aligned).lower()}")
             self.assertEqual("clocks of hosts differ" in parsed.one(id="caption").text, aligned)
 
@@ -10036,7 +10120,8 @@ class KeyFilesTest(unittest.TestCase):
     def test_a_damaged_file_is_refused_without_showing_it(self):
         good = self.KEYS.to_json()
         for text in ("", "x", "{}", "[]", "[" * 100000, good[:-20],
-                     good.replace("B" * 40, "B" * 39), good.replace("h" * 40, "h" * 41), good.replace("x" * 40, ""),
+                     good.replace("B" * 40, "B" * 39), good.replace("h" * 40, "h" * 41),
+                     good.replace("x" * 40, ""),
                      good.replace('"public": "a', '"pub": "a'),
                      good.replace("s" * 40, "\u00e9" * 40), good.replace("s" * 40, "~" * 40),
                      json.dumps({"broker": {"public": "B" * 40}}), good.replace('"d', '1, "d')):
@@ -10441,7 +10526,8 @@ class KeysTest(unittest.TestCase):
                 ("without a key", None, False, False), ("any key", stranger, False, False),
                 ("a worker's", worker, False, True), ("a client's", client, True, False),
                 ("a revoked one", revoked, False, False), ("another's name", stolen, False, False),
-                ("the broker's public key", tc.KeyPair(cloud.broker, stranger.secret), False, False),
+                ("the broker's public key", tc.KeyPair(cloud.broker, stranger.secret), False,
+                 False),
                 ("the cloud's for workers", cloud.pairs["worker"], False, True),
                 ("the cloud's for clients", cloud.pairs["client"], True, False)]:
             with self.subTest(who):
@@ -10502,7 +10588,7 @@ class KeysTest(unittest.TestCase):
         for frames in (*([line] for line in theirs), *([b"", run, line] for line in theirs)):
             two.send_multipart(frames)
         two.send(b'HELLO {"run":"%s"}' % other)
-        self.assertTrue(two.recv().startswith(b"OK"))  # so all that is heard, and answered with nothing
+        self.assertTrue(two.recv().startswith(b"OK"))  # so all that was heard and not answered
         self.assertFalse(worker.poll(0))
         worker.send_multipart([b"", run, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"y"}'])
         self.assertIn(b'"stdout":"y"', one.recv())
@@ -10562,7 +10648,8 @@ class KeysTest(unittest.TestCase):
         self.assertEqual(two.recv_multipart()[1:], [token, b'CANCEL {"tasks":[[1,1]]}'])
         self.assertTrue(two.recv().startswith(b"OK"))
         two.send_multipart([b"", token, b'RESULT {"id":1,"attempt":1,"exitcode":9,"stdout":"bad"}'])
-        one.send_multipart([b"", token, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"good"}'])
+        one.send_multipart([b"", token,
+                            b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"good"}'])
         self.assertIn(b'"good"', client.recv())
 
     def test_a_routing_id_of_a_peers_own_choice_is_refused(self):
@@ -10636,7 +10723,8 @@ class KeysTest(unittest.TestCase):
                     peer = self.cloud.worker(broker, *argv, "--wait", "5")
                 else:
                     above = ["--upstream-key", path] if path else []
-                    peer = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--insecure", "--upstream",
+                    peer = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--insecure",
+                                             "--upstream",
                                              broker.workers, *above)
                 started.append((role, what, peer))
         for role, what, peer in started:
@@ -10644,7 +10732,8 @@ class KeysTest(unittest.TestCase):
                 if role != "broker":
                     self.assertEqual(peer.wait(PATIENCE), 3)
                 self.cloud.wait_for_log(peer, what)
-                told = re.findall("^testcloud: waiting.*|gave up waiting.*", self.cloud.err(peer), re.M)
+                told = re.findall("^testcloud: waiting.*|gave up waiting.*", self.cloud.err(peer),
+                                  re.M)
                 self.assertEqual(len(told), 1 + (role != "broker"), told)
                 self.assertEqual([what in line for line in told], [True] * len(told), told)
                 self.assertNotIn("Traceback", self.cloud.err(peer))
@@ -10686,7 +10775,8 @@ class KeysTest(unittest.TestCase):
         for role, port in (("client", self.broker.workers), ("worker", self.broker.clients)):
             peer = self.cloud.start(role, "--connect", port, "--key", self.path, "--wait", "3",
                                     stdin=subprocess.PIPE)
-            self.cloud.wait_for_log(peer, f"does not accept our key: that is not the port for {role}s")
+            self.cloud.wait_for_log(peer,
+                                    f"does not accept our key: that is not the port for {role}s")
         self.cloud.wait_for_log(self.broker, "its key is for another role")
 
     def test_the_security_mechanism_is_known_by_the_greeting(self):
@@ -10770,7 +10860,7 @@ class KeysTest(unittest.TestCase):
                     self.assertEqual(text in proxy.recorded, readable, text)
 
     def test_connections_of_strangers_disturb_nobody(self):
-        """Unfinished handshakes in masses, slow ones, port scans, noise: a run goes on meanwhile."""
+        """Unfinished handshakes in masses, slow ones, port scans, noise: a run goes on."""
         self.cloud.worker(self.broker, "--key", self.path)
         place = tc.split_tcp(self.broker.clients)
         strangers, r = [], random.Random(5)
@@ -10788,7 +10878,8 @@ class KeysTest(unittest.TestCase):
         for n in range(200):
             client.stdin.write(b"echo %d >> done\n" % n)
             client.stdin.flush()
-            come(r.choice((b"GET / HTTP/1.0\r\n\r\n", b"SSH-2.0-x\r\n", r.randbytes(1000), b"\0" * 9)))
+            come(r.choice((b"GET / HTTP/1.0\r\n\r\n", b"SSH-2.0-x\r\n", r.randbytes(1000),
+                           b"\0" * 9)))
             for slow in strangers[:50]:
                 with contextlib.suppress(OSError):
                     slow.sendall(b"\0")
@@ -10856,7 +10947,8 @@ class CommandLineTest(unittest.TestCase):
                     continue  # it only seems to be there
                 tried += 1
                 for role in tc.RUN:
-                    done = subprocess.run([python, SCRIPT, role], capture_output=True, timeout=PATIENCE)
+                    done = subprocess.run([python, SCRIPT, role], capture_output=True,
+                                          timeout=PATIENCE)
                     said = done.stderr.replace(b"testcloud:", b"testcloud")
                     self.assertIn(b"testcloud needs Python 3.9 or newer", said)
                     if name in ("3.7", "3.8"):  # older ones cannot read the file
@@ -10890,7 +10982,8 @@ class CommandLineTest(unittest.TestCase):
         settings = self.parse("client", "-b", "-j", "3", "-s", "5", "pytest", "-q", "{}")
         self.assertEqual((settings.brief, settings.slots, settings.slow, settings.template),
                          (True, 3, 5.0, ["pytest", "-q", "{}"]))
-        self.assertEqual(tc.times_from(self.parse("broker", "--worker-expiry", "3")).worker_expiry, 3)
+        self.assertEqual(tc.times_from(self.parse("broker", "--worker-expiry", "3")).worker_expiry,
+                         3)
         self.assertEqual(tc.times_from(self.parse("worker")), tc.Times())
 
     def test_every_time_can_be_set_where_it_is_used(self):
@@ -10936,13 +11029,16 @@ class CommandLineTest(unittest.TestCase):
 
     def test_templates_that_would_not_do_what_they_say_are_refused(self):
         for words, hint in (
-                (["rm", "-rf", "old stuff/{}"], "write it as one word"), (["a", "", "{}"], "be empty"),
+                (["rm", "-rf", "old stuff/{}"], "write it as one word"),
+                (["a", "", "{}"], "be empty"),
                 (["sh", "-c", "echo {}; date"], "have a space in it"),
                 (['wc -c "{}"'], "{} stands in quotes"), (["wc", "'{}'"], "{} stands in quotes"),
-                (["""curl -d '{"a": {}}'"""], "write {''}"), (['"$(echo "{.}")"'], "{.} stands in q"),
+                (["""curl -d '{"a": {}}'"""], "write {''}"),
+                (['"$(echo "{.}")"'], "{.} stands in q"),
                 ([r"""'\'"{1}" """], "{1} stands in quotes"), (["{%}"], "$TESTCLOUD_SLOT"),
                 (["{2}"], "--colsep"), (["{0}"], "write {''0}"), (["{-1}"], "{-1} has no meaning"),
-                (["{= s/a/b/ =}"], "has no meaning"), (["{##}"], "{##} has"), (["{..}"], "{..} has"),
+                (["{= s/a/b/ =}"], "has no meaning"), (["{##}"], "{##} has"),
+                (["{..}"], "{..} has"),
                 (["x", "[0-9]{3}"], "write {''3}"), (['sed "s/{}/x/"'], 'write {""}'),
                 (['grep -E "a{3}" {}'], 'write {""3}'), ([r"echo '\{}'"], "in quotes"),
                 ([r'echo "x\{}"'], "in quotes"), ([r"echo \{}"], "after a backslash"),
@@ -10980,7 +11076,8 @@ class CommandLineTest(unittest.TestCase):
         for words, stdin, wanted in (("x", "a\r\nb\r\n", ["a", mark + "b"]),
                                      ("-0 x", "a\r\0b\r", ["a\r", mark + "b\r"])):
             data = (mark + stdin.replace("b", mark + "b")).encode()
-            self.assertEqual(self.arguments(*words.split(), stdin=data), [(text,) for text in wanted])
+            self.assertEqual(self.arguments(*words.split(), stdin=data),
+                             [(text,) for text in wanted])
 
     def test_sources_of_arguments(self):
         for words, stdin, wanted in [
@@ -10994,8 +11091,10 @@ class CommandLineTest(unittest.TestCase):
                 ("-0 x :::: f", b"a\nb\0c", [("a\nb",), ("c",)]),
                 ("-n 2 x", b"1\n2\n3\n", ["12", "3"]), ("-n 2 x ::: a b", b"", ["ab"]),
                 ("-n 9 x", b"", []), ("--colsep , x", b"a,b\nc\n,\n", ["ab", "c", ("", "")]),
-                (r"--colsep \s+ x ::: 1", b"", ["1"]), ("--colsep : x ::: a:b ::: c", b"", ["abc"])]:
-            self.assertEqual(self.arguments(*words.split(), stdin=stdin), [*map(tuple, wanted)], words)
+                (r"--colsep \s+ x ::: 1", b"", ["1"]),
+                ("--colsep : x ::: a:b ::: c", b"", ["abc"])]:
+            self.assertEqual(self.arguments(*words.split(), stdin=stdin), [*map(tuple, wanted)],
+                             words)
         self.assertEqual(self.arguments(":::", "", "a"), [("a",)])
         self.assertEqual(self.arguments("x", ":::", "", "a"), [("",), ("a",)])
 
@@ -11005,7 +11104,8 @@ class CommandLineTest(unittest.TestCase):
                 ("-P 4 x", "-j N --local"),
                 ("-P4 x", "-j N --local"), ("-I {} x", "{} in the template"), ("-X x", "-n N"),
                 ("-L 2 x", "-n N"), ("--results d x", "--json"), ("--wd d x", "--cwd"),
-                ("--pipe x", "no stdin"), ("--bar", "--progress"), ("--retry 2 x", "mean --retries?"),
+                ("--pipe x", "no stdin"), ("--bar", "--progress"),
+                ("--retry 2 x", "mean --retries?"),
                 ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
                 ("--joblgo=x ls", "--joblog?"), ("-q x", "one word"), ("--group x", "never"),
                 ("--block 1k x", "no option --block (see")):
@@ -11026,7 +11126,8 @@ class CommandLineTest(unittest.TestCase):
         status, out, err = self.main_process(
             "client", "--local", "--joblog", os.devnull, "false", ":::", "a")
         self.assertEqual(status, 1)
-        self.assertRegex(out, r"To run just these again: python3 \S+ client --resume-failed --local "
+        self.assertRegex(out,
+                         r"To run just these again: python3 \S+ client --resume-failed --local "
                               r"--joblog=/dev/null -- false ::: a\n")
         status, out, err = self.main_process("client", "--local", "--need", "x", ":::", "true")
         self.assertEqual(status, 0)
@@ -11049,7 +11150,8 @@ class CommandLineTest(unittest.TestCase):
             link = os.path.join(folder, "link")
             os.symlink("/", link)
             for more in ("", "--env=A=b"):
-                argv = ["client", "--local", "--raw", "-C", link, *filter(None, [more]), ":::", "pwd"]
+                argv = ["client", "--local", "--raw", "-C", link, *filter(None, [more]), ":::",
+                        "pwd"]
                 self.assertEqual(self.main_process(*argv)[1], link + "\n")
 
     def test_a_directory_from_the_workers_home(self):
@@ -11062,16 +11164,20 @@ class CommandLineTest(unittest.TestCase):
     def test_a_dry_run_prints_what_would_be_run(self):
         log = os.path.join(tempfile.mkdtemp(), "log")
         self.addCleanup(shutil.rmtree, os.path.dirname(log))
-        self.assertEqual(self.main_process("client", "--local", "--joblog", log, ":::", "true")[0], 0)
+        self.assertEqual(self.main_process("client", "--local", "--joblog", log, ":::", "true")[0],
+                         0)
         for more, status, out in ((["--resume", "--joblog", log], 0, "false\n"),
                                   (["--resume", "--joblog", log + "-none"], 0, "true\nfalse\n"),
                                   (["--joblog", log], 0, "true\nfalse\n")):
-            self.assertEqual(self.main_process("client", "--dry-run", *more, ":::", "true", "false"),
+            self.assertEqual(self.main_process("client", "--dry-run", *more, ":::", "true",
+                                               "false"),
                              (status, out, ""))
         for more, status in ((["--allow-empty"], 0), ([], 2)):
-            self.assertEqual(self.main_process("client", "--dry-run", *more, ":::")[:2], (status, ""))
+            self.assertEqual(self.main_process("client", "--dry-run", *more, ":::")[:2],
+                             (status, ""))
         pathlib.Path(log).write_text("a\nb\n")
-        self.assertEqual(self.main_process("client", "--dry-run", "echo {2}{1}", "::::", log, log)[:2],
+        self.assertEqual(self.main_process("client", "--dry-run", "echo {2}{1}",
+                                           "::::", log, log)[:2],
                          (0, "echo aa\necho ba\necho ab\necho bb\n"))
 
     def test_of_equal_commands_those_in_the_joblog_are_skipped(self):
@@ -11087,15 +11193,18 @@ class CommandLineTest(unittest.TestCase):
                 mock.patch.object(tc.logging, "basicConfig") as configure:
             for argv, level in (("client", "WARNING"), ("client --quiet", "ERROR"),
                                 ("client -v", "DEBUG"), ("client --quiet -v", "DEBUG"),
-                                ("worker", "INFO"), ("worker -v", "DEBUG"), ("completion zsh", "INFO")):
+                                ("worker", "INFO"), ("worker -v", "DEBUG"),
+                                ("completion zsh", "INFO")):
                 self.assertEqual(self.main(*argv.split())[0], 0)
                 self.assertEqual(configure.call_args.kwargs["level"], getattr(logging, level), argv)
 
     def test_exit_status_of_a_client(self):
         fine = {"empty": False, "failed": 0, "skipped_failed": 0, "wrong_hash": ""}
         for change, write_failed, status, wanted in (
-                ({}, False, 0, 0), ({"failed": 2}, False, 0, 1), ({"skipped_failed": 1}, False, 0, 1),
-                ({"wrong_hash": "it differs"}, False, 0, 1), ({}, False, 3, 3), ({}, False, 130, 130),
+                ({}, False, 0, 0), ({"failed": 2}, False, 0, 1),
+                ({"skipped_failed": 1}, False, 0, 1),
+                ({"wrong_hash": "it differs"}, False, 0, 1), ({}, False, 3, 3),
+                ({}, False, 130, 130),
                 ({"failed": 1}, True, 0, 3), ({"failed": 1}, True, 1, 3), ({}, True, 130, 130),
                 ({"empty": True}, False, 0, 2), ({"empty": True}, False, 130, 130),
                 ({"empty": True}, True, 0, 3)):
@@ -11197,7 +11306,8 @@ class CommandLineTest(unittest.TestCase):
 
     def test_a_shell_for_local_commands_and_none_for_a_dry_run(self):
         for argv, found in (
-                (("--local", "--raw", "--shell", "/bin/echo", "a b", ":::", "c"), (0, "-c a b c\n")),
+                (("--local", "--raw", "--shell", "/bin/echo", "a b", ":::", "c"),
+                 (0, "-c a b c\n")),
                 (("--dry-run", "--shell", "/no/such", "a b", ":::", "c"), (0, "a b c\n"))):
             done = subprocess.run([sys.executable, SCRIPT, "client", *argv], capture_output=True,
                                   text=True, timeout=PATIENCE)
@@ -11220,15 +11330,19 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--timeout", "s"], ["client", "--timeout", "0"],
                      ["client", "--max-output", "0"], ["client", "--retries", "0"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
-                     ["client", "-j", "2"], ["client", "-C", ""], ["client", "--shell", ""], ["client", "--resume"],
-                     ["client", "--joblog", ""], ["client", "--connect", ""], ["client", "--key", ""],
+                     ["client", "-j", "2"], ["client", "-C", ""], ["client", "--shell", ""],
+                     ["client", "--resume"],
+                     ["client", "--joblog", ""], ["client", "--connect", ""],
+                     ["client", "--key", ""],
                      ["client", "--expect", ""], ["client", "--expect", "1" * 39 + "g"],
                      ["client", "--html", "a", "--junit", "./a"], ["keygen", ""],
                      ["keygen", "--revoke", ""], ["client", "--env", ""],
                      ["client", "--raw", "--json"],
-                     ["worker", "--host", "a/b"], ["worker", "--host", ""], ["worker", "--host", "a~2"],
+                     ["worker", "--host", "a/b"], ["worker", "--host", ""],
+                     ["worker", "--host", "a~2"],
                      ["client", "--expect", "1" * 41],
-                     ["client", "--env", "NO_SUCH"], ["client", "--env", "A=" + "x" * tc.MAX_COMMAND], ["client", "--need", ""],
+                     ["client", "--env", "NO_SUCH"],
+                     ["client", "--env", "A=" + "x" * tc.MAX_COMMAND], ["client", "--need", ""],
                      ["worker", "--label", "a b"],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],
                      ["client", "--fail-fast", "-2"], ["worker", "--label", "\u00e9"],
@@ -11246,7 +11360,8 @@ class CommandLineTest(unittest.TestCase):
             with mock.patch.object(tc, "find_key_file", lambda given: ""):
                 status, out, err = self.main(role, "--connect", "192.0.2.1", "--wait", "0.1")
             self.assertEqual((status, out), (2, ""))
-            self.assertRegex(err, "^testcloud: .* is on another machine, and believed only with a key")
+            self.assertRegex(err,
+                             "^testcloud: .* is on another machine, and believed only with a key")
 
     def test_version_and_help(self):
         self.assertEqual(self.main("--version")[:2], (0, f"testcloud {tc.__version__}\n"))
@@ -11343,7 +11458,8 @@ class Cloud:
         self.wait_for(lambda: text in self.err(process), repr(text))
 
     def broker(self, clients="127.0.0.1:0", workers="127.0.0.1:0", *more, **settings):
-        process = self.start("broker", "--clients", clients, "--workers", workers, *more, **settings)
+        process = self.start("broker", "--clients", clients, "--workers", workers, *more,
+                             **settings)
         lines = [process.stdout.readline().decode() for _ in range(2)]
         self.test.assertRegex(lines[0], "^Listening for clients on tcp://127.0.0.1:[0-9]+$")
         self.test.assertRegex(lines[1], "^Listening for workers on tcp://127.0.0.1:[0-9]+$")
@@ -11351,7 +11467,8 @@ class Cloud:
         return process
 
     def worker(self, broker, *more, **settings):
-        return self.start("worker", "--connect", getattr(broker, "workers", broker), *more, **settings)
+        return self.start("worker", "--connect", getattr(broker, "workers", broker), *more,
+                          **settings)
 
     def inner(self, process):
         """The pid of the process that does the work, below its supervisor."""
@@ -11506,11 +11623,13 @@ class ProcessesTest(unittest.TestCase):
         broker = self.cloud.broker()
         self.cloud.worker(broker)
         html = os.path.join(self.cloud.dir, "report.html")
-        status, out = self.cloud.client(broker, ["echo a"], "--html", html, "--junit", html + ".xml")
+        status, out = self.cloud.client(broker, ["echo a"], "--html", html, "--junit",
+                                        html + ".xml")
         self.assertEqual((status, "Ran 1 command" in out), (0, True), out)
         self.assertNotIn("shadowed", "".join(map(self.cloud.err, self.cloud.processes)))
         shutil.copy(os.path.join(HERE, "test_testcloud.py"), self.cloud.dir)
-        for argv in (["testcloud.py", "client", "--local", "--allow-empty"], ["testcloud.py", "keygen"],
+        for argv in (["testcloud.py", "client", "--local", "--allow-empty"],
+                     ["testcloud.py", "keygen"],
                      ["test_testcloud.py", "MessagesTest"]):
             done = run([sys.executable, *argv], stdin=subprocess.DEVNULL)
             self.assertEqual(done.returncode, 0, (argv, done.stdout, done.stderr))
@@ -11519,8 +11638,8 @@ class ProcessesTest(unittest.TestCase):
         run = self.shadow("argparse", "json", "queue", "socket")
         done = run([sys.executable, "-m", "testcloud", "--version"])
         self.assertEqual((done.stdout, done.stderr), (f"testcloud {tc.__version__}\n", ""))
-        done = run([sys.executable, "-c", "import sys; old = [*sys.path]; sys.path.append(sys.path.pop(0))"
-                    "; import testcloud; sys.exit(sorted(old) != sorted(sys.path) or sys.path[-1] != '')"])
+        done = run([sys.executable, "-c", "import sys; path = sys.path; path.append(path.pop(0)); "
+                    "old = [*path]; import testcloud; sys.exit(old != path or path[-1] != '')"])
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         if sys.version_info >= (3, 11):  # then the first place may be one of the user's
             pathlib.Path(self.cloud.dir, "first").mkdir()
@@ -11530,7 +11649,8 @@ class ProcessesTest(unittest.TestCase):
             self.assertEqual(done.stderr, "mine\n")
 
     def test_templates_cwd_blank_lines_and_odd_bytes(self):
-        process = self.local(["a b", "", "   ", "it's"], "-j", "1", "-C", "/", "printf '%s|' {}; pwd #")
+        process = self.local(["a b", "", "   ", "it's"], "-j", "1", "-C", "/",
+                             "printf '%s|' {}; pwd #")
         status, out = self.cloud.finish(process)
         self.assertEqual(status, 0)
         self.assertIn("\na b|/\n", out)
@@ -11603,12 +11723,14 @@ class ProcessesTest(unittest.TestCase):
 
     def test_the_wrong_port_is_named_once(self):
         broker = self.cloud.broker()
-        client = self.cloud.client(broker.workers, ["true"], "--ready-interval", "0.1", "--wait", "1.5",
+        client = self.cloud.client(broker.workers, ["true"], "--ready-interval", "0.1", "--wait",
+                                   "1.5",
                                    wait=False)
         self.assertEqual(self.cloud.finish(client)[0], 3)
         err = self.cloud.err(client)
         self.assertIn("is that the port for clients?", err)
-        self.assertEqual(err.count("port for clients?"), 2)  # when it began, and when it was given up
+        self.assertEqual(err.count("port for clients?"),
+                         2)  # when it began, and when it was given up
         self.assertNotIn("complains", err)
 
     def test_broker_killed_and_restarted_runs_nothing_twice(self):
@@ -11724,7 +11846,8 @@ class ProcessesTest(unittest.TestCase):
         first = self.cloud.worker(broker, "-j", "1")
         self.cloud.wait_for_log(first, "joined")
         started = os.path.join(self.cloud.dir, "started")
-        client = self.cloud.client(broker, [f"echo x >> {started}; echo $PPID; sleep 0.5"], wait=False)
+        client = self.cloud.client(broker, [f"echo x >> {started}; echo $PPID; sleep 0.5"],
+                                   wait=False)
         self.cloud.wait_for(lambda: os.path.exists(started), "the start")
         second = self.cloud.worker(broker, "-j", "1")
         first.kill()
@@ -11772,8 +11895,10 @@ class ProcessesTest(unittest.TestCase):
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143),
                                (signal.SIGUSR1, 128 + signal.SIGUSR1)):
             pids = os.path.join(self.cloud.dir, f"pids-{status}")
-            client = self.cloud.client(broker, [f"echo $$ >> {pids}; exec sleep 1000"] * 5, wait=False)
-            self.cloud.wait_for(lambda pids=pids: len(tc.read_text(pids).split()) == 2, "two starts")
+            client = self.cloud.client(broker, [f"echo $$ >> {pids}; exec sleep 1000"] * 5,
+                                       wait=False)
+            self.cloud.wait_for(lambda pids=pids: len(tc.read_text(pids).split()) == 2,
+                                "two starts")
             client.send_signal(number)
             code, out = self.cloud.finish(client)
             self.assertEqual(code, status)
@@ -11828,7 +11953,8 @@ class ProcessesTest(unittest.TestCase):
         for options, command, wanted in (
                 (["--raw"], "seq 30000; seq 30000 >&2", numbers),
                 (["--dry-run"], "\n".join(["true"] * 30000), b"true\n" * 30000),
-                (["--junit", "/dev/stdout"], "\n".join(["seq 9000; exit 1"] * 9), b"</testsuites>")):
+                (["--junit", "/dev/stdout"], "\n".join(["seq 9000; exit 1"] * 9),
+                 b"</testsuites>")):
             (out, theirs), (err, theirs_too) = pipes = os.pipe(), os.pipe()
             for file in (theirs, theirs_too):
                 os.set_blocking(file, False)
@@ -11917,7 +12043,8 @@ class ProcessesTest(unittest.TestCase):
         broker = self.cloud.broker()
         self.cloud.worker(broker, "-j", "2")
         pid = os.path.join(self.cloud.dir, "pid")
-        client = self.cloud.client(broker, [f"echo $$ > {pid}; exec sleep 1000", "sleep 0.2; seq 9"],
+        client = self.cloud.client(broker,
+                                   [f"echo $$ > {pid}; exec sleep 1000", "sleep 0.2; seq 9"],
                                    wait=False)
         self.cloud.wait_for(lambda: tc.read_text(pid).strip(), "a start")
         client.stdout.close()
@@ -11974,7 +12101,8 @@ class ProcessesTest(unittest.TestCase):
                       self.cloud.start("broker", "--clients", "127.0.0.1:0", "--workers",
                                        broker.workers)):
             self.assertEqual(other.wait(PATIENCE), 3)
-            self.assertRegex(self.cloud.err(other), "^testcloud: Address already in use: is another "
+            self.assertRegex(self.cloud.err(other),
+                             "^testcloud: Address already in use: is another "
                              "broker running on tcp://127.0.0.1:[0-9]+\\?\n$")
         ipc = f"ipc://{self.cloud.dir}/c"
         first = self.cloud.start("broker", "--clients", ipc, "--workers", "127.0.0.1:0")
@@ -11984,7 +12112,8 @@ class ProcessesTest(unittest.TestCase):
         self.assertTrue(os.path.exists(ipc[6:]))  # it was not the second's to remove
         precious = os.path.join(self.cloud.dir, "precious")
         open(precious, "w").close()
-        third = self.cloud.start("broker", "--clients", "ipc://" + precious, "--workers", "127.0.0.1:0")
+        third = self.cloud.start("broker", "--clients", "ipc://" + precious, "--workers",
+                                 "127.0.0.1:0")
         self.assertEqual(third.wait(PATIENCE), 3)
         self.assertIn("no socket", self.cloud.err(third))
         self.assertTrue(os.path.exists(precious))
@@ -12037,7 +12166,8 @@ class ProcessesTest(unittest.TestCase):
         self.cloud.worker(bottom, "--host", "has", "-j", "1", env=dict(
             os.environ, PATH=f"{folder}:{os.environ['PATH']}", SHELL="mine"))
         commands = ["a <(b)", "c"]
-        self.cloud.wait_for(lambda: self.cloud.client(top, None, "--json", "--shell", "shell", "echo",
+        self.cloud.wait_for(lambda: self.cloud.client(top, None, "--json", "--shell", "shell",
+                                                      "echo",
                                                       ":::", "x")[0] == 0, "both workers")
         for where in (top, bottom):
             status, out = self.cloud.client(where, commands, "--raw", "-k", "--shell", "shell")
@@ -12082,7 +12212,8 @@ class WhatIsSaidTest(unittest.TestCase):
         for argv, lines, status, err in (
                 (("--raw", "-f"), ("true", "echo a >&2"), 0, "^$"),
                 (("--json",), ("true",), 0, "^$"), ((), ("true", "false"), 1, "^$"),
-                (("--raw",), ("echo a >&2", "false"), 1, r"^a\nFAIL\(1\).*false .*\nSome commands f"),
+                (("--raw",), ("echo a >&2", "false"), 1,
+                 r"^a\nFAIL\(1\).*false .*\nSome commands f"),
                 (("--expect", "0" * 40), ("true",), 1, "^testcloud: the result hash is"),
                 (("--fail-fast",), ("false", "sleep 9"), 1, "^testcloud: stopped early")):
             done = self.run_client("--quiet", "-j1", *argv, lines=lines)
@@ -12092,14 +12223,16 @@ class WhatIsSaidTest(unittest.TestCase):
 
     def test_no_advice_on_slots_that_are_not_used(self):
         for more, said in (((), True), (("--serial",), False)):
-            done = self.run_client("-j1", *more, lines=["sleep 0.2"] * 4, code="tc.ADVICE_MIN_RUN = 0.5")
+            done = self.run_client("-j1", *more, lines=["sleep 0.2"] * 4,
+                                   code="tc.ADVICE_MIN_RUN = 0.5")
             self.assertEqual("longest command" in done.stderr, said, done.stderr)
 
     def test_ones_own_option_for_quiet_yields(self):
         with mock.patch.dict(os.environ, TESTCLOUD="--quiet"):
             self.assertIn("true ran on", self.run_client("-v").stderr)
             self.assertEqual(self.run_client("--raw").stderr, "")
-        self.assertEqual(self.run_client("--raw", "-v", "--quiet").stderr, "")  # the last one counts
+        self.assertEqual(self.run_client("--raw", "-v", "--quiet").stderr,
+                         "")  # the last one counts
 
     def test_signs_of_life_without_a_terminal(self):
         """Each of them lets the command go on; results that nobody sees do not put them off."""
@@ -12116,7 +12249,8 @@ tc.print_notice = print_notice"""
             for argv in ((), ("-p",)):
                 done = self.run_client(*argv, lines=["read x < fifo; true"], code=code, stdout=out)
                 self.assertEqual(done.returncode, 0)
-                self.assertRegex(done.stderr, "^testcloud: 0/1 done, 1 running, 1 worker, .* slots?; "
+                self.assertRegex(done.stderr,
+                                 "^testcloud: 0/1 done, 1 running, 1 worker, .* slots?; "
                                               r"for \d s: read x < fifo; true\n$")
         quiet = self.run_client("--quiet", lines=["sleep 1"], code=code)
         self.assertEqual(quiet.stderr, "")
@@ -12132,11 +12266,13 @@ tc.print_notice = print_notice"""
             self.assertEqual("/12 done, " in tc.read_text(path) + (done.stderr or ""), not more)
 
     def test_the_directory_is_sent_with_its_links(self):
-        real, link = os.path.join(os.path.realpath(self.dir), "real"), os.path.join(self.dir, "link")
+        real = os.path.join(os.path.realpath(self.dir), "real")
+        link = os.path.join(self.dir, "link")
         os.makedirs(os.path.join(real, "in"))
         os.symlink(real, link)
         for here, pwd, given, sent in (
-                (real, link, None, link), (real, link, "in", f"{link}/in"), (real, link, "/x", "/x"),
+                (real, link, None, link), (real, link, "in", f"{link}/in"),
+                (real, link, "/x", "/x"),
                 (f"{real}/in", f"{link}/in", "..", link), (real, self.dir, None, real),
                 (real, "/no/such", None, real), (real, "", ".", real),
                 (real, f"{link}/in/..", None, real),
@@ -12158,7 +12294,8 @@ tc.print_notice = print_notice"""
         with open(python, "w") as file:
             file.write(f'#!/bin/sh\necho borrowed >&2\nexec {sys.executable} {which} "$@"\n')
         os.chmod(python, 0o755)
-        return [sys.executable, "-S", script, "keygen", os.path.join(self.dir, f"key{which}")], python
+        key = os.path.join(self.dir, f"key{which}")
+        return [sys.executable, "-S", script, "keygen", key], python
 
     @unittest.skipIf(subprocess.run([sys.executable, "-S", "-c", "import zmq"],
                                     stderr=subprocess.DEVNULL).returncode == 0, "zmq is everywhere")
@@ -12180,7 +12317,8 @@ tc.print_notice = print_notice"""
         self.assertEqual((done.returncode, "borrowed" in done.stderr), (3, False))
         self.assertIn(f"run this with {python}", done.stderr)
         shutil.rmtree(os.path.join(self.dir, ".venv"))
-        self.assertRegex(run(argv).stderr, "pyzmq is missing: apt install python3-zmq .*-m venv .venv")
+        self.assertRegex(run(argv).stderr,
+                         "pyzmq is missing: apt install python3-zmq .*-m venv .venv")
 
 
 class HostsTest(unittest.TestCase):
@@ -12231,7 +12369,8 @@ class LimitsTest(unittest.TestCase):
     def test_timeout(self):
         broker = self.cloud.broker()
         self.cloud.worker(broker, "-j", "2")
-        status, out = self.cloud.client(broker, ["echo a; sleep 1000", "echo b"], "--timeout", "300ms")
+        status, out = self.cloud.client(broker, ["echo a; sleep 1000", "echo b"], "--timeout",
+                                        "300ms")
         self.assertEqual(status, 1)
         self.assertRegex(out, r"FAIL\(124\) echo a; sleep 1000 ⌚[0-9.]+ms\n"
                               r"testcloud: stopped after 0.3 seconds \(see --timeout\)\na\n")
@@ -12249,9 +12388,11 @@ class LimitsTest(unittest.TestCase):
         one, two, three = tc.read_text(path).split()
         self.assertEqual(one, three)
         self.assertNotEqual(one, two)
-        self.assertRegex(out, r"FLAKY! echo .*\ntestcloud: tried 3 times; other exit codes: 1 on \S+ "
+        self.assertRegex(out,
+                         r"FLAKY! echo .*\ntestcloud: tried 3 times; other exit codes: 1 on \S+ "
                               r"\(2 times\)\n")
-        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times; other exit codes: 7 on ")
+        self.assertRegex(out,
+                         r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times; other exit codes: 7 on ")
         self.assertRegex(out, r"OK! true ⌚[0-9.]+ms\n\n")
 
     def test_max_output(self):
@@ -12295,7 +12436,8 @@ class LimitsTest(unittest.TestCase):
     def test_a_worker_short_of_descriptors_hands_its_commands_back(self):
         broker = self.cloud.broker()
         poor = self.cloud.start("worker", "--connect", broker.workers, "-j", "30", "--weight", "5",
-                                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50)))
+                                preexec_fn=lambda: resource.setrlimit(
+                                    resource.RLIMIT_NOFILE, (50, 50)))
         self.cloud.wait_for_log(poor, "joined")
         self.cloud.worker(broker, "-j", "2")
         status, out = self.cloud.client(broker, ["sleep 0.1; echo hi"] * 60)
@@ -12326,7 +12468,8 @@ class LimitsTest(unittest.TestCase):
         broker = self.cloud.broker()
         self.cloud.worker(broker, "-j", "2")
         os.mkfifo(os.path.join(self.cloud.dir, "fifo"))
-        client = self.cloud.client(broker, ["echo one; read x < fifo; echo $x"], "--live", wait=False)
+        client = self.cloud.client(broker, ["echo one; read x < fifo; echo $x"], "--live",
+                                   wait=False)
         for line in (b"Connecting", b"Releasing", b"echo one; read x < fifo; echo $x\tone"):
             self.assertTrue(client.stdout.readline().startswith(line))
         with open(os.path.join(self.cloud.dir, "fifo"), "w") as fifo:
@@ -12337,7 +12480,8 @@ class LimitsTest(unittest.TestCase):
     def test_raw(self):
         broker = self.cloud.broker()
         self.cloud.worker(broker, "-j", "2")
-        client = self.cloud.client(broker, ["head -c 3000000 /dev/zero; echo err >&2; exit 4"], "--raw",
+        client = self.cloud.client(broker, ["head -c 3000000 /dev/zero; echo err >&2; exit 4"],
+                                   "--raw",
                                    wait=False)
         out, _ = client.communicate(timeout=PATIENCE)
         self.assertEqual((client.returncode, out == bytes(3_000_000)), (1, True))
@@ -12359,7 +12503,8 @@ class LimitsTest(unittest.TestCase):
         self.assertIn("2 workers, 0 of 5 slots busy, 0 clients", out.decode())
         self.assertEqual(shown.returncode, 0)
         client = self.cloud.client(broker, ["true"], "--need", "tpu", wait=False)
-        self.cloud.wait_for_log(client, "waiting for a worker with --label tpu; there is none among 2")
+        self.cloud.wait_for_log(client,
+                                "waiting for a worker with --label tpu; there is none among 2")
         shown = self.cloud.start("status", "--connect", broker.clients)
         self.assertIn(b"a worker with --label tpu", shown.communicate(timeout=PATIENCE)[0])
         nobody = self.cloud.start("status", "--connect", "127.0.0.1:9", "--wait", "1")
@@ -12385,8 +12530,10 @@ class LimitsTest(unittest.TestCase):
         self.assertEqual(sorted(row.command for row in tc.read_joblog(log)), sorted(commands))
         report = ET.parse(os.path.join(self.cloud.dir, "x.xml")).getroot()
         self.assertEqual(int(report.get("tests")), 30 - done)
-        status, out = self.cloud.client(broker, commands[::-1], "--joblog", "log", "--resume-failed")
-        self.assertEqual((status, out.count("\nFAIL"), "Skipped 10 that" in out), (1, 20, True), out)
+        status, out = self.cloud.client(broker, commands[::-1], "--joblog", "log",
+                                        "--resume-failed")
+        self.assertEqual((status, out.count("\nFAIL"), "Skipped 10 that" in out), (1, 20, True),
+                         out)
         wrong = self.cloud.client(broker, ["true"], "--junit", "no/such/x.xml", wait=False)
         self.assertEqual(wrong.wait(PATIENCE), 3)
         self.assertRegex(self.cloud.err(wrong), "^testcloud: cannot write no/such/x.xml: no such")
@@ -12531,7 +12678,8 @@ class TerminalTest(unittest.TestCase):
             tc.LogHandler().emit(logging.makeLogRecord({"msg": "logged"}))
             self.assertEqual(err.getvalue(), "\nlogged\n" + bar.text[:79])
             tc.LogHandler().emit(logging.makeLogRecord({"msg": "more"}))
-        self.assertEqual(err.getvalue(), "\nlogged\n" + bar.text[:79] + "\r\x1b[Kmore\n" + bar.text[:79])
+        self.assertEqual(err.getvalue(),
+                         "\nlogged\n" + bar.text[:79] + "\r\x1b[Kmore\n" + bar.text[:79])
 
     def test_a_bar_is_wiped_when_the_terminal_has_become_narrower(self):
         bar = tc.ProgressLine()
@@ -12578,7 +12726,8 @@ class TerminalTest(unittest.TestCase):
                 self.press(status, b"q")
             _, out = self.cloud.finish(status)
             after = (seen.decode() + out).partition("\x1b[?1049l")[2]
-            self.assertEqual((status.returncode, "gave up" in after), (3, True) if wait else (0, False))
+            self.assertEqual((status.returncode, "gave up" in after),
+                             (3, True) if wait else (0, False))
 
     def test_a_live_status_shows_no_keys_and_leaves_the_terminal_as_it_was(self):
         run = (f"{sys.executable} {SCRIPT} status --watch --connect {self.cloud.broker().clients}; "
@@ -12751,7 +12900,7 @@ class NothingLeftBehindTest(unittest.TestCase):
         self.assertEqual(tc.read_text(flag), "done\n")  # was given its time
 
     def test_a_worker_ends_with_the_ssh_that_started_it(self):
-        """Not before: without stdin, as of `ssh -n`, it goes on. Nor does it end with another pipe."""
+        """Not before: without stdin, as of `ssh -n`, it goes on. Other pipes do not end it."""
         broker = self.cloud.broker()
         ssh, nohup = {"SSH_CONNECTION": "x"}, {
             "preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
@@ -12765,7 +12914,8 @@ class NothingLeftBehindTest(unittest.TestCase):
             self.assertEqual(self.cloud.client(broker, ["true"])[0], 0)
             flag = os.path.join(self.cloud.dir, "flag")
             client = self.cloud.client(
-                broker, [f"echo up > {flag}; until [ -e {flag}-end ]; do sleep 0.01; done"], wait=False)
+                broker, [f"echo up > {flag}; until [ -e {flag}-end ]; do sleep 0.01; done"],
+                wait=False)
             self.cloud.wait_for(lambda flag=flag: tc.read_text(flag), "the start")
             worker.stdout.close()
             tied = bool(connection and not more)
@@ -12856,7 +13006,8 @@ class Proxy:
                                          over=False, pumps=[])
             pair.going.set()
             for a, b in ((near, far), (far, near)):
-                pair.pumps.append(threading.Thread(target=self.pump, args=(a, b, pair), daemon=True))
+                pair.pumps.append(threading.Thread(target=self.pump, args=(a, b, pair),
+                                                   daemon=True))
                 pair.pumps[-1].start()
             self.pairs.append(pair)
 
@@ -13370,7 +13521,7 @@ class Chaos:
                     file.writelines(f"lost {pid}\n" for pid in pids)
 
     def duration(self, place):
-        """How long to disturb someone: a worker briefly, or now and then so long that it is lost."""
+        """How long to disturb someone: a worker briefly, or now and then until it is lost."""
         if place.role in ("broker", "client"):
             return self.r.uniform(*self.ANY)
         if self.r.random() < 0.8:
@@ -13385,7 +13536,8 @@ class Chaos:
             time.sleep(0.005)
             return
         if place.role == "worker":
-            place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER, *self.key)
+            place.process = self.cloud.worker(place.proxy.address, "-j", "2", *self.MEMBER,
+                                              *self.key)
         else:
             where = (old.clients[6:], old.workers[6:]) if old else ("127.0.0.1:0", "127.0.0.1:0")
             above = ("--upstream", place.proxy.address) if place.proxy else ()
@@ -13468,7 +13620,8 @@ class Chaos:
         got = Counter(re.findall(r"^((?:OK!|FAIL\(\d+\)) .*) ⌚[\d.]+ ?m?s$", self.out, re.M))
         found += [f"not reported: {line}" for line in wanted - got]
         found += [f"should not be reported: {line}" for line in got - wanted]
-        hash = naive_hash([(cmd.encode(), *exit_record) for cmd, exit_record in self.commands.items()])
+        hash = naive_hash([(cmd.encode(), *exit_record) for cmd,
+                           exit_record in self.commands.items()])
         end = rf"^Ran {count} commands in ⌚[\d.]+ ?(min \d+ )?s, result hash is {hash}$"
         if not re.search(end, self.out, re.M):
             found.append(f"the transcript ends with {self.out[-200:]!r}")
@@ -13531,7 +13684,8 @@ class Fuzz:
     """An endless supply of messages, as lists of frames, from true ones to noise."""
 
     VALUES = (0, 1, 2, -1, 2**31, 2**53, 2**53 + 1, 10**400, 0.5, -0.0, 1e400, True, None, "", "a",
-              "r1", "\x00", "\n", "\ud800", "\udcff", "é☃", "x" * 300, [], {}, [[]], [[1]], [[1, 1]],
+              "r1", "\x00", "\n", "\ud800", "\udcff", "é☃", "x" * 300, [], {}, [[]], [[1]],
+              [[1, 1]],
               [["r1", 1, 1]], [[1, 1]] * 50, [1, 2], ["a"], {"a": [{}]}, [[[[]]]])
     TOKENS = (b"", b"", b"r1", b"plain.b.1", b"plain.b.1 1 1", b"0" * 32, b"\xff", b"x" * 300)
 
@@ -13579,7 +13733,8 @@ class Fuzz:
             elif kind < 0.9:
                 frames = [b"", r.choice(self.TOKENS), body, r.choice(self.corpus)]
             else:
-                frames = [r.choice((b"", body, r.choice(self.corpus))) for _ in range(r.randint(1, 12))]
+                frames = [r.choice((b"", body, r.choice(self.corpus)))
+                          for _ in range(r.randint(1, 12))]
             if all(map(self.is_harmless, frames)):
                 return frames
 
@@ -13831,8 +13986,8 @@ class DocumentsTest(unittest.TestCase):
                 if found:
                     self.assertRegex(done.stdout, rf"(?m)^ *{n} +" + re.escape(
                         found[1] or found[3] or found[4]) + "($|:)")
-        self.assertIn("     Times: The times of the protocol, in seconds, and two limits: options of "
-                      "the command line.\n", done.stdout)
+        self.assertIn("     Times: The times of the protocol, in seconds, and two limits: "
+                      "options of the command line.\n", done.stdout)
 
     def test_every_option_is_in_the_readme(self):
         readme = self.readme()
@@ -13851,7 +14006,7 @@ class DocumentsTest(unittest.TestCase):
             return file.read()
 
     def test_every_command_of_the_readme_runs_or_needs_what_is_not_here(self):
-        """In a directory with scripts in place of the programs that they run, and with our broker."""
+        """In a directory with scripts in place of the programs that they run, and our broker."""
         cloud = Cloud(self)
         broker = cloud.broker()
         folder = os.path.join(cloud.dir, "here")
@@ -13874,13 +14029,15 @@ class DocumentsTest(unittest.TestCase):
         self.assertGreater(len(lines), 15)
         ran = 0
         for line in filter(lambda line: not line.startswith(tuple(self.NEEDS)), lines):
-            done = subprocess.run(["sh", "-c", line.replace("python3 ", f"{sys.executable} ")], env=env,
+            done = subprocess.run(["sh", "-c", line.replace("python3 ", f"{sys.executable} ")],
+                                  env=env,
                                   cwd=folder, timeout=PATIENCE, capture_output=True, text=True)
             self.assertEqual(done.returncode, 0, (line, done.stdout, done.stderr))
             ran += 1
         self.assertGreater(ran, 8)
         called = tc.read_text(os.path.join(cloud.dir, "called"))
-        for words in ("pytest -q tests/test_a.py", "convert x y.png x y.jpg", "make release CC=clang",
+        for words in ("pytest -q tests/test_a.py", "convert x y.png x y.jpg",
+                      "make release CC=clang",
                       "gzip ./run.sh", "pytest -q a.py::b", "go test ", "shellcheck "):
             self.assertIn("/" + words, called)
 
@@ -14026,7 +14183,8 @@ class Speed:
             self.cloud.worker(broker, "-j", "2", *how)
             argv.append(self.client("--connect", broker.clients, *how))
             wall(argv[-1], ["true"])
-        for what, count in (("true through a broker", self.commands), ("one true through a broker", 1)):
+        for what, count in (("true through a broker", self.commands),
+                            ("one true through a broker", 1)):
             lines = ["true"] * count
             found = self.ratio(lambda lines=lines: wall(argv[1], lines),
                                lambda lines=lines: wall(argv[0], lines))
@@ -14042,7 +14200,8 @@ class Speed:
             before = cpu_ticks(broker.pid)
             spent = dummies.run(count)
             micros = (cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK") * 1e6
-            yield (f"dispatch by one broker, {workers} workers", ">= 40000/s", f"{count / spent:.0f}/s")
+            yield (f"dispatch by one broker, {workers} workers", ">= 40000/s",
+                   f"{count / spent:.0f}/s")
             yield ("    its processor time per command", "<= 20 us", f"{micros / count:.1f} us")
 
     def idle_workers(self):
@@ -14053,7 +14212,8 @@ class Speed:
         dummies.rest(2.5)  # they have all been heard again
         before, began = cpu_ticks(broker.pid), time.monotonic()
         dummies.rest(10)
-        share = (cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - began)
+        spent = (cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK")
+        share = spent / (time.monotonic() - began)
         yield f"{count} idle workers: the broker's share of a core", "< 5 %", f"{share * 100:.1f} %"
         yield "    its peak", "", f"{peak_memory(broker.pid) / 1024:.0f} MB"
 

@@ -544,8 +544,10 @@ def plural(number: int, what: str) -> str:
 def duration(seconds: Seconds, whole: bool = False) -> str:
     """For people: 8.14 ms, 1.23 s, 63.1 s, 2 min 3 s, 2 h 3 min; in whole seconds: 0 s, 63 s."""
     minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 120:
+        return f"{minutes // 60} h {minutes % 60} min"
     if minutes >= 2:
-        return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+        return f"{minutes} min {rest} s"
     if whole:
         return f"{round(seconds)} s"
     if seconds < 1:
