@@ -1,9 +1,9 @@
-# testcloud: targets for its developers. `make test` needs only Python and pyzmq; whatever is
-# missing is set up in .venv. SPDX-License-Identifier: MIT
+# testcloud: targets for its developers. `make test` needs only Python and pyzmq; the Makefile
+# installs what is missing into .venv. SPDX-License-Identifier: MIT
 
 PYTHON ?= python3
 VENV = .venv
-# the interpreter that has pyzmq: the system's if it does, else the one of .venv
+# the interpreter that has pyzmq: the system's, else the one of .venv
 RUN = $$($(PYTHON) -c 'import zmq, sys; print(sys.executable)' 2>/dev/null || echo $(VENV)/bin/python)
 LINT = ruff==0.14.6 mypy==1.18.2 coverage==7.11.3 lxml==6.0.2
 SCHEMA = pytest==9.0.1
@@ -24,7 +24,7 @@ setup:
 tools:
 	@$(VENV)/bin/python -c 'import ruff, mypy, coverage, lxml, zmq' 2>/dev/null || { \
 	  $(PYTHON) -m venv $(VENV) && $(VENV)/bin/python -m pip install -q 'pyzmq>=24' $(LINT); }
-	@# the schema of JUnit's reports, which only comes with the sources of others
+	@# the schema of JUnit's reports is only in pytest's source archive
 	@test -s $(VENV)/junit-10.xsd || { \
 	  $(VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(VENV)/sources $(SCHEMA) && \
 	  tar -xzOf $(VENV)/sources/pytest-*.tar.gz --wildcards '*/junit-10.xsd' > $(VENV)/junit-10.xsd; }
@@ -40,22 +40,22 @@ cover: setup tools
 	$(VENV)/bin/python -m coverage run --data-file $(VENV)/coverage -m unittest -q test_testcloud
 	$(VENV)/bin/python -m coverage report --data-file $(VENV)/coverage -m --include testcloud.py
 
-# simulated worlds for as long as you like: make soak MINUTES=60
+# simulations for so many minutes: make soak MINUTES=60
 MINUTES ?= 10
 soak: setup
 	$(RUN) test_testcloud.py soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# a long run while real processes are killed, stopped and cut off: make chaos SEED=7
+# a long run whose real processes are killed, stopped and cut off: make chaos SEED=7
 COMMANDS ?= 2000
 chaos: setup
 	$(RUN) test_testcloud.py chaos --commands $(COMMANDS) $(if $(SEED),--seed $(SEED))
 
-# nonsense at every socket of the program: make fuzz MESSAGES=50000 SEED=7
+# random messages to every socket of the program: make fuzz MESSAGES=50000 SEED=7
 MESSAGES ?= 1000000
 fuzz: setup
 	$(RUN) test_testcloud.py fuzz --messages $(MESSAGES) $(if $(SEED),--seed $(SEED))
 
-# how fast it is, beside what is installed: make bench ONLY=latency
+# speed, compared with the alternatives that are installed: make bench ONLY=latency
 ONLY ?=
 bench: setup
 	$(RUN) test_testcloud.py bench --only "$(ONLY)"
@@ -69,7 +69,7 @@ demo: setup
 	trap 'kill $$w $$v $$b 2>/dev/null; wait; rm -r $$dir' EXIT; \
 	seq 5 | awk '{print "./pi.py " $$1}' | $$run testcloud.py client --wait 30 --connect ipc://$$dir/clients
 
-# where things are: sections, their parts, and classes with the first line of their docstrings
+# the table of contents: sections, their parts, and classes with what they are for
 toc:
 	@awk 'FNR == 1 { print FILENAME } \
 	  class { sub(/"""$$/, ""); print class (sub(/^ *"""/, ": ") ? $$0 : ""); class = "" } \
