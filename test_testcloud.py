@@ -11232,8 +11232,11 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual((status, out), (3, ""))
                 self.assertRegex(err, "^testcloud: cannot write /no/such/place: .*\n$")
             self.assertEqual(pathlib.Path(log).read_text(), text)
-            self.assertTrue(tc.share_a_file([log, None, os.path.join(folder, ".", "log")]))
-        self.assertFalse(tc.share_a_file([os.devnull, os.devnull, None]))
+            status, _, err = self.main_process(
+                "client", "--local", "--joblog", log, "--html", f"{folder}/./log", ":::", "true")
+            self.assertEqual((status, err.count("need a file each")), (2, 1))
+        nowhere = [f"--{name}={os.devnull}" for name in ("joblog", "junit", "html")]
+        self.assertEqual(self.main_process("client", "--local", *nowhere, ":::", "true")[0], 0)
 
     def test_an_input_that_cannot_be_read_ends_the_run(self):
         status, out, err = self.main_process("client", "--local", "echo", "::::", "/")

@@ -8525,8 +8525,7 @@ LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text
 VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
     "--slots": (int, lambda n: n >= 1 and slot_count(n), "number of slots"),
     "--nice": (int, count, "number"), "--label": LABEL, "--need": LABEL,
-    "--host": (str, lambda text: 0 < len(text) <= 64 and text.isprintable()
-               and not {*"/~ "} & {*text},
+    "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
                "host name (up to 64 characters, without spaces, / and ~)"),
     "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
     "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
@@ -8875,8 +8874,8 @@ def run_broker(settings: argparse.Namespace) -> int:
                              f"network: ANYBODY CAN RUN COMMANDS on all workers, and forge results")
         if upstream:
             DealerLink(loop, adapter, BROKER, upstream, WORKER_ROLE, upstream_keys,
-                       "have a key made there (testcloud.py keygen --role worker), and name it with "
-                       "--upstream-key")
+                       "have a key made there (testcloud.py keygen --role worker), and name it "
+                       "with --upstream-key")
             print_line(f"Joining the broker at {upstream}")
         return loop.run()
 
@@ -9065,7 +9064,7 @@ def check_template(words: List[str], most: float) -> str:
     """Return the template that these words make, for up to `most` arguments. Raises UsageError."""
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
-        raise UsageError("words of a template are joined, so none may be empty or have a space in it: "
+        raise UsageError("words of a template are joined: none may be empty or have a space in it; "
                          "write it as one word, {} outside of quotes, as in: 'rm -rf \"a b\"/{}'")
     for place, context in placeholders(template if PLACEHOLDER.search(template)
                                        else template + " {}"):
@@ -9133,7 +9132,7 @@ def joined(rows: Iterable[Iterable[Arguments]]) -> Iterator[Arguments]:
 
 
 def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
-    """Return rows of arguments, which are read lazily. Raises SetupError, and on reading OSError."""
+    """Return rows of arguments, read lazily. Raises SetupError, and on reading OSError."""
     groups: List[List[Iterable[Arguments]]] = []  # of sources that are linked
     for mark, words in settings.sources or [("::::", ["-"])]:
         lists: List[Iterable[str]] = [words]
@@ -9256,12 +9255,14 @@ def run_client(settings: argparse.Namespace) -> int:
 def check_client(settings: argparse.Namespace, words: List[str]) -> None:
     """Raise UsageError for options that do not go together, or with the template's words."""
     sources, several = settings.sources, settings.max_args > 1
+    reports = [os.path.realpath(path) for path in (settings.joblog, settings.junit, settings.html)
+               if path and is_replaceable(path)]  # two may be one device
     for wrong, why in (
             ((settings.resume or settings.resume_failed) and not settings.joblog,
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
             (settings.raw + settings.json + settings.live > 1,
              "--raw, --json and --live are three ways to show outputs: choose one"),
-            (share_a_file([settings.joblog, settings.junit, settings.html]),
+            (len({*reports}) < len(reports),
              "--joblog, --junit and --html need a file each"),
             (any(mark.startswith("::::") and not files for mark, files in sources),
              "there is no file after ::::"),
@@ -9272,12 +9273,6 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
              "-n goes with one source of arguments, and without --colsep")):
         if wrong:
             raise UsageError(why)
-
-
-def share_a_file(paths: Iterable[Optional[str]]) -> bool:
-    """Return whether two of these are the same file, and not a device or the like."""
-    files = [os.path.realpath(path) for path in paths if path and is_replaceable(path)]
-    return len({*files}) < len(files)
 
 
 NO_COMMANDS = "the input had no commands: did its program fail? (--allow-empty: that is no error)"
