@@ -7427,13 +7427,14 @@ class EventLoop:
             Log: lambda effect: logging.log(effect.level, "%s", effect.text),
             Notice: lambda effect: print_notice(effect.text),
             Reconnect: lambda effect: adapter.links[effect.link].reconnect(),
-            Exit: self.exit, **effects})
+            Exit: lambda effect: self.exit(effect.status), **effects})
         self.adapters.append(adapter)
         return adapter
 
-    def exit(self, effect: Exit) -> None:
+    def exit(self, status: int) -> None:
+        """Let run() return this status, unless it is to return another already."""
         if self.status is None:
-            self.status = effect.status
+            self.status = status
 
     def post(self, function: Callable[[Seconds], None]) -> None:
         """Let the loop call function(now). Any thread or signal handler may post."""
@@ -7479,7 +7480,7 @@ class EventLoop:
             for number in numbers:
                 handle(number, next(passed_on), now)
             if not numbers:  # the supervisor was killed
-                self.exit(Exit(128 + signal.SIGKILL))
+                self.exit(128 + signal.SIGKILL)
         self.catch_signals(lambda number: self.post(
             lambda now: handle(number, 1 if control >= 0 else handled + 1, now)))
         if control >= 0:
@@ -7835,10 +7836,9 @@ class RouterLink(SocketLink):
             if error.errno == errno.EADDRINUSE:
                 raise SetupError(f"Address already in use: is another broker running on "
                                  f"{self.address}?") from None
-            fix = ("does the directory exist, and may you write there?" if path
-                   else "is that an address of this machine, and may you use it?")
+            what = "a directory that exists" if path else "an address of this machine"
             raise SetupError(f"cannot listen on {self.address} ({os.strerror(error.errno or 0)}): "
-                             + fix) from None
+                             f"is that {what}, and may you use it?") from None
         self.bound = True
         self.address = self.socket.last_endpoint.rstrip(b"\0").decode()
 
@@ -8861,7 +8861,7 @@ def run_broker(settings: argparse.Namespace) -> int:
         clients = RouterLink(loop, adapter, CLIENTS, addresses[0], authenticator)
         workers = RouterLink(loop, adapter, WORKERS, addresses[1], authenticator)
         MemoryGuard(loop, [clients, workers])
-        loop.on_signals(lambda status, now: loop.exit(Exit(status)))
+        loop.on_signals(lambda status, now: loop.exit(status))
         print_line(f"Listening for clients on {clients.address}")
         print_line(f"Listening for workers on {workers.address}")
         if keys is not None:
@@ -9458,7 +9458,7 @@ class ClientRun:
 
     def interrupt(self, status: int, now: Seconds) -> None:
         if self.client.left:  # only the display is still being written
-            self.loop.exit(Exit(status))
+            self.loop.exit(status)
         else:
             self.client.cancel(status, now)
 
@@ -9508,7 +9508,7 @@ class ClientRun:
             written.wait(FINAL_WRITE_TIME)
             return status
         self.loop.status = None
-        self.display.end(lambda: self.loop.post(lambda now: self.loop.exit(Exit(status))))
+        self.display.end(lambda: self.loop.post(lambda now: self.loop.exit(status)))
         status = self.loop.run()
         slots = 0 if settings.serial else client.slots
         for line in final_notices(summary, self.reports.times, slots):
@@ -9635,7 +9635,7 @@ def run_status(settings: argparse.Namespace) -> int:
     screen = None
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=True)))
-        loop.on_signals(lambda status, now: loop.exit(Exit(status)))
+        loop.on_signals(lambda status, now: loop.exit(status))
         effects: Dict[type, Callable[[Any], object]] = {
             ShowStatus: lambda effect: print_status(effect, settings, address)}
         if settings.watch and not settings.json and not is_dumb() and sys.stdout.isatty():
@@ -9697,7 +9697,7 @@ class StatusScreen:
     def key_pressed(self, now: Seconds) -> None:
         keys = os.read(0, 100)
         if not keys or b"q" in keys.lower():
-            self.loop.exit(Exit(0))
+            self.loop.exit(0)
 
     def show(self, effect: ShowStatus) -> None:
         self.tables = status_tables(effect.fields, self.address, screen_size(1)[0])
