@@ -11188,6 +11188,36 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(status, 0)
                 self.assertIn(f"Ran {tc.plural(ran, 'command')} in", out)
 
+    def test_a_broker_without_a_key_warns_of_each_open_port(self):
+        with mock.patch.multiple(
+                tc, EventLoop=mock.DEFAULT, Authenticator=mock.DEFAULT, MemoryGuard=mock.DEFAULT,
+                RouterLink=lambda loop, adapter, name, address, keys: mock.Mock(address=address)) as fake:
+            fake["EventLoop"].return_value.run.return_value = 0
+            status, _, err = self.main("broker", "--insecure", "--clients", "192.0.2.1:1",
+                                       "--workers", "127.0.0.1:1")
+        self.assertEqual((status, err.count("ANYBODY CAN RUN COMMANDS")), (0, 1))
+        self.assertIn("warning: tcp://192.0.2.1:1 needs no key", err)
+
+    def test_a_worker_is_told_the_load_of_its_machine(self):
+        loop, worker = mock.Mock(), mock.Mock()
+        tc.watch_load(loop, worker)
+        interval, look = loop.every.call_args.args
+        self.assertEqual(interval, tc.LOAD_INTERVAL)
+        for known, told in (({"return_value": (2.5, 1.0, 0.5)}, [mock.call(2.5, 7.0)]),
+                            ({"side_effect": OSError}, [])):
+            worker.reset_mock()
+            with mock.patch.object(tc.os, "getloadavg", **known):
+                look(7.0)
+            self.assertEqual(worker.set_load.call_args_list, told)
+
+    def test_a_reader_of_stdout_that_has_gone(self):
+        ours, theirs = os.pipe()
+        os.close(ours)
+        self.addCleanup(os.close, theirs)
+        done = subprocess.run([sys.executable, SCRIPT, "completion", "bash"], stdout=theirs,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (141, b""))
+
     def test_how_much_is_logged(self):
         with mock.patch.dict(tc.RUN, dict.fromkeys(tc.RUN, lambda settings: 0)), \
                 mock.patch.object(tc.logging, "basicConfig") as configure:
@@ -11911,6 +11941,12 @@ class ProcessesTest(unittest.TestCase):
             with open(pids) as file:
                 for pid in file.read().split():
                     self.cloud.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "end")
+
+    def test_commands_of_a_nice_worker(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "--nice", "7", "-j", "1")
+        status, out = self.cloud.client(broker, ["nice"], "--raw")
+        self.assertEqual((status, int(out)), (0, min(19, os.nice(0) + 7)))
 
     def test_a_run_that_stops_before_its_input_ends_is_not_complete(self):
         client = self.cloud.start("client", "--local", "--fail-fast", stdin=subprocess.PIPE)
