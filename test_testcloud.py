@@ -10039,6 +10039,7 @@ class SocketsTest(unittest.TestCase):
             self.assertEqual(second.recv_multipart()[1], b"new")
             self.fill(link, b"")
             link.reconnect()  # as after a silence
+            self.assertFalse(link.up)
             self.wait_until(loop, lambda: len(seen) == 4)
             link.send(tc.Outgoing(link.name, b"", "", b"newer", b""))
             got = {}  # by connection
@@ -10050,6 +10051,58 @@ class SocketsTest(unittest.TestCase):
                 return [b"newer"] in got.values()
             self.wait_until(loop, has_come)
             second.close(0)
+
+    def test_a_message_to_a_lost_peer_tells_that_it_is_gone(self):
+        gone = []
+
+        class Probe(tc.Machine):
+            def disconnected(self, link, peer, now):
+                gone.append(peer)
+        _, link, _ = self.router(Probe())
+        link.send(tc.Outgoing(link.name, b"lost", "", b"x", b""))
+        self.assertEqual((gone, link.backlogs), ([b"lost"], {}))
+
+    def test_nothing_is_kept_for_a_broker_that_is_not_there(self):
+        import zmq
+        with contextlib.closing(tc.EventLoop(sockets=True)) as loop, \
+                socket.create_server(("127.0.0.1", 0)) as server, \
+                mock.patch.object(tc.threading, "Thread") as thread:
+            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+            link = tc.DealerLink(loop, loop.add(tc.Machine(), {}), BROKER, address)
+            link.send(tc.Outgoing(link.name, b"", "", b"x", b""))
+            self.assertEqual((link.backlogs, link.retry_at), ({}, math.inf))
+            for now in (1.0, 2.0):  # one look at what is there at a time
+                link.handshake_failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, 0, now)
+            self.assertEqual((thread.call_count, link.retry_at), (1, 1.0 + tc.REFUSED_RETRY))
+
+    def test_a_round_calls_all_that_was_posted(self):
+        with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
+            loop.add(tc.Machine(), {})
+            calls = []
+            for name in "ab":
+                loop.post(lambda now, name=name: calls.append(name))
+            loop.wait()
+            for status in (3, 4):
+                loop.exit(status)
+            self.assertEqual((calls, loop.run()), (["a", "b"], 3))  # the first status counts
+
+    def test_a_pause_is_told_before_messages_are_sent(self):
+        events, now = [], [100.0]
+
+        class Probe(tc.Machine):
+            def paused(self, gap, now):
+                events.append(gap)
+
+            def take(self):
+                events.append("take")
+                return super().take()
+        with contextlib.closing(tc.EventLoop(sockets=False)) as loop, \
+                mock.patch.object(tc.time, "monotonic", lambda: now[0]):
+            loop.add(Probe(), {})
+            loop.clock()
+            now[0] += 20.0
+            loop.flush()
+        self.assertEqual(events, [20.0, "take"])
 
     def test_every_interval(self):
         times, now = [], [100.0]
