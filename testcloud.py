@@ -289,75 +289,53 @@ def in_utf8(text: str) -> str:
     return to_bytes(text).decode("utf-8", "replace")
 
 
-# --- checks of fields: their docstrings complete the sentence "FIELD must be ..."
+# --- checks of fields
 
 Check = Callable[[Any], bool]
 
 
-def count(value: Any) -> bool:
-    """a whole number from 0 to 2**53"""  # all JSON readers agree up to there
-    return type(value) is int and 0 <= value <= 2**53
+def described(what: str, check: Check) -> Check:
+    """Describe a check by what it accepts. Errors say: this field must be `what`."""
+    check.__doc__ = what
+    return check
 
 
-def integer(value: Any) -> bool:
-    """a whole number of 32 bits"""
-    return type(value) is int and -(2**31) <= value < 2**31
-
-
-def number(value: Any) -> bool:
-    """a number, 0 or more"""
-    return type(value) in (int, float) and 0 <= value < 1e18
-
-
-def text(value: Any) -> bool:
-    """a text"""
-    return type(value) is str
-
-
-def name(value: Any) -> bool:
-    """a name of 1 to 200 ASCII characters"""  # the name of a run becomes a token
-    return type(value) is str and value.isascii() and 0 < len(value) <= 200
-
-
-def slot_count(value: Any) -> bool:
-    """a whole number up to 2**20"""  # the sum over many workers must still be a count
-    return count(value) and value <= 2**20
-
-
-def flag(value: Any) -> bool:
-    """true or false"""
-    return type(value) is bool
-
-
-def environment(value: Any) -> bool:
-    """an object of texts, whose names have no = in them"""
-    return type(value) is dict and all(
-        name and "=" not in name and "\0" not in name + str(word) and text(word)
-        for name, word in value.items())
-
-
-def list_of(check: Check, what: str) -> Check:
-    """Return a check for a list of such values, which are called `what`."""
-    def check_list(value: Any) -> bool:
-        return type(value) is list and all(map(check, value))
-    check_list.__doc__ = "a list of " + what
-    return check_list
+def list_of(what: str, check: Check) -> Check:
+    return described("a list of " + what,
+                     lambda value: type(value) is list and all(map(check, value)))
 
 
 def rows_of(needs: Dict[str, Check], may_have: Dict[str, Check]) -> Check:
     """Return a check for a list of objects with these fields."""
     fields = {**needs, **may_have}
-    return list_of(lambda row: type(row) is dict and needs.keys() <= row.keys() and all(
-        check(row[name]) for name, check in fields.items() if name in row), "objects as of STATUS")
+    return list_of("objects as of STATUS", lambda row: type(row) is dict
+                   and needs.keys() <= row.keys()
+                   and all(check(row[name]) for name, check in fields.items() if name in row))
 
 
-counts = list_of(count, "whole numbers")
-texts = list_of(text, "texts")
-pairs = list_of(lambda row: counts(row) and len(row) == 2, "[id, attempt]")
-triples = list_of(lambda row: type(row) is list and len(row) == 3 and name(row[0])
-                  and counts(row[1:]), "[run, id, attempt]")
-machines = list_of(lambda row: type(row) is list and len(row) > 1 and text(row[0])
-                   and slot_count(row[1]) and texts(row[2:]), "[host, slots, label, label...]")
+count = described("a whole number from 0 to 2**53",  # all JSON readers agree up to there
+                  lambda value: type(value) is int and 0 <= value <= 2**53)
+integer = described("a whole number of 32 bits",
+                    lambda value: type(value) is int and -(2**31) <= value < 2**31)
+number = described("a number, 0 or more",
+                   lambda value: type(value) in (int, float) and 0 <= value < 1e18)
+slot_count = described("a whole number up to 2**20",  # the sum over many workers is a count
+                       lambda value: count(value) and value <= 2**20)
+flag = described("true or false", lambda value: type(value) is bool)
+text = described("a text", lambda value: type(value) is str)
+name = described("a name of 1 to 200 ASCII characters",  # the name of a run becomes a token
+                 lambda value: type(value) is str and value.isascii() and 0 < len(value) <= 200)
+environment = described("an object of texts, whose names have no = in them", lambda value:
+                        type(value) is dict and all(
+                            name and "=" not in name and "\0" not in name + str(word) and text(word)
+                            for name, word in value.items()))
+counts = list_of("whole numbers", count)
+texts = list_of("texts", text)
+pairs = list_of("[id, attempt]", lambda row: counts(row) and len(row) == 2)
+triples = list_of("[run, id, attempt]", lambda row: type(row) is list and len(row) == 3
+                  and name(row[0]) and counts(row[1:]))
+machines = list_of("[host, slots, label, label...]", lambda row: type(row) is list
+                   and len(row) > 1 and text(row[0]) and slot_count(row[1]) and texts(row[2:]))
 
 # --- the table of messages
 
