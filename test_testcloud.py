@@ -9612,7 +9612,7 @@ class BrowserTest(unittest.TestCase):
             self.assertEqual("clocks of hosts differ" in parsed.one(id="caption").text, aligned)
 
 
-# === Sockets ==========================================================================
+# === Addresses, event loop, links =====================================================
 
 
 class SocketsTest(unittest.TestCase):
@@ -10137,7 +10137,7 @@ class SocketsTest(unittest.TestCase):
             self.assertFalse(tc.is_loopback(address))
 
 
-# === Keys =============================================================================
+# === Key files and authentication =====================================================
 
 
 class KeyFilesTest(unittest.TestCase):
