@@ -187,6 +187,14 @@ class MessagesTest(unittest.TestCase):
             self.assertNotIn("\n", str(caught.exception))
             self.assertLess(len(str(caught.exception)), 200)
 
+    def test_an_error_says_which_field_must_be_what(self):
+        for line, text in ((b"DONE {}", "DONE needs 'tasks': a list of [id, attempt]"),
+                           (b'READY {"slots":-1}', "READY wants 'slots' to be a whole number up to "
+                                                   "2**20")):
+            with self.assertRaises(tc.ProtocolError) as caught:
+                tc.decode(line)
+            self.assertEqual(str(caught.exception), text)
+
     def test_a_row_of_status_has_all_its_fields_and_each_is_checked(self):
         row = self.EXAMPLES["STATUS"]["clients"][0]
         for name in row:
