@@ -7672,14 +7672,18 @@ class SocketLink(Link):
             self.socket.close(linger)
             self.socket = None
 
-    def events(self) -> Iterator[Tuple[int, int]]:
-        """Read the monitor: pairs (event, value). The value is mostly a descriptor."""
-        while True:
+    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
+        while self.monitor in ready:
             try:
                 parts = self.monitor.recv_multipart(NOBLOCK)
             except zmq.Again:
                 return
-            yield struct.unpack("=hi", parts[0])
+            event, value = struct.unpack("=hi", parts[0])
+            self.on_event(event, value, now)
+
+    def on_event(self, event: int, value: int, now: Seconds) -> None:
+        """Take note of an event of the monitor. The value is mostly a descriptor."""
+        raise NotImplementedError
 
     def send(self, outgoing: Outgoing) -> None:
         backlog = self.backlogs.get(outgoing.peer)
@@ -7826,13 +7830,9 @@ class RouterLink(SocketLink):
             with contextlib.suppress(OSError):
                 os.unlink(self.address[len("ipc://"):])
 
-    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
-        if self.monitor not in ready:
-            return
-        events = list(self.events())
-        self.monitored += events
-        if any(event == zmq.EVENT_ACCEPTED and value >= self.file_limit - SPARE_FILES
-               for event, value in events):
+    def on_event(self, event: int, value: int, now: Seconds) -> None:
+        self.monitored.append((event, value))
+        if event == zmq.EVENT_ACCEPTED and value >= self.file_limit - SPARE_FILES:
             limit, self.file_limit = self.file_limit, sys.maxsize  # one warning is enough
             print_notice(f"no more peers can connect: this process may have only {limit} open "
                          f"files; start the broker with a higher limit (ulimit -n, or LimitNOFILE= "
@@ -7868,7 +7868,8 @@ class RouterLink(SocketLink):
         for old in (peer, self.peer_at.get(descriptor, peer)):
             if old in self.descriptor_of:
                 self.forget(old, now)
-        self.monitored += self.events()  # those up to its opening are about earlier connections
+        self.read_events({self.monitor: zmq.POLLIN}, now)
+        # events up to its opening are about earlier connections
         opened = max((at for at, row in enumerate(self.monitored)
                       if row == (zmq.EVENT_ACCEPTED, descriptor)), default=-1)
         self.monitored = [row for at, row in enumerate(self.monitored)
@@ -8000,24 +8001,23 @@ class DealerLink(SocketLink):
         self.hand_over(b"", self.rest_of_message(frame), now)
         return True
 
-    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
-        for event, detail in self.events() if self.monitor in ready else ():
-            if event == zmq.EVENT_CONNECTED:  # something listens: what it is will show
-                self.listener_seen = True
-                if not self.refused:
-                    self.tell_refusal("", now)
-            elif event == zmq.EVENT_CONNECT_RETRIED:  # nothing does, or there was a connection
-                if not self.listener_seen:
-                    self.tell_refusal(None, now)
-                self.listener_seen = False
+    def on_event(self, event: int, value: int, now: Seconds) -> None:
+        if event == zmq.EVENT_CONNECTED:  # something listens: what it is will show
+            self.listener_seen = True
+            if not self.refused:
+                self.tell_refusal("", now)
+        elif event == zmq.EVENT_CONNECT_RETRIED:  # nothing does, or there was a connection
+            if not self.listener_seen:
+                self.tell_refusal(None, now)
+            self.listener_seen = False
+        else:
+            self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if self.up:
+                self.adapter.machine.connected(self.name, now)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self.forget(b"", now)
             else:
-                self.up = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-                if self.up:
-                    self.adapter.machine.connected(self.name, now)
-                elif event == zmq.EVENT_DISCONNECTED:
-                    self.forget(b"", now)
-                else:
-                    self.handshake_failed(event, detail, now)
+                self.handshake_failed(event, value, now)
 
     def handshake_failed(self, event: int, detail: int, now: Seconds) -> None:
         """Find out why, and connect again later. Only a refused key shows in the event. Any
