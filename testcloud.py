@@ -1043,7 +1043,7 @@ NOWHERE = "nowhere"  # there is no other host
 
 
 class Faults:
-    """How often a command was lost, by fault."""
+    """Counts the losses of a command, by fault."""
 
     __slots__ = ("crashes", "spawns")
 
@@ -1073,8 +1073,8 @@ class Place(NamedTuple):
 
 
 class Constraints(NamedTuple):
-    """Where a task may run. `needs` and `never_on` always hold. Each of the others is a
-    preference: it holds as long as a place is left that meets it, in the order of eligible()."""
+    """The places where a task may run. `needs` and `never_on` are strict. The others are
+    preferences: each holds as long as a place is left, in the order of eligible()."""
 
     needs: FrozenSet[str] = frozenset()  # labels
     excluded: FrozenSet[str] = frozenset()  # hosts
@@ -1109,12 +1109,12 @@ class Task:
         self.id = id
         self.attempt = attempt
         self.state = WAITING
-        self.line = line  # as the client sent it; b"" if only its worker has spoken of it
+        self.line = line  # as the client sent it; b"" if only its worker reported it
         self.worker: Optional[WorkerLink] = None  # in ASSIGNED, RUNNING and DELIVERED
         self.avoid = ""  # name of the worker that lost the attempt before
         self.constraints = UNCONSTRAINED
         self.had = ""  # in RECOVERING: name of the worker that had it last
-        self.careful = False  # workers were lost with it: no other task may wait behind it
+        self.careful = False  # workers were lost with it: no other task waits behind it
         self.faults = Faults()  # of a plain client's command; other clients count themselves
         self.cost = 0  # in DELIVERED: bytes that wait for its client
         self.result = b""  # RESULT of a plain worker, which does not keep it
@@ -1129,10 +1129,10 @@ class Task:
 #
 # Which waiting task goes to which worker. Clients take turns; within one client, retries go
 # first, then commands in order. Among eligible workers a free slot counts first, then weight,
-# then the number of free slots. Workers whose commands are short are given more than they have
-# slots for (prefetch), and these tasks are recalled when a slot is free elsewhere. A task that
-# must not wait behind others reserves the next free slot of a worker. The scheduler knows no
-# messages, connections or clocks. Its cost for a task does not grow with workers or clients.
+# then the number of free slots. Workers with short commands get extra tasks (prefetch); a free
+# slot elsewhere recalls them. A task that must not wait behind others reserves the next free slot
+# of a worker. The scheduler knows no messages, connections or clocks. The cost of a decision does
+# not grow with the number of workers or clients.
 
 
 class ClientQueue:
@@ -1141,14 +1141,14 @@ class ClientQueue:
     __slots__ = ("from_above", "tasks", "waiting", "retries", "in_turn", "excluded", "owed")
 
     def __init__(self, from_above: bool = False) -> None:
-        self.from_above = from_above  # a run of the broker above: starts only under a lease
+        self.from_above = from_above  # run of the broker above: starts only with a lease
         self.tasks: Dict[int, Task] = {}  # all that are not GONE, by id
-        self.waiting: Deque[Task] = deque()  # first attempts; those not WAITING are skipped
-        # the same for retries, which go first. A queue for each kind: no kind waits for another
+        self.waiting: Deque[Task] = deque()  # first attempts
+        # retries, by kind: a kind that must wait does not block others
         self.retries: Dict[Tuple[Constraints, bool], Deque[Task]] = {}
-        self.in_turn = False  # stands in Scheduler.turns
+        self.in_turn = False  # is in Scheduler.turns
         self.excluded: FrozenSet[str] = frozenset()  # hosts to use only if there are no others
-        self.owed = 0  # bytes of results that the client got and has not confirmed with DONE
+        self.owed = 0  # bytes of results that the client has not confirmed (DONE)
 
     def append(self, task: Task, retry: bool) -> None:
         if retry:
@@ -1157,18 +1157,18 @@ class ClientQueue:
             self.waiting.append(task)
 
     def next_tasks(self) -> List[Task]:
-        """Return the first task of each queue: of first attempts, and of MAX_RETRY_KINDS kinds of
-        retries at most, in turns."""
+        """Return the first task of each queue. At most MAX_RETRY_KINDS kinds of retries, round
+        robin, come before first attempts."""
         found = []
         for kind in list(itertools.islice(self.retries, MAX_RETRY_KINDS)):
             queue = self.retries.pop(kind)
-            if skip_gone(queue):
+            if skip_not_waiting(queue):
                 found.append(queue[0])
                 self.retries[kind] = queue
-        return found + [self.waiting[0]] if skip_gone(self.waiting) else found
+        return found + [self.waiting[0]] if skip_not_waiting(self.waiting) else found
 
 
-def skip_gone(queue: Deque[Task]) -> bool:
+def skip_not_waiting(queue: Deque[Task]) -> bool:
     """Drop tasks from the front until one is WAITING. Return whether there is one."""
     while queue and queue[0].state != WAITING:
         queue.popleft()
@@ -1191,14 +1191,14 @@ class WorkerSlots:
         self.silent = False  # a plain worker that has not said READY for long: the last choice
         self.prefetch = 0  # tasks that it may be given beyond its slots
         self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
-        self.busy = 0  # how many of them are BUSY
-        self.careful = 0  # how many of these are careful
-        self.busy_with: Counter[FrozenSet[str]] = Counter()  # how many of these need such labels
-        self.slots_with: Dict[FrozenSet[str], int] = {}  # cache: slots that have such labels
-        self.stamp = 0  # of its valid entry in Scheduler.ranking
+        self.busy = 0  # tasks that are BUSY
+        self.careful = 0  # BUSY tasks that are careful
+        self.busy_with: Counter[FrozenSet[str]] = Counter()  # BUSY tasks, by needed labels
+        self.slots_with: Dict[FrozenSet[str], int] = {}  # cache: slots with these labels
+        self.stamp = 0  # of its entry in Scheduler.ranking; older entries are stale
 
     def count(self, task: Task, change: int) -> None:
-        """Count a task in (1) or out (-1) of those that are BUSY."""
+        """Count a BUSY task in (1) or out (-1)."""
         self.busy += change
         if task.careful:
             self.careful += change
@@ -1206,11 +1206,11 @@ class WorkerSlots:
             self.busy_with[task.constraints.needs] += change
 
     def running(self) -> int:
-        """Return how many tasks run. A worker with 0 slots has handed back the others."""
+        """Return the number of running tasks. With 0 slots, all its BUSY tasks run."""
         return min(self.busy, self.slots or self.busy)
 
     def queued(self) -> Iterator[Task]:
-        """Return the tasks that wait for a slot there."""
+        """Return the tasks beyond its slots; the oldest tasks run first."""
         busy = (task for task in self.tasks.values() if task.state in BUSY)
         return itertools.islice(busy, self.running(), None)
 
@@ -1219,15 +1219,15 @@ class WorkerSlots:
         return self.slots - self.busy if self.ready else 0
 
     def order(self) -> int:
-        """Return 0 if it has a free slot, 1 if it has none, 2 if it may be gone."""
+        """Return its class: 0 it has a free slot, 1 it has none, 2 it may be gone."""
         return 2 if self.silent else int(self.free() <= 0)
 
     def has_room(self) -> bool:
-        """Return whether it may be given another task. None may wait behind a careful one."""
+        """Return whether it may be given another task. No task waits behind a careful one."""
         return self.ready and self.busy < self.slots + (0 if self.careful else self.prefetch)
 
     def fits(self, task: Task) -> bool:
-        """Return whether a slot with the labels that the task needs is left."""
+        """Return whether a slot with the labels that the task needs is free."""
         needs = task.constraints.needs
         if not needs or len(self.capacity) == 1:  # its slots are all alike
             return True
@@ -1252,57 +1252,58 @@ class Scheduler:
         # heap of workers with room, the best first: (order, -weight, -free, stamp, worker)
         self.ranking: List[Tuple[int, int, int, int, WorkerSlots]] = []
         self.stamps = 0  # entries of the ranking so far
-        self.prefetched: Deque[Tuple[Task, Seconds]] = deque()  # tasks beyond slots, since when
-        self.reservations: Dict[WorkerSlots, Task] = {}  # who gets a worker's next free slot
+        self.prefetched: Deque[Tuple[Task, Seconds]] = deque()  # (task, time) of tasks beyond slots
+        self.reservations: Dict[WorkerSlots, Task] = {}  # the task for a worker's next free slot
         self.capacity_changed = False  # slots, weights or labels, since the owner last looked
         # caches, until capacity changes
         self.slots_by_labels: Counter[FrozenSet[str]] = Counter()
         self.places_by_host: Dict[str, List[Place]] = {}
         self.with_slots = 0  # how many workers have slots
         self.eligible_for: Dict[Constraints, Eligible] = {}
-        self.saturated: Set[Eligible] = set()  # sets of workers of which none has room
+        self.saturated: Set[FrozenSet[WorkerSlots]] = set()  # sets of workers without room
 
     # --- workers
 
     def add_worker(self, worker: WorkerSlots) -> None:
-        """A worker has connected, for the first time or again. change_worker() makes it ready."""
+        """Add a worker that has connected, also again. change_worker() makes it ready."""
         if worker not in self.workers:
             self.workers[worker] = None
             self.slots += worker.slots
         self.away.pop(worker, None)
         worker.ready = False
-        self.drop_caches()
+        self.note_capacity_change()
 
     def change_worker(self, worker: WorkerSlots, slots: int, weight: int,
                       capacity: Dict[Tuple[str, FrozenSet[str]], int]) -> None:
-        """A connected worker has told what it has; it is ready now."""
+        """Note what a connected worker has told of itself, and make it ready."""
         if (slots, weight, capacity) != (worker.slots, worker.weight, worker.capacity):
             self.slots += slots - worker.slots
             worker.slots, worker.weight, worker.capacity = slots, weight, capacity
             worker.slots_with = {}
             worker.prefetch = min(worker.prefetch, PREFETCH * slots)
-            self.drop_caches()
+            self.note_capacity_change()
         elif worker.ready:
             return
         worker.ready = True
         self.rank(worker)
 
     def suspend_worker(self, worker: WorkerSlots) -> None:
-        """The connection of a worker broke: it gets nothing, and may come back."""
+        """Give no tasks to a worker whose connection broke. It may come back."""
         if worker in self.workers:
             del self.workers[worker]
             self.away[worker] = None
             self.slots -= worker.slots
             worker.ready = False
             self.rank(worker)
-            self.drop_caches()
+            self.note_capacity_change()
 
     def remove_worker(self, worker: WorkerSlots) -> None:
-        """A worker will not come back. Its tasks are for the caller to move."""
+        """Remove a worker. The caller moves its tasks."""
         self.suspend_worker(worker)
         del self.away[worker]
 
-    def drop_caches(self) -> None:
+    def note_capacity_change(self) -> None:
+        """Drop the caches and reservations, which a change of capacity makes wrong."""
         self.capacity_changed = True
         self.slots_by_labels.clear()
         self.places_by_host.clear()
@@ -1311,7 +1312,7 @@ class Scheduler:
         self.reservations.clear()
 
     def learn_duration(self, worker: WorkerSlots, ms: float) -> None:
-        """A command took so long there. Short ones, one after the other, let it prefetch."""
+        """Update the prefetch after a command of `ms`: each short command raises it by one."""
         each = min(PREFETCH, PREFETCH_TIME / max(ms, 1))
         worker.prefetch = min(worker.prefetch + 1, int(each * worker.slots))
 
@@ -1323,19 +1324,19 @@ class Scheduler:
         self.take_turn(task.client)
 
     def take_turn(self, client: ClientQueue) -> None:
-        """The client may have tasks that can be assigned."""
+        """Add the client to the turns if it has tasks."""
         if not client.in_turn and (client.waiting or client.retries):
             client.in_turn = True
             self.turns.append(client)
 
     def remove_client(self, client: ClientQueue) -> None:
-        """The client has no tasks any more, and will have none."""
+        """Remove a client that has no tasks any more."""
         if client.in_turn:
             client.in_turn = False
             self.turns.remove(client)
 
     def move(self, task: Task, state: str, worker: Optional[WorkerLink], now: Seconds) -> None:
-        """Change a task's state and all indexes that depend on it. `worker` has the task in
+        """Change a task's state and all indexes that depend on it. A task has a worker in
         ASSIGNED and RUNNING, and in DELIVERED unless the worker is plain."""
         assert state in MOVES[task.state], (task.key, task.state, state)
         old, was_busy, is_busy = task.worker, task.state in BUSY, state in BUSY
@@ -1343,10 +1344,10 @@ class Scheduler:
         if old is not worker or was_busy != is_busy:
             if old is not None:
                 old.tasks.pop(task.key, None)
-                old.count(task, -was_busy)
+                old.count(task, -1 if was_busy else 0)
             if worker is not None:
                 worker.tasks[task.key] = task
-                worker.count(task, is_busy)
+                worker.count(task, 1 if is_busy else 0)
                 self.rank(worker)
             if old is not None and old is not worker and was_busy:
                 self.rank(old)
@@ -1357,8 +1358,8 @@ class Scheduler:
             self.charge(task, 0)
 
     def charge(self, task: Task, cost: int) -> None:
-        """Set what a task's result costs its client, in bytes. A client that owes CREDIT gets no
-        more tasks run, so that results fill neither our memory nor the disks of workers."""
+        """Set the cost of a task's result, in bytes. At CREDIT the client's tasks wait: results
+        must not fill our memory and the disks of workers."""
         task.client.owed += cost - task.cost
         task.cost = cost
         self.take_turn(task.client)
@@ -1376,7 +1377,7 @@ class Scheduler:
         return self.places_by_host
 
     def has_labels(self, needs: FrozenSet[str], slots: int = 0) -> bool:
-        """Return whether a kind of workers has these labels, and at least so many slots."""
+        """Return whether workers with these labels are there, and have so many slots."""
         if not self.slots_by_labels:
             for worker in self.workers:
                 for (_, labels), n in worker.capacity.items():
@@ -1388,7 +1389,7 @@ class Scheduler:
         constraints, excluded = task.constraints, task.client.excluded
         if constraints is UNCONSTRAINED and not excluded:
             return None
-        if not self.has_labels(constraints.needs):  # not cached: clients invent labels
+        if not self.has_labels(constraints.needs):  # not cached: a client can name any label
             return frozenset()
         constraints = constraints._replace(excluded=excluded)
         if constraints not in self.eligible_for:
@@ -1399,35 +1400,36 @@ class Scheduler:
 
     def find_eligible(self, constraints: Constraints) -> Eligible:
         by_host, on = self.places(), constraints.on
-        found = constraints.eligible(() if on in constraints.excluded else by_host.get(on, ()))
+        near = () if on in constraints.excluded else by_host.get(on, ())
+        found = constraints.eligible(near)  # mostly enough: only the places on that host
         if not found:
             found = constraints.eligible(itertools.chain.from_iterable(by_host.values()))
         return frozenset(found) if len(found) < self.with_slots else None
 
     def is_unplaceable(self, task: Task) -> bool:
-        """Return whether no worker may run a task whose owner must not wait for one: it excludes
-        all hosts there are (never_on), or comes from the broker above."""
+        """Return whether the task fits no worker and must not wait for one. Only tasks with
+        never_on, or from the broker above, must not wait."""
         never_on = task.constraints.never_on
         if never_on:
             if any(host not in never_on for worker in self.away for host, _ in worker.capacity):
-                return False  # that host may be back in a moment
+                return False  # its host may come back
         elif not task.client.from_above:
             return False
         return self.eligible(task) == frozenset()
 
-    # --- the best worker
+    # --- choosing the worker for a task
 
     def rank(self, worker: WorkerSlots) -> None:
-        """Enter the worker into the ranking as it is now. Its older entry becomes void."""
+        """Rank the worker as it is now. Its older entry is stale."""
         self.stamps += 1
         worker.stamp = self.stamps
         if not worker.has_room():
             return
         if self.saturated:
-            self.saturated = {some for some in self.saturated if some and worker not in some}
+            self.saturated = {full for full in self.saturated if worker not in full}
         heapq.heappush(self.ranking, (
             worker.order(), -worker.weight, -worker.free(), self.stamps, worker))
-        if len(self.ranking) > 2 * len(self.workers) + 64:  # most are void
+        if len(self.ranking) > 2 * len(self.workers) + 64:  # most are stale
             self.ranking = [row for row in self.ranking if row[3] == row[4].stamp]
             heapq.heapify(self.ranking)
 
@@ -1451,8 +1453,8 @@ class Scheduler:
         return not self.is_reserved(worker, task) and (task is None or worker.fits(task))
 
     def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerSlots]:
-        """Return the best worker with room for this task (None: for any task), or None. The
-        worker to avoid comes last of those with the same order()."""
+        """Return the best worker with room for this task (None: for any task), or None. Among
+        workers with the same order(), the one to avoid is last."""
         avoid, among = ("", None) if task is None else (task.avoid, self.eligible(task))
         if among in self.saturated:
             return None
@@ -1480,19 +1482,19 @@ class Scheduler:
 
     def best_among(self, workers: FrozenSet[WorkerSlots], task: Optional[Task],
                    avoid: str) -> Optional[WorkerSlots]:
-        """Return the same by looking at each of a few workers."""
+        """Return the same as best_worker(), by looking at each of these workers."""
         with_room = [worker for worker in workers if worker.has_room()]
-        if not with_room:
+        if not with_room and workers:
             self.saturated.add(workers)
         return min((worker for worker in with_room if self.may_take(worker, task)), default=None,
                    key=lambda it: (it.order(), it.name == avoid, -it.weight, -it.free(), it.stamp))
 
-    # --- decisions
+    # --- assigning, reserving and recalling tasks
 
     def decisions(self) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
-        """Yield each task that is to be assigned, with its worker, or with None if it is
-        unplaceable. The caller must move the task before it asks for the next decision."""
-        passed_over = 0  # clients in a row that have no task for a worker with room
+        """Yield tasks to be assigned, each with its worker; or with None if it is unplaceable. The
+        caller must move a task before it asks for the next."""
+        passed_over = 0  # clients in a row without a task for a worker with room
         while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
             tasks = client.next_tasks() if self.may_start(client) else []
@@ -1505,29 +1507,29 @@ class Scheduler:
             for task in tasks:
                 worker = self.best_worker(task)
                 if worker is None and not self.ranking:
-                    self.turns.rotate(1)  # it is its turn still
+                    self.turns.rotate(1)  # this client keeps its turn
                     return
                 if worker is None and not self.is_unplaceable(task):
                     continue
-                if worker is not None and self.reserves(task, worker):
+                if worker is not None and self.try_reserve(task, worker):
                     continue
                 yield task, worker
                 passed_over = 0
                 if worker is not None:
                     break
 
-    def reserves(self, task: Task, worker: WorkerSlots) -> bool:
-        """Return whether this task reserves the worker's next free slot, because it must not
-        wait behind others there: it is careful, or could not be recalled for any other worker."""
+    def try_reserve(self, task: Task, worker: WorkerSlots) -> bool:
+        """Reserve the worker's next free slot if the task must not queue there: it is careful, or
+        not all workers may run it. Return whether it was reserved."""
         if worker.free() > 0 or not task.careful and self.eligible(task) is None:
             return False
-        self.reservations[worker], worker.prefetch = task, 0  # else others would go before it
+        self.reservations[worker], worker.prefetch = task, 0  # no other task may overtake it
         self.rank(worker)
         return True
 
     def unplaceable(self, clients: Iterable[ClientQueue]) -> Iterator[Task]:
-        """Yield waiting tasks of these clients that are unplaceable. The caller must move each
-        before it asks for the next."""
+        """Yield the unplaceable tasks of these clients, also while no worker has room. The caller
+        must move each before it asks for the next."""
         for client in clients:
             found = True
             while found:
@@ -1538,8 +1540,8 @@ class Scheduler:
                         yield task
 
     def recalls(self, now: Seconds) -> List[Task]:
-        """Return the tasks to be recalled from their workers: those that wait for a slot while
-        another worker has a free one, or longer than RECALL_DELAY."""
+        """Return the tasks to recall from their workers: another worker has a free slot for them,
+        or they have waited for RECALL_DELAY."""
         tasks: List[Task] = []
         queue = self.prefetched
         while queue and (not self.is_queued(queue[0][0]) or queue[0][1] + RECALL_DELAY <= now):
@@ -1548,21 +1550,22 @@ class Scheduler:
         free = best.free() if best and not best.silent else 0
         while queue and free > 0:
             tasks.append(queue.pop()[0])
-            free -= self.is_queued(tasks[-1])
+            if self.is_queued(tasks[-1]):
+                free -= 1
         tasks = [task for task in tasks if self.is_queued(task)]
         for task in tasks:
             assert task.worker is not None
-            task.worker.prefetch = 0  # its commands are not short any more
+            task.worker.prefetch = 0  # prefetch again only after short commands
             self.rank(task.worker)
         return tasks
 
     def is_queued(self, task: Task) -> bool:
-        """Return whether the task may wait for a slot at its worker."""
+        """Return whether its worker has more tasks than slots."""
         worker = task.worker
         return task.state == RUNNING and worker is not None and worker.busy > worker.slots
 
     def deadline(self) -> Seconds:
-        """Return when recalls() has something to do, at the latest."""
+        """Return the time of the next recall by RECALL_DELAY."""
         return self.prefetched[0][1] + RECALL_DELAY if self.prefetched else math.inf
 
     def check(self) -> None:
@@ -1584,20 +1587,20 @@ class Scheduler:
             assert worker in self.workers or not worker.ready
         assert self.reservations.keys() <= self.workers.keys()
         for workers in self.saturated:
-            assert workers is not None and workers <= self.workers.keys()
+            assert workers <= self.workers.keys()
             assert not any(worker.has_room() for worker in workers)
 
 
 # === Registry =========================================================================
 #
-# Who is there: the clients and workers of a broker, connected or away, with their names, their
-# keys and their last signs of life. A client is known by its run, a worker by its name; either may
-# come back over another connection. With keys, names carry the fingerprint of the key, so that
-# nobody else can take them. The registry knows peers and times, but no messages and no queues.
+# The registry holds the clients and workers of a broker, connected or away, with their names, keys
+# and last signs of life. A client is known by its run, a worker by its name; either may come back
+# over another connection. Names contain the fingerprint of the key: no other key can use them. The
+# registry knows peers and times, but no messages and no queues.
 
 
 class ClientLink(ClientQueue):
-    """A run: its client, and the tasks that it wants."""
+    """The broker's record of a client and its tasks: of a run."""
 
     __slots__ = ("run", "peer", "claimed", "lost", "last_id", "announced", "join", "host", "pid",
                  "backlog", "told_excluded", "needs", "done", "failed")
@@ -1633,7 +1636,7 @@ class ClientLink(ClientQueue):
 
 
 class WorkerLink(WorkerSlots):
-    """A worker, or a chained broker."""
+    """The broker's record of a worker, or of a chained broker."""
 
     __slots__ = ("peer", "plain", "below", "depth", "join", "host", "user", "labels", "load",
                  "done", "failed", "no_answers")
@@ -1643,13 +1646,13 @@ class WorkerLink(WorkerSlots):
         self.peer = peer  # None while its connection is broken
         self.plain = plain
         self.below: List[str] = []  # names of the brokers of its subtree, itself included
-        self.depth = 0  # how many of them stand in its longest chain
+        self.depth = 0  # brokers in its longest chain
         self.join = 0  # number of its last READY that told what it has
         self.host = name  # its host's identity, unless it is plain or a chained broker
-        self.user = ""  # as which it runs commands, if it tells
+        self.user = ""  # that runs its commands; "" if unknown
         self.labels: FrozenSet[str] = frozenset()
-        self.load = 0.0  # of its machine, if it tells
-        self.done = self.failed = 0  # as of a ClientLink
+        self.load = 0.0  # average of its machine; 0 if unknown
+        self.done = self.failed = 0  # as in ClientLink
         self.no_answers = False  # a plain worker that takes our answers for commands
 
 
@@ -1664,7 +1667,7 @@ class Registry:
         self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or away
         self.at_host: Dict[str, Dict[WorkerLink, None]] = {}  # the same, by host
         self.host_names = HostNames()
-        self.plain_peers = 0  # so many have had a name from us
+        self.plain_peers = 0  # number of plain peers that we have named
         self.away: Dict[WorkerLink, Seconds] = {}  # with a broken connection: until when
         # runs that are over: until when a worker that was away may have commands of them
         self.departed: Dict[Run, Seconds] = {}
@@ -1673,8 +1676,8 @@ class Registry:
         self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
         self.keys: Dict[Tuple[str, Peer], str] = {}  # public keys of connections
         self.keyed = False  # all connections have keys
-        self.lenient_until = -math.inf  # no deadline passes before: we were stopped ourselves
-        self.leniency: Seconds = 0.0  # how long that lasts after the stop
+        self.lenient_until = -math.inf  # no deadline ends before this time
+        self.leniency: Seconds = 0.0  # seconds that this adds after a pause
 
     # --- clients
 
@@ -1694,7 +1697,7 @@ class Registry:
         return client
 
     def connect_client(self, client: ClientLink, peer: Peer) -> None:
-        """The run's client is at this peer now, wherever it was before."""
+        """Set the peer of a run, which may have had another."""
         if not client.from_above and client.peer is not None:
             self.run_of.pop(client.peer, None)
         client.from_above, client.peer = False, peer
@@ -1732,13 +1735,13 @@ class Registry:
 
     def add_plain_worker(self, peer: Peer, now: Seconds) -> WorkerLink:
         self.plain_peers += 1
-        given = peer[:1] == b"\0"  # made by libzmq: only we know it, and nobody else should
+        given = peer[:1] == b"\0"  # made by libzmq, and no name to show
         worker = WorkerLink(peer, f"{PLAIN}{self.plain_peers}" if given else printable(peer), True)
         self.connect_worker(worker, peer, now)
         return worker
 
     def connect_worker(self, worker: WorkerLink, peer: Peer, now: Seconds) -> None:
-        """The worker is at this peer now, wherever it was before."""
+        """Set the peer of a worker, which may have had another."""
         self.away.pop(worker, None)
         if worker.peer is not None:
             self.workers.pop(worker.peer, None)
@@ -1773,7 +1776,7 @@ class Registry:
         return [other for other in self.at_host[worker.host] if other is not worker
                 and worker.user and other.user == worker.user and other.peer is not None]
 
-    # --- keys
+    # --- keys of connections
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
         self.keyed = True
@@ -1819,14 +1822,13 @@ class Registry:
         return [worker for worker, until in self.away.items() if until <= now]
 
     def paused(self, gap: Seconds, now: Seconds) -> Seconds:
-        """We were stopped for `gap` seconds: the silence was ours. Move all deadlines, and return
-        the time before which none may pass. Until then messages are read that came meanwhile, and
-        peers come back that took us for dead."""
+        """Move all deadlines after a pause of our own, of `gap` seconds. Return the time before
+        which none may end: until then the broker reads what came meanwhile, and peers return."""
         if self.lenient_until < now - gap:
             self.leniency = 0.0
         self.lenient_until += gap
         rest = min(gap, max(REJOIN_TIME, self.times.ready_interval))
-        if rest > self.leniency:  # else no deadline ever passes if we are stopped very often
+        if rest > self.leniency:  # else no deadline ever ends if pauses are frequent
             self.leniency, self.lenient_until = rest, max(self.lenient_until, now + rest)
         grace = self.lenient_until
         for seen, patience in self.watched():
@@ -1893,7 +1895,7 @@ class Upstream:
         absent = self.session.trouble or ("" if self.session.up else "not there (yet)")
         return "waiting for the broker above" + (absent and ": " + absent)
 
-    # --- what we tell
+    # --- to the broker above
 
     def capacity(self) -> Fields:
         """Return what the broker above must know of the workers below: fields of READY."""
@@ -1945,7 +1947,7 @@ class Upstream:
             self.pass_on(key[0], encode("LOST", fields))
 
     def disown(self, run: Run, rows: List[List[int]], found: List[Task]) -> None:
-        """Say LOST for those of these [id, attempt] that were not found."""
+        """Say LOST for each [id, attempt] without a task."""
         have = {(task.id, task.attempt) for task in found}
         for id, attempt in rows:
             if (id, attempt) not in have:
@@ -1956,7 +1958,7 @@ class Upstream:
         self.owner.say(BROKER, b"", run, "LOST", self.unsent.get(
             key, {"tasks": [[id, attempt]], "why": why}))
 
-    # --- what we hear
+    # --- from the broker above
 
     def join_again(self) -> None:
         if self.session.joined:
@@ -1968,7 +1970,7 @@ class Upstream:
             self.catch_up(self.session.announced)
 
     def catch_up(self, announced: Fields) -> None:
-        """The broker above knows what we announced; tell it what has changed since."""
+        """Report what has changed since the broker above got our announcement."""
         running = {tuple(row) for row in announced["running"]}
         known = running | {tuple(row) for row in announced["held"]}
         present = {task.key: task for task in self.tasks()}
@@ -1991,15 +1993,14 @@ class Upstream:
 # === Dispatcher =======================================================================
 #
 # The life of a task at the broker: submitted, assigned, confirmed (QUEUED), delivered or lost, and
-# what clients and workers are told at each step. Clients own their commands: when an attempt is
+# the messages at each step. Clients own their commands: when an attempt is
 # lost, the broker says LOST and forgets it, and the client decides about another attempt. Plain
 # clients know no LOST, so the broker owns their commands. It keeps nothing on disk: clients and
 # workers tell it all it must know when they join.
 
 
 class Dispatcher(Machine):
-    """The tasks of a broker. It uses Registry (who is there), Scheduler (who gets what) and
-    Upstream (the broker above)."""
+    """The tasks of a broker. It uses Registry (peers), Scheduler (assignment) and Upstream."""
 
     def __init__(self, name: str, times: Times = Times(), chained: bool = False,
                  now: Seconds = 0.0) -> None:
@@ -2017,7 +2018,7 @@ class Dispatcher(Machine):
     # --- submitting
 
     def is_news(self, client: ClientLink, id: int, attempt: int) -> bool:
-        """Return whether this attempt is new to us; if it is not, say how it stands."""
+        """Return whether this attempt is new. If it is not, send its state again."""
         client.announced.discard(id)
         known = client.tasks.get(id)
         if known is not None and known.attempt >= attempt:
@@ -2050,8 +2051,8 @@ class Dispatcher(Machine):
         self.queue(task, message.fields)
 
     def queue(self, task: Task, fields: Fields = {}) -> None:
-        """Queue a new task; or let it wait in RECOVERING for a worker that may have it, if it was
-        submitted to a broker before us."""
+        """Queue a new task. One that was submitted to a broker before us waits in RECOVERING for
+        its worker."""
         client, again = task.client, fields.get("again", False)
         client.tasks[task.id] = task
         if again and not client.from_above:
@@ -2141,7 +2142,7 @@ class Dispatcher(Machine):
             self.say(WORKERS, peer, run, verb, {"tasks": tasks})
 
     def drop(self, tasks: List[Task]) -> None:
-        """Forget tasks that nobody wants, and let their workers forget them."""
+        """Drop tasks, here and at their workers."""
         self.instruct([("DONE" if task.state == DELIVERED else "CANCEL", task) for task in tasks])
         for task in tasks:
             self.move(task, GONE)
@@ -2149,7 +2150,7 @@ class Dispatcher(Machine):
     # --- answers
 
     def tell_line(self, client: ClientLink, line: bytes) -> None:
-        """Say something to a client if it is there. It will ask when it is back."""
+        """Send a line to a client if it is connected. Else it asks when it is back."""
         if client.from_above:
             self.upstream.pass_on(client.run, line)
         elif client.peer is not None:
@@ -2169,7 +2170,7 @@ class Dispatcher(Machine):
                 "worker": worker.name if worker else ""}))
 
     def remind(self, task: Task) -> None:
-        """Say how a task stands, as its client does not know."""
+        """Send the state of a task to its client again."""
         if task.state == RUNNING:
             self.tell_queued([task])
         elif task.state == DELIVERED and task.result:
@@ -2185,10 +2186,10 @@ class Dispatcher(Machine):
 
     def deliver(self, task: Task, worker: WorkerLink, fields: Fields, line: bytes) -> None:
         """Pass on a result: its line, or these fields if worker or client are plain."""
-        if task.state in BUSY:  # not if it is told again
-            for link in (task.client, worker):
-                link.done += 1
-                link.failed += fields["exitcode"] != 0
+        if task.state in BUSY:  # only the first RESULT counts
+            for record in (task.client, worker):
+                record.done += 1
+                record.failed += fields["exitcode"] != 0
             if not worker.plain:
                 self.scheduler.learn_duration(worker, fields.get("time", math.inf))
         if task.client.plain:
@@ -2207,11 +2208,11 @@ class Dispatcher(Machine):
             self.scheduler.charge(task, len(line) + spooled)
             self.tell_line(task.client, line)
 
-    # --- losses: why a command is started twice
+    # --- lost attempts: why a command starts again (for a client: Client.lose)
 
     def lose(self, task: Task, why: str, fault: str = "", told: bool = False) -> None:
-        """This attempt will bring no result: its worker has told so, or we assume it. Its owner
-        decides about another attempt: the client, or for a plain client this broker."""
+        """Give up an attempt that brings no result. Its owner decides about another: the client,
+        or for a plain client this broker. `told`: its worker said so; else we assume it."""
         worker, client = task.worker, task.client
         if client.plain and task.state in BUSY:
             self.try_again(task, why, fault)
@@ -2256,7 +2257,7 @@ class Dispatcher(Machine):
         self.lose(task, why)
 
     def expire_tasks(self) -> None:
-        """Lose the tasks of which a worker should have spoken by now."""
+        """Lose the tasks whose worker did not answer in time."""
         now = self.now
         for task in list(itertools.takewhile(
                 lambda task: self.unconfirmed[task] <= now, self.unconfirmed)):
@@ -2268,7 +2269,7 @@ class Dispatcher(Machine):
             self.recovery_at = min(self.recovering.values(), default=math.inf)
 
     def shift_deadlines(self, gap: Seconds, grace: Seconds) -> None:
-        """We were stopped for `gap` seconds. No task is given up before `grace`."""
+        """Move deadlines after a pause of `gap` seconds. No task is given up before `grace`."""
         self.started += gap
         for deadlines in (self.unconfirmed, self.recovering):
             for task, until in deadlines.items():
@@ -2304,7 +2305,7 @@ class Dispatcher(Machine):
         return unwanted, recall, resend
 
     def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
-        """Believe a worker that it has this attempt. Return None if nobody wants it there."""
+        """Take over an attempt that a worker reports. Return None if it is not wanted there."""
         run, id, attempt = key
         client = self.registry.clients.get(run)
         if client is None:
@@ -2406,7 +2407,7 @@ TAKEN_FOR_COMMANDS = (b"QUEUED OK", b"QUEUED ERROR", b"QUEUED WHO")  # of a work
 
 
 class AnswerLimit:
-    """Limits the answers to plain and unknown peers, which may answer our answers: no storm."""
+    """Limits answers to plain and unknown peers: they may answer back without end."""
 
     def __init__(self) -> None:
         self.answers: Counter[Tuple[str, str, Peer]] = Counter()  # by verb, link and peer
@@ -2429,7 +2430,7 @@ class AnswerLimit:
 
 
 class PartialReadys:
-    """READYs of which parts are still to come, by peer, the oldest first."""
+    """Incomplete READYs, by peer, the oldest first."""
 
     def __init__(self, patience: Seconds) -> None:
         self.patience = patience
@@ -2481,7 +2482,7 @@ class Membership(Dispatcher):
         self.greeted: Dict[Tuple[str, Peer], int] = {}  # the last beat of peers that wait for OK
         self.viewers: Dict[Peer, None] = {}  # peers that wait for STATUS
         self.answer_at: Seconds = math.inf  # when they get it
-        self.had_slots = False  # as clients were told
+        self.had_slots = False  # as last sent to clients
 
     def heard(self, link: str, peer: Peer) -> None:
         self.registry.heard(link, peer, self.now)
@@ -2751,14 +2752,14 @@ class Membership(Dispatcher):
         return self.lacks(client) or "a free slot" + which
 
     def lacks(self, client: ClientLink) -> str:
-        """Return the labels for which the commands of a client may wait in vain, in words."""
+        """Return the worker that the commands of a client lack, in words; "" if they lack none."""
         if not client.needs or not client.waiting and not client.retries \
                 or self.scheduler.has_labels(client.needs, 1):
             return ""
         busy = " that takes something new" if self.scheduler.has_labels(client.needs) else ""
         return f"a worker with {label_words(client.needs)}{busy}"
 
-    # --- connections and keys
+    # --- connections, and what happens to them when a key is revoked
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
         self.registry.identified(link, peer, key)
@@ -2896,7 +2897,7 @@ class Broker(Membership):
             if CONSTRAINTS & set(message.fields) and needs != client.needs:
                 client.needs = needs
                 if not client.from_above and client.peer is not None:
-                    self.answer_soon(CLIENTS, client.peer)  # OK tells it if nobody has them
+                    self.answer_soon(CLIENTS, client.peer)  # OK reports missing labels
 
     def on_shun(self, message: Message) -> None:
         client = self.client_of(message)
