@@ -254,7 +254,7 @@ class SmallWorld:
         self.now = 0.0
         self.scheduler = tc.Scheduler()
         self.scheduler.has_lease = True
-        self.clients = [tc.ClientLink(f"r{n}", n == 2, b"") for n in range(self.r.randint(1, 3))]
+        self.clients = [tc.ClientRecord(f"r{n}", n == 2, b"") for n in range(self.r.randint(1, 3))]
         self.workers = []  # all that are not removed
         self.names = itertools.count()
         self.waited = Counter()  # decisions for others while a client had a task to be decided
@@ -354,7 +354,7 @@ class SmallWorld:
             self.scheduler.take_turn(client)
 
     def come(self):
-        worker = tc.WorkerLink(b"", f"w{next(self.names)}", False)
+        worker = tc.WorkerRecord(b"", f"w{next(self.names)}", False)
         self.workers.append(worker)
         self.scheduler.add_worker(worker)
         self.change(worker)

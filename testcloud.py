@@ -164,7 +164,7 @@ __version__ = "0.1.0"
 Seconds = float
 Peer = bytes  # a connection's routing id at a ROUTER; b"" on a DEALER
 Run = str  # names one client's run for all brokers and workers: the token on the wire
-Key = Tuple[Run, int, int]  # (run, id, attempt): one attempt of one command
+TaskKey = Tuple[Run, int, int]  # (run, id, attempt): one attempt of one command
 Fields = Dict[str, Any]  # the decoded JSON of a line
 
 CLIENTS = "clients"  # a broker's link to its clients
@@ -1104,13 +1104,13 @@ class Task:
     __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "constraints",
                  "had", "careful", "faults", "cost", "result", "plain")
 
-    def __init__(self, client: ClientLink, id: int, attempt: int, line: bytes) -> None:
+    def __init__(self, client: ClientRecord, id: int, attempt: int, line: bytes) -> None:
         self.client = client
         self.id = id
         self.attempt = attempt
         self.state = WAITING
         self.line = line  # as the client sent it; b"" if only its worker reported it
-        self.worker: Optional[WorkerLink] = None  # in ASSIGNED, RUNNING and DELIVERED
+        self.worker: Optional[WorkerRecord] = None  # in ASSIGNED, RUNNING and DELIVERED
         self.avoid = ""  # name of the worker that lost the attempt before
         self.constraints = UNCONSTRAINED
         self.had = ""  # in RECOVERING: name of the worker that had it last
@@ -1121,7 +1121,7 @@ class Task:
         self.plain: Fields = {}  # cmd and cwd of a plain client's command
 
     @property
-    def key(self) -> Key:
+    def key(self) -> TaskKey:
         return (self.client.run, self.id, self.attempt)
 
 
@@ -1190,7 +1190,7 @@ class WorkerSlots:
         self.ready = False  # connected, and may be given tasks
         self.silent = False  # a plain worker that has not said READY for long: the last choice
         self.prefetch = 0  # tasks that it may be given beyond its slots
-        self.tasks: Dict[Key, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
+        self.tasks: Dict[TaskKey, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
         self.busy = 0  # tasks that are BUSY
         self.careful = 0  # BUSY tasks that are careful
         self.busy_with: Counter[FrozenSet[str]] = Counter()  # BUSY tasks, by needed labels
@@ -1335,7 +1335,7 @@ class Scheduler:
             client.in_turn = False
             self.turns.remove(client)
 
-    def move(self, task: Task, state: str, worker: Optional[WorkerLink], now: Seconds) -> None:
+    def move(self, task: Task, state: str, worker: Optional[WorkerRecord], now: Seconds) -> None:
         """Change a task's state and all indexes that depend on it. A task has a worker in
         ASSIGNED and RUNNING, and in DELIVERED unless the worker is plain."""
         assert state in MOVES[task.state], (task.key, task.state, state)
@@ -1599,7 +1599,7 @@ class Scheduler:
 # registry knows peers and times, but no messages and no queues.
 
 
-class ClientLink(ClientQueue):
+class ClientRecord(ClientQueue):
     """The broker's record of a client and its tasks: of a run."""
 
     __slots__ = ("run", "peer", "claimed", "lost", "last_id", "announced", "join", "host", "pid",
@@ -1635,7 +1635,7 @@ class ClientLink(ClientQueue):
         return self.from_above or not self.claimed or id in self.announced
 
 
-class WorkerLink(WorkerSlots):
+class WorkerRecord(WorkerSlots):
     """The broker's record of a worker, or of a chained broker."""
 
     __slots__ = ("peer", "plain", "below", "depth", "join", "host", "user", "labels", "load",
@@ -1652,7 +1652,7 @@ class WorkerLink(WorkerSlots):
         self.user = ""  # that runs its commands; "" if unknown
         self.labels: FrozenSet[str] = frozenset()
         self.load = 0.0  # average of its machine; 0 if unknown
-        self.done = self.failed = 0  # as in ClientLink
+        self.done = self.failed = 0  # as in ClientRecord
         self.no_answers = False  # a plain worker that takes our answers for commands
 
 
@@ -1661,19 +1661,19 @@ class Registry:
 
     def __init__(self, times: Times) -> None:
         self.times = times
-        self.clients: Dict[Run, ClientLink] = {}
+        self.clients: Dict[Run, ClientRecord] = {}
         self.run_of: Dict[Peer, Run] = {}  # connected clients
-        self.workers: Dict[Peer, WorkerLink] = {}  # connected
-        self.named: Dict[str, WorkerLink] = {}  # all but plain workers, connected or away
-        self.at_host: Dict[str, Dict[WorkerLink, None]] = {}  # the same, by host
+        self.workers: Dict[Peer, WorkerRecord] = {}  # connected
+        self.named: Dict[str, WorkerRecord] = {}  # all but plain workers, connected or away
+        self.at_host: Dict[str, Dict[WorkerRecord, None]] = {}  # the same, by host
         self.host_names = HostNames()
         self.plain_peers = 0  # number of plain peers that we have named
-        self.away: Dict[WorkerLink, Seconds] = {}  # with a broken connection: until when
+        self.away: Dict[WorkerRecord, Seconds] = {}  # with a broken connection: until when
         # runs that are over: until when a worker that was away may have commands of them
         self.departed: Dict[Run, Seconds] = {}
         # last sign of life, the longest silent first
-        self.workers_seen: OrderedDict[WorkerLink, Seconds] = OrderedDict()
-        self.clients_seen: OrderedDict[ClientLink, Seconds] = OrderedDict()
+        self.workers_seen: OrderedDict[WorkerRecord, Seconds] = OrderedDict()
+        self.clients_seen: OrderedDict[ClientRecord, Seconds] = OrderedDict()
         self.keys: Dict[Tuple[str, Peer], str] = {}  # public keys of connections
         self.keyed = False  # all connections have keys
         self.lenient_until = -math.inf  # no deadline ends before this time
@@ -1681,22 +1681,22 @@ class Registry:
 
     # --- clients
 
-    def client_at(self, peer: Peer) -> Optional[ClientLink]:
+    def client_at(self, peer: Peer) -> Optional[ClientRecord]:
         run = self.run_of.get(peer)
         return None if run is None else self.clients[run]
 
     def require_client(self, run: Run, from_above: bool, peer: Optional[Peer],
-                       now: Seconds) -> ClientLink:
+                       now: Seconds) -> ClientRecord:
         """Return the run's client; a new one if there is none yet."""
         client = self.clients.get(run)
         if client is None:
-            client = self.clients[run] = ClientLink(run, from_above, peer)
+            client = self.clients[run] = ClientRecord(run, from_above, peer)
         elif not client.claimed and peer is not None:
             client.from_above, client.peer, client.claimed = from_above, peer, True
         self.see(self.clients_seen, client, now)
         return client
 
-    def connect_client(self, client: ClientLink, peer: Peer) -> None:
+    def connect_client(self, client: ClientRecord, peer: Peer) -> None:
         """Set the peer of a run, which may have had another."""
         if not client.from_above and client.peer is not None:
             self.run_of.pop(client.peer, None)
@@ -1709,12 +1709,12 @@ class Registry:
         run = self.run_of[peer] = f"{PLAIN}{broker}.{self.plain_peers}"
         self.require_client(run, False, peer, now)
 
-    def disconnect_client(self, peer: Peer) -> ClientLink:
+    def disconnect_client(self, peer: Peer) -> ClientRecord:
         client = self.clients[self.run_of.pop(peer)]
         client.peer = None
         return client
 
-    def remove_client(self, client: ClientLink, now: Seconds) -> None:
+    def remove_client(self, client: ClientRecord, now: Seconds) -> None:
         """The run is over."""
         self.clients_seen.pop(client, None)
         self.clients.pop(client.run, None)
@@ -1725,22 +1725,22 @@ class Registry:
 
     # --- workers
 
-    def add_worker(self, name: str, host: str) -> WorkerLink:
+    def add_worker(self, name: str, host: str) -> WorkerRecord:
         """Return a new worker. `host` is the identity that it has told (see HostNames)."""
-        worker = self.named[name] = WorkerLink(None, name, False)
+        worker = self.named[name] = WorkerRecord(None, name, False)
         base, _, id = host.rpartition("/")
         worker.host = f"{self.host_names.name_of(host)}/{id}" if base else host
         self.at_host.setdefault(worker.host, {})[worker] = None
         return worker
 
-    def add_plain_worker(self, peer: Peer, now: Seconds) -> WorkerLink:
+    def add_plain_worker(self, peer: Peer, now: Seconds) -> WorkerRecord:
         self.plain_peers += 1
         given = peer[:1] == b"\0"  # made by libzmq, and no name to show
-        worker = WorkerLink(peer, f"{PLAIN}{self.plain_peers}" if given else printable(peer), True)
+        worker = WorkerRecord(peer, f"{PLAIN}{self.plain_peers}" if given else printable(peer), True)
         self.connect_worker(worker, peer, now)
         return worker
 
-    def connect_worker(self, worker: WorkerLink, peer: Peer, now: Seconds) -> None:
+    def connect_worker(self, worker: WorkerRecord, peer: Peer, now: Seconds) -> None:
         """Set the peer of a worker, which may have had another."""
         self.away.pop(worker, None)
         if worker.peer is not None:
@@ -1749,7 +1749,7 @@ class Registry:
         self.workers[peer] = worker
         self.see(self.workers_seen, worker, now)
 
-    def disconnect_worker(self, worker: WorkerLink, now: Seconds) -> None:
+    def disconnect_worker(self, worker: WorkerRecord, now: Seconds) -> None:
         """Its connection is broken. It is away until it connects again or its grace is over. A
         chained broker gets more: all that runs below it would be lost with it."""
         if worker.peer is not None:
@@ -1758,7 +1758,7 @@ class Registry:
         grace = self.times.worker_expiry if worker.below else self.times.lost_grace
         self.away[worker] = max(now + grace, self.lenient_until)
 
-    def remove_worker(self, worker: WorkerLink) -> None:
+    def remove_worker(self, worker: WorkerRecord) -> None:
         if worker.peer is not None:
             self.workers.pop(worker.peer, None)
             worker.peer = None
@@ -1771,7 +1771,7 @@ class Registry:
                 del self.at_host[worker.host]
                 self.host_names.forget(worker.host)
 
-    def others_of_user(self, worker: WorkerLink) -> List[WorkerLink]:
+    def others_of_user(self, worker: WorkerRecord) -> List[WorkerRecord]:
         """Return connected workers of the same user on the same host, as after a lost ssh."""
         return [other for other in self.at_host[worker.host] if other is not worker
                 and worker.user and other.user == worker.user and other.peer is not None]
@@ -1804,18 +1804,18 @@ class Registry:
         seen[who] = now
         seen.move_to_end(who)
 
-    def silent_workers(self, now: Seconds) -> List[WorkerLink]:
+    def silent_workers(self, now: Seconds) -> List[WorkerRecord]:
         """Return the workers that have been silent for longer than worker_expiry."""
         return self.silent(self.workers_seen, self.times.worker_expiry, now)
 
-    def silent_clients(self, now: Seconds) -> List[ClientLink]:
+    def silent_clients(self, now: Seconds) -> List[ClientRecord]:
         """Return the clients that have been silent for longer than client_lease."""
         return self.silent(self.clients_seen, self.times.client_lease, now)
 
     def silent(self, seen: OrderedDict[Any, Seconds], patience: Seconds, now: Seconds) -> List[Any]:
         return list(itertools.takewhile(lambda who: seen[who] + patience <= now, seen))
 
-    def overdue_workers(self, now: Seconds) -> List[WorkerLink]:
+    def overdue_workers(self, now: Seconds) -> List[WorkerRecord]:
         """Return the workers that have been away for too long. Forget runs that are long over."""
         for run in [run for run, until in self.departed.items() if until <= now]:
             del self.departed[run]
@@ -1886,7 +1886,7 @@ class Upstream:
             self.session.next_greeting = math.inf
         self.above: List[str] = []  # the brokers above us, nearest first
         self.reported: Fields = {}  # capacity(), as the broker above knows it
-        self.unsent: Dict[Key, Fields] = {}  # LOSTs that the broker above could not hear
+        self.unsent: Dict[TaskKey, Fields] = {}  # LOSTs that the broker above could not hear
 
     def waits_for(self) -> str:
         """Return what we wait for, in words; "" if we have joined, or are not chained."""
@@ -1939,7 +1939,7 @@ class Upstream:
         if self.session.joined:
             self.owner.pass_on(BROKER, b"", run, line)
 
-    def lost(self, key: Key, fields: Fields) -> None:
+    def lost(self, key: TaskKey, fields: Fields) -> None:
         """Say LOST, or keep it until we have joined."""
         if self.chained and not self.session.joined:
             self.unsent[key] = fields
@@ -1953,7 +1953,7 @@ class Upstream:
             if (id, attempt) not in have:
                 self.say_lost((run, id, attempt), "unknown")
 
-    def say_lost(self, key: Key, why: str) -> None:
+    def say_lost(self, key: TaskKey, why: str) -> None:
         run, id, attempt = key
         self.owner.say(BROKER, b"", run, "LOST", self.unsent.get(
             key, {"tasks": [[id, attempt]], "why": why}))
@@ -2017,7 +2017,7 @@ class Dispatcher(Machine):
 
     # --- submitting
 
-    def is_news(self, client: ClientLink, id: int, attempt: int) -> bool:
+    def is_news(self, client: ClientRecord, id: int, attempt: int) -> bool:
         """Return whether this attempt is new. If it is not, send its state again."""
         client.announced.discard(id)
         known = client.tasks.get(id)
@@ -2031,7 +2031,7 @@ class Dispatcher(Machine):
             return False
         return True
 
-    def submit(self, client: ClientLink, message: Message) -> None:
+    def submit(self, client: ClientRecord, message: Message) -> None:
         """Queue a new attempt. It replaces an older one of the same command."""
         id, attempt = message.fields["id"], message.fields["attempt"]
         if not client.from_above:
@@ -2084,7 +2084,7 @@ class Dispatcher(Machine):
 
     # --- assigning
 
-    def move(self, task: Task, state: str, worker: Optional[WorkerLink] = None) -> None:
+    def move(self, task: Task, state: str, worker: Optional[WorkerRecord] = None) -> None:
         """Change a task's state: here and in the Scheduler, and nowhere else."""
         if task.state == ASSIGNED:
             self.unconfirmed.pop(task, None)
@@ -2101,13 +2101,13 @@ class Dispatcher(Machine):
         if self.upstream.chained:
             self.hand_back([client for client in self.scheduler.turns if client.from_above])
         for task, worker in self.scheduler.decisions():
-            if isinstance(worker, WorkerLink):
+            if isinstance(worker, WorkerRecord):
                 self.assign(task, worker)
             else:
                 self.lose_unplaceable(task)
         self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
 
-    def assign(self, task: Task, worker: WorkerLink) -> None:
+    def assign(self, task: Task, worker: WorkerRecord) -> None:
         self.move(task, ASSIGNED, worker)
         client, peer = task.client, worker.peer or b""
         if worker.below and client.told_excluded.get(worker.name, -math.inf) \
@@ -2122,7 +2122,7 @@ class Dispatcher(Machine):
         else:
             self.pass_on(WORKERS, peer, client.run, task.line)
 
-    def tell_excluded(self, client: ClientLink, brokers: List[WorkerLink]) -> None:
+    def tell_excluded(self, client: ClientRecord, brokers: List[WorkerRecord]) -> None:
         """Let brokers below exclude the same hosts for this client."""
         for broker in brokers if client.excluded else ():
             client.told_excluded[broker.name] = self.now
@@ -2149,7 +2149,7 @@ class Dispatcher(Machine):
 
     # --- answers
 
-    def tell_line(self, client: ClientLink, line: bytes) -> None:
+    def tell_line(self, client: ClientRecord, line: bytes) -> None:
         """Send a line to a client if it is connected. Else it asks when it is back."""
         if client.from_above:
             self.upstream.pass_on(client.run, line)
@@ -2178,13 +2178,13 @@ class Dispatcher(Machine):
         elif task.state == DELIVERED:
             self.instruct([("RESEND", task)])
 
-    def tasks_of(self, client: ClientLink, rows: List[List[int]]) -> List[Task]:
+    def tasks_of(self, client: ClientRecord, rows: List[List[int]]) -> List[Task]:
         """Return the client's tasks that match these [id, attempt], each once."""
         wanted = {id: attempt for id, attempt in rows if id in client.tasks}
         return [client.tasks[id] for id, attempt in wanted.items()
                 if client.tasks[id].attempt == attempt]
 
-    def deliver(self, task: Task, worker: WorkerLink, fields: Fields, line: bytes) -> None:
+    def deliver(self, task: Task, worker: WorkerRecord, fields: Fields, line: bytes) -> None:
         """Pass on a result: its line, or these fields if worker or client are plain."""
         if task.state in BUSY:  # only the first RESULT counts
             for record in (task.client, worker):
@@ -2222,7 +2222,7 @@ class Dispatcher(Machine):
         self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "")
         self.move(task, GONE)
 
-    def say_lost(self, client: ClientLink, id: int, attempt: int, why: str,
+    def say_lost(self, client: ClientRecord, id: int, attempt: int, why: str,
                  fault: str = "", worker: str = "") -> None:
         fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker}
         if client.from_above:
@@ -2277,7 +2277,7 @@ class Dispatcher(Machine):
 
     # --- joining workers: make our records match theirs
 
-    def reconcile(self, worker: WorkerLink, fields: Fields) -> Tuple[
+    def reconcile(self, worker: WorkerRecord, fields: Fields) -> Tuple[
             Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
         """Make our records match the worker's READY. Return three things: the [id, attempt]
         that it must stop, by run; orders to hand back tasks whose client has not joined yet, for a
@@ -2304,7 +2304,7 @@ class Dispatcher(Machine):
             self.upstream.join_again()  # the broker above may be looking for these
         return unwanted, recall, resend
 
-    def adopt(self, worker: WorkerLink, key: Key) -> Optional[Task]:
+    def adopt(self, worker: WorkerRecord, key: TaskKey) -> Optional[Task]:
         """Take over an attempt that a worker reports. Return None if it is not wanted there."""
         run, id, attempt = key
         client = self.registry.clients.get(run)
@@ -2334,7 +2334,7 @@ class Dispatcher(Machine):
             self.tell_queued([task])
         return task
 
-    def may_have(self, worker: WorkerLink, task: Task) -> bool:
+    def may_have(self, worker: WorkerRecord, task: Task) -> bool:
         """Return whether this worker may have been given this task: by us, by a broker before us,
         or before it took the place of a chained broker that died (with the same key)."""
         if worker is task.worker or worker.name == task.had:
@@ -2561,7 +2561,7 @@ class Membership(Dispatcher):
         if client is not None:
             self.forget_client(client, "left")
 
-    def forget_client(self, client: ClientLink, why: str) -> None:
+    def forget_client(self, client: ClientRecord, why: str) -> None:
         """The run is over: stop its tasks and drop every trace of it."""
         self.drop(list(client.tasks.values()))
         self.scheduler.remove_client(client)
@@ -2593,7 +2593,7 @@ class Membership(Dispatcher):
             self.update_worker(worker, fields)
             self.answer_soon(message.link, peer, message.fields.get("beat", 0))
 
-    def on_plain_ready(self, message: Message, worker: Optional[WorkerLink]) -> None:
+    def on_plain_ready(self, message: Message, worker: Optional[WorkerRecord]) -> None:
         if worker is None:
             worker = self.registry.add_plain_worker(message.peer, self.now)
             self.scheduler.add_worker(worker)
@@ -2610,7 +2610,7 @@ class Membership(Dispatcher):
         self.scheduler.rank(worker)
         self.say(WORKERS, message.peer, "", "OK")
 
-    def update_worker(self, worker: WorkerLink, fields: Fields) -> None:
+    def update_worker(self, worker: WorkerRecord, fields: Fields) -> None:
         worker.below = fields.get("below", worker.below)
         worker.depth = fields.get("depth", worker.depth)
         worker.load = fields.get("load", worker.load)
@@ -2654,7 +2654,7 @@ class Membership(Dispatcher):
             self.say(WORKERS, peer, run, "CANCEL", {"tasks": tasks})
         self.instruct(resend)
 
-    def note_of_others(self, worker: WorkerLink) -> str:
+    def note_of_others(self, worker: WorkerRecord) -> str:
         """Return a line for a worker whose user has other workers on the same host, or ""."""
         others = self.registry.others_of_user(worker)
         if not others:
@@ -2672,7 +2672,7 @@ class Membership(Dispatcher):
         if worker is not None:
             self.forget_worker(worker, "left", "")
 
-    def forget_worker(self, worker: WorkerLink, why: str, fault: str) -> None:
+    def forget_worker(self, worker: WorkerRecord, why: str, fault: str) -> None:
         """The worker will not come back: its tasks are lost."""
         self.scheduler.remove_worker(worker)
         self.registry.remove_worker(worker)
@@ -2742,7 +2742,7 @@ class Membership(Dispatcher):
                 "clients": [client_status(client, queued[client], self.waited_for(client))
                             for client in registry.clients.values()]}
 
-    def waited_for(self, client: ClientLink) -> str:
+    def waited_for(self, client: ClientRecord) -> str:
         """Return what keeps the waiting tasks of a client from running."""
         if client.owed >= CREDIT:
             return "itself: it does not take its results"
@@ -2751,7 +2751,7 @@ class Membership(Dispatcher):
         which = f" with {label_words(client.needs)}" if client.needs else ""
         return self.lacks(client) or "a free slot" + which
 
-    def lacks(self, client: ClientLink) -> str:
+    def lacks(self, client: ClientRecord) -> str:
         """Return the worker that the commands of a client lack, in words; "" if they lack none."""
         if not client.needs or not client.waiting and not client.retries \
                 or self.scheduler.has_labels(client.needs, 1):
@@ -2814,7 +2814,7 @@ class Membership(Dispatcher):
                 self.forget_client(client, silence)
 
 
-def worker_status(worker: WorkerLink, silent: Seconds) -> Fields:
+def worker_status(worker: WorkerRecord, silent: Seconds) -> Fields:
     """Return a worker's row of STATUS."""
     states = Counter(task.state for task in worker.tasks.values())
     labels = {name[:STATUS_LIMIT] for _, labels in worker.capacity for name in labels}
@@ -2826,7 +2826,7 @@ def worker_status(worker: WorkerLink, silent: Seconds) -> Fields:
             "there": worker.peer is not None, "silent": round(silent, 1)}
 
 
-def client_status(client: ClientLink, queued: int, waits_for: str) -> Fields:
+def client_status(client: ClientRecord, queued: int, waits_for: str) -> Fields:
     """Return a client's row of STATUS. So many of its tasks wait at workers for a slot."""
     states = Counter(task.state for task in client.tasks.values())
     if not states[WAITING]:
@@ -2850,7 +2850,7 @@ class Broker(Membership):
 
     # --- from clients and from the broker above
 
-    def client_of(self, message: Message) -> Optional[ClientLink]:
+    def client_of(self, message: Message) -> Optional[ClientRecord]:
         """Return the client that said this. An unknown peer is asked to join (WHO)."""
         if message.link == BROKER:
             if message.token not in self.registry.clients and message.verb not in (COMMAND, "SHUN"):
@@ -2951,7 +2951,7 @@ class Broker(Membership):
 
     # --- from workers
 
-    def worker_of(self, message: Message) -> Optional[WorkerLink]:
+    def worker_of(self, message: Message) -> Optional[WorkerRecord]:
         """Return the worker that said this. An unknown peer is asked to join (WHO)."""
         worker = self.registry.workers.get(message.peer)
         if worker is None and not {"id", "tasks"} & set(message.fields):
@@ -2960,7 +2960,7 @@ class Broker(Membership):
             self.say(WORKERS, message.peer, "", "WHO")
         return worker
 
-    def tasks_at(self, worker: WorkerLink, message: Message) -> List[Task]:
+    def tasks_at(self, worker: WorkerRecord, message: Message) -> List[Task]:
         """Return the tasks of this worker that the message is about. Tasks that it does not have
         (any more) are left out: an old attempt changes nothing."""
         if worker.plain:
@@ -3277,7 +3277,7 @@ def requeued(reason: str) -> ExitRecord:
 class Job:
     """A command that the worker has accepted."""
 
-    def __init__(self, key: Key, fields: Fields) -> None:
+    def __init__(self, key: TaskKey, fields: Fields) -> None:
         self.key = key
         self.cmd: str = fields["cmd"]
         self.cwd: Optional[str] = fields.get("cwd")
@@ -3317,7 +3317,7 @@ class Worker(SessionMachine):
         self.weight = weight
         self.host = host
         self.address = address  # the broker's, for notices
-        self.jobs: Dict[Key, Job] = {}
+        self.jobs: Dict[TaskKey, Job] = {}
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to report QUEUED
         self.report_at: Seconds = math.inf  # when to report these, at the latest
         self.kill_at: Dict[Job, Seconds] = {}  # when to kill a job; if it is killed already, hard
@@ -3356,7 +3356,7 @@ class Worker(SessionMachine):
         for run, tasks in accepted.items() if self.session.joined else ():
             self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
 
-    def report_state(self, key: Key) -> None:
+    def report_state(self, key: TaskKey) -> None:
         """Report QUEUED, RESULT, or LOST for a command that the worker does not have."""
         job = self.jobs.get(key)
         if job is None or job.cancelled:
@@ -3367,7 +3367,7 @@ class Worker(SessionMachine):
             self.accepted.setdefault(key[0], []).append([key[1], key[2]])
             self.report_at = min(self.report_at, self.now + REPORT_DELAY)
 
-    def report_lost(self, key: Key, why: str, fault: str = "") -> None:
+    def report_lost(self, key: TaskKey, why: str, fault: str = "") -> None:
         if self.session.joined:
             self.say(BROKER, b"", key[0], "LOST", {
                 "tasks": [[key[1], key[2]]], "why": why, "fault": fault, "worker": self.name})
@@ -3399,7 +3399,7 @@ class Worker(SessionMachine):
             f"its output cannot be read on the worker: {error.strerror}"))
         self.report_result(job)
 
-    def send_chunk(self, key: Key, output: Any, offset: int, size: int) -> None:
+    def send_chunk(self, key: TaskKey, output: Any, offset: int, size: int) -> None:
         """Send a part of an output. Raises OSError."""
         data = output.read(offset, min(size, CHUNK_SIZE))
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
@@ -4188,7 +4188,7 @@ class Runner:
         self.oom_kills, self.oom_at = oom_kills(), -math.inf  # their number, when it last grew
         self.stuck: List[int] = []  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
-        self.waiting: OrderedDict[Key, Job] = OrderedDict()  # the queue
+        self.waiting: OrderedDict[TaskKey, Job] = OrderedDict()  # the queue
         self.threads: List[threading.Thread] = []
         self.events: Deque[Event] = deque()
         self.wake_at: Seconds = math.inf  # when the loop must be woken for these
@@ -4196,7 +4196,7 @@ class Runner:
         # guards waiting, processes and reaping, so that no reaped process is signalled; idle
         # slots wait on it
         self.lock = threading.Condition()
-        self.processes: Dict[Key, Process] = {}  # of the commands that run
+        self.processes: Dict[TaskKey, Process] = {}  # of the commands that run
         self.closing = False  # a process that starts now is killed at once
 
     # --- for the loop
