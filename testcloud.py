@@ -8246,8 +8246,8 @@ def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
 #
 #   1. Authenticator.reload_keys() reads the changed file, within KEY_FILE_INTERVAL.
 #   2. RouterLink.cut_off_revoked() closes the connections with that key.
-#   3. Broker.revoked() stops the commands of such a client, and gives those of such a worker
-#      to other workers.
+#   3. Membership.revoked() stops the commands of such a client, and gives those of such a
+#      worker to other workers.
 #   4. Authenticator.answer() refuses new connections with that key; RefusalLog logs them.
 #   5. At the other end DealerLink tells its user why, and tries again, also with a new key.
 #
@@ -8257,9 +8257,9 @@ KEY_FILE_INTERVAL: Seconds = 1.0  # between looks whether the key file has chang
 ZAP_OK, ZAP_UNKNOWN_KEY, ZAP_OTHER_ROLE = b"200", b"400", b"500"  # our answers to libzmq
 # bounds of the log: strangers must not fill it
 MAX_REFUSALS = 10  # different lines in REFUSAL_INTERVAL
-REFUSAL_INTERVAL: Seconds = 10.0  # a reason is logged again after so long without a case of it
+REFUSAL_INTERVAL: Seconds = 10.0  # a reason that did not occur for so long is logged again
 REFUSAL_DELAY: Seconds = 1.2  # a vague reason waits for a better one: longer than REFUSED_RETRY
-# bounds of memory that messages without end take; libzmq has it, so we see it only as a whole
+# bounds of memory that unfinished messages take: libzmq has it, so only the sum is known
 MEMORY_LIMIT = 128 * 1024 * 1024  # bytes of this process; below that nothing is cut off
 MEMORY_PER_PEER = 64 * 1024  # more for each peer: with 2,000 idle ones a broker has 122 MB
 MAX_HANDSHAKE = 64 * 1024  # bytes from a connection that has not sent a whole message yet
