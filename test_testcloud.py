@@ -4374,7 +4374,7 @@ class World:
             """As EventLoop.wait() does."""
             due, now = min(machine.deadline(), began + tc.MAX_POLL_TIME), actor.clock(self.now)
             if now > due + tc.MIN_PAUSE:
-                self.seen["overslept"] += 1
+                self.seen["paused"] += 1
                 machine.paused(now - due, now)
 
         def resume():
@@ -4530,7 +4530,7 @@ class SimulationTest(unittest.TestCase):
                 twice = [key for key, n in world.starts.items() if n > 1]
                 self.assertFalse(twice, f"seed {seed} {faults}")
                 seen.update(world.seen)
-            self.assert_all_seen(seen, "overslept", "pause broker")
+            self.assert_all_seen(seen, "paused", "pause broker")
 
     def test_all_faults(self):
         if os.environ.get("SIM_SEED"):
@@ -4542,7 +4542,7 @@ class SimulationTest(unittest.TestCase):
         if len(seeds) > 100:
             self.assert_all_seen(
                 seen, "crash broker", "crash worker", "crash client", "pause broker",
-                "pause worker", "pause client", "overslept", "cut",
+                "pause worker", "pause client", "paused", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
                 "looked into", "load", "forgotten", "started elsewhere", "nowhere else to start",
@@ -4653,7 +4653,7 @@ class SimulationTest(unittest.TestCase):
 
 
 class Bench:
-    """A member machine (worker or client) on its own; the tests speak for its broker."""
+    """A worker or client on its own; the tests speak for its broker."""
 
     def __init__(self, machine):
         self.machine = machine
