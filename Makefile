@@ -30,7 +30,7 @@ tools:
 	  tar -xzOf $(VENV)/sources/pytest-*.tar.gz --wildcards '*/junit-10.xsd' > $(VENV)/junit-10.xsd; }
 
 check: tools
-	$(VENV)/bin/python -m ruff check --isolated --line-length 104 --target-version py39 \
+	$(VENV)/bin/python -m ruff check --isolated --line-length 100 --target-version py39 \
 	  --select $(RULES) --ignore UP006,UP035,UP045,UP007,B006,B008,SIM115 \
 	  testcloud.py test_testcloud.py pi.py
 	$(VENV)/bin/python -m mypy --strict --no-error-summary --cache-dir $(VENV)/mypy testcloud.py pi.py

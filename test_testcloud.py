@@ -11251,7 +11251,8 @@ class CommandLineTest(unittest.TestCase):
     def test_a_broker_without_a_key_warns_of_each_open_port(self):
         with mock.patch.multiple(
                 tc, EventLoop=mock.DEFAULT, Authenticator=mock.DEFAULT, MemoryGuard=mock.DEFAULT,
-                RouterLink=lambda loop, adapter, name, address, keys: mock.Mock(address=address)) as fake:
+                RouterLink=lambda loop, adapter, name, address, keys: mock.Mock(
+                    address=address)) as fake:
             fake["EventLoop"].return_value.run.return_value = 0
             status, _, err = self.main("broker", "--insecure", "--clients", "192.0.2.1:1",
                                        "--workers", "127.0.0.1:1")

@@ -1736,7 +1736,8 @@ class Registry:
     def add_plain_worker(self, peer: Peer, now: Seconds) -> WorkerRecord:
         self.plain_peers += 1
         given = peer[:1] == b"\0"  # made by libzmq, and no name to show
-        worker = WorkerRecord(peer, f"{PLAIN}{self.plain_peers}" if given else printable(peer), True)
+        name = f"{PLAIN}{self.plain_peers}" if given else printable(peer)
+        worker = WorkerRecord(peer, name, True)
         self.connect_worker(worker, peer, now)
         return worker
 
@@ -5214,7 +5215,7 @@ class Client(SessionMachine):
             self.cancel(1, self.now)
 
     def cancel(self, status: int, now: Seconds) -> None:
-        """Stop all commands, wait a little, and leave with this status. A second call leaves now."""
+        """Stop all commands and leave with this status a little later. A second call leaves now."""
         self.now = now
         self.cut_short |= not self.input_ended
         self.input_ended = True
@@ -5404,8 +5405,8 @@ def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
 
 
 def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
-    others = Counter(f"{one.exitcode} on {escape(one.host)}" + " (not started)" * (not one.did_start)
-                     for one in outcome.tries)
+    others = Counter(f"{one.exitcode} on {escape(one.host)}"
+                     + ("" if one.did_start else " (not started)") for one in outcome.tries)
     words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
     return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
 
@@ -5654,8 +5655,9 @@ class ResultStore:
         return 0
 
     def hash(self) -> str:
-        """Return the seed's result hash: a sha1 chain over the results in order of command, exit code
-        and output. Each link begins with the hex text of the one before; the first with 'Array'."""
+        """Return the seed's result hash: a sha1 chain over the results in order of command, exit
+        code and output. Each link begins with the hex text of the one before; the first with
+        'Array'."""
         def head(result: StoredResult) -> Tuple[bytes, int]:
             return result.cmd, result.exitcode
         total = "Array"
@@ -6440,13 +6442,15 @@ class JUnit(FinalReport):
                          summary.spent * 1000, summary.flaky_counts)
 
 
-def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: Callable[[Outcome], Iterator[bytes]],
-              trouble: str, spent: float, flaky_counts: bool = False) -> Iterator[str]:
+def junit_xml(name: str, outcomes: Iterable[Outcome],
+              output_of: Callable[[Outcome], Iterator[bytes]], trouble: str, spent: float,
+              flaky_counts: bool = False) -> Iterator[str]:
     """The report of a run of `spent` ms, in pieces, with the commands in the order of input. The
     output of a failed command is read when its piece is made. `trouble` becomes a test case of its
     own: without the commands that are missing, the run looks like a success."""
     outcomes = sorted(outcomes)
-    totals = {"name": name, "time": in_seconds(spent), **junit_counts(outcomes, trouble, flaky_counts)}
+    totals = {"name": name, "time": in_seconds(spent),
+              **junit_counts(outcomes, trouble, flaky_counts)}
     suite = xml_element("testsuite", "\n", skipped="0", **totals)
     began = min(filter(None, (iso_time(outcome.started) for outcome in outcomes)), default="")
     if began:
@@ -6524,7 +6528,9 @@ def how_failed(outcome: Outcome) -> Tuple[str, str]:
     if outcome.verdict in (FLAKY, ONLY):
         return outcome.verdict.title(), describe_tries(outcome, truncate)
     what = f"exit code {outcome.exitcode}"
-    kind = "Timeout" if outcome.exitcode == TIMED_OUT else "Signal" if outcome.signal else "ExitCode"
+    kind = "Signal" if outcome.signal else "ExitCode"
+    if outcome.exitcode == TIMED_OUT:
+        kind = "Timeout"
     if could_not_run(outcome):
         kind, what = "NotRun", "could not be run"
     where = f" on {truncate(outcome.host)}" if outcome.host else ""
@@ -6618,7 +6624,8 @@ class HtmlReport(FinalReport):
         facts = [("took", duration(summary.spent)), ("hosts", str(len(hosts))),
                  ("result hash" if summary.complete else "result hash of these", summary.hash)]
         facts += [(f"failed only on {host}", str(n)) for host, n in summary.only_on.items()]
-        facts += [(f"could not start on {host}", str(n)) for host, n in summary.started_elsewhere.items()]
+        facts += [(f"could not start on {host}", str(n))
+                  for host, n in summary.started_elsewhere.items()]
         return html_page(f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}", self.outcomes,
                          self.output_of, facts, summary.trouble(), summary.flaky_counts)
 
@@ -6640,7 +6647,8 @@ def html_page(title: str, outcomes: Iterable[Outcome],
         "headline": [html_line(html_headline(len(outcomes), failures, trouble))],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
                    for verdict in VERDICT_LABELS if counts[verdict]),
-        "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(fact)}</div>\n" for name, fact in facts),
+        "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(fact)}</div>\n"
+                  for name, fact in facts),
         "failures": html_entries(failed, lambda outcome: html_output(output_of(outcome), end)),
         "flaky": html_entries(flaky, lambda outcome: ""),
         "options": (f'<option value="{key}">{label}' for key, label in VERDICT_LABELS.items()),
@@ -6675,8 +6683,9 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
                f"<p>{html_badge(outcome.verdict)} {html_line(ending)}</p>\n{output(outcome)}")
         for one in outcome.tries:
             if one.output:
+                output = html_output([one.last_words().encode()], HTML_OUTPUT)
                 yield (f"<details><summary>Exit code {one.exitcode} on {html_line(one.host)}"
-                       f"</summary>{html_output([one.last_words().encode()], HTML_OUTPUT)}</details>\n")
+                       f"</summary>{output}</details>\n")
         yield "</article>\n"
     if len(outcomes) > HTML_ENTRIES:
         yield f"<p>The list of all commands has {len(outcomes) - HTML_ENTRIES:,} more.</p>\n"
@@ -6772,7 +6781,8 @@ HTML_TEMPLATE = r"""<!DOCTYPE html>
  script-src 'sha256-{{hash}}'; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{{title}}</title>
 <style>
-:root { color-scheme: light dark; --OK: #5aa9e0; --FAIL: #d9480f; --FLAKY: #e6b000; --ONLY: #8a4fd0 }
+:root { color-scheme: light dark;
+  --OK: #5aa9e0; --FAIL: #d9480f; --FLAKY: #e6b000; --ONLY: #8a4fd0 }
 body { max-width: 1500px; margin: auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif;
   overflow-wrap: anywhere }
 h1, h3, p, dd { margin: 0 } h2 { margin: 2rem 0 .5rem } h2, h3 { font-size: 1.1em }
@@ -6834,7 +6844,7 @@ const {began, labels, rows} = data;  // a row is [host, worker, slot]
 const commands = data.commands.map(([seq, cmd, verdict, row, at, spent, note]) =>
   ({seq, cmd, verdict, row, at, spent, note: note || "exit code 0", shown: true}));
 const bySeq = new Map(commands.map(c => [c.seq, c]));
-const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // with bars of their own
+const tries = data.tries.map(([seq, code, row, at, spent]) => Object.assign(  // for their bars
   Object.create(bySeq.get(seq)), {row, at, spent, note: `another try: exit code ${code}`,
     verdict: code ? "FAIL" : "OK", faint: .4}));
 let chosen = null, found = commands, first = 0;  // of the page of those found
@@ -7094,7 +7104,7 @@ def makespan(times: Sequence[float], slots: int) -> float:
 
 
 PROGRESS_INTERVAL: Seconds = 0.2  # between updates of the progress line
-SILENCE_INTERVAL: Seconds = 60.0  # without a terminal: some services end a job that is silent for 10 min
+SILENCE_INTERVAL: Seconds = 60.0  # without a terminal: some services end a job after 10 silent min
 STEADY_INTERVAL: Seconds = 10.0  # between notices of --progress without a terminal
 
 
@@ -7224,7 +7234,8 @@ def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
         widths[0] = min(widths[0], max(12, columns - 1 - 2 * last - sum(widths[1:])))
         rows = [[truncate_middle(row[0], widths[0]), *row[1:]] for row in rows]
     return ["  ".join(cell.ljust(width) if at in (0, last) else cell.rjust(width)
-                      for at, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+                      for at, (cell, width) in enumerate(zip(row, widths))).rstrip()
+            for row in rows]
 
 
 def join_tables(tables: Sequence[Sequence[str]]) -> List[str]:
