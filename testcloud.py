@@ -6683,9 +6683,9 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
                f"<p>{html_badge(outcome.verdict)} {html_line(ending)}</p>\n{output(outcome)}")
         for one in outcome.tries:
             if one.output:
-                output = html_output([one.last_words().encode()], HTML_OUTPUT)
+                excerpt = html_output([one.last_words().encode()], HTML_OUTPUT)
                 yield (f"<details><summary>Exit code {one.exitcode} on {html_line(one.host)}"
-                       f"</summary>{output}</details>\n")
+                       f"</summary>{excerpt}</details>\n")
         yield "</article>\n"
     if len(outcomes) > HTML_ENTRIES:
         yield f"<p>The list of all commands has {len(outcomes) - HTML_ENTRIES:,} more.</p>\n"
