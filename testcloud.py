@@ -8482,6 +8482,9 @@ class Option(NamedTuple):
     settings: Dict[str, Any]
 
 
+# --- values of options
+
+
 def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
             called: str) -> Callable[[str], Any]:
     """Return a type for argparse: kind(text), if it fits. Errors call it by this name."""
@@ -8547,6 +8550,8 @@ def time_option(name: str, help: str) -> Option:
     return option(f"--{name.replace('_', '-')} {value}", f"{help} (default: {default})",
                   default=default)
 
+
+# --- the table of options
 
 CONNECT = option("--connect ADDR", "the broker (default: $TESTCLOUD_BROKER or localhost)")
 KEY = option("--key FILE", "key file (else: $TESTCLOUD_KEY_FILE, beside the script)")
@@ -8761,6 +8766,9 @@ def file_errors(doing: str, path: str) -> Iterator[None]:
         raise SetupError(f"cannot {doing} {printable(path)}: {error.strerror}") from None
 
 
+# --- names, addresses and keys of a role
+
+
 def unique_name(keys: Optional[Keys] = None) -> str:
     """Return a name for this process, HOST-PID-RANDOM. With keys, it shows that it is ours."""
     host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
@@ -8835,6 +8843,9 @@ def listen_addresses(settings: argparse.Namespace, keys: Optional[Keys]) -> Tupl
     return found
 
 
+# --- running a broker
+
+
 def run_broker(settings: argparse.Namespace) -> int:
     path, keys = find_keys(settings, BROKER_ROLE)
     addresses = listen_addresses(settings, keys)
@@ -8868,6 +8879,9 @@ def run_broker(settings: argparse.Namespace) -> int:
                        "with --upstream-key")
             print_line(f"Joining the broker at {upstream}")
         return loop.run()
+
+
+# --- running a worker
 
 
 def watch_ssh(worker: Worker) -> Callable[[], None]:
@@ -9035,6 +9049,9 @@ MODIFIERS: Dict[str, Callable[[str], str]] = {
     "/.": lambda path: MODIFIERS["."](os.path.basename(path))}
 
 
+# --- templates
+
+
 def fill_template(template: str, arguments: Arguments, seq: int) -> str:
     """Return the command for these arguments; seq is its number."""
     if not template:
@@ -9106,6 +9123,9 @@ def placeholders(template: str) -> Iterator[Tuple[str, str]]:
             contexts.pop()
         elif token in CONTEXT_STARTS.get(context, "").split():
             contexts.append("$" if token == "$'" else token[-1])
+
+
+# --- arguments and input
 
 
 def split_sources(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str]]]]:
@@ -9335,6 +9355,9 @@ def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
         return {row.command: row.seconds for row in read_joblog(settings.timings)}
 
 
+# --- display and reports
+
+
 def file_reporters(settings: argparse.Namespace, store: ResultStore,
                    earlier: EarlierRun) -> List[Reporter]:
     """Return the reporters that write files. Raises SetupError if one cannot be written."""
@@ -9412,6 +9435,9 @@ class Display:
 def remove_progress_line() -> None:
     PROGRESS_LINE.text = ""
     PROGRESS_LINE.redraw()
+
+
+# --- the run
 
 
 class ClientRun:
@@ -9555,6 +9581,9 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
     loop.post(lambda now: worker.connected(BROKER, now))
     loop.post(lambda now: client.connected(BROKER, now))
     return runner
+
+
+# --- the end of the run
 
 
 def report_incomplete(client: Client, status: int) -> None:
