@@ -4569,8 +4569,7 @@ class SimulationTest(unittest.TestCase):
     # what could be broken in the program, as text to be replaced; each must make a world fail
     MUTANTS = (
         ("a lost command is not tried again",
-         '            self.next_attempt(command, fields.get("worker", ""))\n\n',
-         "            pass\n\n"),
+         '            self.next_attempt(command, fields.get("worker", ""))\n', "            pass\n"),
         ("a reported command is not remembered", "        if command is None:  # reported before",
          "        if command is None and self.window:  # reported before"),
         ("a lost worker's commands are forgotten",
@@ -4596,7 +4595,7 @@ class SimulationTest(unittest.TestCase):
         ("who once had no room never has", "            self.saturated = {some for some in "
          "self.saturated if some and worker not in some}\n", "            pass\n"),
         ("a provisional result is not reported",
-         "        if place is None and command.passed:\n", "        if False:\n"),
+         "        if constraints is None and command.rechecking:\n", "        if False:\n"),
         ("who waits for another host is never told that there is none",
          "        elif not task.client.from_above:\n", "        if not task.client.from_above:\n"),
         ("commands resubmitted to a new broker start at once", "            if self.now < until:"
@@ -6310,19 +6309,19 @@ class RetryPolicyTest(unittest.TestCase):
                 (3, [(127, "h"), (1, "i")], {"not_on": "i"}),  # the first that could start it
                 (3, [(127, "h"), (1, "i"), (0, "h")], {"on": "i"}),
                 (3, [(127, "i"), (1, "h"), (1, "i"), (1, "h")], None)):
-            self.assertEqual(tc.RetryPolicy(most).next_place(self.command(*tries)), place, tries)
+            self.assertEqual(tc.RetryPolicy(most).next_constraints(self.command(*tries)), place, tries)
 
     def test_a_pass_is_not_rechecked_on_an_excluded_host(self):
         policy = tc.RetryPolicy(3)
         policy.excluded.add("h")
-        self.assertIsNone(policy.next_place(self.command((1, "h"), (0, "i"))))
-        self.assertEqual(policy.next_place(self.command((1, "i"), (0, "j"))), {"on": "i"})
+        self.assertIsNone(policy.next_constraints(self.command((1, "h"), (0, "i"))))
+        self.assertEqual(policy.next_constraints(self.command((1, "i"), (0, "j"))), {"on": "i"})
 
     def test_when_no_host_is_left_that_may_start_it_retries_follow(self):
         command = self.command((127, "h"))
-        command.wait_until = -math.inf
-        self.assertEqual(tc.RetryPolicy(3).next_place(command), {"not_on": "h"})
-        self.assertIsNone(tc.RetryPolicy(0).next_place(command))
+        command.gave_up_waiting = True
+        self.assertEqual(tc.RetryPolicy(3).next_constraints(command), {"not_on": "h"})
+        self.assertIsNone(tc.RetryPolicy(0).next_constraints(command))
 
     def test_verdicts(self):
         for verdict, excluded, *tries in (
@@ -6393,11 +6392,11 @@ class HostWaitTest(unittest.TestCase):
         self.assertEqual(self.waits.can_start, {"h"})
 
     def test_a_changed_cloud_is_tried_at_once(self):
-        self.waits.change((1, 1, 1))
+        self.waits.cloud_changed((1, 1, 1))
         self.waits.add(self.command, 5.0)
-        self.assertEqual(self.waits.change((1, 1, 1)), [])
-        self.assertEqual(self.waits.change((2, 2, 2)), [self.command])
-        self.assertEqual(self.waits.change((2, 2, 2)), [])
+        self.assertEqual(self.waits.cloud_changed((1, 1, 1)), [])
+        self.assertEqual(self.waits.cloud_changed((2, 2, 2)), [self.command])
+        self.assertEqual(self.waits.cloud_changed((2, 2, 2)), [])
 
     def test_a_new_broker_is_given_all_the_time(self):
         self.waits.add(self.command, 5.0)
@@ -6454,7 +6453,7 @@ class FetcherTest(unittest.TestCase):
         self.fetcher.check(self.window)
 
     def take(self, id, offset, size=10, now=0.0):
-        taken = self.fetcher.take(self.window[id], offset, size, now)
+        taken = self.fetcher.accept_chunk(self.window[id], offset, size, now)
         self.fetcher.check(self.window)
         return taken
 
@@ -6581,7 +6580,7 @@ class ClientTest(unittest.TestCase):
 
     def test_who_was_stopped_for_longer_than_its_lease_is_told_what_runs_again(self):
         """But not of commands whose results had come before."""
-        for ended, said in ((1, "1 command that"), (2, "")):
+        for ended, said in ((1, "1 command will"), (2, "")):
             self.setUp()
             b = self.bench
             self.add("a", "b")
@@ -7061,7 +7060,7 @@ class ClientTest(unittest.TestCase):
             self.refuse(1, *unable)
             self.assertEqual(1 not in self.client.window, reported, (able, unable))
             if not reported:
-                self.assertEqual(self.client.window[1].place["never_on"], sorted(unable))
+                self.assertEqual(self.client.window[1].constraints["never_on"], sorted(unable))
 
     def test_two_bad_hosts_are_both_excluded(self):
         self.join()
@@ -7181,7 +7180,7 @@ class ClientTest(unittest.TestCase):
         self.add("a", end=True)
         self.refuse(1, "h1")
         b.hear(tc.encode("LOST", {"tasks": [[1, 2]], "why": "", "fault": tc.NOWHERE}))
-        self.assertEqual(self.client.window[1].place, {"not_on": "h1", "elsewhere": True})
+        self.assertEqual(self.client.window[1].constraints, {"not_on": "h1", "elsewhere": True})
         self.result(1, 3, host="h1")
         self.assertEqual((self.client.reported, self.client.failed, self.client.flaky), (1, 0, 0))
 
@@ -7683,10 +7682,10 @@ class ClientTest(unittest.TestCase):
             b = self.bench = Bench(self.client)
             self.join()
             self.add("a")
-            self.client.window[1].place = place
+            self.client.window[1].constraints = place
             b.answer(workers=1, slots=1, lacks="what was said before")
             b.answer(**cloud)
-            self.assertIn(cause, self.client.waits_for())
+            self.assertIn(cause, self.client.wait_reason())
 
     def test_who_waits_longer_than_it_may_gives_up(self):
         self.client = tc.Client("r1", wait=5.0, address="tcp://b:1")

@@ -993,6 +993,9 @@ class SessionMachine(Machine):
         """Return the fields of HELLO or READY; when joining, with all that we have."""
         raise NotImplementedError
 
+    def tell_broker(self, verb: str, fields: Optional[Fields] = None) -> None:
+        self.say(BROKER, b"", "", verb, fields)
+
     def heard(self, link: str, peer: Peer) -> None:
         self.session.heard(self.now)
 
@@ -1889,7 +1892,7 @@ class Upstream:
         self.reported: Fields = {}  # capacity(), as the broker above knows it
         self.unsent: Dict[TaskKey, Fields] = {}  # LOSTs that the broker above could not hear
 
-    def waits_for(self) -> str:
+    def wait_reason(self) -> str:
         """Return what we wait for, in words; "" if we have joined, or are not chained."""
         if not self.chained or self.session.joined:
             return ""
@@ -3056,7 +3059,7 @@ class Broker(Membership):
         if self.scheduler.capacity_changed:
             self.scheduler.capacity_changed = False
             self.announce_capacity()
-        self.report_wait(self.upstream.waits_for())
+        self.report_wait(self.upstream.wait_reason())
 
     def tick(self, now: Seconds) -> None:
         self.now = now
@@ -3578,7 +3581,7 @@ class Worker(SessionMachine):
             self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.stop(3, now)
 
-    def waits_for(self) -> str:
+    def wait_reason(self) -> str:
         if self.session.joined:
             return broker_is_silent(self.address) if self.session.unanswered > 1 else ""
         return waiting_for_broker(self.session.trouble, self.session.up, self.address, "worker")
@@ -3592,7 +3595,7 @@ class Worker(SessionMachine):
         if self.report_at <= self.now:
             self.report_accepted()
         if self.exit_status is None:
-            self.report_wait(self.waits_for())
+            self.report_wait(self.wait_reason())
         elif not self.has_left:
             needed = any(self.session.joined or job.state != DELIVERED
                          for job in self.jobs.values())
@@ -3621,7 +3624,7 @@ class Worker(SessionMachine):
 
     def leave(self) -> None:
         if self.session.up:
-            self.say(BROKER, b"", "", "BYE")
+            self.tell_broker("BYE")
         self.effects.append(Exit(self.exit_status or 0))
         self.has_left, self.leave_at = True, math.inf
 
@@ -4418,26 +4421,30 @@ class Runner:
 # === Client ===========================================================================
 #
 # The client owns the commands. It keeps a window of them at the broker and remembers each one
-# until it is reported. Whatever happens to broker and workers, it submits again what is not
-# reported. RetryPolicy decides what follows a try, HostWait and Rechecks hold the commands that
-# wait for a certain host, and Fetcher requests output that does not come with a RESULT. These
-# four send nothing and read no clock: the Client tells them, and speaks with the broker.
+# until it is reported. After each join it submits all unreported commands again.
+#
+#   RetryPolicy   decides whether and where a command is tried again
+#   HostWait      holds commands until an absent host returns
+#   Rechecks      holds commands that passed and are rechecked
+#   Fetcher       fetches output that is not in a RESULT
+#
+# These four send nothing and read no clock. The Client calls them.
 
 
 OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed on each try
-FLAKY, ONLY = "FLAKY", "ONLY"  # failed first and passed later; failed on one host only
+FLAKY, ONLY = "FLAKY", "ONLY"  # failed, passed later; failed on one host only
 TRY_OUTPUT = 4 * 1024  # bytes to keep of a failed try's inline output
 ALL_TRY_OUTPUTS = 16 * 1024 * 1024  # bytes to keep of all of these in a run
-EXCLUDE_AFTER = 3  # commands that only this host failed: the host is to blame
+EXCLUDE_AFTER = 3  # commands that fail only on one host: then it is excluded
 CANNOT_START = (126, 127)  # exit codes of sh: cannot execute, not found
-START_TIME = 1000.0  # ms; a command that took longer was started
+START_TIME = 1000.0  # ms; a command that took so long was started
 START_HOSTS = 8  # hosts to try for a command that cannot be started
 HOST_WAIT: Seconds = 10.0  # for a host to come back
-RECHECK_WAIT: Seconds = 10.0  # for a slot on the host that failed: it may be busy for hours
+RECHECK_WAIT: Seconds = 10.0  # for a recheck: the host may be busy for hours
 
 
 class Try(NamedTuple):
-    """An attempt that ended with a result. A lost attempt is no try."""
+    """An attempt with a result. A lost attempt has none."""
 
     exitcode: int
     host: str
@@ -4447,28 +4454,28 @@ class Try(NamedTuple):
     spent: float = 0.0  # ms
     size: int = 0  # bytes of its output, if that is not reported
     output: bytes = b""  # the end of that output
-    ran: bool = False  # the worker says that it was started
+    ran: bool = False  # its worker has started it
 
     @property
     def did_start(self) -> bool:
         return self.ran or self.exitcode not in CANNOT_START or self.spent >= START_TIME
 
     def last_words(self) -> str:
-        """The output, for people."""
+        """Return the output, for people."""
         cut = self.size - len(self.output)
         mark = f"[... {cut} bytes left out ...]\n" if cut else ""
         return mark + self.output.decode("utf-8", "backslashreplace")
 
 
 def try_of(fields: Fields) -> Try:
-    """The try that a RESULT describes, without its output."""
+    """Return the try that a RESULT describes, without its output."""
     return Try(fields["exitcode"], fields.get("host", "?"), fields.get("worker", ""),
                fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0),
                ran=fields.get("ran", False))
 
 
 def with_last_words(one: Try, fields: Fields, room: int) -> Try:
-    """The try with the end of its RESULT's inline output, of at most `room` bytes."""
+    """Return the try with the end of its inline output, of at most `room` bytes."""
     output = to_bytes(fields.get("stdout", ""))
     if fields.get("split"):
         output = b"".join(piece for _, piece in unpack_pieces([output]))
@@ -4479,8 +4486,9 @@ def with_last_words(one: Try, fields: Fields, room: int) -> Try:
 
 
 def verdict_of(tries: Sequence[Try], excluded: Container[str] = ()) -> str:
-    """Return what the tries of a command prove. Without a start a try proves nothing, if others
-    have one. ONLY needs a pass elsewhere and two failures, or one on an excluded host."""
+    """Return the verdict. Tries that did not start are ignored if others started.
+
+    ONLY means: passed elsewhere, and failed twice on one host (once if it is excluded)."""
     tries = [one for one in tries if one.did_start] or tries
     passed = [one.host for one in tries if one.exitcode == 0]
     failed = [one.host for one in tries if one.exitcode != 0]
@@ -4491,12 +4499,12 @@ def verdict_of(tries: Sequence[Try], excluded: Container[str] = ()) -> str:
 
 
 def only_host(tries: Sequence[Try]) -> str:
-    """The host that failed a command with the verdict ONLY."""
+    """Return the host that failed a command with the verdict ONLY."""
     return next(one.host for one in tries if one.exitcode and one.did_start)
 
 
 def could_not_start_on(tries: Iterable[Try]) -> List[str]:
-    """The hosts that could not start the command, sorted."""
+    """Return the hosts that could not start the command, sorted."""
     return sorted({one.host for one in tries if not one.did_start})
 
 
@@ -4510,11 +4518,12 @@ class Command:
         self.attempt = 1
         self.faults = Faults()
         self.tries: Dict[int, Try] = {}  # by attempt, oldest first
-        self.place: Fields = {}  # constraints of this attempt
+        self.constraints: Fields = {}  # of this attempt: where it may run
         self.provisional: Fields = {}  # RESULT to report unless a better one comes
         self.provisional_shown = 0  # bytes of its output that were shown live
-        self.wait_until: Seconds = 0.0  # deadline of its HostWait; 0: never waited, -inf: given up
-        self.again = False  # this attempt was submitted before
+        self.wait_until: Seconds = 0.0  # deadline of its HostWait; 0: it never waited
+        self.gave_up_waiting = False
+        self.submitted = False  # this attempt was
         self.worker = ""  # that confirmed this attempt with QUEUED
         self.since: Seconds = 0.0  # time of that QUEUED
         self.avoid = ""  # worker that failed or lost the last attempt
@@ -4523,17 +4532,16 @@ class Command:
         self.verdict = OK  # valid when reported
 
     @property
-    def passed(self) -> bool:
-        """Whether it passed and is now rechecked where it failed."""
+    def rechecking(self) -> bool:
+        """Return whether it passed, and is tried once more where it failed."""
         return self.provisional.get("exitcode") == 0
 
 
 class RunOptions(NamedTuple):
-    """What the user asks for."""
+    """Options of a run."""
 
     timeout: Seconds = 0  # of each command; 0: none
-    # of a command that fails; 0: one, but more hosts if it cannot be started; 1: really one
-    tries: int = 0
+    tries: int = 0  # at most; 0: one (more if it cannot start); 1: exactly one
     max_output: int = 0  # bytes of output to keep; 0: all
     env: Dict[str, str] = {}  # variables to set
     shell: Optional[str] = None  # that runs the commands, a path or a name; None: /bin/sh
@@ -4586,10 +4594,9 @@ class FinalResult(NamedTuple):
 class RetryPolicy:
     """Decides whether and where a command is tried again, and which hosts are excluded.
 
-    A failed command is tried on another host and on the first host, in turn. A pass elsewhere is
-    followed by a recheck on the first host, which shows whether that host is to blame. A command
-    that a host could not start is tried on others until one can. An excluded host gets a command
-    only if there is no other host.
+    Failures alternate between another host and the first host. After a pass elsewhere, the first
+    host is rechecked: it may be the cause. A command that could not be started is tried on other
+    hosts until one starts it. An excluded host gets a command only if there is no other host.
     """
 
     def __init__(self, max_tries: int) -> None:
@@ -4597,21 +4604,21 @@ class RetryPolicy:
         self.excluded: Set[str] = set()
         self.failed_only_on: Counter[str] = Counter()  # commands with the verdict ONLY, by host
         self.started_elsewhere: Counter[str] = Counter()  # commands that only others could start
-        self.failed_starts: Counter[str] = Counter()  # such commands in a row
+        self.failed_starts: Counter[str] = Counter()  # the same, consecutive
 
     def check(self) -> None:
         assert self.excluded <= {*self.failed_only_on, *self.started_elsewhere}, self.excluded
         for host, number in self.failed_starts.items():
             assert number <= self.started_elsewhere[host], host
 
-    def next_place(self, command: Command) -> Optional[Fields]:
-        """Return the constraints of the next try, or None if there is none."""
+    def next_constraints(self, command: Command) -> Optional[Fields]:
+        """Return the constraints of the next try; None: there is none."""
         tries = [*command.tries.values()]
         last = tries[-1]
         if last.did_start:
             tries = [one for one in tries if one.did_start]
         elif self.max_tries != 1 and sum(not one.did_start for one in tries) < START_HOSTS \
-                and not command.passed and command.wait_until > -math.inf:
+                and not command.rechecking and not command.gave_up_waiting:
             return {"never_on": could_not_start_on(tries)}
         if len(tries) >= self.max_tries:
             return None
@@ -4642,9 +4649,10 @@ class RetryPolicy:
 
 
 class HostWait:
-    """Commands that no present host may start, while a host that started others is gone.
+    """Holds commands until an absent host returns, for HOST_WAIT at most.
 
-    A command waits HOST_WAIT at most. It is submitted again whenever the cloud changes.
+    Only hosts that started a command before count. Whenever the cloud changes, the commands are
+    submitted again.
     """
 
     def __init__(self) -> None:
@@ -4655,19 +4663,20 @@ class HostWait:
     def check(self, window: Dict[int, Command]) -> None:
         for id, command in self.commands.items():
             assert window[id] is command and command.wait_until > 0, id
+            assert not command.gave_up_waiting, id
 
     def add(self, command: Command, now: Seconds) -> bool:
-        """Let a command wait. Return False if its time is up or no absent host may start it."""
+        """Hold the command. Return False if there is no host to wait for, or no time."""
         able = self.can_start.difference(could_not_start_on(command.tries.values()))
         command.wait_until = command.wait_until or now + HOST_WAIT
-        if able and now < command.wait_until:
+        if able and now < command.wait_until and not command.gave_up_waiting:
             self.commands[command.id] = command
             return True
-        self.can_start -= able  # they do not come back: other commands need not wait
-        command.wait_until = -math.inf
+        self.can_start -= able  # waited too long for them: no other command waits
+        command.gave_up_waiting = True
         return False
 
-    def change(self, cloud: Tuple[int, ...]) -> List[Command]:
+    def cloud_changed(self, cloud: Tuple[int, ...]) -> List[Command]:
         """Note the size of the cloud. Return the commands to submit again."""
         changed, self.cloud = cloud != self.cloud, cloud
         return [*self.commands.values()] if changed else []
@@ -4682,27 +4691,26 @@ class HostWait:
         return [command for command in self.commands.values() if command.wait_until <= now]
 
     def hosts(self) -> str:
-        """The absent hosts, by name."""
+        """Return the names of the absent hosts, for people."""
         unable = {host for command in self.commands.values()
                   for host in could_not_start_on(command.tries.values())}
         return printable(", ".join(sorted(self.can_start - unable)), 300)
 
 
 class Rechecks:
-    """Commands that passed, and are tried once more on the host that failed them.
+    """Holds commands that passed and are rechecked.
 
-    When nothing else is left to do, they wait RECHECK_WAIT for a slot there. A command that a
-    worker has may be running: it also gets three times as long as the pass took. It gets no
-    more, because it may still wait at a chained broker.
+    They end RECHECK_WAIT after all else has ended. A command at a worker gets three times its
+    first time more.
     """
 
     def __init__(self) -> None:
         self.commands: Dict[int, Command] = {}
         self.alone_since: Seconds = math.inf  # when nothing else was left to do
-        self.deadline: Seconds = math.inf  # when the next command may be overdue
+        self.deadline: Seconds = math.inf  # next time to check for overdue commands
 
     def check(self, window: Dict[int, Command]) -> None:
-        passed = {id: command for id, command in window.items() if command.passed}
+        passed = {id: command for id, command in window.items() if command.rechecking}
         assert passed == self.commands, (passed, self.commands)
 
     def overdue(self, alone: bool, now: Seconds) -> List[Command]:
@@ -4721,11 +4729,11 @@ class Rechecks:
 
 
 class Fetcher:
-    """Requests output that does not come with a RESULT. `ask(command, offset, size)` sends a FETCH.
+    """Fetches output that is not in a RESULT. `ask(command, offset, size)` sends a FETCH.
 
     Large outputs are fetched one at a time, in order, FETCH_AHEAD chunks ahead. Live output is
     requested of all running commands, one chunk ahead. After `timeout` a chunk is requested
-    again, because the request or the chunk may be lost.
+    again: the request or the chunk may be lost.
     """
 
     def __init__(self, ask: Callable[[Command, int, int], None], timeout: Seconds,
@@ -4734,7 +4742,7 @@ class Fetcher:
         self.timeout = timeout
         self.queue: Deque[Command] = deque()  # commands with a large output; the first is fetched
         self.partial: Fields = {}  # RESULT whose output is stored in part
-        self.stored = self.asked = 0  # bytes of that output
+        self.stored = self.asked = 0  # bytes of it stored, bytes requested
         self.overdue_at: Seconds = math.inf  # when to request it again
         self.live = live
         self.live_overdue_at: Seconds = math.inf
@@ -4747,7 +4755,7 @@ class Fetcher:
             assert self.queue.count(command) == 1, command.id
 
     def add(self, command: Command, result: Fields, now: Seconds) -> None:
-        """Fetch the output of this RESULT. If it came before, go on where that was left."""
+        """Fetch the output of this RESULT. Continue a partly stored output."""
         command.result = command.result or result
         if command not in self.queue:
             self.queue.append(command)
@@ -4763,12 +4771,12 @@ class Fetcher:
                 self.request(now)
 
     def restart(self) -> None:
-        """Forget all requests: a RESULT whose output is still there is told again."""
+        """Forget all requests: a RESULT whose output still exists will come again."""
         self.queue.clear()
         self.asked, self.overdue_at = self.stored, math.inf
 
     def request(self, now: Seconds) -> None:
-        """Request as much of the first output as may be under way."""
+        """Request up to FETCH_AHEAD chunks of the first output."""
         if not self.queue:
             self.overdue_at = math.inf
             return
@@ -4782,7 +4790,7 @@ class Fetcher:
             self.ask(command, self.asked, part)
             self.asked += part
 
-    def take(self, command: Command, offset: int, size: int, now: Seconds) -> bool:
+    def accept_chunk(self, command: Command, offset: int, size: int, now: Seconds) -> bool:
         """Return whether this chunk is the next part of the first output, and request more."""
         if not self.queue or self.queue[0] is not command or offset != self.stored:
             return False
@@ -4792,7 +4800,7 @@ class Fetcher:
 
     def listen(self, command: Command, now: Seconds) -> None:
         """Request the live output that comes next, if the command is running."""
-        if self.live and command.worker and not command.result and not command.passed:
+        if self.live and command.worker and not command.result and not command.rechecking:
             self.live_overdue_at = min(self.live_overdue_at, now + self.timeout)
             self.ask(command, command.shown, CHUNK_SIZE)
 
@@ -4822,10 +4830,16 @@ class Client(SessionMachine):
         self.address = address  # for notices
         self.host, self.pid = host, pid
         self.host_names = HostNames()  # people see names, the broker gets identities
-        self.timings: Dict[str, float] = {}  # seconds of each command in earlier runs
+        # input
+        self.timings: Dict[str, float] = {}  # seconds by command; empty once the backlog is sorted
+        self.last_id = 0  # of the input's commands, skipped ones too
+        self.input_ended = False
+        self.cut_short = False  # input was left unread
+        self.announced = False  # RunStarted is out
+        self.announce_at: Seconds = math.inf  # its deadline
+        # commands
         self.backlog: Deque[Command] = deque()  # not submitted yet
         self.window: Dict[int, Command] = {}  # submitted
-        self.accepted = 0  # commands of the window that a worker confirmed
         self.retry_policy = RetryPolicy(options.tries)
         self.host_wait = HostWait()
         self.rechecks = Rechecks()
@@ -4833,21 +4847,19 @@ class Client(SessionMachine):
         self.try_room = ALL_TRY_OUTPUTS  # bytes
         self.done: List[List[int]] = []  # [id, attempt] for the next DONE
         self.done_at: Seconds = math.inf  # its deadline
-        self.last_id = 0  # of the input's commands, skipped ones too
+        # counts
+        self.accepted = 0  # commands of the window that a worker confirmed
         self.total = self.reported = self.failed = self.flaky = 0
-        self.bad = 0  # commands that count as failed
-        self.stopped = self.never_ran = 0  # cancelled commands
-        self.input_ended = False
-        self.cut_short = False  # input was left unread
-        self.announced = False  # RunStarted is out
-        self.announce_at: Seconds = math.inf  # its deadline
+        self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
+        # the cloud, as the broker says
+        self.workers = self.slots = self.hosts = 0
+        self.lacks = ""  # missing labels
+        # a pause longer than the lease, and until when a notice mentions it
+        self.long_pause: Tuple[Seconds, Seconds] = (0, 0)
+        # the end of the run
         self.status: Optional[int] = None  # exit status of a cancelled run
         self.leave_at: Seconds = math.inf
         self.left = False
-        self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
-        self.lacks = ""  # what the broker says we wait for, perhaps in vain
-        # length of a pause that the broker did not tolerate, and when it is too old to mention
-        self.long_pause: Tuple[Seconds, Seconds] = (0, 0)
 
     def greeting(self, joining: bool) -> Fields:
         fields: Fields = {"run": self.run, "backlog": len(self.backlog)}
@@ -4871,7 +4883,7 @@ class Client(SessionMachine):
         self.backlog.append(Command(self.last_id, cmd, cwd))
 
     def skip(self) -> None:
-        """Count a command of the input that need not run."""
+        """Count an input command that does not run."""
         self.last_id += 1
 
     def end_input(self, now: Seconds) -> None:
@@ -4880,7 +4892,9 @@ class Client(SessionMachine):
         self.settle()
 
     def settle(self) -> None:
-        self.fill_window()
+        self.start_run()
+        if self.session.joined:
+            self.fill_window()
         if self.done_at <= self.now or len(self.done) >= MAX_DONE:
             self.send_done()
         if self.left:
@@ -4888,26 +4902,30 @@ class Client(SessionMachine):
         self.stop_rechecking()
         if self.status is None:
             self.stop_early()
-            self.report_wait(self.waits_for())
+            self.report_wait(self.wait_reason())
         if self.input_ended and not self.backlog and not self.window and not self.left:
-            self.leave(1 if self.bad else 0)
+            self.leave(1 if self.failures else 0)
 
-    def fill_window(self) -> None:
+    def start_run(self) -> None:
+        """Sort and announce the commands when the input has ended, or takes too long."""
         if self.backlog and self.session.joined:
             self.announce_at = min(self.announce_at, self.now + ANNOUNCE_DELAY)
-        ready = self.input_ended or self.announce_at <= self.now  # the rest is not waited for
-        if self.timings and self.backlog and ready:
-            self.sort_backlog()
+        if self.input_ended or self.announce_at <= self.now:
+            if self.timings and self.backlog:
+                self.sort_backlog()
+            if self.announce_at < math.inf:
+                self.announce()
+
+    def fill_window(self) -> None:
+        """Submit commands if enough of the window is free."""
         size = 1 if self.options.serial else WINDOW
-        room = size - len(self.window)
-        if self.session.joined and not self.timings \
-                and room >= min(REFILL_FRACTION * size, len(self.backlog)):
-            for _ in range(min(room, len(self.backlog))):
-                command = self.backlog.popleft()
-                self.window[command.id] = command
-                self.submit(command)
-        if self.announce_at < math.inf and ready:
-            self.announce()
+        count = min(size - len(self.window), len(self.backlog))
+        if self.timings or count < min(REFILL_FRACTION * size, len(self.backlog)):
+            return
+        for _ in range(count):
+            command = self.backlog.popleft()
+            self.window[command.id] = command
+            self.submit(command)
 
     def sort_backlog(self) -> None:
         """Put unknown commands first, then long ones, if the backlog is complete."""
@@ -4923,18 +4941,20 @@ class Client(SessionMachine):
             self.effects.append(RunStarted(self.total if self.input_ended else None))
 
     def submit(self, command: Command) -> None:
-        """Submit the command's attempt. A command that is too long fails the first time."""
+        """Submit the command's attempt. A too long command fails at its first submit."""
         identity = self.host_names.identity_of
-        place = {key: [*map(identity, value)] if key == "never_on" else identity(value)
-                 for key, value in command.place.items()}
+        constraints = {key: [*map(identity, value)] if key == "never_on" else identity(value)
+                       for key, value in command.constraints.items()}
         optional = {
-            "again": command.again, "had": command.worker, "avoid": command.avoid,
+            "again": command.submitted, "had": command.worker, "avoid": command.avoid,
             "careful": command.faults.crashes > 0,
-            "limit": int(command.passed)}  # 1 byte: only the exit code of a recheck counts
+            "limit": int(command.rechecking)}  # 1 byte: only the exit code of a recheck counts
         line = encode(COMMAND, {
             "id": command.id, "attempt": command.attempt, "cmd": command.cmd, "cwd": command.cwd,
-            **place, **self.common, **{name: value for name, value in optional.items() if value}})
-        first, command.again = not command.again and command.attempt == 1, True
+            **constraints, **self.common,
+            **{name: value for name, value in optional.items() if value}})
+        first = command.attempt == 1 and not command.submitted
+        command.submitted = True
         if first and len(line) > MAX_COMMAND - OTHER_FIELDS:
             self.fail(command, f"a command is at most {MAX_COMMAND} bytes of JSON")
         else:
@@ -4944,7 +4964,7 @@ class Client(SessionMachine):
         cloud = self.workers, self.slots, self.hosts = tuple(
             message.fields.get(name, 0) for name in ("workers", "slots", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
-        waiting = self.host_wait.change(cloud)
+        waiting = self.host_wait.cloud_changed(cloud)
         for command in waiting if self.session.joined else ():
             self.next_attempt(command, "")
         if self.session.on_ok(message.fields):
@@ -4953,30 +4973,30 @@ class Client(SessionMachine):
             self.resubmit()
 
     def resubmit(self) -> None:
-        """Repeat all that the broker may not know."""
+        """Submit all commands again, and repeat SHUN and CANCEL."""
         if self.accepted and self.now < self.long_pause[1]:  # results that came in time are read
             self.effects.append(Notice(
-                f"was stopped for {self.long_pause[0]:.0f} s, longer than the broker waits for a "
-                f"client (--client-lease): {plural(self.accepted, 'command')} that workers had at "
-                f"its end will be run again"))
+                f"was stopped for {self.long_pause[0]:.0f} s, longer than --client-lease: "
+                f"{plural(self.accepted, 'command')} will be started again"))
         self.long_pause = (0, 0)
         for command in self.window.values():
             self.submit(command)
         if self.retry_policy.excluded:
             self.send_excluded()
         if self.status is not None:
-            self.say(BROKER, b"", "", "CANCEL")
+            self.tell_broker("CANCEL")
 
     # --- results in
 
     def command_of(self, id: int, attempt: int) -> Optional[Command]:
-        """The command whose present attempt this is; None if the attempt is over."""
+        """Return the command whose present attempt this is; None if it is over."""
         command = self.window.get(id)
         return command if command is not None and command.attempt == attempt else None
 
     def set_worker(self, command: Command, worker: str) -> None:
         """Note which worker has the command's attempt, "" for none."""
-        self.accepted += bool(worker) - bool(command.worker)
+        if bool(worker) != bool(command.worker):
+            self.accepted += 1 if worker else -1
         command.worker = worker
 
     def on_queued(self, message: Message) -> None:
@@ -5005,49 +5025,51 @@ class Client(SessionMachine):
             self.take_result(command, fields)
 
     def take_result(self, command: Command, fields: Fields) -> None:
-        """Conclude a try, or fetch its output first if that may be reported."""
+        """Conclude a try. Fetch its large output first, if it is needed."""
         command.tries[command.attempt] = this = try_of(fields)
         if this.did_start:
             self.retry_policy.failed_starts.pop(this.host, None)
             self.host_wait.can_start.add(this.host)
-        output = to_bytes(fields.get("stdout", ""))
-        place = self.next_place(command) if this.exitcode and not command.passed else None
-        if place:
+        constraints = self.next_constraints(command)
+        retried = this.exitcode and not command.rechecking and constraints
+        if retried:
             kept = with_last_words(this, fields, min(TRY_OUTPUT, self.try_room))
             command.tries[command.attempt] = kept
             self.try_room -= len(kept.output)
-        useless = command.passed or place and "never_on" not in place
-        if len(output) < fields.get("size", 0) and not useless:
+        output = to_bytes(fields.get("stdout", ""))
+        needed = not command.rechecking and (not retried or "never_on" in retried)
+        if needed and len(output) < fields.get("size", 0):
             self.fetcher.add(command, fields, self.now)
         else:
-            self.conclude(command, fields, output)
+            self.conclude(command, fields, output, constraints)
 
-    def next_place(self, command: Command) -> Optional[Fields]:
-        return self.retry_policy.next_place(command) if self.status is None else None
+    def next_constraints(self, command: Command) -> Optional[Fields]:
+        return self.retry_policy.next_constraints(command) if self.status is None else None
 
-    def conclude(self, command: Command, fields: Fields, output: Optional[bytes]) -> None:
-        """Report a try or begin the next one. `output` is None if it was fetched."""
-        place = self.next_place(command)
-        if place is None and command.passed:
+    def conclude(self, command: Command, fields: Fields, output: Optional[bytes],
+                 constraints: Optional[Fields]) -> None:
+        """Begin the next try with these constraints, or report this one. Fetched output: None."""
+        if constraints is None and command.rechecking:
             self.report(command, command.provisional)
-        elif place is None:
+        elif constraints is None:
             self.report(command, fields, output)
         else:
-            if not fields["exitcode"] or "never_on" in place:
+            if not fields["exitcode"] or "never_on" in constraints:
                 command.provisional, command.provisional_shown = fields, command.shown
                 self.effects.append(ProvisionalResult(command, fields, output))
-            if command.passed:
+            if command.rechecking:
                 self.rechecks.commands[command.id] = command
             self.acknowledge(command.id, command.attempt)
-            self.next_attempt(command, fields.get("worker", ""), place)
+            self.next_attempt(command, fields.get("worker", ""), constraints)
 
-    def next_attempt(self, command: Command, avoid: str, place: Optional[Fields] = None) -> None:
-        """Begin another attempt: a try at another place, or the same try again."""
+    def next_attempt(self, command: Command, avoid: str,
+                     constraints: Optional[Fields] = None) -> None:
+        """Begin another attempt: with constraints another try, else the same try again."""
         self.end_attempt(command)
-        if place is not None:
-            command.place = dict(place, elsewhere=True)
+        if constraints is not None:
+            command.constraints = dict(constraints, elsewhere=True)
         command.attempt += 1
-        command.again = False
+        command.submitted = False
         command.avoid = avoid
         command.shown = 0
         if self.session.joined:
@@ -5075,7 +5097,6 @@ class Client(SessionMachine):
         self.reported += 1
         self.failed += command.verdict == FAIL
         self.flaky += command.verdict in (FLAKY, ONLY)
-        self.bad = self.failed + (self.flaky if self.options.fail_on_flaky else 0)
         self.effects.append(FinalResult(command, result, output, result is command.provisional))
         for host, why in self.retry_policy.learn(command.verdict, tries).items():
             self.send_excluded()
@@ -5083,19 +5104,24 @@ class Client(SessionMachine):
                 f"EXCLUDING host {printable(host)} for the rest of this run, if there are others: "
                 f"{EXCLUDE_AFTER} commands {why}"))
 
+    @property
+    def failures(self) -> int:
+        """Return the number of reported commands that count as failed."""
+        return self.failed + (self.flaky if self.options.fail_on_flaky else 0)
+
     def fail(self, command: Command, reason: str) -> None:
         """Report that a command could not be run."""
         self.report(command, {"exitcode": NOT_RUN, "time": 0.0, "reason": reason}, b"")
 
     def stop_rechecking(self) -> None:
-        """Report commands whose recheck holds up the end of the run."""
+        """Report overdue rechecks as passed."""
         rest = not self.options.serial and (self.backlog or not self.input_ended)
         alone = not rest and 0 < len(self.window) == len(self.rechecks.commands)
         for command in self.rechecks.overdue(alone, self.now):
             self.report(command, command.provisional)
 
     def send_excluded(self) -> None:
-        self.say(BROKER, b"", "", "SHUN", {"hosts": sorted(
+        self.tell_broker("SHUN", {"hosts": sorted(
             map(self.host_names.identity_of, self.retry_policy.excluded))})
 
     def acknowledge(self, id: int, attempt: int) -> None:
@@ -5105,8 +5131,10 @@ class Client(SessionMachine):
 
     def send_done(self) -> None:
         if self.done and self.session.joined:
-            self.say(BROKER, b"", "", "DONE", {"tasks": self.done})
+            self.tell_broker("DONE", {"tasks": self.done})
             self.done, self.done_at = [], math.inf
+
+    # --- lost attempts: the next attempt of a command
 
     def on_lost(self, message: Message) -> None:
         for id, attempt in message.fields["tasks"]:
@@ -5115,31 +5143,35 @@ class Client(SessionMachine):
                 self.lose(command, message.fields)
 
     def lose(self, command: Command, fields: Fields) -> None:
-        """Begin the next attempt of a command whose attempt brings no result, or give it up."""
+        """Begin the next attempt of a command, or give the command up."""
         may_have_run = bool(command.worker) or command.attempt > 1
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
         fault = fields.get("fault", "")
         reason = command.faults.count(fault, printable(fields["why"], 200), self.times)
-        if command.passed and (reason or self.status is not None):
+        if reason or self.status is not None:
+            self.give_up(command, reason, may_have_run)
+        elif fault != NOWHERE or not command.provisional:
+            self.next_attempt(command, fields.get("worker", ""))
+        elif not self.host_wait.add(command, self.now):
+            self.conclude(command, command.provisional, None, self.next_constraints(command))
+
+    def give_up(self, command: Command, reason: str, may_have_run: bool) -> None:
+        """End a command that gets no other attempt. It may have passed before."""
+        if command.rechecking:
             self.report(command, command.provisional)
-        elif self.status is not None:
+        elif self.status is None:
+            self.fail(command, reason)
+        else:
             self.stopped += may_have_run
             self.never_ran += not may_have_run
             self.forget(command)
-        elif fault == NOWHERE and command.provisional:
-            if not self.host_wait.add(command, self.now):
-                self.conclude(command, command.provisional, None)
-        elif reason:
-            self.fail(command, reason)
-        else:
-            self.next_attempt(command, fields.get("worker", ""))
 
     # --- outputs
 
     def ask(self, command: Command, offset: int, size: int) -> None:
         if self.session.joined:
-            self.say(BROKER, b"", "", "FETCH", {
+            self.tell_broker("FETCH", {
                 "id": command.id, "attempt": command.attempt, "offset": offset, "size": size})
 
     def on_chunk(self, message: Message) -> None:
@@ -5147,12 +5179,12 @@ class Client(SessionMachine):
         command = self.command_of(message.fields["id"], message.fields["attempt"])
         if command is None or not size:
             return
-        if self.fetcher.take(command, offset, size, self.now):
+        if self.fetcher.accept_chunk(command, offset, size, self.now):
             self.effects.append(FetchedOutput(offset, message.data))
             result = command.result
             if self.fetcher.stored >= result["size"]:
                 self.fetcher.remove(command, self.now)
-                self.conclude(command, result, None)
+                self.conclude(command, result, None, self.next_constraints(command))
         elif self.options.live and not command.result and offset == command.shown:
             self.effects.append(LiveOutput(command, offset, message.data))
             command.shown += size
@@ -5181,7 +5213,7 @@ class Client(SessionMachine):
         if late:
             self.effects.append(Notice(f"gave up waiting for {self.host_wait.hosts()}"))
         for command in late:
-            self.next_attempt(command, "")  # the last one that may wait
+            self.next_attempt(command, "")  # the last one before it gives up
         self.settle()
         timed_out = self.wait.timed_out(now)
         if not self.left and (timed_out or self.leave_at <= now):
@@ -5190,6 +5222,7 @@ class Client(SessionMachine):
             self.leave(3)
 
     def deadline(self) -> Seconds:
+        """Return when tick() is due. The end of a HostWait may wait for the next heartbeat."""
         if self.left:
             return math.inf
         announce = math.inf if self.announced else self.announce_at
@@ -5198,24 +5231,48 @@ class Client(SessionMachine):
                    self.rechecks.deadline, self.fetcher.overdue_at, self.fetcher.live_overdue_at,
                    self.wait.deadline())
 
-    def waits_for(self) -> str:
-        """Return what the run waits for and what to do about it, "" for nothing."""
+    def wait_reason(self) -> str:
+        """Return what the run waits for, and what to do; "" for nothing."""
         if not self.session.joined:
             return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
         if self.session.unanswered > 1:
             return broker_is_silent(self.address)
-        return waiting_for_slot(self) if self.window else ""
+        return self.slot_wait_reason() if self.window else ""
+
+    def slot_wait_reason(self) -> str:
+        """Return why no command runs, and what to do; "" if one runs."""
+        if not self.slots:
+            return f"waiting: the broker at {self.address} has no worker" + (
+                " that takes new commands: each is over its --max-load, is stopping, or is a "
+                "broker without workers" if self.workers else
+                " (yet); start one with: testcloud.py worker")
+        if self.lacks:
+            return f"waiting for {self.lacks}; there is none among {plural(self.workers, 'worker')}"
+        if self.accepted or self.fetcher.queue:
+            return ""
+        absent = self.host_wait
+        if absent.commands:
+            return (f"waiting for {absent.hosts()} to come back: "
+                    f"{plural(len(absent.commands), 'command')} could not be started elsewhere")
+        which = str(self.slots)
+        if self.options.needs:
+            which = f"of workers with {label_words(self.options.needs)}"
+        never_on = next(iter(self.window.values())).constraints.get("never_on", ())
+        if never_on:
+            which = f"of hosts other than {printable(', '.join(never_on), 300)}"
+        return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
 
     def stop_early(self) -> None:
+        """Cancel the run if --fail-fast asks for it."""
         rest = self.window or self.backlog or not self.input_ended
-        if rest and 0 < self.options.fail_fast <= self.bad:
-            have = "has" if self.bad == 1 else "have"
+        if rest and 0 < self.options.fail_fast <= self.failures:
+            have = "has" if self.failures == 1 else "have"
             self.effects.append(Notice(
-                f"stopping: {plural(self.bad, 'command')} {have} failed (--fail-fast)"))
+                f"stopping: {plural(self.failures, 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
     def cancel(self, status: int, now: Seconds) -> None:
-        """Stop all commands and leave with this status a little later. A second call leaves now."""
+        """Stop all commands. Leave 2 * kill_grace later; at once if not joined, or called again."""
         self.now = now
         self.cut_short |= not self.input_ended
         self.input_ended = True
@@ -5226,18 +5283,18 @@ class Client(SessionMachine):
             self.forget(command)
         first, self.status = self.status is None, self.status or status
         if first and self.session.joined:
-            self.wait = Wait()  # from now on we wait for nothing
+            self.wait = Wait()  # no more wait notices
             self.leave_at = now + 2 * self.times.kill_grace
-            self.say(BROKER, b"", "", "CANCEL")
+            self.tell_broker("CANCEL")
             self.settle()
         elif not self.left:
             self.leave(status)
 
     def leave(self, status: int) -> None:
-        """Say goodbye. The exit status is that of a cancelled run, or else this one."""
+        """Say BYE and exit: with the status of a cancelled run, or else with this one."""
         self.send_done()
         if self.session.up:  # an unanswered HELLO may have reached the broker
-            self.say(BROKER, b"", "", "BYE")
+            self.tell_broker("BYE")
         self.left = True
         self.effects.append(Exit(status if self.status is None else self.status))
 
@@ -5246,30 +5303,6 @@ class Client(SessionMachine):
         (BROKER, "RESULT"): "on_result", (BROKER, "CHUNK"): "on_chunk",
         (BROKER, "LOST"): "on_lost", (BROKER, "ERROR"): "on_error",
     }
-
-
-def waiting_for_slot(client: Client) -> str:
-    """Return why no worker has a command of the client, and what to do; "" if one has."""
-    if not client.slots:
-        return f"waiting: the broker at {client.address} has no worker" + (
-            " that takes new commands (they are busy: --max-load; being stopped; or brokers "
-            "without workers)" if client.workers else
-            " (yet); start one with: testcloud.py worker")
-    if client.lacks:
-        return f"waiting for {client.lacks}; there is none among {plural(client.workers, 'worker')}"
-    if client.accepted or client.fetcher.queue:
-        return ""
-    absent = client.host_wait
-    if absent.commands:
-        return (f"waiting for {absent.hosts()} to come back: "
-                f"{plural(len(absent.commands), 'command')} could not be started elsewhere")
-    which = str(client.slots)
-    if client.options.needs:
-        which = f"of workers with {label_words(client.options.needs)}"
-    never_on = next(iter(client.window.values())).place.get("never_on", ())
-    if never_on:
-        which = f"of hosts other than {printable(', '.join(never_on), 300)}"
-    return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
 
 
 class ShowStatus(NamedTuple):
