@@ -5880,6 +5880,23 @@ class RunnerTest(unittest.TestCase):
         kill.assert_called_with(77, signal.SIGKILL)
         self.assertEqual(logs.output, ["WARNING:root:processes that cannot be killed: [77]"])
 
+    def test_orphans_that_cannot_be_killed_are_remembered_until_they_end(self):
+        """There may be several, from different times. Another process may get the pid of one."""
+        runner, ended = self.runner, tc.Process(2**22 + 1)  # no process has such a pid
+        with mock.patch.object(runner, "children_file", 0), \
+                mock.patch.object(tc, "read_children") as children, \
+                mock.patch.object(tc, "reaped", lambda pid: False), \
+                mock.patch.object(runner, "command_has_ended", lambda pid: True), \
+                mock.patch.object(tc.os, "kill"), mock.patch.object(tc.os, "killpg"), \
+                mock.patch.object(tc, "REAP_TIMEOUT", 0):
+            for orphans, waited_for in (([11], [11]), ([11, 22], [22]), ([11, 22], []), ([22], []),
+                                        ([11, 22], [11]), ([], []), ([22, 11], [22, 11])):
+                children.return_value = orphans
+                with mock.patch.object(tc.logging, "warning") as warning:
+                    runner.kill_leftovers(tc.Job(("r", 1, 1), {"cmd": "true"}), ended)
+                self.assertEqual([call[0][-1] for call in warning.call_args_list],
+                                 [waited_for] if waited_for else [], orphans)
+
     def test_each_command_has_its_directory_and_we_keep_ours(self):
         before = os.getcwd()
         jobs = {self.start(f"sleep 0.05; pwd; : {n}", where): where

@@ -4190,7 +4190,7 @@ class Runner:
         self.launcher = Launcher(name)
         self.children_file = open_children() if subreaper else -1
         self.oom_kills, self.oom_at = oom_kills(), -math.inf  # their number, when it last grew
-        self.stuck: List[int] = []  # orphans that cannot be killed
+        self.stuck: Set[int] = set()  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
         self.waiting: OrderedDict[TaskKey, Job] = OrderedDict()  # the queue
         self.threads: List[threading.Thread] = []
@@ -4379,26 +4379,27 @@ class Runner:
             self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-        until = time.monotonic() + REAP_TIMEOUT
-        while self.kill_orphans():
-            if time.monotonic() >= until:
-                self.stuck = self.kill_orphans()
-                logging.warning("processes that cannot be killed: %s", self.stuck)
+        deadline = time.monotonic() + REAP_TIMEOUT
+        for killed in iter(self.kill_orphans, []):
+            if time.monotonic() >= deadline:
+                self.stuck.update(killed)
+                logging.warning("processes that cannot be killed: %s", killed)
                 return
             time.sleep(0.001)
 
     def kill_orphans(self) -> List[int]:
-        """Reap orphans that have ended, and kill those whose command has ended. Return the pids of
-        the latter: they need a moment to end, and may leave orphans in turn."""
+        """Reap ended orphans; kill those of ended commands. Return the pids of the latter, except
+        `stuck`. They may leave orphans: call again until there are none."""
         if self.children_file < 0:
             return []
         with self.lock:
             orphans = [pid for pid in read_children(self.children_file) if not reaped(pid)]
+            self.stuck.intersection_update(orphans)
             killed = [pid for pid in orphans if self.command_has_ended(pid)]
             for pid in killed:
-                with contextlib.suppress(OSError):  # it has become another user's
+                with contextlib.suppress(OSError):  # the process belongs to another user now
                     os.kill(pid, signal.SIGKILL)
-        return [pid for pid in killed if pid not in self.stuck]
+            return [pid for pid in killed if pid not in self.stuck]
 
     def command_has_ended(self, orphan: int) -> bool:
         """Return whether the command of an orphan has ended. An orphan without our variables may
