@@ -8196,7 +8196,7 @@ class ReportingTest(unittest.TestCase):
         self.addCleanup(os.close, theirs)
         writer, caught_up, done = tc.Writer(theirs, None), threading.Event(), threading.Event()
         writer.caught_up = caught_up.set
-        part, parts = bytes(tc.Writer.AHEAD // 4), 6
+        part, parts = bytes(tc.Writer.MAX_BACKLOG // 4), 6
         for _ in range(parts):
             writer.put([part], len(part))
             writer.flush()

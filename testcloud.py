@@ -5373,17 +5373,19 @@ class StatusClient(Machine):
 # === Reporting ========================================================================
 #
 # Reports turns each result into an Outcome, and passes it to one reporter for each format.
-# What the formats share comes first (stored results, stdout and the terminal, files); then
-# each format has its section.
+# The shared parts come first (stored results, stdout and the terminal, files); then each
+# format has its section. The seed is the first testcloud, in PHP: the transcript keeps its
+# format, and the result hash is the same.
 
-Put = Callable[[Iterable[bytes]], None]  # takes the pieces of a text, to be written later
-NAMED_FAILURES = 10  # at the end of the transcript: they fit on a screen
+Put = Callable[[Iterable[bytes]], None]  # queues the pieces of a text to be written
+OutputOf = Callable[["Outcome"], Iterator[bytes]]  # reads an output in pieces
+NAMED_FAILURES = 10  # in the summary: they fit on a screen
 
 
 class Outcome(NamedTuple):
     """A reported command."""
 
-    seq: int  # its place in the input, from 1
+    seq: int  # its number in the input, from 1
     cmd: str
     exitcode: int
     verdict: str
@@ -5396,10 +5398,10 @@ class Outcome(NamedTuple):
     signal: int
     reason: str  # why it could not be run, or was stopped
     tries: Tuple[Try, ...]  # the others, in order
-    shown: int  # bytes of its output that came while it ran
+    shown: int  # bytes of its output that were shown live
     stored: StoredResult
     line: str  # of the input, from which the command was made
-    occurrence: int  # how many equal commands precede it in the input; 0 without a joblog
+    occurrence: int  # number of equal commands before it in the input; 0 without a joblog
 
 
 class Summary(NamedTuple):
@@ -5410,25 +5412,25 @@ class Summary(NamedTuple):
     failed: int
     flaky: int
     flaky_counts: bool  # as failed
-    only_on: Dict[str, int]  # hosts: how many commands failed only there
+    only_on: Dict[str, int]  # commands that failed only there, by host
     skipped: int  # commands that an earlier run has done
-    skipped_failed: int  # those of them that failed then
+    skipped_failed: int  # skipped commands that failed
     spent: Seconds
     hash: str
     wrong_hash: str = ""  # the error message, if another hash was expected
-    started_elsewhere: Dict[str, int] = {}  # hosts: commands that only others could start
-    codes: Dict[str, int] = {}  # ways to fail: how many commands did
-    failures: Sequence[Outcome] = ()  # the first of them
+    started_elsewhere: Dict[str, int] = {}  # commands that only others could start, by host
+    codes: Dict[str, int] = {}  # failures by kind
+    failures: Sequence[Outcome] = ()  # the first NAMED_FAILURES
     bad_hosts: str = ""  # advice about hosts where everything failed
-    rerun: str = ""  # the command line that runs the failures again, if there is one
-    empty: bool = False  # there were no commands, and there should be
+    rerun: str = ""  # command line that runs the failures again, if any
+    empty: bool = False  # the input had no commands, and that is an error
 
     def all_passed(self) -> bool:
         return self.complete and not (self.failed or self.skipped_failed or self.empty
                                       or self.flaky and self.flaky_counts)
 
     def trouble(self) -> str:
-        """What is wrong with the run as a whole; "" if nothing is."""
+        """Return the fault of the whole run, or ""."""
         if not self.complete:
             return "not all commands were executed"
         return "the input had no commands" if self.empty else self.wrong_hash
@@ -5446,24 +5448,24 @@ def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
 
 
 class Reporter:
-    """One format. The loop's thread calls it; the thread of a Writer reads the outputs later."""
+    """Reports in one format. The loop's thread calls it; a Writer's thread reads the outputs."""
 
     path = ""  # of its file, if any
 
     def expect(self, seq: int) -> None:
-        """This command of the input will be reported."""
+        """Note that this command will be reported."""
 
     def started(self, commands: Optional[int]) -> None:
-        """The run has begun, with so many commands; None: the input has not ended."""
+        """Report the start, with the number of commands; None: the input has not ended."""
 
     def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
-        """The command of this input line has printed data. Offset 0 begins another try."""
+        """Show output of the command of this input line. Offset 0 begins another try."""
 
     def result(self, outcome: Outcome) -> None:
-        """A command has ended. Raises OSError."""
+        """Report a command. Raises OSError."""
 
     def ended(self, summary: Summary) -> None:
-        """The run has ended. Raises OSError."""
+        """Report the end of the run. Raises OSError."""
 
 
 class Reports:
@@ -5473,14 +5475,12 @@ class Reports:
         self.client = client
         self.store = store
         self.reporters = list(reporters)
-        # provisional results by command, and why an output could not be stored
-        self.provisional: Dict[int, Tuple[StoredResult, str]] = {}
-        # unreported commands: their line of the input, and how many equal commands precede it
-        self.lines: Dict[int, Tuple[str, int]] = {}
-        self.codes: Counter[str] = Counter()  # ways to fail: commands
+        self.provisional: Dict[int, Tuple[StoredResult, str]] = {}  # by command, as of put()
+        self.lines: Dict[int, Tuple[str, int]] = {}  # (line, occurrence) of unreported commands
+        self.codes: Counter[str] = Counter()  # failures by kind
         self.failures: List[Outcome] = []  # the first NAMED_FAILURES
-        self.passes: Counter[str] = Counter()  # hosts: commands reported from there
-        self.fails: Counter[str] = Counter()
+        self.passes: Counter[str] = Counter()  # passed commands by host
+        self.fails: Counter[str] = Counter()  # failed commands by host
         self.write_failed = False  # a report could not be written
         self.failed = 0
         self.times: List[float] = []  # ms
@@ -5504,7 +5504,7 @@ class Reports:
         self.provisional[effect.command.id] = self.put(effect)
 
     def put(self, effect: Union[ProvisionalResult, FinalResult]) -> Tuple[StoredResult, str]:
-        """Store a result; without room for its output as a failure. Return it, and the reason."""
+        """Store a result, or a failure if its output has no room. Return it and the reason."""
         cmd, output = to_bytes(effect.command.cmd), effect.output
         if output and self.store.split and not effect.result.get("split"):  # of a plain worker
             output = PIECE_HEADER.pack(1, len(output)) + output
@@ -5543,7 +5543,7 @@ class Reports:
         self.times.append(outcome.spent)
 
     def tell_all(self, tell: Callable[[Reporter], None]) -> None:
-        """Tell all reporters. Drop one that cannot write its file, and go on."""
+        """Tell all reporters. Drop a reporter that cannot write its file."""
         for reporter in [*self.reporters]:
             try:
                 tell(reporter)
@@ -5553,7 +5553,7 @@ class Reports:
                 print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
 
     def bad_hosts(self) -> str:
-        """Advice about hosts where all commands failed, while others passed elsewhere; or ""."""
+        """Return advice about hosts where all failed, while some passed elsewhere; or ""."""
         bad = [host for host, failed in self.fails.most_common(NAMED_FAILURES)
                if host and failed >= EXCLUDE_AFTER and self.passes and not self.passes[host]]
         failed = sum(self.fails[host] for host in bad)
@@ -5580,14 +5580,14 @@ class Reports:
 
 
 class Filter(Reporter):
-    """Passes on to other reporters what --fail-only leaves, in the order of --keep-order."""
+    """Filters outcomes (--fail-only) and orders them (--keep-order)."""
 
     def __init__(self, reporters: Sequence[Reporter], fail_only: bool, keep_order: bool) -> None:
         self.reporters = reporters
         self.fail_only = fail_only
         self.keep_order = keep_order
-        self.order: Deque[int] = deque()  # commands that are passed on next
-        self.early: Dict[int, Outcome] = {}  # results that wait for one before them
+        self.order: Deque[int] = deque()  # commands to pass on next
+        self.early: Dict[int, Outcome] = {}  # outcomes that wait for an earlier one
 
     def expect(self, seq: int) -> None:
         if self.keep_order:
@@ -5618,10 +5618,10 @@ class Filter(Reporter):
 
 # === Stored results ===================================================================
 #
-# The result hash takes commands in byte order, not as they come. So the outputs of all
-# results wait in unlinked files until the end, and memory holds one block of them at a time.
+# The result hash takes commands in byte order. So all outputs wait in unlinked files until
+# the end. Memory holds one block of them at a time.
 
-BLOCK_SIZE = 3 * 256 * 1024  # bytes of an output in memory at once; 3 for base64
+BLOCK_SIZE = 3 * 256 * 1024  # bytes of an output in memory at once; a multiple of 3, for base64
 
 
 class StoredResult(NamedTuple):
@@ -5635,19 +5635,18 @@ class StoredResult(NamedTuple):
 
 
 class ResultStore:
-    """All results with their outputs, and the seed's hash over them."""
+    """Stores the results with their outputs, and makes the seed's hash of them."""
 
     def __init__(self, split: bool = False) -> None:
         self.split = split  # outputs consist of pieces, each after a PIECE_HEADER
-        self.results: List[StoredResult] = []  # that are reported
-        # inline outputs and fetched ones: parts of a fetched one come between inline ones
-        self.files = open_spool(), open_spool()
+        self.results: List[StoredResult] = []  # reported ones
+        self.files = open_spool(), open_spool()  # for inline and for fetched outputs
         self.ends = [0, 0]  # bytes of each file that belong to results
-        self.stored = 0  # bytes beyond that, of the output being fetched
+        self.stored = 0  # bytes of the output being fetched, after these
         self.failure: Optional[OSError] = None  # why it cannot be stored
 
     def put_part(self, part: FetchedOutput) -> None:
-        """Store the next part of a fetched output. Without room for it, put() raises the error."""
+        """Store the next part of a fetched output. An error is raised by put()."""
         self.stored = part.offset + len(part.data)
         if part.offset == 0:
             self.failure = None
@@ -5659,7 +5658,7 @@ class ResultStore:
                 os.ftruncate(self.files[1].fileno(), self.ends[1])
 
     def put(self, cmd: bytes, exitcode: int, output: Optional[bytes]) -> StoredResult:
-        """Store a result; None is the fetched output. Raises OSError without room for it."""
+        """Store a result; None is the fetched output. Raises OSError if it has no room."""
         if output is None and self.failure:
             raise self.failure
         file, size = (1, self.stored) if output is None else (0, len(output))
@@ -5671,7 +5670,7 @@ class ResultStore:
 
     def streams(self, result: StoredResult, start: int = 0) -> Iterator[Tuple[int, bytes]]:
         """Yield an output in pieces of at most BLOCK_SIZE bytes, each with its stream: 1 is
-        stdout, 2 stderr. Any thread may call this. `start` is for outputs that are not split."""
+        stdout, 2 stderr. Thread-safe. A split output has no `start`."""
         file = self.files[result.file].fileno()
         stored = (os.pread(file, min(BLOCK_SIZE, result.size - at), result.offset + at)
                   for at in range(start, result.size, BLOCK_SIZE))
@@ -5690,8 +5689,7 @@ class ResultStore:
 
     def hash(self) -> str:
         """Return the seed's result hash: a sha1 chain over the results in order of command, exit
-        code and output. Each link begins with the hex text of the one before; the first with
-        'Array'."""
+        code and output. Each link hashes the last hex digest ('Array' at first) and a result."""
         def head(result: StoredResult) -> Tuple[bytes, int]:
             return result.cmd, result.exitcode
         total = "Array"
@@ -5733,7 +5731,7 @@ def in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes, int, bytes]:
-    """The first and last bytes of an output, and between them the number of bytes left out."""
+    """Return the first bytes, the number of bytes left out, and the last bytes of an output."""
     head, tail, size = b"", b"", 0
     for piece in pieces:
         room = first - len(head)
@@ -5746,17 +5744,17 @@ def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes
 # === Terminal and stdout ==============================================================
 #
 # A thread writes to stdout, because its reader may stop reading for hours. The last line of
-# the terminal shows the progress; it disappears while others write there.
+# the terminal shows the progress. It is hidden while something else is written.
 
 
 class ProgressLine:
-    """The progress, as the last line of the terminal, on stderr. It is hidden while anything else
-    is written there, and as long as an output has not ended its line."""
+    """Shows the progress in the last line of the terminal, on stderr, unless an output has not
+    ended its line."""
 
     def __init__(self) -> None:
-        self.text = ""  # to show; "" for none
+        self.text = ""  # to show
         self.drawn = 0  # columns of the text on the screen
-        self.mid_line = False  # the cursor is within a line of an output
+        self.mid_line = False  # the last output did not end its line
         self.last_write: Seconds = 0.0  # time.monotonic() when something visible was written
         self.lock = threading.RLock()
 
@@ -5773,14 +5771,14 @@ class ProgressLine:
 
     @contextlib.contextmanager
     def at_line_start(self) -> Iterator[None]:
-        """Hide it for whole lines on stderr, after a newline if an output needs one."""
+        """Hide it while the caller writes whole lines to stderr; end an output's line first."""
         self.last_write = time.monotonic()
         with self.hidden():
             sys.stderr.writelines(self.finish_line())
             yield
 
     def finish_line(self) -> Iterator[str]:
-        """Yield the newline that an output needs, if any."""
+        """Yield a newline if the last output needs one."""
         if self.mid_line:
             self.mid_line = False
             yield "\n"
@@ -5814,7 +5812,7 @@ def is_dumb() -> bool:
 
 
 def screen_size(file: int) -> Tuple[int, int]:
-    """Return columns and rows of a terminal; 80 and 24 if it does not know. Raises OSError."""
+    """Return columns and rows of a terminal; 80 and 24 if unknown. Raises OSError."""
     columns, rows = os.get_terminal_size(file)
     return columns or 80, rows or 24
 
@@ -5823,14 +5821,14 @@ PROGRESS_LINE = ProgressLine()
 
 
 def print_notice(text: str) -> None:
-    """Write one line to stderr, for the user."""
+    """Write a line to stderr for the user."""
     if sys.stderr is not None:  # closed: print() would take stdout
         with contextlib.suppress(OSError), PROGRESS_LINE.at_line_start():
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
 class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """A log on stderr that does not overwrite the progress line."""
+    """Writes the log to stderr, and not over the progress line."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with PROGRESS_LINE.at_line_start():
@@ -5840,7 +5838,7 @@ class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
 class Writer:
     """Writes to a file descriptor in a thread of its own: a write may block for hours."""
 
-    AHEAD = 4 * 1024 * 1024  # bytes of backlog from which the thread is behind
+    MAX_BACKLOG = 4 * 1024 * 1024  # bytes; with more the thread is behind
 
     def __init__(self, file: int, failed: Callable[[OSError], None]) -> None:
         self.file = file
@@ -5850,26 +5848,26 @@ class Writer:
         self.caught_up: Callable[[], None] = lambda: None  # when it is no longer behind
         self.batch: List[Iterable[bytes]] = []  # the items until flush()
         self.batches: queue.SimpleQueue[Optional[List[Iterable[bytes]]]] = queue.SimpleQueue()
-        self.taken = self.written = 0  # bytes of the items that have a size
+        self.taken = self.written = 0  # bytes of items with a size
         self.awaited = False  # caught_up() is due
         threading.Thread(target=self.write, daemon=True, name="output").start()
 
     def put(self, item: Iterable[bytes], size: int = 0) -> None:
-        """Write an item after flush(). Its size in bytes, if given, counts as backlog."""
+        """Write an item after flush(). Its size in bytes counts as backlog."""
         self.taken += size
         self.batch.append(self.counted(item, size) if size else item)
 
     def counted(self, item: Iterable[bytes], size: int) -> Iterator[bytes]:
         yield from item
         self.written += size
-        if self.awaited and self.taken - self.written <= self.AHEAD:
+        if self.awaited and self.taken - self.written <= self.MAX_BACKLOG:
             self.awaited = False
             self.caught_up()
 
     def is_behind(self) -> bool:
         """Return whether the backlog is too large. If so, caught_up() follows."""
         self.awaited = True  # first: the thread may catch up just now
-        self.awaited = self.taken - self.written > self.AHEAD
+        self.awaited = self.taken - self.written > self.MAX_BACKLOG
         return self.awaited
 
     def flush(self) -> None:
@@ -5890,7 +5888,7 @@ class Writer:
 
     def write(self) -> None:
         try:
-            shared = os.isatty(self.file)  # with the progress line; other files do not hide it
+            shared = os.isatty(self.file)  # with the progress line
             seen = shared or stat.S_ISFIFO(os.fstat(self.file).st_mode) or (
                 sys.stderr is not None and os.path.sameopenfile(self.file, 2))
             tracked = PROGRESS_LINE.tracked if shared and os.isatty(2) else iter
@@ -5912,8 +5910,8 @@ class Writer:
 
 # === Report files =====================================================================
 #
-# A report file is replaced as a whole, or stays as it was. Pipes, devices and our own
-# stdout and stderr are written to directly.
+# A report file is replaced as a whole, or stays unchanged. Pipes, devices and our own stdout
+# and stderr are written directly.
 
 STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a rename would replace these links
 
@@ -5927,8 +5925,7 @@ def is_replaceable(path: str) -> bool:
 
 
 def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> None:
-    """Replace a file as soon as the new one is complete, and with `durable` on the disk. On an
-    error the old one stays. Raises OSError."""
+    """Replace a file when the new one is complete, with `durable` on the disk. Raises OSError."""
     if not is_replaceable(path):
         with open_text(open_blocking(path, "w")) as stream:
             stream.writelines(pieces)
@@ -5959,8 +5956,8 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
 
 
 class BlockingFile(io.FileIO):
-    """A file that blocks even if its descriptor does not: programs that share our terminal or pipe,
-    as ssh in the background, may set O_NONBLOCK for us all."""
+    """File that blocks even if its descriptor does not: ssh or another program that shares our
+    terminal or pipe may have set O_NONBLOCK."""
 
     def readinto(self, buffer: Any) -> int:
         return self.until_done(super().readinto, buffer, select.POLLIN)
@@ -5979,8 +5976,8 @@ class BlockingFile(io.FileIO):
 
 
 def open_blocking(path: str, mode: str) -> BlockingFile:
-    """Open a file or a pipe, or duplicate our own stdout or stderr. Print a notice if that takes
-    long. Raises OSError."""
+    """Open a file or a pipe, or duplicate our stdout or stderr. Print a notice if it takes long.
+    Raises OSError."""
     words = f"waiting for {printable(path)}: it is a pipe, and its other end is not open"
     timer = threading.Timer(NOTICE_DELAY, print_notice, [words])
     timer.daemon = True
@@ -6007,10 +6004,10 @@ def make_blocking(name: str) -> None:
 
 
 class FinalReport(Reporter):
-    """A file about all outcomes, written when the run has ended."""
+    """Report file about all outcomes, written at the end of the run."""
 
     def __init__(self, path: str, store: ResultStore) -> None:
-        """Raises OSError if the file could not be written."""
+        """Check that the file can be written. Raises OSError."""
         self.path = path
         self.store = store
         self.outcomes: List[Outcome] = []
@@ -6037,8 +6034,8 @@ class FinalReport(Reporter):
 # === Transcript =======================================================================
 #
 # The seed's transcript: a line for each command, its output, and at the end a summary. With
-# --raw the outputs go to stdout and stderr as they are. With --live they are shown line by
-# line while the commands run.
+# --raw the outputs go to stdout and stderr unchanged. With --live they are shown line by line
+# while the commands run.
 
 STYLES = {  # SGR codes of the seed's colours
     "ok": "1;92", "ok cmd": "32", "fail": "1;91", "fail cmd": "31", "flaky": "1;93",
@@ -6047,7 +6044,7 @@ STYLES = {  # SGR codes of the seed's colours
 
 
 class Transcript(Reporter):
-    """The transcript without the outputs. `say` takes the pieces of a line."""
+    """Writes the transcript without the outputs."""
 
     def __init__(self, client: Client, say: Put, colour: bool = False, slow: float = math.inf,
                  verbose: bool = False, brief: bool = False, quiet: bool = False) -> None:
@@ -6066,7 +6063,7 @@ class Transcript(Reporter):
         self.say([to_bytes(text + "\n")])
 
     def headline(self, outcome: Outcome) -> str:
-        """How a command ended, and its text. A failure names its host if there are several."""
+        """Return the ending and text of a command. With several hosts, a failure names its host."""
         if outcome.verdict == OK:
             style, words = "ok", "OK! "
         elif outcome.verdict == FAIL:
@@ -6113,7 +6110,7 @@ class Transcript(Reporter):
                 self.line(line)
 
     def failures(self, summary: Summary) -> Iterator[str]:
-        """How many commands failed and how, the first of them, and what to do."""
+        """Yield the number of failures by kind, the first failures, and what to do."""
         failed = sum(summary.codes.values())
         if failed:
             codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
@@ -6145,25 +6142,25 @@ class Transcript(Reporter):
 
 
 def seed_duration(seconds: Seconds, ms: bool = False) -> str:
-    """A time in the seed's format; from 10 s on as duration() has it."""
+    """Return a time in the seed's format; 10 s and more as duration()."""
     if seconds >= 10:
         return duration(seconds)
     return f"{seconds * 1000:.2f}ms" if ms else f"{seconds:.2f}s"
 
 
 def describe_signal(outcome: Outcome) -> str:
-    """How a signal ended a command, or a process whose exit code it passed on; "" if none did."""
+    """Return the signal that ended a command, or a process whose exit code it passed on; or ""."""
     number = outcome.signal or (0 if outcome.reason else outcome.exitcode - 128)
     try:
         name = signal.Signals(number).name
-    except ValueError:  # no signal, or one without a name
+    except ValueError:  # no signal, or it has no name
         return f"killed by signal {number}" if outcome.signal else ""
     return (f"killed by {name}" if outcome.signal else
             f"exit code {outcome.exitcode} is that of a process killed by {name}")
 
 
 class TextOutput(Reporter):
-    """The output of each command, after its line of the transcript."""
+    """Writes the output of each command, after its line of the transcript."""
 
     def __init__(self, store: ResultStore, put: Put, tag: bool = False) -> None:
         self.store = store
@@ -6178,7 +6175,7 @@ class TextOutput(Reporter):
 
 
 class RawOutput(Reporter):
-    """--raw: the stdout and the stderr of each command, unchanged."""
+    """Writes stdout and stderr of each command unchanged (--raw)."""
 
     def __init__(self, store: ResultStore, out: Put, err: Put) -> None:
         self.store = store
@@ -6194,14 +6191,13 @@ class RawOutput(Reporter):
 
 
 class LiveLines(Reporter):
-    """--live: tagged lines of running commands as they come, and with a result the rest of the
-    output. More than BLOCK_SIZE bytes without a newline count as a line."""
+    """Writes tagged lines of running commands as they come, and the rest with the result (--live).
+    More than BLOCK_SIZE bytes without a newline count as a line."""
 
     def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes], int], None]) -> None:
         self.store = store
         self.put = put
-        # commands: the tag, and the start of a line whose end has not come
-        self.begun: Dict[int, Tuple[str, bytes]] = {}
+        self.begun: Dict[int, Tuple[str, bytes]] = {}  # by command: (tag, unended line)
 
     def live(self, seq: int, line: str, offset: int, data: bytes) -> None:
         lines, newline, rest = (self.begun_line(seq, offset) + data).rpartition(b"\n")
@@ -6211,7 +6207,7 @@ class LiveLines(Reporter):
         self.begun[seq] = line, rest
 
     def begun_line(self, seq: int, offset: int) -> bytes:
-        """Take the line that goes on at this offset; offset 0 ends that of an earlier try."""
+        """Remove and return the unended line; offset 0 ends that of an earlier try."""
         _, begun = self.begun.pop(seq, ("", b""))
         return begun + b"\n" if begun and offset == 0 else begun
 
@@ -6236,7 +6232,7 @@ def end_line(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def tag_lines(tag: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the same lines, each after the tag and a tab."""
+    """Yield the lines, each after the tag and a tab."""
     head, at_start = to_bytes(escape_command(tag)) + b"\t", True
     for piece in pieces:
         for line in piece.splitlines(True):
@@ -6246,8 +6242,8 @@ def tag_lines(tag: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 # === JSON Lines =======================================================================
 #
-# One JSON object a line for each result, in ASCII. Bytes that are no UTF-8 are U+FFFD there,
-# and another field NAME_base64 has them exactly.
+# One JSON object a line for each result, in ASCII. Bytes that are not UTF-8 are U+FFFD; then
+# another field NAME_base64 has the exact bytes.
 
 
 class JsonLines(Reporter):
@@ -6271,7 +6267,7 @@ class JsonLines(Reporter):
         return fields if self.brief else dict(fields, **text_fields("output", one.output))
 
     def line(self, head: str, outcome: Outcome) -> Iterator[bytes]:
-        """Yield the line; an output of any size passes through piece by piece."""
+        """Yield the line in pieces: an output may be large."""
         if self.brief:
             yield head.encode() + b"\n"
             return
@@ -6290,33 +6286,33 @@ class JsonLines(Reporter):
 
 
 def text_fields(name: str, data: bytes) -> Fields:
-    """A field with this text; and NAME_base64 with its bytes, if it is no UTF-8."""
+    """Return a field with this text, and NAME_base64 with the bytes if they are not UTF-8."""
     text = data.decode("utf-8", "replace")
     exact = {} if text.encode() == data else {name + "_base64": in_base64(data)}
     return {name: text, **exact}
 
 
 def dump_utf8(value: Any) -> str:
-    """JSON in ASCII, with U+FFFD for bytes that are no UTF-8."""
+    """Return JSON in ASCII, with U+FFFD for bytes that are not UTF-8."""
     text = json.dumps(value)
     return json.dumps(load(in_utf8(dump(value)))) if "\\ud" in text else text
 
 
 def in_base64(data: bytes) -> str:
-    import base64  # late, as others that only reports need
+    import base64  # late, as all modules for reports: each takes time at every start
     return base64.b64encode(data).decode()
 
 
 # === Joblog ===========================================================================
 #
-# The joblog of GNU parallel: a line of columns for each result, written at once, so that it
-# survives a crash. --resume reads it and skips what an earlier run has done.
+# The joblog of GNU parallel: a line of columns for each result. It is written at once, to
+# survive a crash. --resume reads it and skips the commands that an earlier run has done.
 
 JOBLOG_HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
 
 
 class JobLog(Reporter):
-    """A joblog that this client alone may write, until the end of the run."""
+    """Writes a joblog, and locks it until the end of the run."""
 
     def __init__(self, path: str, rows: Sequence[str]) -> None:
         """Begin with these lines of an earlier run. Raises OSError."""
@@ -6359,9 +6355,9 @@ def open_locked(path: str) -> BlockingFile:
 
 
 def joblog_line(outcome: Outcome) -> str:
-    """GNU parallel's columns: times in seconds, NUL for a newline in the command. We add the
-    verdict of a flaky command to Host. Send, which would always be 0, is minus the occurrence:
-    it tells equal commands apart even if the input has changed."""
+    """Return GNU parallel's columns: times in seconds, NUL for a newline in the command. Host has
+    the verdict of a flaky command, too. Send, always 0 otherwise, is minus the occurrence: it
+    tells equal commands apart even if the input has changed."""
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
     return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
@@ -6372,7 +6368,7 @@ def joblog_line(outcome: Outcome) -> str:
 class JobLogRow(NamedTuple):
     seq: int
     command: str
-    occurrence: int  # how many equal commands precede it in the input; 0 in GNU parallel's
+    occurrence: int  # number of equal commands before it in the input; 0 in GNU parallel's
     failed: bool
     seconds: float
     line: str
@@ -6407,11 +6403,10 @@ def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
 
 
 class EarlierRun:
-    """What the joblog of an earlier run says. A command is known by its text and occurrence, as its
-    place changes with the input."""
+    """Joblog of an earlier run. Commands match by text and occurrence, not by position."""
 
     def __init__(self, rows: Sequence[JobLogRow], failures_too: bool) -> None:
-        """The last row of a command counts. Drop failures, if they are to run again."""
+        """Keep the last row of each command; no failures if `failures_too` shall run again."""
         self.rows: Dict[Tuple[str, int], JobLogRow] = {}
         moved: Dict[Tuple[int, str, int], int] = {}  # true occurrences of GNU parallel's rows
         free: Counter[str] = Counter()
@@ -6430,7 +6425,7 @@ class EarlierRun:
         self.skipped = self.skipped_failed = 0
 
     def next_occurrence(self, command: str) -> int:
-        """Count a command of the input; return how many equal ones precede it."""
+        """Return the number of equal commands before this one of the input, and count it."""
         self.seen[command] += 1
         return self.seen[command] - 1
 
@@ -6444,7 +6439,7 @@ class EarlierRun:
 
 # === JUnit ============================================================================
 #
-# The report that Jenkins, GitLab and GitHub read. It is the dialect of Jenkins' xunit plugin
+# The report for Jenkins, GitLab and GitHub, in the dialect of Jenkins' xunit plugin
 # (junit-10.xsd), with the elements in the order of surefire's schema. A <testcase> holds:
 #
 #   failure        the command ran and did not exit with 0, also after a timeout or signal;
@@ -6454,34 +6449,35 @@ class EarlierRun:
 #   flakyFailure   a failed try of a command that passed
 #   system-out     where and when the command ran, and its tries
 #
-# The output is in the text of the failure, which all readers show. Readers recognise a test
-# of an earlier run by suite, class and name, so none of these has a host in it. One element
-# at a time is in memory.
+# The output is in the text of the failure, which all readers show. Readers match tests with
+# earlier runs by suite, class and name, so none of these names a host. One element at a time
+# is in memory.
 
 JUNIT_NAME = 240  # characters of a command in a name: GitLab keeps 255, Jenkins makes a URL
-JUNIT_HEAD = 16 * 1024  # bytes of an output's beginning,
-JUNIT_TAIL = 32 * 1024  # and of its end: GitHub takes 64 KiB with an annotation
+JUNIT_HEAD = 16 * 1024  # first bytes of an output
+JUNIT_TAIL = 32 * 1024  # last bytes of it: GitHub takes 64 KiB with an annotation
 JUNIT_SIZE = 16 * 1024 * 1024  # characters with outputs: GitLab reads up to 30 MB
-WHOLE_RUN = "(the whole run)"  # the test case of what is wrong with the run itself
-# terminal colours, which are only noise here; then the characters that XML 1.0 forbids
+WHOLE_RUN = "(the whole run)"  # test case of Summary.trouble()
+# terminal colours, and the characters that XML 1.0 forbids
 NOT_XML = re.compile(
     "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class JUnit(FinalReport):
-    """The <testsuite> with a <testcase> for each command."""
+    """Report for Jenkins, GitLab and GitHub."""
 
     def content(self, summary: Summary) -> Iterator[str]:
         return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
                          summary.spent * 1000, summary.flaky_counts)
 
 
-def junit_xml(name: str, outcomes: Iterable[Outcome],
-              output_of: Callable[[Outcome], Iterator[bytes]], trouble: str, spent: float,
-              flaky_counts: bool = False) -> Iterator[str]:
-    """The report of a run of `spent` ms, in pieces, with the commands in the order of input. The
-    output of a failed command is read when its piece is made. `trouble` becomes a test case of its
-    own: without the commands that are missing, the run looks like a success."""
+# --- the report: one <testcase> for each command
+
+def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, trouble: str,
+              spent: float, flaky_counts: bool = False) -> Iterator[str]:
+    """Yield the report of a run of `spent` ms, with the commands in the order of input. A failed
+    command's output is read when its piece is made. `trouble` becomes a test case of its own:
+    otherwise a run with missing commands looks like a success."""
     outcomes = sorted(outcomes)
     totals = {"name": name, "time": in_seconds(spent),
               **junit_counts(outcomes, trouble, flaky_counts)}
@@ -6509,18 +6505,18 @@ def junit_xml(name: str, outcomes: Iterable[Outcome],
 
 
 def junit_counts(outcomes: Sequence[Outcome], trouble: str, flaky_counts: bool) -> Dict[str, str]:
-    """The attributes of a suite that count its test cases."""
+    """Return the attributes of a suite that count its test cases."""
     errors = sum(map(could_not_run, outcomes))
     failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes) - errors
     return {"tests": str(len(outcomes) + bool(trouble)), "failures": str(failures),
             "errors": str(errors + bool(trouble))}
 
 
-# --- the elements of a test case
+# --- inside a <testcase>
 
 def junit_parts(outcome: Outcome, shown: str, failed: bool,
-                output_of: Optional[Callable[[Outcome], Iterator[bytes]]]) -> List[ET.Element]:
-    """The elements in the <testcase> of this name; without outputs if `output_of` is None."""
+                output_of: Optional[OutputOf]) -> List[ET.Element]:
+    """Return the elements in the <testcase> with this name; `output_of` None: without outputs."""
     tag = "rerunFailure" if failed else "flakyFailure"
     parts = [rerun_element(tag, one, output_of is not None) for one in outcome.tries
              if one.exitcode and outcome.verdict != OK]
@@ -6540,25 +6536,25 @@ def junit_parts(outcome: Outcome, shown: str, failed: bool,
 
 
 def rerun_element(tag: str, one: Try, with_output: bool) -> ET.Element:
-    """A failed try, other than the reported one."""
+    """Return the element for a failed try, other than the reported one."""
     how = f"exit code {one.exitcode} on {truncate(one.host)}"
     text = "\n\n".join(filter(None, (how, one.last_words() if with_output else "")))
     return xml_element(tag, "", xml_element("stackTrace", text), type="ExitCode", message=how)
 
 
 def failed_outputs(outcome: Outcome) -> str:
-    """The outputs of the tries that failed."""
+    """Return the outputs of the failed tries."""
     return "\n\n".join(f"on {truncate(one.host)}:\n{one.last_words()}"
                        for one in outcome.tries if one.exitcode and one.size)
 
 
 def could_not_run(outcome: Outcome) -> bool:
-    """Whether the command did not run. Its exit code is then one of testcloud."""
+    """Return whether testcloud, not the command, set the exit code."""
     return outcome.exitcode == NOT_RUN and bool(outcome.reason or not outcome.host)
 
 
 def how_failed(outcome: Outcome) -> Tuple[str, str]:
-    """The type and the message of a failure or error."""
+    """Return the type and the message of a failure or error."""
     if outcome.verdict in (FLAKY, ONLY):
         return outcome.verdict.title(), describe_tries(outcome, truncate)
     what = f"exit code {outcome.exitcode}"
@@ -6573,7 +6569,7 @@ def how_failed(outcome: Outcome) -> Tuple[str, str]:
 
 
 def story_of(outcome: Outcome) -> Iterator[str]:
-    """Lines about where and when a command ran, and about its tries."""
+    """Yield lines about where and when a command ran, and about its tries."""
     if outcome.host:
         yield (f"ran on {truncate(outcome.host)} (worker {truncate(outcome.worker)}, slot "
                f"{outcome.slot}) at {iso_time(outcome.started) or 'an unknown time'}")
@@ -6583,10 +6579,10 @@ def story_of(outcome: Outcome) -> Iterator[str]:
         yield f"failed on {truncate(outcome.only_on)} only"
 
 
-# --- names, excerpts, times, XML
+# --- XML, names, times
 
 def unique_names(commands: Iterable[str]) -> Iterator[str]:
-    """Names of test cases: GitLab ignores a second one of the same name, others mix them up."""
+    """Yield names of test cases: GitLab ignores a repeated name, others mix the cases up."""
     used: Dict[str, int] = {}
     for command in commands:
         name = first = truncate(xml_legal(command), JUNIT_NAME)
@@ -6598,7 +6594,7 @@ def unique_names(commands: Iterable[str]) -> Iterator[str]:
 
 
 def excerpt(pieces: Iterable[bytes]) -> str:
-    """An output without its middle if it is long, with \\xff for bytes that are not UTF-8."""
+    """Return an output without its middle if it is long. Bytes that are not UTF-8: \\xff."""
     head, left_out, tail = head_and_tail(pieces, JUNIT_HEAD, JUNIT_TAIL)
     mark = b"\n[... %d bytes left out ...]\n" % left_out if left_out else b""
     return (head + mark + tail).decode("utf-8", "backslashreplace")
@@ -6609,7 +6605,7 @@ def in_seconds(ms: float) -> str:
 
 
 def iso_time(since_1970: float) -> str:
-    """A time in ISO 8601; "" if it is unknown, or beyond what a clock may say."""
+    """Return a time in ISO 8601; "" if it is unknown or out of range."""
     from datetime import datetime, timezone
     with contextlib.suppress(OverflowError, OSError, ValueError):
         if since_1970 > 0:
@@ -6618,12 +6614,12 @@ def iso_time(since_1970: float) -> str:
 
 
 def xml_legal(text: str) -> str:
-    """The text with escapes for what XML forbids, which no library replaces."""
+    """Escape characters that XML forbids: no library does."""
     return NOT_XML.sub(lambda odd: escape_of(odd[0]) if len(odd[0]) == 1 else "", text)
 
 
 def xml_element(tag: str, text: str = "", *children: ET.Element, **attributes: str) -> ET.Element:
-    from xml.etree.ElementTree import Element  # late, as others that only reports need
+    from xml.etree.ElementTree import Element  # late
     element = Element(tag, {key: xml_legal(value) for key, value in attributes.items()})
     element.text = xml_legal(text)
     element.extend(children)
@@ -6638,20 +6634,19 @@ def xml_text(element: ET.Element) -> str:
 # === HTML report ======================================================================
 #
 # One file that shows a whole run and needs neither network nor server. Failures and flaky
-# commands are plain HTML. The commands are there once more as JSON, from which the script
-# draws the timeline and the list, a page at a time: 100,000 commands stay quick. All text
-# from outside is escaped. If an escape is missing, the Content-Security-Policy still runs
-# no script but ours, which it knows by its hash.
+# commands are plain HTML. The script draws the timeline and the list from JSON, a page at a
+# time: 100,000 commands stay quick. All text from outside is escaped. If an escape is
+# missing, the Content-Security-Policy still allows only our script, by its hash.
 
-HTML_OUTPUT = 32 * 1024  # bytes from either end of an output: there the reasons stand
-HTML_OUTPUTS = 32 * 1024 * 1024  # of all failures, else each shows less: browsers get slow past it
+HTML_OUTPUT = 32 * 1024  # bytes from either end of an output: the reasons are there
+HTML_OUTPUTS = 32 * 1024 * 1024  # of all failures together: browsers get slow past it
 HTML_ENTRIES = 1000  # failures, and flaky commands, outside of the list
-# with marks, so that a reader needs no colours
+# with marks, for readers who see no colours
 VERDICT_LABELS = {OK: "✓ OK", FAIL: "✗ FAIL", FLAKY: "~ FLAKY", ONLY: "◐ FAIL ON 1 HOST"}
 
 
 class HtmlReport(FinalReport):
-    """The page: facts, failures, flaky commands, a timeline, and a list to filter."""
+    """Page of facts, failures, flaky commands, a timeline, and a list to filter."""
 
     def content(self, summary: Summary) -> Iterator[str]:
         hosts = {one.host for one in all_tries(self.outcomes)} - {""}
@@ -6664,10 +6659,10 @@ class HtmlReport(FinalReport):
                          self.output_of, facts, summary.trouble(), summary.flaky_counts)
 
 
-def html_page(title: str, outcomes: Iterable[Outcome],
-              output_of: Callable[[Outcome], Iterator[bytes]], facts: Sequence[Tuple[str, str]],
-              trouble: str = "", flaky_counts: bool = False) -> Iterator[str]:
-    """The report in pieces. An output is read when its piece is made."""
+def html_page(title: str, outcomes: Iterable[Outcome], output_of: OutputOf,
+              facts: Sequence[Tuple[str, str]], trouble: str = "",
+              flaky_counts: bool = False) -> Iterator[str]:
+    """Yield the report. An output is read when its piece is made."""
     outcomes = sorted(outcomes)
     counts = Counter(outcome.verdict for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
@@ -6689,7 +6684,7 @@ def html_page(title: str, outcomes: Iterable[Outcome],
         "data": html_data(outcomes),
         "script": [HTML_SCRIPT],
     }
-    # not string.Template: that makes one text of all
+    # not string.Template: it needs the whole text in memory
     for at, part in enumerate(re.split(r"\{\{(\w+)\}\}", HTML_TEMPLATE)):
         yield from pieces[part] if at % 2 else [part]
 
@@ -6706,7 +6701,7 @@ def html_headline(total: int, failed: int, trouble: str) -> str:
 # --- entries, outputs, badges
 
 def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) -> Iterator[str]:
-    """Articles about failed or flaky commands. The outputs of other tries are folded."""
+    """Yield articles about failed or flaky commands. The outputs of other tries are folded."""
     for outcome in outcomes[:HTML_ENTRIES]:
         seq, ending = outcome.seq, describe_ending(outcome)
         if outcome.host:
@@ -6728,7 +6723,7 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
 
 
 def html_output(parts: Iterable[bytes], end: int) -> str:
-    """An output without its middle if it is longer than `end` bytes at either end."""
+    """Return an output, or `end` bytes from either end if it is longer than both."""
     head, left_out, tail = head_and_tail(parts, end, end)
     if not left_out:
         head, tail = head + tail, b""
@@ -6743,12 +6738,12 @@ def html_badge(verdict: str) -> str:
 
 
 def html_line(text: str) -> str:
-    """A text from outside as one line of HTML, for an attribute too."""
+    """Return a text from outside as one line of HTML, also for an attribute."""
     return html_escape(one_line(text))
 
 
 def html_escape(text: str) -> str:
-    import html  # late, as others that only reports need: each takes time at every start
+    import html  # late
     return html.escape(text)
 
 
@@ -6757,7 +6752,7 @@ def one_line(text: str) -> str:
 
 
 def describe_ending(outcome: Outcome) -> str:
-    """How a command ended, and its other tries, in words."""
+    """Return the ending of a command, and its other tries, in words."""
     words = [f"exit code {outcome.exitcode}"]
     if outcome.exitcode == TIMED_OUT:
         words.append("timed out")
@@ -6781,8 +6776,8 @@ def all_tries(outcomes: Iterable[Outcome]) -> Iterator[Union[Outcome, Try]]:
 # --- template and script, and the data for the script
 
 def html_data(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """The JSON for the script, which names the fields of a row: the slots, which are rows of the
-    timeline, the commands, and their other tries."""
+    """Yield the JSON for the script: slots (the rows of the timeline), commands, other tries. The
+    script names the fields."""
     started = [one for one in all_tries(outcomes) if one.started]
     began = min((one.started for one in started), default=0.0)
     slots = sorted({(one.host, one.worker, one.slot) for one in started}, key=natural_order)
@@ -6805,7 +6800,7 @@ def html_data(outcomes: Sequence[Outcome]) -> Iterator[str]:
 
 
 def script_json(value: object) -> str:
-    """JSON that cannot end the script element around it."""
+    """Return JSON that cannot end the script element around it."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -7066,14 +7061,15 @@ layout(); filter(); arrive();
 
 # === Timings and progress =============================================================
 #
-# Timings orders the next run, the longest commands first. The rest tells a user how far a
-# run is, and in the end whether more slots would have made it faster.
+# Timings lets the next run begin with the longest commands. The rest tells a user how far a
+# run is, and at its end whether more slots would have made it faster.
+
 
 class Timings(Reporter):
-    """Keeps how long commands took in a file, by command, the latest last."""
+    """Keeps the times of commands in a file, the latest last."""
 
-    MAX_COMMANDS = 20_000  # 1.4 MB or so, which are read in 10 ms
-    MIN_LONGEST: Seconds = 0.05  # if all commands are shorter, their order hardly matters
+    MAX_COMMANDS = 20_000  # about 1.4 MB, read in 10 ms
+    MIN_LONGEST: Seconds = 0.05  # the order of shorter commands hardly matters
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -7086,7 +7082,7 @@ class Timings(Reporter):
     def ended(self, summary: Summary) -> None:
         if max(self.fresh.values(), default=0) < self.MIN_LONGEST:
             return
-        known = read_timings(self.path)  # as it is now: other clients may have ended meanwhile
+        known = read_timings(self.path)  # again: other clients may have ended
         for command in self.fresh:
             known.pop(command, None)
         rows = [*known.items(), *self.fresh.items()][-self.MAX_COMMANDS:]
@@ -7096,7 +7092,7 @@ class Timings(Reporter):
 
 
 def read_timings(path: str) -> Dict[str, float]:
-    """Seconds by command; {} if the file cannot be read."""
+    """Return seconds by command; {} if the file cannot be read."""
     try:
         with open(path, encoding="utf-8") as file:
             found: Dict[str, float] = json.load(file)
@@ -7105,12 +7101,12 @@ def read_timings(path: str) -> Dict[str, float]:
         return {}
 
 
-PER_COMMAND: Seconds = 5e-5  # of broker and client: no number of slots makes a run faster than that
+PER_COMMAND: Seconds = 5e-5  # of broker and client, however many slots there are
 
 
 def advice_on_slots(times: Sequence[float], slots: int) -> str:
-    """Whether more slots would have helped commands that took these times, in seconds: the fewest
-    slots that come within 10 % of the best."""
+    """Return whether more slots would have helped commands with these times, in seconds, and how
+    many: the fewest within 10 % of the best run."""
     longest = max(*times, 1e-3)
     best = max(longest, PER_COMMAND * len(times))
     enough, most = max(1, math.ceil(sum(times) / (1.1 * best))), len(times)
@@ -7128,8 +7124,8 @@ def advice_on_slots(times: Sequence[float], slots: int) -> str:
 
 
 def makespan(times: Sequence[float], slots: int) -> float:
-    """Seconds that slots need for all commands, the longest first (R. L. Graham, 1969)."""
-    if len(times) > 20_000:  # the lower bound is close then
+    """Return the seconds of a run, the longest commands first (R. L. Graham, 1969)."""
+    if len(times) > 20_000:  # then the lower bound is close
         return max(max(times), sum(times) / slots)
     ends = [0.0] * slots
     for spent in sorted(times, reverse=True):
@@ -7138,13 +7134,13 @@ def makespan(times: Sequence[float], slots: int) -> float:
 
 
 PROGRESS_INTERVAL: Seconds = 0.2  # between updates of the progress line
-SILENCE_INTERVAL: Seconds = 60.0  # without a terminal: some services end a job after 10 silent min
+SILENCE_INTERVAL: Seconds = 60.0  # without a terminal: some services end a silent job
 STEADY_INTERVAL: Seconds = 10.0  # between notices of --progress without a terminal
 
 
 class Progress:
-    """Shows how far a run is: in the progress line, or every `interval` seconds in a notice. Unless
-    it is steady, that time begins again when anything else is written."""
+    """Shows the progress: in the progress line, or every `interval` seconds in a notice. The
+    interval begins again when anything else is written, unless `steady`."""
 
     def __init__(self, client: Client, writer: Writer, interval: Seconds = 0,
                  steady: bool = False) -> None:
@@ -7153,7 +7149,7 @@ class Progress:
         self.interval = interval
         self.steady = steady
         self.began = PROGRESS_LINE.last_write = time.monotonic()
-        self.due = self.began + (interval or NOTICE_DELAY)  # a short run needs none
+        self.due = self.began + (interval or NOTICE_DELAY)
 
     def update(self) -> None:
         now = time.monotonic()
@@ -7172,8 +7168,8 @@ class Progress:
 
 
 def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) -> Optional[Progress]:
-    """On a terminal a line, unless it has no cursor, or stdout is a pipe to a pager that has the
-    screen. Elsewhere notices, for services that end a silent job."""
+    """Return a progress line for a terminal with a cursor, unless stdout may be a pager's pipe; or
+    notices if stderr is no terminal; or None."""
     if sys.stderr is None or settings.verbose is None:
         return None
     if not sys.stderr.isatty():
@@ -7184,8 +7180,8 @@ def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) ->
 
 
 def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> str:
-    """How far a run is after this time. If it has too few columns, the least important parts are
-    left out: those with the lowest number."""
+    """Return the progress after this time. If there are too few columns, parts are left out, those
+    with the lowest number first."""
     rate = client.reported / max(spent, 0.001)
     eta = client.reported and client.input_ended
     parts = [part for part in (
@@ -7203,7 +7199,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
 
 
 def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
-    """How far a run is, and the command that has been running for longest."""
+    """Return the progress, and the command that has been running for longest."""
     text = progress_text(client, spent)
     held = [command for command in client.window.values() if command.worker]
     if not held:
@@ -7217,8 +7213,9 @@ def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
 # The answer to STATUS for people: lines about the whole cloud, then a table of workers and
 # one of clients. A table is a list of lines.
 
+
 def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[str]]:
-    """The tables. If there are so many columns, long names are cut to fit into them."""
+    """Return the tables. To fit into the columns (0: any number), long names are cut."""
     workers = sorted(fields["workers"], key=lambda row: (row["host"], row["name"]))
     clients = fields["clients"]
     there = [row for row in workers if row["there"]]
@@ -7239,7 +7236,7 @@ def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[st
 
 
 def worker_row(row: Fields) -> List[str]:
-    """The cells for a worker, or for a broker below and the brokers below that."""
+    """Return the cells for a worker, or for a broker below and the brokers below that."""
     notes = [] if row["there"] else ["connection lost"]
     if row["kind"] != WORKER_ROLE:
         notes.append(" ".join([row["kind"], *row["below"]]))
@@ -7259,8 +7256,8 @@ def client_row(row: Fields) -> List[str]:
 
 
 def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
-    """The table of these cells. The first and last column are texts, to the left; the others are
-    numbers, to the right. The first gets narrower if there are too few columns of the screen."""
+    """Return the table of these cells. The first and last column are texts, aligned left; the
+    others are numbers, aligned right. If the screen is too narrow, the first is cut."""
     rows = [[truncate_middle(printable(cell, MAX_TEXT), 60) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     last = len(widths) - 1
@@ -7273,13 +7270,13 @@ def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
 
 
 def join_tables(tables: Sequence[Sequence[str]]) -> List[str]:
-    """The lines of the tables, with an empty line between two tables."""
+    """Return the lines of the tables, with an empty line between two tables."""
     return [line for lines in tables for line in ("", *lines)][1:]
 
 
 def fit_to_screen(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
-    """The lines that a screen has room for; the cursor takes its last row. Long lines are wrapped.
-    If there are then too many lines they are cut instead, and each table gets its share of rows."""
+    """Return the lines that fit on a screen; the cursor takes its last row. Long lines are wrapped.
+    If that makes too many lines, they are cut, and each table gets its share of rows."""
     import textwrap  # late: only --watch needs it
     wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ",
                                 break_on_hyphens=False).wrap
