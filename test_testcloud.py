@@ -5758,7 +5758,7 @@ class RunnerTest(unittest.TestCase):
 
     def test_an_error_of_a_networks_directory_is_no_shortage(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true", "cwd": self.dir})
-        error = TimeoutError(errno.ETIMEDOUT, "Connection timed out", self.dir)
+        error = TimeoutError(errno.ETIMEDOUT, "Connection timed out", self.dir.encode())
         with mock.patch.object(self.runner.launcher, "start", side_effect=error):
             self.start_job(job)
             how = self.result(job)

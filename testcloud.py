@@ -114,6 +114,7 @@ import queue
 import re
 import select
 import shlex
+import shutil
 import socket
 import stat
 import struct
@@ -3138,8 +3139,8 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 
 # === Worker ===========================================================================
 #
-# The worker's bookkeeping: which commands it has accepted, which of them run, and which
-# results it holds until their client has them. A worker accepts each command when it
+# The worker's bookkeeping: the commands that it has accepted, those that run, and the
+# results that it holds until their client has them. A worker accepts each command when it
 # arrives (QUEUED) and gives it to the Runner, which starts it when a slot is free and the
 # worker has a lease. Start, Recall and Kill are orders to the Runner. The Runner's events
 # come in as started(), printed() and finished().
@@ -3174,11 +3175,11 @@ PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stre
 
 
 class Output:
-    """What a command printed: in memory while it is small, then in an unlinked file. One thread
-    may write while another reads, which tempfile.SpooledTemporaryFile does not allow."""
+    """Output of a command, in memory or in an unlinked file. One thread may write while another
+    reads: tempfile.SpooledTemporaryFile does not allow that."""
 
     def __init__(self, limit: int = 0, split: bool = False) -> None:
-        self.limit = limit or sys.maxsize  # bytes; what comes then is counted and dropped
+        self.limit = limit or sys.maxsize  # bytes; the rest is counted and dropped
         self.split = split  # store pieces of stdout (1) and stderr (2), each with its header
         self.kept = 0  # bytes of the command's output that are stored
         self.dropped = 0  # bytes beyond the limit
@@ -3188,13 +3189,13 @@ class Output:
         self.file: Optional[IO[bytes]] = None
 
     def write(self, data: bytes, stream: int = 1) -> None:
-        """Append this. After an error, `failure` is set and nothing more is stored."""
+        """Append data. An error sets `failure`; after it nothing is stored."""
         room = max(0, self.limit - self.kept)
         self.dropped += max(0, len(data) - room)
         self.store(data[:room], stream)
 
     def end(self) -> None:
-        """Append a mark if something was dropped. Call this after the last write()."""
+        """Append a mark if data was dropped. Call this after the last write()."""
         if self.dropped:
             self.store(to_bytes(cut_mark(self.kept, self.kept + self.dropped)), 1)
 
@@ -3237,12 +3238,12 @@ class Output:
 
     def close(self) -> None:
         if self.file is not None:
-            with contextlib.suppress(OSError):  # a network's disk may fail; nobody needs the file
+            with contextlib.suppress(OSError):  # a network's disk may fail; the data is not needed
                 self.file.close()
 
 
 def write_all(file: IO[bytes], data: Any, offset: int) -> None:
-    """Write a whole buffer to this place of a file. Raises OSError."""
+    """Write a whole buffer at this offset of a file. Raises OSError."""
     rest = memoryview(data)
     while rest:
         done = os.pwrite(file.fileno(), rest, offset)
@@ -3261,7 +3262,7 @@ def open_spool() -> IO[bytes]:
 
 
 class ExitRecord(NamedTuple):
-    """How a command ended, as the Runner reports it."""
+    """The end of a command, as the Runner reports it."""
 
     exitcode: int
     time: float  # ms
@@ -3270,11 +3271,11 @@ class ExitRecord(NamedTuple):
     signal: int = 0  # the signal that killed it
     reason: str = ""  # why it could not be run
     slot: int = 0  # the slot that it ran in, from 1
-    requeue: bool = False  # it was not started: another worker may start it
+    requeue: bool = False  # not started: another worker may start it
 
 
 def requeued(reason: str) -> ExitRecord:
-    """The record of a command that was not started and that another worker may start."""
+    """Return the record of a command that another worker may start: this one did not."""
     return ExitRecord(NOT_RUN, 0.0, time.time(), Output(), reason=reason, requeue=True)
 
 
@@ -3293,13 +3294,13 @@ class Job:
         self.shell: str = fields.get("shell") or "/bin/sh"
         self.split: bool = fields.get("split", False)
         self.state = WAITING  # then RUNNING, DELIVERED (the worker holds its result), GONE
-        self.deadline: Seconds = math.inf  # when its timeout is over
-        self.killed = False  # the Runner was told to kill it
-        self.cancelled = ""  # why nobody wants its result
+        self.deadline: Seconds = math.inf  # when its timeout ends
+        self.killed = False  # the Runner has been told to kill it
+        self.cancelled = ""  # why it was cancelled
         self.record: Optional[ExitRecord] = None  # once it has ended
         self.output: Optional[Output] = None  # once it is started
-        self.live_from = -1  # its client waits for output from this offset on; -1: it does not
-        self.output_told = False  # the Runner has told that there is output for its client
+        self.live_from = -1  # offset of the output that its client waits for; -1: none
+        self.output_told = False  # the Runner has reported that output
 
 
 class Worker(SessionMachine):
@@ -3312,10 +3313,10 @@ class Worker(SessionMachine):
         super().__init__("READY", times, wait)
         self.user = user
         self.labels = sorted(labels)
-        self.max_load = max_load  # the machine's load from which on it takes no commands
+        self.max_load = max_load  # the worker takes commands while the load is lower
         self.overloaded = False
         self.load = -1.0  # the machine's load average; -1: unknown
-        self.drain = drain  # seconds that running commands have when the worker is stopped
+        self.drain = drain  # seconds for running commands when the worker is stopped
         self.name = name  # of this incarnation
         self.slots = slots
         self.weight = weight
@@ -3323,10 +3324,10 @@ class Worker(SessionMachine):
         self.address = address  # the broker's, for notices
         self.jobs: Dict[TaskKey, Job] = {}
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to report QUEUED
-        self.report_at: Seconds = math.inf  # when to report these, at the latest
-        self.kill_at: Dict[Job, Seconds] = {}  # when to kill a job; if it is killed already, hard
-        self.exit_status: Optional[int] = None  # set when the worker is told to stop
-        self.leave_at: Seconds = math.inf  # when to leave in any case
+        self.report_at: Seconds = math.inf  # the deadline for reporting these
+        self.kill_at: Dict[Job, Seconds] = {}  # SIGTERM for a job, or after it SIGKILL
+        self.exit_status: Optional[int] = None  # None until stop()
+        self.leave_at: Seconds = math.inf  # the deadline for leaving
         self.has_left = False
 
     def greeting(self, joining: bool) -> Fields:
@@ -3355,7 +3356,7 @@ class Worker(SessionMachine):
         super().pass_on(link, peer, token, line)
 
     def report_accepted(self) -> None:
-        """Report QUEUED, before anything else. Without a session READY will have it."""
+        """Report QUEUED. Not joined: the next READY lists these commands."""
         accepted, self.accepted, self.report_at = self.accepted, {}, math.inf
         for run, tasks in accepted.items() if self.session.joined else ():
             self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
@@ -3396,7 +3397,7 @@ class Worker(SessionMachine):
         self.say(BROKER, b"", run, "RESULT", fields)
 
     def report_unreadable(self, job: Job, error: OSError) -> None:
-        """Make the loss of a command's output its result, and report that."""
+        """Report that an output cannot be read, as the result of its command."""
         assert job.record is not None
         job.record.output.close()
         job.record = job.record._replace(exitcode=NOT_RUN, signal=0, output=Output(), reason=(
@@ -3404,7 +3405,7 @@ class Worker(SessionMachine):
         self.report_result(job)
 
     def send_chunk(self, key: TaskKey, output: Any, offset: int, size: int) -> None:
-        """Send a part of an output. Raises OSError."""
+        """Send a part of an output to the client. Raises OSError."""
         data = output.read(offset, min(size, CHUNK_SIZE))
         line = encode("CHUNK", {"id": key[1], "attempt": key[2], "offset": offset})
         self.bulk.append(Outgoing(BROKER, b"", key[0], line, data))
@@ -3419,7 +3420,7 @@ class Worker(SessionMachine):
                 self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
             for run, id, attempt in self.session.announced["running"]:
                 job = self.jobs.get((run, id, attempt))
-                if job is None or job.state == DELIVERED:  # it has ended meanwhile
+                if job is None or job.state == DELIVERED:  # it has just ended
                     self.report_state((run, id, attempt))
 
     def on_command(self, message: Message) -> None:
@@ -3482,11 +3483,11 @@ class Worker(SessionMachine):
     # --- events of the Runner, and the load
 
     def start_deadline(self) -> Seconds:
-        """Return when the lease ends: later the broker may give commands to other workers."""
+        """Return the end of the lease: later the broker may give commands to other workers."""
         return self.session.lease_ends() if self.session.leased() else -math.inf
 
     def started(self, job: Job, when: Seconds, now: Seconds) -> None:
-        """The Runner started this command at `when`. It does not tell this of short ones."""
+        """Note that a command was started at `when`. Short commands have no start event."""
         self.now = now
         job.state = RUNNING
         if job.timeout and not job.killed:
@@ -3494,16 +3495,16 @@ class Worker(SessionMachine):
             self.kill_no_later(job, job.deadline)
 
     def printed(self, job: Job, now: Seconds) -> None:
-        """A running command has printed something."""
+        """Send the new output of a command if its client waits for it."""
         self.now = now
         job.output_told = False
         if job.output and 0 <= job.live_from < job.output.size and job.state != GONE:
             offset, job.live_from = job.live_from, -1
-            with contextlib.suppress(OSError):  # the result will show it
+            with contextlib.suppress(OSError):  # the result will report it
                 self.send_chunk(job.key, job.output, offset, CHUNK_SIZE)
 
     def finished(self, job: Job, record: ExitRecord, now: Seconds) -> None:
-        """A command has ended. Call settle() after the last one of a batch."""
+        """Report the end of a command. Call settle() after the last one of a batch."""
         self.now = now
         self.kill_at.pop(job, None)
         job.record = record
@@ -3512,11 +3513,11 @@ class Worker(SessionMachine):
             fault = "" if job.cancelled or record.reason == RECALLED else SPAWN
             self.report_lost(job.key, job.cancelled or record.reason, fault)
             return
-        if job.killed and record.time >= job.timeout * 1000:  # else it ended just before that
+        if job.killed and record.time >= job.timeout * 1000:  # else it ended just before
             job.record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
                 f"stopped after {job.timeout:g} seconds (see --timeout)"))
         job.state = DELIVERED
-        if self.session.joined:  # otherwise READY will have it
+        if self.session.joined:  # else the next READY lists it
             self.report_result(job)
 
     def forget(self, job: Job) -> None:
@@ -3527,7 +3528,7 @@ class Worker(SessionMachine):
         self.jobs.pop(job.key, None)
 
     def stop_job(self, job: Job, why: str) -> None:
-        """Drop a job that has ended; kill another, or take it out of the queue. LOST follows."""
+        """Drop a job that has ended; kill any other, or take it out of the queue. Report LOST."""
         if job.record:
             self.forget(job)
             self.report_lost(job.key, why)
@@ -3536,7 +3537,7 @@ class Worker(SessionMachine):
             self.kill(job)
 
     def kill(self, job: Job) -> None:
-        """Have a job terminated now, and killed after the grace."""
+        """Send a job SIGTERM now, and SIGKILL after the grace."""
         if not job.killed:
             job.killed = True
             self.kill_at[job] = self.now + self.times.kill_grace
@@ -3546,8 +3547,7 @@ class Worker(SessionMachine):
         self.kill_at[job] = min(self.kill_at.get(job, math.inf), when)
 
     def set_load(self, load: float, now: Seconds) -> None:
-        """Note the load average. From max_load on the worker takes no commands, and hands
-        back those that wait."""
+        """Note the load average. At max_load, stop taking commands and hand back waiting ones."""
         self.load, limit = load, self.max_load * (LOAD_HYSTERESIS if self.overloaded else 1)
         if (load >= limit) == self.overloaded:
             return
@@ -3591,25 +3591,25 @@ class Worker(SessionMachine):
                    self.report_at, self.wait.deadline())
 
     def settle(self) -> None:
-        """Report what is due. A stopping worker leaves once nobody needs it."""
+        """Report what is due. A stopping worker leaves when it holds no job."""
         if self.report_at <= self.now:
             self.report_accepted()
         if self.exit_status is None:
             self.report_wait(self.wait_reason())
         elif not self.has_left:
-            needed = any(self.session.joined or job.state != DELIVERED
-                         for job in self.jobs.values())
-            if self.now >= self.leave_at or not needed:
+            # without a broker no client can fetch results
+            busy = any(self.session.joined or job.state != DELIVERED for job in self.jobs.values())
+            if self.now >= self.leave_at or not busy:
                 self.leave()
 
     def stop(self, status: int, now: Seconds) -> None:
-        """Start nothing more, let commands run for `drain` seconds, then stop them and leave.
+        """Start no more commands. Let others run for `drain` seconds, then stop them and leave.
         Clients have a little longer to fetch results. A second call leaves at once."""
         self.now = now
         if self.exit_status is not None:
             self.leave_at = now
         else:
-            self.exit_status, self.wait = status, Wait()  # it waits for no broker any more
+            self.exit_status, self.wait = status, Wait()  # no longer for a broker
             self.leave_at = now + self.drain + 2 * self.times.kill_grace
             if self.session.joined:
                 self.session.greet(now)
@@ -3659,11 +3659,11 @@ def broker_is_silent(address: str) -> str:
 
 # === Processes ========================================================================
 #
-# What the system offers for commands. Each command leads a process group, so that one
-# signal reaches its children. A process that leaves the group becomes an orphan when its
-# parent ends; Linux makes it our child, because we are a subreaper, and we kill it. The
-# process that runs commands is the child of a supervisor, which kills all its descendants
-# when it ends, even by SIGKILL. Commands survive only if both are killed at once.
+# The system calls for commands. Each command leads a process group, so that one signal
+# reaches its children. A process that leaves the group becomes an orphan when its parent
+# ends. Linux makes it our child, because we are a subreaper, and we kill it. The process
+# that runs commands is the child of a supervisor. When that child ends, even by SIGKILL,
+# the supervisor kills all its descendants. Commands survive only if both are killed at once.
 
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 2, 4  # of spawn.h
@@ -3671,61 +3671,23 @@ F_SETPIPE_SZ = 1031  # of linux/fcntl.h; Python 3.9 lacks it
 MAX_FILES = 2**20  # open files; some systems refuse more
 PIPE_SIZE = 64 * 1024  # bytes that a new pipe holds
 LARGE_PIPE = 1024 * 1024  # bytes that a pipe may hold without privileges
-REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to end; later ones hang in the kernel
+REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to end; others hang in the kernel
 
 
-def pidfd(pid: int) -> int:
-    """Return a file descriptor that is readable when the process ends; -1 if there is none."""
+# --- files and terminal
+
+
+def read_text(path: str) -> str:
+    """Return a small file's text, "" if it cannot be read."""
     try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):  # not Linux, an old kernel, or forbidden
-        return -1
-
-
-def become_subreaper() -> bool:
-    """Make orphans among our descendants our children. Return whether we can see them."""
-    try:
-        import ctypes
-        known = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    except (ImportError, OSError, AttributeError):  # not Linux
-        return False
-    return known and os.path.exists(f"/proc/self/task/{os.getpid()}/children")
-
-
-def open_children() -> int:
-    return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
-
-
-def read_children(file: int) -> List[int]:
-    """Return the pids of our main thread's children: those that it started, and orphans."""
-    parts: List[bytes] = []
-    while not parts or parts[-1]:  # the system gives them in parts
-        parts.append(os.pread(file, 65536, sum(map(len, parts))))
-    return [int(pid) for pid in b"".join(parts).split()]
-
-
-def has_terminal() -> bool:
-    """Return whether commands could reach a terminal."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
     except OSError:
-        return False
-    return True
-
-
-def detach_terminal() -> None:
-    """Give up our controlling terminal: a command that asks for a password must fail, not wait.
-    Ctrl-C still reaches our process group. The leader of a session must not call this."""
-    with contextlib.suppress(OSError):
-        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-        try:
-            fcntl.ioctl(terminal, termios.TIOCNOTTY)
-        finally:
-            os.close(terminal)
+        return ""
 
 
 def raise_file_limit() -> int:
-    """Allow this process as many open files as the system lets it. Return the limit."""
+    """Raise the limit of our open files as far as the system allows. Return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit of its own
@@ -3735,11 +3697,42 @@ def raise_file_limit() -> int:
 
 
 def set_close_on_exec() -> None:
-    """Keep files that we inherited, but stdin, stdout and stderr, from our commands."""
+    """Hide our inherited files from commands, except stdin, stdout and stderr."""
     for entry in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else ():
         with contextlib.suppress(OSError):  # listdir() has closed its own by now
             if int(entry) > 2:
                 os.set_inheritable(int(entry), False)
+
+
+def has_terminal() -> bool:
+    """Return whether we, and so our commands, have a controlling terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def detach_terminal() -> None:
+    """Give up our controlling terminal: a command that asks for a password must fail, not wait.
+    Ctrl-C still reaches our process group. A session's leader must not call this."""
+    with contextlib.suppress(OSError):
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        try:
+            fcntl.ioctl(terminal, termios.TIOCNOTTY)
+        finally:
+            os.close(terminal)
+
+
+# --- facts about a process
+
+
+def pidfd(pid: int) -> int:
+    """Return a file descriptor that is readable when the process ends; -1 if there is none."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):  # not Linux, an old kernel, or forbidden
+        return -1
 
 
 def group_is_alive(leader: int) -> bool:
@@ -3753,30 +3746,97 @@ def group_is_alive(leader: int) -> bool:
 
 
 def start_ticks(pid: int) -> float:
-    """Return when a process was started, in the system's ticks; inf if it is gone."""
+    """Return the start time of a process, in the system's ticks; inf if it is gone."""
     _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
     return int(fields.split()[19]) if fields else math.inf
 
 
 def environment_of(pid: int) -> Dict[str, str]:
-    """Return the environment with which a process was started; {} if we may not see it."""
+    """Return the environment that a process got at its start; {} if we may not see it."""
     rows = (row.partition("=") for row in read_text(f"/proc/{pid}/environ").split("\0"))
     return {name: value for name, _, value in rows}
 
 
-def supervise(run: Callable[[int], int]) -> int:
-    """Call run(control) in a child process, and kill all that it left behind when it ends.
+# --- children and orphans
 
-    The descriptor `control` gives the child a byte for each signal that we get; its end means that
-    we are gone. Returns the child's exit status, 128 + signal if it was killed. Where the system
-    does not give us orphans, this calls run(-1) without a child.
+
+def become_subreaper() -> bool:
+    """Become the parent of our descendants' orphans. Return whether we can list them."""
+    try:
+        import ctypes
+        known = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    except (ImportError, OSError, AttributeError):  # not Linux
+        return False
+    return known and os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+def open_children() -> int:
+    """Return a file descriptor for read_children()."""
+    return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
+
+
+def read_children(file: int) -> List[int]:
+    """Return the pids of the children that our main thread started, and of orphans."""
+    parts: List[bytes] = []
+    while not parts or parts[-1]:  # the system gives them in parts
+        parts.append(os.pread(file, 65536, sum(map(len, parts))))
+    return [int(pid) for pid in b"".join(parts).split()]
+
+
+def reaped(pid: int) -> bool:
+    """Reap this child if it has ended. Return whether it has."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+def kill_descendants(children_file: int) -> List[int]:
+    """Kill our children, and theirs as they become ours. Return the pids that do not end."""
+    until = time.monotonic() + REAP_TIMEOUT
+    while time.monotonic() < until:
+        for pid in read_children(children_file):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.001)
+        except ChildProcessError:  # no child is left; an empty read_children() does not prove it
+            return []
+    return read_children(children_file)
+
+
+# --- signals and supervisor
+
+
+NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
+             "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}
+FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}  # no handler would run
+# Popen() resets the first two for commands; the others would interrupt one call for ever
+IGNORED_SIGNALS = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
+
+
+def signals_to_handle(but: Set[str] = NOT_FATAL | FAULTS) -> Set[int]:
+    """Return the signals that would end us, without those that we ignore: SIGHUP under nohup,
+    SIGINT and SIGQUIT in the background of a script."""
+    left_out = {getattr(signal, name, None) for name in but}
+    return {number for number in signal.valid_signals() - left_out
+            if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def supervise(run: Callable[[int], int]) -> int:
+    """Call run(control) in a child process. When it ends, kill its descendants.
+
+    The child reads from the descriptor `control` a byte for each signal that we get. Its end of
+    file means that we have ended. Return the child's exit status, 128 + signal if it was killed.
+    Where the system does not give us orphans, call run(-1) without a child.
     """
     if not become_subreaper():
         print_notice("notice: this system does not show processes that have left their command's "
                      "process group: they may survive it")
         return run(-1)
     control, signals = os.pipe()
-    # a handler would miss a signal just before waitpid(): so signals are awaited one by one
+    # not by a handler: it would miss a signal that comes just before waitpid()
     awaited = {signal.SIGCHLD, *signals_to_handle(NOT_FATAL)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     child = os.fork()
@@ -3798,49 +3858,14 @@ def supervise(run: Callable[[int], int]) -> int:
     stuck = kill_descendants(children_file)
     if stuck:
         print_notice(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
-    if os.WIFSIGNALED(how):
-        print_notice(f"process {child} was killed by signal {os.WTERMSIG(how)}: "
-                     "so were its commands")
-        return 128 + os.WTERMSIG(how)
-    return os.WEXITSTATUS(how)
+    code = os.waitstatus_to_exitcode(how)
+    if code < 0:
+        print_notice(f"process {child} was killed by signal {-code}: so were its commands")
+        return 128 - code
+    return code
 
 
-def kill_descendants(children_file: int) -> List[int]:
-    """Kill our children, and theirs as they become ours. Return those that do not end."""
-    until = time.monotonic() + REAP_TIMEOUT
-    while time.monotonic() < until:
-        for pid in read_children(children_file):
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.001)
-        except ChildProcessError:  # no child is left; an empty read_children() does not prove it
-            return []
-    return read_children(children_file)
-
-
-def reaped(pid: int) -> bool:
-    """Reap a child of ours if it has ended. Return whether it has."""
-    try:
-        return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True
-
-
-NOT_FATAL = {"SIGCHLD", "SIGCONT", "SIGKILL", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG",
-             "SIGWINCH", "SIGINFO", "SIGIO" if sys.platform != "linux" else ""}
-FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}  # no handler would run
-# Popen() resets the first two for commands; the others would interrupt the same call for ever
-IGNORED_SIGNALS = {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTTIN, signal.SIGTTOU}
-
-
-def signals_to_handle(but: Set[str] = NOT_FATAL | FAULTS) -> Set[int]:
-    """Return the signals that would end us. Those that we ignore are left out: SIGHUP under
-    nohup, SIGINT and SIGQUIT in the background of a script."""
-    left_out = {getattr(signal, name, None) for name in but}
-    return {number for number in signal.valid_signals() - left_out
-            if signal.getsignal(number) != signal.SIG_IGN}
+# --- the process of a command
 
 
 class Process:
@@ -3848,13 +3873,13 @@ class Process:
 
     def __init__(self, pid: int = 0) -> None:
         self.pid = pid  # 0 while it is being started
-        self.pipes: Tuple[int, ...] = ()  # for its output; two if stdout and stderr are split
-        self.signalled = 0  # the last signal for it, SIGTERM or SIGKILL
+        self.pipes: Tuple[int, ...] = ()  # of its output; two if stdout and stderr are split
+        self.signalled = 0  # the last signal sent, SIGTERM or SIGKILL
         self.status: Optional[int] = None  # once it is reaped
 
     def has_ended(self) -> bool:
-        """Return whether it has ended. With waitid() it stays a zombie: nobody else gets its pid
-        until its group was killed."""
+        """Return whether it has ended. waitid() leaves it a zombie: no other process gets its pid
+        before its group is killed."""
         if hasattr(os, "waitid"):
             how = os.WEXITED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self.pid, how) is not None
@@ -3864,47 +3889,47 @@ class Process:
         return pid != 0
 
     def wait(self) -> int:
-        """Reap it. Return its exit code, or a signal's number with a minus."""
+        """Reap it. Return its exit code, or the negative number of the signal that killed it."""
         if self.status is None:
             self.status = os.waitpid(self.pid, 0)[1]
         return os.waitstatus_to_exitcode(self.status)
 
     def signal(self, number: int) -> None:
-        """Send a signal to its group; call this only before wait(). A process that is being
-        started only notes it."""
+        """Send a signal to its group; only note it while the process is being started. Call this
+        before wait()."""
         self.signalled = number
         if self.pid == 0:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(self.pid) != self.pid:  # the leader has joined another group
+            if os.getpgid(self.pid) != self.pid:  # the leader joined another group
                 os.kill(self.pid, number)
                 os.kill(self.pid, signal.SIGCONT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
-            os.killpg(self.pid, signal.SIGCONT)  # a stopped group gets no SIGTERM before
+            os.killpg(self.pid, signal.SIGCONT)  # a stopped group handles SIGTERM only then
 
 
-# each command has its own values of these; our own may be those of a command that we are
+# each command has its own values of these; ours may come from a parent testcloud
 COMMAND_VARIABLES = (b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT", b"TESTCLOUD_SLOT",
                      b"TESTCLOUD_WORKER", b"PWD")
 
 
 class Spawner:
     """libc's posix_spawn(), with a process group for each process. os.posix_spawn() cannot set a
-    directory, and stops all threads until the new process runs its program: most of a short
+    directory. It also stops all threads until the new process runs its program: most of a short
     command's time. Raises OSError, ImportError or AttributeError if libc lacks it."""
 
-    STRUCT = 1024  # bytes for one of libc's; known ones need at most 350
+    STRUCT = 1024  # bytes for a struct of libc; known ones need at most 350
 
     def __init__(self, environment: Dict[bytes, bytes]) -> None:
         import ctypes
         self.ctypes = ctypes
-        # with room for the command's own
+        # empty rows: room for a command's own variables
         self.environment = self.texts(self.rows(environment) + [b""] * len(COMMAND_VARIABLES))
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
-        # sigfillset() would leave out libc's own signals: commands would inherit them ignored
+        # not sigfillset(): it leaves out libc's own signals, which may be ignored
         default = ctypes.create_string_buffer(b"\xff" * self.STRUCT)
         libc.posix_spawnattr_init(self.attributes)
         libc.posix_spawnattr_setflags(self.attributes,
@@ -3943,18 +3968,21 @@ class Spawner:
         return [b"%s=%s" % row for row in variables.items()]
 
     def texts(self, texts: List[bytes]) -> Any:
-        """Return them as a C array with NULL at its end."""
+        """Return a C array of these texts, with NULL at its end."""
         return (self.ctypes.c_char_p * (len(texts) + 1))(*texts)
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the system lacks something that it may have in a moment."""
+    """Return whether the system lacks a resource that it may have in a moment."""
     return isinstance(error, OSError) and error.errno in (
         errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
+# --- CPUs and memory
+
+
 def usable_cpus() -> int:
-    """Return how many CPUs this process may use: affinity, and the cgroup's quota."""
+    """Return the number of CPUs that this process may use: by affinity and by cgroup quota."""
     try:
         cpus = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
@@ -3972,55 +4000,43 @@ def cgroup_quotas(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") 
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
         names = [root, controllers, *filter(None, path.split("/"))]
         for depth in range(2, len(names) + 1):
-            quota = [word for file in files
-                     for word in read_text(os.path.join(*names[:depth], file)).split()]
-            if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
-                quotas.append(int(quota[0]) / max(1, int(quota[1])))
+            words = (word for file in files
+                     for word in read_text(os.path.join(*names[:depth], file)).split())
+            quota = [int(word) for word in words if word.isdigit()]
+            if len(quota) == 2:
+                quotas.append(quota[0] / max(1, quota[1]))
     return quotas
 
 
 def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
-    """Return how many processes of our cgroup (version 2) were killed for want of memory."""
+    """Return the number of processes in our cgroup (version 2) that the OOM killer has killed."""
     path = re.search("^0::(.*)$", read_text(own), re.M)
     events = read_text(f"{root}{path[1]}/memory.events") if path else ""
     return int((re.findall("^oom_kill ([0-9]+)$", events, re.M) or ["0"])[0])
 
 
-def read_text(path: str) -> str:
-    """Return a small file's text, "" if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
-
-
 # === Running commands =================================================================
 #
 # Each slot is a thread, which waits for the one command that it runs. Slots share nothing
-# with the machines. The loop puts jobs into a queue here, so that a free slot need not ask
-# for its next, and takes the events of the slots. It is woken for these when the queue runs
-# low, or when they have waited for REPORT_DELAY. concurrent.futures does not serve: it cannot
-# hold back queued jobs when a lease ends.
+# with the machines. The loop fills the queue and takes events. A free slot takes its next
+# job itself. Events wake the loop when the queue runs low, or after REPORT_DELAY. Not
+# concurrent.futures: it cannot hold jobs back when a lease ends.
 
-SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then other workers may try
-POLL_INTERVAL: Seconds = 0.02  # between looks at processes that do not signal their end
-REAP_INTERVAL: Seconds = 1.0  # between looks for orphans: zombies must not pile up
+SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then the command is LOST (SPAWN)
+POLL_INTERVAL: Seconds = 0.02  # between checks where there is no pidfd
+REAP_INTERVAL: Seconds = 1.0  # between checks for orphans: zombies must not pile up
 LOW_WATER = 2  # queued commands per slot: with fewer the loop is woken at once
 MAX_LATE_READS = 16  # after a command was killed: more than its pipes hold
 OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give the worker fewer "
                  "slots (-j), or more memory")
 
-# a command was started (by time.monotonic()), has printed something, or has ended
+# start of a command (by time.monotonic()), new output, or end
 Event = Tuple[Job, Union[Seconds, Output, ExitRecord]]
 
 
 def shell_path(shell: str) -> str:
     """Return the path of a shell; look up a name in our PATH. Raises FileNotFoundError."""
-    if "/" in shell:
-        return shell
-    import shutil
-    path = shutil.which(shell)
+    path = shell if "/" in shell else shutil.which(shell)
     if path is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shell)
     return path
@@ -4028,31 +4044,31 @@ def shell_path(shell: str) -> str:
 
 def reason_not_started(job: Job, error: Exception) -> str:
     """Return why a command could not be started, and what to do about it."""
-    if isinstance(error, OSError):
-        if job.cwd is not None and error.filename in (job.cwd, to_bytes(job.cwd)):
-            return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
-                    f"exist on the worker (see --cwd)")
-        if error.errno == errno.E2BIG:
-            return "cannot start it: the command and its environment are too long for the system"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return f"this worker has no shell {printable(job.shell, 500)} (see --shell)"
-        if error.errno in (errno.EACCES, errno.ENOEXEC):
-            return (f"this worker cannot execute the shell {printable(job.shell, 500)}: "
-                    f"{error.strerror} (see --shell)")
-        return f"cannot start it: {error.strerror}"
-    return f"cannot start it: {error}"  # a NUL byte, for one
+    if not isinstance(error, OSError):
+        return f"cannot start it: {error}"  # e.g. a NUL byte
+    if job.cwd is not None and error.filename == to_bytes(job.cwd):
+        return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
+                f"exist on the worker (see --cwd)")
+    if error.errno == errno.E2BIG:
+        return "cannot start it: the command and its environment are too long for the system"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"this worker has no shell {printable(job.shell, 500)} (see --shell)"
+    if error.errno in (errno.EACCES, errno.ENOEXEC):
+        return (f"this worker cannot execute the shell {printable(job.shell, 500)}: "
+                f"{error.strerror} (see --shell)")
+    return f"cannot start it: {error.strerror}"
 
 
 class Launcher:
     """Starts commands: each in a shell that leads a process group."""
 
     def __init__(self, worker: str) -> None:
-        self.worker = worker  # its name, for the commands
+        self.worker = worker  # its name
         self.inherited = {name: value for name, value in os.environb.items()
                           if name not in COMMAND_VARIABLES}
         self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
         self.spawner: Optional[Spawner] = None
-        if not has_terminal():  # else commands need sessions of their own, which only Popen makes
+        if not has_terminal():  # with a terminal, only Popen can start a session
             with contextlib.suppress(ImportError, OSError, AttributeError):
                 self.spawner = Spawner(self.inherited)
                 set_close_on_exec()
@@ -4060,7 +4076,7 @@ class Launcher:
     def start(self, job: Job, slot: int) -> Tuple[int, Tuple[int, ...]]:
         """Start a job's command. Return its pid and the pipes of its output. Raises OSError or
         ValueError."""
-        apart = b" " if job.cmd[:1] in ("-", "+") else b""  # or it would be options of the shell
+        apart = b" " if job.cmd[:1] in ("-", "+") else b""  # else the shell reads an option
         argv = [to_bytes(shell_path(job.shell)), b"-c", apart + to_bytes(job.cmd)]
         pipes: List[Tuple[int, int]] = []
         ours: Tuple[int, ...] = ()
@@ -4077,7 +4093,7 @@ class Launcher:
 
     def spawn(self, job: Job, argv: List[bytes], own: Dict[bytes, bytes], stdout: int,
               stderr: int) -> int:
-        """Start a program; return its pid. Popen does what Spawner cannot, or says why not."""
+        """Start a program. Return its pid. Popen tries what Spawner cannot start: it says why."""
         cwd = None if job.cwd is None else to_bytes(job.cwd)
         added = {to_bytes(name): to_bytes(value) for name, value in job.env.items()}
         environment = {**self.inherited, **added} if added else None
@@ -4087,17 +4103,19 @@ class Launcher:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
             start_new_session=True, env={**(environment or self.inherited), **own})
-        process.returncode = 0  # as if it was waited for: Process does that
+        process.returncode = 0  # Process reaps it, not Popen
         return process.pid
 
     def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
         """Return the COMMAND_VARIABLES of a job."""
+        run, id, attempt = job.key
+        values = {"RUN": run, "SEQ": id, "ATTEMPT": attempt, "SLOT": slot, "WORKER": self.worker}
         pwd = job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")
-        values = (*map(str, (*job.key, slot, self.worker)), pwd)
-        return dict(zip(COMMAND_VARIABLES, map(to_bytes, values)))
+        return {b"PWD": to_bytes(pwd), **{
+            b"TESTCLOUD_" + name.encode(): to_bytes(str(value)) for name, value in values.items()}}
 
     def restore_file_limit(self, pid: int) -> None:
-        """Undo raise_file_limit() for a command. (`ulimit` takes a shell longer.)"""
+        """Undo raise_file_limit() for a command. (ulimit in the shell is slower.)"""
         if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit:
             with contextlib.suppress(OSError, AttributeError):  # not Linux
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, self.file_limit)
@@ -4110,7 +4128,7 @@ class OutputReader:
                  began: Seconds) -> None:
         self.runner, self.job, self.process = runner, job, process
         self.output, self.began = output, began
-        self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # that the command was started
+        self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # the start of the command
         self.streams = dict(zip(process.pipes, (1, 2)))
         self.sizes = dict.fromkeys(process.pipes, PIPE_SIZE)  # of open pipes: bytes to read at once
         self.poller = select.poll()
@@ -4118,17 +4136,17 @@ class OutputReader:
             self.poller.register(pipe, select.POLLIN)
 
     def read_until_end(self) -> None:
-        """Read until the leader has ended, and then for OUTPUT_GRACE what its children write. (If
-        SIGTERM ended a shell, its children got it, too: they have until SIGKILL.)"""
+        """Read until the leader ends, then OUTPUT_GRACE longer. After SIGTERM, read until the
+        group is dead: its other members have until SIGKILL."""
         self.wait_for_leader()
         while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.pid):
             self.poll(time.monotonic() + POLL_INTERVAL)
-        deadline = time.monotonic() + OUTPUT_GRACE  # `tee` may have something to pass on
+        deadline = time.monotonic() + OUTPUT_GRACE  # e.g. tee may still write
         while self.sizes and time.monotonic() < deadline:
             self.poll(deadline)
 
     def read_rest(self) -> None:
-        """Read what is in the pipes after all was killed, and close them."""
+        """Read the rest of the pipes after the group is killed, and close them."""
         deadline = time.monotonic() + OUTPUT_GRACE
         for _ in range(MAX_LATE_READS):
             if not self.sizes or not self.poll(deadline):
@@ -4147,7 +4165,7 @@ class OutputReader:
             os.close(leader)
 
     def poll(self, until: Seconds) -> bool:
-        """Read what there is, or comes until then. Return whether something came."""
+        """Read what arrives before `until`. Return whether something did."""
         now = time.monotonic()
         if now >= self.report_at:
             self.report_at = math.inf
@@ -4169,15 +4187,15 @@ class OutputReader:
             self.poller.unregister(pipe)
             return
         self.output.write(data, self.streams[pipe])
-        if len(data) == PIPE_SIZE:  # it was full: if it holds more, its writer waits less
+        if len(data) == PIPE_SIZE:  # a full pipe: make it larger
             self.sizes[pipe] = LARGE_PIPE // 4
             with contextlib.suppress(OSError):  # not Linux, or too many of them
                 fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
 
 
 class Runner:
-    """Runs jobs in threads. `wake()` is called, in any thread, when take_events() has something
-    urgent. With `subreaper`, orphans are children of our main thread, which has no others."""
+    """Runs jobs in threads. It calls wake(), in any thread, when the loop must take events.
+    With `subreaper`, the main thread has no children but orphans."""
 
     def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
                  subreaper: bool = False, nice: int = 0) -> None:
@@ -4189,16 +4207,16 @@ class Runner:
         self.slots = slots
         self.launcher = Launcher(name)
         self.children_file = open_children() if subreaper else -1
-        self.oom_kills, self.oom_at = oom_kills(), -math.inf  # their number, when it last grew
+        self.oom_kills, self.oom_at = oom_kills(), -math.inf  # count, and time of its last increase
         self.stuck: Set[int] = set()  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
         self.waiting: OrderedDict[TaskKey, Job] = OrderedDict()  # the queue
         self.threads: List[threading.Thread] = []
         self.events: Deque[Event] = deque()
-        self.wake_at: Seconds = math.inf  # when the loop must be woken for these
-        self.woken = False  # the loop was woken, and has not taken them yet
-        # guards waiting, processes and reaping, so that no reaped process is signalled; idle
-        # slots wait on it
+        self.wake_at: Seconds = math.inf  # deadline of the next wake-up
+        self.woken = False  # the loop was woken, and has not taken the events yet
+        # guards waiting, processes and reaping: no reaped process may be signalled; idle slots
+        # wait on it
         self.lock = threading.Condition()
         self.processes: Dict[TaskKey, Process] = {}  # of the commands that run
         self.closing = False  # a process that starts now is killed at once
@@ -4211,25 +4229,26 @@ class Runner:
             self.waiting[job.key] = job
 
     def start_jobs(self, until: Seconds) -> None:
-        """Start jobs of the queue as slots become free, but none after `until`: the loop must call
-        this again before that."""
+        """Let slots start jobs until `until` (the end of the lease)."""
         self.start_deadline = until
         now = time.monotonic()
-        if now >= self.wake_at:  # the slot that should wake us is held up: it starts a command
+        if now >= self.wake_at:  # the slot that should have woken us is busy
             self.wake_loop()
         with self.lock:
             wanted = len(self.waiting) if now < until else 0
             self.lock.notify(wanted)
-        for _ in range(min(wanted, self.slots - len(self.threads))):
-            thread = threading.Thread(target=self.work, daemon=True, name="slot",
-                                      args=(len(self.threads) + 1,))
-            try:
+        self.add_threads(min(wanted, self.slots - len(self.threads)))
+
+    def add_threads(self, count: int) -> None:
+        """Start threads for slots. Without any thread, hand the queue back."""
+        try:
+            for slot in range(len(self.threads) + 1, len(self.threads) + 1 + count):
+                thread = threading.Thread(target=self.work, args=(slot,), daemon=True, name="slot")
                 thread.start()
-            except RuntimeError as error:  # no more threads: go on with those that run
-                while self.waiting and not self.threads:
-                    self.report(self.waiting.popitem(last=False)[1], requeued(str(error)))
-                return
-            self.threads.append(thread)
+                self.threads.append(thread)
+        except RuntimeError as error:  # the system has no more threads
+            while self.waiting and not self.threads:
+                self.report(self.waiting.popitem(last=False)[1], requeued(str(error)))
 
     def recall(self, job: Job) -> bool:
         """Hand a job back if it is in the queue. Return whether it was."""
@@ -4248,12 +4267,12 @@ class Runner:
                 self.processes[job.key].signal(signal.SIGKILL if hard else signal.SIGTERM)
 
     def take_events(self) -> List[Event]:
-        """Return the events since the last call. A short command has no event of its start."""
+        """Return the events since the last call. Short commands have no start event."""
         self.woken, self.wake_at = False, math.inf
         return [self.events.popleft() for _ in range(len(self.events))]
 
     def close(self) -> None:
-        """Kill all that still runs, and let the threads end."""
+        """Kill running commands, and let the threads end."""
         with self.lock:
             self.closing = True
             for process in self.processes.values():
@@ -4285,7 +4304,7 @@ class Runner:
     # --- in the thread of a slot
 
     def work(self, slot: int) -> None:
-        """Run jobs in this slot, numbered from 1, until we are closing."""
+        """Run jobs in this slot, numbered from 1, until close()."""
         if self.nice and sys.platform == "linux":  # a process has the niceness of its thread
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(),
@@ -4293,28 +4312,28 @@ class Runner:
         for job in iter(self.next_job, None):
             try:
                 record = self.run(job, slot)
-            except Exception as error:  # a bug of ours is that command's failure, with a reason
+            except Exception as error:  # a bug fails this command only
                 record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
                                     reason=f"testcloud failed to run it: {error!r}")
             with self.lock:
-                self.processes.pop(job.key, None)
+                self.processes.pop(job.key, None)  # it is still there if the start failed
             self.report(job, record._replace(slot=slot))
 
     def next_job(self) -> Optional[Job]:
-        """Wait for a job that may be started. Return None when we are closing."""
+        """Wait for a job that may be started. Return it, or None after close()."""
         with self.lock:
             while not self.closing:
                 if self.waiting and time.monotonic() < self.start_deadline:
                     key, job = self.waiting.popitem(last=False)
                     self.processes[key] = Process()
                     return job
-                if self.events or self.waiting:  # the latter when the deadline has just passed
+                if self.events or self.waiting:  # it waits if the deadline has just passed
                     self.wake_loop()
                 self.lock.wait()
         return None
 
     def run(self, job: Job, slot: int) -> ExitRecord:
-        """Run a job's command to its end."""
+        """Run a job's command to its end. Return its record."""
         job.output = output = Output(job.limit, job.split)
         job.cwd = job.cwd and os.path.expanduser(job.cwd)
         wall, began = time.time(), time.monotonic()
@@ -4332,18 +4351,22 @@ class Runner:
             code = process.wait()
             reader.read_rest()
         output.end()
-        spent = (time.monotonic() - began) * 1000
-        reason = f"no room for its output on the worker: {output.failure}" if output.failure else ""
-        killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
-        if killed and not reason and self.oom_killed_since(began):
+        return self.exit_record(code, output, wall, began)
+
+    def exit_record(self, code: int, output: Output, wall: Seconds, began: Seconds) -> ExitRecord:
+        """Return the record of an ended command. The code is that of Process.wait()."""
+        spent, reason = (time.monotonic() - began) * 1000, ""
+        if output.failure:
+            reason = f"no room for its output on the worker: {output.failure}"
+        elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) and self.oom_killed_since(began):
             reason = OUT_OF_MEMORY
         if code < 0:
             return ExitRecord(128 - code, spent, wall, output, signal=-code, reason=reason)
         return ExitRecord(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
 
     def start_process(self, job: Job, slot: int, process: Process) -> None:
-        """Start a job's command, again after a while if the machine lacks something. Raises
-        OSError or ValueError."""
+        """Start a job's command; try again if the machine lacks a resource. Raises OSError or
+        ValueError."""
         delays = iter(SPAWN_DELAYS)
         while True:
             try:
@@ -4365,16 +4388,17 @@ class Runner:
                 process.signal(process.signalled)
 
     def oom_killed_since(self, when: Seconds) -> bool:
-        """Return whether the system has killed a process of our cgroup since then."""
+        """Return whether the OOM killer has killed a process of our cgroup since then."""
         count = oom_kills()
         if count > self.oom_kills:
             self.oom_at, self.oom_kills = time.monotonic(), count
         return self.oom_at >= when
 
-    # --- what commands leave behind
+    # --- leftover processes
 
     def kill_leftovers(self, job: Job, process: Process) -> None:
-        """Kill what is left of a command. Its leader has ended, and was not reaped if possible."""
+        """Kill what is left of a command. Its leader has ended, and is still a zombie where
+        the system has waitid()."""
         with self.lock:
             self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -4402,8 +4426,8 @@ class Runner:
             return [pid for pid in killed if pid not in self.stuck]
 
     def command_has_ended(self, orphan: int) -> bool:
-        """Return whether the command of an orphan has ended. An orphan without our variables may
-        belong to any command that was there when it was started."""
+        """Return whether the command of an orphan has ended. Without our variables, the orphan may
+        belong to any older running command."""
         variables = environment_of(orphan)
         if "TESTCLOUD_WORKER" in variables:
             key = tuple(variables.get("TESTCLOUD_" + name) for name in ("RUN", "SEQ", "ATTEMPT"))
@@ -4414,9 +4438,9 @@ class Runner:
                    for process in self.processes.values())
 
     def reap(self, now: Seconds) -> None:
-        """Care for orphans. The loop calls this every REAP_INTERVAL."""
+        """Kill and reap orphans. The loop calls this every REAP_INTERVAL."""
         self.kill_orphans()
-        self.oom_killed_since(now)  # a later command must not be taken for its victim
+        self.oom_killed_since(now)  # note old kills: they are not the next command's
 
 
 # === Client ===========================================================================
@@ -5946,7 +5970,6 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            import shutil  # late: it is rarely needed
             shutil.copyfile(new, target)  # a mount point, as Docker makes of a single file
             os.unlink(new)
     except BaseException:
