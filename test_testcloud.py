@@ -4592,8 +4592,8 @@ class SimulationTest(unittest.TestCase):
         ("slots of the lost are counted", "            self.slots -= worker.slots\n", ""),
         ("a choice of workers outlives them", "        self.slots_by_labels.clear()\n"
          "        self.places_by_host.clear()\n        self.eligible_for.clear()\n", ""),
-        ("who once had no room never has", "            self.saturated = {some for some in "
-         "self.saturated if some and worker not in some}\n", "            pass\n"),
+        ("who once had no room never has", "            self.saturated = {full for full in "
+         "self.saturated if worker not in full}\n", "            pass\n"),
         ("a provisional result is not reported",
          "        if constraints is None and command.rechecking:\n", "        if False:\n"),
         ("who waits for another host is never told that there is none",
