@@ -3581,11 +3581,6 @@ class Worker(SessionMachine):
             self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.stop(3, now)
 
-    def wait_reason(self) -> str:
-        if self.session.joined:
-            return broker_is_silent(self.address) if self.session.unanswered > 1 else ""
-        return waiting_for_broker(self.session.trouble, self.session.up, self.address, "worker")
-
     def deadline(self) -> Seconds:
         return min(self.session.next_greeting, *self.kill_at.values(), self.leave_at,
                    self.report_at, self.wait.deadline())
@@ -3595,7 +3590,7 @@ class Worker(SessionMachine):
         if self.report_at <= self.now:
             self.report_accepted()
         if self.exit_status is None:
-            self.report_wait(self.wait_reason())
+            self.report_wait(broker_wait_reason(self.session, self.address, WORKER_ROLE))
         elif not self.has_left:
             # without a broker no client can fetch results
             busy = any(self.session.joined or job.state != DELIVERED for job in self.jobs.values())
@@ -3640,21 +3635,19 @@ def label_words(names: Iterable[str]) -> str:
     return printable(" and ".join(f"--label {name}" for name in sorted(names)), 300)
 
 
-def waiting_for_broker(trouble: str, up: bool, address: str, role: str) -> str:
-    """Return why a client or worker has not joined yet, and what to do about it."""
-    if trouble:
-        return f"waiting: {trouble}"
-    if up:
+def broker_wait_reason(session: Union[Session, StatusClient], address: str, role: str) -> str:
+    """Return why the broker does not answer, and what to do; "" if it does."""
+    if session.joined:
+        silent = f"the broker at {address} does not answer; is it stopped, or its machine busy?"
+        return f"waiting: {silent}" if session.unanswered > 1 else ""
+    if session.trouble:
+        return f"waiting: {session.trouble}"
+    if session.up:
         return (f"waiting for an answer: something listens at {address}, but it does not answer "
                 f"as a broker does to a {role}; is that the port for {role}s?")
     here = "//localhost:" in address or is_loopback(address)
     return f"waiting: no broker at {address} (yet); start one with: testcloud.py broker" + (
         "" if here else f" (there; with {KEY_FILE}, or it listens to its own machine only)")
-
-
-def broker_is_silent(address: str) -> str:
-    """Return the notice about a broker that is connected and does not answer."""
-    return f"waiting: the broker at {address} does not answer; is it stopped, or its machine busy?"
 
 
 # === Processes ========================================================================
@@ -4511,9 +4504,8 @@ def with_last_words(one: Try, fields: Fields, room: int) -> Try:
 
 
 def verdict_of(tries: Sequence[Try], excluded: Container[str] = ()) -> str:
-    """Return the verdict. Tries that did not start are ignored if others started.
-
-    ONLY means: passed elsewhere, and failed twice on one host (once if it is excluded)."""
+    """Return the verdict. Tries that did not start are ignored if others started. ONLY means:
+    passed elsewhere, and failed twice on one host (once if it is excluded)."""
     tries = [one for one in tries if one.did_start] or tries
     passed = [one.host for one in tries if one.exitcode == 0]
     failed = [one.host for one in tries if one.exitcode != 0]
@@ -4621,8 +4613,7 @@ class RetryPolicy:
 
     Failures alternate between another host and the first host. After a pass elsewhere, the first
     host is rechecked: it may be the cause. A command that could not be started is tried on other
-    hosts until one starts it. An excluded host gets a command only if there is no other host.
-    """
+    hosts until one starts it. An excluded host gets a command only if there is no other host."""
 
     def __init__(self, max_tries: int) -> None:
         self.max_tries = max_tries  # RunOptions.tries
@@ -4674,11 +4665,8 @@ class RetryPolicy:
 
 
 class HostWait:
-    """Holds commands until an absent host returns, for HOST_WAIT at most.
-
-    Only hosts that started a command before count. Whenever the cloud changes, the commands are
-    submitted again.
-    """
+    """Holds commands until an absent host returns, for HOST_WAIT at most. Only hosts that started
+    a command before count. Whenever the cloud changes, the commands are submitted again."""
 
     def __init__(self) -> None:
         self.commands: Dict[int, Command] = {}
@@ -4723,11 +4711,8 @@ class HostWait:
 
 
 class Rechecks:
-    """Holds commands that passed and are rechecked.
-
-    They end RECHECK_WAIT after all else has ended. A command at a worker gets three times its
-    first time more.
-    """
+    """Holds commands that passed and are rechecked. They end RECHECK_WAIT after all else has
+    ended. A command at a worker gets three times its first time more."""
 
     def __init__(self) -> None:
         self.commands: Dict[int, Command] = {}
@@ -4758,8 +4743,7 @@ class Fetcher:
 
     Large outputs are fetched one at a time, in order, FETCH_AHEAD chunks ahead. Live output is
     requested of all running commands, one chunk ahead. After `timeout` a chunk is requested
-    again: the request or the chunk may be lost.
-    """
+    again: the request or the chunk may be lost."""
 
     def __init__(self, ask: Callable[[Command, int, int], None], timeout: Seconds,
                  live: bool) -> None:
@@ -4878,7 +4862,7 @@ class Client(SessionMachine):
         self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
         # the cloud, as the broker says
         self.workers = self.slots = self.hosts = 0
-        self.lacks = ""  # missing labels
+        self.lacks = ""  # a missing worker, in words
         # a pause longer than the lease, and until when a notice mentions it
         self.long_pause: Tuple[Seconds, Seconds] = (0, 0)
         # the end of the run
@@ -5258,11 +5242,8 @@ class Client(SessionMachine):
 
     def wait_reason(self) -> str:
         """Return what the run waits for, and what to do; "" for nothing."""
-        if not self.session.joined:
-            return waiting_for_broker(self.session.trouble, self.session.up, self.address, "client")
-        if self.session.unanswered > 1:
-            return broker_is_silent(self.address)
-        return self.slot_wait_reason() if self.window else ""
+        return broker_wait_reason(self.session, self.address, CLIENT_ROLE) or (
+            self.slot_wait_reason() if self.window else "")
 
     def slot_wait_reason(self) -> str:
         """Return why no command runs, and what to do; "" if one runs."""
@@ -5306,7 +5287,8 @@ class Client(SessionMachine):
         self.stopped += len(self.host_wait.commands)
         for command in [*self.host_wait.commands.values()]:
             self.forget(command)
-        first, self.status = self.status is None, self.status or status
+        first = self.status is None
+        self.status = self.status or status
         if first and self.session.joined:
             self.wait = Wait()  # no more wait notices
             self.leave_at = now + 2 * self.times.kill_grace
@@ -5343,10 +5325,9 @@ class StatusClient(Machine):
         super().__init__()
         self.address = address  # for notices
         self.interval = interval  # between questions; inf: ask once
-        self.up = False
+        self.up = self.joined = False  # connected; answered since then
         self.trouble = ""  # why the link cannot come up
         self.ask_at: Seconds = math.inf
-        self.answered = False
         self.unanswered = 0  # questions
         self.wait = Wait(wait)
         self.host_names = HostNames()
@@ -5356,7 +5337,7 @@ class StatusClient(Machine):
         self.tick(now)
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        self.now, self.up, self.answered, self.ask_at = now, False, False, math.inf
+        self.now, self.up, self.joined, self.ask_at = now, False, False, math.inf
         self.settle()
 
     def refused(self, link: str, why: str, now: Seconds) -> None:
@@ -5366,7 +5347,7 @@ class StatusClient(Machine):
     def on_status(self, message: Message) -> None:
         if not {"broker", "workers", "clients"} <= message.fields.keys():
             raise ProtocolError("STATUS needs 'broker', 'workers' and 'clients'")
-        self.answered, self.unanswered = True, 0
+        self.joined, self.unanswered = True, 0
         for row in message.fields["workers"]:
             row["host"] = self.host_names.name_of(row["host"])
         self.effects.append(ShowStatus(message.fields))
@@ -5374,9 +5355,7 @@ class StatusClient(Machine):
             self.effects.append(Exit(0))
 
     def settle(self) -> None:
-        silent = broker_is_silent(self.address) if self.unanswered > 1 else ""
-        self.report_wait(silent if self.answered else waiting_for_broker(
-            self.trouble, self.up, self.address, "client"))
+        self.report_wait(broker_wait_reason(self, self.address, CLIENT_ROLE))
 
     def tick(self, now: Seconds) -> None:
         self.now = now
@@ -5516,13 +5495,12 @@ class Reports:
             reporter.expect(seq)
 
     def started(self, effect: RunStarted) -> None:
-        for reporter in self.reporters:
-            reporter.started(effect.commands)
+        self.tell_all(lambda reporter: reporter.started(effect.commands))
 
     def live(self, effect: LiveOutput) -> None:
-        line, _ = self.lines[effect.command.id]
-        for reporter in self.reporters:
-            reporter.live(effect.command.id, line, effect.offset, bytes(effect.data))
+        id, data = effect.command.id, bytes(effect.data)
+        line, _ = self.lines[id]
+        self.tell_all(lambda reporter: reporter.live(id, line, effect.offset, data))
 
     def keep(self, effect: ProvisionalResult) -> None:
         self.provisional[effect.command.id] = self.put(effect)
@@ -5772,8 +5750,7 @@ def head_and_tail(pieces: Iterable[bytes], first: int, last: int) -> Tuple[bytes
 
 
 class ProgressLine:
-    """Shows the progress in the last line of the terminal, on stderr, unless an output has not
-    ended its line."""
+    """Shows the progress in the last line of the terminal, unless an output has not ended its."""
 
     def __init__(self) -> None:
         self.text = ""  # to show
@@ -5979,8 +5956,7 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
 
 
 class BlockingFile(io.FileIO):
-    """File that blocks even if its descriptor does not: ssh or another program that shares our
-    terminal or pipe may have set O_NONBLOCK."""
+    """File that blocks even if ssh, say, has set our shared terminal or pipe to O_NONBLOCK."""
 
     def readinto(self, buffer: Any) -> int:
         return self.until_done(super().readinto, buffer, select.POLLIN)
@@ -5999,8 +5975,7 @@ class BlockingFile(io.FileIO):
 
 
 def open_blocking(path: str, mode: str) -> BlockingFile:
-    """Open a file or a pipe, or duplicate our stdout or stderr. Print a notice if it takes long.
-    Raises OSError."""
+    """Return an open file or pipe. A notice tells if that takes long. Raises OSError."""
     words = f"waiting for {printable(path)}: it is a pipe, and its other end is not open"
     timer = threading.Timer(NOTICE_DELAY, print_notice, [words])
     timer.daemon = True
@@ -6214,7 +6189,7 @@ class RawOutput(Reporter):
 
 
 class LiveLines(Reporter):
-    """Writes tagged lines of running commands as they come, and the rest with the result (--live).
+    """Writes tagged lines of running commands as they come (--live), and the rest with a result.
     More than BLOCK_SIZE bytes without a newline count as a line."""
 
     def __init__(self, store: ResultStore, put: Callable[[Iterable[bytes], int], None]) -> None:
@@ -6364,7 +6339,7 @@ class JobLog(Reporter):
 
 
 def open_locked(path: str) -> BlockingFile:
-    """Open a file to append to, and lock it until it is closed. Raises OSError."""
+    """Return a file to append to, locked until it is closed. Raises OSError."""
     file = open_blocking(path, "a")
     try:
         if is_replaceable(path):
@@ -6378,9 +6353,8 @@ def open_locked(path: str) -> BlockingFile:
 
 
 def joblog_line(outcome: Outcome) -> str:
-    """Return GNU parallel's columns: times in seconds, NUL for a newline in the command. Host has
-    the verdict of a flaky command, too. Send, always 0 otherwise, is minus the occurrence: it
-    tells equal commands apart even if the input has changed."""
+    """Return GNU parallel's columns: times in seconds, NUL for a newline in the command. We add
+    the verdict of a flaky command to Host, and put minus the occurrence into Send."""
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
     return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
@@ -6398,7 +6372,7 @@ class JobLogRow(NamedTuple):
 
 
 def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
-    """Read a joblog, ours or GNU parallel's. Skip damaged lines. Raises OSError, SetupError."""
+    """Return the rows of a joblog, ours or GNU parallel's. Raises OSError, SetupError."""
     rows, damaged = [], 0
     with io.BufferedReader(open_blocking(path, "r")) as file:
         head = file.readline(len(JOBLOG_HEADER))
@@ -6417,7 +6391,7 @@ def read_joblog(path: str, flaky_fails: bool = False) -> List[JobLogRow]:
 
 
 def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
-    """Parse a line. Raises ValueError."""
+    """Return the row in a line. Raises ValueError."""
     seq, host, _, seconds, send, _, exitcode, signal, command = line.rstrip("\n").split("\t", 8)
     flaky = re.search(r" \((flaky|only on .*)\)$", host) is not None
     failed = int(exitcode) != 0 or int(signal) != 0 or flaky and flaky_fails
@@ -6498,9 +6472,8 @@ class JUnit(FinalReport):
 
 def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, trouble: str,
               spent: float, flaky_counts: bool = False) -> Iterator[str]:
-    """Yield the report of a run of `spent` ms, with the commands in the order of input. A failed
-    command's output is read when its piece is made. `trouble` becomes a test case of its own:
-    otherwise a run with missing commands looks like a success."""
+    """Yield the report of a run of `spent` ms. An output is read when its piece is made. `trouble`
+    becomes a test case: otherwise a run with missing commands looks like a success."""
     outcomes = sorted(outcomes)
     totals = {"name": name, "time": in_seconds(spent),
               **junit_counts(outcomes, trouble, flaky_counts)}
@@ -6637,7 +6610,7 @@ def iso_time(since_1970: float) -> str:
 
 
 def xml_legal(text: str) -> str:
-    """Escape characters that XML forbids: no library does."""
+    """Return the text with escapes for characters that XML forbids: no library does that."""
     return NOT_XML.sub(lambda odd: escape_of(odd[0]) if len(odd[0]) == 1 else "", text)
 
 
@@ -6799,8 +6772,7 @@ def all_tries(outcomes: Iterable[Outcome]) -> Iterator[Union[Outcome, Try]]:
 # --- template and script, and the data for the script
 
 def html_data(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """Yield the JSON for the script: slots (the rows of the timeline), commands, other tries. The
-    script names the fields."""
+    """Yield JSON for the script: the slots (rows of the timeline), commands and other tries."""
     started = [one for one in all_tries(outcomes) if one.started]
     began = min((one.started for one in started), default=0.0)
     slots = sorted({(one.host, one.worker, one.slot) for one in started}, key=natural_order)
@@ -7128,8 +7100,7 @@ PER_COMMAND: Seconds = 5e-5  # of broker and client, however many slots there ar
 
 
 def advice_on_slots(times: Sequence[float], slots: int) -> str:
-    """Return whether more slots would have helped commands with these times, in seconds, and how
-    many: the fewest within 10 % of the best run."""
+    """Return advice for times in seconds: the fewest slots for a run within 10 % of the best."""
     longest = max(*times, 1e-3)
     best = max(longest, PER_COMMAND * len(times))
     enough, most = max(1, math.ceil(sum(times) / (1.1 * best))), len(times)
@@ -7191,8 +7162,7 @@ class Progress:
 
 
 def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) -> Optional[Progress]:
-    """Return a progress line for a terminal with a cursor, unless stdout may be a pager's pipe; or
-    notices if stderr is no terminal; or None."""
+    """Return a line for a terminal, notices elsewhere; None: quiet, a dumb terminal or a pager."""
     if sys.stderr is None or settings.verbose is None:
         return None
     if not sys.stderr.isatty():
@@ -7203,8 +7173,7 @@ def progress_of(settings: argparse.Namespace, client: Client, writer: Writer) ->
 
 
 def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> str:
-    """Return the progress after this time. If there are too few columns, parts are left out, those
-    with the lowest number first."""
+    """Return the progress. Too few columns: parts with the lowest numbers are left out."""
     rate = client.reported / max(spent, 0.001)
     eta = client.reported and client.input_ended
     parts = [part for part in (
@@ -7279,8 +7248,8 @@ def client_row(row: Fields) -> List[str]:
 
 
 def align_columns(rows: List[List[str]], columns: int = 0) -> List[str]:
-    """Return the table of these cells. The first and last column are texts, aligned left; the
-    others are numbers, aligned right. If the screen is too narrow, the first is cut."""
+    """Return the table of these cells: texts in the first and last column, numbers between. The
+    first column is cut if the screen has too few columns."""
     rows = [[truncate_middle(printable(cell, MAX_TEXT), 60) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     last = len(widths) - 1
@@ -7298,8 +7267,8 @@ def join_tables(tables: Sequence[Sequence[str]]) -> List[str]:
 
 
 def fit_to_screen(tables: Sequence[Sequence[str]], columns: int, rows: int) -> List[str]:
-    """Return the lines that fit on a screen; the cursor takes its last row. Long lines are wrapped.
-    If that makes too many lines, they are cut, and each table gets its share of rows."""
+    """Return the lines that fit on a screen; the cursor takes its last row. Long lines are wrapped,
+    or cut if there are too many. Then each table gets its share of rows."""
     import textwrap  # late: only --watch needs it
     wrap = textwrap.TextWrapper(max(10, columns - 1), subsequent_indent="    ",
                                 break_on_hyphens=False).wrap
