@@ -4569,7 +4569,8 @@ class SimulationTest(unittest.TestCase):
     # what could be broken in the program, as text to be replaced; each must make a world fail
     MUTANTS = (
         ("a lost command is not tried again",
-         '            self.next_attempt(command, fields.get("worker", ""))\n', "            pass\n"),
+         '            self.next_attempt(command, fields.get("worker", ""))\n',
+         "            pass\n"),
         ("a reported command is not remembered", "        if command is None:  # reported before",
          "        if command is None and self.window:  # reported before"),
         ("a lost worker's commands are forgotten",
@@ -6326,7 +6327,8 @@ class RetryPolicyTest(unittest.TestCase):
                 (3, [(127, "h"), (1, "i")], {"not_on": "i"}),  # the first that could start it
                 (3, [(127, "h"), (1, "i"), (0, "h")], {"on": "i"}),
                 (3, [(127, "i"), (1, "h"), (1, "i"), (1, "h")], None)):
-            self.assertEqual(tc.RetryPolicy(most).next_constraints(self.command(*tries)), place, tries)
+            self.assertEqual(tc.RetryPolicy(most).next_constraints(self.command(*tries)), place,
+                             tries)
 
     def test_a_pass_is_not_rechecked_on_an_excluded_host(self):
         policy = tc.RetryPolicy(3)
