@@ -7296,15 +7296,15 @@ ADDRESS = re.compile(r"(?:tcp://)?(\[[^]]+\]|[^][:/ ]+)(?::0*([0-9]{1,5}))?")  #
 
 
 class UsageError(Exception):
-    """The command line cannot be carried out as it is: exit status 2."""
+    """Wrong usage: exit status 2."""
 
 
 class SetupError(Exception):
-    """The program cannot start on this machine as it is: exit status 3."""
+    """This machine lacks something: exit status 3."""
 
 
 def require_zmq() -> None:
-    """Import zmq: late, as --help and --local do without it. Raises SetupError."""
+    """Import zmq late: --help and --local do not need it. Raises SetupError."""
     global zmq
     try:
         import zmq
@@ -7317,33 +7317,32 @@ def require_zmq() -> None:
 
 
 def venv_python() -> str:
-    """Return the python of .venv beside the script, or of $VIRTUAL_ENV, that has pyzmq; or ""."""
+    """Return the python of .venv beside the script if that has pyzmq, else ""."""
     import glob
-    for venv in filter(None, [beside_script(".venv", True), os.environ.get("VIRTUAL_ENV")]):
-        found = os.path.join("lib", "python*", "site-packages", "zmq", "__init__.py")
-        if glob.glob(os.path.join(glob.escape(venv), found)):
-            return os.path.join(venv, "bin", "python")
-    return ""
+    venv = beside_script(".venv", True)
+    pattern = os.path.join("lib", "python*", "site-packages", "zmq", "__init__.py")
+    found = glob.glob(os.path.join(glob.escape(venv), pattern))
+    return os.path.join(venv, "bin", "python") if found else ""
 
 
 def use_venv_python() -> None:
-    """Restart under .venv beside the script, if only that has pyzmq (as after `make demo`). This
-    runs a program there: so .venv and its directory must belong to this user."""
+    """Restart with the python of .venv, if only that has pyzmq (as after `make demo`). This runs
+    a program there: so .venv and its directory must belong to this user."""
     from importlib.machinery import PathFinder
     tried = os.environ.pop("TESTCLOUD_VENV_TRIED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
         return
-    python = beside_script(".venv/bin/python", True)
+    python = venv_python()
     with contextlib.suppress(OSError):
         owners = {os.lstat(beside_script(name, True)).st_uid for name in ("", ".venv")}
-        if python == venv_python() and owners == {os.geteuid()}:
+        if python and owners == {os.geteuid()}:
             os.execve(python, [python, os.path.abspath(__file__), *sys.argv[1:]],
                       {**os.environ, "TESTCLOUD_VENV_TRIED": "1"})
 
 
 def parse_address(text: str, port: int, listen: bool = False) -> str:
     """Return the ZeroMQ endpoint for tcp://host:port, host:port, host or ipc://path. `port` is
-    the default. Only a listener may have the host * and port 0. Raises UsageError."""
+    the default. Host * and port 0 are only for a listener. Raises UsageError."""
     if text.startswith("ipc://"):
         size = len(to_bytes(text[len("ipc://"):]))
         if "\0" in text or in_utf8(text) != text or not 0 < size <= IPC_PATH_MAX:
@@ -7374,11 +7373,11 @@ def resolve(address: str) -> str:
     host, port = split_tcp(address)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        # IPv4 first, as libzmq connects: otherwise localhost would be two addresses
-        family, _, _, _, place = min(found, key=lambda row: row[0] != socket.AF_INET)
     except (OSError, UnicodeError) as error:
         raise SetupError(f"cannot find host {host!r} ({error}): check its name") from None
-    return f"tcp://[{place[0]}]:{port}" if family == socket.AF_INET6 else f"tcp://{place[0]}:{port}"
+    # IPv4 first, as libzmq connects: otherwise localhost would be two addresses
+    family, _, _, _, (ip, *_) = min(found, key=lambda row: row[0] != socket.AF_INET)
+    return f"tcp://[{ip}]:{port}" if family == socket.AF_INET6 else f"tcp://{ip}:{port}"
 
 
 def is_loopback(address: str) -> bool:
@@ -7395,16 +7394,16 @@ def call_libc(function: str, argument: int) -> None:
 
 # === Event loop =======================================================================
 #
-# One loop moves messages and time for all roles. An adapter ties a machine to its links;
-# links have a section of their own. Threads reach the loop only through post().
-# zmq.Poller waits for everything: selectors and asyncio cannot wait for ZeroMQ sockets.
+# One loop serves all roles: it moves messages, and tells machines the time. Threads reach it
+# only through post(). zmq.Poller waits for everything: selectors and asyncio cannot wait for
+# ZeroMQ sockets.
 
-MAX_POLL_TIME: Seconds = 0.25  # so the loop notices each stop longer than this and MIN_PAUSE
-MIN_PAUSE: Seconds = 0.25  # a clock this late is no slow round: the process was stopped
+MAX_POLL_TIME: Seconds = 0.25  # the loop notices each stop longer than this + MIN_PAUSE
+MIN_PAUSE: Seconds = 0.25  # a round this late was not slow: the process was stopped
 
 
 class Adapter(NamedTuple):
-    """What ties a machine to the loop."""
+    """A machine with its links and effects."""
 
     machine: Machine
     links: Dict[str, Link]  # by name
@@ -7417,13 +7416,13 @@ class EventLoop:
     def __init__(self, sockets: bool) -> None:
         if sockets:
             require_zmq()
-            # ROUTERs number their peers from rand() on, and libzmq does not seed it. It aborts if
+            # ROUTERs number their peers from rand() on, which libzmq does not seed. It aborts if
             # a peer has chosen the next number as its routing id.
             call_libc("srand", int.from_bytes(os.urandom(4), "little"))
         self.context: Any = zmq.Context() if sockets else None
         self.poller: Any = zmq.Poller() if sockets else select.poll()
         self.adapters: List[Adapter] = []
-        self.links: List[Link] = []  # those that poll() watches
+        self.links: List[SocketLink] = []
         self.readers: Dict[Any, Callable[[Seconds], object]] = {}  # by descriptor or ZeroMQ socket
         self.posted: Deque[Callable[[Seconds], None]] = deque()
         self.wake_in, self.wake_out = os.pipe()
@@ -7431,11 +7430,12 @@ class EventLoop:
         os.set_blocking(self.wake_out, False)
         self.add_reader(self.wake_in, lambda now: os.read(self.wake_in, 4096))
         self.expected: Seconds = math.inf  # the latest time for the next call of clock()
-        self.status: Optional[int] = None
+        self.status: Optional[int] = None  # of run()
         self.refusals = RefusalLog()
-        self.each_round: List[Callable[[], None]] = [self.refusals.flush]  # called in each round
+        self.each_round: List[Callable[[], None]] = [self.refusals.flush]
 
     def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
+        """Return a new adapter for this machine, without links."""
         adapter = Adapter(machine, {}, {
             Log: lambda effect: logging.log(effect.level, "%s", effect.text),
             Notice: lambda effect: print_notice(effect.text),
@@ -7445,12 +7445,12 @@ class EventLoop:
         return adapter
 
     def exit(self, status: int) -> None:
-        """Let run() return this status, unless it is to return another already."""
+        """Let run() return this status. The first status counts."""
         if self.status is None:
             self.status = status
 
     def post(self, function: Callable[[Seconds], None]) -> None:
-        """Let the loop call function(now). Any thread or signal handler may post."""
+        """Call function(now) in the loop. Any thread or signal handler may post."""
         self.posted.append(function)
         with contextlib.suppress(OSError):  # full: the loop wakes anyway; or closed
             os.write(self.wake_out, b"!")
@@ -7464,20 +7464,20 @@ class EventLoop:
         """Call function(now) in a round of the loop, at most once in `interval` seconds."""
         due = -math.inf
 
-        def look() -> None:
+        def call_if_due() -> None:
             nonlocal due
             now = time.monotonic()
             if now >= due:
                 due = now + interval
                 function(now)
-        self.each_round.append(look)
+        self.each_round.append(call_if_due)
 
     def on_signals(self, handler: Callable[[int, Seconds], None], control: int = -1) -> None:
         """Call handler(128 + number, now) in the loop for each of signals_to_handle().
 
-        A supervisor passes its signals on by the pipe `control`. Ctrl-C in a terminal reaches
-        both processes, and must count once. So the supervisor's signals are counted, and one
-        that this process gets itself counts as the first of them.
+        A supervisor sends its signals on by the pipe `control`. Ctrl-C in a terminal reaches
+        both processes, and must count once. So the supervisor's signals are counted, and our
+        own signal counts as the first of them.
         """
         handled = 0
         passed_on = itertools.count(1)
@@ -7500,8 +7500,8 @@ class EventLoop:
             self.add_reader(control, read_control)
 
     def catch_signals(self, caught: Callable[[int], None]) -> None:
-        """Call caught(number) on each of signals_to_handle(). No signal stays blocked, and those
-        ignored get an empty handler: commands must inherit neither."""
+        """Call caught(number) on each of signals_to_handle(). Commands must inherit no blocked
+        or ignored signal: all are unblocked, and those ignored get an empty handler."""
         handled = signals_to_handle()
         for number in signal.valid_signals() - IGNORED_SIGNALS:
             if number in handled:
@@ -7513,7 +7513,7 @@ class EventLoop:
         signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
 
     def run(self) -> int:
-        """Run until a machine exits; return its status."""
+        """Return the status of the first exit(). Until then, move messages and call machines."""
         while True:
             self.flush()
             for function in self.each_round:
@@ -7523,7 +7523,7 @@ class EventLoop:
             self.wait()
 
     def clock(self) -> Seconds:
-        """Return the time. If the process was stopped meanwhile, tell the machines first."""
+        """Return the time. If the process was stopped meanwhile, call paused() first."""
         now = time.monotonic()
         if now > self.expected + MIN_PAUSE:
             for adapter in self.adapters:
@@ -7532,13 +7532,13 @@ class EventLoop:
         return now
 
     def wait(self) -> None:
-        """Do one round: wait until something is due, and hand it to the machines. A deadline
-        counts if it passed before poll() returned: what came before it has been read then."""
+        """Wait until something is due, and hand it to the machines. A deadline counts if it
+        passed before poll() returned: messages that came before it are read first."""
         before, now = self.expected, self.clock()
         deadlines = [adapter.machine.deadline() for adapter in self.adapters]
         due = min([*deadlines, *(link.retry_at for link in self.links)])
         if now > before + MIN_PAUSE or any(link.unread for link in self.links):
-            due = now  # a machine may react to the pause, or a link has more to read
+            due = now  # machines may react to the pause; or a link has more to read
         self.expected = min(max(due, now), now + MAX_POLL_TIME)
         ready = dict(self.poller.poll(math.ceil((self.expected - now) * 1000)))
         polled = self.clock()
@@ -7557,11 +7557,11 @@ class EventLoop:
                 adapter.machine.tick(polled)
 
     def flush(self) -> None:
-        """Send and do all that the machines want, until they want nothing more."""
+        """Send the machines' messages and carry out their effects, until there are no more."""
         busy = True
         while busy:
             busy = False
-            self.clock()  # a machine that learns of a pause may want other things
+            self.clock()  # machines that learn of a pause may have other messages
             for adapter in self.adapters:
                 messages, effects = adapter.machine.take()
                 busy = busy or bool(messages or effects)
@@ -7584,21 +7584,30 @@ class EventLoop:
 # === Links ============================================================================
 #
 # A link carries a machine's messages: through a ROUTER, a DEALER, or calls to a machine in
-# the same process. Link says what the loop asks of each. A link never blocks: a slow peer
-# gets a bounded backlog, and is then cut off.
+# the same process. It calls the machine's receive(), and for its connections connected(),
+# disconnected(), refused() and identified(). A link never blocks: a slow peer gets a bounded
+# backlog, then its connection is closed.
 
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h; pyzmq's own are enums, which are slow to combine
-# bounds of memory: what waits for a peer that does not read, or comes from one that floods
-HWM = 50  # messages in libzmq, per peer and direction: mostly of a few KiB, at most of MAX_FRAME
-MAX_BACKLOG = 500  # messages for a slow peer, beyond those in libzmq
-MAX_BACKLOG_BYTES = 34 * 1024 * 1024  # in them: more than CREDIT, which bounds our own clients
-# bounds of time
 MAX_READ_TIME: Seconds = 0.1  # for a socket's messages; then timers and other links have a turn
 SEND_RETRY: Seconds = 0.02  # between attempts to send to a peer whose queue is full
 REFUSED_RETRY: Seconds = 1.0  # between connections to a broker that refused our key
 PROBE_TIMEOUT: Seconds = 1.0  # for a greeting: a broker sends it at once
-# bound of open files
 SPARE_FILES = 8  # with fewer left, the broker says that no more peers can connect
+
+# --- memory limits of slow and flooding peers
+HWM = 50  # messages in libzmq, per peer and direction: most of a few KiB, none over MAX_FRAME
+MAX_BACKLOG = 500  # messages for a slow peer, beyond those in libzmq
+MAX_BACKLOG_BYTES = 34 * 1024 * 1024  # of those: more than CREDIT, which limits our own clients
+
+# --- memory limits of unfinished messages
+MEMORY_LIMIT = 128 * 1024 * 1024  # bytes of this process; below it no connection is closed
+MEMORY_PER_PEER = 64 * 1024  # more for each peer: with 2,000 idle ones a broker has 122 MB
+MAX_HANDSHAKE = 64 * 1024  # bytes from a connection that has not sent a whole message yet
+MAX_UNFINISHED = 16 * 1024 * 1024  # bytes of a message: ours are at most MAX_FRAME
+MEMORY_INTERVAL: Seconds = 0.2  # between checks of our memory
+TRIM_INTERVAL: Seconds = 5.0  # between malloc_trim() calls: each takes time
+TCP_INFO_SIZE, BYTES_RECEIVED_AT = 136, 128  # in struct tcp_info, up to tcpi_bytes_received
 
 
 def frames_of(outgoing: Outgoing) -> List[Any]:
@@ -7609,8 +7618,8 @@ def frames_of(outgoing: Outgoing) -> List[Any]:
 
 
 def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
-    """Return token, body and data of a message's frames; None if there are too many. The data
-    stays a frame object, which a broker passes on without a copy."""
+    """Return the token, body and data in these frames; None if there are too many. The data
+    stays a frame object: a broker passes it on without a copy."""
     first, *rest = frames
     if len(first):
         return ("", first.bytes, rest[0] if rest else b"") if len(rest) < 2 else None
@@ -7622,34 +7631,14 @@ def parse_frames(frames: List[Any]) -> Optional[Tuple[Run, bytes, Any]]:
 
 
 class Link:
-    """A machine's way to its peers, in its adapter's `links`.
-
-    A link hands what it reads to its machine's receive(), and tells it of connections by
-    connected(), disconnected(), refused() and identified(). A link that poll() must watch is
-    also in loop.links, and its descriptors are in loop.poller.
-    """
-
-    retry_at: Seconds = math.inf  # when the loop must call retry()
-    unread = False  # read_messages() stopped before the last message: call it again
+    """A machine's way to its peers."""
 
     def send(self, outgoing: Outgoing) -> None:
-        """Send a message, or keep it for retry(). Must not block."""
+        """Send a message, or keep it until the peer can take it. Must not block."""
         raise NotImplementedError
 
     def reconnect(self) -> None:
-        """Replace the connection by a new one: it may be dead without knowing it."""
-
-    def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
-        """Note which connections were opened or closed. `ready` is what poll() found readable."""
-
-    def read_messages(self, ready: Dict[Any, int]) -> None:
-        """Hand over the messages that came. The loop has called read_events() before."""
-
-    def retry(self, now: Seconds) -> None:
-        """Send what was kept."""
-
-    def close(self, linger: int) -> None:
-        """Close it, after up to `linger` ms for what is not sent yet."""
+        """Open a new connection: the old one may be dead without a sign."""
 
 
 class LocalLink(Link):
@@ -7666,9 +7655,11 @@ class LocalLink(Link):
 
 
 class SocketLink(Link):
-    """What ROUTER and DEALER links share: options, monitor, backlogs of slow peers."""
+    """Base of ROUTER and DEALER links: options, monitor, backlogs of slow peers."""
 
-    up = True  # whether messages can be sent; a DEALER needs its connection for that
+    up = True  # can messages be sent? A DEALER needs a connection
+    retry_at: Seconds = math.inf  # when the loop must call retry()
+    unread = False  # read_messages() left messages for the next round
 
     def __init__(self, loop: EventLoop, adapter: Adapter, name: str, address: str) -> None:
         self.loop = loop
@@ -7682,7 +7673,7 @@ class SocketLink(Link):
         loop.links.append(self)
 
     def open(self, kind: int, events: int) -> None:
-        """Make the socket, and its monitor for failures and for these other events."""
+        """Make the socket, and its monitor for failures and these other events."""
         ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
         sock.linger = 0
@@ -7699,6 +7690,7 @@ class SocketLink(Link):
         self.loop.poller.register(self.monitor, zmq.POLLIN)
 
     def close(self, linger: int) -> None:
+        """Close the socket. libzmq has `linger` ms more to send its messages."""
         if self.socket is not None:
             self.loop.poller.unregister(self.socket)
             self.loop.poller.unregister(self.monitor)
@@ -7708,6 +7700,7 @@ class SocketLink(Link):
             self.socket = None
 
     def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
+        """Read the monitor's events. `ready` has the sockets that poll() found readable."""
         while self.monitor in ready:
             try:
                 parts = self.monitor.recv_multipart(NOBLOCK)
@@ -7717,7 +7710,7 @@ class SocketLink(Link):
             self.on_event(event, value, now)
 
     def on_event(self, event: int, value: int, now: Seconds) -> None:
-        """Take note of an event of the monitor. The value is mostly a descriptor."""
+        """Handle an event of the monitor. Its value is mostly a descriptor."""
         raise NotImplementedError
 
     def send(self, outgoing: Outgoing) -> None:
@@ -7726,13 +7719,15 @@ class SocketLink(Link):
             backlog.append(outgoing)
             size = sum(len(one.body) + len(one.data) for one in backlog)
             if len(backlog) > MAX_BACKLOG or size > MAX_BACKLOG_BYTES:
-                self.cut_off_slow(outgoing.peer)
+                logging.info("a peer on %s does not read: connection closed", self.name)
+                self.disconnect(outgoing.peer)
+                self.forget(outgoing.peer, time.monotonic())
         elif not self.send_now(outgoing):
             self.backlogs[outgoing.peer] = deque([outgoing])
             self.retry_at = time.monotonic() + SEND_RETRY
 
     def send_now(self, outgoing: Outgoing) -> bool:
-        """Send, or drop what can never be sent. False: the peer's queue in libzmq is full."""
+        """Return False if the peer's queue in libzmq is full. Drop messages to lost peers."""
         try:
             if outgoing.peer:  # at a ROUTER
                 self.socket.send(outgoing.peer, SNDMORE_NOBLOCK)
@@ -7741,7 +7736,7 @@ class SocketLink(Link):
                 self.socket.send(frame, SNDMORE_NOBLOCK)
             self.socket.send(last, NOBLOCK)
         except zmq.Again:
-            return not self.up  # without a connection: the machine will join again anyway
+            return not self.up  # without a connection: drop it, as the machine will join again
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
@@ -7757,17 +7752,11 @@ class SocketLink(Link):
                 self.backlogs.pop(peer, None)
         self.retry_at = now + SEND_RETRY if self.backlogs else math.inf
 
-    def cut_off_slow(self, peer: Peer) -> None:
-        """Give up a peer that does not read what we send. If it wakes up it will join again."""
-        logging.info("a peer of the link to %s does not read what we send: forgotten", self.name)
-        self.cut_off(peer)
-        self.forget(peer, time.monotonic())
-
-    def cut_off(self, peer: Peer) -> None:
-        """End a peer's connection."""
+    def disconnect(self, peer: Peer) -> None:
+        """Close a peer's connection."""
 
     def forget(self, peer: Peer, now: Seconds) -> None:
-        """Forget a lost peer, and its backlog: on a new connection it must join first."""
+        """Forget a lost peer and its backlog: on a new connection it must join first."""
         self.backlogs.pop(peer, None)
         self.adapter.machine.disconnected(self.name, peer, now)
 
@@ -7781,7 +7770,7 @@ class SocketLink(Link):
             going_on = self.unread and now <= until
 
     def read_message(self, now: Seconds) -> bool:
-        """Read a message and hand it over; False if there is none."""
+        """Return False if no message waits. Otherwise read one, and hand it over."""
         raise NotImplementedError
 
     def hand_over(self, peer: Peer, frames: List[Any], now: Seconds) -> None:
@@ -7792,12 +7781,9 @@ class SocketLink(Link):
             self.adapter.machine.receive(self.name, peer, *parsed, now)
 
     def rest_of_message(self, frame: Any) -> List[Any]:
-        """Read the frames after this one, and return all; those beyond MAX_FRAMES are dropped.
-
-        Frame objects know if there are more: to ask the socket for RCVMORE takes longer.
-        """
+        """Return a message's frames from this one on. Those beyond MAX_FRAMES are dropped."""
         frames = [frame]
-        while frame.more:
+        while frame.more:  # faster than to ask the socket for RCVMORE
             frame = self.socket.recv(0, copy=False)
             if len(frames) < MAX_FRAMES:
                 frames.append(frame)
@@ -7808,8 +7794,8 @@ class RouterLink(SocketLink):
     """A broker's link to its clients, or to its workers.
 
     A lost peer is detected in two ways: sending to it fails, or the monitor reports that its
-    descriptor was closed. The monitor reports in order: an opening before the first message,
-    a closing mostly after the last. So events are read before messages, and handled after.
+    descriptor was closed. A connection's opening is reported before its first message, its
+    closing mostly after its last. So events are read before messages, and handled after.
 
     A plain peer may choose its routing id, and use it again before we know that its last
     connection is gone. The new connection takes over.
@@ -7820,18 +7806,18 @@ class RouterLink(SocketLink):
         super().__init__(loop, adapter, name, address)
         self.authenticator = authenticator
         self.keyed = authenticator is not None and authenticator.keys is not None
-        self.key_of: Dict[Peer, str] = {}  # public keys, if there is an authenticator with keys
+        self.count_anew: Callable[[int], object] = lambda descriptor: None  # the MemoryGuard's
+        self.key_of: Dict[Peer, str] = {}  # public keys; "" if not self.keyed
         self.descriptor_of: Dict[Peer, int] = {}
         self.peer_at: Dict[int, Peer] = {}  # by descriptor
         self.pending: Dict[int, str] = {}  # connections without a message yet: descriptor, address
-        self.received: Dict[int, int] = {}  # the MemoryGuard's: bytes, by descriptor
         self.monitored: List[Tuple[int, int]] = []  # events that are read but not handled
         self.failure = (0, 0)  # (event, detail) of a failed handshake; its closing comes next
         self.file_limit = raise_file_limit()  # each peer needs an open file
-        self.bound = False
+        self.socket_file = ""  # of an ipc:// address
         self.open(zmq.ROUTER, zmq.EVENT_ACCEPTED)
         self.socket.router_mandatory = 1  # or messages to a lost peer vanish without an error
-        if not self.keyed:  # with keys no peer takes over the id of another
+        if not self.keyed:  # with keys no peer may take over the id of another
             self.socket.router_handover = 1  # or the second peer with an id gets no answer
         self.socket.backlog = 4096
         if authenticator is not None:
@@ -7840,15 +7826,15 @@ class RouterLink(SocketLink):
 
     def bind(self) -> None:
         """Listen. Raises SetupError."""
-        place = resolve(self.address)
-        path = place[len("ipc://"):] if place.startswith("ipc://") else ""
-        # libzmq would remove whatever has this path
+        endpoint = resolve(self.address)
+        path = endpoint[len("ipc://"):] if endpoint.startswith("ipc://") else ""
+        # libzmq would remove any file with this path
         if os.path.exists(path) and not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise SetupError(f"cannot listen on {place}: there is something that is no socket")
+            raise SetupError(f"cannot listen on {endpoint}: this file is no socket; name another")
         try:
-            if path and security_mechanism(place) is not None:
+            if path and security_mechanism(endpoint) is not None:
                 raise zmq.ZMQError(errno.EADDRINUSE)
-            self.socket.bind(place)
+            self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             if error.errno == errno.EADDRINUSE:
                 raise SetupError(f"Address already in use: is another broker running on "
@@ -7856,19 +7842,18 @@ class RouterLink(SocketLink):
             what = "a directory that exists" if path else "an address of this machine"
             raise SetupError(f"cannot listen on {self.address} ({os.strerror(error.errno or 0)}): "
                              f"is that {what}, and may you use it?") from None
-        self.bound = True
         self.address = self.socket.last_endpoint.rstrip(b"\0").decode()
+        self.socket_file = self.address[len("ipc://"):] if path else ""
 
     def close(self, linger: int) -> None:
         super().close(linger)
-        if self.bound and self.address.startswith("ipc://"):  # libzmq leaves it there
-            with contextlib.suppress(OSError):
-                os.unlink(self.address[len("ipc://"):])
+        with contextlib.suppress(OSError):  # libzmq does not remove it
+            os.unlink(self.socket_file)
 
     def on_event(self, event: int, value: int, now: Seconds) -> None:
         self.monitored.append((event, value))
         if event == zmq.EVENT_ACCEPTED and value >= self.file_limit - SPARE_FILES:
-            limit, self.file_limit = self.file_limit, sys.maxsize  # one warning is enough
+            limit, self.file_limit = self.file_limit, sys.maxsize  # warn once
             print_notice(f"no more peers can connect: this process may have only {limit} open "
                          f"files; start the broker with a higher limit (ulimit -n, or LimitNOFILE= "
                          f"of systemd)")
@@ -7881,25 +7866,24 @@ class RouterLink(SocketLink):
             return False
         frame = self.socket.recv(0, copy=False)
         key = frame.get("User-Id") if self.keyed else ""
-        # an id from libzmq is unique, one that the peer chose may belong to a new connection
+        # ids from libzmq are unique, but an id that the peer chose may have a new connection
         if peer not in self.descriptor_of or peer[:1] != b"\0" or self.key_of[peer] != key:
             self.register(peer, key, frame, now)
-        if self.received:
-            self.received.pop(self.descriptor_of.get(peer, -1), None)
+        self.count_anew(self.descriptor_of.get(peer, -1))
         frames = self.rest_of_message(frame)
         if not self.keyed or self.check_key(peer):
             self.hand_over(peer, frames, now)
         return True
 
     def register(self, peer: Peer, key: str, frame: Any, now: Seconds) -> None:
-        """Note the descriptor and key of a peer's connection, if it is new."""
+        """Record the descriptor and key of a peer's connection, if it is new."""
         try:
             descriptor = frame.get(zmq.SRCFD)
         except zmq.ZMQError:
             return
         if self.descriptor_of.get(peer) == descriptor and self.key_of[peer] == key:
             return
-        # the last connection of this peer, and the last one with this descriptor, are gone
+        # this peer's last connection is gone, and the last one with this descriptor
         for old in (peer, self.peer_at.get(descriptor, peer)):
             if old in self.descriptor_of:
                 self.forget(old, now)
@@ -7919,16 +7903,16 @@ class RouterLink(SocketLink):
     def forget(self, peer: Peer, now: Seconds) -> None:
         descriptor = self.descriptor_of.pop(peer, -1)
         self.peer_at.pop(descriptor, None)
-        self.received.pop(descriptor, None)
         self.key_of.pop(peer, None)
         super().forget(peer, now)
 
     def handle_events(self, now: Seconds) -> None:
-        """All messages are read: forget the peers whose connections were closed."""
+        """Handle the events, when all messages are read."""
         events, self.monitored = self.monitored, []
         for event, value in events:
             if event == zmq.EVENT_ACCEPTED:
                 self.pending[value] = peer_address(value)
+                self.count_anew(value)
             elif event != zmq.EVENT_DISCONNECTED:
                 self.failure = event, value
             elif value in self.peer_at:
@@ -7938,23 +7922,23 @@ class RouterLink(SocketLink):
                 self.failure = (0, 0)
 
     def check_key(self, peer: Peer) -> bool:
-        """Return whether a peer's key is (still) accepted. If not, cut it off. Its routing id must
-        be libzmq's: 5 bytes, first 0. An id of its own choice could be that of a lost peer."""
+        """Return whether a peer's key is (still) accepted. If not, disconnect the peer. Its
+        routing id must be libzmq's (5 bytes, first 0): another may be that of a lost peer."""
         assert self.authenticator is not None
         if len(peer) == 5 and peer[:1] == b"\0" \
                 and self.authenticator.allows(ROLE_OF[self.name], self.key_of.get(peer, "")):
             return True
-        self.cut_off(peer)
+        self.disconnect(peer)
         return False
 
-    def cut_off_revoked(self, now: Seconds) -> None:
-        """Cut off all peers whose keys are not accepted any more, and tell the machine."""
+    def disconnect_revoked(self, now: Seconds) -> None:
+        """Disconnect the peers whose keys are not accepted any more, and tell the machine."""
         for peer in list(self.key_of):
             if not self.check_key(peer):
                 self.adapter.machine.revoked(self.name, peer, now)
 
-    def cut_off(self, peer: Peer) -> None:
-        """End a peer's connection. libzmq cannot, but it notices that its socket is shut down."""
+    def disconnect(self, peer: Peer) -> None:
+        """Close a peer's connection. libzmq cannot, but it notices the shutdown of its socket."""
         with contextlib.suppress(OSError, KeyError), \
                 borrowed_socket(self.descriptor_of[peer]) as connection:
             connection.shutdown(socket.SHUT_RDWR)
@@ -7962,7 +7946,7 @@ class RouterLink(SocketLink):
 
 @contextlib.contextmanager
 def borrowed_socket(descriptor: int) -> Iterator[socket.socket]:
-    """Yield a socket for libzmq's descriptor. Its methods raise OSError if that is closed."""
+    """Yield a socket object for libzmq's descriptor. It raises OSError if that is closed."""
     connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
     try:
         yield connection
@@ -7973,9 +7957,64 @@ def borrowed_socket(descriptor: int) -> Iterator[socket.socket]:
 def peer_address(descriptor: int) -> str:
     """Return the host at the other end of a connection, to show; "" if it is closed."""
     with contextlib.suppress(OSError), borrowed_socket(descriptor) as connection:
-        place = connection.getpeername()
-        return printable(str(place[0])) if place else "this machine"
+        address = connection.getpeername()
+        return printable(str(address[0])) if address else "this machine"
     return ""
+
+
+class MemoryGuard:
+    """Closes connections with an endless message, while memory is short.
+
+    libzmq keeps all frames of a message until the last one. Only Linux tells how many bytes
+    came on a connection.
+    """
+
+    def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
+        self.refusals = loop.refusals
+        self.links = links
+        self.short = False  # memory is short
+        self.received: Dict[int, int] = {}  # by descriptor: bytes at the last message, or later
+        for link in links:
+            link.count_anew = lambda descriptor: self.received.pop(descriptor, 0)
+        loop.every(MEMORY_INTERVAL, self.check_memory)
+        loop.every(TRIM_INTERVAL, self.trim)
+
+    def check_memory(self, now: Seconds) -> None:
+        """Close endless connections if this process uses too much memory."""
+        pages = read_text("/proc/self/statm").split()
+        used = int(pages[1]) * resource.getpagesize() if pages else 0
+        peers = sum(len(link.peer_at) for link in self.links)
+        self.short = used >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
+        if not self.short:
+            self.received.clear()
+            return
+        for link in self.links:
+            for descriptor in (*link.pending, *link.peer_at):
+                self.check_connection(descriptor, descriptor in link.pending, now)
+
+    def check_connection(self, descriptor: int, pending: bool, now: Seconds) -> None:
+        """Close a connection on which too much came since its last message."""
+        seen = descriptor in self.received  # it was there in the last check, too
+        with contextlib.suppress(OSError), borrowed_socket(descriptor) as connection:
+            size = bytes_received(connection)
+            before = self.received.setdefault(descriptor, 0 if pending else size)
+            if size - before > (MAX_HANDSHAKE if pending and seen else MAX_UNFINISHED):
+                host = printable(connection.getpeername()[0])
+                self.refusals.add(now, f"closed {host}: its message does not end")
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def trim(self, now: Seconds) -> None:
+        """Return free memory to the system: glibc keeps the memory of freed messages."""
+        if self.short:
+            call_libc("malloc_trim", 0)
+
+
+def bytes_received(connection: socket.socket) -> int:
+    """Return the bytes received on a connection (see linux/tcp.h), 0 on old systems. Raises
+    OSError if the connection is closed, or is not TCP."""
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_SIZE)
+    new = len(info) == TCP_INFO_SIZE
+    return int(struct.unpack_from("=Q", info, BYTES_RECEIVED_AT)[0]) if new else 0
 
 
 class DealerLink(SocketLink):
@@ -8055,8 +8094,8 @@ class DealerLink(SocketLink):
                 self.handshake_failed(event, value, now)
 
     def handshake_failed(self, event: int, detail: int, now: Seconds) -> None:
-        """Find out why, and connect again later. Only a refused key shows in the event. Any
-        other failure may look like the end of a broker, so a thread looks at what listens."""
+        """Find the reason, and connect again later. The event tells only of a refused key. Other
+        failures may look like the end of a broker: a thread probes what listens there."""
         if not self.refused:
             self.refused, self.retry_at = True, now + REFUSED_RETRY
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -8071,8 +8110,8 @@ class DealerLink(SocketLink):
         self.loop.post(lambda now: self.tell_refusal(found, now))
 
     def tell_refusal(self, found: Optional[str], now: Seconds) -> None:
-        """Tell the machine why it has no connection. `found` is the status with which our key was
-        refused, or what security_mechanism() returned."""
+        """Tell the machine why it has no connection. `found` is the ZAP status for our key, or
+        the answer of security_mechanism()."""
         what = {"400": "does not accept our key: it has been revoked, or was not made with the "
                        "broker's own file (a new one: testcloud.py keygen --role ...)",
                 "500": f"does not accept our key: that is not the port for {self.role}s",
@@ -8088,8 +8127,8 @@ class DealerLink(SocketLink):
 
 
 def security_mechanism(address: str) -> Optional[str]:
-    """Return NULL or CURVE, as what listens there says in its greeting (rfc.zeromq.org/spec/37);
-    "" if that is no ZeroMQ, or silent; None if nothing listens."""
+    """Return NULL or CURVE, from the greeting of a ZeroMQ socket (rfc.zeromq.org/spec/37); "" if
+    something else listens there, or says nothing; None if nothing listens."""
     try:
         if address.startswith("ipc://"):
             probe = socket.socket(socket.AF_UNIX)
@@ -8159,7 +8198,7 @@ class Keys(NamedTuple):
 
 
 def keys_from_json(text: str) -> Keys:
-    """Read the content of a key file. Raises ValueError, whose text shows nothing secret."""
+    """Return the keys in a file's text. Raises ValueError, whose text shows nothing secret."""
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
         fields = json.loads(text)
         broker = fields["broker"]
@@ -8178,7 +8217,7 @@ def keys_from_json(text: str) -> Keys:
 
 
 def new_pair() -> KeyPair:
-    """Make a key pair. Raises SetupError."""
+    """Return a new key pair. Raises SetupError."""
     require_zmq()
     if not zmq.has("curve"):
         raise SetupError("this pyzmq has no encryption (CURVE): install its wheel from PyPI, or "
@@ -8206,12 +8245,11 @@ def beside_script(name: str, real: bool = False) -> str:
 
 
 def read_keys(path: str) -> Keys:
-    """Read a key file that only this user can read. Raises SetupError."""
+    """Return the keys in a file that only this user can read. Raises SetupError."""
     shown = printable(path, 1000)
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            facts = os.fstat(file)
+        with open(path, "rb", opener=lambda at, flags: os.open(at, flags | os.O_NONBLOCK)) as file:
+            facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise SetupError(f"cannot use the key {shown}: it is no file")
             if facts.st_uid != os.geteuid():
@@ -8220,9 +8258,7 @@ def read_keys(path: str) -> Keys:
             if facts.st_mode & 0o077:
                 raise SetupError(f"refusing the key {shown}: other users may read or write it; if "
                                  f"none has, protect it with: chmod 600 {shlex.quote(shown)}")
-            return keys_from_json(to_text(os.read(file, MAX_KEY_FILE)))
-        finally:
-            os.close(file)
+            return keys_from_json(to_text(file.read(MAX_KEY_FILE)))
     except OSError as error:
         raise SetupError(f"cannot read the key {shown}: {error.strerror}; see --key, and "
                          f"testcloud.py keygen") from None
@@ -8248,24 +8284,21 @@ def write_keys(path: str, keys: Keys) -> None:
 
 @contextlib.contextmanager
 def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
-    """Lock a cloud's key file, and yield the function that replaces its content. Read the file
-    after this, so that of two changes at once both are made. Raises SetupError."""
+    """Yield the function that replaces a cloud's key file, which is locked until then. Read the
+    file after this: otherwise one of two changes at once may be lost. Raises SetupError."""
     path = os.path.realpath(path)
 
     def replace(keys: Keys) -> None:
         new = f"{path}.{os.urandom(4).hex()}"
         try:
             write_keys(new, keys)
-            os.replace(new, path)
-        except OSError as error:
-            raise SetupError(f"cannot write {printable(path)}: {error.strerror}") from None
+            with file_errors("write", path):
+                os.replace(new, path)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(new)
-    try:
-        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SetupError(f"cannot change {printable(path)}: {error.strerror}") from None
+    with file_errors("change", path):
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         yield replace
@@ -8275,38 +8308,31 @@ def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
 
 # === Authentication and revoked keys ==================================================
 #
-# A broker with a key accepts only connections that prove a key in its key file, each at the
-# port for the role of that key. What happens when a key is revoked (keygen --revoke):
+# A broker with a key accepts only known keys, each on the port of its role. A revoked key
+# (keygen --revoke) takes these steps:
 #
 #   1. Authenticator.reload_keys() reads the changed file, within KEY_FILE_INTERVAL.
-#   2. RouterLink.cut_off_revoked() closes the connections with that key.
-#   3. Membership.revoked() stops the commands of such a client, and gives those of such a
-#      worker to other workers.
+#   2. RouterLink.disconnect_revoked() closes the connections with that key.
+#   3. Membership.revoked() cancels the commands of that client; the commands of that worker
+#      are lost and start again elsewhere.
 #   4. Authenticator.answer() refuses new connections with that key; RefusalLog logs them.
-#   5. At the other end DealerLink tells its user why, and tries again, also with a new key.
+#   5. DealerLink.tell_refusal(), at the other end, gives the reason to client or worker.
+#      DealerLink.retry() connects again, also with a new key.
 #
-# Connections without a key are bounded here as well: in the log, and in memory.
+# RefusalLog keeps refused connections from filling the log.
 
-KEY_FILE_INTERVAL: Seconds = 1.0  # between looks whether the key file has changed
+KEY_FILE_INTERVAL: Seconds = 1.0  # between checks of the key file
 ZAP_OK, ZAP_UNKNOWN_KEY, ZAP_OTHER_ROLE = b"200", b"400", b"500"  # our answers to libzmq
-# bounds of the log: strangers must not fill it
-MAX_REFUSALS = 10  # different lines in REFUSAL_INTERVAL
+MAX_REFUSALS = 10  # lines in the log per REFUSAL_INTERVAL
 REFUSAL_INTERVAL: Seconds = 10.0  # a reason that did not occur for so long is logged again
 REFUSAL_DELAY: Seconds = 1.2  # a vague reason waits for a better one: longer than REFUSED_RETRY
-# bounds of memory that unfinished messages take: libzmq has it, so only the sum is known
-MEMORY_LIMIT = 128 * 1024 * 1024  # bytes of this process; below that nothing is cut off
-MEMORY_PER_PEER = 64 * 1024  # more for each peer: with 2,000 idle ones a broker has 122 MB
-MAX_HANDSHAKE = 64 * 1024  # bytes from a connection that has not sent a whole message yet
-MAX_UNFINISHED = 16 * 1024 * 1024  # bytes since the last message: ours are at most of MAX_FRAME
-MEMORY_INTERVAL: Seconds = 0.2  # between looks at our memory
-TRIM_INTERVAL: Seconds = 5.0  # between returns of memory to the system: they take time
 
 
 class Authenticator:
     """Tells libzmq which connections to accept (ZAP, rfc.zeromq.org/spec/27).
 
-    Without keys it accepts all. It is needed even then: without ZAP libzmq takes any bytes for
-    messages of its oldest protocol, and a web page can make a browser send those.
+    Without keys it accepts all. It is needed then, too: without ZAP libzmq accepts a browser's
+    bytes as messages.
     """
 
     def __init__(self, loop: EventLoop, path: str) -> None:
@@ -8314,7 +8340,7 @@ class Authenticator:
         self.loop = loop
         self.path = path
         self.links: List[RouterLink] = []
-        self.state = self.state_of_file()  # before we read it: it may change meanwhile
+        self.version = self.file_version()  # taken before reading: a later change is seen
         self.keys: Optional[Keys] = None
         self.allowed: Set[Tuple[str, str]] = set()  # (role, public key)
         if path:
@@ -8330,6 +8356,7 @@ class Authenticator:
         self.socket.close()
 
     def use(self, keys: Keys) -> None:
+        """Replace the accepted keys."""
         self.keys = keys
         self.allowed = {(role, pair.public) for role, pair in keys.pairs.items()}
         self.allowed.update((holder.role, holder.public) for holder in keys.holders)
@@ -8338,7 +8365,7 @@ class Authenticator:
         """Let libzmq ask us about the connections of a link."""
         self.links.append(link)
         link.socket.zap_domain = ROLE_OF[link.name].encode()
-        link.socket.zap_enforce_domain = 1  # without an answer accept nobody, not everybody
+        link.socket.zap_enforce_domain = 1  # no answer means: refuse
         if self.keys is not None:
             link.socket.curve_server = 1
             link.socket.curve_secretkey = self.keys.secret.encode()
@@ -8348,24 +8375,27 @@ class Authenticator:
         return self.keys is None or (role, key) in self.allowed
 
     def answer(self, now: Seconds) -> None:
-        """Answer libzmq's requests: each is a connection in its handshake."""
+        """Answer the ZAP requests that wait, one per handshake."""
         from zmq.utils import z85
         while True:
             try:
-                request = self.socket.recv_multipart(NOBLOCK)
+                _, request_id, domain, address, _, mechanism, *credentials = (
+                    self.socket.recv_multipart(NOBLOCK))
             except zmq.Again:
                 return
-            number, role, place = request[1], request[2].decode(), printable(request[3])
-            key = z85.encode(request[6]).decode() if request[5] == b"CURVE" else ""
+            role = domain.decode()  # see protect()
+            key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
             status = ZAP_OK
             if not self.allows(role, key):
                 status, why = ZAP_UNKNOWN_KEY, "revoked, or unknown"
                 if any(self.allows(other, key) for other in ROLE_OF.values()):
                     status, why = ZAP_OTHER_ROLE, "for another role"
-                self.loop.refusals.add(now, f"refused a {role} at {place}: its key is {why}")
-            self.socket.send_multipart([b"1.0", number, status, b"", key.encode(), b""])
+                self.loop.refusals.add(
+                    now, f"refused a {role} at {printable(address)}: its key is {why}")
+            self.socket.send_multipart([b"1.0", request_id, status, b"", key.encode(), b""])
 
-    def state_of_file(self) -> Tuple[int, ...]:
+    def file_version(self) -> Tuple[int, ...]:
+        """Return what identifies a version of the key file; () if there is no file."""
         try:
             facts = os.stat(self.path)
         except OSError:
@@ -8373,35 +8403,36 @@ class Authenticator:
         return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
 
     def reload_keys(self, now: Seconds) -> None:
-        """If the key file has changed, read it again, and cut off peers with revoked keys."""
-        state = self.state_of_file()
-        if self.keys is None or state in (self.state, ()):
+        """If the key file has changed, read it again, and disconnect peers with revoked keys."""
+        version = self.file_version()
+        if self.keys is None or version in (self.version, ()):
             return
-        self.state = state
+        self.version = version
         try:
             keys = read_keys(self.path)
         except SetupError as error:
-            logging.warning("%s (the keys that were in it are still valid)", error)
+            logging.warning("%s; the broker keeps the old keys. Repair the file.", error)
             return
         if keys.secret != self.keys.secret:
-            logging.warning("%s is another cloud's key: restart the broker to use it", self.path)
+            logging.warning("%s holds the key of another cloud. The old key stays; restart the "
+                            "broker to use the new one.", self.path)
             return
         self.use(keys)
         logging.info("read the keys again: of %d holders", len(keys.holders))
         for link in self.links:
-            link.cut_off_revoked(now)
+            link.disconnect_revoked(now)
 
 
 class RefusalLog:
-    """Logs refused connections: each reason once while it lasts, and not too many reasons."""
+    """Logs refused connections: each reason once, and MAX_REFUSALS per interval."""
 
     def __init__(self) -> None:
-        self.seen: Dict[str, Seconds] = {}  # by reason: the time of its last case
-        self.delayed: Dict[str, Tuple[Seconds, str]] = {}  # by reason: when to log it, and `unless`
+        self.seen: Dict[str, Seconds] = {}  # by reason: when it last occurred
+        self.delayed: Dict[str, Tuple[Seconds, str]] = {}  # by reason: (time to log, `unless`)
         self.logged: Deque[Seconds] = deque([-math.inf] * MAX_REFUSALS, MAX_REFUSALS)
 
     def add(self, now: Seconds, reason: str, unless: str = "") -> None:
-        """Log a reason; with `unless` later, if no other reason with that text has come."""
+        """Log a reason; with `unless` after REFUSAL_DELAY, if no reason with that text came."""
         self.seen = {old: when for old, when in self.seen.items() if when + REFUSAL_INTERVAL > now}
         if reason not in self.seen:
             if unless:
@@ -8421,74 +8452,29 @@ class RefusalLog:
             if not any(unless in old for old in self.seen):
                 self.add(now, reason)
 
-    def closed(self, link: RouterLink, place: str, event: int, detail: int, now: Seconds) -> None:
-        """Log a connection from `place` that was closed before its first message. `event` and
-        `detail` are those of its failed handshake, 0 without."""
-        copy = f"(it needs a copy of our {KEY_FILE})"
+    def closed(self, link: RouterLink, address: str, event: int, detail: int,
+               now: Seconds) -> None:
+        """Log a connection from `address` ("" if unknown) that was closed before its first
+        message. `event` and `detail` are from the monitor; 0 if no handshake failed."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return  # the Authenticator has logged it
-        if not event:
-            why = "it sent nothing; is that no program of ours (browser, ssh, port scan)?"
-        elif not link.keyed:
-            why = ("it has a key and this broker has none (testcloud.py keygen), or it is no "
-                   "program of ours")
-        elif detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
-            why = f"it has the key of another cloud {copy}"
-        else:
-            why = f"it has no key {copy}, or is no program of ours"
-        route = f" to {link.address} failed: "
-        if place:
-            route = f" from {place}{route}"
-        vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or not place
-        self.add(now, f"connection{route}{why}", route if vague else "")
+        vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL or not address
+        route = f"{f' from {address}' if address else ''} to {link.address} failed: "
+        reason = f"connection{route}{failure(link.keyed, event, detail)}"
+        self.add(now, reason, unless=route if vague else "")  # unless that route has a better one
 
 
-class MemoryGuard:
-    """Cuts off connections that send a message without end, while memory is short. libzmq keeps
-    all frames of a message until the last one. Only Linux tells how much a connection sent."""
-
-    def __init__(self, loop: EventLoop, links: List[RouterLink]) -> None:
-        self.refusals = loop.refusals
-        self.links = links
-        self.short = False  # memory is short
-        loop.every(MEMORY_INTERVAL, self.look)
-        loop.every(TRIM_INTERVAL, self.trim)
-
-    def look(self, now: Seconds) -> None:
-        pages = read_text("/proc/self/statm").split()
-        used = int(pages[1]) * resource.getpagesize() if pages else 0
-        peers = sum(len(link.peer_at) for link in self.links)
-        self.short = used >= MEMORY_LIMIT + MEMORY_PER_PEER * peers
-        for link in self.links:
-            if self.short:
-                self.cut_off_endless(link, now)
-            else:
-                link.received.clear()
-
-    def trim(self, now: Seconds) -> None:
-        """Let glibc return free memory to the system: it keeps what large messages leave."""
-        if self.short:
-            call_libc("malloc_trim", 0)
-
-    def cut_off_endless(self, link: RouterLink, now: Seconds) -> None:
-        """Cut off the connections that have sent too much since their last message."""
-        for descriptor in (*link.pending, *link.peer_at):
-            pending, seen = descriptor in link.pending, descriptor in link.received
-            with contextlib.suppress(OSError), borrowed_socket(descriptor) as connection:
-                size = bytes_received(connection)
-                before = link.received.setdefault(descriptor, 0 if pending else size)
-                if size - before > (MAX_HANDSHAKE if pending and seen else MAX_UNFINISHED):
-                    del link.received[descriptor]
-                    host = printable(connection.getpeername()[0])
-                    self.refusals.add(now, f"cut off {host}: it sends but never ends its message")
-                    connection.shutdown(socket.SHUT_RDWR)
-
-
-def bytes_received(connection: socket.socket) -> int:
-    """Return how many bytes came on it: tcpi_bytes_received in struct tcp_info of linux/tcp.h.
-    Returns 0 on old systems. Raises OSError if it is closed, or not TCP."""
-    facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-    return int(struct.unpack_from("=Q", facts, 128)[0]) if len(facts) == 136 else 0
+def failure(keyed: bool, event: int, detail: int) -> str:
+    """Return why a connection to a broker, with or without a key, sent no message."""
+    if not event:
+        return "it sent nothing; it is probably not testcloud (browser, ssh, port scan)"
+    if not keyed:
+        return ("it uses a key, this broker has none: make one with testcloud.py keygen; or it is "
+                "not testcloud")
+    copy = f"(it needs a copy of our {KEY_FILE})"
+    if detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+        return f"it has the key of another cloud {copy}"
+    return f"it has no key {copy}, or is not testcloud"
 
 
 # === Options ==========================================================================
