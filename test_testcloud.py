@@ -6313,7 +6313,7 @@ class RetryPolicyTest(unittest.TestCase):
 
     def test_where_a_command_is_tried_next(self):
         elsewhere, again, others = {"not_on": "h"}, {"on": "h"}, {"never_on": ["h"]}
-        for most, tries, place in (
+        for most, tries, constraints in (
                 (3, [(0, "h")], None), (1, [(1, "h")], None), (0, [(1, "h")], None),
                 (3, [(1, "h")], elsewhere), (3, [(1, "h"), (1, "i")], again),
                 (3, [(1, "h"), (1, "i"), (1, "h")], None),
@@ -6327,8 +6327,8 @@ class RetryPolicyTest(unittest.TestCase):
                 (3, [(127, "h"), (1, "i")], {"not_on": "i"}),  # the first that could start it
                 (3, [(127, "h"), (1, "i"), (0, "h")], {"on": "i"}),
                 (3, [(127, "i"), (1, "h"), (1, "i"), (1, "h")], None)):
-            self.assertEqual(tc.RetryPolicy(most).next_constraints(self.command(*tries)), place,
-                             tries)
+            found = tc.RetryPolicy(most).next_constraints(self.command(*tries))
+            self.assertEqual(found, constraints, tries)
 
     def test_a_pass_is_not_rechecked_on_an_excluded_host(self):
         policy = tc.RetryPolicy(3)
@@ -6471,7 +6471,7 @@ class FetcherTest(unittest.TestCase):
         self.fetcher.add(self.window[id], {"size": size}, now)
         self.fetcher.check(self.window)
 
-    def take(self, id, offset, size=10, now=0.0):
+    def accept(self, id, offset, size=10, now=0.0):
         taken = self.fetcher.accept_chunk(self.window[id], offset, size, now)
         self.fetcher.check(self.window)
         return taken
@@ -6484,11 +6484,11 @@ class FetcherTest(unittest.TestCase):
         self.add(1)
         self.add(2)
         self.expect((1, 0, 10), (1, 10, 10))
-        self.assertFalse(self.take(2, 0) or self.take(1, 10) or self.take(3, 0))
-        self.assertTrue(self.take(1, 0))
+        self.assertFalse(self.accept(2, 0) or self.accept(1, 10) or self.accept(3, 0))
+        self.assertTrue(self.accept(1, 0))
         self.expect((1, 20, 5))
-        self.assertFalse(self.take(1, 0))  # twice
-        self.assertTrue(self.take(1, 10) and self.take(1, 20, 5))
+        self.assertFalse(self.accept(1, 0))  # twice
+        self.assertTrue(self.accept(1, 10) and self.accept(1, 20, 5))
         self.assertEqual(self.fetcher.stored, 25)
         self.expect()
         self.fetcher.remove(self.window[1], 0.0)
@@ -6497,7 +6497,7 @@ class FetcherTest(unittest.TestCase):
 
     def test_what_does_not_come_is_requested_again_from_where_it_is(self):
         self.add(1, now=1.0)
-        self.take(1, 0, now=2.0)
+        self.accept(1, 0, now=2.0)
         self.asked.clear()
         self.fetcher.tick([], 5.9)
         self.expect()
@@ -6508,10 +6508,10 @@ class FetcherTest(unittest.TestCase):
     def test_a_result_that_is_told_again_goes_on_and_another_one_begins_anew(self):
         self.add(1)
         self.add(1)
-        self.take(1, 0)
+        self.accept(1, 0)
         self.fetcher.restart()
         self.fetcher.check(self.window)
-        self.assertFalse(self.take(1, 10))  # nobody waits for it
+        self.assertFalse(self.accept(1, 10))  # nobody waits for it
         self.asked.clear()
         self.add(1)
         self.expect((1, 10, 10), (1, 20, 5))
@@ -6521,10 +6521,10 @@ class FetcherTest(unittest.TestCase):
 
     def test_another_output_takes_the_place_of_one_that_is_stored_in_part(self):
         self.add(1)
-        self.take(1, 0)
+        self.accept(1, 0)
         self.fetcher.restart()
         self.add(2)
-        self.take(2, 0)
+        self.accept(2, 0)
         self.fetcher.remove(self.window[2], 0.0)
         self.asked.clear()
         self.add(1)
@@ -7687,7 +7687,7 @@ class ClientTest(unittest.TestCase):
             self.assertIn(tc.Exit(130), b.effects)
 
     def test_why_no_worker_has_a_command(self):
-        for needs, place, cloud, cause in (
+        for needs, constraints, cloud, cause in (
                 ((), {}, {}, "no worker (yet); start one"),
                 ((), {}, {"workers": 2}, "no worker that takes new commands"),
                 ((), {}, {"workers": 2, "slots": 2}, "all 2 are busy"),
@@ -7701,7 +7701,7 @@ class ClientTest(unittest.TestCase):
             b = self.bench = Bench(self.client)
             self.join()
             self.add("a")
-            self.client.window[1].constraints = place
+            self.client.window[1].constraints = constraints
             b.answer(workers=1, slots=1, lacks="what was said before")
             b.answer(**cloud)
             self.assertIn(cause, self.client.wait_reason())

@@ -4472,7 +4472,7 @@ class Try(NamedTuple):
     spent: float = 0.0  # ms
     size: int = 0  # bytes of its output, if that is not reported
     output: bytes = b""  # the end of that output
-    ran: bool = False  # its worker has started it
+    ran: bool = False  # its worker says that it was started
 
     @property
     def did_start(self) -> bool:
@@ -5046,6 +5046,7 @@ class Client(SessionMachine):
             command.tries[command.attempt] = kept
             self.try_room -= len(kept.output)
         output = to_bytes(fields.get("stdout", ""))
+        # with never_on it is reported after all if no other host can start the command
         needed = not command.rechecking and (not retried or "never_on" in retried)
         if needed and len(output) < fields.get("size", 0):
             self.fetcher.add(command, fields, self.now)
