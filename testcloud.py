@@ -32,10 +32,10 @@ loop of brokers. It exits with 3 when it cannot listen, has no usable key, or (w
 finds no broker. keygen exits with 0, with 2, or with 3 when it cannot read or write a key.
 
 Promises
-    A client reports every command exactly once. A command is started again only in two
-    cases: it could not be started (exit code 126 or 127 within a second), or its worker is
-    gone or silent for too long. The broker keeps nothing on disk: after its restart,
-    clients and workers tell it all that it must know.
+    A client reports every command exactly once. Without --retries a command is started
+    again only if it could not be started (exit code 126 or 127 within a second), or if its
+    worker or its client was gone or silent for too long. The broker keeps nothing on disk:
+    after its restart, clients and workers tell it all that it must know.
 
 Tasks (one attempt of one command, as its broker sees it)
     RECOVERING > RUNNING DELIVERED GONE                    resubmitted to a new broker
@@ -192,8 +192,8 @@ OTHER_FIELDS = 2048  # of a command's JSON for all but cmd and cwd: numbers, nam
 MAX_READY_TASKS = 10_000  # in one READY, at some 50 bytes each; more come in several READYs
 MAX_FRAMES = 8  # in one message
 
-# --- what bounds the memory of broker, client and worker
-WINDOW = 4096  # commands of one client at the broker at once
+# --- limits of the memory of broker, client and worker (more: Links, Authentication)
+WINDOW = 4096  # commands that our client keeps at the broker at once
 CREDIT = 32 * 1024 * 1024  # bytes of one client's results at the broker that lack their DONE
 SPOOL_COST = 256 * 1024  # of CREDIT for a large output: its worker keeps a file open
 FETCH_AHEAD = 4  # chunks on their way to one client: hides the round trip
@@ -203,7 +203,7 @@ READ_AHEAD = 4 * WINDOW  # lines of its input that a client holds before it can 
 MAX_BULK = 128  # chunks that a worker reads before it sends them
 MAX_UNANSWERED = 1000  # greetings whose time is remembered: many more than a lease has
 
-# --- what bounds work, logs and answers
+# --- limits of work, logs and answers
 MAX_BAD_LINES = 100  # in one body; the rest of it is ignored
 MAX_COMPLAINTS = 20  # lines in the log about different bad messages, per COMPLAINT_INTERVAL
 COMPLAINT_INTERVAL: Seconds = 10.0
@@ -363,13 +363,13 @@ CLIENT_ROWS = rows_of({
 MESSAGES: Dict[str, Spec] = {
     COMMAND: Spec("client > broker > worker", {"cmd": text}, {
         "cwd": text, "id": count, "attempt": count,
-        "again": flag,  # submitted before: a worker may already have it
+        "again": flag,  # submitted before: a worker may run it already
         "had": text,  # the worker that had it, by name
         "avoid": text,  # a worker: only if there is no other
         "careful": flag,  # workers were lost with it: no other commands wait behind it
-        "elsewhere": flag,  # wait for another worker than the one to avoid, if there is one
+        "elsewhere": flag,  # wait for a worker other than `avoid`, if there is one
         "on": text, "not_on": text,  # hosts: wait for this one, or for another, if it exists
-        "never_on": texts,  # hosts: without any other the command is LOST
+        "never_on": texts,  # hosts: if there is no other, the command is LOST
         "needs": texts,  # labels that a worker must have
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
@@ -385,7 +385,7 @@ MESSAGES: Dict[str, Spec] = {
         "running": triples, "held": triples, "version": text, "user": text,
         "host": text,  # NAME/ID
         "labels": texts,
-        "load": number,  # processes on its machine that want a processor
+        "load": number,  # load average of its machine
         "more": flag,  # a part of its tasks: more READYs follow
         "parts": count,  # how many such parts came before
         "below": texts,  # of a chained broker: the brokers of its subtree,
@@ -394,10 +394,10 @@ MESSAGES: Dict[str, Spec] = {
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
-        "lacks": text,  # what the client's commands wait for, perhaps for ever
+        "lacks": text,  # labels of the client's commands that no worker has now
         "note": text,  # for the user who started the worker
         "host": text,  # the name that the broker shows for the worker's host
-        "patience": number}),  # seconds after which the broker gives up a silent peer
+        "patience": number}),  # seconds of silence before the broker gives up a peer
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
         "cmd": text, "tasks": pairs, "worker": text}),
@@ -498,13 +498,13 @@ def decode(line: bytes) -> Tuple[str, Fields]:
 def fingerprint(key: str) -> str:
     """Return 16 digits of a public key's hash, or "" without a key.
 
-    Runs begin with it and workers end with it, so that only the holder of the key may use
-    these names, also after a broker's restart."""
+    Names of runs begin with it, names of workers end with it: no other key can use them, also
+    after a broker's restart."""
     return hashlib.sha256(key.encode()).hexdigest()[:16] if key else ""
 
 
 def require_run(token: Run) -> None:
-    """Raise ProtocolError if the token names no run: READY could not list such a command."""
+    """Raise ProtocolError if the token is no name of a run: READY could not list the command."""
     if not name(token):
         raise ProtocolError("a command needs the name of its run as token")
 
@@ -573,11 +573,10 @@ def natural_order(names: Sequence[object]) -> List[object]:
 
 # === Machines =========================================================================
 #
-# Broker, worker and client are machines without I/O. The loop (section Sockets) tells a
-# machine what happened and when: receive, connected, disconnected, tick. The machine
-# collects what it wants sent in its outbox, and what it wants done in its effects; the loop
-# takes both. Lines to the same receiver leave in one body: this batching makes the program
-# fast.
+# Broker, worker and client are machines without I/O. The loop (section Event loop) tells a
+# machine what happened and when: receive, connected, disconnected, tick. The machine puts
+# lines into its outbox and orders into its effects; the loop takes both. Lines to the same
+# receiver leave in one body: this batching makes the program fast.
 
 
 class Outgoing(NamedTuple):
@@ -618,7 +617,8 @@ class Exit(NamedTuple):
 
 def batch_lines(lines: List[bytes], limit: int) -> Iterator[bytes]:
     """Join the lines into bodies of about `limit` bytes, each of at least one line."""
-    size, batch = 0, []  # type: int, List[bytes]
+    size = 0
+    batch: List[bytes] = []
     for line in lines:
         if batch and size + len(line) > limit:
             yield b"\n".join(batch)
@@ -629,9 +629,9 @@ def batch_lines(lines: List[bytes], limit: int) -> Iterator[bytes]:
 
 
 class Machine:
-    """What broker, worker and client share: lines in, lines out, one table of handlers."""
+    """Base of broker, worker and client: lines in, lines out, one table of handlers."""
 
-    # (link, verb) > the name of the method that handles it
+    # by (link, verb): the name of the method
     HANDLERS: Dict[Tuple[str, str], str] = {}
 
     def __init__(self) -> None:
@@ -643,7 +643,7 @@ class Machine:
         self.now: Seconds = 0.0  # the time of the present event
         self.wait = Wait()
         self.last_complaint = ""  # the reason in the last ERROR from a peer
-        # by reason: until when bad messages need no further line in the log
+        # by reason of bad messages: until when it is not logged again
         self.complaints: Dict[str, Seconds] = {}
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
@@ -661,7 +661,7 @@ class Machine:
 
     def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: Any,
                 now: Seconds) -> None:
-        """Handle each line of a body. A bad line changes nothing; ERROR answers the first."""
+        """Handle each line of a body. Bad lines change nothing; ERROR answers the first."""
         self.now = now
         self.heard(link, peer)
         bad = 0
@@ -730,7 +730,7 @@ class Machine:
         """Return whether this peer can read a body of several lines. Plain peers cannot."""
         return True
 
-    # --- what the loop tells a machine
+    # --- events from the loop
 
     def heard(self, link: str, peer: Peer) -> None:
         """The peer sent something: it is alive."""
@@ -746,10 +746,10 @@ class Machine:
         """The link to the broker is up."""
 
     def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        """This connection is certainly gone."""
+        """The connection is closed."""
 
     def refused(self, link: str, why: str, now: Seconds) -> None:
-        """The link to the broker cannot come up, for this reason."""
+        """The link to the broker cannot come up: `why`."""
 
     def key_changed(self, mark: str) -> None:
         """We connect with another key from now on; our names carry its fingerprint, `mark`."""
@@ -774,15 +774,15 @@ class Machine:
 class Session:
     """A peer's session with its broker: join, send heartbeats, join again.
 
-    Greetings (HELLO or READY) have numbers, and an OK names the greeting that it answers. A
-    joining greeting says all that the peer has. Only the OK to it ends joining, so that
-    nothing the broker sent earlier can be taken for an answer. The peer joins again on a new
-    connection, after WHO, and on a new socket when the broker is silent.
+    A greeting (HELLO or READY) is a heartbeat with a number; an OK names the greeting that it
+    answers. A joining greeting lists all tasks. Only its own OK ends joining: older messages
+    cannot. The peer joins again on a new connection, after WHO, and on a new socket when the
+    broker is silent.
 
     The broker gives tasks to others when their peer is silent for longer than its patience.
     So each OK is a lease, which begins when its greeting was sent; without a lease the peer
-    starts nothing. A command that comes without a lease may be old. It is doubted until an
-    OK to a later greeting: by then all that the broker said about it has come, too.
+    starts nothing. A command without a lease may be old. It waits for the OK to a later
+    greeting: by then all that the broker said about it has arrived.
     """
 
     def __init__(self, owner: Machine, verb: str, greeting: Callable[[bool], Fields],
@@ -791,8 +791,8 @@ class Session:
         self.verb = verb  # HELLO or READY
         self.greeting = greeting
         self.times = times
-        self.up = False  # the connection, as far as we know
-        self.trouble = ""  # why it cannot come up
+        self.up = False  # whether the connection is up
+        self.trouble = ""  # why it is not
         self.joined = False
         self.number = 0  # of the last greeting
         self.unanswered = 0  # greetings since the broker was heard
@@ -805,7 +805,7 @@ class Session:
         self.sent: Dict[int, Seconds] = {}  # unanswered greetings by number: when they were sent
         self.lease_began: Seconds = -math.inf
         self.doubted_at: Seconds = -math.inf
-        self.announced: Fields = {}  # the greeting that joined, to tell what changed since
+        self.announced: Fields = {}  # fields of the joining greeting
 
     def greet(self, now: Seconds) -> None:
         fields = self.greeting(not self.joined)
@@ -840,16 +840,15 @@ class Session:
         self.heard_at = now
 
     def paused(self, gap: Seconds, now: Seconds) -> None:
-        """Join again if the pause may have cost us our lease or our connection.
-
-        The broker may then have given our commands to others, those in our socket as well."""
+        """Join again if the lease or the connection may be lost: the broker may have given our
+        commands to others, also those that wait in our socket."""
         self.heard_at += gap
         if self.joined and (gap > LONG_PAUSE or not self.leased()):
             self.join(now)
 
     def accepts(self, verb: str) -> bool:
-        """Return whether this verb counts now. While we join, the broker's records of us and
-        ours may differ; the broker will take back other tasks when it finds them missing."""
+        """Return whether to handle this verb. While we join, records may differ: the broker takes
+        back all other tasks when it finds them missing."""
         return self.joined or verb in ("OK", "WHO", "ERROR", "CANCEL", "RECALL")
 
     def on_ok(self, fields: Fields) -> bool:
@@ -874,7 +873,7 @@ class Session:
         return joins
 
     def leased(self) -> bool:
-        """Return whether we may start our commands: the broker has given them to nobody else."""
+        """Return whether we hold a lease: the broker has given our commands to no other worker."""
         return self.joined and self.lease_began > self.doubted_at \
             and self.owner.now < self.lease_ends()
 
@@ -904,7 +903,7 @@ TASK_LISTS = ("running", "held")  # the fields of READY that may be long
 
 
 def split_greeting(fields: Fields) -> List[Fields]:
-    """Return a greeting as lines that each fit into a frame: all but the last have `more`."""
+    """Return a greeting in parts that fit a frame: all but the last have `more`."""
     lists = {key: fields[key] for key in TASK_LISTS if key in fields}
     if sum(map(len, lists.values())) <= MAX_READY_TASKS:
         return [fields]
@@ -915,13 +914,13 @@ def split_greeting(fields: Fields) -> List[Fields]:
 
 
 class Wait:
-    """What a machine waits for: one notice per cause and one for the end, and a time limit."""
+    """Tracks a wait: its cause, its notices, its time limit."""
 
     def __init__(self, limit: Seconds = math.inf) -> None:
         self.limit = limit
         self.cause = ""  # "" if there is no wait
         self.since: Seconds = 0.0  # when this cause began
-        self.began: Seconds = 0.0  # when the wait began, for whatever causes
+        self.began: Seconds = 0.0  # when the wait began, over all causes
         self.said = ""  # the cause in the last notice
 
     def notice(self, cause: str, now: Seconds) -> str:
@@ -952,8 +951,8 @@ class HostNames:
     """Short names for hosts, whose workers tell their identity NAME/ID.
 
     Hosts with the same NAME are shown as vm, vm~2, in the order in which they are seen. A
-    broker tells its workers these names, so that all users see the same. An identity without
-    ID, as of a plain worker, is a name."""
+    broker tells its workers these names, so that all users see the same. The identity of a
+    plain worker is only a name."""
 
     def __init__(self) -> None:
         self.identities: Dict[str, str] = {}  # by name
@@ -982,7 +981,7 @@ class HostNames:
 
 
 class SessionMachine(Machine):
-    """What worker and client share: one link, BROKER, and a session on it."""
+    """Base of worker and client: one link, BROKER, and a session on it."""
 
     def __init__(self, verb: str, times: Times, wait: Seconds) -> None:
         super().__init__()
@@ -1020,7 +1019,7 @@ class SessionMachine(Machine):
             self.session.join(self.now)
 
     def on_error(self, message: Message) -> None:
-        if self.session.joined:  # before that, the notice of the wait says what may be wrong
+        if self.session.joined:  # before, the notice of the wait is enough
             super().on_error(message)
 
 
@@ -1060,8 +1059,8 @@ class Faults:
         self.crashes += fault == CRASH
         self.spawns += fault == SPAWN
         if self.crashes >= times.crash_limit:
-            return (f"{self.crashes} workers were lost while they had it, and it is suspected to "
-                    f"be the cause; last: {why}")
+            return (f"{self.crashes} workers were lost while they had it, and it is "
+                    f"suspected to be the cause; last: {why}")
         if self.spawns >= SPAWN_LIMIT:
             return f"could not be started, {self.spawns} times; last: {why}"
         return ""
