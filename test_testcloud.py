@@ -9883,14 +9883,18 @@ class SocketsTest(unittest.TestCase):
     def test_a_connection_is_pending_until_its_first_message(self):
         import zmq
         loop, link, wait_until = self.router(tc.Machine())
+        counted = []  # connections whose bytes a MemoryGuard counts anew
+        link.count_anew = counted.append
         peer = loop.context.socket(zmq.DEALER)
         self.addCleanup(peer.close, 0)
         peer.connect(link.address)
         wait_until(lambda: link.pending)
+        self.assertEqual(counted, [*link.pending])
         peer.send(b"hello")
         wait_until(lambda: link.descriptor_of)
         self.assertEqual(link.pending, {})
         self.assertEqual([*link.peer_at], [*link.descriptor_of.values()])
+        self.assertEqual(counted, 2 * [*link.peer_at])
         peer.close(0)
         wait_until(lambda: not link.descriptor_of)
         self.assertEqual((link.pending, link.peer_at, link.key_of), ({}, {}, {}))

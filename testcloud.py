@@ -7345,7 +7345,7 @@ def parse_address(text: str, port: int, listen: bool = False) -> str:
     the default. Host * and port 0 are only for a listener. Raises UsageError."""
     if text.startswith("ipc://"):
         size = len(to_bytes(text[len("ipc://"):]))
-        if "\0" in text or in_utf8(text) != text or not 0 < size <= IPC_PATH_MAX:
+        if in_utf8(text) != text or not 0 < size <= IPC_PATH_MAX:
             raise UsageError(f"cannot use {text!r}: a path of an ipc:// address is UTF-8 text of 1 "
                              f"to {IPC_PATH_MAX} bytes")
         return text
@@ -8027,12 +8027,12 @@ class DealerLink(SocketLink):
                  renew: Callable[[], Optional[Keys]] = lambda: None) -> None:
         super().__init__(loop, adapter, name, address)
         self.listener_seen = False  # our last connection was accepted
-        self.refused = False  # libzmq may not connect again: so we do, at retry_at
+        self.refused = False  # libzmq may not connect again: we do, at retry_at
         self.probing = False  # a thread is in probe()
         self.role = role
         self.keys = keys
         self.hint = hint  # how to get a key
-        self.renew = renew  # returns the keys to use now, if there are any
+        self.renew = renew  # returns the keys to use from now on, or None
         self.connect()
 
     def connect(self) -> None:
@@ -8076,11 +8076,11 @@ class DealerLink(SocketLink):
         return True
 
     def on_event(self, event: int, value: int, now: Seconds) -> None:
-        if event == zmq.EVENT_CONNECTED:  # something listens: what it is will show
+        if event == zmq.EVENT_CONNECTED:  # something listens: a broker, or something else
             self.listener_seen = True
             if not self.refused:
                 self.tell_refusal("", now)
-        elif event == zmq.EVENT_CONNECT_RETRIED:  # nothing does, or there was a connection
+        elif event == zmq.EVENT_CONNECT_RETRIED:  # nothing listens; or a connection has ended
             if not self.listener_seen:
                 self.tell_refusal(None, now)
             self.listener_seen = False
@@ -8094,8 +8094,8 @@ class DealerLink(SocketLink):
                 self.handshake_failed(event, value, now)
 
     def handshake_failed(self, event: int, detail: int, now: Seconds) -> None:
-        """Find the reason, and connect again later. The event tells only of a refused key. Other
-        failures may look like the end of a broker: a thread probes what listens there."""
+        """Find the reason, and connect again later. The event tells only of a refused key: for
+        other failures a thread probes what listens there."""
         if not self.refused:
             self.refused, self.retry_at = True, now + REFUSED_RETRY
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -8112,14 +8112,15 @@ class DealerLink(SocketLink):
     def tell_refusal(self, found: Optional[str], now: Seconds) -> None:
         """Tell the machine why it has no connection. `found` is the ZAP status for our key, or
         the answer of security_mechanism()."""
-        what = {"400": "does not accept our key: it has been revoked, or was not made with the "
-                       "broker's own file (a new one: testcloud.py keygen --role ...)",
-                "500": f"does not accept our key: that is not the port for {self.role}s",
-                "CURVE": (f"has another key than ours: {self.hint}" if self.keys else
-                          f"wants a key: {self.hint}"),
-                "NULL": "has no key, but we have one: start it again, now that there is a key (or "
-                        "use --insecure here as well)" if self.keys else ""}.get(found or "")
-        why = f"the broker at {self.address} {what}" if what else (
+        reasons = {
+            ZAP_UNKNOWN_KEY: "does not accept our key: it has been revoked, or was not made with "
+                             "the broker's own file (a new one: testcloud.py keygen --role ...)",
+            ZAP_OTHER_ROLE: f"does not accept our key: that is not the port for {self.role}s",
+            "CURVE": f"{'has another key than ours' if self.keys else 'wants a key'}: {self.hint}",
+            "NULL": "has no key, but we have one: start it again, now that there is a key (or "
+                    "use --insecure here as well)" if self.keys else ""}
+        reason = reasons.get(found or "")
+        why = f"the broker at {self.address} {reason}" if reason else (
             f"something listens at {self.address} that does not answer as a broker: are host and "
             f"port right?")
         if not self.up:
@@ -8284,8 +8285,8 @@ def write_keys(path: str, keys: Keys) -> None:
 
 @contextlib.contextmanager
 def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
-    """Yield the function that replaces a cloud's key file, which is locked until then. Read the
-    file after this: otherwise one of two changes at once may be lost. Raises SetupError."""
+    """Yield a function that replaces a cloud's key file, and keep the file locked. Read it while
+    it is locked: otherwise one of two changes at once may be lost. Raises SetupError."""
     path = os.path.realpath(path)
 
     def replace(keys: Keys) -> None:
@@ -8322,7 +8323,7 @@ def locked_key_file(path: str) -> Iterator[Callable[[Keys], None]]:
 # RefusalLog keeps refused connections from filling the log.
 
 KEY_FILE_INTERVAL: Seconds = 1.0  # between checks of the key file
-ZAP_OK, ZAP_UNKNOWN_KEY, ZAP_OTHER_ROLE = b"200", b"400", b"500"  # our answers to libzmq
+ZAP_OK, ZAP_UNKNOWN_KEY, ZAP_OTHER_ROLE = "200", "400", "500"  # our answers to libzmq
 MAX_REFUSALS = 10  # lines in the log per REFUSAL_INTERVAL
 REFUSAL_INTERVAL: Seconds = 10.0  # a reason that did not occur for so long is logged again
 REFUSAL_DELAY: Seconds = 1.2  # a vague reason waits for a better one: longer than REFUSED_RETRY
@@ -8379,11 +8380,11 @@ class Authenticator:
         from zmq.utils import z85
         while True:
             try:
-                _, request_id, domain, address, _, mechanism, *credentials = (
-                    self.socket.recv_multipart(NOBLOCK))
+                request = self.socket.recv_multipart(NOBLOCK)
             except zmq.Again:
                 return
-            role = domain.decode()  # see protect()
+            _, request_id, domain, address, _, mechanism, *credentials = request
+            role = domain.decode()
             key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
             status = ZAP_OK
             if not self.allows(role, key):
@@ -8392,15 +8393,15 @@ class Authenticator:
                     status, why = ZAP_OTHER_ROLE, "for another role"
                 self.loop.refusals.add(
                     now, f"refused a {role} at {printable(address)}: its key is {why}")
-            self.socket.send_multipart([b"1.0", request_id, status, b"", key.encode(), b""])
+            self.socket.send_multipart(
+                [b"1.0", request_id, status.encode(), b"", key.encode(), b""])
 
     def file_version(self) -> Tuple[int, ...]:
         """Return what identifies a version of the key file; () if there is no file."""
-        try:
+        with contextlib.suppress(OSError):
             facts = os.stat(self.path)
-        except OSError:
-            return ()
-        return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
+            return facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_size
+        return ()
 
     def reload_keys(self, now: Seconds) -> None:
         """If the key file has changed, read it again, and disconnect peers with revoked keys."""
