@@ -5642,7 +5642,7 @@ class ResultStore:
     def __init__(self, split: bool = False) -> None:
         self.split = split  # outputs consist of pieces, each after a PIECE_HEADER
         self.results: List[StoredResult] = []  # reported ones
-        self.files = open_spool(), open_spool()  # for inline and for fetched outputs
+        self.files = open_spool(), open_spool()  # inline outputs; fetched ones, which come in parts
         self.ends = [0, 0]  # bytes of each file that belong to results
         self.stored = 0  # bytes of the output being fetched, after these
         self.failure: Optional[OSError] = None  # why it cannot be stored
@@ -6353,8 +6353,8 @@ def open_locked(path: str) -> BlockingFile:
 
 
 def joblog_line(outcome: Outcome) -> str:
-    """Return GNU parallel's columns: times in seconds, NUL for a newline in the command. We add
-    the verdict of a flaky command to Host, and put minus the occurrence into Send."""
+    """Return GNU parallel's columns: times in seconds, NUL for a newline in the command. Host gets
+    the verdict of a flaky command, too, and Send (0 in GNU parallel's) minus the occurrence."""
     verdict = {FLAKY: " (flaky)", ONLY: f" (only on {outcome.only_on})"}.get(outcome.verdict, "")
     host = printable(outcome.host or ":") + printable(verdict)
     return (f"{outcome.seq}\t{host}\t{outcome.started:.3f}\t{outcome.spent / 1000:10.3f}\t"
