@@ -5822,21 +5822,21 @@ class RunnerTest(unittest.TestCase):
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):
         try:
-            spawner = tc.Spawner({b"B": b"c"})
+            spawner = tc.Spawner()
         except AttributeError:
             self.skipTest("libc lacks what it takes")
         ours, theirs = os.pipe()
         for file in (ours, theirs):
             self.addCleanup(os.close, file)
-        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"], {b"A": b"b"}, None,
-                            b"/", theirs, theirs)
+        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"],
+                            {b"A": b"b", b"B": b"c"}, b"/", theirs, theirs)
         self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
         self.assertEqual(os.read(ours, 99), b"/\nbc\n")
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
             with self.assertRaises(OSError) as caught:
-                spawner.spawn(argv, {}, None, cwd, theirs, theirs)
+                spawner.spawn(argv, {}, cwd, theirs, theirs)
             self.assertEqual(caught.exception.errno, number)
 
     def test_an_orphan_belongs_to_one_attempt_of_one_command(self):
@@ -13079,7 +13079,7 @@ class NothingLeftBehindTest(unittest.TestCase):
             flag = os.path.join(self.cloud.dir, f"up-{portable}")
             self.cloud.script = os.path.join(self.cloud.dir, "start.py")
             with open(self.cloud.script, "w") as file:
-                file.write("import sys, testcloud as tc\ndef none(_):\n  raise OSError\n"
+                file.write("import sys, testcloud as tc\ndef none():\n  raise OSError\n"
                            f"if {portable}: tc.Spawner = none\nsys.exit(tc.main())")
             process = self.cloud.start(
                 "client", "--local", "--raw", stdin=subprocess.PIPE, preexec_fn=be_started_so,

@@ -3576,7 +3576,7 @@ class Worker(SessionMachine):
             else:
                 self.stop_job(job, WORKER_STOPPED)
         self.settle()
-        if self.wait.timed_out(now) and self.exit_status is None:
+        if self.wait.timed_out(now):
             self.effects.append(Notice("gave up " + self.wait.cause, True))
             self.stop(3, now)
 
@@ -3752,19 +3752,16 @@ def environment_of(pid: int) -> Dict[str, str]:
 # --- children and orphans
 
 
-def become_subreaper() -> bool:
-    """Become the parent of our descendants' orphans. Return whether we can list them."""
+def become_subreaper() -> int:
+    """Become the parent of our descendants' orphans. Return a file for read_children(), -1 if the
+    system lacks this."""
     try:
         import ctypes
-        known = ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0:
+            return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
     except (ImportError, OSError, AttributeError):  # not Linux
-        return False
-    return known and os.path.exists(f"/proc/self/task/{os.getpid()}/children")
-
-
-def open_children() -> int:
-    """Return a file descriptor for read_children()."""
-    return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
+        pass
+    return -1
 
 
 def read_children(file: int) -> List[int]:
@@ -3823,7 +3820,8 @@ def supervise(run: Callable[[int], int]) -> int:
     file means that we have ended. Return the child's exit status, 128 + signal if it was killed.
     Where the system does not give us orphans, call run(-1) without a child.
     """
-    if not become_subreaper():
+    children_file = become_subreaper()
+    if children_file < 0:
         print_notice("notice: this system does not show processes that have left their command's "
                      "process group: they may survive it")
         return run(-1)
@@ -3835,10 +3833,9 @@ def supervise(run: Callable[[int], int]) -> int:
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(signals)
-        become_subreaper()  # a child does not inherit this
+        os.close(children_file)
         return run(control)
     os.close(control)
-    children_file = open_children()
     pid, how = 0, 0
     while pid != child:
         number = signal.sigwait(awaited)
@@ -3901,11 +3898,6 @@ class Process:
             os.killpg(self.pid, signal.SIGCONT)  # a stopped group handles SIGTERM only then
 
 
-# each command has its own values of these; ours may come from a parent testcloud
-COMMAND_VARIABLES = (b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT", b"TESTCLOUD_SLOT",
-                     b"TESTCLOUD_WORKER", b"PWD")
-
-
 class Spawner:
     """libc's posix_spawn(), with a process group for each process. os.posix_spawn() cannot set a
     directory. It also stops all threads until the new process runs its program: most of a short
@@ -3913,11 +3905,9 @@ class Spawner:
 
     STRUCT = 1024  # bytes for a struct of libc; known ones need at most 350
 
-    def __init__(self, environment: Dict[bytes, bytes]) -> None:
+    def __init__(self) -> None:
         import ctypes
         self.ctypes = ctypes
-        # empty rows: room for a command's own variables
-        self.environment = self.texts(self.rows(environment) + [b""] * len(COMMAND_VARIABLES))
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
@@ -3928,17 +3918,10 @@ class Spawner:
                                       POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
-    def spawn(self, argv: List[bytes], own: Dict[bytes, bytes],
-              environment: Optional[Dict[bytes, bytes]], cwd: Optional[bytes],
+    def spawn(self, argv: List[bytes], environment: Dict[bytes, bytes], cwd: Optional[bytes],
               stdout: int, stderr: int) -> int:
-        """Start a program with the variables `own` and `environment` (None: ours). Return its pid.
-        No text may contain a NUL. Raises OSError."""
-        if environment is None:
-            variables = type(self.environment).from_buffer_copy(self.environment)
-            room = len(COMMAND_VARIABLES) + 1
-            variables[-room:] = [*self.rows(own), *[None] * (room - len(own))]
-        else:
-            variables = self.texts(self.rows({**environment, **own}))
+        """Start a program. Return its pid. No text may contain a NUL. Raises OSError."""
+        variables = self.texts([b"%s=%s" % row for row in environment.items()])
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
@@ -3955,9 +3938,6 @@ class Spawner:
         if error:
             raise OSError(error, os.strerror(error))
         return pid.value
-
-    def rows(self, variables: Dict[bytes, bytes]) -> List[bytes]:
-        return [b"%s=%s" % row for row in variables.items()]
 
     def texts(self, texts: List[bytes]) -> Any:
         """Return a C array of these texts, with NULL at its end."""
@@ -4056,13 +4036,12 @@ class Launcher:
 
     def __init__(self, worker: str) -> None:
         self.worker = worker  # its name
-        self.inherited = {name: value for name, value in os.environb.items()
-                          if name not in COMMAND_VARIABLES}
+        self.inherited = dict(os.environb)
         self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # with a terminal, only Popen can start a session
             with contextlib.suppress(ImportError, OSError, AttributeError):
-                self.spawner = Spawner(self.inherited)
+                self.spawner = Spawner()
                 set_close_on_exec()
 
     def start(self, job: Job, slot: int) -> Tuple[int, Tuple[int, ...]]:
@@ -4075,7 +4054,8 @@ class Launcher:
         try:
             for _ in range(1 + job.split):
                 pipes.append(os.pipe())
-            pid = self.spawn(job, argv, self.variables(job, slot), pipes[0][1], pipes[-1][1])
+            cwd = None if job.cwd is None else to_bytes(job.cwd)
+            pid = self.spawn(argv, self.environment(job, slot), cwd, pipes[0][1], pipes[-1][1])
             self.restore_file_limit(pid)
             ours = tuple(pipe for pipe, _ in pipes)
             return pid, ours
@@ -4083,28 +4063,26 @@ class Launcher:
             for end in set(itertools.chain(*pipes)).difference(ours):
                 os.close(end)
 
-    def spawn(self, job: Job, argv: List[bytes], own: Dict[bytes, bytes], stdout: int,
-              stderr: int) -> int:
+    def spawn(self, argv: List[bytes], environment: Dict[bytes, bytes], cwd: Optional[bytes],
+              stdout: int, stderr: int) -> int:
         """Start a program. Return its pid. Popen tries what Spawner cannot start: it says why."""
-        cwd = None if job.cwd is None else to_bytes(job.cwd)
-        added = {to_bytes(name): to_bytes(value) for name, value in job.env.items()}
-        environment = {**self.inherited, **added} if added else None
         if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
             with contextlib.suppress(OSError):
-                return self.spawner.spawn(argv, own, environment, cwd, stdout, stderr)
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
-            start_new_session=True, env={**(environment or self.inherited), **own})
+                return self.spawner.spawn(argv, environment, cwd, stdout, stderr)
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                                   cwd=cwd, env=environment, start_new_session=True)
         process.returncode = 0  # Process reaps it, not Popen
         return process.pid
 
-    def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
-        """Return the COMMAND_VARIABLES of a job."""
+    def environment(self, job: Job, slot: int) -> Dict[bytes, bytes]:
+        """Return our environment, changed by the client and with the command's own variables."""
         run, id, attempt = job.key
-        values = {"RUN": run, "SEQ": id, "ATTEMPT": attempt, "SLOT": slot, "WORKER": self.worker}
-        pwd = job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")
-        return {b"PWD": to_bytes(pwd), **{
-            b"TESTCLOUD_" + name.encode(): to_bytes(str(value)) for name, value in values.items()}}
+        own = {"TESTCLOUD_RUN": run, "TESTCLOUD_SEQ": str(id), "TESTCLOUD_ATTEMPT": str(attempt),
+               "TESTCLOUD_SLOT": str(slot), "TESTCLOUD_WORKER": self.worker,
+               "PWD": job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")}
+        changed = {**job.env, **own}
+        return {**self.inherited,
+                **{to_bytes(name): to_bytes(value) for name, value in changed.items()}}
 
     def restore_file_limit(self, pid: int) -> None:
         """Undo raise_file_limit() for a command. (ulimit in the shell is slower.)"""
@@ -4198,7 +4176,7 @@ class Runner:
         self.wake = wake
         self.slots = slots
         self.launcher = Launcher(name)
-        self.children_file = open_children() if subreaper else -1
+        self.children_file = become_subreaper() if subreaper else -1
         self.oom_kills, self.oom_at = oom_kills(), -math.inf  # count, and time of its last increase
         self.stuck: Set[int] = set()  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
@@ -4297,10 +4275,9 @@ class Runner:
 
     def work(self, slot: int) -> None:
         """Run jobs in this slot, numbered from 1, until close()."""
-        if self.nice and sys.platform == "linux":  # a process has the niceness of its thread
+        if self.nice and sys.platform == "linux":  # a command inherits its thread's niceness
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(),
-                               os.getpriority(os.PRIO_PROCESS, 0) + self.nice)
+                os.nice(self.nice)
         for job in iter(self.next_job, None):
             try:
                 record = self.run(job, slot)
@@ -4359,13 +4336,11 @@ class Runner:
     def start_process(self, job: Job, slot: int, process: Process) -> None:
         """Start a job's command; try again if the machine lacks a resource. Raises OSError or
         ValueError."""
-        delays = iter(SPAWN_DELAYS)
-        while True:
+        for delay in (*SPAWN_DELAYS, 0.0):
             try:
                 pid, pipes = self.launcher.start(job, slot)
                 break
             except OSError as error:
-                delay = next(delays, 0)
                 if not delay or not is_transient(error):
                     raise
                 if error.errno == errno.EMFILE:
