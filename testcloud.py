@@ -7702,7 +7702,7 @@ class SocketLink(Link):
             self.retry_at = time.monotonic() + SEND_RETRY
 
     def send_now(self, outgoing: Outgoing) -> bool:
-        """Return False if the peer's queue in libzmq is full. Drop messages to lost peers."""
+        """Return False if the peer's queue in libzmq is full. Otherwise send; drop if it is lost."""
         try:
             if outgoing.peer:  # at a ROUTER
                 self.socket.send(outgoing.peer, SNDMORE_NOBLOCK)
@@ -7882,7 +7882,7 @@ class RouterLink(SocketLink):
         super().forget(peer, now)
 
     def handle_events(self, now: Seconds) -> None:
-        """Handle the events, when all messages are read."""
+        """Handle the monitor's events, after all messages."""
         events, self.monitored = self.monitored, []
         for event, value in events:
             if event == zmq.EVENT_ACCEPTED:
@@ -7979,7 +7979,7 @@ class MemoryGuard:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def trim(self, now: Seconds) -> None:
-        """Return free memory to the system: glibc keeps the memory of freed messages."""
+        """Give free memory back to the system: glibc keeps the memory of freed messages."""
         if self.short:
             call_libc("malloc_trim", 0)
 
@@ -8379,7 +8379,7 @@ class Authenticator:
         return ()
 
     def reload_keys(self, now: Seconds) -> None:
-        """If the key file has changed, read it again, and disconnect peers with revoked keys."""
+        """Read a changed key file again, and disconnect the peers whose keys were revoked."""
         version = self.file_version()
         if self.keys is None or version in (self.version, ()):
             return
