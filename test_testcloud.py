@@ -8051,7 +8051,7 @@ class ReportingTest(unittest.TestCase):
     def test_what_is_flaky_may_count_as_failed(self):
         for counts, words in ((False, "All commands success"), (True, "Some commands failed")):
             out = self.text("-b", options=tc.RunOptions(fail_on_flaky=counts))
-            self.report("a")
+            self.report("a", tries=[(1, "i")])
             self.client.flaky = 1
             self.end()
             self.assertIn(f"\n{words}", out.getvalue().decode())
@@ -8591,7 +8591,7 @@ class ReportingTest(unittest.TestCase):
             self.assertLessEqual(tc.makespan(times, slots), max(times) + sum(times) / slots)
 
     def test_advice_is_only_given_if_slots_were_what_the_run_waited_for(self):
-        summary = tc.Summary(True, 6, 0, 0, False, {}, 0, 0, 3.0, "a" * 40, "")
+        summary = tc.Summary(True, 6, 0, 0, {}, 0, 0, 3.0, "a" * 40, "")
         for change, times, slots, said in (
                 ({}, [500.0] * 6, 1, ["longest"]), ({}, [500.0] * 6, 0, []),
                 ({}, [500.0] * 6, 2, []), ({"spent": 1.6}, [500.0] * 6, 2, []),
@@ -8765,7 +8765,12 @@ def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
     known = {"verdict": "FAIL" if exitcode else "OK", "only_on": "", "host": "h1", "worker": "w1",
              "slot": 2, "started": 1700000000.5, "spent": 1500.0, "signal": 0, "reason": "",
              "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0}
-    return tc.Outcome(seq, cmd, exitcode, **{**known, **more})
+    return tc.Outcome(seq, cmd, exitcode, **{"failed": exitcode != 0, **known, **more})
+
+
+def flaky_counts(outcomes):
+    """The outcomes of a run with --fail-on-flaky."""
+    return [one._replace(failed=one.verdict != "OK") for one in outcomes]
 
 
 def never(seq, reason="no worker has gpu"):
@@ -8773,11 +8778,10 @@ def never(seq, reason="no worker has gpu"):
                    reason=reason)
 
 
-def document(*outcomes, output=b"", trouble="", name="nightly", flaky_counts=False):
+def document(*outcomes, output=b"", trouble="", name="nightly"):
     """A JUnit report of these."""
     pieces = [output] if isinstance(output, bytes) else output
-    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), trouble, 2500.0,
-                                flaky_counts))
+    return "".join(tc.junit_xml(name, outcomes, lambda _: iter(pieces), trouble, 2500.0))
 
 
 def cases(*outcomes, **more):
@@ -8801,7 +8805,7 @@ EVERY_VERDICT = [
 def documents():
     """JUnit reports of every kind, each with its name."""
     yield "every verdict", document(*EVERY_VERDICT, output=b"some\noutput\n")
-    yield "flaky ones count", document(*EVERY_VERDICT, flaky_counts=True)
+    yield "flaky ones count", document(*flaky_counts(EVERY_VERDICT))
     yield "not complete", document(*EVERY_VERDICT, trouble=ODD)
     yield "nothing was run", document(trouble="not all")
     yield "empty", document()
@@ -8828,7 +8832,7 @@ class JUnitTest(unittest.TestCase):
                          ["exit code 3 on h1\n\n[... 4 bytes left out ...]\nwhy \\xff"])
 
     def test_what_is_flaky_may_be_a_failure(self):
-        found = cases(*EVERY_VERDICT[2:4], flaky_counts=True)
+        found = cases(*flaky_counts(EVERY_VERDICT[2:4]))
         self.assertEqual([[part.tag for part in case] for case in found], [
             ["failure", "rerunFailure", "system-out"],
             ["failure", "rerunFailure", "rerunFailure", "system-out"]])
@@ -8837,7 +8841,7 @@ class JUnitTest(unittest.TestCase):
             {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1 (2 times)"}])
         row = outcome(verdict="FLAKY", tries=(
             tc.Try(2, "h0"), tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
-        case, = cases(row, flaky_counts=True, output=b"passed")
+        case, = cases(*flaky_counts([row]), output=b"passed")
         self.assertTrue(case.findtext("failure").endswith(
             "2 on h0, 3 on h1, 0 on h\n\non h1:\nwhy"))
 
@@ -8861,9 +8865,8 @@ class JUnitTest(unittest.TestCase):
             self.assertEqual(end.text, f"{message}\n\nthe output\n")
 
     def test_totals_count_what_is_there(self):
-        for trouble, flaky_counts in itertools.product(("", "x"), (True, False)):
-            root = ET.fromstring(document(*EVERY_VERDICT, trouble=trouble,
-                                          flaky_counts=flaky_counts).encode())
+        for trouble, change in itertools.product(("", "x"), (flaky_counts, list)):
+            root = ET.fromstring(document(*change(EVERY_VERDICT), trouble=trouble).encode())
             for node in (root, root.find("testsuite")):
                 for what, tag in (("tests", "testcase"), ("failures", "failure"),
                                   ("errors", "error")):
@@ -9179,7 +9182,8 @@ def paged(seq, verdict="OK", **fields):
              "host": f"host{seq % 3}", "worker": f"host{seq % 3}-7-ab", "slot": seq % 2 + 1,
              "started": 1764080000.0 + seq, "spent": 10.0 * seq, "signal": 0, "reason": "",
              "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0}
-    return tc.Outcome(seq=seq, verdict=verdict, **{**known, **fields})
+    found = tc.Outcome(seq=seq, verdict=verdict, failed=False, **{**known, **fields})
+    return found._replace(failed=found.exitcode != 0)
 
 
 NEVER_RAN = {"host": "", "worker": "", "slot": 0, "started": 0.0, "spent": 0.0, "exitcode": 126}
@@ -9309,7 +9313,7 @@ class PageTest(unittest.TestCase):
                 (MIXED_RUN[:40], "40 commands, all passed", "OK"),
                 (MIXED_RUN, "7 of 49 commands failed", "FAIL"),
                 (flaky, "3 commands, all passed", "OK"),
-                (flaky, "2 of 3 commands failed", "FAIL", "", True),
+                (flaky_counts(flaky), "2 of 3 commands failed", "FAIL"),
                 (flaky, "3 commands; not <all>", "FAIL", "not <all>"),
                 (MIXED_RUN, "7 of 49 commands failed; not all", "FAIL", "not all"),
                 ([], "No commands; not all", "FAIL", "not all")]:
@@ -9386,7 +9390,7 @@ class PageTest(unittest.TestCase):
         """The facts at the top of a report, by name."""
         report = tc.HtmlReport(os.devnull, mock.Mock(output=lambda stored: []))
         report.outcomes = outcomes
-        summary = tc.Summary(True, 1, 0, 1, False, {"host<9>": 4}, 0, 0, 3.0, "a" * 40)
+        summary = tc.Summary(True, 1, 0, 1, {"host<9>": 4}, 0, 0, 3.0, "a" * 40)
         text = "".join(report.content(summary._replace(**changes)))
         return dict(re.findall("<dt>(.*?)<dd>(.*?)</div>", text))
 

@@ -4649,8 +4649,8 @@ class HostWait:
 
     def check(self, window: Dict[int, Command]) -> None:
         for id, command in self.commands.items():
-            assert window[id] is command and command.wait_until > 0, id
-            assert not command.gave_up_waiting, id
+            assert window[id] is command and not command.gave_up_waiting, id
+            assert command.wait_until > 0, id
 
     def add(self, command: Command, now: Seconds) -> bool:
         """Hold the command. Return False if there is no host to wait for, or no time."""
@@ -4834,11 +4834,9 @@ class Client(SessionMachine):
         self.accepted = 0  # commands of the window that a worker confirmed
         self.total = self.reported = self.failed = self.flaky = 0
         self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
-        # the cloud, as the broker says
-        self.workers = self.slots = self.hosts = 0
+        self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
         self.lacks = ""  # a missing worker, in words
-        # a pause longer than the lease, and until when a notice mentions it
-        self.long_pause: Tuple[Seconds, Seconds] = (0, 0)
+        self.long_pause: Tuple[Seconds, Seconds] = (0, 0)  # over the lease; until when to tell it
         # the end of the run
         self.status: Optional[int] = None  # exit status of a cancelled run
         self.leave_at: Seconds = math.inf
@@ -5367,6 +5365,7 @@ class Outcome(NamedTuple):
     cmd: str
     exitcode: int
     verdict: str
+    failed: bool  # a flaky command may count as failed
     only_on: str  # the host, if the verdict is ONLY
     host: str  # of the reported try; "" if it never ran, as for the next three
     worker: str
@@ -5389,7 +5388,6 @@ class Summary(NamedTuple):
     ran: int
     failed: int
     flaky: int
-    flaky_counts: bool  # as failed
     only_on: Dict[str, int]  # commands that failed only there, by host
     skipped: int  # commands that an earlier run has done
     skipped_failed: int  # skipped commands that failed
@@ -5397,25 +5395,20 @@ class Summary(NamedTuple):
     hash: str
     wrong_hash: str = ""  # the error message, if another hash was expected
     started_elsewhere: Dict[str, int] = {}  # commands that only others could start, by host
-    codes: Dict[str, int] = {}  # failures by kind
+    codes: Dict[str, int] = {}  # failed commands by kind
     failures: Sequence[Outcome] = ()  # the first NAMED_FAILURES
     bad_hosts: str = ""  # advice about hosts where everything failed
     rerun: str = ""  # command line that runs the failures again, if any
     empty: bool = False  # the input had no commands, and that is an error
 
     def all_passed(self) -> bool:
-        return self.complete and not (self.failed or self.skipped_failed or self.empty
-                                      or self.flaky and self.flaky_counts)
+        return self.complete and not (self.codes or self.skipped_failed or self.empty)
 
     def trouble(self) -> str:
         """Return the fault of the whole run, or ""."""
         if not self.complete:
             return "not all commands were executed"
         return "the input had no commands" if self.empty else self.wrong_hash
-
-
-def has_failed(outcome: Outcome, flaky_counts: bool) -> bool:
-    return outcome.exitcode != 0 or flaky_counts and outcome.verdict in (FLAKY, ONLY)
 
 
 def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
@@ -5501,6 +5494,7 @@ class Reports:
         line, occurrence = self.lines.pop(command.id)
         outcome = Outcome(
             command.id, command.cmd, stored.exitcode, verdict,
+            failed=verdict == FAIL or verdict != OK and self.client.options.fail_on_flaky,
             only_on=only_host(tries) if verdict == ONLY else "", host=result.get("host", ""),
             worker=result.get("worker", ""), slot=result.get("slot", 0),
             started=result.get("started", 0.0), spent=result.get("time", 0.0),
@@ -5511,7 +5505,7 @@ class Reports:
         self.tell_all(lambda reporter: reporter.result(outcome))
 
     def count(self, outcome: Outcome, did_start: bool) -> None:
-        if has_failed(outcome, self.client.options.fail_on_flaky):
+        if outcome.failed:
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
         self.failed += outcome.verdict == FAIL
@@ -5544,7 +5538,7 @@ class Reports:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(
-            complete, ran, self.failed, client.flaky, client.options.fail_on_flaky,
+            complete, ran, self.failed, client.flaky,
             only_on=dict(client.retry_policy.failed_only_on),
             started_elsewhere=dict(client.retry_policy.started_elsewhere),
             skipped=skipped, skipped_failed=skipped_failed, spent=time.monotonic() - self.began,
@@ -6227,7 +6221,7 @@ class JsonLines(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         fields = outcome._asdict()
-        for name in ("stored", "shown", "cmd", "spent", "line", "occurrence"):
+        for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence"):
             del fields[name]
         fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
                       **text_fields("command", to_bytes(outcome.cmd)))
@@ -6440,18 +6434,17 @@ class JUnit(FinalReport):
 
     def content(self, summary: Summary) -> Iterator[str]:
         return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
-                         summary.spent * 1000, summary.flaky_counts)
+                         summary.spent * 1000)
 
 
 # --- the report: one <testcase> for each command
 
 def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, trouble: str,
-              spent: float, flaky_counts: bool = False) -> Iterator[str]:
+              spent: float) -> Iterator[str]:
     """Yield the report of a run of `spent` ms. An output is read when its piece is made. `trouble`
     becomes a test case: otherwise a run with missing commands looks like a success."""
     outcomes = sorted(outcomes)
-    totals = {"name": name, "time": in_seconds(spent),
-              **junit_counts(outcomes, trouble, flaky_counts)}
+    totals = {"name": name, "time": in_seconds(spent), **junit_counts(outcomes, trouble)}
     suite = xml_element("testsuite", "\n", skipped="0", **totals)
     began = min(filter(None, (iso_time(outcome.started) for outcome in outcomes)), default="")
     if began:
@@ -6463,8 +6456,7 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, troub
     room = JUNIT_SIZE
     for outcome, shown in zip(outcomes, names):
         case = xml_element("testcase", name=shown, classname=name, time=in_seconds(outcome.spent))
-        case.extend(junit_parts(outcome, shown, has_failed(outcome, flaky_counts),
-                                output_of if room > 0 else None))
+        case.extend(junit_parts(outcome, shown, output_of if room > 0 else None))
         piece = xml_text(case)
         room -= len(piece) if outcome.verdict != OK else 0
         yield piece + "\n"
@@ -6475,23 +6467,23 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, troub
     yield f"{end}\n{tail}\n"
 
 
-def junit_counts(outcomes: Sequence[Outcome], trouble: str, flaky_counts: bool) -> Dict[str, str]:
+def junit_counts(outcomes: Sequence[Outcome], trouble: str) -> Dict[str, str]:
     """Return the attributes of a suite that count its test cases."""
     errors = sum(map(could_not_run, outcomes))
-    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes) - errors
+    failures = sum(outcome.failed for outcome in outcomes) - errors
     return {"tests": str(len(outcomes) + bool(trouble)), "failures": str(failures),
             "errors": str(errors + bool(trouble))}
 
 
 # --- inside a <testcase>
 
-def junit_parts(outcome: Outcome, shown: str, failed: bool,
+def junit_parts(outcome: Outcome, shown: str,
                 output_of: Optional[OutputOf]) -> List[ET.Element]:
     """Return the elements in the <testcase> with this name; `output_of` None: without outputs."""
-    tag = "rerunFailure" if failed else "flakyFailure"
+    tag = "rerunFailure" if outcome.failed else "flakyFailure"
     parts = [rerun_element(tag, one, output_of is not None) for one in outcome.tries
              if one.exitcode and outcome.verdict != OK]
-    if failed:
+    if outcome.failed:
         output = ("[output left out: the report is long]" if output_of is None else
                   excerpt(output_of(outcome)) if outcome.exitcode else failed_outputs(outcome))
         command = "" if xml_legal(outcome.cmd) == shown else \
@@ -6627,18 +6619,17 @@ class HtmlReport(FinalReport):
         facts += [(f"could not start on {host}", str(n))
                   for host, n in summary.started_elsewhere.items()]
         return html_page(f"testcloud, {time.strftime('%Y-%m-%d %H:%M')}", self.outcomes,
-                         self.output_of, facts, summary.trouble(), summary.flaky_counts)
+                         self.output_of, facts, summary.trouble())
 
 
 def html_page(title: str, outcomes: Iterable[Outcome], output_of: OutputOf,
-              facts: Sequence[Tuple[str, str]], trouble: str = "",
-              flaky_counts: bool = False) -> Iterator[str]:
+              facts: Sequence[Tuple[str, str]], trouble: str = "") -> Iterator[str]:
     """Yield the report. An output is read when its piece is made."""
     outcomes = sorted(outcomes)
     counts = Counter(outcome.verdict for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.verdict == FAIL]
     flaky = [outcome for outcome in outcomes if outcome.verdict in (FLAKY, ONLY)]
-    failures = sum(has_failed(outcome, flaky_counts) for outcome in outcomes)
+    failures = sum(outcome.failed for outcome in outcomes)
     end = min(HTML_OUTPUT, HTML_OUTPUTS // (2 * max(1, min(len(failed), HTML_ENTRIES))))
     pieces: Dict[str, Iterable[str]] = {
         "hash": [in_base64(hashlib.sha256(HTML_SCRIPT.encode()).digest())],
