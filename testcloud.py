@@ -3671,11 +3671,9 @@ REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to end; others hang in the ker
 
 def read_text(path: str) -> str:
     """Return a small file's text, "" if it cannot be read."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+    return ""
 
 
 def raise_file_limit() -> int:
@@ -3698,11 +3696,10 @@ def set_close_on_exec() -> None:
 
 def has_terminal() -> bool:
     """Return whether we, and so our commands, have a controlling terminal."""
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def detach_terminal() -> None:
@@ -3721,10 +3718,9 @@ def detach_terminal() -> None:
 
 def pidfd(pid: int) -> int:
     """Return a file descriptor that is readable when the process ends; -1 if there is none."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, an old kernel, or forbidden
         return os.pidfd_open(pid)
-    except (AttributeError, OSError):  # not Linux, an old kernel, or forbidden
-        return -1
+    return -1
 
 
 def group_is_alive(leader: int) -> bool:
@@ -3753,14 +3749,11 @@ def environment_of(pid: int) -> Dict[str, str]:
 
 
 def become_subreaper() -> int:
-    """Become the parent of our descendants' orphans. Return a file for read_children(), -1 if the
-    system lacks this."""
-    try:
+    """Become the parent of orphans below us. Return a file for read_children(), -1 without one."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):  # not Linux
         import ctypes
         if ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0:
             return os.open(f"/proc/self/task/{os.getpid()}/children", os.O_RDONLY)
-    except (ImportError, OSError, AttributeError):  # not Linux
-        pass
     return -1
 
 
@@ -3774,10 +3767,9 @@ def read_children(file: int) -> List[int]:
 
 def reaped(pid: int) -> bool:
     """Reap this child if it has ended. Return whether it has."""
-    try:
+    with contextlib.suppress(ChildProcessError):
         return os.waitpid(pid, os.WNOHANG)[0] == pid
-    except ChildProcessError:
-        return True
+    return True
 
 
 def kill_descendants(children_file: int) -> List[int]:
@@ -3867,8 +3859,7 @@ class Process:
         self.status: Optional[int] = None  # once it is reaped
 
     def has_ended(self) -> bool:
-        """Return whether it has ended. waitid() leaves it a zombie: no other process gets its pid
-        before its group is killed."""
+        """Return whether it has ended. waitid() leaves it a zombie: its pid stays taken."""
         if hasattr(os, "waitid"):
             how = os.WEXITED | os.WNOHANG | os.WNOWAIT
             return os.waitid(os.P_PID, self.pid, how) is not None
@@ -3884,8 +3875,7 @@ class Process:
         return os.waitstatus_to_exitcode(self.status)
 
     def signal(self, number: int) -> None:
-        """Send a signal to its group; only note it while the process is being started. Call this
-        before wait()."""
+        """Signal its group; without a pid, only note the signal. Call this before wait()."""
         self.signalled = number
         if self.pid == 0:
             return
@@ -4045,8 +4035,7 @@ class Launcher:
                 set_close_on_exec()
 
     def start(self, job: Job, slot: int) -> Tuple[int, Tuple[int, ...]]:
-        """Start a job's command. Return its pid and the pipes of its output. Raises OSError or
-        ValueError."""
+        """Start a job's command. Return its pid and output pipes. Raises OSError, ValueError."""
         apart = b" " if job.cmd[:1] in ("-", "+") else b""  # else the shell reads an option
         argv = [to_bytes(shell_path(job.shell)), b"-c", apart + to_bytes(job.cmd)]
         pipes: List[Tuple[int, int]] = []
@@ -4185,8 +4174,7 @@ class Runner:
         self.events: Deque[Event] = deque()
         self.wake_at: Seconds = math.inf  # deadline of the next wake-up
         self.woken = False  # the loop was woken, and has not taken the events yet
-        # guards waiting, processes and reaping: no reaped process may be signalled; idle slots
-        # wait on it
+        # for the queue, and for signals only to processes not yet reaped; idle slots wait on it
         self.lock = threading.Condition()
         self.processes: Dict[TaskKey, Process] = {}  # of the commands that run
         self.closing = False  # a process that starts now is killed at once
@@ -4334,8 +4322,7 @@ class Runner:
         return ExitRecord(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
 
     def start_process(self, job: Job, slot: int, process: Process) -> None:
-        """Start a job's command; try again if the machine lacks a resource. Raises OSError or
-        ValueError."""
+        """Start a job's command; retry if the machine lacks a resource. Raises as start()."""
         for delay in (*SPAWN_DELAYS, 0.0):
             try:
                 pid, pipes = self.launcher.start(job, slot)
@@ -4364,8 +4351,7 @@ class Runner:
     # --- leftover processes
 
     def kill_leftovers(self, job: Job, process: Process) -> None:
-        """Kill what is left of a command. Its leader has ended, and is still a zombie where
-        the system has waitid()."""
+        """Kill what is left of a command. Its leader has ended, and is a zombie where possible."""
         with self.lock:
             self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
