@@ -8591,7 +8591,7 @@ class ReportingTest(unittest.TestCase):
             self.assertLessEqual(tc.makespan(times, slots), max(times) + sum(times) / slots)
 
     def test_advice_is_only_given_if_slots_were_what_the_run_waited_for(self):
-        summary = tc.Summary(True, 6, 0, 0, {}, 0, 0, 3.0, "a" * 40, "")
+        summary = tc.Summary(True, 6, 0, {}, 0, 0, 3.0, "a" * 40, "")
         for change, times, slots, said in (
                 ({}, [500.0] * 6, 1, ["longest"]), ({}, [500.0] * 6, 0, []),
                 ({}, [500.0] * 6, 2, []), ({"spent": 1.6}, [500.0] * 6, 2, []),
@@ -9390,7 +9390,7 @@ class PageTest(unittest.TestCase):
         """The facts at the top of a report, by name."""
         report = tc.HtmlReport(os.devnull, mock.Mock(output=lambda stored: []))
         report.outcomes = outcomes
-        summary = tc.Summary(True, 1, 0, 1, {"host<9>": 4}, 0, 0, 3.0, "a" * 40)
+        summary = tc.Summary(True, 1, 1, {"host<9>": 4}, 0, 0, 3.0, "a" * 40)
         text = "".join(report.content(summary._replace(**changes)))
         return dict(re.findall("<dt>(.*?)<dd>(.*?)</div>", text))
 
@@ -11316,13 +11316,14 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(configure.call_args.kwargs["level"], getattr(logging, level), argv)
 
     def test_exit_status_of_a_client(self):
-        fine = {"empty": False, "failed": 0, "skipped_failed": 0, "wrong_hash": ""}
+        fine = {"empty": False, "codes": {}, "skipped_failed": 0, "wrong_hash": ""}
         for change, write_failed, status, wanted in (
-                ({}, False, 0, 0), ({"failed": 2}, False, 0, 1),
+                ({}, False, 0, 0), ({"codes": {"flaky": 2}}, False, 0, 1),
                 ({"skipped_failed": 1}, False, 0, 1),
                 ({"wrong_hash": "it differs"}, False, 0, 1), ({}, False, 3, 3),
                 ({}, False, 130, 130),
-                ({"failed": 1}, True, 0, 3), ({"failed": 1}, True, 1, 3), ({}, True, 130, 130),
+                ({"codes": {"exit code 1": 1}}, True, 0, 3),
+                ({"codes": {"exit code 1": 1}}, True, 1, 3), ({}, True, 130, 130),
                 ({"empty": True}, False, 0, 2), ({"empty": True}, False, 130, 130),
                 ({"empty": True}, True, 0, 3)):
             summary = types.SimpleNamespace(**{**fine, **change})

@@ -5372,7 +5372,6 @@ class Summary(NamedTuple):
 
     complete: bool
     ran: int
-    failed: int
     flaky: int
     only_on: Dict[str, int]  # commands that failed only there, by host
     skipped: int  # commands that an earlier run has done
@@ -5439,7 +5438,6 @@ class Reports:
         self.passes: Counter[str] = Counter()  # passed commands by host
         self.fails: Counter[str] = Counter()  # failed commands by host
         self.write_failed = False  # a report could not be written
-        self.failed = 0
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
@@ -5493,8 +5491,8 @@ class Reports:
     def count(self, outcome: Outcome, did_start: bool) -> None:
         if outcome.failed:
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
-            self.failures += [outcome] * (len(self.failures) < NAMED_FAILURES)
-        self.failed += outcome.verdict == FAIL
+            if len(self.failures) < NAMED_FAILURES:
+                self.failures.append(outcome)
         if did_start:
             (self.fails if outcome.verdict == FAIL else self.passes)[outcome.host] += 1
         self.times.append(outcome.spent)
@@ -5524,8 +5522,7 @@ class Reports:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(
-            complete, ran, self.failed, client.flaky,
-            only_on=dict(client.retry_policy.failed_only_on),
+            complete, ran, client.flaky, only_on=dict(client.retry_policy.failed_only_on),
             started_elsewhere=dict(client.retry_policy.started_elsewhere),
             skipped=skipped, skipped_failed=skipped_failed, spent=time.monotonic() - self.began,
             hash=found, wrong_hash=wrong if expected and expected != found else "",
@@ -9574,8 +9571,8 @@ def exit_status(summary: Summary, write_failed: bool, status: int) -> int:
         status = max(status, 3)
     if summary.empty:
         return status or 2
-    # the first: there was no room for an output
-    return status or int(bool(summary.failed or summary.skipped_failed or summary.wrong_hash))
+    # codes: of outputs without room, too
+    return status or int(bool(summary.codes or summary.skipped_failed or summary.wrong_hash))
 
 
 # a run gets advice about slots only if each of these is reached:
