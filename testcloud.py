@@ -3268,7 +3268,7 @@ class ExitRecord(NamedTuple):
     started: float  # seconds since 1970
     output: Any  # an Output, or an object with its size, read() and close()
     signal: int = 0  # the signal that killed it
-    reason: str = ""  # why it could not be run
+    reason: str = ""  # a failure that is not the command's own
     slot: int = 0  # the slot that it ran in, from 1
     requeue: bool = False  # not started: another worker may start it
 
@@ -3292,7 +3292,7 @@ class Job:
         self.env: Dict[str, str] = fields.get("env", {})
         self.shell: str = fields.get("shell") or "/bin/sh"
         self.split: bool = fields.get("split", False)
-        self.state = WAITING  # then RUNNING, DELIVERED (the worker holds its result), GONE
+        self.state = WAITING  # then RUNNING, DELIVERED (the worker holds the result), GONE
         self.deadline: Seconds = math.inf  # when its timeout ends
         self.killed = False  # the Runner has been told to kill it
         self.cancelled = ""  # why it was cancelled
@@ -3324,7 +3324,7 @@ class Worker(SessionMachine):
         self.jobs: Dict[TaskKey, Job] = {}
         self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to report QUEUED
         self.report_at: Seconds = math.inf  # the deadline for reporting these
-        self.kill_at: Dict[Job, Seconds] = {}  # SIGTERM for a job, or after it SIGKILL
+        self.kill_at: Dict[Job, Seconds] = {}  # time of SIGTERM, then of SIGKILL
         self.exit_status: Optional[int] = None  # None until stop()
         self.leave_at: Seconds = math.inf  # the deadline for leaving
         self.has_left = False
@@ -3774,8 +3774,8 @@ def reaped(pid: int) -> bool:
 
 def kill_descendants(children_file: int) -> List[int]:
     """Kill our children, and theirs as they become ours. Return the pids that do not end."""
-    until = time.monotonic() + REAP_TIMEOUT
-    while time.monotonic() < until:
+    deadline = time.monotonic() + REAP_TIMEOUT
+    while time.monotonic() < deadline:
         for pid in read_children(children_file):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -3828,18 +3828,18 @@ def supervise(run: Callable[[int], int]) -> int:
         os.close(children_file)
         return run(control)
     os.close(control)
-    pid, how = 0, 0
+    pid, status = 0, 0
     while pid != child:
         number = signal.sigwait(awaited)
         if number == signal.SIGCHLD:
-            pid, how = os.waitpid(child, os.WNOHANG)
+            pid, status = os.waitpid(child, os.WNOHANG)
         else:
             with contextlib.suppress(OSError):  # it has just ended
                 os.write(signals, bytes([number]))
     stuck = kill_descendants(children_file)
     if stuck:
         print_notice(f"these processes cannot be killed: {' '.join(map(str, stuck))}")
-    code = os.waitstatus_to_exitcode(how)
+    code = os.waitstatus_to_exitcode(status)
     if code < 0:
         print_notice(f"process {child} was killed by signal {-code}: so were its commands")
         return 128 - code
@@ -3861,8 +3861,8 @@ class Process:
     def has_ended(self) -> bool:
         """Return whether it has ended. waitid() leaves it a zombie: its pid stays taken."""
         if hasattr(os, "waitid"):
-            how = os.WEXITED | os.WNOHANG | os.WNOWAIT
-            return os.waitid(os.P_PID, self.pid, how) is not None
+            options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self.pid, options) is not None
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if pid:
             self.status = status
@@ -4087,9 +4087,9 @@ class OutputReader:
                  began: Seconds) -> None:
         self.runner, self.job, self.process = runner, job, process
         self.output, self.began = output, began
-        self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # the start of the command
+        self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # to report the start
         self.streams = dict(zip(process.pipes, (1, 2)))
-        self.sizes = dict.fromkeys(process.pipes, PIPE_SIZE)  # of open pipes: bytes to read at once
+        self.sizes = dict.fromkeys(process.pipes, PIPE_SIZE)  # by open pipe: bytes to read at once
         self.poller = select.poll()
         for pipe in process.pipes:
             self.poller.register(pipe, select.POLLIN)
@@ -4148,7 +4148,7 @@ class OutputReader:
         self.output.write(data, self.streams[pipe])
         if len(data) == PIPE_SIZE:  # a full pipe: make it larger
             self.sizes[pipe] = LARGE_PIPE // 4
-            with contextlib.suppress(OSError):  # not Linux, or too many of them
+            with contextlib.suppress(OSError):  # not Linux, or too many large pipes
                 fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
 
 
@@ -4158,8 +4158,8 @@ class Runner:
 
     def __init__(self, slots: int, wake: Callable[[], None], name: str = "",
                  subreaper: bool = False, nice: int = 0) -> None:
-        self.nice = nice  # added to our own niceness, for commands
-        if nice and sys.platform != "linux":  # only Linux has a niceness for each thread
+        self.nice = nice  # added to our niceness for commands
+        if nice and sys.platform != "linux":  # only on Linux each thread has its own
             with contextlib.suppress(OSError):
                 os.nice(nice)
         self.wake = wake
@@ -4170,14 +4170,14 @@ class Runner:
         self.stuck: Set[int] = set()  # orphans that cannot be killed
         self.start_deadline: Seconds = math.inf  # see start_jobs()
         self.waiting: OrderedDict[TaskKey, Job] = OrderedDict()  # the queue
-        self.threads: List[threading.Thread] = []
+        self.threads: List[threading.Thread] = []  # one for each used slot
         self.events: Deque[Event] = deque()
         self.wake_at: Seconds = math.inf  # deadline of the next wake-up
         self.woken = False  # the loop was woken, and has not taken the events yet
         # for the queue, and for signals only to processes not yet reaped; idle slots wait on it
         self.lock = threading.Condition()
         self.processes: Dict[TaskKey, Process] = {}  # of the commands that run
-        self.closing = False  # a process that starts now is killed at once
+        self.closing = False  # no job starts any more
 
     # --- for the loop
 
@@ -4241,7 +4241,7 @@ class Runner:
         if self.children_file >= 0:
             kill_descendants(self.children_file)
             os.close(self.children_file)
-        self.children_file = -1
+            self.children_file = -1
 
     # --- in any thread
 
@@ -4273,7 +4273,7 @@ class Runner:
                 record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
                                     reason=f"testcloud failed to run it: {error!r}")
             with self.lock:
-                self.processes.pop(job.key, None)  # it is still there if the start failed
+                self.processes.pop(job.key, None)  # still there if the start failed
             self.report(job, record._replace(slot=slot))
 
     def next_job(self) -> Optional[Job]:
@@ -4284,7 +4284,7 @@ class Runner:
                     key, job = self.waiting.popitem(last=False)
                     self.processes[key] = Process()
                     return job
-                if self.events or self.waiting:  # it waits if the deadline has just passed
+                if self.events or self.waiting:  # jobs wait if the deadline has just passed
                     self.wake_loop()
                 self.lock.wait()
         return None
