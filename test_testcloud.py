@@ -6018,6 +6018,7 @@ class RunnerTest(unittest.TestCase):
         exit_record = self.result(self.start("true " + "x" * 5_000_000))
         self.assertEqual(exit_record.exitcode, tc.NOT_RUN)
         self.assertIn("too long", exit_record.reason)
+        self.assertFalse(self.runner.processes)
 
     def test_a_command_ends_with_its_leader(self):
         began = time.monotonic()
@@ -6216,7 +6217,7 @@ class RunnerTest(unittest.TestCase):
                 raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
             return real(*args)
         with mock.patch.object(self.runner.launcher, "start", start), \
-                mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
+                mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001)):
             self.assertEqual(self.run_one("echo a"), (0, b"a\n"))
 
     def test_a_command_that_was_killed_while_the_machine_lacked_something_is_not_tried_again(self):
@@ -6236,7 +6237,7 @@ class RunnerTest(unittest.TestCase):
             def start(*args, number=number):
                 raise OSError(number, os.strerror(number))
             with mock.patch.object(self.runner.launcher, "start", start), \
-                    mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001, 0)):
+                    mock.patch.object(tc, "SPAWN_DELAYS", (0.001, 0.001)):
                 exit_record = self.result(self.start(f"echo {number}"))
             self.assertTrue(exit_record.requeue)
             self.assertIn(os.strerror(number), exit_record.reason)
