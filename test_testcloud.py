@@ -3620,7 +3620,7 @@ class PlainWorker(tc.Machine):
         self.next_ready = 0.0
 
     def ready(self, now):
-        self.pass_on(BROKER, b"", "", b"READY")
+        self.send_line(BROKER, b"", "", b"READY")
         self.next_ready = now + 2.0
 
     def connected(self, link, now):
@@ -3639,10 +3639,10 @@ class PlainWorker(tc.Machine):
                                         deadline=math.inf)
             self.jobs[job.key] = job
             self.effects.append(tc.Start(job))
-            self.pass_on(BROKER, b"", token, b"QUEUED " + body)
+            self.send_line(BROKER, b"", token, b"QUEUED " + body)
         elif self.seeds:
-            self.pass_on(BROKER, b"", token, b"QUEUED " + body)
-            self.pass_on(BROKER, b"", token, b"RESULT null")
+            self.send_line(BROKER, b"", token, b"QUEUED " + body)
+            self.send_line(BROKER, b"", token, b"RESULT null")
             if not self.jobs:  # it would read it only then
                 self.ready(now)
 
@@ -3650,7 +3650,7 @@ class PlainWorker(tc.Machine):
         del self.jobs[job.key]
         fields = {"cmd": job.cmd, "exitcode": exit_record.exitcode, "time": 1,
                   "stdout": tc.to_text(exit_record.output.data)}
-        self.pass_on(BROKER, b"", job.token, tc.encode("RESULT", fields))
+        self.send_line(BROKER, b"", job.token, tc.encode("RESULT", fields))
         self.ready(now)
 
     def knows_batches(self, link, peer):
@@ -3673,7 +3673,7 @@ class PlainClient(tc.Machine):
 
     def connected(self, link, now):
         for cmd in sorted(self.waiting):
-            self.pass_on(BROKER, b"", "", tc.encode(COMMAND, {"cmd": cmd, "cwd": "/"}))
+            self.send_line(BROKER, b"", "", tc.encode(COMMAND, {"cmd": cmd, "cwd": "/"}))
 
     def receive(self, link, peer, token, body, data, now):
         verb, _, fields = body.decode().partition(" ")

@@ -648,9 +648,9 @@ class Machine:
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
             fields: Optional[Fields] = None) -> None:
-        self.pass_on(link, peer, token, encode(verb, fields))
+        self.send_line(link, peer, token, encode(verb, fields))
 
-    def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
+    def send_line(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
         batches = self.outbox.setdefault((link, peer), [])
         if not batches or batches[-1][0] != token:
             batches.append((token, []))
@@ -1938,17 +1938,17 @@ class Upstream:
                 if client.from_above or not client.claimed
                 for task in client.tasks.values()]
 
-    def pass_on(self, run: Run, line: bytes) -> None:
+    def send_line(self, run: Run, line: bytes) -> None:
         """Say something if the broker above can hear it. It asks when we have joined."""
         if self.session.joined:
-            self.owner.pass_on(BROKER, b"", run, line)
+            self.owner.send_line(BROKER, b"", run, line)
 
     def lost(self, key: TaskKey, fields: Fields) -> None:
         """Say LOST, or keep it until we have joined."""
         if self.chained and not self.session.joined:
             self.unsent[key] = fields
         else:
-            self.pass_on(key[0], encode("LOST", fields))
+            self.send_line(key[0], encode("LOST", fields))
 
     def disown(self, run: Run, rows: List[List[int]], found: List[Task]) -> None:
         """Say LOST for each [id, attempt] without a task."""
@@ -2119,12 +2119,12 @@ class Dispatcher(Machine):
             self.tell_excluded(client, [worker])
         if worker.plain:
             worker.ready = False
-            self.pass_on(WORKERS, peer, token_of(task), task.line)
+            self.send_line(WORKERS, peer, token_of(task), task.line)
         elif client.plain:  # our workers need id and attempt
             self.say(WORKERS, peer, client.run, COMMAND, dict(
                 task.plain, id=task.id, attempt=task.attempt, cut=PLAIN_INLINE))
         else:
-            self.pass_on(WORKERS, peer, client.run, task.line)
+            self.send_line(WORKERS, peer, client.run, task.line)
 
     def tell_excluded(self, client: ClientRecord, brokers: List[WorkerRecord]) -> None:
         """Let brokers below exclude the same hosts for this client."""
@@ -2153,12 +2153,12 @@ class Dispatcher(Machine):
 
     # --- answers
 
-    def tell_line(self, client: ClientRecord, line: bytes) -> None:
+    def tell_client(self, client: ClientRecord, line: bytes) -> None:
         """Send a line to a client if it is connected. Else it asks when it is back."""
         if client.from_above:
-            self.upstream.pass_on(client.run, line)
+            self.upstream.send_line(client.run, line)
         elif client.peer is not None:
-            self.pass_on(CLIENTS, client.peer, "", line)
+            self.send_line(CLIENTS, client.peer, "", line)
 
     def tell_queued(self, tasks: List[Task]) -> None:
         """Tell a client that a worker has these tasks of it. The broker above knows already."""
@@ -2167,9 +2167,9 @@ class Dispatcher(Machine):
         client, worker = tasks[0].client, tasks[0].worker
         if client.plain:
             for task in tasks:
-                self.tell_line(task.client, b"QUEUED " + task.line)
+                self.tell_client(task.client, b"QUEUED " + task.line)
         elif not client.from_above:
-            self.tell_line(client, encode("QUEUED", {
+            self.tell_client(client, encode("QUEUED", {
                 "tasks": [[task.id, task.attempt] for task in tasks],
                 "worker": worker.name if worker else ""}))
 
@@ -2178,7 +2178,7 @@ class Dispatcher(Machine):
         if task.state == RUNNING:
             self.tell_queued([task])
         elif task.state == DELIVERED and task.result:
-            self.tell_line(task.client, task.result)
+            self.tell_client(task.client, task.result)
         elif task.state == DELIVERED:
             self.instruct([("RESEND", task)])
 
@@ -2198,19 +2198,19 @@ class Dispatcher(Machine):
                 self.scheduler.learn_duration(worker, fields.get("time", math.inf))
         if task.client.plain:
             self.move(task, DELIVERED, worker)
-            self.tell_line(task.client, encode("RESULT", plain_result(task, fields)))
+            self.tell_client(task.client, encode("RESULT", plain_result(task, fields)))
             self.drop([task])
         elif worker.plain:  # it does not keep its results, so we do
             task.result = encode("RESULT", dict(
                 fields, id=task.id, attempt=task.attempt, worker=worker.name, host=worker.host))
             self.move(task, DELIVERED, None)
             self.scheduler.charge(task, len(task.result))
-            self.tell_line(task.client, task.result)
+            self.tell_client(task.client, task.result)
         else:
             self.move(task, DELIVERED, worker)
             spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
             self.scheduler.charge(task, len(line) + spooled)
-            self.tell_line(task.client, line)
+            self.tell_client(task.client, line)
 
     # --- lost attempts: why a command starts again (for a client: Client.lose)
 
@@ -2232,14 +2232,14 @@ class Dispatcher(Machine):
         if client.from_above:
             self.upstream.lost((client.run, id, attempt), fields)
         else:
-            self.tell_line(client, encode("LOST", fields))
+            self.tell_client(client, encode("LOST", fields))
 
     def try_again(self, task: Task, why: str, fault: str) -> None:
         """Queue another attempt of a plain client's command, unless it was lost too often."""
         worker = task.worker
         verdict = task.faults.count(fault, why, self.times)
         if verdict:
-            self.tell_line(task.client, encode("RESULT", plain_result(task, {
+            self.tell_client(task.client, encode("RESULT", plain_result(task, {
                 "exitcode": NOT_RUN, "time": 0.0, "reason": verdict})))
             self.drop([task])
             return
@@ -2701,11 +2701,11 @@ class Membership(Dispatcher):
             lacks = self.lacks(client) if link == CLIENTS and client is not None else ""
             if lacks:
                 line = encode("OK", dict(self.state_for_client(), lacks=lacks))
-            self.pass_on(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
+            self.send_line(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
         viewers, self.viewers = self.viewers, {}
         status = encode("STATUS", self.status()) if viewers else b""
         for peer in viewers:
-            self.pass_on(CLIENTS, peer, "", status)
+            self.send_line(CLIENTS, peer, "", status)
 
     def announce_capacity(self) -> None:
         """Slots, weights or labels have changed: tell the broker above, and clients if the first
@@ -2940,7 +2940,7 @@ class Broker(Membership):
         for task in self.asked_for(message, [row]):
             worker = task.worker
             if task.state != ASSIGNED and worker and worker.peer is not None and not worker.plain:
-                self.pass_on(WORKERS, worker.peer, task.client.run, message.line)
+                self.send_line(WORKERS, worker.peer, task.client.run, message.line)
 
     def on_resend(self, message: Message) -> None:
         for task in self.asked_for(message, message.fields["tasks"]):
@@ -3349,10 +3349,10 @@ class Worker(SessionMachine):
 
     # --- reports to the broker
 
-    def pass_on(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
+    def send_line(self, link: str, peer: Peer, token: Run, line: bytes) -> None:
         if self.report_at < math.inf:
             self.report_accepted()
-        super().pass_on(link, peer, token, line)
+        super().send_line(link, peer, token, line)
 
     def report_accepted(self) -> None:
         """Report QUEUED. Not joined: the next READY lists these commands."""
@@ -4925,7 +4925,7 @@ class Client(SessionMachine):
         if first and len(line) > MAX_COMMAND - OTHER_FIELDS:
             self.fail(command, f"a command is at most {MAX_COMMAND} bytes of JSON")
         else:
-            self.pass_on(BROKER, b"", "", line)
+            self.send_line(BROKER, b"", "", line)
 
     def on_ok(self, message: Message) -> None:
         cloud = self.workers, self.slots, self.hosts = tuple(
@@ -5556,16 +5556,16 @@ class Filter(Reporter):
         if not self.keep_order:
             self.order.append(outcome.seq)
         while self.order and self.order[0] in self.early:
-            self.pass_on(self.early.pop(self.order.popleft()))
+            self.send_line(self.early.pop(self.order.popleft()))
 
-    def pass_on(self, outcome: Outcome) -> None:
+    def send_line(self, outcome: Outcome) -> None:
         if outcome.verdict != OK or not self.fail_only:
             for reporter in self.reporters:
                 reporter.result(outcome)
 
     def ended(self, summary: Summary) -> None:
         for seq in sorted(self.early):  # those before them never ran
-            self.pass_on(self.early[seq])
+            self.send_line(self.early[seq])
         for reporter in self.reporters:
             reporter.ended(summary)
 
@@ -7676,7 +7676,7 @@ class SocketLink(Link):
             self.retry_at = time.monotonic() + SEND_RETRY
 
     def send_now(self, outgoing: Outgoing) -> bool:
-        """Return False if the peer's queue in libzmq is full. Otherwise send; drop if it is lost."""
+        """Send, or drop if the peer is lost. Return False if its queue in libzmq is full."""
         try:
             if outgoing.peer:  # at a ROUTER
                 self.socket.send(outgoing.peer, SNDMORE_NOBLOCK)
