@@ -17,6 +17,7 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
+import copy
 import errno
 import fcntl
 import functools
@@ -827,6 +828,57 @@ class Desk:
 class BrokerTest(unittest.TestCase):
     def setUp(self):
         self.desk = Desk()
+
+    def test_a_retry_behind_many_kinds_that_were_cancelled_runs(self):
+        d, last = self.desk, tc.MAX_RETRY_KINDS
+        d.join(b"w", slots=1)
+        for peer in (b"b", b"c"):
+            d.hello(peer, peer.decode())
+        d.submit(b"b", 1)
+        d.takes(b"w", "b", 1)
+        for id in range(1, last + 2):
+            d.submit(b"c", id, attempt=2, not_on=f"h{id}")
+        for left in range(1, last + 2):  # whichever is left, and wherever in the turns
+            with self.subTest(left=left):
+                broker = copy.deepcopy(d.broker)
+                broker.receive(CLIENTS, b"c", "", tc.encode("CANCEL", {
+                    "tasks": [[id, 2] for id in range(1, last + 2) if id != left]}), b"", 1.0)
+                broker.take()
+                broker.receive(WORKERS, b"w", "", b'READY {"name":"w","slots":2}', b"", 1.0)
+                given = [frame.body for frame in broker.take()[0] if frame.peer == b"w"]
+                self.assertEqual(len(given), 1, given)
+                self.assertIn(b'"id":%d,' % left, given[0])
+
+    def test_a_hello_with_the_number_of_no_join_makes_no_client(self):
+        d = self.desk
+        for n in range(10):
+            d.client(b"c", tc.encode("HELLO", {"run": f"r{n}", "join": 0}))
+        self.assertFalse(d.broker.registry.clients)
+        d.quiet()
+
+    def test_a_command_that_is_done_is_not_expected_any_more(self):
+        d = self.desk
+        d.hello(b"c", "r1", unreported=[1])
+        d.join(b"w", running=[["r1", 1, 1]])
+        d.ends(b"w", "r1", 1)
+        d.client(b"c", tc.encode("DONE", {"tasks": [[1, 1]]}))
+        d.letters.clear()
+        d.worker(b"v", tc.encode("READY", {
+            "name": "v", "slots": 1, "join": 99, "running": [["r1", 1, 1]]}))
+        d.expect(b"v", "CANCEL", token="r1", tasks=[[1, 1]])
+
+    def test_what_is_remembered_of_constraints_is_bounded(self):
+        d = self.desk
+        for n in range(3):
+            d.join(b"w%d" % n, slots=1, host=f"h{n}", labels=["gpu"])
+        d.join(b"x", slots=1)
+        d.hello(b"c", "r1")
+        for id in range(4 * tc.MAX_CACHED_CONSTRAINTS):
+            d.submit(b"c", id, attempt=2, needs=["gpu"], not_on=f"h{id % 3}", on=f"h{id}")
+        scheduler = d.broker.scheduler
+        self.assertLessEqual(len(scheduler.saturated), tc.MAX_CACHED_CONSTRAINTS)
+        d.client(b"c", "BYE")
+        self.assertFalse([worker.busy_with for worker in scheduler.workers if worker.busy_with])
 
     def test_a_later_attempt_replaces_one_that_runs(self):
         d = self.desk
@@ -2588,6 +2640,19 @@ class PlainPeersTest(unittest.TestCase):
                 d.worker(b"p", 'READY {"weight": 5}')
             d.letters.clear()
 
+    def test_each_ready_after_a_result_has_an_ok_also_if_that_cannot_be_read(self):
+        for result in ('RESULT {"exitcode":0}', "RESULT {broken"):
+            with self.subTest(result):
+                self.desk = d = Desk()
+                d.worker(b"p", "READY")
+                for _ in range(2 * tc.ANSWERS_PER_SECOND):  # all in one second
+                    d.client(b"c", '{"cmd":"x"}')
+                    token, _ = [letter[2:4] for letter in d.letters if letter[3] == "{"][-1]
+                    d.worker(b"p", result, token)
+                    d.letters.clear()
+                    d.worker(b"p", "READY")
+                    d.expect(b"p", "OK")
+
     def test_the_conversation_of_the_seed(self):
         d = self.desk
         d.worker(b"W", "READY")
@@ -3252,6 +3317,22 @@ class ChainTest(unittest.TestCase):
         d.gone(WORKERS, b"w")
         d.expect(b"", "READY", slots=1, crew=[["h3", 1]])
         d.quiet()
+
+    def test_many_kinds_of_retries_that_must_wait_keep_none_from_a_free_worker(self):
+        d, many = self.desk, tc.MAX_RETRY_KINDS
+        d.join(b"w", slots=1, host="h1", weight=5)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.tell(BROKER, b"", b"\n".join(tc.encode(COMMAND, {  # the second half waits for h1
+            "cmd": "x", "id": id, "attempt": 2, "not_on": f"x{id}",
+            **({"on": "h1"} if id >= many else {})}) for id in range(2 * many)), "up")
+        d.join(b"v", slots=1, host="h2")
+        given = d.given(b"v")
+        for _ in range(4):
+            d.worker(b"v", 'READY {"name":"v","slots":1}')
+            given += d.given(b"v")
+        self.assertEqual(len(given), 1)
 
     def rejoin(self, meanwhile):
         """The link to the broker above breaks, and comes back; `meanwhile` happens after the

@@ -1134,8 +1134,8 @@ class Task:
 # first, then commands in order. Among eligible workers a free slot counts first, then weight,
 # then the number of free slots. Workers with short commands get extra tasks (prefetch); a free
 # slot elsewhere recalls them. A task that must not wait behind others reserves the next free slot
-# of a worker. The scheduler knows no messages, connections or clocks. The cost of a decision does
-# not grow with the number of workers or clients.
+# of a worker. The scheduler knows no messages, peers or clocks. The cost of a decision without
+# constraints does not grow with the number of workers or clients.
 
 
 class ClientQueue:
@@ -1148,7 +1148,7 @@ class ClientQueue:
         self.tasks: Dict[int, Task] = {}  # all that are not GONE, by id
         self.waiting: Deque[Task] = deque()  # first attempts
         # retries, by kind: a kind that must wait does not block others
-        self.retries: Dict[Tuple[Constraints, bool], Deque[Task]] = {}
+        self.retries: OrderedDict[Tuple[Constraints, bool], Deque[Task]] = OrderedDict()
         self.in_turn = False  # is in Scheduler.turns
         self.excluded: FrozenSet[str] = frozenset()  # hosts to use only if there are no others
         self.owed = 0  # bytes of results that the client has not confirmed (DONE)
@@ -1162,13 +1162,20 @@ class ClientQueue:
     def next_tasks(self) -> List[Task]:
         """Return the first task of each queue. At most MAX_RETRY_KINDS kinds of retries, round
         robin, come before first attempts."""
-        found = []
-        for kind in list(itertools.islice(self.retries, MAX_RETRY_KINDS)):
-            queue = self.retries.pop(kind)
+        found: List[Task] = []
+        for _ in range(len(self.retries)):
+            if len(found) == MAX_RETRY_KINDS:
+                break
+            kind, queue = self.retries.popitem(last=False)
             if skip_not_waiting(queue):
-                found.append(queue[0])
                 self.retries[kind] = queue
+                found.append(queue[0])
         return found + [self.waiting[0]] if skip_not_waiting(self.waiting) else found
+
+    def peek(self) -> List[Task]:
+        """Return the same, but leave the turns of the kinds as they are."""
+        kinds = itertools.islice(self.retries.values(), MAX_RETRY_KINDS)
+        return [queue[0] for queue in (*kinds, self.waiting) if skip_not_waiting(queue)]
 
 
 def skip_not_waiting(queue: Deque[Task]) -> bool:
@@ -1205,8 +1212,11 @@ class WorkerSlots:
         self.busy += change
         if task.careful:
             self.careful += change
-        if task.constraints.needs:
-            self.busy_with[task.constraints.needs] += change
+        needs = task.constraints.needs
+        if needs and change:
+            self.busy_with[needs] += change
+            if not self.busy_with[needs]:
+                del self.busy_with[needs]
 
     def running(self) -> int:
         """Return the number of running tasks. With 0 slots, all its BUSY tasks run."""
@@ -1398,6 +1408,7 @@ class Scheduler:
         if constraints not in self.eligible_for:
             if len(self.eligible_for) >= MAX_CACHED_CONSTRAINTS:
                 self.eligible_for.clear()
+                self.saturated.clear()
             self.eligible_for[constraints] = self.find_eligible(constraints)
         return self.eligible_for[constraints]
 
@@ -1537,7 +1548,7 @@ class Scheduler:
             found = True
             while found:
                 found = False
-                for task in client.next_tasks():
+                for task in client.peek():
                     if self.is_unplaceable(task):
                         found = True
                         yield task
@@ -1583,11 +1594,18 @@ class Scheduler:
                        for key, task in worker.tasks.items())
             assert worker.busy == len(busy), worker.name
             assert worker.careful == sum(task.careful for task in busy)
-            assert +worker.busy_with == Counter(
+            assert worker.busy_with == Counter(
                 task.constraints.needs for task in busy if task.constraints.needs)
             ranked = [row[:3] for row in self.ranking if row[3:] == (worker.stamp, worker)]
             assert ranked == [(worker.order(), -worker.weight, -worker.free())] * worker.has_room()
             assert worker in self.workers or not worker.ready
+        fresh = Scheduler()
+        fresh.workers = self.workers
+        assert self.places_by_host in ({}, fresh.places())
+        fresh.has_labels(frozenset())
+        assert self.slots_by_labels in ({}, fresh.slots_by_labels)
+        for constraints, eligible in self.eligible_for.items():
+            assert eligible == fresh.find_eligible(constraints), constraints
         assert self.reservations.keys() <= self.workers.keys()
         for workers in self.saturated:
             assert workers <= self.workers.keys()
@@ -1756,9 +1774,8 @@ class Registry:
     def disconnect_worker(self, worker: WorkerRecord, now: Seconds) -> None:
         """Its connection is broken. It is away until it connects again or its grace is over. A
         chained broker gets more: all that runs below it would be lost with it."""
-        if worker.peer is not None:
-            self.workers.pop(worker.peer, None)
-            worker.peer = None
+        self.workers.pop(worker.peer or b"", None)
+        worker.peer = None
         grace = self.times.worker_expiry if worker.below else self.times.lost_grace
         self.away[worker] = max(now + grace, self.lenient_until)
 
@@ -2089,7 +2106,7 @@ class Dispatcher(Machine):
     # --- assigning
 
     def move(self, task: Task, state: str, worker: Optional[WorkerRecord] = None) -> None:
-        """Change a task's state: here and in the Scheduler, and nowhere else."""
+        """Change a task's state and deadlines, here and in the Scheduler."""
         if task.state == ASSIGNED:
             self.unconfirmed.pop(task, None)
         elif task.state == RECOVERING:
@@ -2278,6 +2295,7 @@ class Dispatcher(Machine):
         for deadlines in (self.unconfirmed, self.recovering):
             for task, until in deadlines.items():
                 deadlines[task] = max(until + gap, grace)
+        self.recovery_at = max(self.recovery_at + gap, grace)
 
     # --- joining workers: make our records match theirs
 
@@ -2358,7 +2376,8 @@ class Dispatcher(Machine):
         self.upstream.check()
         assert {*self.scheduler.workers} == {*self.registry.workers.values()}
         assert {*self.scheduler.away} == {*self.registry.away}
-        assert {*self.scheduler.turns} <= {*self.registry.clients.values()}
+        turns = {*self.scheduler.turns}
+        assert turns == {it for it in self.registry.clients.values() if it.in_turn}
         tasks = {task for client in self.registry.clients.values()
                  for task in client.tasks.values()}
         assert self.recovering.keys() == {task for task in tasks if task.state == RECOVERING}
@@ -2411,7 +2430,7 @@ TAKEN_FOR_COMMANDS = (b"QUEUED OK", b"QUEUED ERROR", b"QUEUED WHO")  # of a work
 
 
 class AnswerLimit:
-    """Limits answers to plain and unknown peers: they may answer back without end."""
+    """Limits answers, to plain and unknown peers because they may answer back without end."""
 
     def __init__(self) -> None:
         self.answers: Counter[Tuple[str, str, Peer]] = Counter()  # by verb, link and peer
@@ -2427,7 +2446,7 @@ class AnswerLimit:
         self.answers.pop((verb, link, peer), None)
 
     def restart(self) -> List[Peer]:
-        """Begin a new second. Return the workers that got no OK in the last one."""
+        """Begin a new second. Return the workers that got fewer OKs than they asked for."""
         answers, self.answers, self.ends_at = self.answers, Counter(), math.inf
         return [peer for (verb, link, peer), n in answers.items()
                 if verb == "OK" and link == WORKERS and n > ANSWERS_PER_SECOND]
@@ -2476,7 +2495,7 @@ class PartialReadys:
 
 
 class Membership(Dispatcher):
-    """The clients and workers of a broker. Each layer calls only the layers before it."""
+    """The clients and workers of a broker. It calls the Dispatcher, and Broker calls both."""
 
     def __init__(self, name: str, times: Times = Times(), chained: bool = False,
                  now: Seconds = 0.0) -> None:
@@ -2514,6 +2533,7 @@ class Membership(Dispatcher):
                     self.deliver(task, worker, {
                         "exitcode": NOT_RUN, "time": 0.0, "ran": True,
                         "reason": f"its result cannot be read: {reason}"}, line)
+                    self.limit.forgive("OK", WORKERS, peer)
             token = ""
         super().complain(link, peer, token, line, reason)
 
@@ -2538,7 +2558,7 @@ class Membership(Dispatcher):
             self.say(CLIENTS, peer, "", "WHO")
         else:
             known.backlog = message.fields.get("backlog", 0)
-            self.answer_soon(message.link, peer, message.fields.get("beat", 0))
+            self.answer_soon(CLIENTS, peer, message.fields.get("beat", 0))
 
     def join_client(self, run: Run, message: Message, is_new: bool) -> None:
         """A client has told all that it wants: drop the rest."""
@@ -2546,9 +2566,10 @@ class Membership(Dispatcher):
         if not run.startswith(self.registry.fingerprint_of(CLIENTS, peer)):
             raise ProtocolError(
                 "this run belongs to another key: it begins with our fingerprint")
-        client = self.registry.require_client(run, False, peer, self.now)
-        if fields["join"] <= client.join:  # delayed on an older connection
+        before = self.registry.clients.get(run)
+        if fields["join"] <= (before.join if before else 0):  # delayed on an older connection
             return
+        client = self.registry.require_client(run, False, peer, self.now)
         client.join, client.backlog = fields["join"], fields.get("backlog", 0)
         client.host, client.pid = fields.get("host", ""), fields.get("pid", 0)
         self.registry.connect_client(client, peer)
@@ -2595,7 +2616,7 @@ class Membership(Dispatcher):
             self.say(WORKERS, peer, "", "WHO")
         else:
             self.update_worker(worker, fields)
-            self.answer_soon(message.link, peer, message.fields.get("beat", 0))
+            self.answer_soon(WORKERS, peer, fields.get("beat", 0))
 
     def on_plain_ready(self, message: Message, worker: Optional[WorkerRecord]) -> None:
         if worker is None:
@@ -2914,6 +2935,7 @@ class Broker(Membership):
         if client is not None:
             self.drop(self.tasks_of(client, message.fields["tasks"]))
             for id, attempt in message.fields["tasks"]:
+                client.announced.discard(id)
                 if not client.from_above and client.lost.get(id, (math.inf,))[0] <= attempt:
                     del client.lost[id]
 
