@@ -1960,7 +1960,7 @@ class Upstream:
         if self.session.joined:
             self.owner.send_line(BROKER, b"", run, line)
 
-    def lost(self, key: TaskKey, fields: Fields) -> None:
+    def report_lost(self, key: TaskKey, fields: Fields) -> None:
         """Say LOST, or keep it until we have joined."""
         if self.chained and not self.session.joined:
             self.unsent[key] = fields
@@ -2247,7 +2247,7 @@ class Dispatcher(Machine):
                  fault: str = "", worker: str = "") -> None:
         fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker}
         if client.from_above:
-            self.upstream.lost((client.run, id, attempt), fields)
+            self.upstream.report_lost((client.run, id, attempt), fields)
         else:
             self.tell_client(client, encode("LOST", fields))
 
@@ -3141,7 +3141,7 @@ def cut_output(output: bytes, size: int) -> str:
 
 
 def plain_workers_fields(message: Message) -> Fields:
-    """Return what we pass on of a plain worker's RESULT: the fields of the seed, bounded."""
+    """Return the fields that we pass on of a plain worker's RESULT, with bounded output."""
     fields = message.fields
     stdout = NO_BYTE.sub("\ufffd", fields.get("stdout", ""))
     if len(message.line) > MAX_RESULT:
