@@ -192,7 +192,7 @@ OTHER_FIELDS = 2048  # of a command's JSON for all but cmd and cwd: numbers, nam
 MAX_READY_TASKS = 10_000  # in one READY, at some 50 bytes each; more come in several READYs
 MAX_FRAMES = 8  # in one message
 
-# --- limits of the memory of broker, client and worker (more: Links, Authentication)
+# --- limits of the memory of broker, client and worker (beside those in Links)
 WINDOW = 4096  # commands that our client keeps at the broker at once
 CREDIT = 32 * 1024 * 1024  # bytes of one client's results at the broker that lack their DONE
 SPOOL_COST = 256 * 1024  # of CREDIT for a large output: its worker keeps a file open
@@ -1503,7 +1503,7 @@ class Scheduler:
         return min((worker for worker in with_room if self.may_take(worker, task)), default=None,
                    key=lambda it: (it.order(), it.name == avoid, -it.weight, -it.free(), it.stamp))
 
-    # --- assigning, reserving and recalling tasks
+    # --- decisions: which task goes to which worker; reserving and recalling
 
     def decisions(self) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
         """Yield tasks to be assigned, each with its worker; or with None if it is unplaceable. The
@@ -1950,7 +1950,7 @@ class Upstream:
         return fields
 
     def tasks(self) -> List[Task]:
-        """Return the tasks that the broker above gave us, or may have given a broker before us."""
+        """Return the tasks that the broker above gave us, or may have given our predecessor."""
         return [task for client in self.owner.registry.clients.values()
                 if client.from_above or not client.claimed
                 for task in client.tasks.values()]
@@ -2015,9 +2015,10 @@ class Upstream:
 #
 # The life of a task at the broker: submitted, assigned, confirmed (QUEUED), delivered or lost, and
 # the messages at each step. Clients own their commands: when an attempt is
-# lost, the broker says LOST and forgets it, and the client decides about another attempt. Plain
+# lost, the broker says LOST and drops the task, and the client decides about another attempt. Plain
 # clients know no LOST, so the broker owns their commands. It keeps nothing on disk: clients and
-# workers tell it all it must know when they join.
+# workers tell it all it must know when they join, also what its predecessor knew, a broker that was
+# there before this one started.
 
 
 class Dispatcher(Machine):
@@ -2038,8 +2039,8 @@ class Dispatcher(Machine):
 
     # --- submitting
 
-    def is_news(self, client: ClientRecord, id: int, attempt: int) -> bool:
-        """Return whether this attempt is new. If it is not, send its state again."""
+    def check_news(self, client: ClientRecord, id: int, attempt: int) -> bool:
+        """Return whether this attempt is new. If it is known or lost, tell the client again."""
         client.announced.discard(id)
         known = client.tasks.get(id)
         if known is not None and known.attempt >= attempt:
@@ -2072,15 +2073,15 @@ class Dispatcher(Machine):
         self.queue(task, message.fields)
 
     def queue(self, task: Task, fields: Fields = {}) -> None:
-        """Queue a new task. One that was submitted to a broker before us waits in RECOVERING for
-        its worker."""
+        """Queue a new task. A client's task that was submitted to our predecessor waits for its
+        worker first (RECOVERING)."""
         client, again = task.client, fields.get("again", False)
         client.tasks[task.id] = task
         if again and not client.from_above:
             task.had = fields.get("had", "")
             until = self.started + (self.times.worker_expiry if task.had
                                     else max(REJOIN_TIME, self.times.ready_interval))
-            if task.had in self.registry.named:  # it has told us already that it has not
+            if task.had in self.registry.named:  # which has joined, and did not list it
                 self.lose(task, "was never started")
                 return
             if self.now < until:
@@ -2090,10 +2091,10 @@ class Dispatcher(Machine):
                 return
         self.scheduler.submit(task, again or task.attempt > 1)
         if task.constraints.never_on:
-            self.hand_back([client])
+            self.lose_unplaceable_of([client])
 
-    def hand_back(self, clients: Iterable[ClientQueue]) -> None:
-        """Lose the tasks of these clients that no worker here may run."""
+    def lose_unplaceable_of(self, clients: Iterable[ClientQueue]) -> None:
+        """Lose those tasks of these clients that no worker here may run."""
         for task in self.scheduler.unplaceable(clients):
             self.lose_unplaceable(task)
 
@@ -2120,7 +2121,8 @@ class Dispatcher(Machine):
         """Carry out what the scheduler decides."""
         self.scheduler.has_lease = self.upstream.session.leased()
         if self.upstream.chained:
-            self.hand_back([client for client in self.scheduler.turns if client.from_above])
+            self.lose_unplaceable_of(
+                [client for client in self.scheduler.turns if client.from_above])
         for task, worker in self.scheduler.decisions():
             if isinstance(worker, WorkerRecord):
                 self.assign(task, worker)
@@ -2152,7 +2154,7 @@ class Dispatcher(Machine):
 
     def instruct(self, orders: List[Tuple[str, Task]]) -> None:
         """Say these verbs to the workers of the tasks, in one line per worker, run and verb.
-        Plain workers know no orders. Workers that are away get them when they join."""
+        Plain workers know no orders. Workers that are away learn all when they join."""
         rows: Dict[Tuple[Peer, Run, str], List[List[int]]] = {}
         for verb, task in orders:
             worker = task.worker
@@ -2178,7 +2180,7 @@ class Dispatcher(Machine):
             self.send_line(CLIENTS, client.peer, "", line)
 
     def tell_queued(self, tasks: List[Task]) -> None:
-        """Tell a client that a worker has these tasks of it. The broker above knows already."""
+        """Tell the client of these tasks that their worker has them. The broker above knows."""
         if not tasks:
             return
         client, worker = tasks[0].client, tasks[0].worker
@@ -2191,7 +2193,7 @@ class Dispatcher(Machine):
                 "worker": worker.name if worker else ""}))
 
     def remind(self, task: Task) -> None:
-        """Send the state of a task to its client again."""
+        """Let the client hear again what was said last of this task, if anything."""
         if task.state == RUNNING:
             self.tell_queued([task])
         elif task.state == DELIVERED and task.result:
@@ -2229,11 +2231,20 @@ class Dispatcher(Machine):
             self.scheduler.charge(task, len(line) + spooled)
             self.tell_client(task.client, line)
 
-    # --- lost attempts: why a command starts again (for a client: Client.lose)
+    # --- lost attempts: why a command is started twice
+    #
+    # An attempt is lost, and the owner of its command may begin another, if
+    #   its worker left, was silent for too long, or did not reconnect in time;
+    #   its worker did not confirm it (QUEUED) in time, or joined without it;
+    #   its worker says LOST: it could not start it, was stopped, or had no slot (RECALL);
+    #   its worker did not come back after a restart of the broker (RECOVERING);
+    #   no worker here may run it (unplaceable).
+    # The owner is the client (Client.lose), or for a plain client this broker (try_again).
+    # Commands that failed are tried again by their client only (RetryPolicy).
 
     def lose(self, task: Task, why: str, fault: str = "", told: bool = False) -> None:
-        """Give up an attempt that brings no result. Its owner decides about another: the client,
-        or for a plain client this broker. `told`: its worker said so; else we assume it."""
+        """Give up an attempt that brings no result. `told`: it certainly does not run. Otherwise
+        it may still run, and nothing that a worker says about it counts any more."""
         worker, client = task.worker, task.client
         if client.plain and task.state in BUSY:
             self.try_again(task, why, fault)
@@ -2290,7 +2301,7 @@ class Dispatcher(Machine):
             self.recovery_at = min(self.recovering.values(), default=math.inf)
 
     def shift_deadlines(self, gap: Seconds, grace: Seconds) -> None:
-        """Move deadlines after a pause of `gap` seconds. No task is given up before `grace`."""
+        """Move deadlines after a pause of `gap` seconds. None ends before the time `grace`."""
         self.started += gap
         for deadlines in (self.unconfirmed, self.recovering):
             for task, until in deadlines.items():
@@ -2301,9 +2312,9 @@ class Dispatcher(Machine):
 
     def reconcile(self, worker: WorkerRecord, fields: Fields) -> Tuple[
             Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
-        """Make our records match the worker's READY. Return three things: the [id, attempt]
-        that it must stop, by run; orders to hand back tasks whose client has not joined yet, for a
-        broker before us may have given them to others; and orders to send held results again."""
+        """Make our records match the worker's READY. Return three things: the [id, attempt] that
+        it must stop, by run; orders to hand back tasks whose client has not joined (our
+        predecessor may have given them to others); and orders to send held results again."""
         running = {tuple(row) for row in fields.get("running", ())}
         held = {tuple(row) for row in fields.get("held", ())}
         told = running | held
@@ -2334,13 +2345,13 @@ class Dispatcher(Machine):
             from_above = self.upstream.chained
             if run in self.registry.departed or run.startswith(PLAIN) and not from_above:
                 return None
-            # of a broker before us: its client may still come back
+            # from our predecessor: its client may still come back
             client = self.registry.require_client(run, from_above, None, self.now)
         if client.lost.get(id, (-1, ""))[0] >= attempt:
             return None
         task = client.tasks.get(id)
         if task is not None and not task.line and task.attempt < attempt:
-            self.drop([task])  # both are of a broker before us: the later attempt counts
+            self.drop([task])  # both are from our predecessor: the later attempt counts
             task = None
         if task is None:
             if not client.may_submit(id):
@@ -2357,8 +2368,8 @@ class Dispatcher(Machine):
         return task
 
     def may_have(self, worker: WorkerRecord, task: Task) -> bool:
-        """Return whether this worker may have been given this task: by us, by a broker before us,
-        or before it took the place of a chained broker that died (with the same key)."""
+        """Return whether this worker may have this task: from us, from our predecessor, or in the
+        place of a chained broker that died (with the same key)."""
         if worker is task.worker or worker.name == task.had:
             return True
         if task.worker is None and (
@@ -2784,7 +2795,7 @@ class Membership(Dispatcher):
         busy = " that takes something new" if self.scheduler.has_labels(client.needs) else ""
         return f"a worker with {label_words(client.needs)}{busy}"
 
-    # --- connections, and what happens to them when a key is revoked
+    # --- connections: identified, revoked, closed
 
     def identified(self, link: str, peer: Peer, key: str) -> None:
         self.registry.identified(link, peer, key)
@@ -2916,7 +2927,7 @@ class Broker(Membership):
             self.queue(task)
         elif "id" not in message.fields or "attempt" not in message.fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
-        elif self.is_news(client, message.fields["id"], message.fields["attempt"]):
+        elif self.check_news(client, message.fields["id"], message.fields["attempt"]):
             self.submit(client, message)
             needs = frozenset(message.fields.get("needs", ()))
             if CONSTRAINTS & set(message.fields) and needs != client.needs:
@@ -7556,8 +7567,8 @@ class EventLoop:
 #
 # A link carries a machine's messages: through a ROUTER, a DEALER, or calls to a machine in
 # the same process. It calls the machine's receive(), and for its connections connected(),
-# disconnected(), refused() and identified(). A link never blocks: a slow peer gets a bounded
-# backlog, then its connection is closed.
+# disconnected(), refused(), revoked() and identified(). Sending never blocks: a slow peer gets a
+# bounded backlog; then a ROUTER closes its connection, and a DEALER drops the backlog.
 
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h; pyzmq's own are enums, which are slow to combine
 MAX_READ_TIME: Seconds = 0.1  # for a socket's messages; then timers and other links have a turn
@@ -7572,7 +7583,7 @@ MAX_BACKLOG = 500  # messages for a slow peer, beyond those in libzmq
 MAX_BACKLOG_BYTES = 34 * 1024 * 1024  # of those: more than CREDIT, which limits our own clients
 
 # --- memory limits of unfinished messages
-MEMORY_LIMIT = 128 * 1024 * 1024  # bytes of this process; below it no connection is closed
+MEMORY_LIMIT = 128 * 1024 * 1024  # bytes of this process; below it endless messages are tolerated
 MEMORY_PER_PEER = 64 * 1024  # more for each peer: with 2,000 idle ones a broker has 122 MB
 MAX_HANDSHAKE = 64 * 1024  # bytes from a connection that has not sent a whole message yet
 MAX_UNFINISHED = 16 * 1024 * 1024  # bytes of a message: ours are at most MAX_FRAME
@@ -7609,7 +7620,7 @@ class Link:
         raise NotImplementedError
 
     def reconnect(self) -> None:
-        """Open a new connection: the old one may be dead without a sign."""
+        """Open a new connection, if there can be one: the old one may be dead without a sign."""
 
 
 class LocalLink(Link):
@@ -7637,6 +7648,7 @@ class SocketLink(Link):
         self.adapter = adapter
         self.name = name
         self.address = address
+        self.ipv6 = "[" in resolve(address)  # once: a later look-up could fail, and take long
         self.backlogs: Dict[Peer, Deque[Outgoing]] = {}  # of peers whose queue in libzmq is full
         self.socket: Any = None
         self.monitor: Any = None
@@ -7645,7 +7657,6 @@ class SocketLink(Link):
 
     def open(self, kind: int, events: int) -> None:
         """Make the socket, and its monitor for failures and these other events."""
-        ipv6 = "[" in resolve(self.address)
         self.socket = sock = self.loop.context.socket(kind)
         sock.linger = 0
         sock.sndhwm = sock.rcvhwm = HWM
@@ -7653,7 +7664,7 @@ class SocketLink(Link):
         sock.handshake_ivl = 5000  # ms; the default of 30 s would hide a hang
         sock.tcp_keepalive = 1  # finds connections whose other end is gone; in seconds:
         sock.tcp_keepalive_idle, sock.tcp_keepalive_intvl, sock.tcp_keepalive_cnt = 30, 10, 3
-        sock.ipv6 = ipv6
+        sock.ipv6 = self.ipv6
         self.monitor = sock.get_monitor_socket(
             events | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
