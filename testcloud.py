@@ -1076,8 +1076,10 @@ class Place(NamedTuple):
 
 
 class Constraints(NamedTuple):
-    """The places where a task may run. `needs` and `never_on` are strict. The others are
-    preferences: each holds as long as a place is left, in the order of eligible()."""
+    """The places where a task may run.
+
+    `needs` and `never_on` are strict. The others are preferences: each holds as long as a place
+    is left, in the order of eligible()."""
 
     needs: FrozenSet[str] = frozenset()  # labels
     excluded: FrozenSet[str] = frozenset()  # hosts
@@ -3207,8 +3209,9 @@ PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stre
 
 
 class Output:
-    """Output of a command, in memory or in an unlinked file. One thread may write while another
-    reads: tempfile.SpooledTemporaryFile does not allow that."""
+    """Output of a command, in memory or in an unlinked file.
+
+    One thread may write while another reads: tempfile.SpooledTemporaryFile does not allow that."""
 
     def __init__(self, limit: int = 0, split: bool = False) -> None:
         self.limit = limit or sys.maxsize  # bytes; the rest is counted and dropped
@@ -3922,9 +3925,11 @@ class Process:
 
 
 class Spawner:
-    """libc's posix_spawn(), with a process group for each process. os.posix_spawn() cannot set a
-    directory. It also stops all threads until the new process runs its program: most of a short
-    command's time. Raises OSError, ImportError or AttributeError if libc lacks it."""
+    """libc's posix_spawn(), with a process group for each process.
+
+    os.posix_spawn() cannot set a directory. It also stops all threads until the new process runs
+    its program: most of a short command's time. Raises OSError, ImportError or AttributeError if
+    libc lacks it."""
 
     STRUCT = 1024  # bytes for a struct of libc; known ones need at most 350
 
@@ -4658,8 +4663,10 @@ class RetryPolicy:
 
 
 class HostWait:
-    """Holds commands until an absent host returns, for HOST_WAIT at most. Only hosts that started
-    a command before count. Whenever the cloud changes, the commands are submitted again."""
+    """Holds commands until an absent host returns, for HOST_WAIT at most.
+
+    Only hosts that started a command before count. Whenever the cloud changes, the commands are
+    submitted again."""
 
     def __init__(self) -> None:
         self.commands: Dict[int, Command] = {}
@@ -4704,8 +4711,10 @@ class HostWait:
 
 
 class Rechecks:
-    """Holds commands that passed and are rechecked. They end RECHECK_WAIT after all else has
-    ended. A command at a worker gets three times its first time more."""
+    """Holds commands that passed and are rechecked.
+
+    They end RECHECK_WAIT after all else has ended. A command at a worker gets three times its
+    first time more."""
 
     def __init__(self) -> None:
         self.commands: Dict[int, Command] = {}
@@ -6230,6 +6239,8 @@ def tag_lines(tag: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class JsonLines(Reporter):
+    """--json: a line for each result."""
+
     def __init__(self, store: ResultStore, put: Put, brief: bool) -> None:
         self.store = store
         self.put = put
@@ -6348,6 +6359,8 @@ def joblog_line(outcome: Outcome) -> str:
 
 
 class JobLogRow(NamedTuple):
+    """A command of an earlier run."""
+
     seq: int
     command: str
     occurrence: int  # number of equal commands before it in the input; 0 in GNU parallel's
@@ -7115,8 +7128,9 @@ STEADY_INTERVAL: Seconds = 10.0  # between notices of --progress without a termi
 
 
 class Progress:
-    """Shows the progress: in the progress line, or every `interval` seconds in a notice. The
-    interval begins again when anything else is written, unless `steady`."""
+    """Shows the progress: in the progress line, or every `interval` seconds in a notice.
+
+    The interval begins again when anything else is written, unless `steady`."""
 
     def __init__(self, client: Client, writer: Writer, interval: Seconds = 0,
                  steady: bool = False) -> None:
@@ -9373,8 +9387,10 @@ def use_colour(choice: str) -> bool:
 
 
 class Display:
-    """What a client writes to stdout and stderr. With --raw and --json stdout has the outputs
-    only, and the transcript goes to stderr. The reporter chain follows the options."""
+    """The output of a client on stdout and stderr.
+
+    With --raw or --json stdout has the outputs only, and the transcript goes to stderr. The
+    options choose the reporters."""
 
     def __init__(self, settings: argparse.Namespace, store: ResultStore,
                  failed: Callable[[OSError], None], client: Client) -> None:
@@ -9732,8 +9748,9 @@ class StatusScreen:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line. The help of a role begins with examples and has no other
-    blank lines, so that it fits a screen."""
+    """argparse with errors of one line.
+
+    The help of a role begins with examples and has no other blank lines: it fits a screen."""
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message} (see: {self.prog} --help)")
