@@ -5903,16 +5903,18 @@ class RunnerTest(unittest.TestCase):
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):
         try:
-            spawner = tc.Spawner()
+            spawner = tc.Spawner({b"A": b"a", b"Z": b"z"})
         except AttributeError:
             self.skipTest("libc lacks what it takes")
         ours, theirs = os.pipe()
         for file in (ours, theirs):
             self.addCleanup(os.close, file)
-        pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B; exit 3"],
-                            {b"A": b"b", b"B": b"c"}, b"/", theirs, theirs)
-        self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
-        self.assertEqual(os.read(ours, 99), b"/\nbc\n")
+        for changed, expected in (({b"B": b"b", b"C": b"c"}, b"/\nabcz\n"), ({}, b"/\naz\n"),
+                                  ({b"A": b"x", b"B": b"b"}, b"/\nxbz\n")):
+            pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B$C$Z; exit 3"],
+                                changed, b"/", theirs, theirs)
+            self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
+            self.assertEqual(os.read(ours, 99), expected)
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
@@ -11198,9 +11200,9 @@ class CommandLineTest(unittest.TestCase):
 
     def test_templates_that_would_not_do_what_they_say_are_refused(self):
         for words, hint in (
-                (["rm", "-rf", "old stuff/{}"], "write it as one word"),
+                (["rm", "-rf", "old stuff/{}"], "quote the whole template"),
                 (["a", "", "{}"], "be empty"),
-                (["sh", "-c", "echo {}; date"], "have a space in it"),
+                (["sh", "-c", "echo {}; date"], "may be empty or have one"),
                 (['wc -c "{}"'], "{} stands in quotes"), (["wc", "'{}'"], "{} stands in quotes"),
                 (["""curl -d '{"a": {}}'"""], "write {''}"),
                 (['"$(echo "{.}")"'], "{.} stands in q"),
@@ -11297,7 +11299,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(status, 1)
         self.assertRegex(out,
                          r"To run just these again: python3 \S+ client --resume-failed --local "
-                              r"--joblog=/dev/null -- false ::: a\n")
+                              r"--joblog /dev/null -- false ::: a\n")
         status, out, err = self.main_process("client", "--local", "--need", "x", ":::", "true")
         self.assertEqual(status, 0)
         self.assertIn("with --local this machine runs everything", err)
@@ -11420,7 +11422,7 @@ class CommandLineTest(unittest.TestCase):
                                    ({"joblog": None}, None)):
                 vars(settings).update(change)
                 self.assertEqual(tc.rerun_command(settings), "" if wanted is None else (
-                    f"{wanted}python3 t.py client --resume-failed -b --joblog=l -- x --resume"))
+                    f"{wanted}python3 t.py client --resume-failed -b --joblog l -- x --resume"))
 
     def test_reports_that_cannot_be_written_leave_the_joblog_alone(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -11447,11 +11449,11 @@ class CommandLineTest(unittest.TestCase):
 
     def test_a_template_begins_where_the_options_end(self):
         for words, marked in (
-                ("-b pytest -q {}", "-b -- pytest -q {}"), ("-kj 4 make -j4", "-kj4 -- make -j4"),
+                ("-b pytest -q {}", "-b -- pytest -q {}"), ("-kj 4 make -j4", "-kj 4 -- make -j4"),
                 ("-j4 x", "-j4 -- x"), ("--fail-fast pytest -x", "--fail-fast=1 -- pytest -x"),
                 ("--fail-fast 3 x", "--fail-fast=3 -- x"), ("--fail-fast", "--fail-fast=1"),
-                ("-C -b x", "-C-b -- x"), ("--cwd=/x -- -y", "--cwd=/x -- -y"), ("", ""),
-                ("--env A --json echo --json", "--env=A --json -- echo --json"), ("-j", "-j"),
+                ("-C -b x", "-C -b -- x"), ("--cwd=/x -- -y", "--cwd=/x -- -y"), ("", ""),
+                ("--env A --json echo --json", "--env A --json -- echo --json"), ("-j", "-j"),
                 ("- x", "-- - x"), ("--timeout -1 -0 x", "--timeout=-1 -0 -- x"),
                 ("-kj -2", "-kj-2"), ("--fail-fast -1", "--fail-fast=-1"),
                 ("--fail-fast -0", "--fail-fast=1 -0")):
@@ -11472,7 +11474,7 @@ class CommandLineTest(unittest.TestCase):
                                  ["client", *whole.split()])
         with mock.patch.dict(os.environ, TESTCLOUD="--local -k"):
             self.assertEqual(tc.with_env_options(["client", "--connect", "h", "ls"]),
-                             ["client", "-k", "--connect=h", "--", "ls"])
+                             ["client", "-k", "--connect", "h", "--", "ls"])
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")
@@ -11516,6 +11518,17 @@ class CommandLineTest(unittest.TestCase):
             done = subprocess.run([sys.executable, SCRIPT, "client", *argv], capture_output=True,
                                   text=True, timeout=PATIENCE)
             self.assertEqual((done.returncode, done.stdout), found, done.stderr)
+
+    def test_an_option_without_its_value_takes_no_other_word(self):
+        for words in ("--joblog --resume echo", "--joblog -h", "--junit --retries 3", "-C -k echo",
+                      "--connect -k", "-n -- echo", "--timeout -- echo", "-C -- echo",
+                      "--shell -- x"):
+            with self.subTest(words):
+                status, out, err = self.main("client", "--local", *words.split())
+                self.assertEqual((status, out), (2, ""))
+                self.assertIn("expected one argument", err)
+        _, _, err = self.main("client", "--local", "-C", "", "echo")
+        self.assertIn("invalid directory value: ''", err)
 
     def test_wrong_usage_is_one_line_and_status_2(self):
         for argv in ([], ["nonsense"], ["client", "--nonsense"], ["worker", "-j", "0"],
@@ -11565,7 +11578,7 @@ class CommandLineTest(unittest.TestCase):
                 status, out, err = self.main(role, "--connect", "192.0.2.1", "--wait", "0.1")
             self.assertEqual((status, out), (2, ""))
             self.assertRegex(err,
-                             "^testcloud: .* is on another machine, and believed only with a key")
+                             "^testcloud: .* is on another machine, and trusted only with a key")
 
     def test_version_and_help(self):
         self.assertEqual(self.main("--version")[:2], (0, f"testcloud {tc.__version__}\n"))

@@ -3924,6 +3924,11 @@ class Process:
             os.killpg(self.pid, signal.SIGCONT)  # a stopped group handles SIGTERM only then
 
 
+# each command has its own values of these; ours may come from a parent testcloud
+COMMAND_VARIABLES = {b"PWD", b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT",
+                     b"TESTCLOUD_SLOT", b"TESTCLOUD_WORKER"}
+
+
 class Spawner:
     """libc's posix_spawn(), with a process group for each process.
 
@@ -3933,9 +3938,11 @@ class Spawner:
 
     STRUCT = 1024  # bytes for a struct of libc; known ones need at most 350
 
-    def __init__(self) -> None:
+    def __init__(self, inherited: Dict[bytes, bytes]) -> None:
         import ctypes
         self.ctypes = ctypes
+        self.inherited = inherited
+        self.array = self.texts(inherited)
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
         self.attributes = ctypes.create_string_buffer(self.STRUCT)
@@ -3946,10 +3953,11 @@ class Spawner:
                                       POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
         libc.posix_spawnattr_setsigdefault(self.attributes, default)
 
-    def spawn(self, argv: List[bytes], environment: Dict[bytes, bytes], cwd: Optional[bytes],
+    def spawn(self, argv: List[bytes], changed: Dict[bytes, bytes], cwd: Optional[bytes],
               stdout: int, stderr: int) -> int:
-        """Start a program. Return its pid. No text may contain a NUL. Raises OSError."""
-        variables = self.texts([b"%s=%s" % row for row in environment.items()])
+        """Start a program with these variables and the inherited ones. Return its pid. No text may
+        contain a NUL. Raises OSError."""
+        variables = self.environment(changed)
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
         try:
@@ -3960,16 +3968,26 @@ class Spawner:
                 self.set_directory(actions, cwd)
             pid = self.ctypes.c_int()
             error = libc.posix_spawn(self.ctypes.byref(pid), argv[0], actions, self.attributes,
-                                     self.texts(argv), variables)
+                                     (self.ctypes.c_char_p * (len(argv) + 1))(*argv), variables)
         finally:
             libc.posix_spawn_file_actions_destroy(actions)
         if error:
             raise OSError(error, os.strerror(error))
         return pid.value
 
-    def texts(self, texts: List[bytes]) -> Any:
-        """Return a C array of these texts, with NULL at its end."""
-        return (self.ctypes.c_char_p * (len(texts) + 1))(*texts)
+    def texts(self, variables: Dict[bytes, bytes], room: int = 0) -> Any:
+        """Return these variables as a C array, with NULLs in the room at its end."""
+        rows = [b"%s=%s" % row for row in variables.items()]
+        return (self.ctypes.c_char_p * (len(rows) + room + 1))(*rows)
+
+    def environment(self, changed: Dict[bytes, bytes]) -> Any:
+        """Return the inherited variables and these as a C array."""
+        if self.inherited.keys() & changed.keys():
+            return self.texts({**self.inherited, **changed})
+        variables = self.texts({}, len(self.inherited) + len(changed))
+        self.ctypes.memmove(variables, self.array, self.ctypes.sizeof(self.array))
+        variables[len(self.inherited):-1] = [b"%s=%s" % row for row in changed.items()]
+        return variables
 
 
 def is_transient(error: Exception) -> bool:
@@ -4064,12 +4082,13 @@ class Launcher:
 
     def __init__(self, worker: str) -> None:
         self.worker = worker  # its name
-        self.inherited = dict(os.environb)
+        self.inherited = {name: value for name, value in os.environb.items()
+                          if name not in COMMAND_VARIABLES}
         self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # with a terminal, only Popen can start a session
             with contextlib.suppress(ImportError, OSError, AttributeError):
-                self.spawner = Spawner()
+                self.spawner = Spawner(self.inherited)
                 set_close_on_exec()
 
     def start(self, job: Job, slot: int) -> Tuple[int, Tuple[int, ...]]:
@@ -4082,7 +4101,7 @@ class Launcher:
             for _ in range(1 + job.split):
                 pipes.append(os.pipe())
             cwd = None if job.cwd is None else to_bytes(job.cwd)
-            pid = self.spawn(argv, self.environment(job, slot), cwd, pipes[0][1], pipes[-1][1])
+            pid = self.spawn(argv, self.variables(job, slot), cwd, pipes[0][1], pipes[-1][1])
             self.restore_file_limit(pid)
             ours = tuple(pipe for pipe, _ in pipes)
             return pid, ours
@@ -4090,26 +4109,25 @@ class Launcher:
             for end in set(itertools.chain(*pipes)).difference(ours):
                 os.close(end)
 
-    def spawn(self, argv: List[bytes], environment: Dict[bytes, bytes], cwd: Optional[bytes],
+    def spawn(self, argv: List[bytes], changed: Dict[bytes, bytes], cwd: Optional[bytes],
               stdout: int, stderr: int) -> int:
         """Start a program. Return its pid. Popen tries what Spawner cannot start: it says why."""
         if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
             with contextlib.suppress(OSError):
-                return self.spawner.spawn(argv, environment, cwd, stdout, stderr)
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-                                   cwd=cwd, env=environment, start_new_session=True)
+                return self.spawner.spawn(argv, changed, cwd, stdout, stderr)
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
+            env={**self.inherited, **changed}, start_new_session=True)
         process.returncode = 0  # Process reaps it, not Popen
         return process.pid
 
-    def environment(self, job: Job, slot: int) -> Dict[bytes, bytes]:
-        """Return our environment, changed by the client and with the command's own variables."""
+    def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
+        """Return the variables that the client has set, and the command's own."""
         run, id, attempt = job.key
         own = {"TESTCLOUD_RUN": run, "TESTCLOUD_SEQ": str(id), "TESTCLOUD_ATTEMPT": str(attempt),
                "TESTCLOUD_SLOT": str(slot), "TESTCLOUD_WORKER": self.worker,
                "PWD": job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")}
-        changed = {**job.env, **own}
-        return {**self.inherited,
-                **{to_bytes(name): to_bytes(value) for name, value in changed.items()}}
+        return {to_bytes(name): to_bytes(value) for name, value in {**job.env, **own}.items()}
 
     def restore_file_limit(self, pid: int) -> None:
         """Undo raise_file_limit() for a command. (ulimit in the shell is slower.)"""
@@ -8466,8 +8484,8 @@ def failure(keyed: bool, event: int, detail: int) -> str:
     if not event:
         return "it sent nothing; it is probably not testcloud (browser, ssh, port scan)"
     if not keyed:
-        return ("it uses a key, this broker has none: make one with testcloud.py keygen; or it is "
-                "not testcloud")
+        return ("it uses a key, this broker has none (make one: testcloud.py keygen); or it is not "
+                "testcloud")
     copy = f"(it needs a copy of our {KEY_FILE})"
     if detail == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
         return f"it has the key of another cloud {copy}"
@@ -8821,7 +8839,7 @@ def keys_to_connect(settings: argparse.Namespace, role: str, address: str) -> Op
     """Return the keys for a connection to this broker. Raises UsageError, SetupError."""
     _, keys = find_keys(settings, role)
     if keys is None and not settings.insecure and not is_loopback(resolve(address)):
-        raise UsageError(f"{address} is on another machine, and believed only with a key: copy the "
+        raise UsageError(f"{address} is on another machine, and trusted only with a key: copy the "
                          f"cloud's {KEY_FILE} beside this script (or see --key and --insecure)")
     return keys
 
@@ -8844,8 +8862,9 @@ def listen_addresses(settings: argparse.Namespace, keys: Optional[Keys]) -> Tupl
              parse_address(settings.workers or default, WORKER_PORT, listen=True))
     for address in map(resolve, found) if keys is None and not settings.insecure else ():
         if not is_loopback(address):
-            raise UsageError(f"{address} can be reached from the network, and needs a key: make "
-                             f"one with: testcloud.py keygen (or let anybody in with --insecure)")
+            raise UsageError(
+                f"{address} can be reached from the network, and needs a key: make one with: "
+                f"testcloud.py keygen (--insecure: anybody may run commands here)")
     return found
 
 
@@ -9077,14 +9096,16 @@ def check_template(words: List[str], most: float) -> str:
     """Return the template that these words make, for up to `most` arguments. Raises UsageError."""
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
-        raise UsageError("words of a template are joined: none may be empty or have a space in it; "
-                         "write it as one word, {} outside of quotes, as in: 'rm -rf \"a b\"/{}'")
+        raise UsageError("the words of a template are joined with spaces, so none may be empty or "
+                         "have one: quote the whole template, with {} outside of its inner "
+                         "quotes, as in: 'rm -rf \"a b\"/{}'")
     for place, context in placeholders(template if PLACEHOLDER.search(template)
                                        else template + " {}"):
         wrong = misuse(place, context, most)
         if wrong:
             quote = '"' if context == '"' else "'"
-            raise UsageError(f"{place} {wrong}; for it as it is, write {{{2 * quote}{place[1:]}")
+            raise UsageError(
+                f"{place} {wrong}; to pass it on as it is, write {{{2 * quote}{place[1:]}")
     return template
 
 
@@ -9291,7 +9312,8 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             raise UsageError(why)
 
 
-NO_COMMANDS = "the input had no commands: did its program fail? (--allow-empty: that is no error)"
+NO_COMMANDS = ("no commands in the input: did the program fail that writes them? (if there may be "
+               "none: --allow-empty)")
 
 
 def print_commands(settings: argparse.Namespace) -> int:
@@ -9826,8 +9848,8 @@ def parse(argv: List[str]) -> argparse.Namespace:
 
 
 def separate_template(argv: List[str]) -> List[str]:
-    """Return a client's arguments with -- before the template: its options are not ours. Values
-    are joined to their options: argparse would take "-1" for an option, as "-0" is one."""
+    """Return a client's arguments with -- before the template: its options are not ours. A number
+    is joined to its option: argparse would take "-1" for an option, as "-0" is one."""
     valued = {name: "metavar" in row.settings
               for row in options_of(CLIENT_ROLE) for name in row.names}
     separated, rest = [], deque(argv)
@@ -9840,8 +9862,11 @@ def separate_template(argv: List[str]) -> List[str]:
         if word == "--fail-fast":
             given = rest and re.fullmatch(r"\d+|-[1-9.].*", rest[0])
             word += "=" + (rest.popleft() if given else "1")
-        elif valued.get(name) and rest:
+        elif valued.get(name) and rest and re.fullmatch(r"-[1-9.].*", rest[0]):
             word += "=" * word.startswith("--") + rest.popleft()
+        elif valued.get(name) and rest:
+            separated.append(word)
+            word = rest.popleft()
         separated.append(word)
     return [*separated, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
