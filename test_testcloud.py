@@ -13180,7 +13180,7 @@ class NothingLeftBehindTest(unittest.TestCase):
             flag = os.path.join(self.cloud.dir, f"up-{portable}")
             self.cloud.script = os.path.join(self.cloud.dir, "start.py")
             with open(self.cloud.script, "w") as file:
-                file.write("import sys, testcloud as tc\ndef none():\n  raise OSError\n"
+                file.write("import sys, testcloud as tc\ndef none(*_):\n  raise OSError\n"
                            f"if {portable}: tc.Spawner = none\nsys.exit(tc.main())")
             process = self.cloud.start(
                 "client", "--local", "--raw", stdin=subprocess.PIPE, preexec_fn=be_started_so,
