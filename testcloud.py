@@ -4569,6 +4569,15 @@ class Command:
         """Return whether it passed, and is tried once more where it failed."""
         return self.provisional.get("exitcode") == 0
 
+    def fields(self) -> Fields:
+        """Return the fields of its attempt, without constraints."""
+        optional = {
+            "again": self.submitted, "had": self.worker, "avoid": self.avoid,
+            "careful": self.faults.crashes > 0,
+            "limit": int(self.rechecking)}  # 1 byte: only the exit code of a recheck counts
+        return {"id": self.id, "attempt": self.attempt, "cmd": self.cmd, "cwd": self.cwd,
+                **{name: value for name, value in optional.items() if value}}
+
 
 class RunOptions(NamedTuple):
     """Options of a run."""
@@ -4584,6 +4593,12 @@ class RunOptions(NamedTuple):
     serial: bool = False  # one command at a time
     fail_fast: int = 0  # failures that stop the run; 0: never stop
     fail_on_flaky: bool = False  # flaky commands count as failed
+
+    def fields(self) -> Fields:
+        """Return the fields that each command of the run has."""
+        given = {"timeout": self.timeout, "limit": self.max_output, "env": self.env,
+                 "shell": self.shell, "needs": list(self.needs), "split": self.split}
+        return {name: value for name, value in given.items() if value}
 
 
 class RunStarted(NamedTuple):
@@ -4852,10 +4867,7 @@ class Client(SessionMachine):
         super().__init__("HELLO", times, wait)
         self.run = run
         self.options = options
-        self.common: Fields = {name: value for name, value in (  # fields of all commands
-            ("timeout", options.timeout), ("limit", options.max_output), ("env", options.env),
-            ("shell", options.shell), ("needs", list(options.needs)),
-            ("split", options.split)) if value}
+        self.common = options.fields()
         self.address = address  # for notices
         self.host, self.pid = host, pid
         self.host_names = HostNames()  # people see names, the broker gets identities
@@ -4972,14 +4984,7 @@ class Client(SessionMachine):
         identity = self.host_names.identity_of
         constraints = {key: [*map(identity, value)] if key == "never_on" else identity(value)
                        for key, value in command.constraints.items()}
-        optional = {
-            "again": command.submitted, "had": command.worker, "avoid": command.avoid,
-            "careful": command.faults.crashes > 0,
-            "limit": int(command.rechecking)}  # 1 byte: only the exit code of a recheck counts
-        line = encode(COMMAND, {
-            "id": command.id, "attempt": command.attempt, "cmd": command.cmd, "cwd": command.cwd,
-            **constraints, **self.common,
-            **{name: value for name, value in optional.items() if value}})
+        line = encode(COMMAND, {**constraints, **self.common, **command.fields()})
         first = command.attempt == 1 and not command.submitted
         command.submitted = True
         if first and len(line) > MAX_COMMAND - OTHER_FIELDS:
@@ -5262,30 +5267,7 @@ class Client(SessionMachine):
     def wait_reason(self) -> str:
         """Return what the run waits for, and what to do; "" for nothing."""
         return broker_wait_reason(self.session, self.address, CLIENT_ROLE) or (
-            self.slot_wait_reason() if self.window else "")
-
-    def slot_wait_reason(self) -> str:
-        """Return why no command runs, and what to do; "" if one runs."""
-        if not self.slots:
-            return f"waiting: the broker at {self.address} has no worker" + (
-                " that takes new commands: each is over its --max-load, is stopping, or is a "
-                "broker without workers" if self.workers else
-                " (yet); start one with: testcloud.py worker")
-        if self.lacks:
-            return f"waiting for {self.lacks}; there is none among {plural(self.workers, 'worker')}"
-        if self.accepted or self.fetcher.queue:
-            return ""
-        absent = self.host_wait
-        if absent.commands:
-            return (f"waiting for {absent.hosts()} to come back: "
-                    f"{plural(len(absent.commands), 'command')} could not be started elsewhere")
-        which = str(self.slots)
-        if self.options.needs:
-            which = f"of workers with {label_words(self.options.needs)}"
-        never_on = next(iter(self.window.values())).constraints.get("never_on", ())
-        if never_on:
-            which = f"of hosts other than {printable(', '.join(never_on), 300)}"
-        return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
+            slot_wait_reason(self) if self.window else "")
 
     def stop_early(self) -> None:
         """Cancel the run if --fail-fast asks for it."""
@@ -5329,6 +5311,30 @@ class Client(SessionMachine):
         (BROKER, "RESULT"): "on_result", (BROKER, "CHUNK"): "on_chunk",
         (BROKER, "LOST"): "on_lost", (BROKER, "ERROR"): "on_error",
     }
+
+
+def slot_wait_reason(client: Client) -> str:
+    """Return why no command runs, and what to do; "" if one runs."""
+    if not client.slots:
+        return f"waiting: the broker at {client.address} has no worker" + (
+            " that takes new commands: each is over its --max-load, is stopping, or is a "
+            "broker without workers" if client.workers else
+            " (yet); start one with: testcloud.py worker")
+    if client.lacks:
+        return f"waiting for {client.lacks}; there is none among {plural(client.workers, 'worker')}"
+    if client.accepted or client.fetcher.queue:
+        return ""
+    absent = client.host_wait
+    if absent.commands:
+        return (f"waiting for {absent.hosts()} to come back: "
+                f"{plural(len(absent.commands), 'command')} could not be started elsewhere")
+    which = str(client.slots)
+    if client.options.needs:
+        which = f"of workers with {label_words(client.options.needs)}"
+    never_on = next(iter(client.window.values())).constraints.get("never_on", ())
+    if never_on:
+        which = f"of hosts other than {printable(', '.join(never_on), 300)}"
+    return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
 
 
 class ShowStatus(NamedTuple):
