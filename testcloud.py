@@ -4733,7 +4733,7 @@ class HostWait:
             command.wait_until = 0.0
         self.commands.clear()
 
-    def late(self, now: Seconds) -> List[Command]:
+    def overdue(self, now: Seconds) -> List[Command]:
         return [command for command in self.commands.values() if command.wait_until <= now]
 
     def hosts(self) -> str:
@@ -5242,7 +5242,7 @@ class Client(SessionMachine):
             return
         self.session.tick(now)
         self.fetcher.tick(self.window.values(), now)
-        late = self.host_wait.late(now) if self.session.joined else ()
+        late = self.host_wait.overdue(now) if self.session.joined else ()
         if late:
             self.effects.append(Notice(f"gave up waiting for {self.host_wait.hosts()}"))
         for command in late:
