@@ -1313,7 +1313,8 @@ class BrokerTest(unittest.TestCase):
             d.expect(b"a", "SHUN", token="r1", hosts=["h1", "h3"])
             d.expect(b"a", "{")
 
-    def test_a_chained_broker_has_only_so_many_slots_with_a_label(self):
+    def one_labelled_slot_below(self):
+        """The only slot with a label is below a chained broker, and taken; two commands wait."""
         d = self.desk
         d.join(b"m", slots=9, below=["m"], crew=[["h1", 1, "gpu"], ["h2", 8]])
         d.hello(b"c", "r1")
@@ -1321,6 +1322,10 @@ class BrokerTest(unittest.TestCase):
         d.takes(b"m", "r1", 1)
         d.expect(b"c", "QUEUED")
         d.quiet()
+        return d
+
+    def test_a_chained_broker_has_only_so_many_slots_with_a_label(self):
+        d = self.one_labelled_slot_below()
         d.join(b"v", slots=1, labels=["gpu"])
         d.takes(b"v", "r1", 2)
         d.expect(b"c", "QUEUED")
@@ -1339,13 +1344,7 @@ class BrokerTest(unittest.TestCase):
         d.takes(b"m", "r1", 3)
 
     def test_a_chained_broker_may_get_and_lose_slots_with_a_label(self):
-        d = self.desk
-        d.join(b"m", slots=9, below=["m"], crew=[["h1", 1, "gpu"], ["h2", 8]])
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1, 2, 3, needs=["gpu"])
-        d.takes(b"m", "r1", 1)
-        d.expect(b"c", "QUEUED")
-        d.quiet()
+        d = self.one_labelled_slot_below()
         d.worker(b"m", 'READY {"name":"m","slots":9,"crew":[["h1",2,"gpu"],["h2",7]]}')
         d.takes(b"m", "r1", 2)
         d.expect(b"c", "QUEUED")

@@ -825,6 +825,11 @@ class Session:
         self.joined = False
         self.greet(now)
 
+    def join_again(self, now: Seconds) -> None:
+        """Join anew, unless that is under way."""
+        if self.joined:
+            self.join(now)
+
     def connected(self, now: Seconds) -> None:
         self.up = True
         self.trouble = ""
@@ -1015,8 +1020,7 @@ class SessionMachine(Machine):
         self.settle()
 
     def on_who(self, message: Message) -> None:
-        if self.session.joined:
-            self.session.join(self.now)
+        self.session.join_again(self.now)
 
     def on_error(self, message: Message) -> None:
         if self.session.joined:  # before, the notice of the wait is enough
@@ -1983,10 +1987,6 @@ class Upstream:
 
     # --- from the broker above
 
-    def join_again(self) -> None:
-        if self.session.joined:
-            self.session.join(self.owner.now)
-
     def on_ok(self, fields: Fields) -> None:
         if self.session.on_ok(fields):
             self.owner.scheduler.capacity_changed = True  # it may have, since we announced it
@@ -2005,7 +2005,7 @@ class Upstream:
                 self.owner.remind(task)
         self.unsent.clear()
         if not known.issuperset(present):
-            self.join_again()
+            self.session.join_again(self.owner.now)
 
     def check(self) -> None:
         """Raise AssertionError if its records disagree. For tests."""
@@ -2016,11 +2016,10 @@ class Upstream:
 # === Dispatcher =======================================================================
 #
 # The life of a task at the broker: submitted, assigned, confirmed (QUEUED), delivered or lost, and
-# the messages at each step. Clients own their commands: when an attempt is
-# lost, the broker says LOST and drops the task, and the client decides about another attempt. Plain
-# clients know no LOST, so the broker owns their commands. It keeps nothing on disk: clients and
-# workers tell it all it must know when they join, also what its predecessor knew, a broker that was
-# there before this one started.
+# the messages at each step. Clients own their commands: when an attempt is lost, the broker says
+# LOST and drops the task, and the client decides about another attempt. Plain clients know no LOST,
+# so the broker owns their commands. It keeps nothing on disk: clients and workers tell it when they
+# join all it must know, also what its predecessor knew (a broker that died before this one began).
 
 
 class Dispatcher(Machine):
@@ -2336,7 +2335,7 @@ class Dispatcher(Machine):
             elif not adopted.client.claimed:
                 recall.append(("RECALL", adopted))
         if told:
-            self.upstream.join_again()  # the broker above may be looking for these
+            self.upstream.session.join_again(self.now)  # the broker above may look for these
         return unwanted, recall, resend
 
     def adopt(self, worker: WorkerRecord, key: TaskKey) -> Optional[Task]:
@@ -3069,7 +3068,7 @@ class Broker(Membership):
                 self.scheduler.take_turn(client)
 
     def on_who(self, message: Message) -> None:
-        self.upstream.join_again()
+        self.upstream.session.join_again(self.now)
 
     def connected(self, link: str, now: Seconds) -> None:
         self.now = now
