@@ -4892,6 +4892,7 @@ class Client(SessionMachine):
         self.total = self.reported = self.failed = self.flaky = 0
         self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
+        self.wanted_hosts = 0  # that we have logins for; 0 with a broker elsewhere
         self.lacks = ""  # a missing worker, in words
         self.long_pause: Tuple[Seconds, Seconds] = (0, 0)  # over the lease; until when to tell it
         # the end of the run
@@ -5314,6 +5315,8 @@ class Client(SessionMachine):
 
 def slot_wait_reason(client: Client) -> str:
     """Return why no command runs, and what to do; "" if one runs."""
+    if not client.slots and client.wanted_hosts:
+        return f"waiting: none of {plural(client.wanted_hosts, 'host')} is connected"
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
             " that takes new commands: each is over its --max-load, is stopping, or is a "
@@ -7202,7 +7205,8 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
         (3, f"{min(client.accepted, client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
-        (2, plural(client.workers, "worker")),
+        (2, f"{client.workers} of {plural(client.wanted_hosts, 'host')}" if client.wanted_hosts
+         else plural(client.workers, "worker")),
         (1, plural(client.slots, "slot"))) if part[1]]
     while sum(len(text) + 2 for _, text in parts) > columns + 2:
         parts.remove(min(parts))
@@ -7442,7 +7446,8 @@ class EventLoop:
         self.poller: Any = zmq.Poller() if sockets else select.poll()
         self.adapters: List[Adapter] = []
         self.links: List[SocketLink] = []
-        self.readers: Dict[Any, Callable[[Seconds], object]] = {}  # by descriptor or ZeroMQ socket
+        self.callbacks: Dict[Any, Callable[[Seconds], object]] = {}  # by descriptor or socket
+        self.writable = zmq.POLLOUT if sockets else select.POLLOUT
         self.posted: Deque[Callable[[Seconds], None]] = deque()
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
@@ -7476,8 +7481,18 @@ class EventLoop:
 
     def add_reader(self, file: Any, function: Callable[[Seconds], object]) -> None:
         """Call function(now) whenever the descriptor or ZeroMQ socket is readable."""
-        self.readers[file] = function
+        self.callbacks[file] = function
         self.poller.register(file, select.POLLIN)
+
+    def add_writer(self, file: int, function: Callable[[Seconds], object]) -> None:
+        """Call function(now) whenever the descriptor is writable."""
+        self.callbacks[file] = function
+        self.poller.register(file, self.writable)
+
+    def remove(self, file: int) -> None:
+        """Stop calling the function of a descriptor, if there is one. Call this before close()."""
+        if self.callbacks.pop(file, None):
+            self.poller.unregister(file)
 
     def every(self, interval: Seconds, function: Callable[[Seconds], None]) -> None:
         """Call function(now) in a round of the loop, at most once in `interval` seconds."""
@@ -7563,8 +7578,9 @@ class EventLoop:
         polled = self.clock()
         for link in self.links:  # connections first: a worker without one starts nothing
             link.read_events(ready, polled)
-        for file in [file for file in self.readers if file in ready]:
-            self.readers[file](self.clock())
+        for file in [file for file in self.callbacks if file in ready]:
+            if file in self.callbacks:  # an earlier function may have removed it
+                self.callbacks[file](self.clock())
         while self.posted:
             self.posted.popleft()(self.clock())
         for link in self.links:
@@ -7602,10 +7618,11 @@ class EventLoop:
 
 # === Links ============================================================================
 #
-# A link carries a machine's messages: through a ROUTER, a DEALER, or calls to a machine in
-# the same process. It calls the machine's receive(), and for its connections connected(),
-# disconnected(), refused(), revoked() and identified(). Sending never blocks: a slow peer gets a
-# bounded backlog; then a ROUTER closes its connection, and a DEALER drops the backlog.
+# A link carries a machine's messages: through a ROUTER, a DEALER, a stream such as that of
+# ssh, or calls to a machine in the same process. It calls the machine's receive(), and for its
+# connections connected(), disconnected(), refused(), revoked() and identified(). Sending never
+# blocks: a slow peer gets a bounded backlog; then a ROUTER closes its connection, a stream ends,
+# and a DEALER drops the backlog.
 
 NOBLOCK, SNDMORE_NOBLOCK = 1, 3  # of zmq.h; pyzmq's own are enums, which are slow to combine
 MAX_READ_TIME: Seconds = 0.1  # for a socket's messages; then timers and other links have a turn
@@ -7671,6 +7688,226 @@ class LocalLink(Link):
     def send(self, outgoing: Outgoing) -> None:
         self.other.receive(self.other_link, self.peer, outgoing.token, outgoing.body,
                            outgoing.data, time.monotonic())
+
+
+RECORD = struct.Struct("!BHII")  # before each record of a stream: kind, sizes of its three parts
+MESSAGE, CONTROL = 0, 1  # kinds of records
+READ_SIZE = 256 * 1024  # bytes read from a stream at once; other streams have a turn in between
+MAX_MARK_LINE = 4096  # bytes
+BEAT_INTERVAL: Seconds = 2.0  # between keepalives on a stream
+MAX_SILENT_BEATS = 15  # then it has ended: 30 s, as long as a lost client keeps its commands
+
+
+class PipeLink(Link):
+    """A link on a stream, such as stdin and stdout of ssh. Both ends are of this class.
+
+    A record is a message, with token, body and data as its parts; or a control, whose body is a
+    list in JSON: a key of the other end's `controls`, and arguments. An empty one is a keepalive.
+    Our end must find `mark` first, and skips what login shells print before it. The rest of its
+    line is the reason why there is no other end: then that is the end of the stream.
+    """
+
+    def __init__(self, loop: EventLoop, machine: Machine, name: str, peer: Peer, incoming: int,
+                 outgoing: int, controls: Dict[str, Callable[..., object]],
+                 ended: Callable[[str, Seconds], object], mark: bytes = b"",
+                 opened: Callable[[Seconds], object] = lambda now: None) -> None:
+        self.loop = loop
+        self.machine = machine
+        self.name = name
+        self.peer = peer
+        self.incoming = incoming
+        self.outgoing = outgoing
+        self.controls = controls  # by name: functions, called with the arguments and the time
+        self.ended = ended  # called once, with the reason
+        self.opened = opened  # called when the mark was found
+        self.mark = mark  # b"" once it was found
+        self.closed = False
+        self.silent_beats = 0  # since something came; not a time: that passes while we are stopped
+        self.buffer = bytearray()  # of what came: the beginning of a record
+        self.backlog: Deque[memoryview] = deque()  # records that the stream has not taken yet
+        self.backlog_bytes = 0
+        os.set_blocking(incoming, False)
+        os.set_blocking(outgoing, False)
+        loop.add_reader(incoming, self.read)
+
+    # --- sending
+
+    def send(self, outgoing: Outgoing) -> None:
+        self.write_record(MESSAGE, outgoing.token.encode(), outgoing.body, outgoing.data)
+
+    def control(self, *words: Any) -> None:
+        """Call one of the other end's controls."""
+        self.write_record(CONTROL, b"", json.dumps(words).encode(), b"")
+
+    def reconnect(self) -> None:
+        self.control("reconnect")
+
+    def write_record(self, kind: int, *parts: Any) -> None:
+        self.write(b"".join((RECORD.pack(kind, *map(len, parts)), *parts)))
+
+    def write(self, data: bytes) -> None:
+        """Write these bytes, or keep them until the stream can take them."""
+        if self.closed:
+            return
+        self.backlog.append(memoryview(data))
+        self.backlog_bytes += len(data)
+        if len(self.backlog) == 1:
+            self.write_backlog(time.monotonic())
+        elif self.backlog_bytes > MAX_BACKLOG_BYTES:
+            self.end("does not read what it is sent", time.monotonic())
+
+    def write_backlog(self, now: Seconds) -> None:
+        try:
+            while self.backlog:
+                done = os.write(self.outgoing, self.backlog[0])
+                self.backlog_bytes -= done
+                self.backlog[0] = self.backlog[0][done:]
+                if not self.backlog[0]:
+                    self.backlog.popleft()
+            self.loop.remove(self.outgoing)
+        except BlockingIOError:
+            if self.outgoing not in self.loop.callbacks:
+                self.loop.add_writer(self.outgoing, self.write_backlog)
+        except OSError:
+            self.end("", now)
+
+    def beat(self, now: Seconds) -> None:
+        """Send a keepalive; end a stream that is silent. Call this every BEAT_INTERVAL."""
+        self.silent_beats += 1
+        if self.mark:
+            return
+        if self.silent_beats > MAX_SILENT_BEATS:
+            self.end(f"silent for {MAX_SILENT_BEATS * BEAT_INTERVAL:g} seconds", now)
+        else:
+            self.control()
+
+    # --- receiving
+
+    def read(self, now: Seconds) -> None:
+        """Read what came, and hand over each whole record."""
+        try:
+            data = os.read(self.incoming, READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self.silent_beats = 0
+        self.buffer += data
+        try:
+            if self.mark:
+                self.find_mark(now)
+            for kind, parts in [] if self.mark else self.take_records():
+                if not self.closed:
+                    self.hand_over(kind, parts)
+        except (ValueError, RecursionError) as error:
+            self.end(f"sent what is no record: {error}", now)
+        if not data:
+            self.end("", now)
+
+    def find_mark(self, now: Seconds) -> None:
+        before, found, rest = self.buffer.partition(self.mark)
+        reason, ended, records = rest.partition(b"\n")
+        if not ended:  # in a MiB of noise, too, each byte is searched about once
+            self.buffer = self.buffer[-MAX_MARK_LINE:]
+            return
+        self.buffer, self.mark = records, b""
+        if reason:
+            self.end(to_text(bytes(reason)), now)
+        else:
+            self.opened(now)
+
+    def take_records(self) -> List[Tuple[int, List[bytes]]]:
+        """Remove the whole records from the buffer. Return kind and parts of each. Raises
+        ValueError."""
+        found: List[Tuple[int, List[bytes]]] = []
+        at = 0
+        with memoryview(self.buffer) as view:
+            while at + RECORD.size <= len(view):
+                kind, *sizes = RECORD.unpack_from(view, at)
+                ends = list(itertools.accumulate(sizes, initial=at + RECORD.size))
+                if kind > CONTROL or max(sizes) > MAX_FRAME:
+                    raise ValueError(f"kind {kind}, sizes {sizes}")
+                if ends[-1] > len(view):
+                    break
+                found.append((kind, [bytes(view[a:b]) for a, b in zip(ends, ends[1:])]))
+                at = ends[-1]
+        del self.buffer[:at]
+        return found
+
+    def hand_over(self, kind: int, parts: List[bytes]) -> None:
+        """Give a record to the machine, or call a control. Raises ValueError."""
+        token, body, data = parts
+        now = self.loop.clock()
+        if kind == MESSAGE:
+            self.machine.receive(self.name, self.peer, token.decode("ascii", "replace"), body, data,
+                                 now)
+            return
+        words = json.loads(body)
+        if words:
+            try:
+                control = self.controls[words[0]]
+            except (KeyError, TypeError):
+                raise ValueError(f"control {printable(body)}") from None
+            control(*words[1:], now)
+
+    # --- the end
+
+    def end(self, why: str, now: Seconds) -> None:
+        """Close our end, and tell why: "" if the other end has closed its."""
+        if not self.closed:
+            self.close()
+            self.ended(why, now)
+
+    def stop_writing(self) -> None:
+        """Close our half of the stream. The other end will notice, and end."""
+        if not self.closed:
+            self.closed = True
+            self.loop.remove(self.outgoing)
+            os.close(self.outgoing)
+
+    def close(self) -> None:
+        """Close our end. The other end notices that."""
+        self.closed = True
+        self.backlog.clear()
+        for file in (self.incoming, self.outgoing):
+            self.loop.remove(file)
+            os.close(file)
+
+
+class PeerLinks(Link):
+    """A broker's link to workers, each with a link of its own."""
+
+    def __init__(self) -> None:
+        self.links: Dict[Peer, PipeLink] = {}
+
+    def send(self, outgoing: Outgoing) -> None:
+        if outgoing.peer in self.links:  # else the peer is lost, as the broker will hear
+            self.links[outgoing.peer].send(outgoing)
+
+
+class Relay(Machine):
+    """Passes messages between a broker and a worker on a stream, unread."""
+
+    def __init__(self, control: Callable[..., object]) -> None:
+        super().__init__()
+        self.control = control  # calls a control of the worker's end
+
+    def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: Any,
+                now: Seconds) -> None:
+        other = WORKERS if link == BROKER else BROKER
+        self.bulk.append(Outgoing(other, b"", token, body, data))
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.control("connected")
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.control("disconnected")
+
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        self.control("refused", why)
+
+    def key_changed(self, mark: str) -> None:
+        self.control("key_changed", mark)
 
 
 class SocketLink(Link):
@@ -8549,6 +8786,7 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
     "--nice": (int, count, "number"), "--label": LABEL, "--need": LABEL,
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
                "host name (up to 64 characters, without spaces, / and ~)"),
+    "LOGIN": (str, str.strip, "login"), "COMMAND": (str, str.strip, "command"),
     "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
     "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
     "PATH": (str, lambda path: path and "\0" not in path, "path"),
@@ -8592,6 +8830,14 @@ MISSED_OKS = time_option("missed_oks", "reconnect after N unanswered ones")
 CRASH_LIMIT = time_option("crash_limit", "a command that lost N workers has failed")
 KILL_GRACE = time_option("kill_grace", "from SIGTERM to SIGKILL")
 HELP = option("-h --help", "show this", action="help")
+HOSTS = [
+    option("-S --sshlogin LOGIN", "run on hosts, by ssh: [N/][user@]host,... (: is here)",
+           action="append", default=[]),
+    option("--sshloginfile --slf FILE", "hosts in a file, one a line", action="append", default=[]),
+    option("--ssh COMMAND", "instead of ssh (default: $TESTCLOUD_SSH or ssh)"),
+    option("--via COMMAND", "run through this: [N/]docker exec -i box",
+           action="append", default=[]),
+    option("--python COMMAND", "Python on the hosts (default: a new enough one)")]
 SHELLS = ("bash", "zsh", "fish")
 
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
@@ -8609,7 +8855,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             time_option("lost_grace", "for a lost worker to reconnect"),
             CRASH_LIMIT, READY_INTERVAL, MISSED_OKS])]),
     "worker": ("run commands for a broker (if started by ssh without -t: until ssh ends)", [
-        ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE]),
+        ("where", [CONNECT, KEY, INSECURE, WAIT, VERBOSE, *HOSTS]),
         ("what it takes", [
             option("-j --slots N", "commands at once (default: the CPUs we may use)", default=0),
             option("--weight W", "the highest are used first (default: 0)", default=0),
@@ -8623,10 +8869,9 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
-            option("TEMPLATE", "command for each line: {} the line, {#} its number, {.} without "
-                   "extension, {/} without directory, {//} its directory, {/.} without both, "
-                   "{1} its first column; at its end, instead of stdin: ::: ARGUMENTS, "
-                   ":::: FILES; :::+ links these to those before", nargs=argparse.REMAINDER),
+            option("TEMPLATE", "command: {} is the line, {#} its number, {.} no extension, {/} no "
+                   "directory, {//} the directory, {/.} neither, {1} a column; ends with ::: "
+                   "ARGUMENTS or :::: FILES in place of stdin", nargs=argparse.REMAINDER),
             option("-0 --null", "NUL ends a line of stdin, not newline"),
             option("-n --max-args N", "so many lines for each command", default=1),
             option("--colsep REGEX", "what separates the columns of a line"),
@@ -8638,7 +8883,9 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
         ("where", [
             CONNECT,
             option("--local", "run on this machine, without a broker"),
-            option("-j --slots N", "with --local: commands at once (default: the CPUs)", default=0),
+            *HOSTS,
+            option("-j --slots N", "commands at once, here or on each host (default: CPUs)",
+                   default=0),
             option("--need NAME", "only on workers with this --label", action="append", default=[]),
             option("--serial", "one command at a time"),
             KEY, INSECURE, WAIT]),
@@ -8651,7 +8898,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--fail-on-flaky", "a command that is FLAKY or ONLY ON has failed"),
             option("--expect HASH", "fail if the result hash is another one"),
             option("--allow-empty", "an input without commands is no error"),
-            CRASH_LIMIT, KILL_GRACE]),
+            CRASH_LIMIT, KILL_GRACE, READY_INTERVAL, MISSED_OKS]),
         ("what to show", [
             option("-p --progress", "a line at the bottom (default: on a terminal)"),
             option("-k --keep-order", "results in the order of the input"),
@@ -8675,8 +8922,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--resume-failed", "skip commands that passed by the joblog"),
             option("--junit FILE", "JUnit XML, for Jenkins, GitLab and GitHub"),
             option("--html FILE", "a page with a picture of the run"),
-            option("--timings JOBLOG", "begin with the commands that took longest there")]),
-        ("times", [READY_INTERVAL, MISSED_OKS])]),
+            option("--timings JOBLOG", "begin with the commands that took longest there")])]),
     "status": ("show the workers and clients of a broker", [
         ("what to show", [
             CONNECT,
@@ -8699,7 +8945,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
 EXAMPLES = {CLIENT_ROLE: """\
 ls tests/test_*.py | testcloud.py client pytest -q {}   each file on some worker
 testcloud.py client --local gzip -k {} ::: *.log        on this machine alone
-testcloud.py client --retries 3 --junit out.xml < file  a command in each line
+testcloud.py client -S alpha,beta --retries 3 < file    on two hosts, by ssh
 
 """}
 USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "completion": " SHELL"}
@@ -8973,26 +9219,590 @@ def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
 def run_worker(settings: argparse.Namespace) -> int:
     address = broker_address(settings, WORKER_PORT)
     keys = keys_to_connect(settings, WORKER_ROLE, address)
-    return supervise(lambda control: worker_process(settings, address, keys, control))
+    logins = logins_of(settings)
+    if logins:
+        return run_relays(settings, logins, address, keys)
+
+    def join(loop: EventLoop, adapter: Adapter, worker: Worker) -> None:
+        connect(loop, adapter, address, WORKER_ROLE, keys, settings)
+        print_line(f"Connecting to {address} to run commands in {plural(worker.slots, 'slot')}")
+    return supervise(lambda control: worker_process(
+        settings, new_worker(settings, address, keys), control, join, True))
 
 
-def worker_process(settings: argparse.Namespace, address: str, keys: Optional[Keys],
-                   control: int) -> int:
-    """Run a worker; control is the descriptor of its supervisor, or -1 without one."""
-    worker = Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
-                    host_identity(settings.host), times_from(settings), settings.wait, address,
-                    settings.drain, settings.label, settings.max_load, f"user {os.getuid()}")
+def new_worker(settings: argparse.Namespace, address: str, keys: Optional[Keys] = None,
+               shared: bool = True) -> Worker:
+    """Return a worker with the settings of its command line. In a cloud that is shared with
+    others, it is told of other workers of its user."""
+    return Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
+                  host_identity(settings.host), times_from(settings), settings.wait, address,
+                  settings.drain, settings.label, settings.max_load,
+                  f"user {os.getuid()}" if shared else "")
+
+
+def worker_process(settings: argparse.Namespace, worker: Worker, control: int,
+                   join: Callable[[EventLoop, Adapter, Worker], None], sockets: bool) -> int:
+    """Run a worker; control is the descriptor of its supervisor, or -1 without one. join() gives
+    it the link to its broker."""
     ssh_watch = watch_ssh(worker)  # while we still have our terminal
     if control >= 0:
         detach_terminal()
-    with contextlib.closing(EventLoop(sockets=True)) as loop:
+    with contextlib.closing(EventLoop(sockets)) as loop:
         adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
         loop.each_round.append(ssh_watch)
         watch_load(loop, worker)
-        connect(loop, adapter, address, WORKER_ROLE, keys, settings)
+        join(loop, adapter, worker)
         loop.on_signals(worker.stop, control)
-        print_line(f"Connecting to {address} to run commands in {plural(worker.slots, 'slot')}")
         with contextlib.closing(runner):
+            return loop.run()
+
+
+# === Hosts ============================================================================
+#
+# Hosts that need nothing but ssh (-S), or another way to a shell (--via). On each we start a
+# worker, whose link is stdin and stdout of ssh. The program is sent first, over the same
+# stream, and runs from memory: the host keeps no file, and needs only sh and Python. When
+# the stream ends, the worker ends. A client has its own broker; worker -S relays to another.
+#
+#     our end                                  the host
+#     BOOTSTRAP, as an argument                sh reads a line from stdin, and runs it:
+#     start_script()                           looks for a Python, and starts it with BOOT:
+#     the program, compressed                  Python runs it from memory: run_from_memory()
+#     skips all before the mark                prints the mark, which ends the noise
+#     records of a PipeLink                    records of a PipeLink
+
+# A login shell may be csh or fish, which read quotes, ! and \ in their own ways. So what it sees
+# is one constant text without them, and the script comes on stdin. sh reads no byte too many.
+BOOTSTRAP = 'read -r line; eval "$line"'
+# tells a version that is too old; Python 2 must understand it, too
+PROBE = ("import sys; sys.version_info >= (3, 9) or "
+         "sys.exit(', %s is %s' % (sys.executable, sys.version.split()[0]))")
+# read() may take more than the program: nothing follows before the mark
+BOOT = ("import sys, zlib; code = zlib.decompress(sys.stdin.buffer.read({size})); "
+        "names = {{'__name__': 'testcloud'}}; exec(compile(code, 'testcloud.py', 'exec'), names); "
+        "names['run_from_memory'](sys.argv[1])")
+PYTHONS = ("python3", *(f"python3.{minor}" for minor in range(13, PYTHON[1] - 1, -1)))
+NO_PYTHON = "no python"  # stands behind the mark, before versions that are too old
+SSH_OPTIONS = (
+    "-T", "-x", "-o", "ClearAllForwardings=yes",  # only stdin and stdout
+    "-o", "BatchMode=yes",  # never ask for a password
+    "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+
+MAX_LOGINS = 8  # under way at once: sshd drops logins at random if more than 10 are (MaxStartups)
+LOGIN_TIME: Seconds = 2.0  # a login that takes longer waits for the network, not for sshd
+START_TIMEOUT: Seconds = 30.0  # from starting ssh to the mark
+END_TIME: Seconds = 2.0  # for ssh to end after its stream, then it is killed
+CLOSE_TIME: Seconds = 3.0  # the same at our own end: workers stop their commands first
+RETRY_DELAYS: Tuple[Seconds, Seconds] = (1.0, 60.0)  # before a host is tried again: first, longest
+MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
+HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
+
+# by what ssh says: the cause, and what to do; {} is its command for the host
+SSH_FAILURES = (
+    ("Could not resolve hostname", "unknown host: check its name, or define it in ~/.ssh/config"),
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED",
+     "its host key has changed: if you know why, remove the old one with ssh-keygen -R, then: {}"),
+    ("Host key verification failed|No .*host key is known",
+     "its host key is not known here: accept it once with: {}"),
+    ("Permission denied|Too many authentication failures",
+     "it accepts none of your keys: copy one there with: ssh-copy-id {host}"),
+    ("Connection refused", "connection refused: is sshd running there, and on this port?"),
+    ("timed out|No route to host|Network is unreachable|Host is down",
+     "cannot be reached: is it on, and is its address right?"))
+DROPPED = "kex_exchange_identification|Connection (closed|reset) by|MaxStartups"
+
+
+class Login(NamedTuple):
+    """A host as the user names it."""
+
+    name: str  # in messages
+    slots: int  # 0: the CPUs there
+    command: Tuple[str, ...]  # that runs BOOTSTRAP there
+    check: str  # a command to try by hand
+    alias: Optional[str] = None  # its name in results; None: its own
+    peer: Peer = b""
+
+
+def names_hosts(settings: argparse.Namespace) -> bool:
+    return bool(settings.sshlogin or settings.sshloginfile or settings.via)
+
+
+def logins_of(settings: argparse.Namespace) -> List[Login]:
+    """Return the hosts of -S, --sshloginfile and --via. Raises UsageError, SetupError."""
+    if not names_hosts(settings):
+        if settings.python or settings.ssh:
+            raise UsageError("--python and --ssh go with hosts: -S or --via")
+        return []
+    if settings.subcommand == CLIENT_ROLE and (settings.local or settings.connect):
+        raise UsageError("-S and --via need no broker, and no --local: this machine is -S : (for a "
+                         "standing cloud: worker -S LOGIN --connect ADDR)")
+    if settings.subcommand == WORKER_ROLE and settings.host:
+        raise UsageError("--host names this machine; with -S and --via each host has its own name")
+    words = [word for text in settings.sshlogin for word in text.split(",")]
+    for path in settings.sshloginfile:
+        words += read_logins(path)
+    logins = [parse_login(word, settings) for word in map(str.strip, words) if word]
+    logins += [parse_via(text, settings) for text in settings.via]
+    if not logins:
+        raise UsageError("there is no host in -S or --sshloginfile")
+    for name, n in Counter(login.name for login in logins).items():
+        if n > 1:
+            print_notice(f"{name} is named {n} times: it gets {n} workers, each with its own slots")
+    return [login._replace(peer=b"%d" % at) for at, login in enumerate(logins)]
+
+
+def read_logins(path: str) -> List[str]:
+    """Return the logins in a file, one a line; # begins a comment."""
+    if path == "-":
+        raise UsageError("--sshloginfile cannot be stdin: that has the commands")
+    if path == "..":
+        config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        path = os.path.join(config, "testcloud", "sshloginfile")
+    with file_errors("read", path), open(path, encoding="utf-8", errors="replace") as file:
+        return [line.partition("#")[0].strip() for line in file]
+
+
+def split_command(text: str, option: str) -> List[str]:
+    """Return the words of a command. Raises UsageError."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {printable(text)}: {error}") from None
+    if not words or "\0" in text:
+        raise UsageError(f"{option} {printable(text)}: that is no command")
+    return words
+
+
+def split_slots(text: str, settings: argparse.Namespace) -> Tuple[int, str]:
+    """Return N and the rest of [N/]TEXT; without N, that of -j. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]+)/(.+)", text, re.S)
+    if match is None:
+        return settings.slots, text
+    if not VALUE_TYPES["--slots"][1](int(match[1])):
+        raise UsageError(f"{printable(text)}: cannot have {match[1]} slots")
+    return int(match[1]), match[2]
+
+
+def parse_login(text: str, settings: argparse.Namespace) -> Login:
+    """Return the host of a LOGIN. Raises UsageError."""
+    slots, host = split_slots(text, settings)
+    if host == ":":
+        return Login("this machine", slots, ("/bin/sh", "-c", BOOTSTRAP), "/bin/sh -c true")
+    if not re.fullmatch(r"[^\s\0-][^\s\0]*", host):
+        raise UsageError(f"-S {printable(text)}: write [N/][user@]host; options of ssh belong into "
+                         f"~/.ssh/config, or into --ssh 'ssh -p 2222'")
+    ssh = split_command(settings.ssh or os.environ.get("TESTCLOUD_SSH") or "ssh", "--ssh")
+    alias = re.sub(r"^ssh://|:[0-9]+$", "", host).rpartition("@")[2]
+    return Login(host, slots, (*ssh, *SSH_OPTIONS, host, f"exec /bin/sh -c '{BOOTSTRAP}'"),
+                 shlex.join([*ssh, host]), alias if VALUE_TYPES["--host"][1](alias) else None)
+
+
+def parse_via(text: str, settings: argparse.Namespace) -> Login:
+    """Return the host of a --via. Raises UsageError."""
+    slots, command = split_slots(text, settings)
+    words = split_command(command, "--via")
+    return Login(printable(command), slots, (*words, "/bin/sh", "-c", BOOTSTRAP),
+                 f"{command} /bin/sh -c true")
+
+
+def names_of(logins: List[Login]) -> str:
+    return ", ".join(printable(login.name) + (
+        f" ({plural(login.slots, 'slot')})" if login.slots else "") for login in logins)
+
+
+def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields) -> str:
+    """Return the line that the host's sh runs: it starts the first Python that is new enough, or
+    prints the mark and why there is none. `size` is that of the program, in bytes."""
+    texts = {"probe": PROBE, "boot": BOOT.format(size=size), "settings": json.dumps(settings)}
+    steps = [*(f"{name}={shlex.quote(text)}" for name, text in texts.items()), "why="]
+    for python in pythons:
+        known = f"command -v {python} >/dev/null && " if python in PYTHONS else ""
+        # -I -S: its directory and the user's packages do not count. -B: it writes no file
+        steps.append(f'{known}why="$why"$({python} -c "$probe" 2>&1 </dev/null) && '
+                     f'exec {python} -IBS -c "$boot" "$settings"')
+    # in two parts: a shell that shows what it reads must not show the mark
+    return "; ".join([*steps, f'echo {mark[:9]}""{mark[9:]}"{NO_PYTHON}$why"'])
+
+
+# --- on the host
+
+
+def run_from_memory(text: str) -> None:
+    """Run a worker whose broker is at the other end of stdin and stdout; then exit. `text` has its
+    settings, in JSON."""
+    settings = argparse.Namespace(**json.loads(text))
+    incoming, outgoing = os.dup(0), os.dup(1)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    os.dup2(2, 1)  # the stream is ours alone: what anything prints goes to stderr
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    logging.basicConfig(level=logging.DEBUG if settings.verbose else logging.WARNING,
+                        handlers=[LogHandler()], format="testcloud: %(message)s")
+
+    def join(loop: EventLoop, adapter: Adapter, worker: Worker) -> None:
+        link = PipeLink(loop, worker, BROKER, b"", incoming, outgoing, {
+            "connected": lambda now: worker.connected(BROKER, now),
+            "disconnected": lambda now: worker.disconnected(BROKER, b"", now),
+            "refused": lambda why, now: worker.refused(BROKER, why, now),
+            "key_changed": lambda mark, now: worker.key_changed(mark),
+            "stop": worker.stop}, lambda why, now: loop.exit(128 + signal.SIGHUP))
+        adapter.links[BROKER] = link
+        link.write(settings.mark.encode() + b"\n")
+        loop.every(BEAT_INTERVAL, link.beat)
+    os._exit(supervise(lambda control: worker_process(
+        settings, new_worker(settings, settings.address, None, settings.shared), control, join,
+        False)))
+
+
+# --- at our end
+
+
+class Uplink:
+    """The way of a worker's messages to its broker, from our end of the stream on."""
+
+    def __init__(self, machine: Machine, peer: Peer = b"") -> None:
+        self.machine = machine
+        self.peer = peer
+
+    def opened(self, link: PipeLink, now: Seconds) -> None:
+        """The stream is open."""
+        raise NotImplementedError
+
+    def ended(self, now: Seconds) -> None:
+        """The stream has ended, and its worker."""
+        raise NotImplementedError
+
+    def reconnect(self) -> None:
+        """The worker asks for another connection, as its broker is silent."""
+        raise NotImplementedError
+
+
+class BrokerUplink(Uplink):
+    """To the broker in our process."""
+
+    def __init__(self, machine: Machine, links: PeerLinks, peer: Peer) -> None:
+        super().__init__(machine, peer)
+        self.links = links
+
+    def opened(self, link: PipeLink, now: Seconds) -> None:
+        self.links.links[self.peer] = link
+        link.control("connected")
+
+    def ended(self, now: Seconds) -> None:
+        if self.links.links.pop(self.peer, None):
+            self.machine.disconnected(WORKERS, self.peer, now)
+
+    def reconnect(self) -> None:
+        if self.peer in self.links.links:
+            self.links.links[self.peer].control("connected")
+
+
+class RelayUplink(Uplink):
+    """Through a DEALER to a broker elsewhere."""
+
+    def __init__(self, loop: EventLoop, connect: Callable[[Adapter], None]) -> None:
+        super().__init__(Relay(self.control))
+        self.adapter = loop.add(self.machine, {})
+        self.connect = connect  # gives the adapter a DealerLink
+        self.link: Optional[PipeLink] = None
+
+    def control(self, *words: str) -> None:
+        if self.link:
+            self.link.control(*words)
+
+    def opened(self, link: PipeLink, now: Seconds) -> None:
+        self.link = self.adapter.links[WORKERS] = link
+        if BROKER in self.adapter.links:
+            self.reconnect()
+        else:
+            self.connect(self.adapter)
+        dealer = self.adapter.links[BROKER]
+        if isinstance(dealer, DealerLink) and dealer.keys:
+            link.control("key_changed", fingerprint(dealer.keys.pairs[WORKER_ROLE].public))
+
+    def ended(self, now: Seconds) -> None:
+        if self.link:
+            self.link = None
+            self.reconnect()  # so that the broker notices
+
+    def reconnect(self) -> None:
+        self.adapter.links[BROKER].reconnect()
+
+
+class Host:
+    """A host on which we start a worker, again whenever its stream has ended."""
+
+    def __init__(self, hosts: Hosts, login: Login, uplink: Uplink) -> None:
+        self.hosts = hosts
+        self.login = login
+        self.uplink = uplink
+        self.process: Optional[subprocess.Popen[bytes]] = None  # ssh, while it runs
+        self.link: Any = None  # a PipeLink, while it runs
+        self.stderr = -1
+        self.line = b""  # of its stderr, not yet ended
+        self.said: Deque[str] = deque(maxlen=20)  # lines of stderr that are not our worker's
+        self.why = ""  # the stream has ended
+        self.began = self.opened_at = self.ended_at = -math.inf
+        self.due: Seconds = -math.inf  # when to start; inf: it cannot be used
+        self.delay = RETRY_DELAYS[0]  # before the next start
+        self.up = False
+        self.was_up = False
+        self.dropped = 0  # logins in a row
+
+    def start(self, now: Seconds) -> None:
+        """Start ssh, and send it all that must come before the mark."""
+        self.began, self.why, self.line = now, "", b""
+        self.said.clear()
+        stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                self.login.command, stdin=stdin[0], stdout=stdout[1], stderr=stderr[1],
+                start_new_session=True)  # Ctrl-C in our terminal is for us alone
+        except (OSError, ValueError) as error:
+            for end in (stdin[1], stdout[0], stderr[0]):
+                os.close(end)
+            self.fail(f"cannot run {printable(self.login.command[0])} here: "
+                      f"{getattr(error, 'strerror', error)} (see --ssh and --via)", now)
+            return
+        finally:
+            for end in (stdin[0], stdout[1], stderr[1]):
+                os.close(end)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(stdout[0], F_SETPIPE_SZ, LARGE_PIPE // 4)
+        mark = os.urandom(16).hex()
+        self.link = PipeLink(
+            self.hosts.loop, self.uplink.machine, WORKERS, self.uplink.peer, stdout[0], stdin[1],
+            {"reconnect": lambda *_: self.uplink.reconnect()}, self.ended, mark.encode(),
+            self.opened)
+        self.stderr = stderr[0]
+        os.set_blocking(self.stderr, False)
+        self.hosts.loop.add_reader(self.stderr, self.read_stderr)
+        self.link.write(self.hosts.script(self.login, mark))
+        self.link.write(self.hosts.program)
+
+    def read_stderr(self, now: Seconds) -> None:
+        """Show what the worker says, and keep what ssh says: it may be the cause of an end."""
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.stderr, READ_SIZE)
+            if not data:
+                self.hosts.loop.remove(self.stderr)
+        *lines, rest = (self.line + data).split(b"\n")
+        self.line = rest[-MAX_MARK_LINE:]
+        for line in lines:
+            text = to_text(line)
+            if self.up and text.startswith("testcloud: "):
+                self.tell(printable(text[len("testcloud: "):], 1000))
+            elif text.strip():
+                self.said.append(text.strip())
+
+    def tell(self, text: str, error: bool = False) -> None:
+        self.hosts.tell(f"{printable(self.login.name)}: {text}", error)
+
+    def opened(self, now: Seconds) -> None:
+        if self.was_up:
+            self.tell("is back", True)
+        self.up = self.was_up = True
+        self.opened_at = now
+        self.dropped = 0
+        self.said.clear()
+        self.uplink.opened(self.link, now)
+
+    def ended(self, why: str, now: Seconds) -> None:
+        """The stream has ended. Wait for the end of ssh, for at most END_TIME."""
+        self.why, self.ended_at = why, now
+        self.uplink.ended(now)
+
+    def tick(self, now: Seconds) -> None:
+        """Look whether the process has ended, or must."""
+        assert self.process is not None
+        over = self.process.poll() is not None
+        if self.link.closed:
+            if over or now >= self.ended_at + END_TIME:
+                self.finish(now)
+        elif over and not select.select([self.link.incoming], [], [], 0)[0]:
+            self.link.end("", now)  # another process holds the stream
+        elif not self.up and now >= self.began + START_TIMEOUT:
+            self.link.end(f"not ready after {START_TIMEOUT:g} seconds: does its login shell wait "
+                          f"for something? try: {self.login.check}", now)
+
+    def finish(self, now: Seconds) -> None:
+        """The process has ended: try again, or give the host up."""
+        status = self.kill()
+        self.read_stderr(now)
+        self.hosts.loop.remove(self.stderr)
+        os.close(self.stderr)
+        was_up, self.up = self.up, False
+        if self.hosts.stopping:
+            return
+        if was_up and now > self.opened_at + RETRY_DELAYS[1]:
+            self.delay = RETRY_DELAYS[0]
+        cause, final = self.cause(status, was_up)
+        if final and not self.was_up:
+            self.fail(cause, now)
+            return
+        self.due = now + self.delay
+        self.tell(f"{'lost: ' if was_up else ''}{cause}; trying again in {self.delay:g} s", True)
+        self.delay = min(2 * self.delay, RETRY_DELAYS[1])
+
+    def kill(self) -> int:
+        """Kill what is left of the process group. Return the exit status of ssh."""
+        assert self.process is not None
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        status = self.process.wait()
+        self.process = None
+        return status
+
+    def cause(self, status: int, was_up: bool) -> Tuple[str, bool]:
+        """Return why the stream has ended, with what to do, and whether that is final. `status` is
+        that of ssh."""
+        said = "\n".join(self.said)
+        if self.why.startswith(NO_PYTHON):
+            return self.no_python(self.why[len(NO_PYTHON):].strip(", ")), True
+        if self.why:
+            return self.why, True
+        if status == 255 and not was_up:
+            for pattern, cause in SSH_FAILURES:
+                if re.search(pattern, said):
+                    return cause.format(self.login.check, host=self.login.name), True
+            if re.search(DROPPED, said):
+                self.dropped += 1
+                return "its sshd drops logins (see MaxStartups)", self.dropped >= MAX_DROPPED
+        last = self.said[-1] if self.said else to_text(bytes(self.link.buffer)).strip()
+        ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        cause = f"{self.login.command[0]} {ended}" + (
+            f" ({printable(last.splitlines()[-1], 300)})" if last else "")
+        return cause if was_up else f"{cause}: try: {self.login.check}", True
+
+    def no_python(self, found: str) -> str:
+        given, found = printable(self.hosts.settings.python or ""), printable(found, 300)
+        if given:
+            return f"--python {given} is no Python 3.9 or newer there: {found}"
+        if found:
+            return (f"its Python is too old ({found}), testcloud needs 3.9 or newer: name another "
+                    f"with --python")
+        return ("it has no python3 (nor python3.13 to python3.9): install it, or name it with "
+                "--python")
+
+    def wait_for_end(self, now: Seconds, over: bool) -> None:
+        """Look whether ssh has ended; kill it if its time is over. Drop what still comes."""
+        if self.process is None:
+            return
+        if over or self.process.poll() is not None:
+            self.kill()
+            return
+        self.read_stderr(now)
+        with contextlib.suppress(OSError):
+            os.read(self.link.incoming, READ_SIZE)
+
+    def fail(self, cause: str, now: Seconds) -> None:
+        """Give the host up."""
+        self.due = math.inf
+        self.tell(cause, True)
+        self.hosts.failed(now)
+
+
+class Hosts:
+    """Keeps a worker running on each host. Start few at a time."""
+
+    def __init__(self, loop: EventLoop, settings: argparse.Namespace, address: str,
+                 uplink: Callable[[Login], Uplink], none_left: Callable[[Seconds], None],
+                 tell: Callable[[str, bool], None]) -> None:
+        import zlib  # late: it is rarely needed
+        self.loop = loop
+        self.settings = settings
+        self.address = address  # of the broker, for notices
+        self.none_left = none_left  # called when no host can be used
+        self.tell = tell
+        self.stopping = False
+        self.status = 0  # of the end, when stopping
+        with file_errors("read", __file__), open(__file__, "rb") as file:
+            self.program = zlib.compress(file.read())
+        self.hosts = [Host(self, login, uplink(login)) for login in settings.logins]
+        if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < MAX_LOGINS * (len(self.hosts) + 8):
+            raise_file_limit()  # not for few: the workers on this machine inherit it
+        loop.every(HOST_INTERVAL, self.look)
+        loop.every(BEAT_INTERVAL, self.beat)
+
+    def script(self, login: Login, mark: str) -> bytes:
+        """Return the line that starts the worker of a host."""
+        given = vars(self.settings)
+        shared = self.settings.subcommand == WORKER_ROLE
+        own = {"slots": login.slots, "host": None if shared else login.alias,
+               "mark": mark, "address": self.address, "shared": shared}
+        row = {name: given[name] for name in (*Times._fields, "wait", "verbose") if name in given}
+        for name, default in (("weight", 0), ("label", []), ("max_load", math.inf), ("nice", 0),
+                              ("drain", 0.0)):
+            row[name] = given.get(name, default)
+        pythons = [self.settings.python] if self.settings.python else PYTHONS
+        return start_script(pythons, mark, len(self.program), {**row, **own}).encode() + b"\n"
+
+    def look(self, now: Seconds) -> None:
+        """Start the hosts that are due, and look after the others."""
+        for host in self.hosts:
+            if host.process is not None:
+                host.tick(now)
+        logins = sum(host.process is not None and not host.up and now < host.began + LOGIN_TIME
+                     for host in self.hosts)
+        for host in self.hosts:
+            if host.process is None and host.due <= now and logins < MAX_LOGINS \
+                    and not self.stopping:
+                host.start(now)
+                logins += 1
+        if self.stopping and not any(host.process for host in self.hosts):
+            self.loop.exit(self.status)
+
+    def beat(self, now: Seconds) -> None:
+        for host in self.hosts:
+            if host.process is not None and not host.link.closed:
+                host.link.beat(now)
+
+    def failed(self, now: Seconds) -> None:
+        if all(host.due == math.inf for host in self.hosts):
+            self.none_left(now)
+
+    def stop(self, status: int, now: Seconds) -> None:
+        """Let all workers leave, then exit. A second call exits at once."""
+        if self.stopping:
+            self.loop.exit(status)
+        self.stopping, self.status = True, status
+        for host in self.hosts:
+            if host.process is not None and not host.up:
+                host.link.end("stopped", now)
+            elif host.process is not None:
+                host.link.control("stop", status)
+
+    def close(self) -> None:
+        """End all streams, and wait until their workers have ended."""
+        self.stopping = True
+        for host in self.hosts:
+            if host.process is not None:
+                host.link.stop_writing()
+        deadline = time.monotonic() + CLOSE_TIME
+        while any(host.process for host in self.hosts):
+            now = time.monotonic()
+            for host in self.hosts:
+                host.wait_for_end(now, now >= deadline)
+            time.sleep(0.005)
+
+
+def run_relays(settings: argparse.Namespace, logins: List[Login], address: str,
+               keys: Optional[Keys]) -> int:
+    """Run workers on hosts for a broker elsewhere."""
+    settings.logins = logins
+    with contextlib.closing(EventLoop(sockets=True)) as loop:
+        def uplink(login: Login) -> Uplink:
+            return RelayUplink(loop, lambda adapter: connect(
+                loop, adapter, address, WORKER_ROLE, keys, settings))
+
+        def none_left(now: Seconds) -> None:
+            print_notice("none of the hosts can be used: giving up")
+            loop.exit(3)
+        with contextlib.closing(Hosts(loop, settings, address, uplink, none_left,
+                                      lambda text, error: print_notice(text))) as hosts:
+            loop.on_signals(hosts.stop)
+            print_line(f"Connecting to {names_of(logins)} to run commands for {address}")
             return loop.run()
 
 
@@ -9284,13 +10094,17 @@ def run_client(settings: argparse.Namespace) -> int:
         raise SetupError("stdout is closed: there is nowhere to report to")
     if settings.dry_run:
         return print_commands(settings)
+    settings.logins = logins_of(settings)
+    if settings.need and (settings.local or settings.logins):
+        where = "--local this machine runs" if settings.local else "-S all hosts run"
+        print_notice(f"with {where} everything, whatever --need says")
+        settings.need = []
     if settings.local:
-        if settings.need:
-            print_notice("with --local this machine runs everything, whatever --need says")
-            settings.need = []
         return supervise(lambda control: client_process(settings, "this machine", control))
+    if settings.logins:
+        return client_process(settings, names_of(settings.logins), -1)
     if settings.slots:
-        raise UsageError("-j needs --local: in a cloud the workers have slots (worker -j N)")
+        raise UsageError("-j needs --local or -S: in a cloud the workers have slots (worker -j N)")
     return client_process(settings, broker_address(settings, CLIENT_PORT), -1)
 
 
@@ -9569,7 +10383,8 @@ class ClientRun:
 
 def client_process(settings: argparse.Namespace, address: str, control: int) -> int:
     """Run a client; control is the descriptor of its supervisor, or -1 without one."""
-    keys = None if settings.local else keys_to_connect(settings, CLIENT_ROLE, address)
+    alone = settings.local or settings.logins  # no broker elsewhere
+    keys = None if alone else keys_to_connect(settings, CLIENT_ROLE, address)
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     options = RunOptions(
         settings.timeout, settings.retries, settings.max_output, added_environment(settings),
@@ -9580,7 +10395,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     client.timings = known_timings(settings)
     source = read_arguments(settings)
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not settings.local)))
+        loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not alone)))
         stack.callback(remove_progress_line)
         client_run = ClientRun(settings, client, loop)
         loop.on_signals(client_run.interrupt, control)
@@ -9589,7 +10404,9 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         InputReader(loop, client, client_run.add, source)
         if not settings.json and not client_run.display.quiet:
             client_run.display.transcript.line(f"Connecting to {address}")
-        if settings.local:
+        if settings.logins:
+            stack.enter_context(contextlib.closing(run_on_hosts(settings, client_run)))
+        elif settings.local:
             # with a terminal as stdin, keep it: Ctrl-Z stops us
             if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
                 detach_terminal()
@@ -9600,22 +10417,42 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         return client_run.run()
 
 
+def add_broker(loop: EventLoop, client: Client, times: Times) -> Adapter:
+    """Put a broker into the client's process, and link them. Return the broker's adapter."""
+    # forever, in seconds: a stopped process stops both alike
+    broker = Broker("local", times._replace(client_lease=1e9), now=time.monotonic())
+    adapter = loop.add(broker, {})
+    adapter.links[CLIENTS] = LocalLink(client, BROKER, b"")
+    loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
+    loop.post(lambda now: client.connected(BROKER, now))
+    return adapter
+
+
 def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
                 subreaper: bool) -> Runner:
     """Put a broker and a worker into the client's process. Returns the worker's runner."""
     forever = 1e9  # seconds: a stopped process stops all three alike
-    patient = times._replace(queued_timeout=forever, worker_expiry=forever, client_lease=forever)
-    broker = Broker("local", patient, now=time.monotonic())
+    broker = add_broker(loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
     worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
     adapter, runner = attach_runner(loop, worker, subreaper)
-    adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
-    broker_adapter = loop.add(broker, {})
-    broker_adapter.links[WORKERS] = LocalLink(worker, BROKER, b"")
-    broker_adapter.links[CLIENTS] = LocalLink(client, BROKER, b"")
-    loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
+    adapter.links[BROKER] = LocalLink(broker.machine, WORKERS, b"worker")
+    broker.links[WORKERS] = LocalLink(worker, BROKER, b"")
     loop.post(lambda now: worker.connected(BROKER, now))
-    loop.post(lambda now: client.connected(BROKER, now))
     return runner
+
+
+def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
+    """Put a broker into the client's process, and start its workers on the hosts."""
+    # a stream that has ended does not come back: its commands run elsewhere at once
+    broker = add_broker(run.loop, run.client, times_from(settings)._replace(lost_grace=0.0))
+    broker.links[WORKERS] = links = PeerLinks()
+
+    def none_left(now: Seconds) -> None:
+        run.tell("none of the hosts can be used: giving up", True)
+        run.client.cancel(3, now)
+    run.client.wanted_hosts = len(settings.logins)
+    return Hosts(run.loop, settings, "this client", lambda login: BrokerUplink(
+        broker.machine, links, login.peer), none_left, run.tell)
 
 
 # --- the end of the run
@@ -9787,6 +10624,20 @@ class Parser(argparse.ArgumentParser):
         return EXAMPLES.get(role, "") + text.replace("\n\n", "\n") if role in OPTIONS else text
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a value once for all names of an option, and only the names that fit in a column."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=25, width=80)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = f" {self._format_args(action, str(action.metavar))}" if action.nargs != 0 else ""
+        text = ", ".join(action.option_strings) + value
+        return text if len(text) <= 21 else action.option_strings[0] + value
+
+
 def build_parser() -> argparse.ArgumentParser:
     start, heading, rest = (__doc__ or "").partition("Exit status")
     parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
@@ -9797,8 +10648,7 @@ def build_parser() -> argparse.ArgumentParser:
         part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
                                 usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
                                 add_help=False, allow_abbrev=False,
-                                formatter_class=functools.partial(
-                                    argparse.HelpFormatter, max_help_position=25, width=80))
+                                formatter_class=HelpFormatter)
         for title, rows in groups:
             group = part.add_argument_group(title)
             for row in rows:
@@ -9809,7 +10659,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # options of xargs and GNU parallel, and what does the same here
 FOREIGN_OPTIONS = {
-    "-P --max-procs --jobs": "-j N --local; in a cloud each worker has its slots (worker -j N)",
+    "-P --max-procs --jobs": "-j N --local, or -S N/HOST; in a cloud each worker has its slots",
     "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
     "-I --replace -i": "{} in the template is where the line goes",
     "-d --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
@@ -9824,7 +10674,7 @@ FOREIGN_OPTIONS = {
     "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
     "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
     "--sem --semaphore": "--serial",
-    "-S --sshlogin --sshloginfile --slf": "start a worker on each host: worker --connect HOST",
+    "-M --controlmaster --sshdelay": "few logins are under way at once; see ssh_config(5)",
     "-t --silent": "--verbose"}
 
 
@@ -9877,8 +10727,9 @@ def separate_template(argv: List[str]) -> List[str]:
 
 
 OUTPUT_MODES = {"--raw", "--json", "--live"}  # a client can have one of these
+PLACES = {"--local", "--connect", "-S", "--sshlogin", "--sshloginfile", "--slf", "--via"}
 # options that remove others of $TESTCLOUD
-OVERRIDES = {"--connect": {"--local"}, **dict.fromkeys(OUTPUT_MODES, OUTPUT_MODES)}
+OVERRIDES = {**dict.fromkeys(PLACES, PLACES), **dict.fromkeys(OUTPUT_MODES, OUTPUT_MODES)}
 
 
 def with_env_options(argv: List[str]) -> List[str]:
@@ -9918,8 +10769,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         if settings.subcommand == CLIENT_ROLE and not verbose:
             level = logging.ERROR if verbose is None else logging.WARNING
         logging.basicConfig(level=level, handlers=[LogHandler()], format="%(asctime)s %(message)s")
-        needs_zmq = settings.subcommand != "completion" and not getattr(settings, "local", False)
-        if argv is None and needs_zmq:
+        alone = settings.subcommand == CLIENT_ROLE and (settings.local or names_hosts(settings))
+        if argv is None and settings.subcommand != "completion" and not alone:
             use_venv_python()
         return RUN[settings.subcommand](settings)
     except UsageError as error:
