@@ -8870,8 +8870,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
             option("TEMPLATE", "command: {} is the line, {#} its number, {.} no extension, {/} no "
-                   "directory, {//} the directory, {/.} neither, {1} a column; ends with ::: "
-                   "ARGUMENTS or :::: FILES in place of stdin", nargs=argparse.REMAINDER),
+                   "directory, {//} that alone, {/.} neither, {1} a column; then ::: ARGS "
+                   "or :::: FILES", nargs=argparse.REMAINDER),
             option("-0 --null", "NUL ends a line of stdin, not newline"),
             option("-n --max-args N", "so many lines for each command", default=1),
             option("--colsep REGEX", "what separates the columns of a line"),
