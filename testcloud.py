@@ -3341,8 +3341,8 @@ class Worker(SessionMachine):
     """A worker's bookkeeping. Its link is BROKER."""
 
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
-                 times: Times = Times(), wait: Seconds = math.inf, address: str = "",
-                 drain: Seconds = 0.0, labels: Sequence[str] = (),
+                 times: Times = Times(), wait: Seconds = math.inf,
+                 address: Optional[str] = "", drain: Seconds = 0.0, labels: Sequence[str] = (),
                  max_load: float = math.inf, user: str = "") -> None:
         super().__init__("READY", times, wait)
         self.user = user
@@ -3669,8 +3669,12 @@ def label_words(names: Iterable[str]) -> str:
     return printable(" and ".join(f"--label {name}" for name in sorted(names)), 300)
 
 
-def broker_wait_reason(session: Union[Session, StatusClient], address: str, role: str) -> str:
-    """Return why the broker does not answer, and what to do; "" if it does."""
+def broker_wait_reason(session: Union[Session, StatusClient], address: Optional[str],
+                       role: str) -> str:
+    """Return why the broker does not answer, and what to do; "" if it does. It has no address in
+    the process of a client, who knows that better."""
+    if address is None:
+        return ""
     if session.joined:
         silent = f"the broker at {address} does not answer; is it stopped, or its machine busy?"
         return f"waiting: {silent}" if session.unanswered > 1 else ""
@@ -5316,7 +5320,7 @@ class Client(SessionMachine):
 def slot_wait_reason(client: Client) -> str:
     """Return why no command runs, and what to do; "" if one runs."""
     if not client.slots and client.wanted_hosts:
-        return f"waiting: none of {plural(client.wanted_hosts, 'host')} is connected"
+        return "waiting: no host is connected"
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
             " that takes new commands: each is over its --max-load, is stopping, or is a "
@@ -7953,7 +7957,7 @@ class SocketLink(Link):
             self.socket.disable_monitor()
             self.monitor.close(0)
             self.socket.close(linger)
-            self.socket = None
+            self.socket = self.monitor = None
 
     def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
         """Read the monitor's events. `ready` has the sockets that poll() found readable."""
@@ -9230,7 +9234,7 @@ def run_worker(settings: argparse.Namespace) -> int:
         settings, new_worker(settings, address, keys), control, join, True))
 
 
-def new_worker(settings: argparse.Namespace, address: str, keys: Optional[Keys] = None,
+def new_worker(settings: argparse.Namespace, address: Optional[str], keys: Optional[Keys] = None,
                shared: bool = True) -> Worker:
     """Return a worker with the settings of its command line. In a cloud that is shared with
     others, it is told of other workers of its user."""
@@ -9295,6 +9299,7 @@ END_TIME: Seconds = 2.0  # for ssh to end after its stream, then it is killed
 CLOSE_TIME: Seconds = 3.0  # the same at our own end: workers stop their commands first
 RETRY_DELAYS: Tuple[Seconds, Seconds] = (1.0, 60.0)  # before a host is tried again: first, longest
 MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
+SAME_INTERVAL: Seconds = 5.0  # in which workers say the same once
 HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
 
 # by what ssh says: the cause, and what to do; {} is its command for the host
@@ -9401,6 +9406,9 @@ def parse_via(text: str, settings: argparse.Namespace) -> Login:
     """Return the host of a --via. Raises UsageError."""
     slots, command = split_slots(text, settings)
     words = split_command(command, "--via")
+    if os.path.basename(words[0]) == "ssh":
+        raise UsageError("--via cannot use ssh, whose login shell reads all words anew: write -S "
+                         "HOST (options of ssh: in ~/.ssh/config, or --ssh 'ssh -p 2222')")
     return Login(printable(command), slots, (*words, "/bin/sh", "-c", BOOTSTRAP),
                  f"{command} /bin/sh -c true")
 
@@ -9440,12 +9448,16 @@ def run_from_memory(text: str) -> None:
                         handlers=[LogHandler()], format="testcloud: %(message)s")
 
     def join(loop: EventLoop, adapter: Adapter, worker: Worker) -> None:
+        def ended(why: str, now: Seconds) -> None:
+            if why:
+                print_notice(f"the way to it was {why}: its worker ends")
+            loop.exit(128 + signal.SIGHUP)
         link = PipeLink(loop, worker, BROKER, b"", incoming, outgoing, {
             "connected": lambda now: worker.connected(BROKER, now),
             "disconnected": lambda now: worker.disconnected(BROKER, b"", now),
             "refused": lambda why, now: worker.refused(BROKER, why, now),
             "key_changed": lambda mark, now: worker.key_changed(mark),
-            "stop": worker.stop}, lambda why, now: loop.exit(128 + signal.SIGHUP))
+            "stop": worker.stop}, ended)
         adapter.links[BROKER] = link
         link.write(settings.mark.encode() + b"\n")
         loop.every(BEAT_INTERVAL, link.beat)
@@ -9521,9 +9533,10 @@ class RelayUplink(Uplink):
             link.control("key_changed", fingerprint(dealer.keys.pairs[WORKER_ROLE].public))
 
     def ended(self, now: Seconds) -> None:
-        if self.link:
-            self.link = None
-            self.reconnect()  # so that the broker notices
+        dealer = self.adapter.links.get(BROKER)
+        if self.link and isinstance(dealer, DealerLink):
+            dealer.close(1000)  # ms, for a BYE
+        self.link = None
 
     def reconnect(self) -> None:
         self.adapter.links[BROKER].reconnect()
@@ -9592,7 +9605,7 @@ class Host:
         for line in lines:
             text = to_text(line)
             if self.up and text.startswith("testcloud: "):
-                self.tell(printable(text[len("testcloud: "):], 1000))
+                self.hosts.worker_said(self, printable(text[len("testcloud: "):], 1000), now)
             elif text.strip():
                 self.said.append(text.strip())
 
@@ -9669,10 +9682,11 @@ class Host:
             if re.search(DROPPED, said):
                 self.dropped += 1
                 return "its sshd drops logins (see MaxStartups)", self.dropped >= MAX_DROPPED
-        last = self.said[-1] if self.said else to_text(bytes(self.link.buffer)).strip()
+        noise = [] if was_up else to_text(bytes(self.link.buffer)).split("\n")
+        last = [lines[-1:] for lines in ([*filter(str.strip, noise)], [*self.said])]
+        words = printable("; ".join(itertools.chain(*last)), 300)
         ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        cause = f"{self.login.command[0]} {ended}" + (
-            f" ({printable(last.splitlines()[-1], 300)})" if last else "")
+        cause = f"{self.login.command[0]} {ended}" + (f" ({words})" if words else "")
         return cause if was_up else f"{cause}: try: {self.login.check}", True
 
     def no_python(self, found: str) -> str:
@@ -9706,7 +9720,7 @@ class Host:
 class Hosts:
     """Keeps a worker running on each host. Start few at a time."""
 
-    def __init__(self, loop: EventLoop, settings: argparse.Namespace, address: str,
+    def __init__(self, loop: EventLoop, settings: argparse.Namespace, address: Optional[str],
                  uplink: Callable[[Login], Uplink], none_left: Callable[[Seconds], None],
                  tell: Callable[[str, bool], None]) -> None:
         import zlib  # late: it is rarely needed
@@ -9717,6 +9731,7 @@ class Hosts:
         self.tell = tell
         self.stopping = False
         self.status = 0  # of the end, when stopping
+        self.said: Dict[str, Seconds] = {}  # by text of a worker: when it was last said
         with file_errors("read", __file__), open(__file__, "rb") as file:
             self.program = zlib.compress(file.read())
         self.hosts = [Host(self, login, uplink(login)) for login in settings.logins]
@@ -9757,6 +9772,14 @@ class Hosts:
         for host in self.hosts:
             if host.process is not None and not host.link.closed:
                 host.link.beat(now)
+
+    def worker_said(self, host: Host, text: str, now: Seconds) -> None:
+        """Show what a worker says, unless others have just said the same."""
+        if now > self.said.get(text, -math.inf) + SAME_INTERVAL:
+            host.tell(text)
+        self.said[text] = now
+        if len(self.said) > MAX_COMPLAINTS:
+            del self.said[min(self.said, key=self.said.__getitem__)]
 
     def failed(self, now: Seconds) -> None:
         if all(host.due == math.inf for host in self.hosts):
@@ -10451,7 +10474,7 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
         run.tell("none of the hosts can be used: giving up", True)
         run.client.cancel(3, now)
     run.client.wanted_hosts = len(settings.logins)
-    return Hosts(run.loop, settings, "this client", lambda login: BrokerUplink(
+    return Hosts(run.loop, settings, None, lambda login: BrokerUplink(
         broker.machine, links, login.peer), none_left, run.tell)
 
 
