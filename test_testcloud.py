@@ -10255,6 +10255,325 @@ class SocketsTest(unittest.TestCase):
             self.assertFalse(tc.is_loopback(address))
 
 
+def record(kind, token=b"", body=b"", data=b""):
+    return tc.RECORD.pack(kind, len(token), len(body), len(data)) + token + body + data
+
+
+def control(*words):
+    return record(tc.CONTROL, body=json.dumps(words).encode())
+
+
+class RecordReaderTest(unittest.TestCase):
+    """What comes on a stream, in whatever pieces."""
+
+    MARK = b"3f9c0d57a1b2e846" + b"07d3c5e9f1a8b264"
+
+    def read(self, pieces, mark=b""):
+        reader = tc.RecordReader(mark)
+        return [found for piece in pieces for found in reader.feed(piece)], reader
+
+    def test_records_that_are_split_at_every_byte(self):
+        records = [record(tc.MESSAGE, b"r", b"READY {}", b"data"), control(), control("stop", 143),
+                   record(tc.MESSAGE), record(tc.MESSAGE, data=b"\0" * 40)]
+        stream, ends = b"".join(records), list(itertools.accumulate(map(len, records)))
+        expected = [(tc.MESSAGE, [b"r", b"READY {}", b"data"]), (tc.CONTROL, []),
+                    (tc.CONTROL, ["stop", 143]), (tc.MESSAGE, [b"", b"", b""]),
+                    (tc.MESSAGE, [b"", b"", b"\0" * 40])]
+        for at in range(len(stream) + 1):
+            found, reader = self.read([stream[:at], stream[at:]])
+            self.assertEqual((found, reader.buffer), (expected, b""), at)
+        self.assertEqual(self.read([bytes([byte]) for byte in stream])[0], expected)
+        # of a stream that breaks: what was whole, and no more
+        for at in range(len(stream)):
+            whole = sum(end <= at for end in ends)
+            self.assertEqual(self.read([stream[:at]])[0], expected[:whole], at)
+
+    def test_sizes(self):
+        for size in (0, 1, 255, 65536, tc.MAX_FRAME):
+            for part in range(3):
+                parts = [b"", b"", b""]
+                parts[part] = b"x" * size
+                self.assertEqual(self.read([record(tc.MESSAGE, *parts)])[0], [(tc.MESSAGE, parts)])
+        found, _ = self.read([tc.RECORD.pack(tc.MESSAGE, 0, tc.MAX_FRAME + 1, 0)])
+        self.assertEqual(found, [(tc.BROKEN, [
+            f"sent what is no record: kind 0, sizes [0, {tc.MAX_FRAME + 1}, 0]"])])
+
+    def test_what_is_no_record(self):
+        deep = b"[" * 200000
+        for bad in (tc.RECORD.pack(2, 0, 0, 0), b"\xff" * 13, b"bash: no job control",
+                    record(tc.CONTROL, body=b"{}"), record(tc.CONTROL, body=b"7"),
+                    record(tc.CONTROL, body=b'"reconnect"'), record(tc.CONTROL, body=b"null"),
+                    record(tc.CONTROL, body=b""), record(tc.CONTROL, body=b"\xff"),
+                    record(tc.CONTROL, body=b"[1"), record(tc.CONTROL, body=deep)):
+            with self.subTest(bad=bad[:40]):
+                good = record(tc.MESSAGE, body=b"good")
+                found, _ = self.read([good + bad])
+                self.assertEqual(found[0], (tc.MESSAGE, [b"", b"good", b""]))
+                (kind, (why,)), = found[1:]
+                self.assertEqual((kind, why[:24]), (tc.BROKEN, "sent what is no record: "))
+
+    def test_noise_before_the_mark(self):
+        rest = b"\n" + record(tc.MESSAGE, body=b"READY")
+        expected = [(tc.OPENED, [""]), (tc.MESSAGE, [b"", b"READY", b""])]
+        noises = [b"", b"Last login: today\r\n", self.MARK[:-1], self.MARK[1:], self.MARK[:16] * 3,
+                  self.MARK[:31] + b"\n", b"\0" * 300, self.MARK[:5] + self.MARK[:9]]
+        for noise in noises:
+            stream = noise + self.MARK + rest
+            for at in range(len(stream) + 1):
+                found, reader = self.read([stream[:at], stream[at:]], self.MARK)
+                self.assertEqual((found, reader.mark), (expected, b""), (noise, at))
+        stream = noises[-1] + self.MARK + rest
+        self.assertEqual(self.read([bytes([byte]) for byte in stream], self.MARK)[0], expected)
+
+    def test_noise_without_end(self):
+        """It takes little memory, and little time for each byte; the mark is found behind it."""
+        reader = tc.RecordReader(self.MARK)
+        piece = (self.MARK[:20] + b"motd\n") * 160
+        for _ in range(2**20 // len(piece)):
+            self.assertEqual(list(reader.feed(piece)), [])
+            self.assertLessEqual(len(reader.buffer), tc.MAX_MARK_LINE)
+        found = list(reader.feed(piece + self.MARK + b"\n"))
+        self.assertEqual(found, [(tc.OPENED, [""])])
+
+    def test_a_reason_behind_the_mark(self):
+        stream = b"hello\n" + self.MARK + b"no python, it is \xff old\nmore"
+        for at in range(len(stream)):
+            found, _ = self.read([stream[:at], stream[at:]], self.MARK)
+            self.assertEqual(found[0], (tc.OPENED, ["no python, it is \udcff old"]), at)
+
+
+class Ear(tc.Machine):
+    """A machine that only notes what comes."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def receive(self, link, peer, token, body, data, now):
+        self.heard.append((link, peer, token, body, bytes(data)))
+
+
+class PipeLinkTest(unittest.TestCase):
+    MARK = RecordReaderTest.MARK
+
+    def setUp(self):
+        self.loop = tc.EventLoop(sockets=False)
+        self.addCleanup(self.loop.close)
+        self.loop.add(tc.Machine(), {})
+        self.ends = []  # (name of the link, why)
+        self.calls = []  # of controls
+
+    def link(self, name, incoming, outgoing, mark=b""):
+        """A link between two descriptors, which it closes."""
+        link = tc.PipeLink(
+            self.loop, Ear(), name, b"p", incoming, outgoing,
+            {word: lambda *words, word=word: self.calls.append((word, *words[:-1]))
+             for word in ("stop", "reconnect", "opened")},
+            lambda why, now: self.ends.append((name, why)), mark,
+            lambda now: self.calls.append((name, "opened")))
+        self.addCleanup(link.close)
+        return link
+
+    def pair(self):
+        """Two links on two pipes."""
+        one, two = os.pipe(), os.pipe()
+        return self.link("one", one[0], two[1]), self.link("two", two[0], one[1])
+
+    def open_link(self, mark=b""):
+        """A link, and the two descriptors of its other end: one to read, one to write."""
+        one, two = os.pipe(), os.pipe()
+        for file in (two[0], one[1]):
+            self.addCleanup(os.close, file)
+        return self.link("one", one[0], two[1], mark), two[0], one[1]
+
+    def until(self, condition):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            self.loop.wait()
+
+    def send(self, link, body=b"", token="", data=b""):
+        link.send(tc.Outgoing(link.name, b"p", token, body, data))
+
+    def test_messages_of_all_sizes_both_ways_at_once(self):
+        one, two = self.pair()
+        sizes = [0, 1, 4095, 65537, tc.MAX_FRAME]
+        for size in sizes:
+            for link in (one, two):
+                self.send(link, b"b" * size, "r" * min(size, 100), b"\n" * size)
+        self.until(lambda: len(one.machine.heard) + len(two.machine.heard) == 2 * len(sizes))
+        for link in (one, two):
+            self.assertEqual(link.machine.heard, [
+                (link.name, b"p", "r" * min(size, 100), b"b" * size, b"\n" * size)
+                for size in sizes])
+            self.assertEqual((link.backlog_bytes, len(link.backlog)), (0, 0))
+            self.assertNotIn(link.outgoing, self.loop.callbacks)  # it would be writable for ever
+        self.assertEqual(self.ends, [])
+
+    def test_any_token(self):
+        """A broker sends back what its peer has sent, in UTF-8 perhaps longer than that was."""
+        one, two = self.pair()
+        for token in ("r" * 70000, "\ufffd" * 70000):
+            self.send(one, token=token)
+        self.until(lambda: len(two.machine.heard) == 2)
+        self.assertEqual([row[2] for row in two.machine.heard], ["r" * 70000, "\ufffd" * 210000])
+
+    def test_on_a_socket(self):
+        left, right = socket.socketpair()
+        one = self.link("one", left.fileno(), os.dup(left.detach()))
+        two = self.link("two", right.fileno(), os.dup(right.detach()))
+        self.send(one, b"x" * 10**6)
+        self.send(two, b"y" * 10**6)
+        self.until(lambda: one.machine.heard and two.machine.heard)
+        one.stop_writing()
+        one.close()
+        self.until(lambda: self.ends)
+        self.assertEqual(self.ends, [("two", "")])
+
+    def test_controls(self):
+        one, two = self.pair()
+        one.control("stop", 143)
+        two.reconnect()
+        one.control()
+        self.send(one, b"last")
+        self.until(lambda: len(self.calls) == 2 and two.machine.heard)
+        self.assertEqual(sorted(self.calls), [("reconnect",), ("stop", 143)])
+
+    def test_wrong_records_end_the_stream(self):
+        for bad in (control("no such"), control(["stop"]), control({}), control(7), control(None),
+                    record(tc.CONTROL, body=b"{}"), b"\xff" * 20):
+            with self.subTest(bad=bad):
+                self.ends.clear()
+                link, _, feed = self.open_link()
+                os.write(feed, record(tc.MESSAGE, body=b"good") + bad + record(tc.MESSAGE))
+                self.until(lambda: self.ends)
+                (_, why), = self.ends
+                self.assertRegex(why, "^sent ")
+                self.assertEqual([body for *_, body, _ in link.machine.heard], [b"good"])
+                self.send(link, b"nobody reads this")
+
+    def test_the_mark_opens_the_stream(self):
+        link, tap, feed = self.open_link(self.MARK)
+        os.write(feed, b"noise\n" + self.MARK[:9])
+        link.beat(0.0)
+        self.assertFalse(tc.readable(tap))  # it would be taken for a part of the program
+        self.loop.wait()
+        self.assertEqual(self.calls, [])
+        os.write(feed, self.MARK[9:] + b"\n" + record(tc.MESSAGE, body=b"READY"))
+        self.until(lambda: link.machine.heard)
+        self.assertEqual((self.calls, self.ends), ([("one", "opened")], []))
+
+    def test_a_reason_behind_the_mark_ends_the_stream(self):
+        link, _, feed = self.open_link(self.MARK)
+        os.write(feed, self.MARK + b"no python\n" + record(tc.MESSAGE))
+        self.until(lambda: self.ends)
+        self.assertEqual((self.ends, self.calls, link.machine.heard),
+                         ([("one", "no python")], [], []))
+
+    def test_the_end_of_the_stream_within_a_record(self):
+        whole, half = record(tc.MESSAGE, body=b"whole"), record(tc.MESSAGE, body=b"x" * 99)
+        for at in (0, 1, 12, 13, 50, 111):
+            self.ends.clear()
+            one, two = os.pipe(), os.pipe()
+            link = self.link("one", one[0], two[1])
+            os.write(one[1], whole + half[:at])
+            os.close(one[1])
+            self.until(lambda: self.ends)
+            os.close(two[0])
+            self.assertEqual((self.ends, [row[3] for row in link.machine.heard]),
+                             ([("one", "")], [b"whole"]), at)
+
+    def test_a_slow_reader(self):
+        """It gets all, in pieces as small as its pipe takes; what waits is bounded."""
+        link, tap, _ = self.open_link()
+        reader, sent = tc.RecordReader(), []
+        for n in range(200):
+            sent.append(b"%d " % n * 1000)
+            self.send(link, sent[-1])
+        self.assertGreater(link.backlog_bytes, 0)
+        self.assertIn(link.outgoing, self.loop.callbacks)
+        found = []
+        while len(found) < len(sent):
+            found += [parts[1] for _, parts in reader.feed(os.read(tap, 5000))]
+            self.loop.callbacks.get(link.outgoing, lambda now: None)(0.0)
+        self.assertEqual(found, sent)
+        self.assertEqual((link.backlog_bytes, self.ends), (0, []))
+
+    def test_a_reader_that_never_reads(self):
+        link, _, _ = self.open_link()
+        files = link.incoming, link.outgoing
+        with mock.patch.object(tc, "MAX_BACKLOG_BYTES", 10**6):
+            for _ in range(10):
+                self.send(link, b"x" * 10**5)
+            self.assertEqual(self.ends, [])  # the pipe has taken a part of the first
+            for _ in range(10):
+                self.send(link, b"x" * 10**5)
+        self.assertEqual(self.ends, [("one", "does not read what it is sent")])
+        self.assert_closed(link, files)
+
+    def assert_closed(self, link, files):
+        """Closed for good, and only once: the numbers may be those of other files by now."""
+        self.assertEqual((link.closed, link.incoming, link.outgoing), (True, -1, -1))
+        for file in files:
+            self.assertNotIn(file, self.loop.callbacks)
+            with self.assertRaises(OSError):
+                os.fstat(file)
+        null = os.open(os.devnull, os.O_RDONLY)
+        others = [os.dup2(null, file) for file in files]
+        link.end("again", 0.0)
+        link.stop_writing()
+        link.close()
+        link.control("stop")
+        for file in {null, *others}:
+            os.close(file)  # raises OSError if the link has closed it
+        self.assertEqual((len(self.ends), len(link.backlog)), (1, 0))
+
+    def test_a_reader_that_has_gone(self):
+        """What it has said before is heard: results, or the reason why it has ended."""
+        one, two = os.pipe(), os.pipe()
+        link = self.link("one", one[0], two[1])
+        files = link.incoming, link.outgoing
+        os.write(one[1], record(tc.MESSAGE, body=b"the last result"))
+        os.close(two[0])
+        os.close(one[1])
+        for _ in range(2):
+            self.send(link, b"x")
+        self.assertEqual((self.ends, len(link.backlog)), ([], 0))
+        self.until(lambda: self.ends)
+        self.assertEqual([row[3] for row in link.machine.heard], [b"the last result"])
+        self.assertEqual(self.ends, [("one", "")])
+        self.assert_closed(link, files)
+
+    def test_a_reader_that_has_gone_and_goes_on_speaking(self):
+        for mark in (b"", self.MARK):
+            self.ends.clear()
+            one, two = os.pipe(), os.pipe()
+            self.addCleanup(os.close, one[1])
+            link = self.link("one", one[0], two[1], mark)
+            os.close(two[0])
+            self.send(link, b"x")
+            os.write(one[1], control())
+            self.loop.wait()
+            self.assertEqual(self.ends, [])
+            link.beat(0.0)
+            self.assertEqual(self.ends, [("one", "")])
+
+    def test_silence_ends_a_stream_and_keepalives_do_not(self):
+        one, two = self.pair()
+        for _ in range(3 * tc.MAX_SILENT_BEATS):
+            for link in (one, two):
+                link.beat(0.0)
+            self.until(lambda: not one.silent_beats and not two.silent_beats)
+        self.assertEqual((one.machine.heard, self.calls, self.ends), ([], [], []))
+        for _ in range(tc.MAX_SILENT_BEATS):
+            one.beat(0.0)
+        self.assertEqual(self.ends, [])
+        one.beat(0.0)
+        self.assertEqual(self.ends, [("one", "silent for 30 seconds")])
+        self.until(lambda: len(self.ends) > 1)  # the other end has heard keepalives to the last
+        self.assertEqual(self.ends[1:], [("two", "")])
+
+
 # === Key files and authentication =====================================================
 
 

@@ -7694,47 +7694,101 @@ class LocalLink(Link):
                            outgoing.data, time.monotonic())
 
 
-RECORD = struct.Struct("!BHII")  # before each record of a stream: kind, sizes of its three parts
+RECORD = struct.Struct("!BIII")  # before each record of a stream: kind, sizes of its three parts
 MESSAGE, CONTROL = 0, 1  # kinds of records
+OPENED, BROKEN = 2, 3  # what else a RecordReader finds
 READ_SIZE = 256 * 1024  # bytes read from a stream at once; other streams have a turn in between
 MAX_MARK_LINE = 4096  # bytes
 BEAT_INTERVAL: Seconds = 2.0  # between keepalives on a stream
 MAX_SILENT_BEATS = 15  # then it has ended: 30 s, as long as a lost client keeps its commands
 
 
-class PipeLink(Link):
-    """A link on a stream, such as stdin and stdout of ssh. Both ends are of this class.
+class RecordReader:
+    """Finds the records in the bytes of a stream.
+
+    With a mark, it skips what login shells print before it. The rest of the mark's line is the
+    reason why there are no records, or empty.
+    """
+
+    def __init__(self, mark: bytes = b"") -> None:
+        self.mark = mark  # b"" once it was found
+        self.buffer = bytearray()  # the beginning of a record; before the mark, noise
+
+    def feed(self, data: bytes) -> Iterator[Tuple[int, List[Any]]]:
+        """Yield the kind and the parts of each record that is whole now. The parts of a CONTROL are
+        its words, that of OPENED is the reason, that of BROKEN is what is wrong."""
+        self.buffer += data
+        try:
+            if self.mark:
+                yield from self.find_mark()
+            while not self.mark and self.has_record():
+                yield self.take_record()
+        except (ValueError, RecursionError) as error:
+            yield BROKEN, [f"sent what is no record: {error}"]
+
+    def find_mark(self) -> Iterator[Tuple[int, List[Any]]]:
+        before, found, rest = self.buffer.partition(self.mark)
+        reason, ended, records = rest.partition(b"\n")
+        if ended:
+            self.buffer, self.mark = records, b""
+            yield OPENED, [to_text(bytes(reason))]
+        else:  # in a MiB of noise, too, each byte is searched about once
+            self.buffer = self.buffer[-MAX_MARK_LINE:]
+
+    def has_record(self) -> bool:
+        """Return whether a whole record has come. Raises ValueError."""
+        if len(self.buffer) < RECORD.size:
+            return False
+        kind, *sizes = RECORD.unpack_from(self.buffer)
+        if kind > CONTROL or max(sizes) > MAX_FRAME:
+            raise ValueError(f"kind {kind}, sizes {sizes}")
+        total: int = RECORD.size + sum(sizes)
+        return len(self.buffer) >= total
+
+    def take_record(self) -> Tuple[int, List[Any]]:
+        kind, *sizes = RECORD.unpack_from(self.buffer)
+        ends = list(itertools.accumulate(sizes, initial=RECORD.size))
+        with memoryview(self.buffer) as view:
+            parts: List[Any] = [bytes(view[a:b]) for a, b in zip(ends, ends[1:])]
+        del self.buffer[:ends[-1]]
+        if kind == CONTROL:
+            parts = json.loads(parts[1])
+            if not isinstance(parts, list):
+                raise ValueError("a control that is no list")
+        return kind, parts
+
+
+class StreamLink(Link):
+    """A link on a stream, without the I/O. Both ends are of this class.
 
     A record is a message, with token, body and data as its parts; or a control, whose body is a
     list in JSON: a key of the other end's `controls`, and arguments. An empty one is a keepalive.
-    Our end must find `mark` first, and skips what login shells print before it. The rest of its
-    line is the reason why there is no other end: then that is the end of the stream.
+    Our end waits for `mark` first; a reason behind it is the end of the stream.
     """
 
-    def __init__(self, loop: EventLoop, machine: Machine, name: str, peer: Peer, incoming: int,
-                 outgoing: int, controls: Dict[str, Callable[..., object]],
-                 ended: Callable[[str, Seconds], object], mark: bytes = b"",
-                 opened: Callable[[Seconds], object] = lambda now: None) -> None:
-        self.loop = loop
+    def __init__(self, machine: Machine, name: str, peer: Peer,
+                 controls: Dict[str, Callable[..., object]],
+                 ended: Callable[[str, Seconds], object], mark: bytes,
+                 opened: Callable[[Seconds], object], clock: Callable[[], Seconds]) -> None:
         self.machine = machine
         self.name = name
         self.peer = peer
-        self.incoming = incoming
-        self.outgoing = outgoing
         self.controls = controls  # by name: functions, called with the arguments and the time
         self.ended = ended  # called once, with the reason
         self.opened = opened  # called when the mark was found
-        self.mark = mark  # b"" once it was found
+        self.clock = clock
+        self.reader = RecordReader(mark)
         self.closed = False
+        self.unheard = False  # the other end reads no more, but what it has said may still come
         self.silent_beats = 0  # since something came; not a time: that passes while we are stopped
-        self.buffer = bytearray()  # of what came: the beginning of a record
-        self.backlog: Deque[memoryview] = deque()  # records that the stream has not taken yet
-        self.backlog_bytes = 0
-        os.set_blocking(incoming, False)
-        os.set_blocking(outgoing, False)
-        loop.add_reader(incoming, self.read)
 
-    # --- sending
+    def write(self, data: bytes) -> None:
+        """Write these bytes, or keep them until the stream can take them."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close our end. The other end notices that."""
+        self.closed = True
 
     def send(self, outgoing: Outgoing) -> None:
         self.write_record(MESSAGE, outgoing.token.encode(), outgoing.body, outgoing.data)
@@ -7749,18 +7803,89 @@ class PipeLink(Link):
     def write_record(self, kind: int, *parts: Any) -> None:
         self.write(b"".join((RECORD.pack(kind, *map(len, parts)), *parts)))
 
+    def beat(self, now: Seconds) -> None:
+        """Send a keepalive; end a stream that is silent. Call this every BEAT_INTERVAL."""
+        self.silent_beats += 1
+        if self.unheard:
+            self.end("", now)
+        elif self.reader.mark:
+            return
+        elif self.silent_beats > MAX_SILENT_BEATS:
+            self.end(f"silent for {MAX_SILENT_BEATS * BEAT_INTERVAL:g} seconds", now)
+        else:
+            self.control()
+
+    def received(self, data: bytes) -> None:
+        """Hand over each record that is whole now. No data is the end of the stream."""
+        self.silent_beats = 0
+        for kind, parts in self.reader.feed(data):
+            if self.closed:
+                return
+            # each record has its own time: a pause may come in between
+            self.hand_over(kind, parts, self.clock())
+        if not data:
+            self.end("", self.clock())
+
+    def hand_over(self, kind: int, parts: List[Any], now: Seconds) -> None:
+        """Give a message to the machine, or call a control."""
+        if kind == MESSAGE:
+            token, body, data = parts
+            self.machine.receive(self.name, self.peer, token.decode("ascii", "replace"), body, data,
+                                 now)
+        elif kind == CONTROL:
+            name, *arguments = parts or [""]
+            control = self.controls.get(name) if isinstance(name, str) else None
+            if control is not None:
+                control(*arguments, now)
+            elif parts:
+                self.end(f"sent an unknown control: {printable(repr(name))}", now)
+        elif kind == OPENED and not parts[0]:
+            self.opened(now)
+        else:
+            self.end(parts[0], now)
+
+    def end(self, why: str, now: Seconds) -> None:
+        """Close our end, and tell why: "" if the other end has closed its."""
+        if not self.closed:
+            self.close()
+            self.ended(why, now)
+
+
+def readable(file: int) -> bool:
+    """Return whether a read would not block. select() cannot take numbers above 1023."""
+    poller = select.poll()
+    poller.register(file, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class PipeLink(StreamLink):
+    """A link on two descriptors, such as stdin and stdout of ssh."""
+
+    def __init__(self, loop: EventLoop, machine: Machine, name: str, peer: Peer, incoming: int,
+                 outgoing: int, controls: Dict[str, Callable[..., object]],
+                 ended: Callable[[str, Seconds], object], mark: bytes = b"",
+                 opened: Callable[[Seconds], object] = lambda now: None) -> None:
+        super().__init__(machine, name, peer, controls, ended, mark, opened, loop.clock)
+        self.loop = loop
+        self.incoming = incoming  # -1 when it is closed
+        self.outgoing = outgoing  # the same
+        self.backlog: Deque[memoryview] = deque()  # records that the stream has not taken yet
+        self.backlog_bytes = 0
+        os.set_blocking(incoming, False)
+        os.set_blocking(outgoing, False)
+        loop.add_reader(incoming, self.read)
+
     def write(self, data: bytes) -> None:
-        """Write these bytes, or keep them until the stream can take them."""
-        if self.closed:
+        if self.closed or self.unheard:
             return
         self.backlog.append(memoryview(data))
         self.backlog_bytes += len(data)
         if len(self.backlog) == 1:
-            self.write_backlog(time.monotonic())
+            self.write_backlog()
         elif self.backlog_bytes > MAX_BACKLOG_BYTES:
             self.end("does not read what it is sent", time.monotonic())
 
-    def write_backlog(self, now: Seconds) -> None:
+    def write_backlog(self, _: Seconds = 0.0) -> None:
         try:
             while self.backlog:
                 done = os.write(self.outgoing, self.backlog[0])
@@ -7773,116 +7898,43 @@ class PipeLink(Link):
             if self.outgoing not in self.loop.callbacks:
                 self.loop.add_writer(self.outgoing, self.write_backlog)
         except OSError:
-            self.end("", now)
-
-    def beat(self, now: Seconds) -> None:
-        """Send a keepalive; end a stream that is silent. Call this every BEAT_INTERVAL."""
-        self.silent_beats += 1
-        if self.mark:
-            return
-        if self.silent_beats > MAX_SILENT_BEATS:
-            self.end(f"silent for {MAX_SILENT_BEATS * BEAT_INTERVAL:g} seconds", now)
-        else:
-            self.control()
-
-    # --- receiving
+            self.unheard = True
+            self.backlog.clear()
+            self.loop.remove(self.outgoing)
 
     def read(self, now: Seconds) -> None:
-        """Read what came, and hand over each whole record."""
+        """Read what came, and hand it over."""
         try:
             data = os.read(self.incoming, READ_SIZE)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        self.silent_beats = 0
-        self.buffer += data
-        try:
-            if self.mark:
-                self.find_mark(now)
-            for kind, parts in [] if self.mark else self.take_records():
-                if not self.closed:
-                    self.hand_over(kind, parts)
-        except (ValueError, RecursionError) as error:
-            self.end(f"sent what is no record: {error}", now)
-        if not data:
-            self.end("", now)
-
-    def find_mark(self, now: Seconds) -> None:
-        before, found, rest = self.buffer.partition(self.mark)
-        reason, ended, records = rest.partition(b"\n")
-        if not ended:  # in a MiB of noise, too, each byte is searched about once
-            self.buffer = self.buffer[-MAX_MARK_LINE:]
-            return
-        self.buffer, self.mark = records, b""
-        if reason:
-            self.end(to_text(bytes(reason)), now)
-        else:
-            self.opened(now)
-
-    def take_records(self) -> List[Tuple[int, List[bytes]]]:
-        """Remove the whole records from the buffer. Return kind and parts of each. Raises
-        ValueError."""
-        found: List[Tuple[int, List[bytes]]] = []
-        at = 0
-        with memoryview(self.buffer) as view:
-            while at + RECORD.size <= len(view):
-                kind, *sizes = RECORD.unpack_from(view, at)
-                ends = list(itertools.accumulate(sizes, initial=at + RECORD.size))
-                if kind > CONTROL or max(sizes) > MAX_FRAME:
-                    raise ValueError(f"kind {kind}, sizes {sizes}")
-                if ends[-1] > len(view):
-                    break
-                found.append((kind, [bytes(view[a:b]) for a, b in zip(ends, ends[1:])]))
-                at = ends[-1]
-        del self.buffer[:at]
-        return found
-
-    def hand_over(self, kind: int, parts: List[bytes]) -> None:
-        """Give a record to the machine, or call a control. Raises ValueError."""
-        token, body, data = parts
-        now = self.loop.clock()
-        if kind == MESSAGE:
-            self.machine.receive(self.name, self.peer, token.decode("ascii", "replace"), body, data,
-                                 now)
-            return
-        words = json.loads(body)
-        if words:
-            try:
-                control = self.controls[words[0]]
-            except (KeyError, TypeError):
-                raise ValueError(f"control {printable(body)}") from None
-            control(*words[1:], now)
-
-    # --- the end
-
-    def end(self, why: str, now: Seconds) -> None:
-        """Close our end, and tell why: "" if the other end has closed its."""
-        if not self.closed:
-            self.close()
-            self.ended(why, now)
+        self.received(data)
 
     def stop_writing(self) -> None:
-        """Close our half of the stream. The other end will notice, and end."""
-        if not self.closed:
-            self.closed = True
-            self.loop.remove(self.outgoing)
-            os.close(self.outgoing)
-
-    def close(self) -> None:
-        """Close our end. The other end notices that."""
+        """Close our half of the stream, and hand over no more. The other end will notice, and end.
+        Call close() later."""
         self.closed = True
         self.backlog.clear()
-        for file in (self.incoming, self.outgoing):
-            self.loop.remove(file)
-            os.close(file)
+        if self.outgoing >= 0:
+            self.loop.remove(self.outgoing)
+            os.close(self.outgoing)
+            self.outgoing = -1
+
+    def close(self) -> None:
+        self.stop_writing()
+        if self.incoming >= 0:
+            self.loop.remove(self.incoming)
+            os.close(self.incoming)
+            self.incoming = -1
 
 
 class PeerLinks(Link):
     """A broker's link to workers, each with a link of its own."""
 
     def __init__(self) -> None:
-        self.links: Dict[Peer, PipeLink] = {}
+        self.links: Dict[Peer, StreamLink] = {}
 
     def send(self, outgoing: Outgoing) -> None:
         if outgoing.peer in self.links:  # else the peer is lost, as the broker will hear
@@ -9476,7 +9528,7 @@ class Uplink:
         self.machine = machine
         self.peer = peer
 
-    def opened(self, link: PipeLink, now: Seconds) -> None:
+    def opened(self, link: StreamLink, now: Seconds) -> None:
         """The stream is open."""
         raise NotImplementedError
 
@@ -9496,7 +9548,7 @@ class BrokerUplink(Uplink):
         super().__init__(machine, peer)
         self.links = links
 
-    def opened(self, link: PipeLink, now: Seconds) -> None:
+    def opened(self, link: StreamLink, now: Seconds) -> None:
         self.links.links[self.peer] = link
         link.control("connected")
 
@@ -9516,13 +9568,13 @@ class RelayUplink(Uplink):
         super().__init__(Relay(self.control))
         self.adapter = loop.add(self.machine, {})
         self.connect = connect  # gives the adapter a DealerLink
-        self.link: Optional[PipeLink] = None
+        self.link: Optional[StreamLink] = None
 
     def control(self, *words: str) -> None:
         if self.link:
             self.link.control(*words)
 
-    def opened(self, link: PipeLink, now: Seconds) -> None:
+    def opened(self, link: StreamLink, now: Seconds) -> None:
         self.link = self.adapter.links[WORKERS] = link
         if BROKER in self.adapter.links:
             self.reconnect()
@@ -9633,7 +9685,7 @@ class Host:
         if self.link.closed:
             if over or now >= self.ended_at + END_TIME:
                 self.finish(now)
-        elif over and not select.select([self.link.incoming], [], [], 0)[0]:
+        elif over and not readable(self.link.incoming):
             self.link.end("", now)  # another process holds the stream
         elif not self.up and now >= self.began + START_TIMEOUT:
             self.link.end(f"not ready after {START_TIMEOUT:g} seconds: does its login shell wait "
@@ -9682,7 +9734,7 @@ class Host:
             if re.search(DROPPED, said):
                 self.dropped += 1
                 return "its sshd drops logins (see MaxStartups)", self.dropped >= MAX_DROPPED
-        noise = [] if was_up else to_text(bytes(self.link.buffer)).split("\n")
+        noise = [] if was_up else to_text(bytes(self.link.reader.buffer)).split("\n")
         last = [lines[-1:] for lines in ([*filter(str.strip, noise)], [*self.said])]
         words = printable("; ".join(itertools.chain(*last)), 300)
         ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
