@@ -28,7 +28,7 @@ Exit status of the client
     0  every command was run and exited with 0, in the end (--retries)
     1  a command failed or was flaky (--fail-on-flaky), or --expect differs
     2  wrong usage, or no commands at all (--allow-empty)
-    3  not everything could be run, or written: no broker, worker, host or pyzmq; a full disk
+    3  not everything could be run or written: no broker, worker, host or pyzmq; a full disk
     128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 when its terminal closed
     141  the reader of its stdout closed it (SIGPIPE)
 A broker or worker exits with 128 + N when signal N stops it, with 2 on wrong usage or in a
