@@ -4143,6 +4143,12 @@ class Launcher:
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, self.file_limit)
 
 
+def enlarge_pipe(pipe: int) -> None:
+    """Let a pipe hold more, so that its ends take turns less often."""
+    with contextlib.suppress(OSError):  # not Linux, not a pipe, or too many large pipes
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
+
+
 class OutputReader:
     """Collects a command's output, in the thread of its slot."""
 
@@ -4209,10 +4215,9 @@ class OutputReader:
             self.poller.unregister(pipe)
             return
         self.output.write(data, self.streams[pipe])
-        if len(data) == PIPE_SIZE:  # a full pipe: make it larger
+        if len(data) == PIPE_SIZE:  # it was full
             self.sizes[pipe] = LARGE_PIPE // 4
-            with contextlib.suppress(OSError):  # not Linux, or too many large pipes
-                fcntl.fcntl(pipe, F_SETPIPE_SZ, LARGE_PIPE)
+            enlarge_pipe(pipe)
 
 
 class Runner:
@@ -7701,7 +7706,7 @@ class LocalLink(Link):
 RECORD = struct.Struct("!BIII")  # before each record of a stream: kind, sizes of its three parts
 MESSAGE, CONTROL = 0, 1  # kinds of records
 OPENED, BROKEN = 2, 3  # what else a RecordReader finds
-READ_SIZE = 256 * 1024  # bytes read from a stream at once; other streams have a turn in between
+READ_SIZE = 1024 * 1024  # bytes read from a stream at once; other streams have a turn in between
 MAX_MARK_LINE = 4096  # bytes
 BEAT_INTERVAL: Seconds = 2.0  # between keepalives on a stream
 MAX_SILENT_BEATS = 15  # then it has ended: 30 s, as long as a lost client keeps its commands
@@ -7901,6 +7906,8 @@ class PipeLink(StreamLink):
         except BlockingIOError:
             if self.outgoing not in self.loop.callbacks:
                 self.loop.add_writer(self.outgoing, self.write_backlog)
+            if self.backlog_bytes > LARGE_PIPE // 4:
+                enlarge_pipe(self.outgoing)
         except OSError:
             self.unheard = True
             self.backlog.clear()
@@ -7914,6 +7921,8 @@ class PipeLink(StreamLink):
             return
         except OSError:
             data = b""
+        if len(data) == PIPE_SIZE:  # it was full
+            enlarge_pipe(self.incoming)
         self.received(data)
 
     def stop_writing(self) -> None:
@@ -9636,8 +9645,6 @@ class Host:
         finally:
             for end in (stdin[0], stdout[1], stderr[1]):
                 os.close(end)
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(stdout[0], F_SETPIPE_SZ, LARGE_PIPE // 4)
         mark = os.urandom(16).hex()
         self.link = PipeLink(
             self.hosts.loop, self.uplink.machine, WORKERS, self.uplink.peer, stdout[0], stdin[1],
