@@ -10418,6 +10418,20 @@ class PipeLinkTest(unittest.TestCase):
         self.until(lambda: len(two.machine.heard) == 2)
         self.assertEqual([row[2] for row in two.machine.heard], ["r" * 70000, "\ufffd" * 210000])
 
+    @unittest.skipUnless(sys.platform == "linux", "not Linux")
+    def test_pipes_grow_when_they_carry_much(self):
+        get_size = tc.F_SETPIPE_SZ + 1  # F_GETPIPE_SZ
+        for size, grown in ((tc.PIPE_SIZE, tc.PIPE_SIZE), (tc.CHUNK_SIZE, tc.LARGE_PIPE)):
+            link, _, _ = self.open_link()
+            self.send(link, data=b"x" * size)
+            self.assertTrue(link.backlog)
+            self.assertEqual(fcntl.fcntl(link.outgoing, get_size), grown)
+        for size, grown in ((1000, tc.PIPE_SIZE), (tc.PIPE_SIZE, tc.LARGE_PIPE)):
+            link, _, feed = self.open_link()
+            os.write(feed, record(tc.MESSAGE, data=b"y" * tc.PIPE_SIZE)[:size])
+            self.until(lambda link=link, size=size: len(link.reader.buffer) == size)
+            self.assertEqual(fcntl.fcntl(link.incoming, get_size), grown)
+
     def test_on_a_socket(self):
         left, right = socket.socketpair()
         one = self.link("one", left.fileno(), os.dup(left.detach()))
