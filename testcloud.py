@@ -4905,7 +4905,7 @@ class Client(SessionMachine):
         self.total = self.reported = self.failed = self.flaky = 0
         self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
-        self.wanted_hosts = 0  # that we have logins for; 0 with a broker elsewhere
+        self.wanted_hosts = self.connected_hosts = 0  # of -S; 0 with a broker elsewhere
         self.lacks = ""  # a missing worker, in words
         self.long_pause: Tuple[Seconds, Seconds] = (0, 0)  # over the lease; until when to tell it
         # the end of the run
@@ -5329,7 +5329,7 @@ class Client(SessionMachine):
 def slot_wait_reason(client: Client) -> str:
     """Return why no command runs, and what to do; "" if one runs."""
     if not client.slots and client.wanted_hosts:
-        return "waiting: no host is connected"
+        return "" if client.connected_hosts else "waiting: no host is connected"
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
             " that takes new commands: each is over its --max-load, is stopping, or is a "
@@ -7218,7 +7218,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
         (3, f"{min(client.accepted, client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
-        (2, f"{client.workers} of {plural(client.wanted_hosts, 'host')}" if client.wanted_hosts
+        (2, f"{client.connected_hosts} of {plural(client.wanted_hosts, 'host')}" if client.wanted_hosts
          else plural(client.workers, "worker")),
         (1, plural(client.slots, "slot"))) if part[1]]
     while sum(len(text) + 2 for _, text in parts) > columns + 2:
@@ -9479,8 +9479,12 @@ def parse_via(text: str, settings: argparse.Namespace) -> Login:
 
 
 def names_of(logins: List[Login]) -> str:
-    return ", ".join(printable(login.name) + (
-        f" ({plural(login.slots, 'slot')})" if login.slots else "") for login in logins)
+    """Return the hosts and their slots, as far as they are known, for people."""
+    words = []
+    for (name, slots), n in Counter((login.name, login.slots) for login in logins).items():
+        known = [plural(slots, "slot")] * (slots > 0) + [f"{n} workers"] * (n > 1)
+        words.append(printable(name) + (f" ({', '.join(known)})" if known else ""))
+    return ", ".join(words)
 
 
 def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields) -> str:
@@ -9863,8 +9867,10 @@ class Hosts:
         """End all streams, and wait until their workers have ended."""
         self.stopping = True
         for host in self.hosts:
-            if host.process is not None:
+            if host.process is not None and host.up:
                 host.link.stop_writing()
+            elif host.process is not None:
+                host.kill()
         deadline = time.monotonic() + CLOSE_TIME
         while any(host.process for host in self.hosts):
             now = time.monotonic()
@@ -10536,7 +10542,11 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
     def none_left(now: Seconds) -> None:
         run.tell("none of the hosts can be used: giving up", True)
         run.client.cancel(3, now)
+
+    def count_hosts(now: Seconds) -> None:
+        run.client.connected_hosts = len(links.links)
     run.client.wanted_hosts = len(settings.logins)
+    run.loop.every(HOST_INTERVAL, count_hosts)
     return Hosts(run.loop, settings, None, lambda login: BrokerUplink(
         broker.machine, links, login.peer), none_left, run.tell)
 
