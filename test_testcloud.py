@@ -15,9 +15,11 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
 # ruff: noqa: E402
 import argparse
 import base64
+import builtins
 import concurrent.futures
 import contextlib
 import copy
+import dis
 import errno
 import fcntl
 import functools
@@ -10586,6 +10588,36 @@ class PipeLinkTest(unittest.TestCase):
         self.assertEqual(self.ends, [("one", "silent for 30 seconds")])
         self.until(lambda: len(self.ends) > 1)  # the other end has heard keepalives to the last
         self.assertEqual(self.ends[1:], [("two", "")])
+
+
+def globals_of(code):
+    """The global names that are used in the functions of a module."""
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from globals_of(part)
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+
+
+class WorkerProgramTest(unittest.TestCase):
+    """The part of the program that goes to a host."""
+
+    def setUp(self):
+        self.source = tc.worker_program(tc.read_text(SCRIPT))
+        self.code = compile(self.source, SCRIPT, "exec")
+        self.names = {"__name__": "part"}
+        exec(self.code, self.names)
+
+    def test_has_all_that_a_worker_uses(self):
+        self.assertLess(len(self.source), 0.6 * os.path.getsize(SCRIPT))
+        lacks = {name for name in globals_of(self.code)
+                 if name not in self.names and not hasattr(builtins, name)}
+        # in memory there is no file, and nobody calls run_broker() or makes a Writer or a socket
+        self.assertEqual(lacks, {"__file__", "Broker", "BlockingFile", "zmq"})
+
+    def test_lines_keep_their_numbers(self):
+        for name in ("to_text", "run_from_memory"):
+            self.assertEqual(self.names[name].__code__.co_firstlineno,
+                             getattr(tc, name).__code__.co_firstlineno)
 
 
 # === Key files and authentication =====================================================

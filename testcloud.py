@@ -520,6 +520,10 @@ HIGH_BYTES = "".join(map(chr, range(0xdca0, 0xdd00)))  # on some terminals they 
 NOT_PRINTABLE_ASCII = re.compile("[^ -~]+")
 
 
+def cut_mark(sent: int, size: int) -> str:
+    return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
+
+
 def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
@@ -3138,10 +3142,6 @@ class Broker(Membership):
 
 
 NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
-
-
-def cut_mark(sent: int, size: int) -> str:
-    return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
 
 
 def cut_output(output: bytes, size: int) -> str:
@@ -9501,6 +9501,20 @@ def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields)
     return "; ".join([*steps, f'echo {mark[:9]}""{mark[9:]}"{NO_PYTHON}$why"'])
 
 
+# what a worker on a host needs of this file: with half of it, it starts sooner
+WORKER_SECTIONS = frozenset((
+    "Names and numbers", "Messages", "Machines", "Tasks", "Worker", "Processes", "Running commands",
+    "Terminal and stdout", "Addresses and pyzmq", "Event loop", "Links", "Key files",
+    "Authentication and revoked keys", "Options", "Broker and worker", "Hosts"))
+
+
+def worker_program(source: str) -> str:
+    """Return the imports and WORKER_SECTIONS of this file. Each line keeps its number."""
+    start, *rest = re.split(r"(?m)^# === (.+?) =+$", source)
+    return start + "".join(text if title in WORKER_SECTIONS else "\n" * text.count("\n")
+                           for title, text in zip(rest[::2], rest[1::2]))
+
+
 # --- on the host
 
 
@@ -9799,8 +9813,8 @@ class Hosts:
         self.stopping = False
         self.status = 0  # of the end, when stopping
         self.said: Dict[str, Seconds] = {}  # by text of a worker: when it was last said
-        with file_errors("read", __file__), open(__file__, "rb") as file:
-            self.program = zlib.compress(file.read())
+        with file_errors("read", __file__), open(__file__, encoding="utf-8") as file:
+            self.program = zlib.compress(worker_program(file.read()).encode())
         self.hosts = [Host(self, login, uplink(login)) for login in settings.logins]
         if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < MAX_LOGINS * (len(self.hosts) + 8):
             raise_file_limit()  # not for few: the workers on this machine inherit it
