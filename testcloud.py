@@ -9494,8 +9494,9 @@ def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields)
     steps = [*(f"{name}={shlex.quote(text)}" for name, text in texts.items()), "why="]
     for python in pythons:
         known = f"command -v {python} >/dev/null && " if python in PYTHONS else ""
-        # -I -S: its directory and the user's packages do not count. -B: it writes no file
-        steps.append(f'{known}why="$why"$({python} -c "$probe" 2>&1 </dev/null) && '
+        # -I, -S: its directory and installed packages do not count; Python 2 knows only -E for
+        # -I. -B: it writes no file
+        steps.append(f'{known}why="$why"$({python} -ES -c "$probe" 2>&1 </dev/null) && '
                      f'exec {python} -IBS -c "$boot" "$settings"')
     # in two parts: a shell that shows what it reads must not show the mark
     return "; ".join([*steps, f'echo {mark[:9]}""{mark[9:]}"{NO_PYTHON}$why"'])
