@@ -7211,6 +7211,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
     """Return the progress. Too few columns: parts with the lowest numbers are left out."""
     rate = client.reported / max(spent, 0.001)
     eta = client.reported and client.input_ended
+    hosts = f"{client.connected_hosts} of {plural(client.wanted_hosts, 'host')}"
     parts = [part for part in (
         (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
         (5, f"{client.failed} failed" if client.failed else ""),
@@ -7218,8 +7219,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
         (3, f"{min(client.accepted, client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
-        (2, f"{client.connected_hosts} of {plural(client.wanted_hosts, 'host')}" if client.wanted_hosts
-         else plural(client.workers, "worker")),
+        (2, hosts if client.wanted_hosts else plural(client.workers, "worker")),
         (1, plural(client.slots, "slot"))) if part[1]]
     while sum(len(text) + 2 for _, text in parts) > columns + 2:
         parts.remove(min(parts))
@@ -9364,6 +9364,9 @@ END_TIME: Seconds = 2.0  # for ssh to end after its stream, then it is killed
 CLOSE_TIME: Seconds = 3.0  # the same at our own end: workers stop their commands first
 RETRY_DELAYS: Tuple[Seconds, Seconds] = (1.0, 60.0)  # before a host is tried again: first, longest
 MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
+WORKER_SETTINGS: Fields = {  # options of a worker that reach a host; a client's has these defaults
+    "weight": 0, "label": [], "max_load": math.inf, "nice": 0, "drain": 0.0, "wait": math.inf,
+    "verbose": False}
 SAME_INTERVAL: Seconds = 5.0  # in which workers say the same once
 HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
 
@@ -9390,6 +9393,7 @@ class Login(NamedTuple):
     command: Tuple[str, ...]  # that runs BOOTSTRAP there
     check: str  # a command to try by hand
     alias: Optional[str] = None  # its name in results; None: its own
+    python: str = ""  # for sh; "": the one of --python, or the first that is new enough
     peer: Peer = b""
 
 
@@ -9457,7 +9461,8 @@ def parse_login(text: str, settings: argparse.Namespace) -> Login:
     """Return the host of a LOGIN. Raises UsageError."""
     slots, host = split_slots(text, settings)
     if host == ":":
-        return Login("this machine", slots, ("/bin/sh", "-c", BOOTSTRAP), "/bin/sh -c true")
+        return Login("this machine", slots, ("/bin/sh", "-c", BOOTSTRAP), "/bin/sh -c true",
+                     python=shlex.quote(sys.executable))
     if not re.fullmatch(r"[^\s\0-][^\s\0]*", host):
         raise UsageError(f"-S {printable(text)}: write [N/][user@]host; options of ssh belong into "
                          f"~/.ssh/config, or into --ssh 'ssh -p 2222'")
@@ -9824,16 +9829,15 @@ class Hosts:
 
     def script(self, login: Login, mark: str) -> bytes:
         """Return the line that starts the worker of a host."""
-        given = vars(self.settings)
         shared = self.settings.subcommand == WORKER_ROLE
-        own = {"slots": login.slots, "host": None if shared else login.alias,
-               "mark": mark, "address": self.address, "shared": shared}
-        row = {name: given[name] for name in (*Times._fields, "wait", "verbose") if name in given}
-        for name, default in (("weight", 0), ("label", []), ("max_load", math.inf), ("nice", 0),
-                              ("drain", 0.0)):
-            row[name] = given.get(name, default)
-        pythons = [self.settings.python] if self.settings.python else PYTHONS
-        return start_script(pythons, mark, len(self.program), {**row, **own}).encode() + b"\n"
+        given = {name: value for name, value in vars(self.settings).items()
+                 if name in WORKER_SETTINGS or name in Times._fields}
+        settings = {**WORKER_SETTINGS, **given, "slots": login.slots, "mark": mark,
+                    "host": None if shared else login.alias, "shared": shared,
+                    "address": self.address}
+        python = login.python or self.settings.python
+        script = start_script([python] if python else PYTHONS, mark, len(self.program), settings)
+        return script.encode() + b"\n"
 
     def look(self, now: Seconds) -> None:
         """Start the hosts that are due, and look after the others."""
