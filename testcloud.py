@@ -9729,6 +9729,7 @@ class Host:
     def finish(self, now: Seconds) -> None:
         """The process has ended: try again, or give the host up."""
         status = self.kill()
+        self.link.close()
         self.read_stderr(now)
         self.hosts.loop.remove(self.stderr)
         os.close(self.stderr)
@@ -9791,7 +9792,7 @@ class Host:
         if self.process is None:
             return
         if over or self.process.poll() is not None:
-            self.kill()
+            self.finish(now)
             return
         self.read_stderr(now)
         with contextlib.suppress(OSError):
@@ -9889,7 +9890,7 @@ class Hosts:
             if host.process is not None and host.up:
                 host.link.stop_writing()
             elif host.process is not None:
-                host.kill()
+                host.finish(time.monotonic())
         deadline = time.monotonic() + CLOSE_TIME
         while any(host.process for host in self.hosts):
             now = time.monotonic()
