@@ -11823,22 +11823,26 @@ class CommandLineTest(unittest.TestCase):
                 ("--fail-fast -0", "--fail-fast=1 -0")):
             self.assertEqual(tc.separate_template(words.split()), marked.split())
 
+    def given_beats(self, own, words, **expected):
+        """Parse a client's words with these options in $TESTCLOUD."""
+        with mock.patch.dict(os.environ, TESTCLOUD=own):
+            settings = vars(tc.parse_with_own(["client", *words.split()]))
+        self.assertEqual({name: settings[name] for name in expected}, expected)
+
     def test_options_of_the_users_own(self):
         with mock.patch.dict(os.environ, TESTCLOUD="-b --env 'A=x y'"):
-            argv = tc.with_env_options(["client", "--retries", "2", "ls"])
-            settings = tc.build_parser().parse_args(argv)
+            settings = tc.parse_with_own(["client", "--retries", "2", "ls"])
             self.assertEqual((settings.brief, settings.env, settings.retries, settings.template),
                              (True, ["A=x y"], 2, ["--", "ls"]))
-            self.assertEqual(tc.with_env_options(["worker", "-v"]), ["worker", "-v"])
-        with mock.patch.dict(os.environ, TESTCLOUD="-k --live"):  # what is given beats it
-            for given, whole in (("--json", "-k --json"), ("-b", "-k --live -b"),
-                                 ("--connect=h", "-k --live --connect=h"),
-                                 ("ls --raw", "-k --live -- ls --raw")):
-                self.assertEqual(tc.with_env_options(["client", *given.split()]),
-                                 ["client", *whole.split()])
-        with mock.patch.dict(os.environ, TESTCLOUD="--local -k"):
-            self.assertEqual(tc.with_env_options(["client", "--connect", "h", "ls"]),
-                             ["client", "-k", "--connect", "h", "--", "ls"])
+            self.assertFalse(hasattr(tc.parse_with_own(["worker", "-v"]), "brief"))
+        self.given_beats("-k --live", "--json", live=False, json=True, keep_order=True)
+        self.given_beats("-k --live", "-b", live=True, brief=True, keep_order=True)
+        self.given_beats("-k --live", "ls --raw", live=True, raw=False)
+        self.given_beats("--local -k", "--connect h ls", local=False, connect="h", keep_order=True)
+        self.given_beats("-S a,b --via c -k", "--local", sshlogin=[], via=[], local=True)
+        self.given_beats("--connect=h", "-S a", sshlogin=["a"], connect=None)
+        self.given_beats("-S a -j 2", "-S b --slf f", sshlogin=["b"], sshloginfile=["f"], slots=2)
+        self.given_beats("--via a", "--retries 2", via=["a"], retries=2)
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")

@@ -10842,26 +10842,28 @@ def separate_template(argv: List[str]) -> List[str]:
     return [*separated, *(["--"] if rest and rest[0] != "--" else []), *rest]
 
 
-OUTPUT_MODES = {"--raw", "--json", "--live"}  # a client can have one of these
-PLACES = {"--local", "--connect", "-S", "--sshlogin", "--sshloginfile", "--slf", "--via"}
-# options that remove others of $TESTCLOUD
-OVERRIDES = {**dict.fromkeys(PLACES, PLACES), **dict.fromkeys(OUTPUT_MODES, OUTPUT_MODES)}
+# of each group, those on the command line replace those of $TESTCLOUD
+EXCLUSIVE = (("local", "connect", "sshlogin", "sshloginfile", "via"), ("raw", "json", "live"))
 
 
-def with_env_options(argv: List[str]) -> List[str]:
-    """Return a client's arguments with the options of $TESTCLOUD first. Raises UsageError."""
+def parse_with_own(argv: List[str]) -> argparse.Namespace:
+    """Return the settings of a command line; a client's begins with the options of $TESTCLOUD.
+    Raises UsageError."""
     if argv[:1] != [CLIENT_ROLE]:
-        return argv
+        return parse(argv)
     try:
         own = separate_template(shlex.split(os.environ.get("TESTCLOUD", "")))
         if own and parse([CLIENT_ROLE, *own]).template:
             raise ValueError("it has a template")
     except (ValueError, UsageError) as error:
         raise UsageError(f"$TESTCLOUD is to have options for clients: {error}") from None
-    given = separate_template(argv[1:])
-    options = itertools.takewhile(lambda word: word != "--", given)
-    removed = {other for word in options for other in OVERRIDES.get(word.partition("=")[0], ())}
-    return [CLIENT_ROLE, *(word for word in own if word not in removed), *given]
+    words = separate_template(argv[1:])
+    settings = parse([CLIENT_ROLE, *own, *words])
+    given = vars(parse([CLIENT_ROLE, *words])) if own else {}
+    for names in EXCLUSIVE:
+        if any(map(given.get, names)):
+            vars(settings).update((name, given[name]) for name in names)
+    return settings
 
 
 RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status": run_status,
@@ -10878,7 +10880,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, commands have no exit status
         given = sys.argv[1:] if argv is None else argv
-        settings = parse(with_env_options(given))
+        settings = parse_with_own(given)
         settings.argv = given
         verbose = getattr(settings, "verbose", False)  # None: --quiet
         level = logging.DEBUG if verbose else logging.INFO
