@@ -37,6 +37,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -12124,6 +12125,228 @@ def wrong_times(path, count):
     wanted = [str(n) for n in range(1, count + 1)]
     return {n: times[n] for n in {*times, *wanted} if times[n] != 1 or n not in wanted}
 
+def descendants_of(pid):
+    return [one for child in children_of(pid) for one in (child, *descendants_of(child))]
+
+
+def read_bytes(path):
+    """What is in a file, nothing if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def pids_with(variable):
+    """The processes with this NAME=VALUE in their environment, the oldest first as a rule."""
+    found = f"\0{variable}".encode()
+    return [pid for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+            if found in b"\0" + read_bytes(f"/proc/{pid}/environ") and is_alive(pid)]
+
+
+class Hosts:
+    """Hosts of a script that stands for ssh: login shells on this machine, each with an empty
+    environment and an empty home. `ssh` is the command for --ssh, `via(name)` the one for --via."""
+
+    # argv: the directory of the hosts, then what ssh or a container's exec gets
+    SCRIPT = r'''
+import getopt, json, os, subprocess, sys, threading
+
+def stop(text, status=255):
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    os._exit(status)
+
+def move(source, target):
+    try:
+        while True:
+            data = os.read(source, 65536)
+            if not data:
+                return os.close(target)
+            while data:
+                data = data[os.write(target, data):]
+    except OSError:
+        if target < 3:
+            os._exit(255)  # our reader has left: so do we, and the shell gets EOF
+        os.close(target)
+
+hosts, *argv = sys.argv[1:]
+via = argv[0] == "--via"
+argv = argv[1:] if via else getopt.getopt(
+    argv, "46AaCfGgKkMNnqsTtVvXxYyB:b:c:D:E:e:F:I:i:J:L:l:m:O:o:p:Q:R:S:W:w:")[1]
+name = argv.pop(0).rpartition("@")[2]
+if argv and argv[0] == "--":
+    del argv[0]
+try:
+    with open(os.path.join(hosts, name, "settings")) as file:
+        host = json.load(file)
+except OSError:
+    stop(f"ssh: Could not resolve hostname {name}: Name or service not known\r\n")
+for login in range(1, 100_000):
+    try:
+        with open(os.path.join(hosts, name, f"login-{login}"), "x") as file:
+            json.dump(sys.argv[2:], file)
+        break
+    except FileExistsError:
+        pass
+if login <= host["refusals"]:
+    stop(host["refusal"])
+env = {"HOME": host["home"], "SHELL": host["shell"], "SSH_CONNECTION": "127.0.0.1 1 127.0.0.1 2",
+       "PATH": host["path"], "USER": "somebody", "LOGNAME": "somebody",
+       "TEST_HOST": os.path.join(hosts, name), **host["env"]}
+shell = argv if via else [host["shell"], "-c", " ".join(argv)]
+for out in (sys.stdout, sys.stderr):
+    out.write(host["noise"])
+    out.flush()
+child = subprocess.Popen(shell, env=env, start_new_session=True, stdin=-1, stdout=-1, stderr=-1,
+                         cwd=host["home"] if os.path.isdir(host["home"]) else "/", bufsize=0)
+pairs = ((0, child.stdin), (child.stdout, 1), (child.stderr, 2))
+number = lambda file: file if isinstance(file, int) else os.dup(file.fileno())
+threads = [threading.Thread(target=move, args=(number(a), number(b)), daemon=True)
+           for a, b in pairs]
+for file in (child.stdin, child.stdout, child.stderr):
+    file.close()
+for thread in threads:
+    thread.start()
+for thread in threads[1:]:
+    thread.join()
+status = child.wait()
+os._exit(255 if status < 0 else status)
+'''
+    # what is found there beside python3: the PATH of a login without a terminal is short
+    TOOLS = ("cat", "env", "grep", "head", "hostname", "ls", "nice", "sed", "seq", "setsid", "sh",
+             "sleep", "touch", "tr", "wc")
+    OLD_PYTHON = """
+import sys
+sys.version_info, sys.hexversion = (3, 6, 9, "final", 0), 0x030609F0
+sys.version = "3.6.9 (old)"
+at = next((n for n, arg in enumerate(sys.argv) if n and arg.endswith("c")), None)
+if at is None:
+    sys.exit(print("Python 3.6.9"))
+code, sys.argv = sys.argv[at + 1], ["-c", *sys.argv[at + 2:]]
+exec(compile(code, "<string>", "exec"))
+"""
+
+    def __init__(self, cloud, *names):
+        self.dir = os.path.join(cloud.dir, "hosts")
+        os.mkdir(self.dir)
+        self.script = self.write("ssh.py", self.SCRIPT)
+        self.ssh = shlex.join([sys.executable, "-IS", self.script, self.dir])
+        self.tools = os.path.join(self.dir, "tools")
+        os.mkdir(self.tools)
+        for tool in self.TOOLS:
+            os.symlink(shutil.which(tool), os.path.join(self.tools, tool))
+        for name in names:
+            self.add(name)
+
+    def write(self, name, text):
+        path = os.path.join(self.dir, name)
+        with open(path, "w") as file:
+            file.write(text)
+        os.chmod(path, 0o755)
+        return path
+
+    def add(self, name, *, shell="/bin/sh", noise="", refusal="", refusals=None, home=None,
+            python=f'exec {shlex.quote(sys.executable)} "$@"', **env):
+        """A host. With a `refusal` ssh says only this, the first so many times."""
+        for kind in ("bin", "home"):
+            os.makedirs(os.path.join(self.dir, name, kind), exist_ok=True)
+        if python:
+            self.write(f"{name}/bin/python3", f"#!/bin/sh\n{python}\n")
+        self.write(f"{name}/settings", json.dumps({
+            "shell": shell, "noise": noise, "env": env, "refusal": refusal,
+            "refusals": refusals if refusals is not None else 100_000 * bool(refusal),
+            "home": home or self.home(name), "path": f"{self.dir}/{name}/bin:{self.tools}"}))
+
+    def home(self, name):
+        return os.path.join(self.dir, name, "home")
+
+    def old_python(self):
+        return (f"exec {shlex.quote(sys.executable)} -I "
+                f'{shlex.quote(self.write("old.py", self.OLD_PYTHON))} "$@"')
+
+    def via(self, name):
+        return f"{self.ssh} --via {name}"
+
+    def logins(self, name):
+        """The arguments of ssh at each login."""
+        paths = sorted(pathlib.Path(self.dir, name).glob("login-*"))
+        return [json.loads(path.read_text()) for path in paths]
+
+    def pids(self, name):
+        """What runs there now, the first process first."""
+        return pids_with(f"TEST_HOST={self.dir}/{name}\0")
+
+
+class Sshd:
+    """A real sshd on loopback with keys and configurations of its own. All its hosts are this
+    machine. `ssh` is the command for --ssh."""
+
+    PROGRAMS = [shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+                for name in ("sshd", "ssh", "ssh-keygen")]
+
+    def __init__(self, cloud, names):
+        self.cloud = cloud
+        self.dir = os.path.join(cloud.dir, "sshd")
+        os.mkdir(self.dir)
+        if os.geteuid() == 0:
+            os.makedirs("/run/sshd", 0o755, exist_ok=True)  # it insists
+        for key in ("host_key", "key"):
+            subprocess.run([self.PROGRAMS[2], "-q", "-t", "ed25519", "-N", "", "-f",
+                            self.path(key)], check=True)
+        shutil.copy(self.path("key.pub"), self.path("authorized_keys"))
+        with socket.socket() as reserved:  # bound and not listening: sshd may still bind it
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(("127.0.0.1", 0))
+            self.port = reserved.getsockname()[1]
+            self.write("sshd_config", ListenAddress="127.0.0.1", Port=self.port, UsePAM="no",
+                       HostKey=self.path("host_key"), PidFile="none", StrictModes="no",
+                       AuthorizedKeysFile=self.path("authorized_keys"), PermitRootLogin="yes",
+                       PasswordAuthentication="no", AcceptEnv="TEST_HOST",
+                       SetEnv=f"HOME={self.path('home')}", MaxStartups="10")
+            self.start()
+        os.mkdir(self.path("home"))
+        with open(self.path("known_hosts"), "w") as file:  # of the second host we know another key
+            for name, key in (("sshd", "host_key.pub"), ("changed", "key.pub")):
+                file.write(f"{name} {' '.join(tc.read_text(self.path(key)).split()[:2])}\n")
+        self.configure(names)
+        self.ssh = shlex.join([self.PROGRAMS[1], "-F", self.path("config")])
+
+    def configure(self, names, more={}, **settings):
+        """Let ssh know these hosts with these settings, and others with `more`."""
+        open(self.path("config"), "w").close()
+        for name in (*names, *more):
+            self.write("config", "a", Host=name, SetEnv=f"TEST_HOST={self.dir}/{name}",
+                       **more.get(name, {}))
+        self.write("config", "a", Host="*", HostName="127.0.0.1", Port=self.port,
+                   HostKeyAlias="sshd", IdentityFile=self.path("key"), IdentitiesOnly="yes",
+                   UserKnownHostsFile=self.path("known_hosts"), GlobalKnownHostsFile="/dev/null",
+                   **settings)
+
+    def path(self, name):
+        return os.path.join(self.dir, name)
+
+    def write(self, name, mode="w", **settings):
+        with open(self.path(name), mode) as file:
+            file.writelines(f"{key} {value}\n" for key, value in settings.items())
+
+    def start(self):
+        with open(self.path("log"), "w") as log:
+            self.process = subprocess.Popen([self.PROGRAMS[0], "-D", "-e", "-f",
+                                             self.path("sshd_config")], stderr=log,
+                                            stdin=subprocess.DEVNULL)
+        self.cloud.processes.append(self.process)
+        self.process.log = self.path("log")
+        self.cloud.wait_for_log(self.process, "Server listening")
+
+    def pids(self, name):
+        return pids_with(f"TEST_HOST={self.dir}/{name}\0")
+
+    def session(self, name):
+        """The pid of sshd's process for the first login of a host."""
+        return int(tc.read_text(f"/proc/{self.pids(name)[0]}/stat").rpartition(")")[2].split()[1])
+
 
 class ProcessesTest(unittest.TestCase):
     def setUp(self):
@@ -12588,7 +12811,7 @@ class ProcessesTest(unittest.TestCase):
         loop.flush()
         loop.wait()
         loop.flush()
-        broker = loop.adapters[2].machine
+        broker = next(a.machine for a in loop.adapters if isinstance(a.machine, tc.Broker))
         self.assertTrue(broker.registry.workers and broker.registry.clients)
         broker.tick(time.monotonic() + 10000)  # nobody could say anything meanwhile
         self.assertTrue(broker.registry.workers and broker.registry.clients)
@@ -13566,6 +13789,475 @@ class NothingLeftBehindTest(unittest.TestCase):
             wanted = "SigBlk:\t" + "0" * 16 + "\nSigIgn:\t" + "0" * 16 + "\n"
             left = wanted[:-7] + "200000\n" if portable else wanted  # SIGTTOU
             self.assertEqual((status, out), (0, left), portable)
+
+
+class OverHosts:
+    """What must work on any hosts, be they of a real ssh or not."""
+
+    NAMES = ("alpha", "beta", "gamma")
+    OPTIONS = ()
+
+    def start(self, *argv, commands=(), keep=False, **more):
+        """With `keep` its stdin stays open."""
+        process = self.cloud.start(*argv, *self.OPTIONS, stdin=subprocess.PIPE, **more)
+        process.stdin.write("".join(f"{line}\n" for line in commands).encode())
+        process.stdin.flush()
+        if not keep:
+            process.stdin.close()
+            process.stdin = None
+        return process
+
+    def client(self, logins, commands, *options, wait=True, **more):
+        process = self.start("client", "--ssh", self.hosts.ssh, "-S", logins, *options,
+                             commands=commands, **more)
+        return self.cloud.finish(process) if wait else process
+
+    def path(self, name):
+        return os.path.join(self.cloud.dir, name)
+
+    def wait_for_text(self, name, text=""):
+        """In a file that a command writes."""
+        path = self.path(name)
+        self.cloud.wait_for(lambda: os.path.exists(path) and text in tc.read_text(path),
+                            f"{text!r} in {name}")
+
+    def meet(self, count):
+        """A command that ends when so many of its kind run at once."""
+        return (f"touch met-$TESTCLOUD_RUN-$TESTCLOUD_SEQ; until [ $(ls | "
+                f"grep -c ^met-$TESTCLOUD_RUN) -ge {count} ]; do sleep 0.01; done")
+
+    def rows(self, out):
+        return [json.loads(line) for line in out.splitlines()]
+
+    def assert_nobody_left(self, *names):
+        """Nor what commands of busy_client() have started, however it tried to get away."""
+        def left():
+            pids = "".join(tc.read_text(str(path)) for path in pathlib.Path(self.cloud.dir).glob(
+                "escaped-*")).split()
+            return any(map(self.hosts.pids, names or self.NAMES)) or any(map(is_alive, pids))
+        self.cloud.wait_for(lambda: not left(), "the end of all that ran on the hosts")
+
+    def worker_of(self, name):
+        """The pids of a host's worker: its supervisor and itself."""
+        found = []
+
+        def look():
+            found.extend(
+                (pid, child) for pid in self.hosts.pids(name) for child in children_of(pid)
+                if all(b"-c\0" in read_bytes(f"/proc/{one}/cmdline")
+                       and "python" in os.path.basename(os.readlink(f"/proc/{one}/exe"))
+                       for one in (pid, child)))
+            return found
+        self.cloud.wait_for(look, f"a worker on {name}")
+        return found[0]
+
+    def ssh_of(self, process, name):
+        """The pid of the ssh that a client or worker has started for a host."""
+        found = []
+        ssh = self.hosts.ssh.split()[-1].encode()
+        self.cloud.wait_for(lambda: found.extend(
+            pid for pid in descendants_of(process.pid)
+            for argv in [read_bytes(f"/proc/{pid}/cmdline").split(b"\0")]
+            if ssh in argv[:-1] and name.encode() in argv and SCRIPT.encode() not in argv)
+            or found, f"an ssh for {name}")
+        return found[0]
+
+    def busy_client(self, *options):
+        """A client with a command on alpha and two on beta, which run until end()."""
+        with open(self.path("escape"), "w") as file:
+            file.write(NothingLeftBehindTest.ESCAPES.format("PIDS"))
+        process = self.client(
+            "1/alpha,2/beta", [
+                f"e=escaped-{n}-$$; : > $e; sh -c \"$(sed s/PIDS/$e/g escape)\"; "
+                f"echo {n} ${{TEST_HOST##*/}} >> begun; "
+                f"until [ -e end ] || [ -e end-{n} ]; do sleep 0.02; done; echo {n} >> done"
+                for n in (1, 2, 3)], "--json", *options, wait=False)
+        self.wait_for_begun(3)
+        return process
+
+    def begun(self):
+        """Number and host of each command that was begun, again if it was."""
+        return [line.split() for line in tc.read_text(self.path("begun")).splitlines()]
+
+    def wait_for_begun(self, count):
+        self.cloud.wait_for(lambda: len(self.begun()) >= count, f"the start of {count} commands")
+
+    def end(self, process):
+        """Let the commands end. Each is reported once, and has ended once."""
+        open(self.path("end"), "w").close()
+        status, out = self.cloud.finish(process)
+        self.assertEqual((status, sorted(row["seq"] for row in self.rows(out))), (0, [1, 2, 3]))
+        self.assertEqual(wrong_times(self.path("done"), 3), {})
+        self.assert_nobody_left()
+
+    # --- runs
+
+    def test_three_hosts_from_one_command(self):
+        commands = [f"echo {n} >> done; {self.meet(4)}; echo out {n}" for n in range(1, 41)]
+        status, out = self.client("1/alpha,2/beta,gamma", commands, "-j1", "--json")
+        self.assertEqual(status, 0, out)
+        self.assertEqual(wrong_times(self.path("done"), 40), {})
+        rows = self.rows(out)
+        self.assertEqual({row["host"] for row in rows}, set(self.NAMES))
+        self.assertEqual(Counter(row["output"] for row in rows),
+                         Counter(f"out {n}\n" for n in range(1, 41)))
+        self.assert_nobody_left()
+
+    def test_outputs_are_the_same_bytes(self):
+        """A megabyte that is no UTF-8."""
+        make = r"head -c 1000000 /dev/zero | tr '\000' '\377'; echo e >&2"
+        process = self.client("alpha", [make], "--raw", wait=False)
+        out, _ = process.communicate(timeout=PATIENCE)
+        self.assertEqual((process.returncode, out == b"\xff" * 1_000_000), (0, True))
+        self.assertIn("\ne\n", "\n" + self.cloud.err(process))
+
+    def test_interrupted(self):
+        client = self.busy_client()
+        client.send_signal(signal.SIGINT)
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 130, out)
+        self.assert_nobody_left()
+        self.assertEqual(tc.read_text(self.path("done")), "")
+
+    # --- losses: each command is reported once, and only those of a lost worker run again
+
+    def check_loss(self, strike):
+        """Beta has a free slot when alpha's worker is lost: its command goes there at once."""
+        client = self.busy_client("--crash-limit", "9")
+        by_host = {host: n for n, host in self.begun()}
+        open(self.path(f"end-{by_host['beta']}"), "w").close()
+        self.wait_for_text("done", f"{by_host['beta']}\n")
+        strike(client)
+        self.wait_for_begun(4)
+        self.assertEqual(self.begun()[3], [by_host["alpha"], "beta"])
+        self.cloud.wait_for_log(client, "testcloud: alpha: is back")
+        self.end(client)
+        self.assertEqual(len(self.begun()), 4)
+        self.assertRegex(self.cloud.err(client), r"testcloud: alpha: lost: .*; trying again in 1 s")
+
+    def test_ssh_is_killed(self):
+        self.check_loss(lambda client: os.kill(self.ssh_of(client, "alpha"), signal.SIGKILL))
+
+    def test_the_client_is_killed(self):
+        client = self.busy_client()
+        client.kill()
+        client.wait(PATIENCE)
+        self.assert_nobody_left()
+        self.assertEqual(tc.read_text(self.path("done")), "")
+
+    # --- hosts that cannot be used
+
+    def check_bad_hosts(self, wanted):
+        """Each gets one line with the cause or the fix, by name; the others go on."""
+        client = self.client(",".join(["alpha", *wanted, "beta"]), [], "-j1", "--json", keep=True,
+                             wait=False)
+        for name in wanted:
+            self.cloud.wait_for_log(client, f"testcloud: {name}: ")
+        client.stdin.write(f"{self.meet(2)}\n".encode() * 2)
+        status, out = self.cloud.finish(client)
+        lines = self.cloud.err(client).splitlines()
+        self.assertEqual((status, {row["host"] for row in self.rows(out)}), (0, {"alpha", "beta"}))
+        for name, fix in wanted.items():
+            found = [line for line in lines if line.startswith(f"testcloud: {name}: ")]
+            self.assertEqual(len(found), 1, lines)
+            self.assertRegex(found[0], fix)
+        self.assert_nobody_left(*self.NAMES, *wanted)
+        return "\n".join(lines)
+
+    # --- a standing cloud
+
+    def test_hosts_for_a_standing_cloud(self):
+        broker = self.cloud.broker()
+        worker = self.start("worker", "--ssh", self.hosts.ssh, "-S", "1/alpha,2/beta", "--connect",
+                            broker.workers, "--label", "gpu", "--nice", "5", "--weight", "7",
+                            keep=True)
+        rows = []
+
+        def all_there():
+            rows[:] = json.loads(self.cloud.finish(self.cloud.start(
+                "status", "--json", "--connect", broker.clients))[1])["workers"]
+            return len(rows) == 2
+        self.cloud.wait_for(all_there, "two workers")
+        self.assertEqual({(row["slots"], *row["labels"], row["weight"]) for row in rows},
+                         {(1, "gpu", 7), (2, "gpu", 7)})
+        status, out = self.cloud.client(broker, [f"{self.meet(3)}; nice; head -c 3000000 /dev/zero"]
+                                        * 3, "--need", "gpu", "--json")
+        self.assertEqual(status, 0, out[:1000])
+        self.assertEqual({row["output"] for row in self.rows(out)}, {"5\n" + "\0" * 3_000_000})
+        worker.terminate()
+        self.assertEqual(worker.wait(PATIENCE), 143)
+        self.assert_nobody_left()
+
+
+class ViaTest(OverHosts, unittest.TestCase):
+    """Hosts of the script that stands for ssh."""
+
+    NOISE = "Welcome to this host!\n" * 50_000  # more than a pipe holds
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.hosts = Hosts(self.cloud)
+        for name in self.NAMES:
+            self.hosts.add(name, noise=self.NOISE)
+
+    def test_a_worker_is_killed(self):
+        self.check_loss(lambda client: os.kill(self.worker_of("alpha")[1], signal.SIGKILL))
+
+    def test_a_supervisor_is_killed(self):
+        self.check_loss(lambda client: os.kill(self.worker_of("alpha")[0], signal.SIGKILL))
+
+    def test_losses_in_a_standing_cloud(self):
+        """A host's ssh is killed, then the broker, then our end of the hosts."""
+        broker = self.cloud.broker("127.0.0.1:0", "127.0.0.1:0", "--lost-grace", "0.1")
+        worker = self.start("worker", "--ssh", self.hosts.ssh, "-S", "1/alpha,1/beta", "--connect",
+                            broker.workers)
+        client = self.cloud.client(broker, [
+            f"echo {n} ${{TEST_HOST##*/}} >> begun; until [ -e end ]; do sleep 0.02; done; "
+            f"echo {n} >> done" for n in (1, 2)], wait=False)
+        self.wait_for_begun(2)
+        os.kill(self.ssh_of(worker, "alpha"), signal.SIGKILL)
+        self.cloud.wait_for_log(worker, "testcloud: alpha: is back")
+        self.wait_for_begun(3)
+        broker.kill()
+        broker.wait()
+        self.cloud.start("broker", "--clients", broker.clients, "--workers", broker.workers)
+        open(self.path("end"), "w").close()
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+        self.assertEqual(wrong_times(self.path("done"), 2), {})
+        self.assertEqual(len(self.begun()), 3)
+        worker.kill()
+        self.assert_nobody_left()
+
+    def test_any_login_shell_and_any_noise_will_do(self):
+        shells = [path for path in map(shutil.which, ("sh", "dash", "bash", "zsh", "csh", "tcsh",
+                                                      "fish")) if path]
+        names = list(map(os.path.basename, shells))
+        for name, shell in zip(names, shells):
+            self.hosts.add(name, shell=shell, noise=self.NOISE)
+        status, out = self.client(",".join(names), [self.meet(len(names))] * len(names), "-j1",
+                                  "--json")
+        self.assertEqual(status, 0)
+        self.assertEqual({row["host"] for row in self.rows(out)}, set(names))
+
+    def test_nothing_is_written_on_a_host(self):
+        """Nor need it be possible. pyzmq is needed neither there nor here."""
+        self.hosts.add("beta", home="/nonexistent", TMPDIR="/nonexistent")
+        pathlib.Path(self.path("zmq.py")).write_text("raise ImportError('not here')")
+        self.cloud.script = shutil.copy(SCRIPT, self.cloud.dir)  # where no .venv is that has it
+        before = {*os.listdir(self.cloud.dir), "log-0"}
+        status, out = self.client("alpha,beta", ["seq 300000"] * 4, "-b",
+                                  env={**os.environ, "PYTHONPATH": self.cloud.dir})
+        self.assertEqual(status, 0, out)
+        self.assertEqual(os.listdir(self.hosts.home("alpha")), [])
+        self.assertEqual({*os.listdir(self.cloud.dir)}, before)
+
+    def test_environment_and_directory(self):
+        self.hosts.add("alpha", FROM_LOGIN="there")
+        status, out = self.client(
+            "alpha", ["echo $HOME $FROM_LOGIN $MINE $GIVEN $NOT_GIVEN; pwd"], "--json", "--env",
+            "MINE", "--env", "GIVEN=x y", env={**os.environ, "MINE": "here", "NOT_GIVEN": "z"})
+        self.assertEqual(self.rows(out)[0]["output"], f"{self.hosts.home('alpha')} there here x y\n"
+                                                      f"{self.cloud.dir}\n")
+        status, out = self.client("alpha", ["true"], "-C", "/no/such/place")
+        self.assertEqual(status, 1)
+        self.assertRegex(out, "cannot enter directory /no/such/place: .*--cwd")
+
+    def test_live_and_timeout(self):
+        os.mkfifo(self.path("fifo"))
+        client = self.client("alpha", ["echo one; read x < fifo; echo $x; sleep 1000"], "--live",
+                             "--timeout", "500ms", wait=False)
+        lines = iter(client.stdout.readline, b"")
+        self.assertTrue(any(line.endswith(b"one\n") for line in lines))
+        with open(self.path("fifo"), "w") as file:
+            file.write("two\n")
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 1)
+        self.assertRegex(out, r"(?s)two\n.*FAIL\(124\) .*stopped after 0.5 seconds")
+
+    def test_retries_on_other_hosts(self):
+        status, out = self.client(
+            "alpha,beta,gamma", [f"{self.meet(3)}; [ ${{TEST_HOST##*/}} != alpha ]"] * 3, "-j1",
+            "--retries", "3", "--json")
+        rows = self.rows(out)
+        self.assertEqual((status, Counter((row["verdict"], row["only_on"]) for row in rows)),
+                         (0, {("OK", ""): 2, ("ONLY", "alpha"): 1}))
+
+    # what ssh says if there is no way to a host, and what our line on it must contain
+    REFUSALS = {
+        "denied": ("somebody@denied: Permission denied (publickey,password).\r\n", "ssh-copy-id"),
+        "refused": ("ssh: connect to host refused port 22: Connection refused\r\n",
+                    "connection refused: is sshd running"),
+        "late": ("ssh: connect to host late port 22: Connection timed out\r\n",
+                 "cannot be reached"),
+        "far": ("ssh: connect to host far port 22: No route to host\r\n", "cannot be reached"),
+        "new": ("No ED25519 host key is known for new and you have requested strict checking.\r\n"
+                "Host key verification failed.\r\n", "accept it once with: .* new$"),
+        "changed": (
+            "@" * 59 + "\r\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\r\n"
+            + "@" * 59 + "\r\nIT IS POSSIBLE THAT SOMEONE IS DOING SOMETHING NASTY!\r\n"
+            "Add correct host key in /home/x/.ssh/known_hosts to get rid of this message.\r\n"
+            "Host key for changed has changed and you have requested strict checking.\r\n"
+            "Host key verification failed.\r\n", "ssh-keygen -R"),
+        "odd": ("Bad configuration option: nosuch\r\n", "Bad configuration option: nosuch"),
+    }
+
+    def test_hosts_that_cannot_be_used(self):
+        """Each gets one line, and is not asked again; the others go on."""
+        for name, (text, _) in self.REFUSALS.items():
+            self.hosts.add(name, refusal=text)
+        self.hosts.add("bare", python=None)
+        self.hosts.add("old", python=self.hosts.old_python())
+        self.hosts.add("locked", shell=self.hosts.write(
+            "nologin", "#!/bin/sh\necho This account is not available.\nexit 1\n"))
+        wanted = {**{name: fix for name, (_, fix) in self.REFUSALS.items()},
+                  "nowhere": "unknown host", "bare": "--python", "old": r"3\.6.*--python",
+                  "locked": "not available"}
+        err = self.check_bad_hosts(wanted)
+        self.assertNotIn("Welcome", err)
+        for name in wanted:
+            self.assertEqual(len(self.hosts.logins(name)), name != "nowhere")
+
+    def test_without_any_usable_host(self):
+        self.hosts.add("denied", refusal=self.REFUSALS["denied"][0])
+        for argv in (["client"], ["worker", "--connect", self.cloud.broker().workers]):
+            for ssh, fix in ((self.hosts.ssh, "ssh-copy-id"), ("/no/such/ssh -v", "--ssh")):
+                process = self.start(*argv, "--ssh", ssh, "-S", "denied,denied", commands=["true"])
+                self.assertEqual(self.cloud.finish(process)[0], 3)
+                err = self.cloud.err(process)
+                self.assertRegex(err, f"testcloud: denied: .*{fix}")
+                self.assertEqual(err.count("denied is named 2 times"), 1)
+
+    def test_a_login_that_sshd_drops_is_tried_again(self):
+        text = ("kex_exchange_identification: Connection closed by remote host\r\n"
+                "Connection closed by 127.0.0.1 port 22\r\n")
+        self.hosts.add("alpha", refusal=text, refusals=1)
+        self.assertEqual(self.client("alpha", ["true"])[0], 0)
+        self.assertEqual(len(self.hosts.logins("alpha")), 2)
+
+    def test_silence_ends_a_worker_and_a_host(self):
+        """The client stops, then a host: what runs there ends, and runs again elsewhere."""
+        self.change(BEAT_INTERVAL=0.1, MAX_SILENT_BEATS=8)
+        client = self.busy_client("--crash-limit", "9")
+        client.send_signal(signal.SIGSTOP)
+        self.assert_nobody_left()
+        client.send_signal(signal.SIGCONT)
+        self.wait_for_begun(6)
+        open(self.path(f"end-{next(n for n, host in self.begun()[3:] if host == 'beta')}"),
+             "w").close()
+        self.wait_for_text("done", "\n")
+        os.kill(self.ssh_of(client, "alpha"), signal.SIGSTOP)
+        self.wait_for_begun(7)
+        self.assertEqual(self.begun()[6][1], "beta")
+        self.cloud.wait_for_log(client, "testcloud: alpha: lost: silent for ")
+        self.end(client)
+
+    def change(self, **constants):
+        """Have a program of our own with these."""
+        with open(SCRIPT) as file:
+            text = file.read()
+        for name, value in constants.items():
+            text, times = re.subn(f"(?m)^({name}(: \\w+)? = )[0-9.]+", rf"\g<1>{value}", text)
+            self.assertEqual(times, 1, name)
+        self.cloud.script = self.hosts.write("testcloud.py", text)
+
+    def test_login_shells_that_never_end(self):
+        self.change(START_TIMEOUT=0.5)
+        for name, command in (("mute", "cat > /dev/null"), ("endless", shutil.which("yes"))):
+            self.hosts.add(name, shell=self.hosts.write(f"{name}.sh", f"#!/bin/sh\n{command}\n"))
+        client = self.client("mute,endless", ["true"], wait=False)
+        self.assertEqual(self.cloud.finish(client)[0], 3)
+        for name in ("mute", "endless"):
+            self.assertRegex(self.cloud.err(client), f"testcloud: {name}: not ready after 0.5 s.*"
+                             f"login shell.* {name} ?")
+        self.assert_nobody_left("mute", "endless")
+
+    def test_large_outputs_and_lost_workers(self):
+        commands = [f"echo {n} >> begun; sleep 0.05; head -c {300_000 + n} /dev/zero"
+                    for n in range(1, 61)]
+        client = self.client("alpha,beta,gamma", commands, "-j1", "--json", "--crash-limit", "9",
+                             wait=False)
+        lines = []
+        reader = threading.Thread(target=lambda: lines.extend(client.stdout))
+        reader.start()
+        for at, strike in ((5, lambda: self.ssh_of(client, "alpha")),
+                           (20, lambda: self.ssh_of(client, "gamma")),
+                           (35, lambda: self.worker_of("beta")[1])):
+            self.wait_for_begun(at)
+            os.kill(strike(), signal.SIGKILL)
+        self.assertEqual(client.wait(PATIENCE), 0)
+        reader.join()
+        self.assertEqual(sorted((row["seq"], len(row["output"])) for row in map(json.loads, lines)),
+                         [(n, 300_000 + n) for n in range(1, 61)])
+
+    def test_this_machine_is_a_host_too(self):
+        status, out = self.client("2/alpha,somebody@beta,1/:", [f"{self.meet(4)}; hostname"] * 4,
+                                  "-j1")
+        self.assertEqual(status, 0)
+        self.assertRegex(out, r"^Connecting to alpha \(2 slots\), somebody@beta \(1 slot\), this "
+                              r"machine \(1 slot\)\nReleasing the hounds: 4 commands ")
+
+    def test_via(self):
+        process = self.start("client", "--via", self.hosts.via("alpha"), "--via",
+                             f"2/{self.hosts.via('beta')}", "-j1", "--json",
+                             commands=[f"{self.meet(3)}; echo $TEST_HOST"] * 3)
+        status, out = self.cloud.finish(process)
+        self.assertEqual(status, 0, out)
+        rows = self.rows(out)
+        self.assertEqual({os.path.basename(row["output"].strip()) for row in rows},
+                         {"alpha", "beta"})
+        self.assertEqual({row["host"] for row in rows}, {socket.gethostname()})
+
+
+@unittest.skipUnless(all(Sshd.PROGRAMS), "there is no sshd: apt install openssh-server")
+class SshTest(OverHosts, unittest.TestCase):
+    """Hosts of a real sshd on loopback."""
+
+    OPTIONS = ("--python", sys.executable)
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.hosts = Sshd(self.cloud, self.NAMES)
+        done = subprocess.run([*shlex.split(self.hosts.ssh), "alpha", "true"], text=True,
+                              capture_output=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            self.skipTest(f"this sshd lets nobody in: {done.stderr.strip()}")
+
+    def test_forty_logins_through_one_sshd(self):
+        names = [f"host{n}" for n in range(40)]
+        self.hosts.configure(names)
+        status, out = self.client(",".join(names), [self.meet(40)] * 40, "-j1", "--json")
+        self.assertEqual(status, 0)
+        self.assertEqual({row["host"] for row in self.rows(out)}, set(names))
+        self.assert_nobody_left(*names)
+
+    def test_sshd_is_killed(self):
+        self.check_loss(lambda client: os.kill(self.hosts.session("alpha"), signal.SIGKILL))
+
+    def test_control_master(self):
+        """A connection that outlives its ssh, and is shared."""
+        self.hosts.configure(self.NAMES, {}, ControlMaster="auto", ControlPersist=60,
+                             ControlPath=self.path("control"))
+        try:
+            for _ in range(2):
+                status, out = self.client("alpha,beta", [self.meet(2)] * 2, "-j1", "--json")
+                self.assertEqual(status, 0)
+                self.assertEqual({row["host"] for row in self.rows(out)}, {"alpha", "beta"})
+            self.assert_nobody_left()
+        finally:
+            subprocess.run([*shlex.split(self.hosts.ssh), "-O", "exit", "alpha"], timeout=PATIENCE,
+                           stderr=subprocess.DEVNULL)
+
+    def test_hosts_that_cannot_be_used(self):
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))  # and does not listen
+            self.hosts.configure(["alpha", "beta"], {
+                "denied": {"User": "nobody-of-this-name"}, "changed": {"HostKeyAlias": "changed"},
+                "refused": {"Port": closed.getsockname()[1]},
+                "new": {"UserKnownHostsFile": "/dev/null"}})
+            wanted = {"denied": "ssh-copy-id", "changed": "ssh-keygen -R",
+                      "new": "accept it once with: .*ssh -F .* new$",
+                      "refused": "connection refused: is sshd running"}
+            self.check_bad_hosts(wanted)
 
 
 class Proxy:
