@@ -9694,7 +9694,7 @@ class Host:
             if self.up and text.startswith("testcloud: "):
                 self.hosts.worker_said(self, printable(text[len("testcloud: "):], 1000), now)
             elif text.strip():
-                self.said.append(text.strip())
+                self.said.append(text.strip()[:MAX_MARK_LINE])
 
     def tell(self, text: str, error: bool = False) -> None:
         self.hosts.tell(f"{printable(self.login.name)}: {text}", error)
@@ -9739,7 +9739,7 @@ class Host:
         if was_up and now > self.opened_at + RETRY_DELAYS[1]:
             self.delay = RETRY_DELAYS[0]
         cause, final = self.cause(status, was_up)
-        if final and not self.was_up:
+        if final and not self.was_up or status == 3:  # its worker gave up: --wait
             self.fail(cause, now)
             return
         self.due = now + self.delay
