@@ -15359,6 +15359,31 @@ def wall(argv, lines=(), **more):
         return time.monotonic() - began
 
 
+def until_bytes(argv, size, lines=()):
+    """Seconds until a process has put out so many bytes."""
+    with tempfile.TemporaryFile() as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.seek(0)
+        began = time.monotonic()
+        with subprocess.Popen(argv, stdin=file, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, bufsize=0) as process:
+            buffer = bytearray(2**20)
+            while size > 0:
+                got = process.stdout.readinto(buffer)
+                if not got:
+                    raise EOFError(argv)
+                size -= got
+            spent = time.monotonic() - began
+            while process.stdout.readinto(buffer):
+                pass
+        return spent
+
+
+def memory(pid):
+    """KiB that a process has now."""
+    return int(re.search(r"VmRSS:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))[1])
+
+
 class Speed:
     """The figures. Each yields rows: what was measured, the goal, what it was."""
 
@@ -15586,8 +15611,68 @@ class Speed:
             submit(len(frames))
         return (time.perf_counter() - began) / count * 1e6
 
+    def by_ssh(self):
+        """Commands on a host by ssh: all processes are on this machine."""
+        if not all(Sshd.PROGRAMS):
+            yield "hosts by ssh", "", "sshd is not installed"
+            return
+        sshd = Sshd(self.cloud, ["alpha"])
+        loud = [sys.executable, SCRIPT, "client", "-S", "2/alpha", "--ssh", sshd.ssh]
+        ours = [*loud, "-b"]
+        plain = [*shlex.split(sshd.ssh), "alpha"]
+        lines, broker = ["true"] * self.commands, self.warm_cloud()
+        theirs = self.client("--connect", broker.clients)
+        found = self.ratio(lambda: wall(ours, lines), lambda: wall(theirs, lines))
+        yield "true on a host by ssh, against a broker by TCP", ">= 0.9 x", f"{found:.2f} x"
+        found = "parallel is not installed"
+        if shutil.which("parallel"):
+            few = lines[::200]  # each is a login
+            found = self.ratio(lambda: wall(ours, lines) / len(lines), lambda: wall(
+                ["parallel", "--ssh", sshd.ssh, "-S", "2/alpha"], few) / len(few))
+            found = f"{found:.0f} x"
+        yield "    against parallel -S", ">= 20 x", found
+        size, command = 2**30, f"head -c {2**30} /dev/zero"
+        found = self.ratio(lambda: until_bytes([*loud, "--raw"], size, [command]),
+                           lambda: until_bytes([*plain, command], size))
+        yield "1 GB of output from a host by ssh, against ssh", ">= 0.7 x", f"{found:.2f} x"
+        found = self.median(lambda: until_bytes([*loud, "--json"], 1, ["true"])
+                            - wall([*plain, "true"]))
+        yield "start to first result, beyond ssh HOST true", "<= 0.5 s", f"{found:.2f} s"
+
+    def many_hosts(self):
+        """The start of workers in this machine's own shells, and what each costs the client."""
+        count, found = 100, []
+        for _ in range(self.runs):
+            _, alone = self.start_hosts(1)
+            spent, together = self.start_hosts(count)
+            found.append((spent, (together - alone) / (count - 1)))
+        spent, each = map(statistics.median, zip(*found))
+        yield f"{count} hosts, on this machine, until all are there", "<= 20 s", f"{spent:.1f} s"
+        yield "    memory of the client for each", "< 300 kB", f"{each:.0f} kB"
+
+    def start_hosts(self, count):
+        """Seconds until each of so many hosts runs a command, and KiB of their client then."""
+        here, go = (os.path.join(self.cloud.dir, name) for name in ("here", "go"))
+        os.mkfifo(go)
+        open(here, "w").close()
+        argv = self.client(*(word for n in range(count) for word in ("--via", f"1/env N={n}")))
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as client:
+            began = time.monotonic()
+            client.stdin.write(f"echo $N >> {here}; : < {go}\n".encode() * count)
+            client.stdin.close()
+            while len(tc.read_text(here).split()) < count:
+                time.sleep(0.01)
+            spent, used = time.monotonic() - began, memory(client.pid)
+            with open(go, "w"):
+                client.wait()
+        if sorted(tc.read_text(here).split(), key=int) != [str(n) for n in range(count)]:
+            raise ValueError("some hosts ran two commands")
+        os.unlink(go)
+        return spent, used
+
     FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, growth,
-               latency, long_among_short, bulk, encryption)
+               latency, long_among_short, bulk, encryption, by_ssh, many_hosts)
 
 
 class Dummies:
