@@ -9524,6 +9524,15 @@ def worker_program(source: str) -> str:
 # --- on the host
 
 
+def worker_controls(worker: Worker) -> Dict[str, Callable[..., object]]:
+    """Return what our end of the stream may call at the worker's end."""
+    return {"connected": lambda now: worker.connected(BROKER, now),
+            "disconnected": lambda now: worker.disconnected(BROKER, b"", now),
+            "refused": lambda why, now: worker.refused(BROKER, why, now),
+            "key_changed": lambda mark, now: worker.key_changed(mark),
+            "stop": worker.stop}
+
+
 def run_from_memory(text: str) -> None:
     """Run a worker whose broker is at the other end of stdin and stdout; then exit. `text` has its
     settings, in JSON."""
@@ -9541,12 +9550,8 @@ def run_from_memory(text: str) -> None:
             if why:
                 print_notice(f"the way to it was {why}: its worker ends")
             loop.exit(128 + signal.SIGHUP)
-        link = PipeLink(loop, worker, BROKER, b"", incoming, outgoing, {
-            "connected": lambda now: worker.connected(BROKER, now),
-            "disconnected": lambda now: worker.disconnected(BROKER, b"", now),
-            "refused": lambda why, now: worker.refused(BROKER, why, now),
-            "key_changed": lambda mark, now: worker.key_changed(mark),
-            "stop": worker.stop}, ended)
+        link = PipeLink(loop, worker, BROKER, b"", incoming, outgoing, worker_controls(worker),
+                        ended)
         adapter.links[BROKER] = link
         link.write(settings.mark.encode() + b"\n")
         loop.every(BEAT_INTERVAL, link.beat)
