@@ -9751,18 +9751,19 @@ class Host:
         self.tell(f"{'lost: ' if was_up else ''}{cause}; trying again in {self.delay:g} s", True)
         self.delay = min(2 * self.delay, RETRY_DELAYS[1])
 
-    def kill(self) -> int:
-        """Kill what is left of the process group. Return the exit status of ssh."""
+    def kill(self) -> Optional[int]:
+        """Kill what is left of the process group. Return the exit status of ssh, None if it ran."""
         assert self.process is not None
+        status = self.process.poll()
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        status = self.process.wait()
+        self.process.wait()
         self.process = None
         return status
 
-    def cause(self, status: int, was_up: bool) -> Tuple[str, bool]:
+    def cause(self, status: Optional[int], was_up: bool) -> Tuple[str, bool]:
         """Return why the stream has ended, with what to do, and whether that is final. `status` is
-        that of ssh."""
+        that of ssh; None: we had to kill it."""
         said = "\n".join(self.said)
         if self.why.startswith(NO_PYTHON):
             return self.no_python(self.why[len(NO_PYTHON):].strip(", ")), True
@@ -9778,7 +9779,8 @@ class Host:
         noise = [] if was_up else to_text(bytes(self.link.reader.buffer)).split("\n")
         last = [lines[-1:] for lines in ([*filter(str.strip, noise)], [*self.said])]
         words = printable("; ".join(itertools.chain(*last)), 300)
-        ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        ended = "closed its stdout" if status is None else f"killed by signal {-status}" \
+            if status < 0 else f"ended with status {status}"
         cause = f"{self.login.command[0]} {ended}" + (f" ({words})" if words else "")
         return cause if was_up else f"{cause}: try: {self.login.check}", True
 
