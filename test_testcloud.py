@@ -14267,6 +14267,7 @@ class OverHosts:
             found = [line for line in lines if line.startswith(f"testcloud: {name}: ")]
             self.assertEqual(len(found), 1, lines)
             self.assertRegex(found[0], fix)
+            self.assertNotIn("trying again", found[0])
         self.assert_nobody_left(*self.NAMES, *wanted)
         return "\n".join(lines)
 
@@ -14421,7 +14422,9 @@ class ViaTest(OverHosts, unittest.TestCase):
         err = self.check_bad_hosts(wanted)
         self.assertNotIn("Welcome", err)
         for name in wanted:
-            self.assertEqual(len(self.hosts.logins(name)), name != "nowhere")
+            logins = self.hosts.logins(name)
+            self.assertEqual(len(logins), name != "nowhere")
+            self.assertTrue(all("BatchMode=yes" in argv for argv in logins))
 
     def test_without_any_usable_host(self):
         self.hosts.add("denied", refusal=self.REFUSALS["denied"][0])
@@ -14534,6 +14537,8 @@ class SshTest(OverHosts, unittest.TestCase):
         status, out = self.client(",".join(names), [self.meet(40)] * 40, "-j1", "--json")
         self.assertEqual(status, 0)
         self.assertEqual({row["host"] for row in self.rows(out)}, set(names))
+        dropped = self.cloud.err(self.cloud.processes[-1]).count("drops logins")
+        self.assertLess(dropped, 10)  # a slow sshd may have a few at once that we do not count
         self.assert_nobody_left(*names)
 
     def test_sshd_is_killed(self):
