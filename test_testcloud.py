@@ -11764,6 +11764,587 @@ class KeysTest(unittest.TestCase):
             below.wait(PATIENCE)
 
 
+# === Hosts ============================================================================
+
+
+def host_settings(**more):
+    """What a command line sets for hosts."""
+    return argparse.Namespace(**{
+        "subcommand": "client", "sshlogin": [], "sshloginfile": [], "via": [], "ssh": None,
+        "python": None, "slots": 0, "local": False, "connect": None, "host": None, **more})
+
+
+class LoginsTest(unittest.TestCase):
+    def login(self, text, **more):
+        login, = tc.logins_of(host_settings(sshlogin=[text], **more))
+        return login
+
+    def test_logins(self):
+        for text, name, slots, alias in (
+                ("alpha", "alpha", 0, "alpha"), ("4/alpha", "alpha", 4, "alpha"),
+                ("me@alpha", "me@alpha", 0, "alpha"), ("2/me@alpha", "me@alpha", 2, "alpha"),
+                (" alpha ", "alpha", 0, "alpha"), ("10.0.0.1", "10.0.0.1", 0, "10.0.0.1"),
+                ("fe80::1%eth0", "fe80::1%eth0", 0, "fe80::1%eth0"), ("::1", "::1", 0, "::1"),
+                ("ssh://me@alpha:2222", "ssh://me@alpha:2222", 0, "alpha"),
+                ("3/ssh://alpha", "ssh://alpha", 3, "alpha"), ("a" * 65, "a" * 65, 0, None),
+                ("täst", "täst", 0, "täst"), ("me~@alpha", "me~@alpha", 0, "alpha")):
+            with self.subTest(text):
+                login = self.login(text)
+                self.assertEqual((login.name, login.slots, login.alias), (name, slots, alias))
+                self.assertEqual(login.command[-2:], (name, f"exec /bin/sh -c '{tc.BOOTSTRAP}'"))
+                self.assertEqual((login.command[0], login.peer), ("ssh", b"0"))
+                self.assertEqual(login.check, shlex.join(["ssh", name]))
+
+    def test_this_machine(self):
+        for text, slots in ((":", 0), ("7/:", 7)):
+            login = self.login(text)
+            self.assertEqual((login.name, login.slots, login.alias), ("this machine", slots, None))
+            self.assertEqual(login.command, ("/bin/sh", "-c", tc.BOOTSTRAP))
+
+    def test_wrong_logins(self):
+        for text in ("-oProxyCommand=x", "2/-v", "a b", "ssh alpha", "ssh -p 22 alpha", "a\0b",
+                     "4/", "/alpha", "alpha/4", "x/alpha", "0/alpha", "-1/alpha", "1.5/alpha",
+                     "9" * 5000 + "/alpha", "100000000/:", "0/:", "ssh://-v", "a\nb", "ssh:///"):
+            with self.subTest(text=text[:20]), self.assertRaises(tc.UsageError) as caught:
+                self.login(text)
+            self.assertLess(len(str(caught.exception)), 300)
+
+    def test_slots_of_all_hosts(self):
+        logins = tc.logins_of(host_settings(sshlogin=["alpha,2/beta", ":"], via=["1/box run"],
+                                            slots=8))
+        self.assertEqual([login.slots for login in logins], [8, 2, 8, 1])
+        self.assertEqual([login.peer for login in logins], [b"0", b"1", b"2", b"3"])
+
+    def test_another_ssh(self):
+        for given in ({"ssh": "my 'good ssh' -p 2222"}, {}):
+            with mock.patch.dict(os.environ, TESTCLOUD_SSH="my 'good ssh' -p 2222"):
+                login = self.login("alpha", **given)
+            self.assertEqual(login.command[:5], ("my", "good ssh", "-p", "2222", "-T"))
+            self.assertEqual(login.check, "my 'good ssh' -p 2222 alpha")
+        for wrong in ("'", "  ", "a\0b"):
+            with self.subTest(wrong), self.assertRaises(tc.UsageError):
+                self.login("alpha", ssh=wrong)
+
+    def test_via(self):
+        login, = tc.logins_of(host_settings(via=["2/docker exec -i 'my box'"]))
+        self.assertEqual((login.name, login.slots, login.alias),
+                         ("docker exec -i 'my box'", 2, None))
+        self.assertEqual(login.command, (
+            "docker", "exec", "-i", "my box", "/bin/sh", "-c", tc.BOOTSTRAP))
+        self.assertEqual(login.check, "docker exec -i 'my box' /bin/sh -c true")
+        for wrong in ("", "0/docker", "'", "a\0b", "ssh alpha", "/usr/bin/ssh alpha"):
+            with self.subTest(wrong), self.assertRaises(tc.UsageError):
+                tc.logins_of(host_settings(via=[wrong]))
+
+    def test_usage(self):
+        self.assertEqual(tc.logins_of(host_settings()), [])
+        for more, why in (
+                ({"python": "python3"}, "--python and --ssh go with hosts"),
+                ({"ssh": "ssh"}, "--python and --ssh go with hosts"),
+                ({"sshlogin": [","]}, "there is no host"), ({"sshlogin": [" , "]}, "no host"),
+                ({"sshlogin": ["a"], "local": True}, "no --local"),
+                ({"via": ["a"], "connect": "hub"}, "need no broker"),
+                ({"sshlogin": ["a"], "subcommand": "worker", "host": "h"}, "its own name"),
+                ({"sshloginfile": ["-"]}, "cannot be stdin")):
+            with self.subTest(more=more), self.assertRaisesRegex(tc.UsageError, why):
+                tc.logins_of(host_settings(**more))
+        worker = host_settings(sshlogin=["a"], subcommand="worker", connect="hub")
+        self.assertEqual(len(tc.logins_of(worker)), 1)
+
+    def test_a_host_that_is_named_twice(self):
+        with mock.patch.object(tc, "print_notice") as notice:
+            logins = tc.logins_of(host_settings(sshlogin=["alpha,beta", "2/alpha"]))
+        notice.assert_called_once()
+        self.assertRegex(notice.call_args[0][0], "^alpha is named 2 times: it gets 2 workers")
+        self.assertEqual(len({login.peer for login in logins}), 3)
+
+    def test_files_of_logins(self):
+        with tempfile.TemporaryDirectory() as home:
+            path = os.path.join(home, "testcloud", "sshloginfile")
+            os.mkdir(os.path.dirname(path))
+            with open(path, "wb") as file:
+                file.write(b"# my hosts\n\nalpha\n  2/beta # fast\r\n\t:\n#gamma\n" b"d\xffe")
+            expected = [("alpha", 0), ("beta", 2), ("this machine", 0), ("d\ufffde", 0)]
+            for name in (path, ".."):
+                with mock.patch.dict(os.environ, XDG_CONFIG_HOME=home):
+                    logins = tc.logins_of(host_settings(sshloginfile=[name]))
+                self.assertEqual([(login.name, login.slots) for login in logins], expected)
+            for wrong in (os.path.join(home, "nosuch"), home):
+                with self.assertRaisesRegex(tc.SetupError, f"^cannot read {home}"):
+                    tc.logins_of(host_settings(sshloginfile=[wrong]))
+
+    def test_names(self):
+        logins = tc.logins_of(host_settings(sshlogin=["alpha,1/beta,4/:"], via=["\33[1m box"]))
+        self.assertEqual(tc.names_of(logins),
+                         "alpha, beta (1 slot), this machine (4 slots), \\x1b[1m box")
+
+
+class StartScriptTest(unittest.TestCase):
+    """What runs in a host's sh, with each shell that is here, and Pythons that only pretend."""
+
+    SHELLS = [[shutil.which(name), *more] for name, *more in (
+        ["/bin/sh"], ["dash"], ["bash", "--posix"], ["bash"], ["mksh"], ["ksh"], ["yash"],
+        ["busybox", "sh"], ["zsh", "--emulate", "sh"]) if shutil.which(name)]
+    MARK = RecordReaderTest.MARK.decode()
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.dir)
+
+    def python(self, name, version, noise=""):
+        """Install one that knows its version, and shows what it is to run and to read."""
+        path = os.path.join(self.dir, name)
+        good = version.split(".") >= ["3"] and int(version.split(".")[1]) >= 9
+        probe = "exit 0" if good else f"echo ', {name} is {version}' >&2; exit 1"
+        with open(path, "w") as file:
+            file.write(f"#!/bin/sh\n{noise}\nif [ \"$1\" = -ES ]; then {probe}; fi\n"
+                       f"printf '%s %s %s %s\\n' {name} \"$1\" \"$2\" \"$4\"\n"
+                       "printf '%s\\n' \"$3\" >&2; exec /bin/cat\n")
+        os.chmod(path, 0o755)
+
+    def run_script(self, shell, pythons=tc.PYTHONS, settings={}, rest=b"rest\0\n of it"):
+        line = tc.start_script(pythons, self.MARK, 99, settings)
+        self.assertNotIn("\n", line)
+        self.assertNotIn(self.MARK, line)
+        found = subprocess.run([*shell, "-c", tc.BOOTSTRAP], input=line.encode() + b"\n" + rest,
+                               capture_output=True, env={"PATH": self.dir}, timeout=PATIENCE)
+        return found.stdout.decode(), found.stderr.decode()
+
+    def each_shell(self, check, *arguments, **more):
+        """Call check(stdout, stderr) with what the script prints in each shell."""
+        for shell in self.SHELLS:
+            with self.subTest(shell=shell):
+                check(*self.run_script(shell, *arguments, **more))
+
+    def test_the_first_that_is_new_enough(self):
+        self.python("python3", "3.8.1")
+        self.python("python3.12", "3.12.0")
+        self.python("python3.9", "3.9.0")
+        settings = {"mark": self.MARK, "host": "it's \"$HOME\" \\ `x` !! ä", "n": math.inf}
+
+        def check(out, err):
+            first, rest = out.split("\n", 1)
+            self.assertEqual(first.split(" ", 3)[:3], ["python3.12", "-IBS", "-c"])
+            self.assertEqual(json.loads(first.split(" ", 3)[3]), settings)
+            self.assertEqual(rest, "rest\0\n of it")
+            self.assertEqual(err, tc.BOOT.format(size=99) + "\n")
+        self.each_shell(check, settings=settings)
+
+    def test_python3_comes_first(self):
+        self.python("python3", "3.10.0", noise="echo a warning >&2")
+        self.python("python3.13", "3.13.0")
+        self.each_shell(lambda out, err: self.assertRegex(out, "^python3 -IBS"))
+
+    def test_none_is_new_enough(self):
+        for found in ("", ", python3 is 3.6.8, python3.9 is 2.7.18"):
+            expected = f"{self.MARK}no python{found}\n", ""
+            self.each_shell(lambda *said, expected=expected: self.assertEqual(said, expected))
+            self.python("python3", "3.6.8")
+            self.python("python3.9", "2.7.18")  # whatever it is called
+
+    def test_a_python_that_is_named(self):
+        self.python("python3", "3.13.0")
+        self.python("mypython", "3.9.2")
+        for name, expected in (("mypython", "^mypython -IBS"),
+                               (f"'{self.dir}'/mypython", "^mypython -IBS"),
+                               ("nosuch", f"^{self.MARK}no python.*not found.*\n$")):
+            self.each_shell(lambda out, err, expected=expected: self.assertRegex(out, expected),
+                            [name])
+
+    def test_the_probe(self):
+        """Python 2 has to understand it: % and no print."""
+        for version, good in (((3, 9), True), ((3, 8, 18), False), ((2, 7, 18), False),
+                              ((3, 13), True), ((4, 0), True)):
+            fake = types.SimpleNamespace(version_info=version, executable="/py", version="V (x)",
+                                         exit=sys.exit)
+            with mock.patch.dict(sys.modules, sys=fake):
+                try:
+                    exec(tc.PROBE, {})
+                    found = ""
+                except SystemExit as end:
+                    found = end.code
+            self.assertEqual(found, "" if good else ", /py is V", version)
+
+
+class FakeSsh:
+    """In place of subprocess.Popen: an ssh that does what the test says."""
+
+    def __init__(self, command, stdin, stdout, stderr, start_new_session):
+        self.command, self.status, self.pid = command, None, -1
+        self.stdin, self.stdout, self.stderr = map(os.dup, (stdin, stdout, stderr))
+        os.set_blocking(self.stdin, False)
+
+    def poll(self):
+        return self.status
+
+    def end(self, status):
+        """As a process ends; killed if it has not."""
+        if self.status is None:
+            self.status = status
+            for file in (self.stdin, self.stdout, self.stderr):
+                os.close(file)
+
+    def wait(self):
+        self.end(-signal.SIGKILL)
+        return self.status
+
+
+class NoUplink(tc.Uplink):
+    def __init__(self):
+        super().__init__(Ear(), b"0")
+        self.events = []
+
+    def opened(self, link, now):
+        self.events.append("opened")
+
+    def ended(self, now):
+        self.events.append("ended")
+
+    def reconnect(self):
+        self.events.append("reconnect")
+
+
+class HostTest(unittest.TestCase):
+    """Hosts at a clock that the tests set, with an ssh that does what they say."""
+
+    def setUp(self):
+        self.started, self.told, self.none_left = [], [], []
+        self.now = 0.0
+        self.loop = tc.EventLoop(sockets=False)
+        self.loop.clock = lambda: self.now
+        self.addCleanup(self.loop.close)
+        self.loop.add(tc.Machine(), {})
+        patches = [mock.patch.object(tc.subprocess, "Popen", self.popen),
+                   mock.patch.object(tc.os, "killpg")]
+        for patch in patches:
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.addCleanup(self.end_all)
+
+    def popen(self, *args, **more):
+        self.started.append(FakeSsh(*args, **more))
+        return self.started[-1]
+
+    def end_all(self):
+        for ssh in self.started:
+            ssh.end(0)
+        for host in self.hosts.hosts:
+            if host.process:
+                host.finish(0.0)
+
+    def hosts_of(self, text, **more):
+        settings = host_settings(sshlogin=[text], **more)
+        settings.logins = tc.logins_of(settings)
+        self.uplinks = []
+
+        def uplink(login):
+            self.uplinks.append(NoUplink())
+            return self.uplinks[-1]
+        self.hosts = tc.Hosts(self.loop, settings, None, uplink, self.none_left.append,
+                              lambda text, error: self.told.append(text))
+        return self.hosts.hosts
+
+    def at(self, now):
+        """Let a round of the loop pass at this time. Return what the user is told."""
+        self.now = now
+        self.told.clear()
+        for file, function in list(self.loop.callbacks.items()):
+            if tc.readable(file):
+                function(now)
+        self.hosts.look(now)
+        return self.told
+
+    def open(self, ssh, now):
+        """Print the mark, which comes in the settings."""
+        host, = [host for host in self.hosts.hosts if host.process is ssh]
+        came = os.read(ssh.stdin, 65536)
+        while host.link.backlog or tc.readable(ssh.stdin):
+            host.link.write_backlog()
+            came += os.read(ssh.stdin, 65536)
+        script = came.partition(b"\n")[0].replace(b"''", b"")
+        mark = json.loads(re.search(rb"settings='(\{.*?\})'; why=", script)[1])["mark"]
+        os.write(ssh.stdout, b"Welcome!\n" + mark.encode() + b"\n")
+        self.at(now)
+
+    def die(self, ssh, status, said=b"", printed=b"", now=0.0):
+        os.write(ssh.stderr, said)
+        os.write(ssh.stdout, printed)
+        ssh.end(status)
+        return [*self.at(now), *self.at(now)]
+
+    CHANGED = (b"@" * 59 + b"\r\n@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\r\n"
+               b"IT IS POSSIBLE THAT SOMEONE IS DOING SOMETHING NASTY!\r\n"
+               b"Host key verification failed.\r\n")
+    CLOSED = (b"kex_exchange_identification: Connection closed by remote host\r\n"
+              b"Connection closed by %s port %d\r\n")
+    PROXIED = CLOSED % (b"UNKNOWN", 65535)
+    NO_KEYS = "it accepts none of your keys: copy one there with: ssh-copy-id me@alpha"
+    UNREACHABLE = "cannot be reached: is it on, and is its address right?"
+    REFUSED = "connection refused: is sshd running there, and on this port?"
+    UNKNOWN = "unknown host: check its name, or define it in ~/.ssh/config"
+    FINAL = (  # what ssh prints to stderr and stdout, its status, what we say
+        (b"ssh: Could not resolve hostname alpha: Name or service not known\r\n",
+         b"", 255, UNKNOWN),
+        (b"ssh: Could not resolve hostname alpha: nodename nor servname provided, or not known\r\n",
+         b"", 255, UNKNOWN),
+        (b"ssh: connect to host alpha port 22: Connection refused\r\n", b"", 255, REFUSED),
+        (b"ssh: connect to host alpha port 22: Connection timed out\r\n", b"", 255, UNREACHABLE),
+        (b"ssh: connect to host alpha port 22: Operation timed out\r\n", b"", 255, UNREACHABLE),
+        (b"Connection timed out during banner exchange\r\nConnection to 1.2.3.4 port 22 timed out"
+         b"\r\n", b"", 255, UNREACHABLE),
+        (b"ssh: connect to host alpha port 22: No route to host\r\n", b"", 255, UNREACHABLE),
+        (b"ssh: connect to host alpha port 22: Network is unreachable\r\n", b"", 255, UNREACHABLE),
+        (b"me@alpha: Permission denied (publickey,password).\r\n", b"", 255, NO_KEYS),
+        (b"Received disconnect from 1.2.3.4 port 22:2: Too many authentication failures\r\n"
+         b"Disconnected from 1.2.3.4 port 22\r\n", b"", 255, NO_KEYS),
+        (b"@         WARNING: UNPROTECTED PRIVATE KEY FILE!          @\r\n"
+         b"Permissions 0644 for '/k' are too open.\r\nLoad key \"/k\": bad permissions\r\n"
+         b"me@alpha: Permission denied (publickey).\r\n", b"", 255,
+         "ssh ignores a private key that others may read: chmod 600 it, then: ssh me@alpha"),
+        (b"Host key verification failed.\r\n", b"", 255,
+         "its host key is not known here: accept it once with: ssh me@alpha"),
+        (b"No ED25519 host key is known for alpha and you have requested strict checking.\r\n"
+         b"Host key verification failed.\r\n", b"", 255,
+         "its host key is not known here: accept it once with: ssh me@alpha"),
+        (CHANGED, b"", 255, "its host key has changed: if you know why, remove the old one with "
+                            "ssh-keygen -R, then: ssh me@alpha"),
+        (b"kex_exchange_identification: banner line contains invalid characters\r\n"
+         b"banner exchange: Connection to 1.2.3.4 port 80: invalid format\r\n", b"", 255,
+         "what listens there is no sshd: is the port right?"),
+        # through a jump host
+        (b"channel 0: open failed: connect failed: Connection refused\r\n"
+         b"stdio forwarding failed\r\n" + PROXIED, b"", 255, REFUSED),
+        (b"channel 0: open failed: connect failed: No route to host\r\n"
+         b"stdio forwarding failed\r\n" + PROXIED, b"", 255, UNREACHABLE),
+        (b"channel 0: open failed: connect failed: Name or service not known\r\n"
+         b"stdio forwarding failed\r\n" + PROXIED, b"", 255, UNKNOWN),
+        (b"channel 0: open failed: administratively prohibited: open failed\r\n"
+         b"stdio forwarding failed\r\n" + PROXIED, b"", 255,
+         "its jump host forbids to go on from there (see AllowTcpForwarding in its sshd_config)"),
+        (b"ssh: connect to host jump port 22: Connection refused\r\n" + PROXIED, b"", 255, REFUSED),
+        # what only ssh's own words can tell
+        (b"Unable to negotiate with 1.2.3.4 port 22: no matching host key type found. Their offer: "
+         b"ssh-rsa\r\n", b"", 255, "ssh ended with status 255 (Unable to negotiate with 1.2.3.4 "
+         "port 22: no matching host key type found. Their offer: ssh-rsa): try: ssh me@alpha"),
+        (b"WARNING: Your password has expired.\r\n"
+         b"Password change required but no TTY available.\r\n", b"", 1,
+         "ssh ended with status 1 (Password change required but no TTY available.): try: "
+         "ssh me@alpha"),
+        (b"", b"This account is currently not available.\n", 1,
+         "ssh ended with status 1 (This account is currently not available.): try: ssh me@alpha"),
+        (b"no end of line", b"", 127, "ssh ended with status 127 (no end of line): try: "
+                                      "ssh me@alpha"),
+        (b"", b"", -15, "ssh killed by signal 15: try: ssh me@alpha"),
+        (b"Permission denied\n", b"", 1,  # not ssh's own
+         "ssh ended with status 1 (Permission denied): try: ssh me@alpha"),
+        (b"\x1b[2J\xff" * 200 + b"\n", b"", 2, None))
+
+    def test_failures_that_last(self):
+        for said, printed, status, expected in self.FINAL:
+            with self.subTest(said):
+                self.none_left.clear()
+                host, = self.hosts_of("me@alpha")
+                self.at(0.0)
+                told = self.die(self.started[-1], status, said, printed)
+                if expected is not None:
+                    self.assertEqual(told, [f"me@alpha: {expected}"])
+                self.assertTrue(told[0].isprintable() and len(told[0]) < 1200, told)
+                self.assertEqual(host.due, math.inf)
+                self.assertEqual(self.none_left, [0.0])
+                self.assertEqual(self.at(1000.0), [])  # it is not tried again
+
+    def test_logins_that_are_dropped(self):
+        for said, cause in (
+                (self.CLOSED % (b"1.2.3.4", 22), "its sshd drops logins (see MaxStartups)"),
+                (b"Warning: Permanently added 'alpha' (ED25519) to the list of known hosts.\r\n"
+                 b"Connection reset by 1.2.3.4 port 22\r\n", "its sshd drops logins (see "
+                                                             "MaxStartups)"),
+                (b"ssh_exchange_identification: Connection closed by remote host\r\n",
+                 "its sshd drops logins (see MaxStartups)"),
+                (b"kex_exchange_identification: read: Connection reset by peer\r\n",
+                 "its sshd drops logins (see MaxStartups)"),
+                (b'"System is booting up."\r\nConnection closed by 1.2.3.4 port 22\r\n',
+                 'its sshd closed the connection ("System is booting up.")')):
+            with self.subTest(said):
+                host, = self.hosts_of("alpha")
+                now, delays = 0.0, []
+                self.at(now)
+                while host.due < math.inf:
+                    count = len(self.started)
+                    told = self.die(self.started[-1], 255, said, now=now)
+                    if host.due < math.inf:
+                        delays.append(host.due - now)
+                        self.assertEqual(told, [
+                            f"alpha: {cause}; trying again in {delays[-1]:g} s"])
+                        self.at(host.due - 0.01)
+                        self.assertEqual(len(self.started), count)
+                        now = host.due
+                        self.at(now)
+                        self.assertEqual(len(self.started), count + 1)
+                self.assertEqual(told, [f"alpha: {cause}"])
+                self.assertEqual(delays, [1.0, 2.0, 4.0, 8.0, 16.0])
+
+    def test_a_host_without_python(self):
+        for printed, more, expected in (
+                ("no python", {}, "it has no python3 (nor python3.13 to python3.9): install it, or "
+                                  "name it with --python"),
+                ("no python, /usr/bin/python3 is 3.6.8", {}, "its Python is too old "
+                 "(/usr/bin/python3 is 3.6.8), testcloud needs 3.9 or newer: name another with "
+                 "--python"),
+                ("no python/bin/sh: 1: p: not found", {"python": "p"},
+                 "--python p is no Python 3.9 or newer there: /bin/sh: 1: p: not found")):
+            host, = self.hosts_of("alpha", **more)
+            self.at(0.0)
+            mark = host.link.reader.mark
+            # sh has ended before it has read the program
+            told = self.die(self.started[-1], 0, b"", mark + printed.encode() + b"\n")
+            self.assertEqual(told, [f"alpha: {expected}"])
+
+    def test_what_cannot_be_started(self):
+        for error in (FileNotFoundError(2, "No such file"), ValueError("embedded null byte")):
+            with mock.patch.object(tc.subprocess, "Popen", side_effect=error):
+                self.hosts_of("alpha", ssh="myssh -v")
+                before = os.listdir("/dev/fd")
+                told = self.at(0.0)
+            self.assertRegex(told[0], r"^alpha: cannot run myssh here: .*\(see --ssh and --via\)$")
+            self.assertEqual(os.listdir("/dev/fd"), before)
+        pipes = iter([os.pipe()])
+        with mock.patch.object(tc.os, "pipe", lambda: next(pipes, None) or self.too_many()):
+            self.hosts_of("alpha")
+            told = self.at(0.0)
+        self.assertEqual(told, ["alpha: cannot run ssh here: Too many open files (see --ssh and "
+                                "--via)"])
+
+    def too_many(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def test_a_host_that_is_lost_comes_back(self):
+        """Delays grow while it is lost at once, and begin anew when it was up for long."""
+        host, = self.hosts_of("alpha")
+        now, delays = 0.0, []
+        for up_for in (5.0, 5.0, 5.0, 61.0, 5.0, 5.0):
+            self.at(now)
+            self.open(self.started[-1], now)
+            self.assertTrue(host.up)
+            now += up_for
+            told = self.die(self.started[-1], 255, b"Timeout, server alpha not responding.\r\n",
+                             now=now)
+            delays.append(host.due - now)
+            self.assertEqual(told, [
+                "alpha: lost: ssh ended with status 255 (Timeout, server alpha not responding.); "
+                f"trying again in {delays[-1]:g} s"])
+            now = host.due
+            self.at(now)
+            # what would be final for a host that was never up
+            told = self.die(self.started[-1], 255,
+                             b"ssh: connect to host alpha port 22: Connection refused\r\n", now=now)
+            delays.append(host.due - now)
+            self.assertEqual(told, [
+                f"alpha: {self.REFUSED}; trying again in {delays[-1]:g} s"])
+            now = host.due
+        self.assertEqual(delays, [1, 2, 4, 8, 16, 32, 1, 2, 4, 8, 16, 32])
+        self.at(now)
+        self.open(self.started[-1], now)
+        self.assertEqual(self.told, ["alpha: is back"])
+        for _ in range(4):
+            self.die(self.started[-1], 255, now=now)
+            now = host.due
+            self.at(now)
+        self.assertEqual(host.delay, tc.RETRY_DELAYS[1])
+        self.assertEqual(self.none_left, [])
+        self.assertEqual(self.uplinks[0].events.count("opened"), 7)
+
+    def test_few_logins_at_once(self):
+        """Those that take long wait for the network, and do not hold up the others."""
+        hosts = self.hosts_of(",".join(f"h{n}" for n in range(30)))
+        self.at(0.0)
+        self.assertEqual(len(self.started), tc.MAX_LOGINS)
+        self.at(tc.LOGIN_TIME - 0.1)
+        self.assertEqual(len(self.started), tc.MAX_LOGINS)
+        self.open(self.started[0], 1.0)
+        self.die(self.started[1], 1, now=1.0)
+        self.assertEqual(len(self.started), tc.MAX_LOGINS + 2)
+        self.at(tc.LOGIN_TIME)
+        self.assertEqual(len(self.started), 2 * tc.MAX_LOGINS)
+        self.assertEqual(sum(host.up for host in hosts), 1)
+
+    def test_a_login_that_never_ends(self):
+        with mock.patch.object(tc, "START_TIMEOUT", 7.0):
+            host, = self.hosts_of("alpha")
+            self.at(0.0)
+            os.write(self.started[-1].stderr, b"Enter your token:\n")
+            self.assertEqual(self.at(6.9), [])
+            self.assertEqual(self.at(7.0), [])
+            self.assertTrue(host.link.closed)
+            self.at(7.0 + tc.END_TIME - 0.01)
+            self.assertIsNone(self.started[-1].status)
+            told = self.at(7.0 + tc.END_TIME)
+        self.assertEqual(told, ["alpha: not ready after 7 seconds: does its login shell wait for "
+                                "something? try: ssh alpha"])
+        self.assertEqual(self.started[-1].status, -9)
+
+    def test_the_end_of_all_hosts(self):
+        self.hosts_of("alpha,beta,gamma")
+        self.at(0.0)
+        self.open(self.started[0], 1.0)
+        self.die(self.started[1], 1, now=2.0)
+        self.die(self.started[2], 1, now=2.0)
+        self.die(self.started[0], 1, now=3.0)  # it was up: it is tried again
+        self.assertEqual(self.none_left, [])
+
+    def test_silence_is_a_loss(self):
+        host, = self.hosts_of("alpha")
+        self.at(0.0)
+        self.hosts.beat(0.0)
+        self.open(self.started[-1], 1.0)
+        for _ in range(tc.MAX_SILENT_BEATS + 1):
+            self.hosts.beat(2.0)
+        self.started[-1].end(0)
+        self.assertEqual(self.at(2.0), ["alpha: lost: silent for 30 seconds; trying again in 1 s"])
+        self.assertEqual(self.uplinks[0].events, ["opened", "ended"])
+
+    def test_what_workers_say(self):
+        host, = self.hosts_of("alpha")
+        self.at(0.0)
+        ssh = self.started[-1]
+        os.write(ssh.stderr, b"testcloud: too early\n")
+        self.at(0.0)
+        self.open(ssh, 1.0)
+        os.write(ssh.stderr, b"testcloud: one\ntestcloud: two \x1b[2J\nnoise\ntestcl")
+        self.assertEqual(self.at(2.0), ["alpha: one", "alpha: two \\x1b[2J"])
+        os.write(ssh.stderr, b"oud: three\ntestcloud: one\n")
+        self.assertEqual(self.at(3.0), ["alpha: three"])
+        os.write(ssh.stderr, b"testcloud: one\n")
+        self.assertEqual(self.at(30.0), ["alpha: one"])
+        os.write(ssh.stdout, control("reconnect"))
+        self.at(30.0)
+        self.assertEqual(self.uplinks[0].events, ["opened", "reconnect"])
+
+    def test_stop(self):
+        """Workers leave; logins end; nothing begins any more."""
+        hosts = self.hosts_of(",".join(f"h{n}" for n in range(10)))
+        self.at(0.0)
+        self.open(self.started[0], 0.0)
+        self.hosts.stop(143, 0.0)
+        self.assertEqual([host.link.closed for host in hosts[1:9]], [True] * 8)
+        reader = tc.RecordReader()
+        words = [parts for _, parts in reader.feed(os.read(self.started[0].stdin, 65536))]
+        self.assertEqual(words, [["stop", 143]])
+        self.assertIsNone(self.loop.status)
+        for ssh in list(self.started):
+            ssh.end(0)
+        self.assertEqual([*self.at(1.0), *self.at(1.0)], [])
+        self.assertEqual((self.loop.status, len(self.started)), (143, 9))
+
+    def test_a_second_stop_exits_at_once(self):
+        self.hosts_of("alpha")
+        self.at(0.0)
+        self.open(self.started[0], 0.0)
+        self.hosts.stop(130, 0.0)
+        self.hosts.stop(143, 0.0)
+        self.assertEqual(self.loop.status, 143)
+
+
 # === Command line =====================================================================
 
 

@@ -9372,7 +9372,14 @@ HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
 
 # by what ssh says: the cause, and what to do; {} is its command for the host
 SSH_FAILURES = (
-    ("Could not resolve hostname", "unknown host: check its name, or define it in ~/.ssh/config"),
+    ("Could not resolve hostname|open failed: connect failed: .*(not known|name resolution)",
+     "unknown host: check its name, or define it in ~/.ssh/config"),
+    ("open failed: administratively prohibited",
+     "its jump host forbids to go on from there (see AllowTcpForwarding in its sshd_config)"),
+    ("banner exchange: .* (invalid format|could not read protocol version)",
+     "what listens there is no sshd: is the port right?"),
+    ("UNPROTECTED PRIVATE KEY FILE",
+     "ssh ignores a private key that others may read: chmod 600 it, then: {}"),
     ("REMOTE HOST IDENTIFICATION HAS CHANGED",
      "its host key has changed: if you know why, remove the old one with ssh-keygen -R, then: {}"),
     ("Host key verification failed|No .*host key is known",
@@ -9452,9 +9459,10 @@ def split_slots(text: str, settings: argparse.Namespace) -> Tuple[int, str]:
     match = re.fullmatch(r"([0-9]+)/(.+)", text, re.S)
     if match is None:
         return settings.slots, text
-    if not VALUE_TYPES["--slots"][1](int(match[1])):
-        raise UsageError(f"{printable(text)}: cannot have {match[1]} slots")
-    return int(match[1]), match[2]
+    slots = int(match[1][:20])  # of thousands of digits, int() would raise ValueError
+    if not VALUE_TYPES["--slots"][1](slots):
+        raise UsageError(f"{printable(text)}: cannot have {printable(match[1])} slots")
+    return slots, match[2]
 
 
 def parse_login(text: str, settings: argparse.Namespace) -> Login:
@@ -9463,11 +9471,11 @@ def parse_login(text: str, settings: argparse.Namespace) -> Login:
     if host == ":":
         return Login("this machine", slots, ("/bin/sh", "-c", BOOTSTRAP), "/bin/sh -c true",
                      python=shlex.quote(sys.executable))
-    if not re.fullmatch(r"[^\s\0-][^\s\0]*", host):
+    if not re.fullmatch(r"(ssh://)?[^\s\0/-][^\s\0/]*", host):
         raise UsageError(f"-S {printable(text)}: write [N/][user@]host; options of ssh belong into "
                          f"~/.ssh/config, or into --ssh 'ssh -p 2222'")
     ssh = split_command(settings.ssh or os.environ.get("TESTCLOUD_SSH") or "ssh", "--ssh")
-    alias = re.sub(r"^ssh://|:[0-9]+$", "", host).rpartition("@")[2]
+    alias = re.sub(r"^ssh://(.*?)(:[0-9]+)?$", r"\1", host).rpartition("@")[2]
     return Login(host, slots, (*ssh, *SSH_OPTIONS, host, f"exec /bin/sh -c '{BOOTSTRAP}'"),
                  shlex.join([*ssh, host]), alias if VALUE_TYPES["--host"][1](alias) else None)
 
@@ -9503,8 +9511,9 @@ def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields)
         # -I. -B: it writes no file
         steps.append(f'{known}why="$why"$({python} -ES -c "$probe" 2>&1 </dev/null) && '
                      f'exec {python} -IBS -c "$boot" "$settings"')
-    # in two parts: a shell that shows what it reads must not show the mark
-    return "; ".join([*steps, f'echo {mark[:9]}""{mark[9:]}"{NO_PYTHON}$why"'])
+    script = "; ".join([*steps, f"echo '{mark}{NO_PYTHON}'\"$why\""])
+    # in two parts: a shell or a terminal that shows what it reads must not show the mark
+    return script.replace(mark, f"{mark[:9]}''{mark[9:]}")
 
 
 # what a worker on a host needs of this file: with half of it, it starts sooner
@@ -9660,20 +9669,22 @@ class Host:
         """Start ssh, and send it all that must come before the mark."""
         self.began, self.why, self.line = now, "", b""
         self.said.clear()
-        stdin, stdout, stderr = os.pipe(), os.pipe(), os.pipe()
+        pipes: List[Tuple[int, int]] = []
         try:
+            for _ in range(3):
+                pipes.append(os.pipe())
+            stdin, stdout, stderr = pipes
             self.process = subprocess.Popen(
                 self.login.command, stdin=stdin[0], stdout=stdout[1], stderr=stderr[1],
                 start_new_session=True)  # Ctrl-C in our terminal is for us alone
         except (OSError, ValueError) as error:
-            for end in (stdin[1], stdout[0], stderr[0]):
+            for end in itertools.chain(*pipes):
                 os.close(end)
             self.fail(f"cannot run {printable(self.login.command[0])} here: "
                       f"{getattr(error, 'strerror', error)} (see --ssh and --via)", now)
             return
-        finally:
-            for end in (stdin[0], stdout[1], stderr[1]):
-                os.close(end)
+        for end in (stdin[0], stdout[1], stderr[1]):
+            os.close(end)
         mark = os.urandom(16).hex()
         self.link = PipeLink(
             self.hosts.loop, self.uplink.machine, WORKERS, self.uplink.peer, stdout[0], stdin[1],
@@ -9685,14 +9696,15 @@ class Host:
         self.link.write(self.hosts.script(self.login, mark))
         self.link.write(self.hosts.program)
 
-    def read_stderr(self, now: Seconds) -> None:
-        """Show what the worker says, and keep what ssh says: it may be the cause of an end."""
+    def read_stderr(self, now: Seconds, over: bool = False) -> None:
+        """Show what the worker says, and keep what ssh says: it may be the cause of an end. If all
+        is over, the last line counts, too, without its end."""
         data = b""
         with contextlib.suppress(BlockingIOError):
             data = os.read(self.stderr, READ_SIZE)
             if not data:
                 self.hosts.loop.remove(self.stderr)
-        *lines, rest = (self.line + data).split(b"\n")
+        *lines, rest = (self.line + data + b"\n" * over).split(b"\n")
         self.line = rest[-MAX_MARK_LINE:]
         for line in lines:
             text = to_text(line)
@@ -9735,7 +9747,7 @@ class Host:
         """The process has ended: try again, or give the host up."""
         status = self.kill()
         self.link.close()
-        self.read_stderr(now)
+        self.read_stderr(now, over=True)
         self.hosts.loop.remove(self.stderr)
         os.close(self.stderr)
         was_up, self.up = self.up, False
@@ -9775,7 +9787,7 @@ class Host:
                     return cause.format(self.login.check, host=self.login.name), True
             if re.search(DROPPED, said):
                 self.dropped += 1
-                return "its sshd drops logins (see MaxStartups)", self.dropped >= MAX_DROPPED
+                return self.drop(), self.dropped >= MAX_DROPPED
         noise = [] if was_up else to_text(bytes(self.link.reader.buffer)).split("\n")
         last = [lines[-1:] for lines in ([*filter(str.strip, noise)], [*self.said])]
         words = printable("; ".join(itertools.chain(*last)), 300)
@@ -9783,6 +9795,13 @@ class Host:
             if status < 0 else f"ended with status {status}"
         cause = f"{self.login.command[0]} {ended}" + (f" ({words})" if words else "")
         return cause if was_up else f"{cause}: try: {self.login.check}", True
+
+    def drop(self) -> str:
+        """Return why sshd, or a program on the way to it, has dropped the login."""
+        reasons = [line for line in self.said if not re.search(DROPPED + "|^Warning: ", line)]
+        if reasons:
+            return f"its sshd closed the connection ({printable(reasons[-1], 300)})"
+        return "its sshd drops logins (see MaxStartups)"
 
     def no_python(self, found: str) -> str:
         given, found = printable(self.hosts.settings.python or ""), printable(found, 300)
