@@ -11897,7 +11897,7 @@ class StartScriptTest(unittest.TestCase):
         good = version.split(".") >= ["3"] and int(version.split(".")[1]) >= 9
         probe = "exit 0" if good else f"echo ', {name} is {version}' >&2; exit 1"
         with open(path, "w") as file:
-            file.write(f"#!/bin/sh\n{noise}\nif [ \"$1\" = -ES ]; then {probe}; fi\n"
+            file.write(f"#!/bin/sh\nif [ \"$1\" = -ES ]; then {noise}{probe}; fi\n"
                        f"printf '%s %s %s %s\\n' {name} \"$1\" \"$2\" \"$4\"\n"
                        "printf '%s\\n' \"$3\" >&2; exec /bin/cat\n")
         os.chmod(path, 0o755)
@@ -11931,9 +11931,10 @@ class StartScriptTest(unittest.TestCase):
         self.each_shell(check, settings=settings)
 
     def test_python3_comes_first(self):
-        self.python("python3", "3.10.0", noise="echo a warning >&2")
+        """Whatever else it says; and it does not read what follows."""
+        self.python("python3", "3.10.0", noise="echo a warning >&2; /bin/cat; ")
         self.python("python3.13", "3.13.0")
-        self.each_shell(lambda out, err: self.assertRegex(out, "^python3 -IBS"))
+        self.each_shell(lambda out, err: self.assertRegex(out, "^python3 -IBS .*\nrest\0"))
 
     def test_none_is_new_enough(self):
         for found in ("", ", python3 is 3.6.8, python3.9 is 2.7.18"):
@@ -12222,17 +12223,20 @@ class HostTest(unittest.TestCase):
         """Delays grow while it is lost at once, and begin anew when it was up for long."""
         host, = self.hosts_of("alpha")
         now, delays = 0.0, []
+        files = len(os.listdir("/dev/fd"))
         for up_for in (5.0, 5.0, 5.0, 61.0, 5.0, 5.0):
             self.at(now)
+            os.write(self.started[-1].stderr, b"Welcome!\n")
             self.open(self.started[-1], now)
             self.assertTrue(host.up)
             now += up_for
-            told = self.die(self.started[-1], 255, b"Timeout, server alpha not responding.\r\n",
-                             now=now)
+            text = "Read from remote host alpha: Connection timed out" if up_for > 9 else ""
+            told = self.die(self.started[-1], 255, text.encode(), now=now)
             delays.append(host.due - now)
             self.assertEqual(told, [
-                "alpha: lost: ssh ended with status 255 (Timeout, server alpha not responding.); "
-                f"trying again in {delays[-1]:g} s"])
+                "alpha: lost: ssh ended with status 255" + (f" ({text})" if text else "")
+                + f"; trying again in {delays[-1]:g} s"])
+            self.assertEqual(len(os.listdir("/dev/fd")), files)
             now = host.due
             self.at(now)
             # what would be final for a host that was never up
@@ -12308,7 +12312,7 @@ class HostTest(unittest.TestCase):
         self.at(0.0)
         ssh = self.started[-1]
         os.write(ssh.stderr, b"testcloud: too early\n")
-        self.at(0.0)
+        self.assertEqual(self.at(0.0), [])
         self.open(ssh, 1.0)
         os.write(ssh.stderr, b"testcloud: one\ntestcloud: two \x1b[2J\nnoise\ntestcl")
         self.assertEqual(self.at(2.0), ["alpha: one", "alpha: two \\x1b[2J"])

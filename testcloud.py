@@ -9663,7 +9663,7 @@ class Host:
         self.delay = RETRY_DELAYS[0]  # before the next start
         self.up = False
         self.was_up = False
-        self.dropped = 0  # logins in a row
+        self.dropped = 0  # logins, before it was up
 
     def start(self, now: Seconds) -> None:
         """Start ssh, and send it all that must come before the mark."""
@@ -9717,11 +9717,11 @@ class Host:
         self.hosts.tell(f"{printable(self.login.name)}: {text}", error)
 
     def opened(self, now: Seconds) -> None:
+        self.read_stderr(now)  # what was said before is of no interest any more
         if self.was_up:
             self.tell("is back", True)
         self.up = self.was_up = True
         self.opened_at = now
-        self.dropped = 0
         self.said.clear()
         self.uplink.opened(self.link, now)
 
