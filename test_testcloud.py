@@ -10502,6 +10502,19 @@ class SocketsTest(unittest.TestCase):
                 link.handshake_failed(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, 0, now)
             self.assertEqual((thread.call_count, link.retry_at), (1, 1.0 + tc.REFUSED_RETRY))
 
+    def test_a_closed_link_sends_nothing(self):
+        """As when a relay's worker has ended before its last messages were passed on."""
+        with contextlib.closing(tc.EventLoop(sockets=True)) as loop:
+            adapter = loop.add(tc.Machine(), {})
+            link = tc.DealerLink(loop, adapter, BROKER, "tcp://127.0.0.1:1")
+            link.unread, link.retry_at = True, 0.0
+            message = tc.Outgoing(BROKER, b"", "", b"x", b"")
+            link.backlogs[b""] = deque([message])
+            link.close(0)
+            adapter.machine.bulk.append(message)
+            loop.flush()
+            loop.wait()
+
     def test_a_round_calls_all_that_was_posted(self):
         with contextlib.closing(tc.EventLoop(sockets=False)) as loop:
             loop.add(tc.Machine(), {})
@@ -11985,7 +11998,7 @@ class FakeSsh:
             for file in (self.stdin, self.stdout, self.stderr):
                 os.close(file)
 
-    def wait(self):
+    def wait(self, timeout=None):
         self.end(-signal.SIGKILL)
         return self.status
 
@@ -12257,6 +12270,33 @@ class HostTest(unittest.TestCase):
         self.assertEqual(host.delay, tc.RETRY_DELAYS[1])
         self.assertEqual(self.none_left, [])
         self.assertEqual(self.uplinks[0].events.count("opened"), 7)
+
+    def test_a_reason_does_not_steer_our_terminal(self):
+        host, = self.hosts_of("alpha")
+        self.at(0.0)
+        told = self.die(self.started[-1], 0, b"", host.link.reader.mark + b"\x1b[2J\n")
+        self.assertEqual(told, [r"alpha: \x1b[2J"])
+
+    def test_no_process_to_spare_for_a_lost_host(self):
+        host, = self.hosts_of("alpha")
+        self.at(0.0)
+        self.open(self.started[-1], 0.0)
+        self.die(self.started[-1], 255, now=1.0)
+        error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        with mock.patch.object(tc.subprocess, "Popen", side_effect=error):
+            self.assertEqual(self.at(2.0), [
+                f"alpha: cannot run ssh here: {error.strerror} (see --ssh and --via); trying again "
+                f"in 2 s"])
+        self.at(4.0)
+        self.assertEqual(len(self.started), 2)
+
+    def test_a_process_that_cannot_be_killed(self):
+        host, = self.hosts_of("alpha")
+        self.at(0.0)
+        ssh, = self.started
+        with mock.patch.object(ssh, "wait", side_effect=subprocess.TimeoutExpired("ssh", 1)):
+            self.hosts.close()
+        self.assertIsNone(host.process)
 
     def test_few_logins_at_once(self):
         """Those that take long wait for the network, and do not hold up the others."""

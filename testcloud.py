@@ -8023,6 +8023,8 @@ class SocketLink(Link):
             self.monitor.close(0)
             self.socket.close(linger)
             self.socket = self.monitor = None
+            self.unread, self.retry_at = False, math.inf
+            self.backlogs.clear()
 
     def read_events(self, ready: Dict[Any, int], now: Seconds) -> None:
         """Read the monitor's events. `ready` has the sockets that poll() found readable."""
@@ -8040,6 +8042,8 @@ class SocketLink(Link):
 
     def send(self, outgoing: Outgoing) -> None:
         backlog = self.backlogs.get(outgoing.peer)
+        if self.socket is None:  # a worker may have ended before its last messages were sent
+            return
         if backlog is not None:
             backlog.append(outgoing)
             size = sum(len(one.body) + len(one.data) for one in backlog)
@@ -8378,8 +8382,6 @@ class DealerLink(SocketLink):
     def reconnect(self) -> None:
         self.close(0)
         self.up = self.refused = False
-        self.retry_at = math.inf
-        self.backlogs.clear()
         self.connect()
 
     def retry(self, now: Seconds) -> None:
@@ -9680,8 +9682,12 @@ class Host:
         except (OSError, ValueError) as error:
             for end in itertools.chain(*pipes):
                 os.close(end)
-            self.fail(f"cannot run {printable(self.login.command[0])} here: "
-                      f"{getattr(error, 'strerror', error)} (see --ssh and --via)", now)
+            cause = (f"cannot run {printable(self.login.command[0])} here: "
+                     f"{getattr(error, 'strerror', error)} (see --ssh and --via)")
+            if self.was_up:  # we had too many processes or files at this moment
+                self.try_later(cause, now)
+            else:
+                self.fail(cause, now)
             return
         for end in (stdin[0], stdout[1], stderr[1]):
             os.close(end)
@@ -9759,8 +9765,11 @@ class Host:
         if final and not self.was_up or status == 3:  # its worker gave up: --wait
             self.fail(cause, now)
             return
+        self.try_later(f"lost: {cause}" if was_up else cause, now)
+
+    def try_later(self, cause: str, now: Seconds) -> None:
         self.due = now + self.delay
-        self.tell(f"{'lost: ' if was_up else ''}{cause}; trying again in {self.delay:g} s", True)
+        self.tell(f"{cause}; trying again in {self.delay:g} s", True)
         self.delay = min(2 * self.delay, RETRY_DELAYS[1])
 
     def kill(self) -> Optional[int]:
@@ -9769,7 +9778,8 @@ class Host:
         status = self.process.poll()
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of another user, as that of sudo
+            self.process.wait(REAP_TIMEOUT)
         self.process = None
         return status
 
@@ -9780,7 +9790,7 @@ class Host:
         if self.why.startswith(NO_PYTHON):
             return self.no_python(self.why[len(NO_PYTHON):].strip(", ")), True
         if self.why:
-            return self.why, True
+            return printable(self.why, 1000), True
         if status == 255 and not was_up:
             for pattern, cause in SSH_FAILURES:
                 if re.search(pattern, said):
