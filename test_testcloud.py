@@ -12775,6 +12775,8 @@ class CommandLineTest(unittest.TestCase):
         self.given_beats("--connect=h", "-S a", sshlogin=["a"], connect=None)
         self.given_beats("-S a -j 2", "-S b --slf f", sshlogin=["b"], sshloginfile=["f"], slots=2)
         self.given_beats("--via a", "--retries 2", via=["a"], retries=2)
+        self.given_beats("-S a --python p --ssh s", "--local", python=None, ssh=None)
+        self.given_beats("--python p --ssh s", "-S a", python="p", ssh="s")
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")

@@ -10899,6 +10899,8 @@ def parse_with_own(argv: List[str]) -> argparse.Namespace:
     for names in EXCLUSIVE:
         if any(map(given.get, names)):
             vars(settings).update((name, given[name]) for name in names)
+    if own and not names_hosts(settings):  # those of $TESTCLOUD went with its hosts
+        settings.ssh, settings.python = given["ssh"], given["python"]
     return settings
 
 
