@@ -12320,6 +12320,7 @@ class HostTest(unittest.TestCase):
             self.assertEqual(self.at(6.9), [])
             self.assertEqual(self.at(7.0), [])
             self.assertTrue(host.link.closed)
+            self.assertEqual(tc.os.killpg.mock_calls, [mock.call(-1, signal.SIGCONT)])
             self.at(7.0 + tc.END_TIME - 0.01)
             self.assertIsNone(self.started[-1].status)
             told = self.at(7.0 + tc.END_TIME)

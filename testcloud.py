@@ -9734,6 +9734,7 @@ class Host:
     def ended(self, why: str, now: Seconds) -> None:
         """The stream has ended. Wait for the end of ssh, for at most END_TIME."""
         self.why, self.ended_at = why, now
+        self.signal(signal.SIGCONT)  # a worker that is stopped must see the end, too
         self.uplink.ended(now)
 
     def tick(self, now: Seconds) -> None:
@@ -9776,12 +9777,17 @@ class Host:
         """Kill what is left of the process group. Return the exit status of ssh, None if it ran."""
         assert self.process is not None
         status = self.process.poll()
-        with contextlib.suppress(OSError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # of another user, as that of sudo
             self.process.wait(REAP_TIMEOUT)
         self.process = None
         return status
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process group of ssh."""
+        assert self.process is not None
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, number)
 
     def cause(self, status: Optional[int], was_up: bool) -> Tuple[str, bool]:
         """Return why the stream has ended, with what to do, and whether that is final. `status` is
