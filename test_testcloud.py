@@ -12390,6 +12390,100 @@ class HostTest(unittest.TestCase):
         self.assertEqual(self.loop.status, 143)
 
 
+class RelayUplinkTest(unittest.TestCase):
+    """A Relay between a stream and a real broker's socket."""
+
+    def setUp(self):
+        import zmq
+        self.context = zmq.Context()
+        self.addCleanup(self.context.term)
+        self.router = self.context.socket(zmq.ROUTER)
+        self.addCleanup(self.router.close, 0)
+        port = self.router.bind_to_random_port("tcp://127.0.0.1")
+        self.loop = tc.EventLoop(sockets=True)
+        self.addCleanup(self.loop.close)
+        self.uplink = tc.RelayUplink(self.loop, lambda adapter: tc.DealerLink(
+            self.loop, adapter, BROKER, f"tcp://127.0.0.1:{port}", tc.WORKER_ROLE))
+        self.open()
+
+    def open(self):
+        """A worker's stream begins."""
+        one, two = os.pipe(), os.pipe()
+        self.tap, self.feed = two[0], one[1]
+        link = tc.PipeLink(self.loop, self.uplink.machine, WORKERS, b"", one[0], two[1], {},
+                           lambda why, now: self.uplink.ended(now))
+        self.addCleanup(link.close)
+        self.addCleanup(os.close, self.tap)
+        self.addCleanup(os.close, self.feed)
+        self.uplink.opened(link, 0.0)
+        self.until(lambda: self.dealer().up)
+        self.link = link
+
+    def dealer(self):
+        return self.uplink.adapter.links[BROKER]
+
+    def round(self):
+        self.loop.flush()
+        self.loop.wait()
+
+    def until(self, condition):
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            self.round()
+
+    def heard(self):
+        """The next message at the broker: who has sent it, and what."""
+        self.until(lambda: self.router.poll(0))
+        return self.router.recv_multipart()
+
+    def send(self, peer, count):
+        for _ in range(count):
+            self.router.send_multipart([peer, b"OK"])
+
+    def test_messages_both_ways(self):
+        os.write(self.feed, record(tc.MESSAGE, b"run", b"RESULT", b"data"))
+        peer, *frames = self.heard()
+        self.assertEqual(frames, [b"", b"run", b"RESULT", b"data"])
+        self.router.send_multipart([peer, b"", b"run", b"CANCEL", b"more"])
+        reader, found = tc.RecordReader(), []
+        while [tc.MESSAGE, [b"run", b"CANCEL", b"more"]] not in found:
+            self.round()
+            if tc.readable(self.tap):
+                found += map(list, reader.feed(os.read(self.tap, 65536)))
+        self.assertIn([tc.CONTROL, ["connected"]], found)
+
+    def test_a_stream_that_ends_with_messages_under_way(self):
+        """Either way; and the next worker has a connection of its own."""
+        os.write(self.feed, record(tc.MESSAGE, body=b"READY"))
+        first, _ = self.heard()
+        self.send(first, 100)
+        os.write(self.feed, record(tc.MESSAGE, body=b"last words") + b"noise" * 9)
+        self.until(lambda: self.link.closed)
+        self.assertIsNone(self.dealer().socket)
+        for _ in range(3):
+            self.round()
+        self.open()
+        os.write(self.feed, record(tc.MESSAGE, body=b"READY again"))
+        peer, body = self.heard()
+        while peer == first:  # what was on its way
+            peer, body = self.heard()
+        self.assertEqual(body, b"READY again")
+
+    def test_what_a_closed_dealer_still_had_to_do(self):
+        for refused in (False, True):
+            dealer = self.dealer()
+            dealer.refused, dealer.unread, dealer.retry_at = refused, True, 0.0
+            dealer.backlogs[b""] = deque([tc.Outgoing(BROKER, b"", "", b"READY", b"")])
+            self.link.end("", 0.0)
+            for _ in range(3):
+                self.round()
+            self.assertIsNone(dealer.socket)
+            self.open()
+            os.write(self.feed, record(tc.MESSAGE, body=b"READY again"))
+            self.assertEqual(self.heard()[1], b"READY again")
+
+
 # === Command line =====================================================================
 
 
