@@ -16685,13 +16685,14 @@ class Speed:
 
     def start_hosts(self, count):
         """Seconds until each of so many hosts runs a command, and KiB of their client then."""
-        here, go = (os.path.join(self.cloud.dir, name) for name in ("here", "go"))
+        here, go, log = (os.path.join(self.cloud.dir, name) for name in ("here", "go", "log"))
         os.mkfifo(go)
         open(here, "w").close()
-        argv = self.client(*(word for n in range(count) for word in ("--via", f"1/env N={n}")))
-        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as client:
-            began = time.monotonic()
+        argv = self.client(*(word for n in range(1, count + 1)
+                             for word in ("--via", f"1/env N={n}")))
+        began = time.monotonic()
+        with open(log, "w") as file, subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=file) as client:
             client.stdin.write(f"echo $N >> {here}; : < {go}\n".encode() * count)
             client.stdin.close()
             while len(tc.read_text(here).split()) < count:
@@ -16699,9 +16700,10 @@ class Speed:
             spent, used = time.monotonic() - began, memory(client.pid)
             with open(go, "w"):
                 client.wait()
-        if sorted(tc.read_text(here).split(), key=int) != [str(n) for n in range(count)]:
-            raise ValueError("some hosts ran two commands")
         os.unlink(go)
+        wrong = wrong_times(here, count)
+        if wrong:
+            raise ValueError(f"hosts by their number of commands: {wrong}\n{tc.read_text(log)}")
         return spent, used
 
     FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, growth,
