@@ -13328,10 +13328,12 @@ class Sshd:
             reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             reserved.bind(("127.0.0.1", 0))
             self.port = reserved.getsockname()[1]
-            self.write("sshd_config", ListenAddress="127.0.0.1", Port=self.port, UsePAM="no",
-                       HostKey=self.path("host_key"), PidFile="none", StrictModes="no",
-                       AuthorizedKeysFile=self.path("authorized_keys"), PermitRootLogin="yes",
-                       PasswordAuthentication="no", AcceptEnv="TEST_HOST",
+            # only root and PAM can see that our account is not locked
+            self.write("sshd_config", ListenAddress="127.0.0.1", Port=self.port,
+                       UsePAM="yes" if os.geteuid() else "no", PidFile="none", StrictModes="no",
+                       HostKey=self.path("host_key"),
+                       AuthorizedKeysFile=self.path("authorized_keys"),
+                       PermitRootLogin="yes", PasswordAuthentication="no", AcceptEnv="TEST_HOST",
                        SetEnv=f"HOME={self.path('home')}", MaxStartups="10")
             self.start()
         os.mkdir(self.path("home"))
