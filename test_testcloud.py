@@ -4608,6 +4608,9 @@ class World:
         if actor.role == "worker" and not actor.plain:
             self.seen["terminate"] += 1
             self.do(actor, actor.generation, lambda m: m.stop(143, actor.clock(self.now)))
+        elif actor.role == "relay" and actor.stream is not None:
+            self.seen["terminate relay"] += 1
+            self.do(actor, actor.generation, lambda m: actor.uplink.control("stop", 143))
 
     def interrupt(self, actor):
         if actor.role == "client" and not actor.plain and not self.spared(actor):
@@ -5026,12 +5029,15 @@ class SimulationTest(unittest.TestCase):
             again = {cmd for cmd, n in world.starts.items() if n > 1}
             self.assertLessEqual(again, world.endangered, seed)
             seen.update(world.seen)
-            for faults in ("freeze_stream",), ("freeze_stream", "crash", "pause", "cut_wire"):
+            for faults in (
+                    ("freeze_stream",),
+                    ("freeze_stream", "crash", "pause", "cut_wire", "terminate")):
                 seen.update(self.world(seed, ["break_stream", *faults]).seen)
         self.assert_all_seen(
             seen, "lost stream", "silent stream", "lost in a dead stream",
             "broken within a record", "half a RESULT", "half a command", "restarted",
-            "started on a lost host", "relay cut", "crash relay", "pause relay", "reconnect")
+            "started on a lost host", "relay cut", "crash relay", "pause relay", "reconnect",
+            "terminate relay")
 
     def test_interrupted_clients(self):
         seen = self.worlds(["interrupt", "crash", "cut_wire", "pause"], range(self.SEEDS // 3))
@@ -16126,6 +16132,54 @@ class FuzzTest(unittest.TestCase):
             else:
                 self.assertFalse(listens, "no answer")
         peer.close(0 if self.fuzz.r.random() < 0.5 else 1000)
+
+    def test_nonsense_of_a_host(self):
+        """A client's broker takes any record on a stream; the stream ends, and nothing else."""
+        r, controls = self.fuzz.r, ([], ["reconnect"], ["reconnect", 1, {}], ["stop"], ["__init__"],
+                                    [1], [None], [[]], [{}], {}, {"reconnect": 1}, "reconnect", 7)
+        broker, links = tc.Broker("local", tc.Times(lost_grace=0.0), False, 0.0), tc.PeerLinks()
+        uplink, now, ends = tc.BrokerUplink(broker, links, b"0"), 0.0, Counter()
+
+        class Host(tc.StreamLink):
+            def __init__(self):
+                super().__init__(
+                    broker, WORKERS, b"0", {"reconnect": lambda *_: uplink.reconnect()}, self.over,
+                    b"mark", lambda now: uplink.opened(self, now), lambda: now)
+                self.received(r.choice((b"", b"noise\n")) + b"mark\n")
+
+            def over(self, why, now):
+                ends[why[:20]] += 1
+                uplink.ended(now)
+
+            def write(self, data):
+                tc.RECORD.unpack_from(data)
+
+        host = Host()
+        for _ in range(self.frames // 2):
+            now += r.choice((0, 0, 0.01, 3))
+            kind = r.random()
+            if kind < 0.9:
+                data = record(tc.MESSAGE, r.choice((*self.fuzz.TOKENS, b"\xff" * 70000)),
+                              self.fuzz.message()[-1], r.choice((b"", b"data")))
+            else:
+                data = r.randbytes(40) if kind < 0.92 else record(
+                    tc.CONTROL, body=json.dumps(r.choice(controls)).encode())
+            at = r.randint(1, len(data))
+            pieces = [*filter(None, (data[:at], data[at:])), *([b""] if r.random() < 0.01 else [])]
+            for piece in pieces:
+                if not host.closed:
+                    host.received(piece)
+            if broker.deadline() <= now:
+                broker.tick(now)
+            for outgoing in broker.take()[0]:
+                links.send(outgoing)
+            check_broker(broker)
+            host = Host() if host.closed else host
+        self.assertEqual({*ends}, {"", "sent what is no reco", "sent an unknown cont"})
+        host = Host()
+        host.received(record(tc.MESSAGE, body=tc.encode("READY", {
+            "name": "good", "slots": 3, "join": 1, "running": [], "held": []})))
+        self.assertEqual(broker.scheduler.slots, 3)
 
     def test_nonsense_at_both_ports_of_a_broker(self):
         broker = self.cloud.broker()
