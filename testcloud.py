@@ -4905,7 +4905,8 @@ class Client(SessionMachine):
         self.total = self.reported = self.failed = self.flaky = 0
         self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
-        self.wanted_hosts = self.connected_hosts = 0  # of -S; 0 with a broker elsewhere
+        self.wanted_hosts = 0  # of -S; 0 with a broker elsewhere
+        self.connected_hosts: Optional[int] = None  # None: the first logins are under way
         self.lacks = ""  # a missing worker, in words
         self.long_pause: Tuple[Seconds, Seconds] = (0, 0)  # over the lease; until when to tell it
         # the end of the run
@@ -5329,7 +5330,7 @@ class Client(SessionMachine):
 def slot_wait_reason(client: Client) -> str:
     """Return why no command runs, and what to do; "" if one runs."""
     if not client.slots and client.wanted_hosts:
-        return "" if client.connected_hosts else "waiting: no host is connected"
+        return "waiting: no host is connected" if client.connected_hosts == 0 else ""
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
             " that takes new commands: each is over its --max-load, is stopping, or is a "
@@ -7211,7 +7212,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
     """Return the progress. Too few columns: parts with the lowest numbers are left out."""
     rate = client.reported / max(spent, 0.001)
     eta = client.reported and client.input_ended
-    hosts = f"{client.connected_hosts} of {plural(client.wanted_hosts, 'host')}"
+    hosts = f"{client.connected_hosts or 0} of {plural(client.wanted_hosts, 'host')}"
     parts = [part for part in (
         (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
         (5, f"{client.failed} failed" if client.failed else ""),
@@ -9365,6 +9366,7 @@ START_TIMEOUT: Seconds = 30.0  # from starting ssh to the mark
 END_TIME: Seconds = 2.0  # for ssh to end after its stream, then it is killed
 CLOSE_TIME: Seconds = 3.0  # the same at our own end: workers stop their commands first
 RETRY_DELAYS: Tuple[Seconds, Seconds] = (1.0, 60.0)  # before a host is tried again: first, longest
+HEARD_NOTHING = 128 + signal.SIGHUP  # exit status of a worker whose stream has ended
 MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
 WORKER_SETTINGS: Fields = {  # options of a worker that reach a host; a client's has these defaults
     "weight": 0, "label": [], "max_load": math.inf, "nice": 0, "drain": 0.0, "wait": math.inf,
@@ -9557,12 +9559,8 @@ def run_from_memory(text: str) -> None:
                         handlers=[LogHandler()], format="testcloud: %(message)s")
 
     def join(loop: EventLoop, adapter: Adapter, worker: Worker) -> None:
-        def ended(why: str, now: Seconds) -> None:
-            if why:
-                print_notice(f"the way to it was {why}: its worker ends")
-            loop.exit(128 + signal.SIGHUP)
         link = PipeLink(loop, worker, BROKER, b"", incoming, outgoing, worker_controls(worker),
-                        ended)
+                        lambda why, now: loop.exit(HEARD_NOTHING))
         adapter.links[BROKER] = link
         link.write(settings.mark.encode() + b"\n")
         loop.every(BEAT_INTERVAL, link.beat)
@@ -9663,8 +9661,7 @@ class Host:
         self.began = self.opened_at = self.ended_at = -math.inf
         self.due: Seconds = -math.inf  # when to start; inf: it cannot be used
         self.delay = RETRY_DELAYS[0]  # before the next start
-        self.up = False
-        self.was_up = False
+        self.up = self.was_up = self.silent = False
         self.dropped = 0  # logins, before it was up
 
     def start(self, now: Seconds) -> None:
@@ -9727,9 +9724,18 @@ class Host:
         if self.was_up:
             self.tell("is back", True)
         self.up = self.was_up = True
+        self.silent = False
         self.opened_at = now
         self.said.clear()
         self.uplink.opened(self.link, now)
+
+    def note_silence(self) -> None:
+        """Tell of a silence after which the broker gives the host's commands to others."""
+        silent = self.link.silent_beats * BEAT_INTERVAL >= Times().worker_expiry
+        if self.up and silent != self.silent and not self.link.closed:
+            self.silent = silent
+            self.tell("silent for too long: its commands run elsewhere" if silent else
+                      "is heard again", True)
 
     def ended(self, why: str, now: Seconds) -> None:
         """The stream has ended. Wait for the end of ssh, for at most END_TIME."""
@@ -9797,6 +9803,8 @@ class Host:
             return self.no_python(self.why[len(NO_PYTHON):].strip(", ")), True
         if self.why:
             return printable(self.why, 1000), True
+        if was_up and status == HEARD_NOTHING:
+            return "its worker heard nothing from here for too long", True
         if status == 255 and not was_up:
             for pattern, cause in SSH_FAILURES:
                 if re.search(pattern, said):
@@ -9901,6 +9909,7 @@ class Hosts:
         for host in self.hosts:
             if host.process is not None and not host.link.closed:
                 host.link.beat(now)
+                host.note_silence()
 
     def worker_said(self, host: Host, text: str, now: Seconds) -> None:
         """Show what a worker says, unless others have just said the same."""
@@ -10605,8 +10614,11 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
         run.tell("none of the hosts can be used: giving up", True)
         run.client.cancel(3, now)
 
+    began = time.monotonic()
+
     def count_hosts(now: Seconds) -> None:
-        run.client.connected_hosts = len(links.links)
+        if links.links or now > began + 2 * LOGIN_TIME:
+            run.client.connected_hosts = len(links.links)
     run.client.wanted_hosts = len(settings.logins)
     run.loop.every(HOST_INTERVAL, count_hosts)
     return Hosts(run.loop, settings, None, lambda login: BrokerUplink(
