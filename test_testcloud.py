@@ -8999,6 +8999,18 @@ class ReportingTest(unittest.TestCase):
             lines = tc.final_notices(summary._replace(**change), times, slots)
             self.assertEqual([line[:7] for line in lines], said)
 
+    def test_progress_of_hosts(self):
+        client = tc.Client("r1")
+        client.wanted_hosts = 2
+        client.total = 3
+        for connected, words, wait in (
+                (None, "0/3+ done, 0 running, 0 of 2 hosts, 0 slots", ""),
+                (0, "0/3+ done, 0 running, 0 of 2 hosts, 0 slots", "waiting: no host is connected"),
+                (1, "0/3+ done, 0 running, 1 of 2 hosts, 0 slots", "")):
+            client.connected_hosts = connected
+            self.assertEqual(tc.progress_text(client, 1.0), words)
+            self.assertEqual(tc.slot_wait_reason(client), wait)
+
     def test_progress(self):
         client = tc.Client("r1")
         client.total, client.workers, client.slots = 10, 1, 4
@@ -12353,6 +12365,35 @@ class HostTest(unittest.TestCase):
         self.started[-1].end(0)
         self.assertEqual(self.at(2.0), ["alpha: lost: silent for 30 seconds; trying again in 1 s"])
         self.assertEqual(self.uplinks[0].events, ["opened", "ended"])
+
+    def test_a_silent_host_is_named_and_named_again_when_it_is_heard(self):
+        self.hosts_of("alpha")
+        self.at(0.0)
+        for _ in range(9):
+            self.hosts.beat(0.0)  # a login that takes its time is no silence
+        ssh = self.started[-1]
+        self.open(ssh, 1.0)
+        self.told.clear()
+        for _ in range(4):
+            self.hosts.beat(2.0)
+        self.assertEqual(self.told, [])
+        for _ in range(3):
+            self.hosts.beat(2.0)
+        self.assertEqual(self.told, ["alpha: silent for too long: its commands run elsewhere"])
+        os.write(ssh.stdout, control())
+        self.at(3.0)
+        self.hosts.beat(3.0)
+        self.assertEqual(self.told, ["alpha: is heard again"])
+        self.told.clear()
+        self.hosts.beat(3.0)
+        self.assertEqual(self.told, [])
+
+    def test_a_worker_that_heard_nothing_says_so_by_its_status(self):
+        self.hosts_of("alpha")
+        self.at(0.0)
+        self.open(self.started[-1], 1.0)
+        self.assertEqual(self.die(self.started[-1], tc.HEARD_NOTHING, now=2.0), [
+            "alpha: lost: its worker heard nothing from here for too long; trying again in 1 s"])
 
     def test_what_workers_say(self):
         host, = self.hosts_of("alpha")
