@@ -7845,7 +7845,8 @@ class ClientTest(unittest.TestCase):
 
     def test_large_output_is_fetched_in_order_and_again_if_chunks_stay_away(self):
         b = self.bench
-        size = 6 * tc.CHUNK_SIZE + 5
+        chunks = tc.FETCH_AHEAD + 2
+        size = chunks * tc.CHUNK_SIZE + 5
         self.join()
         self.add("a", end=True)
         b.lines.clear()
@@ -7858,14 +7859,14 @@ class ClientTest(unittest.TestCase):
         b.quiet()  # not its turn
         b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=chunk)
         self.assertEqual(b.effect(tc.FetchedOutput).offset, 0)
-        b.expect("FETCH", offset=4 * tc.CHUNK_SIZE)
+        b.expect("FETCH", offset=tc.FETCH_AHEAD * tc.CHUNK_SIZE)
         b.hear('OK {"slots":2}')
         b.wait(4.1)
         lines = [line for line in b.lines if line[1] == "FETCH"]
         self.assertEqual(lines[0][2]["offset"], tc.CHUNK_SIZE)
         b.effects.clear()
-        for n in range(1, 7):
-            data = chunk if n < 6 else b"12345"
+        for n in range(1, chunks + 1):
+            data = chunk if n < chunks else b"12345"
             b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{n * tc.CHUNK_SIZE}}}', data=data)
             b.effect(tc.FetchedOutput)
         self.assertIsNone(b.effect(tc.FinalResult).output)
