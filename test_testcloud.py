@@ -10866,6 +10866,14 @@ class PipeLinkTest(unittest.TestCase):
         self.assertEqual(self.ends, [("one", "does not read what it is sent")])
         self.assert_closed(link, files)
 
+    def test_a_reader_that_never_reads_small_records(self):
+        """They need more memory than their bytes."""
+        link, _, _ = self.open_link()
+        with mock.patch.object(tc, "MAX_BACKLOG", 5):
+            for _ in range(20000):
+                link.control("connected")
+        self.assertEqual(self.ends, [("one", "does not read what it is sent")])
+
     def assert_closed(self, link, files):
         """Closed for good, and only once: the numbers may be those of other files by now."""
         self.assertEqual((link.closed, link.incoming, link.outgoing), (True, -1, -1))

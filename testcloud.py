@@ -7892,7 +7892,7 @@ class PipeLink(StreamLink):
         self.backlog_bytes += len(data)
         if len(self.backlog) == 1:
             self.write_backlog()
-        elif self.backlog_bytes > MAX_BACKLOG_BYTES:
+        elif self.backlog_bytes > MAX_BACKLOG_BYTES or len(self.backlog) > 100 * MAX_BACKLOG:
             self.end("does not read what it is sent", time.monotonic())
 
     def write_backlog(self, _: Seconds = 0.0) -> None:
