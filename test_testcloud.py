@@ -10683,15 +10683,38 @@ class RecordReaderTest(unittest.TestCase):
             self.assertEqual(found[0], (tc.OPENED, ["no python, it is \udcff old"]), at)
 
 
+class StreamLinkTest(unittest.TestCase):
+    def test_a_part_of_a_message_is_a_sign_of_life(self):
+        """Of 512 KiB on a slow line, it is the only one for long; keepalives do not count: those
+        of a relay say nothing about its broker."""
+        broker, links, now = tc.Broker("local", tc.Times(), False, 0.0), tc.PeerLinks(), 0.0
+        uplink = tc.BrokerUplink(broker, links, b"0")
+        link = tc.StreamLink(broker, WORKERS, b"0", {}, lambda why, now: uplink.ended(now), b"mark",
+                             lambda now: uplink.opened(link, now), lambda: now)
+        link.write = lambda data: None
+        ready = tc.encode("READY", {"name": "w", "slots": 1, "join": 1, "running": [], "held": []})
+        link.received(b"mark\n" + record(tc.MESSAGE, body=ready))
+        chunk = record(tc.MESSAGE, b"run", tc.encode("CHUNK", {"id": 1, "attempt": 1, "offset": 0}),
+                       b"x" * 500)
+        for pieces, known in (([chunk[at:at + 10] for at in range(0, len(chunk), 10)], True),
+                              ([control()[:-1], control()[-1:]] * 10, False)):
+            for n, piece in enumerate(pieces, 1):
+                now += 2.0
+                link.received(piece)
+                if n % 6 == 0:
+                    broker.tick(now)
+            self.assertEqual(broker.scheduler.slots, int(known))
+
+
 class Ear(tc.Machine):
     """A machine that only notes what comes."""
 
     def __init__(self):
         super().__init__()
-        self.heard = []
+        self.messages = []
 
     def receive(self, link, peer, token, body, data, now):
-        self.heard.append((link, peer, token, body, bytes(data)))
+        self.messages.append((link, peer, token, body, bytes(data)))
 
 
 class PipeLinkTest(unittest.TestCase):
@@ -10742,9 +10765,9 @@ class PipeLinkTest(unittest.TestCase):
         for size in sizes:
             for link in (one, two):
                 self.send(link, b"b" * size, "r" * min(size, 100), b"\n" * size)
-        self.until(lambda: len(one.machine.heard) + len(two.machine.heard) == 2 * len(sizes))
+        self.until(lambda: len(one.machine.messages) + len(two.machine.messages) == 2 * len(sizes))
         for link in (one, two):
-            self.assertEqual(link.machine.heard, [
+            self.assertEqual(link.machine.messages, [
                 (link.name, b"p", "r" * min(size, 100), b"b" * size, b"\n" * size)
                 for size in sizes])
             self.assertEqual((link.backlog_bytes, len(link.backlog)), (0, 0))
@@ -10756,8 +10779,8 @@ class PipeLinkTest(unittest.TestCase):
         one, two = self.pair()
         for token in ("r" * 70000, "\ufffd" * 70000):
             self.send(one, token=token)
-        self.until(lambda: len(two.machine.heard) == 2)
-        self.assertEqual([row[2] for row in two.machine.heard], ["r" * 70000, "\ufffd" * 210000])
+        self.until(lambda: len(two.machine.messages) == 2)
+        self.assertEqual([row[2] for row in two.machine.messages], ["r" * 70000, "\ufffd" * 210000])
 
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_pipes_grow_when_they_carry_much(self):
@@ -10779,7 +10802,7 @@ class PipeLinkTest(unittest.TestCase):
         two = self.link("two", right.fileno(), os.dup(right.detach()))
         self.send(one, b"x" * 10**6)
         self.send(two, b"y" * 10**6)
-        self.until(lambda: one.machine.heard and two.machine.heard)
+        self.until(lambda: one.machine.messages and two.machine.messages)
         one.stop_writing()
         one.close()
         self.until(lambda: self.ends)
@@ -10791,7 +10814,7 @@ class PipeLinkTest(unittest.TestCase):
         two.reconnect()
         one.control()
         self.send(one, b"last")
-        self.until(lambda: len(self.calls) == 2 and two.machine.heard)
+        self.until(lambda: len(self.calls) == 2 and two.machine.messages)
         self.assertEqual(sorted(self.calls), [("reconnect",), ("stop", 143)])
 
     def test_wrong_records_end_the_stream(self):
@@ -10804,7 +10827,7 @@ class PipeLinkTest(unittest.TestCase):
                 self.until(lambda: self.ends)
                 (_, why), = self.ends
                 self.assertRegex(why, "^sent ")
-                self.assertEqual([body for *_, body, _ in link.machine.heard], [b"good"])
+                self.assertEqual([body for *_, body, _ in link.machine.messages], [b"good"])
                 self.send(link, b"nobody reads this")
 
     def test_the_mark_opens_the_stream(self):
@@ -10815,14 +10838,14 @@ class PipeLinkTest(unittest.TestCase):
         self.loop.wait()
         self.assertEqual(self.calls, [])
         os.write(feed, self.MARK[9:] + b"\n" + record(tc.MESSAGE, body=b"READY"))
-        self.until(lambda: link.machine.heard)
+        self.until(lambda: link.machine.messages)
         self.assertEqual((self.calls, self.ends), ([("one", "opened")], []))
 
     def test_a_reason_behind_the_mark_ends_the_stream(self):
         link, _, feed = self.open_link(self.MARK)
         os.write(feed, self.MARK + b"no python\n" + record(tc.MESSAGE))
         self.until(lambda: self.ends)
-        self.assertEqual((self.ends, self.calls, link.machine.heard),
+        self.assertEqual((self.ends, self.calls, link.machine.messages),
                          ([("one", "no python")], [], []))
 
     def test_the_end_of_the_stream_within_a_record(self):
@@ -10835,7 +10858,7 @@ class PipeLinkTest(unittest.TestCase):
             os.close(one[1])
             self.until(lambda: self.ends)
             os.close(two[0])
-            self.assertEqual((self.ends, [row[3] for row in link.machine.heard]),
+            self.assertEqual((self.ends, [row[3] for row in link.machine.messages]),
                              ([("one", "")], [b"whole"]), at)
 
     def test_a_slow_reader(self):
@@ -10903,7 +10926,7 @@ class PipeLinkTest(unittest.TestCase):
             self.send(link, b"x")
         self.assertEqual((self.ends, len(link.backlog)), ([], 0))
         self.until(lambda: self.ends)
-        self.assertEqual([row[3] for row in link.machine.heard], [b"the last result"])
+        self.assertEqual([row[3] for row in link.machine.messages], [b"the last result"])
         self.assertEqual(self.ends, [("one", "")])
         self.assert_closed(link, files)
 
@@ -10927,7 +10950,7 @@ class PipeLinkTest(unittest.TestCase):
             for link in (one, two):
                 link.beat(0.0)
             self.until(lambda: not one.silent_beats and not two.silent_beats)
-        self.assertEqual((one.machine.heard, self.calls, self.ends), ([], [], []))
+        self.assertEqual((one.machine.messages, self.calls, self.ends), ([], [], []))
         for _ in range(tc.MAX_SILENT_BEATS):
             one.beat(0.0)
         self.assertEqual(self.ends, [])

@@ -7755,6 +7755,10 @@ class RecordReader:
         total: int = RECORD.size + sum(sizes)
         return len(self.buffer) >= total
 
+    def within_message(self) -> bool:
+        """Return whether a part of a message has come."""
+        return not self.mark and len(self.buffer) > RECORD.size and self.buffer[0] == MESSAGE
+
     def take_record(self) -> Tuple[int, List[Any]]:
         kind, *sizes = RECORD.unpack_from(self.buffer)
         ends = list(itertools.accumulate(sizes, initial=RECORD.size))
@@ -7833,6 +7837,9 @@ class StreamLink(Link):
                 return
             # each record has its own time: a pause may come in between
             self.hand_over(kind, parts, self.clock())
+        if self.reader.within_message() and not self.closed:  # it may take long
+            self.machine.now = self.clock()
+            self.machine.heard(self.name, self.peer)
         if not data:
             self.end("", self.clock())
 
