@@ -11834,7 +11834,8 @@ def host_settings(**more):
     """What a command line sets for hosts."""
     return argparse.Namespace(**{
         "subcommand": "client", "sshlogin": [], "sshloginfile": [], "via": [], "ssh": None,
-        "python": None, "slots": 0, "local": False, "connect": None, "host": None, **more})
+        "python": None, "slots": 0, "local": False, "connect": None, "host": None,
+        "verbose": False, **more})
 
 
 class LoginsTest(unittest.TestCase):
@@ -12443,6 +12444,18 @@ class HostTest(unittest.TestCase):
         os.write(ssh.stdout, control("reconnect"))
         self.at(30.0)
         self.assertEqual(self.uplinks[0].events, ["opened", "reconnect"])
+
+    def test_a_worker_that_says_very_much(self):
+        lines = b"".join(b"testcloud: %d\n" % n for n in range(1000))
+        for verbose, shown in ((False, tc.MAX_COMPLAINTS), (True, 1000)):
+            self.hosts_of("alpha", verbose=verbose)
+            self.at(0.0)
+            self.open(self.started[-1], 1.0)
+            os.write(self.started[-1].stderr, lines)
+            self.assertEqual(len(self.at(2.0)), shown)
+            os.write(self.started[-1].stderr, lines)
+            self.assertEqual(len(self.at(4.0)), 0)
+            self.end_all()
 
     def test_stop(self):
         """Workers leave; logins end; nothing begins any more."""

@@ -9919,12 +9919,13 @@ class Hosts:
                 host.note_silence()
 
     def worker_said(self, host: Host, text: str, now: Seconds) -> None:
-        """Show what a worker says, unless others have just said the same."""
-        if now > self.said.get(text, -math.inf) + SAME_INTERVAL:
+        """Show what a worker says, unless others have just said the same, or very much."""
+        self.said = {old: at for old, at in self.said.items() if now <= at + SAME_INTERVAL}
+        if text not in self.said:
+            if len(self.said) >= MAX_COMPLAINTS and not self.settings.verbose:
+                return
             host.tell(text)
         self.said[text] = now
-        if len(self.said) > MAX_COMPLAINTS:
-            del self.said[min(self.said, key=self.said.__getitem__)]
 
     def failed(self, now: Seconds) -> None:
         if all(host.due == math.inf for host in self.hosts):
