@@ -12399,28 +12399,6 @@ class HostTest(unittest.TestCase):
         self.assertEqual(self.at(2.0), ["alpha: lost: silent for 30 seconds; trying again in 1 s"])
         self.assertEqual(self.uplinks[0].events, ["opened", "ended"])
 
-    def test_a_silent_host_is_named_and_named_again_when_it_is_heard(self):
-        self.hosts_of("alpha")
-        self.at(0.0)
-        for _ in range(9):
-            self.hosts.beat(0.0)  # a login that takes its time is no silence
-        ssh = self.started[-1]
-        self.open(ssh, 1.0)
-        self.told.clear()
-        for _ in range(4):
-            self.hosts.beat(2.0)
-        self.assertEqual(self.told, [])
-        for _ in range(3):
-            self.hosts.beat(2.0)
-        self.assertEqual(self.told, ["alpha: silent for too long: its commands run elsewhere"])
-        os.write(ssh.stdout, control())
-        self.at(3.0)
-        self.hosts.beat(3.0)
-        self.assertEqual(self.told, ["alpha: is heard again"])
-        self.told.clear()
-        self.hosts.beat(3.0)
-        self.assertEqual(self.told, [])
-
     def test_a_worker_that_heard_nothing_says_so_by_its_status(self):
         self.hosts_of("alpha")
         self.at(0.0)

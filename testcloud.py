@@ -7710,7 +7710,8 @@ OPENED, BROKEN = 2, 3  # what else a RecordReader finds
 READ_SIZE = 1024 * 1024  # bytes read from a stream at once; other streams have a turn in between
 MAX_MARK_LINE = 4096  # bytes
 BEAT_INTERVAL: Seconds = 2.0  # between keepalives on a stream
-MAX_SILENT_BEATS = 15  # then it has ended: 30 s, as long as a lost client keeps its commands
+MAX_SILENT_BEATS = 15  # then it has ended
+MAX_SILENCE: Seconds = MAX_SILENT_BEATS * BEAT_INTERVAL  # as long as the lease of a client
 
 
 class RecordReader:
@@ -7825,7 +7826,7 @@ class StreamLink(Link):
         elif self.reader.mark:
             return
         elif self.silent_beats > MAX_SILENT_BEATS:
-            self.end(f"silent for {MAX_SILENT_BEATS * BEAT_INTERVAL:g} seconds", now)
+            self.end(f"silent for {MAX_SILENCE:g} seconds", now)
         else:
             self.control()
 
@@ -9668,7 +9669,7 @@ class Host:
         self.began = self.opened_at = self.ended_at = -math.inf
         self.due: Seconds = -math.inf  # when to start; inf: it cannot be used
         self.delay = RETRY_DELAYS[0]  # before the next start
-        self.up = self.was_up = self.silent = False
+        self.up = self.was_up = False
         self.dropped = 0  # logins, before it was up
 
     def start(self, now: Seconds) -> None:
@@ -9731,18 +9732,9 @@ class Host:
         if self.was_up:
             self.tell("is back", True)
         self.up = self.was_up = True
-        self.silent = False
         self.opened_at = now
         self.said.clear()
         self.uplink.opened(self.link, now)
-
-    def note_silence(self) -> None:
-        """Tell of a silence after which the broker gives the host's commands to others."""
-        silent = self.link.silent_beats * BEAT_INTERVAL >= Times().worker_expiry
-        if self.up and silent != self.silent and not self.link.closed:
-            self.silent = silent
-            self.tell("silent for too long: its commands run elsewhere" if silent else
-                      "is heard again", True)
 
     def ended(self, why: str, now: Seconds) -> None:
         """The stream has ended. Wait for the end of ssh, for at most END_TIME."""
@@ -9916,7 +9908,6 @@ class Hosts:
         for host in self.hosts:
             if host.process is not None and not host.link.closed:
                 host.link.beat(now)
-                host.note_silence()
 
     def worker_said(self, host: Host, text: str, now: Seconds) -> None:
         """Show what a worker says, unless others have just said the same, or very much."""
@@ -10614,8 +10605,9 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
 
 def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
     """Put a broker into the client's process, and start its workers on the hosts."""
-    # a stream that has ended does not come back: its commands run elsewhere at once
-    broker = add_broker(run.loop, run.client, times_from(settings)._replace(lost_grace=0.0))
+    # a stream tells when it ends, and does not come back: a silent worker is only slow until then
+    broker = add_broker(run.loop, run.client, times_from(settings)._replace(
+        lost_grace=0.0, worker_expiry=MAX_SILENCE))
     broker.links[WORKERS] = links = PeerLinks()
 
     def none_left(now: Seconds) -> None:
