@@ -4442,7 +4442,8 @@ class World:
                              else PlainClient(actor.commands))
         elif actor.role == "broker":
             name += self.mark(actor)
-            times = self.times._replace(lost_grace=0.0) if self.hosts_only else self.times
+            times = self.times._replace(  # as in run_on_hosts()
+                lost_grace=0.0, worker_expiry=tc.MAX_SILENCE) if self.hosts_only else self.times
             actor.machine = tc.Broker(name, times, actor.wants is not None,
                                       actor.clock(self.now))
         elif actor.role == "relay":
