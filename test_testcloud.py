@@ -12216,8 +12216,10 @@ class HostTest(unittest.TestCase):
                 host, = self.hosts_of("me@alpha")
                 self.at(0.0)
                 told = self.die(self.started[-1], status, said, printed)
-                if expected is not None:
-                    self.assertEqual(told, [f"me@alpha: {expected}"])
+                if expected is not None:  # of the network it has ssh's words: which host, which port
+                    words = re.search(rb"(?m)^ssh: .*[^\r\n]", said)
+                    words = f" ({words[0].decode()})" if words else ""
+                    self.assertEqual(told, [f"me@alpha: {expected}{words}"])
                 self.assertTrue(told[0].isprintable() and len(told[0]) < 1200, told)
                 self.assertEqual(host.due, math.inf)
                 self.assertEqual(self.none_left, [0.0])

@@ -8866,7 +8866,8 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
     "--nice": (int, count, "number"), "--label": LABEL, "--need": LABEL,
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
                "host name (up to 64 characters, without spaces, / and ~)"),
-    "LOGIN": (str, str.strip, "login"), "COMMAND": (str, str.strip, "command"),
+    "LOGIN": (str, str.strip, "login"),
+    "COMMAND": (str, lambda text: text.strip() and "\n" not in text, "command"),
     "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
     "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
     "PATH": (str, lambda path: path and "\0" not in path, "path"),
@@ -9806,8 +9807,9 @@ class Host:
             return "its worker heard nothing from here for too long", True
         if status == 255 and not was_up:
             for pattern, cause in SSH_FAILURES:
-                if re.search(pattern, said):
-                    return cause.format(self.login.check, host=self.login.name), True
+                for line in filter(re.compile(pattern).search, self.said):
+                    words = f" ({printable(line, 300)})" * line.startswith("ssh: ")
+                    return cause.format(self.login.check, host=self.login.name) + words, True
             if re.search(DROPPED, said):
                 self.dropped += 1
                 return self.drop(), self.dropped >= MAX_DROPPED
