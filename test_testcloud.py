@@ -12216,7 +12216,7 @@ class HostTest(unittest.TestCase):
                 host, = self.hosts_of("me@alpha")
                 self.at(0.0)
                 told = self.die(self.started[-1], status, said, printed)
-                if expected is not None:  # of the network it has ssh's words: which host, which port
+                if expected is not None:  # of the network with the words of ssh
                     words = re.search(rb"(?m)^ssh: .*[^\r\n]", said)
                     words = f" ({words[0].decode()})" if words else ""
                     self.assertEqual(told, [f"me@alpha: {expected}{words}"])
@@ -12315,7 +12315,8 @@ class HostTest(unittest.TestCase):
                              b"ssh: connect to host alpha port 22: Connection refused\r\n", now=now)
             delays.append(host.due - now)
             self.assertEqual(told, [
-                f"alpha: {self.REFUSED}; trying again in {delays[-1]:g} s"])
+                f"alpha: {self.REFUSED} (ssh: connect to host alpha port 22: Connection refused); "
+                f"trying again in {delays[-1]:g} s"])
             now = host.due
         self.assertEqual(delays, [1, 2, 4, 8, 16, 32, 1, 2, 4, 8, 16, 32])
         self.at(now)
