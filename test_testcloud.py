@@ -4492,7 +4492,7 @@ class World:
 
         loop = types.SimpleNamespace(add=lambda *_: types.SimpleNamespace(links={}))
         actor.wants = None
-        actor.uplink = tc.RelayUplink(
+        actor.uplink = tc.Relay(
             loop, lambda adapter: adapter.links.update({BROKER: SimDealer()}))
         actor.machine = actor.uplink.machine
 
@@ -9012,10 +9012,13 @@ class ReportingTest(unittest.TestCase):
         for connected, words, wait in (
                 (None, "0/3+ done, 0 running, 0 of 2 hosts, 0 slots", ""),
                 (0, "0/3+ done, 0 running, 0 of 2 hosts, 0 slots", "waiting: no host is connected"),
-                (1, "0/3+ done, 0 running, 1 of 2 hosts, 0 slots", "")):
+                (1, "0/3+ done, 0 running, 1 of 2 hosts, 0 slots",
+                 "waiting: no host that is connected takes commands")):
             client.connected_hosts = connected
             self.assertEqual(tc.progress_text(client, 1.0), words)
             self.assertEqual(tc.slot_wait_reason(client), wait)
+        client.accepted = 1  # the broker has not told us of the slots yet
+        self.assertEqual(tc.slot_wait_reason(client), "")
 
     def test_progress(self):
         client = tc.Client("r1")
@@ -10642,7 +10645,7 @@ class RecordReaderTest(unittest.TestCase):
                 self.assertEqual(self.read([record(tc.MESSAGE, *parts)])[0], [(tc.MESSAGE, parts)])
         found, _ = self.read([tc.RECORD.pack(tc.MESSAGE, 0, tc.MAX_FRAME + 1, 0)])
         self.assertEqual(found, [(tc.BROKEN, [
-            f"sent what is no record: kind 0, sizes [0, {tc.MAX_FRAME + 1}, 0]"])])
+            f"sent an invalid record: kind 0, sizes [0, {tc.MAX_FRAME + 1}, 0]"])])
 
     def test_what_is_no_record(self):
         deep = b"[" * 200000
@@ -10656,7 +10659,7 @@ class RecordReaderTest(unittest.TestCase):
                 found, _ = self.read([good + bad])
                 self.assertEqual(found[0], (tc.MESSAGE, [b"", b"good", b""]))
                 (kind, (why,)), = found[1:]
-                self.assertEqual((kind, why[:24]), (tc.BROKEN, "sent what is no record: "))
+                self.assertEqual((kind, why[:24]), (tc.BROKEN, "sent an invalid record: "))
 
     def test_noise_before_the_mark(self):
         rest = b"\n" + record(tc.MESSAGE, body=b"READY")
@@ -11840,7 +11843,7 @@ def host_settings(**more):
     return argparse.Namespace(**{
         "subcommand": "client", "sshlogin": [], "sshloginfile": [], "via": [], "ssh": None,
         "python": None, "slots": 0, "local": False, "connect": None, "host": None,
-        "verbose": False, **more})
+        "verbose": False, "drain": 0.0, "kill_grace": 2.0, **more})
 
 
 class LoginsTest(unittest.TestCase):
@@ -12059,9 +12062,11 @@ class FakeSsh:
         return self.status
 
 
-class NoUplink(tc.Uplink):
+class NoUplink:
+    peer = b"0"
+
     def __init__(self):
-        super().__init__(Ear(), b"0")
+        self.machine = Ear()
         self.events = []
 
     def opened(self, link, now):
@@ -12459,6 +12464,16 @@ class HostTest(unittest.TestCase):
         self.assertEqual([*self.at(1.0), *self.at(1.0)], [])
         self.assertEqual((self.loop.status, len(self.started)), (143, 9))
 
+    def test_a_host_that_does_not_stop(self):
+        self.hosts_of("alpha", drain=1.0, kill_grace=2.0)
+        self.at(0.0)
+        self.open(self.started[-1], 1.0)
+        self.hosts.stop(143, 2.0)
+        self.at(6.9 + tc.CLOSE_TIME)
+        self.assertIsNone(self.loop.status)
+        self.at(7.0 + tc.CLOSE_TIME)
+        self.assertEqual(self.loop.status, 143)
+
     def test_a_second_stop_exits_at_once(self):
         self.hosts_of("alpha")
         self.at(0.0)
@@ -12468,7 +12483,7 @@ class HostTest(unittest.TestCase):
         self.assertEqual(self.loop.status, 143)
 
 
-class RelayUplinkTest(unittest.TestCase):
+class RelayTest(unittest.TestCase):
     """A Relay between a stream and a real broker's socket."""
 
     def setUp(self):
@@ -12480,7 +12495,7 @@ class RelayUplinkTest(unittest.TestCase):
         port = self.router.bind_to_random_port("tcp://127.0.0.1")
         self.loop = tc.EventLoop(sockets=True)
         self.addCleanup(self.loop.close)
-        self.uplink = tc.RelayUplink(self.loop, lambda adapter: tc.DealerLink(
+        self.uplink = tc.Relay(self.loop, lambda adapter: tc.DealerLink(
             self.loop, adapter, BROKER, f"tcp://127.0.0.1:{port}", tc.WORKER_ROLE))
         self.open()
 
@@ -12496,6 +12511,14 @@ class RelayUplinkTest(unittest.TestCase):
         self.uplink.opened(link, 0.0)
         self.until(lambda: self.dealer().up)
         self.link = link
+
+    def test_a_name_that_cannot_be_resolved_ends_the_stream_only(self):
+        def fail(adapter):
+            raise tc.SetupError("cannot find host 'hub': check its name")
+        relay, ends = tc.Relay(self.loop, fail), []
+        link = types.SimpleNamespace(end=lambda why, now: ends.append(why))
+        relay.opened(link, 0.0)
+        self.assertEqual(ends, ["cannot find host 'hub': check its name"])
 
     def dealer(self):
         return self.uplink.adapter.links[BROKER]
@@ -12948,6 +12971,8 @@ class CommandLineTest(unittest.TestCase):
         self.given_beats("--connect=h", "-S a", sshlogin=["a"], connect=None)
         self.given_beats("-S a -j 2", "-S b --slf f", sshlogin=["b"], sshloginfile=["f"], slots=2)
         self.given_beats("--via a", "--retries 2", via=["a"], retries=2)
+        self.given_beats("-S a -j 2 --ssh s", "--connect h", slots=0, ssh=None)
+        self.given_beats("-S a -j 2 --ssh s", "--local", slots=2, ssh=None)
         self.given_beats("-S a --python p --ssh s", "--local", python=None, ssh=None)
         self.given_beats("--python p --ssh s", "-S a", python="p", ssh="s")
         for wrong in ("'", "--nonsense", "a template", "-j 0"):

@@ -5329,8 +5329,11 @@ class Client(SessionMachine):
 
 def slot_wait_reason(client: Client) -> str:
     """Return why no command runs, and what to do; "" if one runs."""
-    if not client.slots and client.wanted_hosts:
-        return "waiting: no host is connected" if client.connected_hosts == 0 else ""
+    if client.wanted_hosts and not client.slots:
+        if client.accepted or client.connected_hosts is None:
+            return ""
+        return "waiting: no host " + (
+            "that is connected takes commands" if client.connected_hosts else "is connected")
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
             " that takes new commands: each is over its --max-load, is stopping, or is a "
@@ -7735,7 +7738,7 @@ class RecordReader:
             while not self.mark and self.has_record():
                 yield self.take_record()
         except (ValueError, RecursionError) as error:
-            yield BROKEN, [f"sent what is no record: {error}"]
+            yield BROKEN, [f"sent an invalid record: {error}"]
 
     def find_mark(self) -> Iterator[Tuple[int, List[Any]]]:
         before, found, rest = self.buffer.partition(self.mark)
@@ -7794,7 +7797,7 @@ class StreamLink(Link):
         self.clock = clock
         self.reader = RecordReader(mark)
         self.closed = False
-        self.unheard = False  # the other end reads no more, but what it has said may still come
+        self.half_closed = False  # the other end reads no more; what it has sent may still come
         self.silent_beats = 0  # since something came; not a time: that passes while we are stopped
 
     def write(self, data: bytes) -> None:
@@ -7821,7 +7824,7 @@ class StreamLink(Link):
     def beat(self, now: Seconds) -> None:
         """Send a keepalive; end a stream that is silent. Call this every BEAT_INTERVAL."""
         self.silent_beats += 1
-        if self.unheard:
+        if self.half_closed:
             self.end("", now)
         elif self.reader.mark:
             return
@@ -7894,7 +7897,7 @@ class PipeLink(StreamLink):
         loop.add_reader(incoming, self.read)
 
     def write(self, data: bytes) -> None:
-        if self.closed or self.unheard:
+        if self.closed or self.half_closed:
             return
         self.backlog.append(memoryview(data))
         self.backlog_bytes += len(data)
@@ -7918,7 +7921,7 @@ class PipeLink(StreamLink):
             if self.backlog_bytes > LARGE_PIPE // 4:
                 enlarge_pipe(self.outgoing)
         except OSError:
-            self.unheard = True
+            self.half_closed = True
             self.backlog.clear()
             self.loop.remove(self.outgoing)
 
@@ -7961,31 +7964,6 @@ class PeerLinks(Link):
     def send(self, outgoing: Outgoing) -> None:
         if outgoing.peer in self.links:  # else the peer is lost, as the broker will hear
             self.links[outgoing.peer].send(outgoing)
-
-
-class Relay(Machine):
-    """Passes messages between a broker and a worker on a stream, unread."""
-
-    def __init__(self, control: Callable[..., object]) -> None:
-        super().__init__()
-        self.control = control  # calls a control of the worker's end
-
-    def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: Any,
-                now: Seconds) -> None:
-        other = WORKERS if link == BROKER else BROKER
-        self.bulk.append(Outgoing(other, b"", token, body, data))
-
-    def connected(self, link: str, now: Seconds) -> None:
-        self.control("connected")
-
-    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
-        self.control("disconnected")
-
-    def refused(self, link: str, why: str, now: Seconds) -> None:
-        self.control("refused", why)
-
-    def key_changed(self, mark: str) -> None:
-        self.control("key_changed", mark)
 
 
 class SocketLink(Link):
@@ -9581,65 +9559,51 @@ def run_from_memory(text: str) -> None:
 # --- at our end
 
 
-class Uplink:
-    """The way of a worker's messages to its broker, from our end of the stream on."""
+class BrokerUplink:
+    """The way of a host's messages to the broker in our process."""
 
-    def __init__(self, machine: Machine, peer: Peer = b"") -> None:
+    def __init__(self, machine: Machine, links: PeerLinks, peer: Peer) -> None:
         self.machine = machine
+        self.links = links.links
         self.peer = peer
 
     def opened(self, link: StreamLink, now: Seconds) -> None:
         """The stream is open."""
-        raise NotImplementedError
-
-    def ended(self, now: Seconds) -> None:
-        """The stream has ended, and its worker."""
-        raise NotImplementedError
-
-    def reconnect(self) -> None:
-        """The worker asks for another connection, as its broker is silent."""
-        raise NotImplementedError
-
-
-class BrokerUplink(Uplink):
-    """To the broker in our process."""
-
-    def __init__(self, machine: Machine, links: PeerLinks, peer: Peer) -> None:
-        super().__init__(machine, peer)
-        self.links = links
-
-    def opened(self, link: StreamLink, now: Seconds) -> None:
-        self.links.links[self.peer] = link
+        self.links[self.peer] = link
         link.control("connected")
 
     def ended(self, now: Seconds) -> None:
-        if self.links.links.pop(self.peer, None):
+        """The stream has ended, and its worker."""
+        if self.links.pop(self.peer, None):
             self.machine.disconnected(WORKERS, self.peer, now)
 
     def reconnect(self) -> None:
-        if self.peer in self.links.links:
-            self.links.links[self.peer].control("connected")
+        """The worker asks for another connection, as its broker is silent."""
+        if self.peer in self.links:
+            self.links[self.peer].control("connected")
 
 
-class RelayUplink(Uplink):
-    """Through a DEALER to a broker elsewhere."""
+class Relay(Machine):
+    """The way of a host's messages to a broker elsewhere: through a DEALER, unread."""
+
+    peer = b""
 
     def __init__(self, loop: EventLoop, connect: Callable[[Adapter], None]) -> None:
-        super().__init__(Relay(self.control))
-        self.adapter = loop.add(self.machine, {})
+        super().__init__()
+        self.machine = self
+        self.adapter = loop.add(self, {})
         self.connect = connect  # gives the adapter a DealerLink
-        self.link: Optional[StreamLink] = None
+        self.link: Optional[StreamLink] = None  # while the stream is open
 
-    def control(self, *words: str) -> None:
-        if self.link:
-            self.link.control(*words)
+    # --- the stream
 
     def opened(self, link: StreamLink, now: Seconds) -> None:
         self.link = self.adapter.links[WORKERS] = link
-        if BROKER in self.adapter.links:
+        try:
             self.reconnect()
-        else:
-            self.connect(self.adapter)
+        except SetupError as error:  # the broker's name cannot be resolved just now
+            link.end(str(error), now)
+            return
         dealer = self.adapter.links[BROKER]
         if isinstance(dealer, DealerLink) and dealer.keys:
             link.control("key_changed", fingerprint(dealer.keys.pairs[WORKER_ROLE].public))
@@ -9651,13 +9615,41 @@ class RelayUplink(Uplink):
         self.link = None
 
     def reconnect(self) -> None:
-        self.adapter.links[BROKER].reconnect()
+        """Connect to the broker, anew if need be. Raises SetupError."""
+        if BROKER in self.adapter.links:
+            self.adapter.links[BROKER].reconnect()
+        else:
+            self.connect(self.adapter)
+
+    # --- events: messages go on, and the worker's end is told of our connection
+
+    def receive(self, link: str, peer: Peer, token: Run, body: bytes, data: Any,
+                now: Seconds) -> None:
+        other = WORKERS if link == BROKER else BROKER
+        self.bulk.append(Outgoing(other, b"", token, body, data))
+
+    def control(self, *words: str) -> None:
+        if self.link:
+            self.link.control(*words)
+
+    def connected(self, link: str, now: Seconds) -> None:
+        self.control("connected")
+
+    def disconnected(self, link: str, peer: Peer, now: Seconds) -> None:
+        self.control("disconnected")
+
+    def refused(self, link: str, why: str, now: Seconds) -> None:
+        self.control("refused", why)
+
+    def key_changed(self, mark: str) -> None:
+        self.control("key_changed", mark)
 
 
 class Host:
     """A host on which we start a worker, again whenever its stream has ended."""
 
-    def __init__(self, hosts: Hosts, login: Login, uplink: Uplink) -> None:
+    def __init__(self, hosts: Hosts, login: Login,
+                 uplink: Union[BrokerUplink, Relay]) -> None:
         self.hosts = hosts
         self.login = login
         self.uplink = uplink
@@ -9860,7 +9852,8 @@ class Hosts:
     """Keeps a worker running on each host. Start few at a time."""
 
     def __init__(self, loop: EventLoop, settings: argparse.Namespace, address: Optional[str],
-                 uplink: Callable[[Login], Uplink], none_left: Callable[[Seconds], None],
+                 uplink: Callable[[Login], Union[BrokerUplink, Relay]],
+                 none_left: Callable[[Seconds], None],
                  tell: Callable[[str, bool], None]) -> None:
         import zlib  # late: it is rarely needed
         self.loop = loop
@@ -9870,7 +9863,8 @@ class Hosts:
         self.tell = tell
         self.stopping = False
         self.status = 0  # of the end, when stopping
-        self.said: Dict[str, Seconds] = {}  # by text of a worker: when it was last said
+        self.stop_by: Seconds = math.inf  # when to exit at the latest
+        self.shown: Dict[str, Seconds] = {}  # by text of a worker: when it was last said
         with file_errors("read", __file__), open(__file__, encoding="utf-8") as file:
             self.program = zlib.compress(worker_program(file.read()).encode())
         self.hosts = [Host(self, login, uplink(login)) for login in settings.logins]
@@ -9903,7 +9897,7 @@ class Hosts:
                     and not self.stopping:
                 host.start(now)
                 logins += 1
-        if self.stopping and not any(host.process for host in self.hosts):
+        if now >= self.stop_by or self.stopping and not any(host.process for host in self.hosts):
             self.loop.exit(self.status)
 
     def beat(self, now: Seconds) -> None:
@@ -9913,12 +9907,12 @@ class Hosts:
 
     def worker_said(self, host: Host, text: str, now: Seconds) -> None:
         """Show what a worker says, unless others have just said the same, or very much."""
-        self.said = {old: at for old, at in self.said.items() if now <= at + SAME_INTERVAL}
-        if text not in self.said:
-            if len(self.said) >= MAX_COMPLAINTS and not self.settings.verbose:
+        self.shown = {old: at for old, at in self.shown.items() if now <= at + SAME_INTERVAL}
+        if text not in self.shown:
+            if len(self.shown) >= MAX_COMPLAINTS and not self.settings.verbose:
                 return
             host.tell(text)
-        self.said[text] = now
+        self.shown[text] = now
 
     def failed(self, now: Seconds) -> None:
         if all(host.due == math.inf for host in self.hosts):
@@ -9929,6 +9923,7 @@ class Hosts:
         if self.stopping:
             self.loop.exit(status)
         self.stopping, self.status = True, status
+        self.stop_by = now + self.settings.drain + 2 * self.settings.kill_grace + CLOSE_TIME
         for host in self.hosts:
             if host.process is not None and not host.up:
                 host.link.end("stopped", now)
@@ -9956,8 +9951,8 @@ def run_relays(settings: argparse.Namespace, logins: List[Login], address: str,
     """Run workers on hosts for a broker elsewhere."""
     settings.logins = logins
     with contextlib.closing(EventLoop(sockets=True)) as loop:
-        def uplink(login: Login) -> Uplink:
-            return RelayUplink(loop, lambda adapter: connect(
+        def uplink(login: Login) -> Relay:
+            return Relay(loop, lambda adapter: connect(
                 loop, adapter, address, WORKER_ROLE, keys, settings))
 
         def none_left(now: Seconds) -> None:
@@ -10920,7 +10915,8 @@ def parse_with_own(argv: List[str]) -> argparse.Namespace:
         if any(map(given.get, names)):
             vars(settings).update((name, given[name]) for name in names)
     if own and not names_hosts(settings):  # those of $TESTCLOUD went with its hosts
-        settings.ssh, settings.python = given["ssh"], given["python"]
+        for name in ("ssh", "python", *(["slots"] if not settings.local else [])):
+            setattr(settings, name, given[name])
     return settings
 
 
