@@ -5001,7 +5001,7 @@ class SimulationTest(unittest.TestCase):
         ("a broker does not hear of the end of a stream",
          "            self.machine.disconnected(WORKERS, self.peer, now)\n", "            pass\n"),
         ("a worker does not get another connection in place of a silent one",
-         "            self.links.links[self.peer].control(\"connected\")\n", "            pass\n"),
+         "            self.links[self.peer].control(\"connected\")\n", "            pass\n"),
         ("a relay does not pass on that it is connected",
          "        self.control(\"connected\")\n", "        pass\n"),
         ("a relay does not pass on whose key it has",
