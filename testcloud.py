@@ -9383,6 +9383,9 @@ SSH_FAILURES = (
 DROPPED = "kex_exchange_identification|Connection (closed|reset) by|MaxStartups"
 
 
+# --- logins
+
+
 class Login(NamedTuple):
     """A host as the user names it."""
 
@@ -9489,6 +9492,9 @@ def names_of(logins: List[Login]) -> str:
         known = [plural(slots, "slot")] * (slots > 0) + [f"{n} workers"] * (n > 1)
         words.append(printable(name) + (f" ({', '.join(known)})" if known else ""))
     return ", ".join(words)
+
+
+# --- what is sent before the mark
 
 
 def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields) -> str:
