@@ -272,7 +272,8 @@ class SmallWorld:
         wanted = task.constraints
         places = [(host, worker) for worker in self.scheduler.workers
                   for (host, labels), slots in worker.capacity.items()
-                  if slots and wanted.needs <= labels and host not in wanted.never_on]
+                  if slots and wanted.needs <= labels and host not in wanted.never_on
+                  and not (self.scheduler.expecting and host == wanted.not_on)]
         for meets in (lambda host, worker: host not in task.client.excluded,
                       lambda host, worker: host == wanted.on,
                       lambda host, worker: host != wanted.not_on,
@@ -314,6 +315,8 @@ class SmallWorld:
 
     def is_unplaceable(self, task):
         never, workers = task.constraints.never_on, self.scheduler.workers
+        if self.scheduler.expecting:
+            return False
         if self.eligible(task) or not never and not task.client.from_above:
             return False
         if never and any(host not in never for worker in self.scheduler.away
@@ -400,7 +403,7 @@ class SmallWorld:
     def step(self):
         r, running = self.r, [task for worker in self.workers for task in self.busy(worker)]
         there = list(self.scheduler.workers)
-        kind = r.randrange(16)
+        kind = r.randrange(17)
         if kind < 5:
             client = r.choice(self.clients)
             for _ in range(r.choice((1, 1, 2, 5))):
@@ -437,6 +440,8 @@ class SmallWorld:
                 for task in list(client.tasks.values()):
                     if task.state == tc.DELIVERED or task.state == tc.WAITING and r.random() < 0.1:
                         self.scheduler.move(task, tc.GONE, None, self.now)
+        elif kind == 16:
+            self.scheduler.expect(not self.scheduler.expecting)
         self.now += r.choice((0.0, 0.01, 1.0))
 
     def settle(self):
@@ -510,6 +515,7 @@ class SmallWorld:
     def finish(self):
         """Nobody starves: when what runs ends, what is placeable runs, in as many steps."""
         self.set_lease(True)
+        self.scheduler.expect(False)
         for worker in [*self.scheduler.away]:
             self.scheduler.add_worker(worker)
             self.scheduler.change_worker(worker, worker.slots, worker.weight, worker.capacity)
@@ -2537,6 +2543,27 @@ class OnlyElsewhereTest(unittest.TestCase):
             d.broker.registry.clients["r1"].lost.clear()
             self.submit(**wishes)
             self.expect_nowhere()
+
+    def test_it_waits_while_more_hosts_are_about_to_join(self):
+        for joins in True, False:
+            self.setUp()
+            d = self.desk
+            d.broker.expect_hosts(True, d.now)
+            self.submit()
+            d.submit(b"c", 2, attempt=2, not_on="h1")
+            d.quiet()  # a wish, too, which h1 could have after all others
+            d.submit(b"c", 3)
+            d.takes(b"w", "r1", 3)
+            d.expect(b"c", "QUEUED")
+            if joins:
+                d.join(b"v", host="h2", slots=2)
+                self.assertEqual(sorted(d.given(b"v")), [1, 2])
+            d.broker.expect_hosts(False, d.now)
+            d.collect()
+            if not joins:
+                self.expect_nowhere()
+                d.ends(b"w", "r1", 3)
+                d.takes(b"w", "r1", 2, 2)
 
     def test_it_waits_for_the_other_host_while_there_is_one(self):
         for leaves in True, False:
@@ -9019,6 +9046,9 @@ class ReportingTest(unittest.TestCase):
             self.assertEqual(tc.slot_wait_reason(client), wait)
         client.accepted = 1  # the broker has not told us of the slots yet
         self.assertEqual(tc.slot_wait_reason(client), "")
+        client.accepted, client.slots, client.expecting = 0, 4, True
+        self.assertEqual(tc.slot_wait_reason(client), "waiting for more hosts to connect: 1 of 2 "
+                                                      "are there, and cannot run what is left")
 
     def test_progress(self):
         client = tc.Client("r1")
@@ -11865,7 +11895,8 @@ class LoginsTest(unittest.TestCase):
                 self.assertEqual((login.name, login.slots, login.alias), (name, slots, alias))
                 self.assertEqual(login.command[-2:], (name, f"exec /bin/sh -c '{tc.BOOTSTRAP}'"))
                 self.assertEqual((login.command[0], login.peer), ("ssh", b"0"))
-                self.assertEqual(login.check, shlex.join(["ssh", name]))
+                self.assertEqual(login.login, shlex.join(["ssh", name]))
+                self.assertEqual(login.check, shlex.join(["ssh", name, "echo", "ok"]))
 
     def test_this_machine(self):
         for text, slots in ((":", 0), ("7/:", 7)):
@@ -11892,7 +11923,7 @@ class LoginsTest(unittest.TestCase):
             with mock.patch.dict(os.environ, TESTCLOUD_SSH="my 'good ssh' -p 2222"):
                 login = self.login("alpha", **given)
             self.assertEqual(login.command[:5], ("my", "good ssh", "-p", "2222", "-T"))
-            self.assertEqual(login.check, "my 'good ssh' -p 2222 alpha")
+            self.assertEqual(login.login, "my 'good ssh' -p 2222 alpha")
         for wrong in ("'", "  ", "a\0b"):
             with self.subTest(wrong), self.assertRaises(tc.UsageError):
                 self.login("alpha", ssh=wrong)
@@ -11903,7 +11934,7 @@ class LoginsTest(unittest.TestCase):
                          ("docker exec -i 'my box'", 2, None))
         self.assertEqual(login.command, (
             "docker", "exec", "-i", "my box", "/bin/sh", "-c", tc.BOOTSTRAP))
-        self.assertEqual(login.check, "docker exec -i 'my box' /bin/sh -c true")
+        self.assertEqual(login.check, "docker exec -i 'my box' /bin/sh -c 'echo ok'")
         for wrong in ("", "0/docker", "'", "a\0b", "ssh alpha", "/usr/bin/ssh alpha"):
             with self.subTest(wrong), self.assertRaises(tc.UsageError):
                 tc.logins_of(host_settings(via=[wrong]))
@@ -12153,7 +12184,8 @@ class HostTest(unittest.TestCase):
     CLOSED = (b"kex_exchange_identification: Connection closed by remote host\r\n"
               b"Connection closed by %s port %d\r\n")
     PROXIED = CLOSED % (b"UNKNOWN", 65535)
-    NO_KEYS = "it accepts none of your keys: copy one there with: ssh-copy-id me@alpha"
+    NO_KEYS = ("it accepts none of your keys: copy one there with ssh-copy-id me@alpha, or if it "
+               "has a passphrase, load it with ssh-add")
     UNREACHABLE = "cannot be reached: is it on, and is its address right?"
     REFUSED = "connection refused: is sshd running there, and on this port?"
     UNKNOWN = "unknown host: check its name, or define it in ~/.ssh/config"
@@ -12181,8 +12213,14 @@ class HostTest(unittest.TestCase):
         (b"No ED25519 host key is known for alpha and you have requested strict checking.\r\n"
          b"Host key verification failed.\r\n", b"", 255,
          "its host key is not known here: accept it once with: ssh me@alpha"),
-        (CHANGED, b"", 255, "its host key has changed: if you know why, remove the old one with "
-                            "ssh-keygen -R, then: ssh me@alpha"),
+        (CHANGED, b"", 255, "its host key has changed: if you know why, remove the old one "
+                            "(ssh-keygen -R), then: ssh me@alpha"),
+        (b'  remove with:\r\n  ssh-keygen -f "/k" -R "alpha"\r\n' + CHANGED, b"", 255,
+         "its host key has changed: if you know why, remove the old one (ssh-keygen -f \"/k\" -R "
+         "\"alpha\"), then: ssh me@alpha"),
+        (b"/bin/sh: 1: eval: probe='import: not found\n", b"", 2,
+         "ssh ended with status 2 (its login shell's start files read our stdin, or redefine a "
+         "command): try: ssh me@alpha echo ok"),
         (b"kex_exchange_identification: banner line contains invalid characters\r\n"
          b"banner exchange: Connection to 1.2.3.4 port 80: invalid format\r\n", b"", 255,
          "what listens there is no sshd: is the port right?"),
@@ -12200,18 +12238,20 @@ class HostTest(unittest.TestCase):
         # what only ssh's own words can tell
         (b"Unable to negotiate with 1.2.3.4 port 22: no matching host key type found. Their offer: "
          b"ssh-rsa\r\n", b"", 255, "ssh ended with status 255 (Unable to negotiate with 1.2.3.4 "
-         "port 22: no matching host key type found. Their offer: ssh-rsa): try: ssh me@alpha"),
+         "port 22: no matching host key type found. Their offer: ssh-rsa): try: ssh me@alpha echo "
+         "ok"),
         (b"WARNING: Your password has expired.\r\n"
          b"Password change required but no TTY available.\r\n", b"", 1,
          "ssh ended with status 1 (Password change required but no TTY available.): try: "
-         "ssh me@alpha"),
+         "ssh me@alpha echo ok"),
         (b"", b"This account is currently not available.\n", 1,
-         "ssh ended with status 1 (This account is currently not available.): try: ssh me@alpha"),
+         "ssh ended with status 1 (This account is currently not available.): try: ssh me@alpha "
+         "echo ok"),
         (b"no end of line", b"", 127, "ssh ended with status 127 (no end of line): try: "
-                                      "ssh me@alpha"),
-        (b"", b"", -15, "ssh killed by signal 15: try: ssh me@alpha"),
+                                      "ssh me@alpha echo ok"),
+        (b"", b"", -15, "ssh killed by signal 15: try: ssh me@alpha echo ok"),
         (b"Permission denied\n", b"", 1,  # not ssh's own
-         "ssh ended with status 1 (Permission denied): try: ssh me@alpha"),
+         "ssh ended with status 1 (Permission denied): try: ssh me@alpha echo ok"),
         (b"\x1b[2J\xff" * 200 + b"\n", b"", 2, None))
 
     def test_failures_that_last(self):
@@ -12231,17 +12271,17 @@ class HostTest(unittest.TestCase):
                 self.assertEqual(self.at(1000.0), [])  # it is not tried again
 
     def test_logins_that_are_dropped(self):
+        drops = "its sshd, or one on the way to it, drops logins (see MaxStartups)"
         for said, cause in (
-                (self.CLOSED % (b"1.2.3.4", 22), "its sshd drops logins (see MaxStartups)"),
+                (self.CLOSED % (b"1.2.3.4", 22), drops),
                 (b"Warning: Permanently added 'alpha' (ED25519) to the list of known hosts.\r\n"
-                 b"Connection reset by 1.2.3.4 port 22\r\n", "its sshd drops logins (see "
-                                                             "MaxStartups)"),
+                 b"Connection reset by 1.2.3.4 port 22\r\n", drops),
                 (b"ssh_exchange_identification: Connection closed by remote host\r\n",
-                 "its sshd drops logins (see MaxStartups)"),
+                 drops),
                 (b"kex_exchange_identification: read: Connection reset by peer\r\n",
-                 "its sshd drops logins (see MaxStartups)"),
+                 drops),
                 (b'"System is booting up."\r\nConnection closed by 1.2.3.4 port 22\r\n',
-                 'its sshd closed the connection ("System is booting up.")')):
+                 'the connection was closed before the login ("System is booting up.")')):
             with self.subTest(said):
                 host, = self.hosts_of("alpha")
                 now, delays = 0.0, []
@@ -12251,14 +12291,14 @@ class HostTest(unittest.TestCase):
                     told = self.die(self.started[-1], 255, said, now=now)
                     if host.due < math.inf:
                         delays.append(host.due - now)
-                        self.assertEqual(told, [
-                            f"alpha: {cause}; trying again in {delays[-1]:g} s"])
+                        self.assertEqual(told, [  # one is normal, and not told
+                            f"alpha: {cause}; trying again in {delays[-1]:g} s"] * (delays != [1]))
                         self.at(host.due - 0.01)
                         self.assertEqual(len(self.started), count)
                         now = host.due
                         self.at(now)
                         self.assertEqual(len(self.started), count + 1)
-                self.assertEqual(told, [f"alpha: {cause}"])
+                self.assertEqual(told, [f"alpha: {cause}; gave up after 6 tries"])
                 self.assertEqual(delays, [1.0, 2.0, 4.0, 8.0, 16.0])
 
     def test_a_host_without_python(self):
@@ -12389,7 +12429,7 @@ class HostTest(unittest.TestCase):
             self.assertIsNone(self.started[-1].status)
             told = self.at(7.0 + tc.END_TIME)
         self.assertEqual(told, ["alpha: not ready after 7 seconds: does its login shell wait for "
-                                "something? try: ssh alpha"])
+                                "something? try: ssh alpha echo ok"])
         self.assertEqual(self.started[-1].status, -9)
 
     def test_the_end_of_all_hosts(self):
@@ -12411,6 +12451,39 @@ class HostTest(unittest.TestCase):
         self.started[-1].end(0)
         self.assertEqual(self.at(2.0), ["alpha: lost: silent for 30 seconds; trying again in 1 s"])
         self.assertEqual(self.uplinks[0].events, ["opened", "ended"])
+
+    def test_a_silent_host_is_named_and_named_again_when_it_is_heard(self):
+        self.hosts_of("alpha")
+        self.at(0.0)
+        for _ in range(9):
+            self.hosts.beat(0.0)  # a login that takes its time is no silence
+        ssh = self.started[-1]
+        self.open(ssh, 1.0)
+        self.told.clear()
+        for _ in range(3):
+            self.hosts.beat(2.0)
+        self.assertEqual(self.told, [])
+        for _ in range(3):
+            self.hosts.beat(2.0)
+        self.assertEqual(self.told, ["alpha: has not answered for 8 s"])
+        os.write(ssh.stdout, control())
+        self.at(3.0)
+        self.hosts.beat(3.0)
+        self.assertEqual(self.told, ["alpha: answers again"])
+        self.told.clear()
+        self.hosts.beat(3.0)
+        self.assertEqual(self.told, [])
+
+    def test_hosts_that_are_coming(self):
+        self.hosts_of("alpha,beta")
+        self.assertTrue(self.hosts.are_coming())
+        self.at(0.0)
+        self.open(self.started[0], 1.0)
+        self.assertTrue(self.hosts.are_coming())
+        self.die(self.started[1], 1, now=2.0)  # it is given up
+        self.assertFalse(self.hosts.are_coming())
+        self.die(self.started[0], 1, now=3.0)  # it was up: it is lost, and not coming
+        self.assertFalse(self.hosts.are_coming())
 
     def test_a_worker_that_heard_nothing_says_so_by_its_status(self):
         self.hosts_of("alpha")
@@ -16272,7 +16345,7 @@ class FuzzTest(unittest.TestCase):
                 links.send(outgoing)
             check_broker(broker)
             host = Host() if host.closed else host
-        self.assertEqual({*ends}, {"", "sent what is no reco", "sent an unknown cont"})
+        self.assertEqual({*ends}, {"", "sent an invalid reco", "sent an unknown cont"})
         host = Host()
         host.received(record(tc.MESSAGE, body=tc.encode("READY", {
             "name": "good", "slots": 3, "join": 1, "running": [], "held": []})))

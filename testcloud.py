@@ -1288,6 +1288,7 @@ class Scheduler:
         self.with_slots = 0  # how many workers have slots
         self.eligible_for: Dict[Constraints, Eligible] = {}
         self.saturated: Set[FrozenSet[WorkerSlots]] = set()  # sets of workers without room
+        self.expecting = False  # more hosts are about to join
 
     # --- workers
 
@@ -1328,6 +1329,11 @@ class Scheduler:
         """Remove a worker. The caller moves its tasks."""
         self.suspend_worker(worker)
         del self.away[worker]
+
+    def expect(self, expecting: bool) -> None:
+        """Note whether more hosts are about to join. Tasks that need another host wait for them."""
+        self.expecting = expecting
+        self.note_capacity_change()
 
     def note_capacity_change(self) -> None:
         """Drop the caches and reservations, which a change of capacity makes wrong."""
@@ -1418,7 +1424,10 @@ class Scheduler:
             return None
         if not self.has_labels(constraints.needs):  # not cached: a client can name any label
             return frozenset()
-        constraints = constraints._replace(excluded=excluded)
+        never_on = constraints.never_on
+        if self.expecting and constraints.not_on:
+            never_on |= {constraints.not_on}
+        constraints = constraints._replace(excluded=excluded, never_on=never_on)
         if constraints not in self.eligible_for:
             if len(self.eligible_for) >= MAX_CACHED_CONSTRAINTS:
                 self.eligible_for.clear()
@@ -1438,6 +1447,8 @@ class Scheduler:
         """Return whether the task fits no worker and must not wait for one. Only tasks with
         never_on, or from the broker above, must not wait."""
         never_on = task.constraints.never_on
+        if self.expecting:
+            return False
         if never_on:
             if any(host not in never_on for worker in self.away for host, _ in worker.capacity):
                 return False  # its host may come back
@@ -2106,6 +2117,14 @@ class Dispatcher(Machine):
         """Lose those tasks of these clients that no worker here may run."""
         for task in self.scheduler.unplaceable(clients):
             self.lose_unplaceable(task)
+
+    def expect_hosts(self, expecting: bool, now: Seconds) -> None:
+        """Note whether more hosts are about to join."""
+        if expecting != self.scheduler.expecting:
+            self.now = now
+            self.scheduler.expect(expecting)
+            self.lose_unplaceable_of([*self.registry.clients.values()])
+            self.settle()
 
     def lose_unplaceable(self, task: Task) -> None:
         if task.constraints.never_on:
@@ -4907,6 +4926,7 @@ class Client(SessionMachine):
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
         self.wanted_hosts = 0  # of -S; 0 with a broker elsewhere
         self.connected_hosts: Optional[int] = None  # None: the first logins are under way
+        self.expecting = False  # more hosts are about to connect
         self.lacks = ""  # a missing worker, in words
         self.long_pause: Tuple[Seconds, Seconds] = (0, 0)  # over the lease; until when to tell it
         # the end of the run
@@ -5347,6 +5367,9 @@ def slot_wait_reason(client: Client) -> str:
     if absent.commands:
         return (f"waiting for {absent.hosts()} to come back: "
                 f"{plural(len(absent.commands), 'command')} could not be started elsewhere")
+    if client.expecting:
+        return (f"waiting for more hosts to connect: {client.connected_hosts} of "
+                f"{client.wanted_hosts} are there, and cannot run what is left")
     which = str(client.slots)
     if client.options.needs:
         which = f"of workers with {label_words(client.options.needs)}"
@@ -9344,6 +9367,7 @@ PYTHONS = ("python3", *(f"python3.{minor}" for minor in range(13, PYTHON[1] - 1,
 NO_PYTHON = "no python"  # stands behind the mark, before versions that are too old
 SSH_OPTIONS = (
     "-T", "-x", "-o", "ClearAllForwardings=yes",  # only stdin and stdout
+    "-o", "RemoteCommand=none",  # not that of the user's configuration
     "-o", "BatchMode=yes",  # never ask for a password
     "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 
@@ -9358,6 +9382,7 @@ MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
 WORKER_SETTINGS: Fields = {  # options of a worker that reach a host; a client's has these defaults
     "weight": 0, "label": [], "max_load": math.inf, "nice": 0, "drain": 0.0, "wait": math.inf,
     "verbose": False}
+SILENT_BEATS = 4  # of a host, before the user hears of it
 SAME_INTERVAL: Seconds = 5.0  # in which workers say the same once
 HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
 
@@ -9372,11 +9397,12 @@ SSH_FAILURES = (
     ("UNPROTECTED PRIVATE KEY FILE",
      "ssh ignores a private key that others may read: chmod 600 it, then: {}"),
     ("REMOTE HOST IDENTIFICATION HAS CHANGED",
-     "its host key has changed: if you know why, remove the old one with ssh-keygen -R, then: {}"),
+     "its host key has changed: if you know why, remove the old one ({keygen}), then: {}"),
     ("Host key verification failed|No .*host key is known",
      "its host key is not known here: accept it once with: {}"),
     ("Permission denied|Too many authentication failures",
-     "it accepts none of your keys: copy one there with: ssh-copy-id {host}"),
+     "it accepts none of your keys: copy one there with ssh-copy-id {host}, or if it has a "
+     "passphrase, load it with ssh-add"),
     ("Connection refused", "connection refused: is sshd running there, and on this port?"),
     ("timed out|No route to host|Network is unreachable|Host is down",
      "cannot be reached: is it on, and is its address right?"))
@@ -9392,7 +9418,8 @@ class Login(NamedTuple):
     name: str  # in messages
     slots: int  # 0: the CPUs there
     command: Tuple[str, ...]  # that runs BOOTSTRAP there
-    check: str  # a command to try by hand
+    check: str  # a command to try by hand: it prints ok
+    login: str = ""  # by hand, with ssh
     alias: Optional[str] = None  # its name in results; None: its own
     python: str = ""  # for sh; "": the one of --python, or the first that is new enough
     peer: Peer = b""
@@ -9433,7 +9460,7 @@ def read_logins(path: str) -> List[str]:
     if path == "..":
         config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
         path = os.path.join(config, "testcloud", "sshloginfile")
-    with file_errors("read", path), open(path, encoding="utf-8", errors="replace") as file:
+    with file_errors("read", path), open(path, encoding="utf-8-sig", errors="replace") as file:
         return [line.partition("#")[0].strip() for line in file]
 
 
@@ -9463,7 +9490,7 @@ def parse_login(text: str, settings: argparse.Namespace) -> Login:
     """Return the host of a LOGIN. Raises UsageError."""
     slots, host = split_slots(text, settings)
     if host == ":":
-        return Login("this machine", slots, ("/bin/sh", "-c", BOOTSTRAP), "/bin/sh -c true",
+        return Login("this machine", slots, ("/bin/sh", "-c", BOOTSTRAP), "/bin/sh -c 'echo ok'",
                      python=shlex.quote(sys.executable))
     if not re.fullmatch(r"(ssh://)?[^\s\0/-][^\s\0/]*", host):
         raise UsageError(f"-S {printable(text)}: write [N/][user@]host; options of ssh belong into "
@@ -9471,7 +9498,8 @@ def parse_login(text: str, settings: argparse.Namespace) -> Login:
     ssh = split_command(settings.ssh or os.environ.get("TESTCLOUD_SSH") or "ssh", "--ssh")
     alias = re.sub(r"^ssh://(.*?)(:[0-9]+)?$", r"\1", host).rpartition("@")[2]
     return Login(host, slots, (*ssh, *SSH_OPTIONS, host, f"exec /bin/sh -c '{BOOTSTRAP}'"),
-                 shlex.join([*ssh, host]), alias if VALUE_TYPES["--host"][1](alias) else None)
+                 shlex.join([*ssh, host, "echo", "ok"]), shlex.join([*ssh, host]),
+                 alias if VALUE_TYPES["--host"][1](alias) else None)
 
 
 def parse_via(text: str, settings: argparse.Namespace) -> Login:
@@ -9482,7 +9510,7 @@ def parse_via(text: str, settings: argparse.Namespace) -> Login:
         raise UsageError("--via cannot use ssh, whose login shell reads all words anew: write -S "
                          "HOST (options of ssh: in ~/.ssh/config, or --ssh 'ssh -p 2222')")
     return Login(printable(command), slots, (*words, "/bin/sh", "-c", BOOTSTRAP),
-                 f"{command} /bin/sh -c true")
+                 f"{command} /bin/sh -c 'echo ok'")
 
 
 def names_of(logins: List[Login]) -> str:
@@ -9668,7 +9696,7 @@ class Host:
         self.began = self.opened_at = self.ended_at = -math.inf
         self.due: Seconds = -math.inf  # when to start; inf: it cannot be used
         self.delay = RETRY_DELAYS[0]  # before the next start
-        self.up = self.was_up = False
+        self.up = self.was_up = self.silent = False
         self.dropped = 0  # logins, before it was up
 
     def start(self, now: Seconds) -> None:
@@ -9729,11 +9757,20 @@ class Host:
     def opened(self, now: Seconds) -> None:
         self.read_stderr(now)  # what was said before is of no interest any more
         if self.was_up:
-            self.tell("is back", True)
+            self.tell("is back")
         self.up = self.was_up = True
+        self.silent = False
         self.opened_at = now
         self.said.clear()
         self.uplink.opened(self.link, now)
+
+    def note_silence(self) -> None:
+        """Tell when the host has been silent for long, and when it is heard again."""
+        silent = self.link.silent_beats >= SILENT_BEATS
+        if self.up and silent != self.silent and not self.link.closed:
+            self.silent = silent
+            self.tell(f"has not answered for {SILENT_BEATS * BEAT_INTERVAL:g} s" if silent else
+                      "answers again")
 
     def ended(self, why: str, now: Seconds) -> None:
         """The stream has ended. Wait for the end of ssh, for at most END_TIME."""
@@ -9774,7 +9811,8 @@ class Host:
 
     def try_later(self, cause: str, now: Seconds) -> None:
         self.due = now + self.delay
-        self.tell(f"{cause}; trying again in {self.delay:g} s", True)
+        if self.was_up or self.dropped != 1:  # once is normal: others log in at the same time
+            self.tell(f"{cause}; trying again in {self.delay:g} s")
         self.delay = min(2 * self.delay, RETRY_DELAYS[1])
 
     def kill(self) -> Optional[int]:
@@ -9807,24 +9845,31 @@ class Host:
             for pattern, cause in SSH_FAILURES:
                 for line in filter(re.compile(pattern).search, self.said):
                     words = f" ({printable(line, 300)})" * line.startswith("ssh: ")
-                    return cause.format(self.login.check, host=self.login.name) + words, True
+                    keygen = next((line for line in self.said if line.startswith("ssh-keygen ")),
+                                  "ssh-keygen -R")
+                    return cause.format(self.login.login, host=self.login.name,
+                                        keygen=printable(keygen)) + words, True
             if re.search(DROPPED, said):
                 self.dropped += 1
-                return self.drop(), self.dropped >= MAX_DROPPED
+                if self.dropped < MAX_DROPPED:
+                    return self.why_dropped(), False
+                return f"{self.why_dropped()}; gave up after {self.dropped} tries", True
         noise = [] if was_up else to_text(bytes(self.link.reader.buffer)).split("\n")
         last = [lines[-1:] for lines in ([*filter(str.strip, noise)], [*self.said])]
         words = printable("; ".join(itertools.chain(*last)), 300)
         ended = "closed its stdout" if status is None else f"killed by signal {-status}" \
             if status < 0 else f"ended with status {status}"
+        if "probe=" in words:  # sh complains of our script
+            words = "its login shell's start files read our stdin, or redefine a command"
         cause = f"{self.login.command[0]} {ended}" + (f" ({words})" if words else "")
         return cause if was_up else f"{cause}: try: {self.login.check}", True
 
-    def drop(self) -> str:
+    def why_dropped(self) -> str:
         """Return why sshd, or a program on the way to it, has dropped the login."""
         reasons = [line for line in self.said if not re.search(DROPPED + "|^Warning: ", line)]
         if reasons:
-            return f"its sshd closed the connection ({printable(reasons[-1], 300)})"
-        return "its sshd drops logins (see MaxStartups)"
+            return f"the connection was closed before the login ({printable(reasons[-1], 300)})"
+        return "its sshd, or one on the way to it, drops logins (see MaxStartups)"
 
     def no_python(self, found: str) -> str:
         given, found = printable(self.hosts.settings.python or ""), printable(found, 300)
@@ -9910,6 +9955,7 @@ class Hosts:
         for host in self.hosts:
             if host.process is not None and not host.link.closed:
                 host.link.beat(now)
+                host.note_silence()
 
     def worker_said(self, host: Host, text: str, now: Seconds) -> None:
         """Show what a worker says, unless others have just said the same, or very much."""
@@ -9919,6 +9965,10 @@ class Hosts:
                 return
             host.tell(text)
         self.shown[text] = now
+
+    def are_coming(self) -> bool:
+        """Return whether a host may still come up for the first time."""
+        return any(not host.was_up and host.due < math.inf for host in self.hosts)
 
     def failed(self, now: Seconds) -> None:
         if all(host.due == math.inf for host in self.hosts):
@@ -10582,26 +10632,28 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         return client_run.run()
 
 
-def add_broker(loop: EventLoop, client: Client, times: Times) -> Adapter:
-    """Put a broker into the client's process, and link them. Return the broker's adapter."""
+def add_broker(loop: EventLoop, client: Client, times: Times) -> Tuple[Broker, Adapter]:
+    """Put a broker into the client's process, and link them. Return it with its adapter."""
     # forever, in seconds: a stopped process stops both alike
     broker = Broker("local", times._replace(client_lease=1e9), now=time.monotonic())
-    adapter = loop.add(broker, {})
+    # what it logs for an operator is of interest with --verbose only
+    adapter = loop.add(broker, {Log: lambda effect: logging.info("%s", effect.text)})
     adapter.links[CLIENTS] = LocalLink(client, BROKER, b"")
     loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
     loop.post(lambda now: client.connected(BROKER, now))
-    return adapter
+    return broker, adapter
 
 
 def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
                 subreaper: bool) -> Runner:
     """Put a broker and a worker into the client's process. Returns the worker's runner."""
     forever = 1e9  # seconds: a stopped process stops all three alike
-    broker = add_broker(loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
+    broker, broker_adapter = add_broker(
+        loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
     worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
     adapter, runner = attach_runner(loop, worker, subreaper)
-    adapter.links[BROKER] = LocalLink(broker.machine, WORKERS, b"worker")
-    broker.links[WORKERS] = LocalLink(worker, BROKER, b"")
+    adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
+    broker_adapter.links[WORKERS] = LocalLink(worker, BROKER, b"")
     loop.post(lambda now: worker.connected(BROKER, now))
     return runner
 
@@ -10609,9 +10661,9 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
 def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
     """Put a broker into the client's process, and start its workers on the hosts."""
     # a stream tells when it ends, and does not come back: a silent worker is only slow until then
-    broker = add_broker(run.loop, run.client, times_from(settings)._replace(
+    broker, adapter = add_broker(run.loop, run.client, times_from(settings)._replace(
         lost_grace=0.0, worker_expiry=MAX_SILENCE))
-    broker.links[WORKERS] = links = PeerLinks()
+    adapter.links[WORKERS] = links = PeerLinks()
 
     def none_left(now: Seconds) -> None:
         run.tell("none of the hosts can be used: giving up", True)
@@ -10622,10 +10674,14 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
     def count_hosts(now: Seconds) -> None:
         if links.links or now > began + 2 * LOGIN_TIME:
             run.client.connected_hosts = len(links.links)
+        coming = hosts.are_coming() or len(broker.registry.workers) < len(links.links)
+        run.client.expecting = coming and now < began + HOST_WAIT
+        broker.expect_hosts(run.client.expecting, now)
     run.client.wanted_hosts = len(settings.logins)
     run.loop.every(HOST_INTERVAL, count_hosts)
-    return Hosts(run.loop, settings, None, lambda login: BrokerUplink(
-        broker.machine, links, login.peer), none_left, run.tell)
+    hosts = Hosts(run.loop, settings, None, lambda login: BrokerUplink(
+        broker, links, login.peer), none_left, run.tell)
+    return hosts
 
 
 # --- the end of the run
