@@ -15465,7 +15465,7 @@ class SshTest(OverHosts, unittest.TestCase):
                 "denied": {"User": "nobody-of-this-name"}, "changed": {"HostKeyAlias": "changed"},
                 "refused": {"Port": closed.getsockname()[1]},
                 "new": {"UserKnownHostsFile": "/dev/null"}})
-            wanted = {"denied": "ssh-copy-id", "changed": "ssh-keygen -R",
+            wanted = {"denied": "ssh-copy-id", "changed": "ssh-keygen -f .* -R",
                       "new": "accept it once with: .*ssh -F .* new$",
                       "refused": "connection refused: is sshd running"}
             self.check_bad_hosts(wanted)
