@@ -16552,18 +16552,20 @@ class DocumentsTest(unittest.TestCase):
         broker = cloud.broker()
         folder = os.path.join(cloud.dir, "here")
         for name in ("tests/test_a.py", "tests/test_b.py", "tests/ATest.php", "a.png", "x y.png",
-                     "run.sh", "bin/"):
+                     "run.sh", "bin/", ".venv/bin/"):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             if not name.endswith("/"):
                 pathlib.Path(folder, name).touch()
         shutil.copy(SCRIPT, folder)
-        for name in ("pytest", "convert", "make", "gzip", "phpunit", "go", "git", "shellcheck"):
-            program = pathlib.Path(folder, "bin", name)
+        for name in ("bin/pytest", "bin/convert", "bin/make", "bin/gzip", "bin/phpunit", "bin/go",
+                     "bin/git", "bin/shellcheck", ".venv/bin/pytest"):
+            program = pathlib.Path(folder, name)
             program.write_text(f'#!/bin/sh\necho "$0 $*" | tee -a {cloud.dir}/called\n'
                                f'case "$*" in *.png) : > "$2";; *collect*) echo a.py::b; esac\n')
             program.chmod(0o755)
         path = f"{folder}/bin:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-        env = dict(os.environ, TESTCLOUD_BROKER=broker.clients, HOME=cloud.dir, PATH=path)
+        env = dict(os.environ, TESTCLOUD_BROKER=broker.clients, HOME=cloud.dir, PATH=path,
+                   TESTCLOUD_SSH="false")  # no such hosts: only this machine
         cloud.worker(broker, "-j", "2", env=env)
         blocks = re.findall(r"^```sh\n(.*?)^```", self.readme().replace("\\\n", " "), re.M | re.S)
         lines = [line for block in blocks if "&\n" not in block for line in block.splitlines()]
