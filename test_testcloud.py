@@ -7718,6 +7718,18 @@ class ClientTest(unittest.TestCase):
         self.result(7, 2, 0, host="i")
         self.assertEqual((self.client.reported, self.client.failed), (7, 0))
 
+    def test_an_excluded_host_is_named_with_the_last_reason(self):
+        for more, words in (({"reason": "cannot enter directory /x"}, "cannot enter directory /x"),
+                            ({"stdout": "hello\nsh: x: not found\n"}, "sh: x: not found")):
+            self.setUp()
+            self.join()
+            self.add(*"abc", end=True)
+            for id in range(1, tc.EXCLUDE_AFTER + 1):
+                self.result(id, 1, 127, host="h", **more)
+                self.result(id, 2, 0, host="i")
+            said, = [e.text for e in self.bench.effects if isinstance(e, tc.Notice)]
+            self.assertTrue(said.endswith(f" (the last one: {words})"), said)
+
     def test_a_host_on_which_alone_commands_fail_is_excluded(self):
         self.client = tc.Client("r1", options=tc.RunOptions(tries=3))
         b = self.bench = Bench(self.client)

@@ -4520,6 +4520,7 @@ class Try(NamedTuple):
     size: int = 0  # bytes of its output, if that is not reported
     output: bytes = b""  # the end of that output
     ran: bool = False  # its worker says that it was started
+    reason: str = ""  # why it could not be run, or was stopped
 
     @property
     def did_start(self) -> bool:
@@ -4536,7 +4537,7 @@ def try_of(fields: Fields) -> Try:
     """Return the try that a RESULT describes, without its output."""
     return Try(fields["exitcode"], fields.get("host", "?"), fields.get("worker", ""),
                fields.get("slot", 0), fields.get("started", 0.0), fields.get("time", 0.0),
-               ran=fields.get("ran", False))
+               ran=fields.get("ran", False), reason=fields.get("reason", ""))
 
 
 def with_last_words(one: Try, fields: Fields, room: int) -> Try:
@@ -5167,9 +5168,12 @@ class Client(SessionMachine):
         self.effects.append(FinalResult(command, result, output, result is command.provisional))
         for host, why in self.retry_policy.learn(command.verdict, tries).items():
             self.send_excluded()
+            last = [one for one in tries if one.host == host][-1]
+            words = last.reason or last.last_words().strip().rpartition("\n")[2]
             self.effects.append(Notice(
                 f"EXCLUDING host {printable(host)} for the rest of this run, if there are others: "
-                f"{EXCLUDE_AFTER} commands {why}"))
+                f"{EXCLUDE_AFTER} commands {why}" + (
+                    f" (the last one: {printable(words, 300)})" if words else "")))
 
     @property
     def failures(self) -> int:
