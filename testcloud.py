@@ -4121,6 +4121,9 @@ class Launcher:
         """Start a job's command. Return its pid and output pipes. Raises OSError, ValueError."""
         apart = b" " if job.cmd[:1] in ("-", "+") else b""  # else the shell reads an option
         argv = [to_bytes(shell_path(job.shell)), b"-c", apart + to_bytes(job.cmd)]
+        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit:  # we have raised ours
+            argv = [b"/bin/sh", b"-c", b'ulimit -Sn "$0"; exec "$@"', b"%d" % self.file_limit[0],
+                    *argv]
         pipes: List[Tuple[int, int]] = []
         ours: Tuple[int, ...] = ()
         try:
@@ -4128,7 +4131,6 @@ class Launcher:
                 pipes.append(os.pipe())
             cwd = None if job.cwd is None else to_bytes(job.cwd)
             pid = self.spawn(argv, self.variables(job, slot), cwd, pipes[0][1], pipes[-1][1])
-            self.restore_file_limit(pid)
             ours = tuple(pipe for pipe, _ in pipes)
             return pid, ours
         finally:
@@ -4154,12 +4156,6 @@ class Launcher:
                "TESTCLOUD_SLOT": str(slot), "TESTCLOUD_WORKER": self.worker,
                "PWD": job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")}
         return {to_bytes(name): to_bytes(value) for name, value in {**job.env, **own}.items()}
-
-    def restore_file_limit(self, pid: int) -> None:
-        """Undo raise_file_limit() for a command. (ulimit in the shell is slower.)"""
-        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit:
-            with contextlib.suppress(OSError, AttributeError):  # not Linux
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, self.file_limit)
 
 
 def enlarge_pipe(pipe: int) -> None:
