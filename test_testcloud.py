@@ -12549,6 +12549,18 @@ class HostTest(unittest.TestCase):
         self.assertEqual([*self.at(1.0), *self.at(1.0)], [])
         self.assertEqual((self.loop.status, len(self.started)), (143, 9))
 
+    def test_the_end_of_a_client_names_the_hosts_that_it_waits_for(self):
+        self.hosts_of("alpha,beta")
+        self.at(0.0)
+        for ssh in self.started:
+            self.open(ssh, 1.0)
+        self.started[1].end(0)
+        self.told.clear()
+        with mock.patch.multiple(tc, NOTICE_DELAY=0.02, CLOSE_TIME=0.1):
+            self.hosts.close()
+        self.assertEqual(self.told, ["waiting 0.1 s for the workers to end on alpha"])
+        self.assertEqual(self.started[0].status, -signal.SIGKILL)
+
     def test_a_host_that_does_not_stop(self):
         self.hosts_of("alpha", drain=1.0, kill_grace=2.0)
         self.at(0.0)

@@ -9994,11 +9994,15 @@ class Hosts:
                 host.link.stop_writing()
             elif host.process is not None:
                 host.finish(time.monotonic())
-        deadline = time.monotonic() + CLOSE_TIME
+        began, said = time.monotonic(), False
         while any(host.process for host in self.hosts):
             now = time.monotonic()
+            if now > began + NOTICE_DELAY and not said:
+                said = True
+                left = names_of([host.login for host in self.hosts if host.process])
+                self.tell(f"waiting {CLOSE_TIME:g} s for the workers to end on {left}", False)
             for host in self.hosts:
-                host.wait_for_end(now, now >= deadline)
+                host.wait_for_end(now, now >= began + CLOSE_TIME)
             time.sleep(0.005)
 
 
