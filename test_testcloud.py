@@ -8754,7 +8754,7 @@ class ReportingTest(unittest.TestCase):
                          ("a '☃", "1☃\n", 3, "FAIL", 8.14))
         self.assertEqual((row["tries"], row["slot"], row["seq"]), ([{
             "exitcode": 1, "host": "i", "worker": "", "slot": 0, "started": 0.0, "time": 0.0,
-            "output": ""}], 2, 2))
+            "reason": "", "output": ""}], 2, 2))
         self.assertEqual({*row}, {
             "seq", "command", "exitcode", "verdict", "only_on", "host", "worker", "slot", "started",
             "time", "signal", "reason", "tries", "output"})
