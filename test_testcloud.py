@@ -3217,7 +3217,7 @@ class MisbehavingPeersTest(unittest.TestCase):
                     d.expect(peer, "ERROR")
                 self.assertEqual(len(d.logs), 1)
                 d.logs.clear()
-                d.broker.complaints.clear()
+                d.broker.complaints.until.clear()
         self.assertEqual((len(d.broker.registry.clients), len(d.broker.registry.workers)), (1, 1))
         d.submit(b"c", 1)
         d.takes(b"w", "r1", 1)

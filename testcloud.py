@@ -636,6 +636,24 @@ def batch_lines(lines: List[bytes], limit: int) -> Iterator[bytes]:
     yield b"\n".join(batch)
 
 
+class RecentTexts:
+    """Texts that came within the last `interval` seconds. They are not shown again."""
+
+    def __init__(self, interval: Seconds) -> None:
+        self.interval = interval
+        self.until: Dict[str, Seconds] = {}  # by text
+
+    def is_new(self, text: str, now: Seconds, limit: float) -> bool:
+        """Note that a text has come. Return whether to show it: it is not among the recent texts,
+        and these are fewer than `limit`."""
+        self.until = {old: until for old, until in self.until.items() if until > now}
+        known = text in self.until
+        if not known and len(self.until) >= limit:
+            return False
+        self.until[text] = now + self.interval
+        return not known
+
+
 class Machine:
     """Base of broker, worker and client: lines in, lines out, one table of handlers."""
 
@@ -651,8 +669,7 @@ class Machine:
         self.now: Seconds = 0.0  # the time of the present event
         self.wait = Wait()
         self.last_complaint = ""  # the reason in the last ERROR from a peer
-        # by reason of bad messages: until when it is not logged again
-        self.complaints: Dict[str, Seconds] = {}
+        self.complaints = RecentTexts(COMPLAINT_INTERVAL)  # the reasons of bad messages
 
     def say(self, link: str, peer: Peer, token: Run, verb: str,
             fields: Optional[Fields] = None) -> None:
@@ -699,12 +716,8 @@ class Machine:
 
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
         """Answer a bad message with ERROR, and log it. A bad ERROR gets no answer."""
-        self.complaints = {old: until for old, until in self.complaints.items() if until > self.now}
-        known = reason in self.complaints
-        if known or len(self.complaints) < MAX_COMPLAINTS:
-            self.complaints[reason] = self.now + COMPLAINT_INTERVAL
-            if not known:
-                self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+        if self.complaints.is_new(reason, self.now, MAX_COMPLAINTS):
+            self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
         if not line.startswith(b"ERROR"):
             self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
 
@@ -9364,6 +9377,7 @@ BOOT = ("import sys, zlib; code = zlib.decompress(sys.stdin.buffer.read({size}))
         "names = {{'__name__': 'testcloud'}}; exec(compile(code, 'testcloud.py', 'exec'), names); "
         "names['run_from_memory'](sys.argv[1])")
 PYTHONS = ("python3", *(f"python3.{minor}" for minor in range(13, PYTHON[1] - 1, -1)))
+NONE_LEFT = "none of the hosts can be used: giving up"
 NO_PYTHON = "no python"  # stands behind the mark, before versions that are too old
 SSH_OPTIONS = (
     "-T", "-x", "-o", "ClearAllForwardings=yes",  # only stdin and stdout
@@ -9915,7 +9929,7 @@ class Hosts:
         self.stopping = False
         self.status = 0  # of the end, when stopping
         self.stop_by: Seconds = math.inf  # when to exit at the latest
-        self.shown: Dict[str, Seconds] = {}  # by text of a worker: when it was last said
+        self.shown = RecentTexts(SAME_INTERVAL)  # what workers said
         with file_errors("read", __file__), open(__file__, encoding="utf-8") as file:
             self.program = zlib.compress(worker_program(file.read()).encode())
         self.hosts = [Host(self, login, uplink(login)) for login in settings.logins]
@@ -9959,12 +9973,8 @@ class Hosts:
 
     def worker_said(self, host: Host, text: str, now: Seconds) -> None:
         """Show what a worker says, unless others have just said the same, or very much."""
-        self.shown = {old: at for old, at in self.shown.items() if now <= at + SAME_INTERVAL}
-        if text not in self.shown:
-            if len(self.shown) >= MAX_COMPLAINTS and not self.settings.verbose:
-                return
+        if self.shown.is_new(text, now, math.inf if self.settings.verbose else MAX_COMPLAINTS):
             host.tell(text)
-        self.shown[text] = now
 
     def are_coming(self) -> bool:
         """Return whether a host may still come up for the first time."""
@@ -10016,7 +10026,7 @@ def run_relays(settings: argparse.Namespace, logins: List[Login], address: str,
                 loop, adapter, address, WORKER_ROLE, keys, settings))
 
         def none_left(now: Seconds) -> None:
-            print_notice("none of the hosts can be used: giving up")
+            print_notice(NONE_LEFT)
             loop.exit(3)
         with contextlib.closing(Hosts(loop, settings, address, uplink, none_left,
                                       lambda text, error: print_notice(text))) as hosts:
@@ -10670,7 +10680,7 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
     adapter.links[WORKERS] = links = PeerLinks()
 
     def none_left(now: Seconds) -> None:
-        run.tell("none of the hosts can be used: giving up", True)
+        run.tell(NONE_LEFT, True)
         run.client.cancel(3, now)
 
     began = time.monotonic()
