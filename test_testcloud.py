@@ -53,6 +53,7 @@ import tracemalloc
 import types
 import unittest
 import xml.etree.ElementTree as ET
+import zlib
 from collections import Counter, OrderedDict, deque
 from unittest import mock
 
@@ -242,6 +243,83 @@ class MessagesTest(unittest.TestCase):
         machine.say(CLIENTS, b"d", "", "OK")
         self.assertEqual(machine.take()[0], [tc.Outgoing(CLIENTS, b"d", "", b"OK", b""), chunk])
         self.assertEqual(machine.take(), ([], []))
+
+
+# === Trees ============================================================================
+
+
+def file_entry(path, content=b"", mode=0o644, mtime=0):
+    return tc.Entry(path, tc.FILE, mode, len(content), hashlib.sha256(content).hexdigest(), mtime)
+
+
+def directory_entry(path, mode=0o755):
+    return tc.Entry(path, tc.DIRECTORY, mode, 0, "", 0)
+
+
+def link_entry(path, target):
+    return tc.Entry(path, tc.LINK, 0, 0, target, 0)
+
+
+class TreesTest(unittest.TestCase):
+
+    def tree(self):
+        return tc.make_tree({"origin": "me", "name": "demo"}, [
+            file_entry("a.txt", b"hello"), file_entry("b/c", b"12345678"), directory_entry("b"),
+            directory_entry("a"), file_entry("a/empty"), link_entry("z", "b/c"),
+            file_entry("a/\udcff\n", b"xyz")])
+
+    def test_a_manifest_is_read_as_it_was_written(self):
+        tree = self.tree()
+        again = tc.parse_tree(tree.manifest)
+        self.assertEqual((again.head, again.entries, again.id, again.offsets),
+                         (tree.head, tree.entries, tree.id, tree.offsets))
+        self.assertEqual([entry.path for entry in tree.entries],
+                         ["a", "a.txt", "a/empty", "a/\udcff\n", "b", "b/c", "z"])
+        self.assertEqual(tree.size, 16)
+
+    def test_spans_and_pieces_are_inverse(self):
+        tree = self.tree()
+        start = len(tree.manifest)
+        self.assertEqual(tree.spans_of([0, 1, 2, 3]), [(start, 8)])
+        self.assertEqual(tree.spans_of([1, 5]), [(start, 5), (start + 8, 8)])
+        self.assertEqual([*tree.pieces_of([(start, 16)])], [(1, 0, 5), (3, 0, 3), (5, 0, 8)])
+        self.assertEqual([*tree.pieces_of([(start + 4, 2), (start + 15, 9)])],
+                         [(1, 4, 1), (3, 0, 1), (5, 7, 1)])
+        self.assertEqual([*tree.pieces_of([(0, start), (10**9, 5)])], [])
+        for seed in range(200):
+            rng = random.Random(seed)
+            offset, size = rng.randrange(start + 20), rng.randrange(20)
+            covered = sum(size for _, _, size in tree.pieces_of([(offset, size)]))
+            inside = max(0, min(offset + size, start + 16) - max(offset, start))
+            self.assertEqual(covered, inside, seed)
+
+    def test_hostile_manifests(self):
+        def packed(value):
+            return zlib.compress(json.dumps(value).encode())
+        good = [*file_entry("x")]
+        for what, manifest in {
+                "no manifest": b"nonsense", "no manifest: ": packed(7), "head": packed([7, []]),
+                "bytes": zlib.compress(b"[" + b" " * (tc.MAX_MANIFEST + 1)),
+                "is the limit": packed([{}, [0] * (tc.MAX_ENTRIES + 1)]),
+                "head is": packed([{"setup": 7}, []])}.items():
+            with self.subTest(what), self.assertRaises(tc.TreeError) as raised:
+                tc.parse_tree(manifest)
+            self.assertIn(what.split(":")[0].split()[-1], str(raised.exception))
+        self.assertEqual(tc.parse_tree(packed([{}, [good]])).entries[0].path, "x")
+        for at, values in enumerate((
+                ("", "/x", "../x", "a/../x", "./x", "a//x", "x/", "\0", 7, None), ("x", 1, "d"),
+                (-1, 0o1000, "7", True and 2.0), (-1, 2**60, "1"),
+                ("", "ab", "Z" * 64, "../" + "0" * 61, 7), ("", 1.5, None))):
+            for value in values:
+                entry = [*good]
+                entry[at] = value
+                with self.subTest(at=at, value=value), self.assertRaises(tc.TreeError):
+                    tc.parse_tree(packed([{}, [entry]]))
+        for rows in ([file_entry("x"), file_entry("x")], [file_entry("b"), file_entry("a")],
+                     [file_entry("a/b")], [link_entry("a", "/etc"), file_entry("a/passwd")],
+                     [file_entry("a"), file_entry("a/b")], [link_entry("a", "")]):
+            with self.subTest(rows), self.assertRaises(tc.TreeError):
+                tc.parse_tree(packed([{}, rows]))
 
 
 # === Scheduler ========================================================================

@@ -68,8 +68,8 @@ Protocol
     LOST     worker > broker > client   this attempt will bring no result
     DONE     client > broker > worker   I have the result, forget it
     CANCEL   client > broker > worker   stop and forget; without tasks: all of the run
-    FETCH    client > broker > worker   send me a part of this large output
-    CHUNK    worker > broker > client   a part of a large output
+    FETCH    client < broker > worker   send me a part of this large output, or of this tree
+    CHUNK    client < broker > worker   a part of a large output, or of a tree
     RESEND   broker > worker            send your last message about this task again
     RECALL   broker > worker            hand this task back, unless you have started it
     BYE      client, worker > broker    I am leaving
@@ -102,6 +102,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 # ruff: noqa: E402
 import argparse
+import bisect
 import codecs
 import contextlib
 import errno
@@ -126,6 +127,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter, OrderedDict, deque
 from typing import (
     IO,
@@ -339,6 +341,11 @@ texts = list_of("texts", text)
 pairs = list_of("[id, attempt]", lambda row: counts(row) and len(row) == 2)
 triples = list_of("[run, id, attempt]", lambda row: type(row) is list and len(row) == 3
                   and name(row[0]) and counts(row[1:]))
+spans = list_of("[offset, size]", lambda row: counts(row) and len(row) == 2)
+tree_name = described("the 64 hex digits of a hash", lambda value: text(value)
+                      and re.fullmatch("[0-9a-f]{64}", value) is not None)
+returned = list_of("[mode, size], or [] for a missing file",
+                   lambda row: counts(row) and len(row) in (0, 2))
 machines = list_of("[host, slots, label, label...]", lambda row: type(row) is list
                    and len(row) > 1 and text(row[0]) and slot_count(row[1]) and texts(row[2:]))
 
@@ -359,7 +366,8 @@ WORKER_ROWS = rows_of({
     "name": text, "host": text, "kind": text,  # worker, plain or broker
     "below": texts, "labels": texts, "slots": count, "weight": integer, **COUNTS,
     "load": number,  # 0 if unknown
-    "there": flag, "silent": number}, {})  # silent: for so many seconds
+    "there": flag, "silent": number},  # silent: for so many seconds
+    {"cache": count})
 CLIENT_ROWS = rows_of({
     "host": text, "kind": text,  # client, plain or above
     "there": flag, "queued": count, **COUNTS, "waits_for": text}, {"pid": count})  # 0 if unknown
@@ -380,6 +388,9 @@ MESSAGES: Dict[str, Spec] = {
         "env": environment,  # variables to set
         "shell": text,  # runs the command: a path, or a name in the worker's PATH; "": /bin/sh
         "split": flag,  # send the output in PIECES, of stdout and of stderr
+        "tree": tree_name,  # run in a workspace with this tree; then cwd is below its top
+        "manifest": count,  # bytes of the tree's manifest
+        "return": texts,  # files to send with the output: paths from cwd
         "cut": count}),  # bytes of output to send at most, inline
     "HELLO": Spec("client > broker", {"run": name}, {
         "join": count, "beat": count, "unreported": counts, "version": text, "host": text,
@@ -390,6 +401,7 @@ MESSAGES: Dict[str, Spec] = {
         "host": text,  # NAME/ID
         "labels": texts,
         "load": number,  # load average of its machine
+        "cache": count,  # bytes of its workspaces
         "more": flag,  # a part of its tasks: more READYs follow
         "parts": count,  # how many such parts came before
         "below": texts,  # of a chained broker: the brokers of its subtree,
@@ -400,24 +412,36 @@ MESSAGES: Dict[str, Spec] = {
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
         "lacks": text,  # labels of the client's commands that no worker has now
         "note": text,  # for the user who started the worker
+        "trees": flag,  # this broker passes trees on
+        "unfit": texts,  # hosts with workers that know no trees, if the client's commands need them
         "host": text,  # the name that the broker shows for the worker's host
         "patience": number}),  # seconds of silence before the broker gives up a peer
     "WHO": Spec("broker > client, worker", {}, {}),
     "QUEUED": Spec("worker > broker > client", {}, {
-        "cmd": text, "tasks": pairs, "worker": text}),
+        "cmd": text, "tasks": pairs, "worker": text, "host": text,
+        "preparing": text}),  # takes no slot yet: FILES or SETUP of its workspace come first
     "RESULT": Spec("worker > broker > client", {"exitcode": integer}, {
         "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
         "started": number, "size": count, "worker": text, "host": text, "signal": count,
         "slot": count, "reason": text,
         "ran": flag,  # it did run, although exit code 126 has a reason
+        "returned": returned,  # of its "return"; the contents follow the output in its stream
         "split": flag}),  # the output is in PIECES
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
-        "fault": text, "worker": text}),  # fault: CRASH, SPAWN, NOWHERE or ""
+        "fault": text,  # CRASH, SPAWN, NOWHERE, UNFIT or ""
+        "worker": text, "host": text, "output": text}),  # output: of a failed setup
     "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
     "CANCEL": Spec("client > broker > worker", {}, {"tasks": pairs}),
-    "FETCH": Spec("client > broker > worker", {
-        "id": count, "attempt": count, "offset": count, "size": count}, {}),
-    "CHUNK": Spec("worker > broker > client", {"id": count, "attempt": count, "offset": count}, {}),
+    "FETCH": Spec("client < broker > worker", {
+        "id": count, "attempt": count, "offset": count, "size": count}, {
+        "tree": tree_name,  # of its stream, not of the command's output
+        "spans": spans,  # several, with `size` bytes together; the first is at `offset`
+        "again": flag,  # what came had the wrong hash
+        "got": count, "of": count, "host": text}),  # bytes that this host has, and lacked
+    "CHUNK": Spec("client < broker > worker", {
+        "id": count, "attempt": count, "offset": count}, {
+        "tree": tree_name, "size": count,  # as in the FETCH
+        "why": text}),  # instead of data: this tree is not there any more
     "RESEND": Spec("broker > worker", {"tasks": pairs}, {}),
     "RECALL": Spec("broker > worker", {"tasks": pairs}, {}),
     "BYE": Spec("client, worker > broker", {}, {}),
@@ -1068,6 +1092,10 @@ BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot
 
 CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process;
 NOWHERE = "nowhere"  # there is no other host
+UNFIT = "unfit"  # no workspace can be made on this host
+
+FILES, SETUP = "files", "setup"  # how a workspace is prepared, while its commands take no slot
+TREES = "(trees)"  # label of workers that know trees; no user can give it
 
 
 class Faults:
@@ -1153,6 +1181,124 @@ class Task:
     @property
     def key(self) -> TaskKey:
         return (self.client.run, self.id, self.attempt)
+
+
+# === Trees ============================================================================
+#
+# A tree is what a working directory holds: directories, files and links, each an Entry. Its
+# manifest lists them, and its id is the manifest's hash. A command may name the tree in which
+# it runs. The stream of a tree is its manifest, then the contents of its files in order. A
+# worker that lacks the tree fetches spans of this stream from the command's client: first the
+# manifest, then the contents that its host has not seen yet. Nothing here touches files.
+
+DIRECTORY, FILE, LINK = "d", "f", "l"  # kinds of entries
+MAX_ENTRIES = 1_000_000  # of a tree: a manifest of them takes some 100 MB
+MAX_MANIFEST = 256 * 1024 * 1024  # bytes, unpacked
+MAX_SPANS = 1000  # in one FETCH, at some 20 bytes each
+Span = Tuple[int, int]  # offset in a stream, size
+
+
+class TreeError(Exception):
+    """A manifest is invalid; the text says why."""
+
+
+class Entry(NamedTuple):
+    """A directory, file or link of a tree."""
+
+    path: str  # relative to the top, with / between names
+    kind: str
+    mode: int  # permission bits; 0 of a link
+    size: int  # bytes of a file's content; else 0
+    content: str  # a file's SHA-256 in hex; a link's target; else ""
+    mtime: int  # of a file, in ns since 1970; else 0. Workers keep only the order of these times
+
+
+class Tree:
+    """A tree: its entries and its head, which says what belongs to its workspaces.
+
+    The head has `origin` and `name` (whose tree it is), `setup` (a command, "" for none), `cwd`
+    (where it runs), `setup_for` (a hash: setup runs again if it changes), `fresh` ("" or a word:
+    a workspace with another word is emptied)."""
+
+    def __init__(self, head: Fields, entries: List[Entry], manifest: bytes) -> None:
+        self.head = head
+        self.entries = entries  # by path: a directory comes before what is in it
+        self.manifest = manifest
+        self.id = hashlib.sha256(manifest).hexdigest()
+        sizes = (entry.size for entry in entries)
+        self.offsets = [*itertools.accumulate(sizes, initial=len(manifest))]  # in the stream
+        self.size = self.offsets[-1] - len(manifest)  # bytes of all contents
+
+    def spans_of(self, indexes: Iterable[int]) -> List[Span]:
+        """Return where the contents of these entries are in the stream; indexes ascend."""
+        spans: List[Span] = []
+        for index in indexes:
+            offset, size = self.offsets[index], self.entries[index].size
+            if spans and sum(spans[-1]) == offset:
+                spans[-1] = (spans[-1][0], spans[-1][1] + size)
+            elif size:
+                spans.append((offset, size))
+        return spans
+
+    def pieces_of(self, spans: Iterable[Span]) -> Iterator[Tuple[int, int, int]]:
+        """Yield (index, offset, size) of the parts of contents that these spans hold. The part of a
+        span that is outside of the contents is left out."""
+        for start, size in spans:
+            end = min(start + size, self.offsets[-1])
+            start = max(start, self.offsets[0])
+            index = bisect.bisect_right(self.offsets, start) - 1
+            while start < end:
+                part = min(self.offsets[index + 1], end) - start
+                if part:
+                    yield index, start - self.offsets[index], part
+                start, index = start + part, index + 1
+
+
+def make_tree(head: Fields, entries: Iterable[Entry]) -> Tree:
+    """Return the tree of these entries, which may come in any order."""
+    ordered = sorted(entries)
+    return Tree(head, ordered, zlib.compress(
+        dump([head, ordered]).encode("utf-8", "backslashreplace"), 1))
+
+
+def parse_tree(manifest: bytes) -> Tree:
+    """Return the tree of a manifest from elsewhere. Raises TreeError."""
+    try:
+        unpacker = zlib.decompressobj()
+        unpacked = unpacker.decompress(manifest, MAX_MANIFEST)
+        if not unpacker.eof or unpacker.unused_data:
+            raise TreeError(f"a manifest is at most {MAX_MANIFEST} bytes")
+        head, rows = load(unpacked.decode())
+        if len(rows) > MAX_ENTRIES:
+            raise TreeError(f"{len(rows)} entries, and {MAX_ENTRIES} is the limit")
+        entries = [Entry(*row) for row in rows]
+    except (ValueError, TypeError, RecursionError, zlib.error) as error:
+        raise TreeError(f"no manifest: {str(error)[:80]}") from None
+    if type(head) is not dict or not all(type(value) is str for value in head.values()):
+        raise TreeError("its head is no object of texts")
+    directories, last = {""}, ""
+    for entry in entries:
+        if not is_valid(entry) or entry.path <= last:
+            raise TreeError(f"invalid entry: {printable(repr(entry))}")
+        if entry.path.rpartition("/")[0] not in directories:
+            raise TreeError(f"not in a directory: {printable(entry.path)}")
+        if entry.kind == DIRECTORY:
+            directories.add(entry.path)
+        last = entry.path
+    return Tree(head, entries, manifest)
+
+
+def is_valid(entry: Entry) -> bool:
+    """Return whether an entry has valid fields, and a path that stays below the top."""
+    path, kind, mode, size, content, mtime = entry
+    return (type(path) is str and "\0" not in path
+            and not any(name in ("", ".", "..") for name in path.split("/"))
+            and type(mode) is int and 0 <= mode <= 0o777
+            and count(size) and (kind == FILE or not size) and type(content) is str
+            and type(mtime) is int and (
+                kind == DIRECTORY and not content
+                or kind == LINK and content != "" and "\0" not in content
+                or kind == FILE and re.fullmatch("[0-9a-f]{64}", content) is not None))
 
 
 # === Scheduler ========================================================================
@@ -9557,7 +9703,8 @@ def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields)
 
 # what a worker on a host needs of this file: with half of it, it starts sooner
 WORKER_SECTIONS = frozenset((
-    "Names and numbers", "Messages", "Machines", "Tasks", "Worker", "Processes", "Running commands",
+    "Names and numbers", "Messages", "Machines", "Tasks", "Trees", "Worker", "Processes",
+    "Running commands",
     "Terminal and stdout", "Addresses and pyzmq", "Event loop", "Links", "Key files",
     "Authentication and revoked keys", "Options", "Broker and worker", "Hosts"))
 
