@@ -1301,6 +1301,48 @@ def is_valid(entry: Entry) -> bool:
                 or kind == FILE and re.fullmatch("[0-9a-f]{64}", content) is not None))
 
 
+class TreeUnknown(NamedTuple):
+    """Event of a workspace: the manifest of this tree is not here. FillTree brings it."""
+
+
+class TreePlanned(NamedTuple):
+    """Event: these spans of the tree's stream must be fetched. It comes before TreeReady, also
+    without spans."""
+
+    spans: List[Span]
+
+
+class TreeStored(NamedTuple):
+    """Event: a PutTree was carried out. Exactly one for each, after its TreeWrong if any."""
+
+
+class TreeWrong(NamedTuple):
+    """Event: these contents came with the wrong hash, and must be fetched again."""
+
+    spans: List[Span]
+
+
+class TreeReady(NamedTuple):
+    """Event: the workspace has exactly this tree."""
+
+    path: str
+    setup: str  # a command that must run first; "" for none
+
+
+class TreeFailed(NamedTuple):
+    """Event: there can be no workspace. `why` has the cause and what to do, on one line."""
+
+    why: str
+
+
+class TreeReleased(NamedTuple):
+    """Event: the run's workspace is free. The last event before its next FindTree."""
+
+
+TreeEvent = Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, TreeFailed,
+                  TreeReleased]
+
+
 # === Scheduler ========================================================================
 #
 # Which waiting task goes to which worker. Clients take turns; within one client, retries go
