@@ -233,6 +233,7 @@ DONE_DELAY: Seconds = 0.05  # DONE
 MAX_DONE = CREDIT // 8 // INLINE  # tasks in one DONE, so that credit comes back early
 
 # --- other waits
+TREE_TIMEOUT: Seconds = 30.0  # for a part of a tree: many hosts may share a slow uplink
 ANNOUNCE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
 NOTICE_DELAY: Seconds = 0.7  # a shorter wait gets no notice
 OUTPUT_GRACE: Seconds = 0.1  # for output after its command's leader exited, or was killed
@@ -436,6 +437,7 @@ MESSAGES: Dict[str, Spec] = {
         "id": count, "attempt": count, "offset": count, "size": count}, {
         "tree": tree_name,  # of its stream, not of the command's output
         "spans": spans,  # several, with `size` bytes together; the first is at `offset`
+        "anew": flag,  # earlier requests, or their answers, may be lost: forget them
         "again": flag,  # what came had the wrong hash
         "got": count, "of": count, "host": text}),  # bytes that this host has, and lacked
     "CHUNK": Spec("client < broker > worker", {
@@ -1195,6 +1197,10 @@ DIRECTORY, FILE, LINK = "d", "f", "l"  # kinds of entries
 MAX_ENTRIES = 1_000_000  # of a tree: a manifest of them takes some 100 MB
 MAX_MANIFEST = 256 * 1024 * 1024  # bytes, unpacked
 MAX_SPANS = 1000  # in one FETCH, at some 20 bytes each
+OFFERED_AHEAD = 16 * CHUNK_SIZE  # to all workers: bounds our memory, and the wait of other messages
+SETUP_OUTPUT = INLINE // 2  # bytes: the end of what a failed setup has printed
+TRANSFER_NOTICE: Seconds = 1.0  # a transfer or setup that takes longer is told,
+TRANSFER_INTERVAL: Seconds = 10.0  # and told again
 Span = Tuple[int, int]  # offset in a stream, size
 
 
@@ -1299,6 +1305,179 @@ def is_valid(entry: Entry) -> bool:
                 kind == DIRECTORY and not content
                 or kind == LINK and content != "" and "\0" not in content
                 or kind == FILE and re.fullmatch("[0-9a-f]{64}", content) is not None))
+
+
+class TreeFetcher:
+    """Fetches spans of a tree's stream, in order: a worker's end of the transfer.
+
+    At most FETCH_AHEAD requests are under way, or have answers that are not stored yet. After
+    TREE_TIMEOUT they are sent again. `ask(spans, flags)` sends a FETCH with these flags."""
+
+    def __init__(self, ask: Callable[[List[Span], Fields], None]) -> None:
+        self.ask = ask
+        self.wanted: Deque[Span] = deque()  # not requested yet
+        self.asked: Deque[List[Span]] = deque()  # requested, the oldest first
+        self.unstored = 0  # answers
+        self.flags: Fields = {"anew": True}  # of the next request
+        self.overdue_at: Seconds = math.inf  # when to send the requests again
+
+    def fetch(self, spans: Iterable[Span], now: Seconds) -> None:
+        """Fetch these spans after those that are still wanted."""
+        self.wanted.extend(spans)
+        self.request(now)
+
+    def fetch_again(self, spans: Sequence[Span], now: Seconds) -> None:
+        """Fetch these spans next: what came had the wrong hash."""
+        self.wanted.extendleft(reversed(spans))
+        self.flags["again"] = True
+        self.request(now)
+
+    def stop(self) -> None:
+        """Want nothing any more."""
+        self.wanted.clear()
+        self.asked.clear()
+        self.unstored, self.overdue_at, self.flags = 0, math.inf, {"anew": True}
+
+    def request(self, now: Seconds) -> None:
+        while self.wanted and len(self.asked) + self.unstored < FETCH_AHEAD:
+            spans: List[Span] = []
+            room = CHUNK_SIZE
+            while self.wanted and room and len(spans) < MAX_SPANS:
+                offset, size = self.wanted.popleft()
+                part = min(size, room)
+                spans.append((offset, part))
+                room -= part
+                if part < size:
+                    self.wanted.appendleft((offset + part, size - part))
+            self.asked.append(spans)
+            self.ask(spans, self.flags)
+            self.flags = {}
+        self.overdue_at = now + TREE_TIMEOUT if self.asked else math.inf
+
+    def accept(self, offset: int, size: int, now: Seconds) -> List[Span]:
+        """Return the spans that this answer has; [] if it is not the next that we wait for."""
+        if not self.asked or self.asked[0][0][0] != offset or total_size(self.asked[0]) != size:
+            return []
+        self.unstored += 1
+        self.overdue_at = now + TREE_TIMEOUT
+        return self.asked.popleft()
+
+    def stored(self, now: Seconds) -> None:
+        """Note that an answer was stored."""
+        self.unstored = max(0, self.unstored - 1)  # stop() may have come first
+        self.request(now)
+
+    def repeat(self, now: Seconds) -> None:
+        """Send the requests again: they, or their answers, may be lost."""
+        for spans in reversed(self.asked):
+            self.wanted.extendleft(reversed(spans))
+        self.asked.clear()
+        self.flags["anew"] = True
+        self.request(now)
+
+    def tick(self, now: Seconds) -> None:
+        if self.overdue_at <= now:
+            self.repeat(now)
+
+    def check(self) -> None:
+        """Raise AssertionError if its records disagree. For tests."""
+        assert bool(self.asked) == (self.overdue_at < math.inf), self.overdue_at
+        assert len(self.asked) + self.unstored <= FETCH_AHEAD
+        assert self.asked or self.unstored or not self.wanted
+
+
+def total_size(spans: Iterable[Span]) -> int:
+    return sum(size for _, size in spans)
+
+
+class Transfer:
+    """A worker's requests for a tree, as its client sees them."""
+
+    def __init__(self, now: Seconds) -> None:
+        self.since = now
+        self.host = ""
+        self.got = self.size = 0  # bytes that the worker has of those that it lacked
+        self.requests: Deque[Fields] = deque()  # the fields of each FETCH
+        self.on_way: Deque[int] = deque()  # bytes of each answer that the worker may not have yet
+        self.setup = False  # it has all, and runs the setup
+
+
+class TreeOffer:
+    """Answers the requests for a tree, by turns: a client's end of its transfers.
+
+    Answers of at most OFFERED_AHEAD bytes are on their way to all workers together, or one to
+    each. A worker that asks for more has got the earlier ones."""
+
+    def __init__(self) -> None:
+        self.tree: Optional[Tree] = None  # None: it is not known yet, or any more
+        self.transfers: Dict[int, Transfer] = {}  # by the id of the command that asks
+        self.on_way = 0  # bytes
+
+    def add(self, fields: Fields, host: str, now: Seconds) -> None:
+        """Note a FETCH for the present tree."""
+        transfer = self.transfers.setdefault(fields["id"], Transfer(now))
+        got = fields.get("got", 0)
+        transfer.host, transfer.size = host, fields.get("of", 0)
+        if fields.get("anew"):
+            self.settle_answers(transfer, math.inf)
+            transfer.requests.clear()
+        self.settle_answers(transfer, got - transfer.got)
+        transfer.got = got
+        transfer.requests.append(fields)
+
+    def settle_answers(self, transfer: Transfer, size: float) -> None:
+        """Take answers of so many bytes as received."""
+        while transfer.on_way and transfer.on_way[0] <= size:
+            part = transfer.on_way.popleft()
+            size -= part
+            self.on_way -= part
+
+    def forget(self, id: int) -> None:
+        """A command needs nothing any more."""
+        transfer = self.transfers.pop(id, None)
+        if transfer:
+            self.settle_answers(transfer, math.inf)
+
+    def note_setup(self, id: int, host: str, now: Seconds) -> None:
+        """The workspace for a command has its tree, and runs the setup."""
+        self.forget(id)
+        transfer = self.transfers[id] = Transfer(now)
+        transfer.host, transfer.setup = host, True
+
+    def take_all(self) -> List[Fields]:
+        """Return all requests, and forget them."""
+        found = [fields for one in self.transfers.values() for fields in one.requests]
+        for id in [*self.transfers]:
+            self.forget(id)
+        return found
+
+    def next_requests(self) -> Iterator[Fields]:
+        """Yield the requests to be answered now, from each transfer in turn."""
+        busy = True
+        while busy:
+            busy = False
+            for transfer in self.transfers.values():
+                if transfer.requests and (
+                        not transfer.on_way
+                        or self.on_way + transfer.requests[0]["size"] <= OFFERED_AHEAD):
+                    busy = True
+                    fields = transfer.requests.popleft()
+                    transfer.on_way.append(fields["size"])
+                    self.on_way += fields["size"]
+                    yield fields
+
+    def words(self, now: Seconds) -> List[str]:
+        """Return what each host that needs longer than TRANSFER_NOTICE waits for, for people."""
+        return [f"running the setup on {one.host}" if one.setup else
+                f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.0f} MB to {one.host}"
+                for one in self.transfers.values()
+                if now >= one.since + TRANSFER_NOTICE and (one.setup or one.size)]
+
+    def check(self, window: Dict[int, Command]) -> None:
+        """Raise AssertionError if its records disagree. For tests."""
+        assert self.transfers.keys() <= window.keys()
+        assert self.on_way == sum(sum(one.on_way) for one in self.transfers.values())
+        assert self.tree or not any(one.requests for one in self.transfers.values())
 
 
 class TreeUnknown(NamedTuple):
@@ -3415,6 +3594,12 @@ class Start(NamedTuple):
     job: Job
 
 
+class StartSetup(NamedTuple):
+    """Effect: start this command at once. It takes no slot."""
+
+    job: Job
+
+
 class Recall(NamedTuple):
     """Effect: take this command out of the queue, unless it was started."""
 
@@ -3426,6 +3611,40 @@ class Kill(NamedTuple):
 
     job: Job
     hard: bool
+
+
+class FindTree(NamedTuple):
+    """Effect: take a free workspace that has this tree, for a run."""
+
+    run: Run
+    id: str
+
+
+class FillTree(NamedTuple):
+    """Effect: let the run's workspace get the tree of this manifest."""
+
+    run: Run
+    manifest: bytes
+
+
+class PutTree(NamedTuple):
+    """Effect: store the contents of these spans of the tree's stream."""
+
+    run: Run
+    spans: List[Span]
+    data: Any  # a buffer
+
+
+class EndSetup(NamedTuple):
+    """Effect: note that the setup has passed in the run's workspace."""
+
+    run: Run
+
+
+class ReleaseTree(NamedTuple):
+    """Effect: the run needs its workspace no more."""
+
+    run: Run
 
 
 PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stream, size
@@ -3551,6 +3770,10 @@ class Job:
         self.env: Dict[str, str] = fields.get("env", {})
         self.shell: str = fields.get("shell") or "/bin/sh"
         self.split: bool = fields.get("split", False)
+        self.tree: str = fields.get("tree", "")  # id, "" for none
+        self.manifest: int = fields.get("manifest", 0)  # bytes of the tree's manifest
+        self.top = ""  # the workspace, once it has the tree
+        self.preparing = ""  # FILES or SETUP, until then
         self.state = WAITING  # then RUNNING, DELIVERED (the worker holds the result), GONE
         self.deadline: Seconds = math.inf  # when its timeout ends
         self.killed = False  # the Runner has been told to kill it
@@ -3559,6 +3782,65 @@ class Job:
         self.output: Optional[Output] = None  # once it is started
         self.live_from = -1  # offset of the output that its client waits for; -1: none
         self.output_told = False  # the Runner has reported that output
+
+
+# the states of a workspace
+FINDING, LISTING, PLANNING, FILLING = "FINDING", "LISTING", "PLANNING", "FILLING"
+SETTING_UP, READY, FAILED, RELEASING = "SETTING_UP", "READY", "FAILED", "RELEASING"
+RELEASE_AFTER: Seconds = 60.0  # without a command of its run, whose end we may not have heard
+
+
+class TreeUse:
+    """The use of a workspace by a run, and how far it is prepared.
+
+    FINDING (is the tree here?) > LISTING (fetch its manifest) > PLANNING (what is missing?) >
+    FILLING (fetch that) > SETTING_UP > READY. Another tree begins at FINDING again, when no
+    command of the last one is left. FAILED: the host is unfit. RELEASING ends each of them."""
+
+    def __init__(self, run: Run, fetcher: TreeFetcher) -> None:
+        self.run = run
+        self.fetcher = fetcher
+        self.state = ""
+        self.tree = ""  # id
+        self.size = 0  # bytes to fetch in this state
+        self.got = 0  # of those
+        self.manifest = bytearray()  # as far as it has come
+        self.waiting: Dict[TaskKey, Job] = {}  # preparing, some maybe for another tree
+        self.asks_for: Optional[Job] = None  # the job that its requests name
+        self.active = 0  # jobs that the Runner has
+        self.path = ""  # of the workspace
+        self.setup: Optional[Job] = None  # while it runs
+        self.model: Fields = {}  # of the job for which it is prepared: cwd, env and shell of setup
+        self.why = self.output = ""  # why it FAILED, and what the setup printed
+        self.leaving = False  # release it when nothing runs there any more
+        self.release_at: Seconds = math.inf
+
+    def fields(self) -> Fields:
+        """Return how far a transfer is, for people."""
+        return {"got": self.got, "of": self.size} if self.state == FILLING else {}
+
+    def is_idle(self) -> bool:
+        """Return whether nothing happens in its workspace: no command, no setup, and no event of
+        the files is due."""
+        files = self.state in ("", LISTING, READY, FAILED) or self.state == FILLING and (
+            self.fetcher.unstored == 0 and bool(self.fetcher.asked))
+        return files and not self.active and not self.setup
+
+    def next_job(self) -> Optional[Job]:
+        """Return a job whose tree is to come next: no job needs the present one any more."""
+        if self.state == FAILED or not self.is_idle():
+            return None
+        jobs = list(self.waiting.values())
+        return jobs[0] if jobs and all(job.tree != self.tree for job in jobs) else None
+
+    def check(self, jobs: Dict[TaskKey, Job]) -> None:
+        """Raise AssertionError if its records disagree. For tests."""
+        mine = {key: job for key, job in jobs.items() if key[0] == self.run and job.tree}
+        assert self.waiting == {key: job for key, job in mine.items() if job.preparing}
+        assert self.active == sum(job.state in (WAITING, RUNNING) and not job.preparing
+                                  for job in mine.values())
+        assert not self.active or self.state == READY, self.state
+        self.fetcher.check()
 
 
 class Worker(SessionMachine):
@@ -3581,7 +3863,10 @@ class Worker(SessionMachine):
         self.host = host
         self.address = address  # the broker's, for notices
         self.jobs: Dict[TaskKey, Job] = {}
-        self.accepted: Dict[Run, List[List[int]]] = {}  # [id, attempt] to report QUEUED
+        # [id, attempt] to report QUEUED, by run and what is prepared
+        self.accepted: Dict[Tuple[Run, str], List[List[int]]] = {}
+        self.uses: Dict[Run, TreeUse] = {}
+        self.cache_bytes = 0  # of all workspaces
         self.report_at: Seconds = math.inf  # the deadline for reporting these
         self.kill_at: Dict[Job, Seconds] = {}  # time of SIGTERM, then of SIGKILL
         self.exit_status: Optional[int] = None  # None until stop()
@@ -3593,6 +3878,8 @@ class Worker(SessionMachine):
         fields: Fields = {"name": self.name, "slots": slots, "weight": self.weight}
         if self.load >= 0:
             fields["load"] = round(self.load, 2)
+        if self.cache_bytes:
+            fields["cache"] = self.cache_bytes
         if joining:
             fields.update(host=self.host, version=__version__, labels=self.labels, user=self.user)
             live = [job for job in self.jobs.values() if not job.cancelled]
@@ -3616,8 +3903,9 @@ class Worker(SessionMachine):
     def report_accepted(self) -> None:
         """Report QUEUED. Not joined: the next READY lists these commands."""
         accepted, self.accepted, self.report_at = self.accepted, {}, math.inf
-        for run, tasks in accepted.items() if self.session.joined else ():
-            self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks})
+        for (run, what), tasks in accepted.items() if self.session.joined else ():
+            more = {"preparing": what, "host": self.host} if what else {}
+            self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks, **more})
 
     def report_state(self, key: TaskKey) -> None:
         """Report QUEUED, RESULT, or LOST for a command that the worker does not have."""
@@ -3627,13 +3915,14 @@ class Worker(SessionMachine):
         elif job.state == DELIVERED:
             self.report_result(job)
         else:
-            self.accepted.setdefault(key[0], []).append([key[1], key[2]])
+            self.accepted.setdefault((key[0], job.preparing), []).append([key[1], key[2]])
             self.report_at = min(self.report_at, self.now + REPORT_DELAY)
 
-    def report_lost(self, key: TaskKey, why: str, fault: str = "") -> None:
+    def report_lost(self, key: TaskKey, why: str, fault: str = "", **more: str) -> None:
         if self.session.joined:
             self.say(BROKER, b"", key[0], "LOST", {
-                "tasks": [[key[1], key[2]]], "why": why, "fault": fault, "worker": self.name})
+                "tasks": [[key[1], key[2]]], "why": why, "fault": fault, "worker": self.name,
+                **more})
 
     def report_result(self, job: Job) -> None:
         run, id, attempt = job.key
@@ -3678,8 +3967,11 @@ class Worker(SessionMachine):
                 self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
             for run, id, attempt in self.session.announced["running"]:
                 job = self.jobs.get((run, id, attempt))
-                if job is None or job.state == DELIVERED:  # it has just ended
+                # it has just ended; or READY cannot tell that it takes no slot
+                if job is None or job.state == DELIVERED or job.preparing:
                     self.report_state((run, id, attempt))
+            for use in self.uses.values():
+                use.fetcher.repeat(self.now)
 
     def on_command(self, message: Message) -> None:
         fields = message.fields
@@ -3694,7 +3986,10 @@ class Worker(SessionMachine):
         if key not in self.jobs:
             job = Job(key, fields)
             self.jobs[key] = job
-            self.effects.append(Start(job))
+            if job.tree:
+                self.use_workspace(job)
+            else:
+                self.effects.append(Start(job))
         self.report_state(key)
 
     def jobs_of(self, message: Message) -> List[Job]:
@@ -3713,6 +4008,9 @@ class Worker(SessionMachine):
     def on_cancel(self, message: Message) -> None:
         for job in self.jobs_of(message):
             self.stop_job(job, "cancelled")
+        use = self.uses.get(message.token)
+        if "tasks" not in message.fields and use is not None:
+            use.leaving = True
 
     def on_resend(self, message: Message) -> None:
         for id, attempt in message.fields["tasks"]:
@@ -3720,8 +4018,14 @@ class Worker(SessionMachine):
 
     def on_recall(self, message: Message) -> None:
         for job in self.jobs_of(message):
-            if job.state == WAITING and not job.killed:
-                self.effects.append(Recall(job))
+            self.recall(job)
+
+    def recall(self, job: Job) -> None:
+        """Hand a job back, unless it was started."""
+        if job.preparing:
+            self.stop_job(job, RECALLED)
+        elif job.state == WAITING and not job.killed:
+            self.effects.append(Recall(job))
 
     def on_fetch(self, message: Message) -> None:
         fields = message.fields
@@ -3737,6 +4041,152 @@ class Worker(SessionMachine):
                 self.send_chunk(key, job.record.output, offset, fields["size"])
             except OSError as error:
                 self.report_unreadable(job, error)
+
+    # --- workspaces
+
+    def use_workspace(self, job: Job) -> None:
+        """Start a job in the workspace of its run, when that has the job's tree."""
+        run = job.key[0]
+        if run not in self.uses:
+            self.uses[run] = TreeUse(run, TreeFetcher(
+                lambda spans, flags: self.ask(self.uses[run], spans, flags)))
+        use = self.uses[run]
+        use.leaving = use.leaving and use.state == RELEASING
+        if use.state == READY and use.tree == job.tree and not use.leaving:
+            self.start_in(use, job)
+        else:
+            job.preparing = SETUP if use.state == SETTING_UP else FILES
+            use.waiting[job.key] = job
+
+    def start_in(self, use: TreeUse, job: Job) -> None:
+        job.preparing, job.top = "", use.path
+        job.cwd = os.path.join(use.path, job.cwd) if job.cwd else use.path
+        use.active += 1
+        self.effects.append(Start(job))
+
+    def advance(self, use: TreeUse) -> None:
+        """Do what is due in a workspace, after anything has changed."""
+        if use.state == FAILED:
+            for job in [*use.waiting.values()]:
+                self.forget(job)
+                self.report_lost(job.key, use.why, UNFIT, host=self.host, output=use.output)
+                use.output = ""
+        unused = not use.waiting and not use.active and not use.setup
+        use.release_at = min(use.release_at, self.now + RELEASE_AFTER) if unused else math.inf
+        if use.leaving and use.setup and not use.setup.cancelled:
+            self.stop_job(use.setup, "cancelled")
+        if use.leaving and unused and use.state != RELEASING:
+            use.fetcher.stop()
+            use.state = RELEASING
+            self.effects.append(ReleaseTree(use.run))
+        first = use.next_job()
+        if first is not None:
+            use.state, use.tree, use.size, use.got = FINDING, first.tree, first.manifest, 0
+            use.model = {"cwd": first.cwd or "", "env": first.env, "shell": first.shell}
+            use.manifest.clear()
+            use.fetcher.stop()
+            self.effects.append(FindTree(use.run, use.tree))
+        if use.asks_for is None or use.asks_for.key not in use.waiting:
+            use.asks_for = next((job for job in use.waiting.values() if job.tree == use.tree), None)
+            use.fetcher.repeat(self.now)
+
+    def ask(self, use: TreeUse, spans: List[Span], flags: Fields) -> None:
+        """Ask the client of a waiting job for a part of its tree."""
+        job = use.asks_for
+        if job is not None and self.session.joined:
+            more = {"spans": spans} if len(spans) > 1 else {}
+            self.say(BROKER, b"", use.run, "FETCH", {
+                "id": job.key[1], "attempt": job.key[2], "tree": use.tree, "host": self.host,
+                "offset": spans[0][0], "size": total_size(spans), **more, **flags,
+                **({"got": use.got, "of": use.size} if use.state == FILLING else {})})
+
+    def on_chunk(self, message: Message) -> None:
+        use, fields, data = self.uses.get(message.token), message.fields, message.data
+        if use is None or use.tree != fields.get("tree") or use.state not in (LISTING, FILLING):
+            return
+        if fields.get("why"):
+            for job in [job for job in use.waiting.values() if job.tree == use.tree]:
+                self.stop_job(job, printable(fields["why"], 200))
+            return
+        spans = use.fetcher.accept(fields["offset"], len(data), self.now)
+        use.got += total_size(spans)
+        if spans and use.state == FILLING:
+            self.effects.append(PutTree(use.run, spans, data))
+        elif spans:
+            use.manifest += data
+            use.fetcher.stored(self.now)
+            if use.got >= use.size:
+                use.state = PLANNING
+                self.effects.append(FillTree(use.run, bytes(use.manifest)))
+                use.manifest.clear()
+
+    def tree_told(self, run: Run, event: TreeEvent, now: Seconds) -> None:
+        """Note what has happened to the files of a run's workspace."""
+        self.now = now
+        use = self.uses.get(run)
+        if use is None:
+            return
+        if isinstance(event, TreeReleased):
+            use.state, use.leaving, use.tree = "", False, ""
+            if not use.waiting:
+                del self.uses[run]
+        elif use.state == RELEASING:
+            pass
+        elif isinstance(event, TreeUnknown):
+            use.state = LISTING
+            use.fetcher.fetch([(0, use.size)], now)
+        elif isinstance(event, TreePlanned):
+            use.state, use.size, use.got = FILLING, total_size(event.spans), 0
+            use.fetcher.fetch(event.spans, now)
+        elif isinstance(event, TreeStored):
+            use.fetcher.stored(now)
+        elif isinstance(event, TreeWrong):
+            use.got -= total_size(event.spans)
+            use.fetcher.fetch_again(event.spans, now)
+        elif isinstance(event, TreeFailed):
+            use.state, use.why = FAILED, event.why
+        elif event.setup:
+            use.path = event.path
+            self.set_up(use, event.setup)
+        else:
+            use.path = event.path
+            self.tree_ready(use)
+        self.settle()
+
+    def set_up(self, use: TreeUse, command: str) -> None:
+        use.state = SETTING_UP
+        cwd = os.path.join(use.path, use.model["cwd"])
+        use.setup = Job((use.run, 0, 1), {**use.model, "cmd": command, "cwd": cwd})
+        self.effects.append(StartSetup(use.setup))
+        self.report_waiting(use, SETUP)
+
+    def report_waiting(self, use: TreeUse, what: str) -> None:
+        for key, job in use.waiting.items():
+            if job.tree == use.tree and job.preparing != what:
+                job.preparing = what
+                self.report_state(key)
+
+    def set_up_ended(self, use: TreeUse, job: Job, record: ExitRecord) -> None:
+        """Note the end of a setup."""
+        use.setup = None
+        if record.exitcode == 0:
+            self.effects.append(EndSetup(use.run))
+            self.tree_ready(use)
+        else:
+            use.state = FAILED
+            use.why = record.reason or f"the setup ended with exit code {record.exitcode}"
+            with contextlib.suppress(OSError):
+                start = max(0, record.output.size - SETUP_OUTPUT)
+                use.output = to_text(record.output.read(start, SETUP_OUTPUT))
+        record.output.close()
+
+    def tree_ready(self, use: TreeUse) -> None:
+        """Start the commands that have waited for this tree."""
+        use.state = READY
+        for job in [job for job in use.waiting.values() if job.tree == use.tree]:
+            del use.waiting[job.key]
+            self.start_in(use, job)
+            self.report_state(job.key)
 
     # --- events of the Runner, and the load
 
@@ -3766,6 +4216,12 @@ class Worker(SessionMachine):
         self.now = now
         self.kill_at.pop(job, None)
         job.record = record
+        use = self.uses.get(job.key[0]) if job.tree or job.key[1] == 0 else None
+        if use is not None and job is use.setup:
+            self.set_up_ended(use, job, record)
+            return
+        if use is not None:
+            use.active -= 1
         if job.cancelled or record.requeue:
             self.forget(job)
             fault = "" if job.cancelled or record.reason == RECALLED else SPAWN
@@ -3784,10 +4240,13 @@ class Worker(SessionMachine):
             job.record.output.close()
         job.state = GONE
         self.jobs.pop(job.key, None)
+        if job.preparing:
+            del self.uses[job.key[0]].waiting[job.key]
 
     def stop_job(self, job: Job, why: str) -> None:
-        """Drop a job that has ended; kill any other, or take it out of the queue. Report LOST."""
-        if job.record:
+        """Drop a job that does not run any more, or not yet; kill any other, or take it out of the
+        queue. Report LOST."""
+        if job.record or job.preparing:
             self.forget(job)
             self.report_lost(job.key, why)
         else:
@@ -3813,7 +4272,8 @@ class Worker(SessionMachine):
         if self.overloaded:
             self.log(logging.INFO, f"load {load:.1f}: no new commands until it is below "
                                    f"{LOAD_HYSTERESIS * self.max_load:g}")
-            self.effects += [Recall(job) for job in self.jobs.values() if job.state == WAITING]
+            for job in [*self.jobs.values()]:
+                self.recall(job)
         if self.session.joined:
             self.session.greet(now)
 
@@ -3826,6 +4286,9 @@ class Worker(SessionMachine):
     def tick(self, now: Seconds) -> None:
         self.now = now
         self.session.tick(now)
+        for use in self.uses.values():
+            use.fetcher.tick(now)
+            use.leaving |= use.release_at <= now
         for job in [job for job, when in self.kill_at.items() if when <= now]:
             if job.killed:
                 self.kill_at[job] = math.inf
@@ -3840,11 +4303,15 @@ class Worker(SessionMachine):
             self.stop(3, now)
 
     def deadline(self) -> Seconds:
+        uses = (min(use.fetcher.overdue_at, math.inf if use.leaving else use.release_at)
+                for use in self.uses.values())
         return min(self.session.next_greeting, *self.kill_at.values(), self.leave_at,
-                   self.report_at, self.wait.deadline())
+                   self.report_at, self.wait.deadline(), *uses)
 
     def settle(self) -> None:
         """Report what is due. A stopping worker leaves when it holds no job."""
+        for use in [*self.uses.values()]:
+            self.advance(use)
         if self.report_at <= self.now:
             self.report_accepted()
         if self.exit_status is None:
@@ -3870,9 +4337,11 @@ class Worker(SessionMachine):
                 if not self.drain:
                     self.stop_job(job, WORKER_STOPPED)
                     continue
-                if job.state == WAITING:
-                    self.effects.append(Recall(job))
-                self.kill_no_later(job, now + self.drain)
+                self.recall(job)
+                if not job.preparing:
+                    self.kill_no_later(job, now + self.drain)
+            for use in self.uses.values():
+                use.leaving = True
         self.settle()
 
     def leave(self) -> None:
@@ -3886,6 +4355,7 @@ class Worker(SessionMachine):
         (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
         (BROKER, "FETCH"): "on_fetch", (BROKER, "RESEND"): "on_resend",
         (BROKER, "RECALL"): "on_recall", (BROKER, "ERROR"): "on_error",
+        (BROKER, "CHUNK"): "on_chunk",
     }
 
 
@@ -4470,6 +4940,12 @@ class Runner:
         with self.lock:
             self.waiting[job.key] = job
 
+    def start_apart(self, job: Job) -> None:
+        """Start a job at once, in a thread of its own: it takes no slot."""
+        with self.lock:
+            self.processes[job.key] = Process()
+        threading.Thread(target=self.work_apart, args=(job,), daemon=True, name="setup").start()
+
     def start_jobs(self, until: Seconds) -> None:
         """Let slots start jobs until `until` (the end of the lease)."""
         self.start_deadline = until
@@ -4547,18 +5023,28 @@ class Runner:
 
     def work(self, slot: int) -> None:
         """Run jobs in this slot, numbered from 1, until close()."""
+        self.lower_priority()
+        for job in iter(self.next_job, None):
+            self.run_and_report(job, slot)
+
+    def run_and_report(self, job: Job, slot: int) -> None:
+        try:
+            record = self.run(job, slot)
+        except Exception as error:  # a bug fails this command only
+            record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
+                                reason=f"testcloud failed to run it: {error!r}")
+        with self.lock:
+            self.processes.pop(job.key, None)  # still there if the start failed
+        self.report(job, record._replace(slot=slot), urgent=not slot)
+
+    def work_apart(self, job: Job) -> None:
+        self.lower_priority()
+        self.run_and_report(job, 0)
+
+    def lower_priority(self) -> None:
         if self.nice and sys.platform == "linux":  # a command inherits its thread's niceness
             with contextlib.suppress(OSError):
                 os.nice(self.nice)
-        for job in iter(self.next_job, None):
-            try:
-                record = self.run(job, slot)
-            except Exception as error:  # a bug fails this command only
-                record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
-                                    reason=f"testcloud failed to run it: {error!r}")
-            with self.lock:
-                self.processes.pop(job.key, None)  # still there if the start failed
-            self.report(job, record._replace(slot=slot))
 
     def next_job(self) -> Optional[Job]:
         """Wait for a job that may be started. Return it, or None after close()."""
@@ -4817,6 +5303,7 @@ class RunOptions(NamedTuple):
     env: Dict[str, str] = {}  # variables to set
     shell: Optional[str] = None  # that runs the commands, a path or a name; None: /bin/sh
     needs: Tuple[str, ...] = ()  # labels that the worker must have
+    sync: bool = False  # run in workspaces with our tree
     split: bool = False  # keep stdout and stderr apart
     live: bool = False  # show output while the command runs
     serial: bool = False  # one command at a time
@@ -4826,7 +5313,8 @@ class RunOptions(NamedTuple):
     def fields(self) -> Fields:
         """Return the fields that each command of the run has."""
         given = {"timeout": self.timeout, "limit": self.max_output, "env": self.env,
-                 "shell": self.shell, "needs": list(self.needs), "split": self.split}
+                 "shell": self.shell, "needs": [*self.needs, *[TREES] * self.sync],
+                 "split": self.split}
         return {name: value for name, value in given.items() if value}
 
 
@@ -4834,6 +5322,12 @@ class RunStarted(NamedTuple):
     """Effect: the run has started. `commands` is their number, None while input goes on."""
 
     commands: Optional[int]
+
+
+class AnswerFetch(NamedTuple):
+    """Effect: read what this FETCH asks for of the tree, and call answer() or refuse()."""
+
+    fields: Fields
 
 
 class FetchedOutput(NamedTuple):
@@ -5114,6 +5608,11 @@ class Client(SessionMachine):
         self.host_wait = HostWait()
         self.rechecks = Rechecks()
         self.fetcher = Fetcher(self.ask, 2 * times.ready_interval, options.live)
+        self.offer = TreeOffer()
+        self.transfers_shown = False  # a progress line shows them
+        self.notice_at: Seconds = math.inf  # else a notice does, then
+        self.unfit: Dict[str, str] = {}  # hosts without a workspace, and why
+        self.old_hosts: Set[str] = set()  # hosts that know no trees
         self.try_room = ALL_TRY_OUTPUTS  # bytes
         self.done: List[List[int]] = []  # [id, attempt] for the next DONE
         self.done_at: Seconds = math.inf  # its deadline
@@ -5168,6 +5667,9 @@ class Client(SessionMachine):
             self.fill_window()
         if self.done_at <= self.now or len(self.done) >= MAX_DONE:
             self.send_done()
+        self.effects += map(AnswerFetch, self.offer.next_requests())
+        if self.offer.transfers and not self.transfers_shown:
+            self.notice_at = min(self.notice_at, self.now + TRANSFER_NOTICE)
         if self.left:
             return
         self.stop_rechecking()
@@ -5189,7 +5691,7 @@ class Client(SessionMachine):
 
     def fill_window(self) -> None:
         """Submit commands if enough of the window is free."""
-        size = 1 if self.options.serial else WINDOW
+        size = 0 if self.lacks_tree() else 1 if self.options.serial else WINDOW
         count = min(size - len(self.window), len(self.backlog))
         if self.timings or count < min(REFILL_FRACTION * size, len(self.backlog)):
             return
@@ -5213,9 +5715,14 @@ class Client(SessionMachine):
 
     def submit(self, command: Command) -> None:
         """Submit the command's attempt. A too long command fails at its first submit."""
+        if self.lacks_tree():
+            return  # until set_tree()
         identity = self.host_names.identity_of
         constraints = {key: [*map(identity, value)] if key == "never_on" else identity(value)
                        for key, value in command.constraints.items()}
+        if self.unfit:
+            constraints["never_on"] = [*{*constraints.get("never_on", ()),
+                                         *map(identity, self.unfit)}]
         line = encode(COMMAND, {**constraints, **self.common, **command.fields()})
         first = command.attempt == 1 and not command.submitted
         command.submitted = True
@@ -5224,7 +5731,52 @@ class Client(SessionMachine):
         else:
             self.send_line(BROKER, b"", "", line)
 
+    # --- our tree
+
+    def lacks_tree(self) -> bool:
+        """Return whether commands must wait for their tree."""
+        return self.options.sync and self.offer.tree is None
+
+    def set_tree(self, tree: Optional[Tree], now: Seconds) -> None:
+        """Run commands in this tree from now on. None: files have changed, wait for the next."""
+        self.now = now
+        self.offer.tree = tree
+        if tree is None:
+            for fields in self.offer.take_all():
+                self.refuse(fields)
+            return
+        self.common.update(tree=tree.id, manifest=len(tree.manifest))
+        for command in self.window.values() if self.session.joined else ():
+            if not command.submitted:
+                self.submit(command)
+        self.settle()
+
+    def on_fetch(self, message: Message) -> None:
+        """Answer a worker's request for our tree, if it has the command that it names."""
+        fields, tree = message.fields, self.offer.tree
+        command = self.command_of(fields["id"], fields["attempt"])
+        if command is None or not self.options.sync or "tree" not in fields:
+            return
+        if tree is None or tree.id != fields["tree"]:
+            self.refuse(fields)
+        else:
+            self.offer.add(fields, self.host_names.name_of(fields.get("host", "?")), self.now)
+
+    def answer(self, fields: Fields, data: bytes) -> None:
+        """Answer this FETCH of our tree."""
+        names = ("id", "attempt", "offset", "size", "tree")
+        self.bulk.append(Outgoing(BROKER, b"", "", encode(
+            "CHUNK", {name: fields[name] for name in names}), data))
+
+    def refuse(self, fields: Fields) -> None:
+        """Say that the tree of this FETCH is not there any more."""
+        names = ("id", "attempt", "offset", "tree")
+        self.tell_broker("CHUNK", {**{name: fields[name] for name in names},
+                                   "why": "a file of its tree has changed"})
+
     def on_ok(self, message: Message) -> None:
+        if self.options.sync:
+            self.check_trees(message.fields)
         cloud = self.workers, self.slots, self.hosts = tuple(
             message.fields.get(name, 0) for name in ("workers", "slots", "hosts"))
         self.lacks = printable(message.fields.get("lacks", ""), 300)
@@ -5236,6 +5788,20 @@ class Client(SessionMachine):
             self.fetcher.restart()
             self.resubmit()
 
+    def check_trees(self, fields: Fields) -> None:
+        """Tell which hosts know no trees. Give up if their broker does not."""
+        if not fields.get("trees") and not self.left:
+            self.effects.append(Notice(
+                f"the broker at {self.address} is older than this program, and knows no --sync: "
+                "update it", True))
+            self.leave(3)
+        new = {*map(self.host_names.name_of, fields.get("unfit", ()))} - self.old_hosts
+        self.old_hosts |= new
+        if new:
+            self.effects.append(Notice(
+                f"not used: {printable(', '.join(sorted(new)), 300)}: an older version of this "
+                "program runs there, which knows no --sync"))
+
     def resubmit(self) -> None:
         """Submit all commands again, and repeat SHUN and CANCEL."""
         if self.accepted and self.now < self.long_pause[1]:  # results that came in time are read
@@ -5245,7 +5811,7 @@ class Client(SessionMachine):
         self.long_pause = (0, 0)
         for command in self.window.values():
             self.submit(command)
-        if self.retry_policy.excluded:
+        if self.retry_policy.excluded or self.unfit:
             self.send_excluded()
         if self.status is not None:
             self.tell_broker("CANCEL")
@@ -5270,7 +5836,16 @@ class Client(SessionMachine):
                 if not command.worker:
                     command.since = self.now
                 self.set_worker(command, message.fields.get("worker") or "?")
+                self.note_preparing(command, message.fields)
                 self.fetcher.listen(command, self.now)
+
+    def note_preparing(self, command: Command, fields: Fields) -> None:
+        """Note how a workspace is prepared for a command."""
+        if fields.get("preparing") == SETUP:
+            host = self.host_names.name_of(fields.get("host", "?"))
+            self.offer.note_setup(command.id, host, self.now)
+        elif not fields.get("preparing"):
+            self.offer.forget(command.id)
 
     def on_result(self, message: Message) -> None:
         fields = message.fields
@@ -5343,6 +5918,7 @@ class Client(SessionMachine):
     def end_attempt(self, command: Command) -> None:
         self.fetcher.remove(command, self.now)
         self.host_wait.commands.pop(command.id, None)
+        self.offer.forget(command.id)
         self.set_worker(command, "")
 
     def forget(self, command: Command) -> None:
@@ -5390,7 +5966,7 @@ class Client(SessionMachine):
 
     def send_excluded(self) -> None:
         self.tell_broker("SHUN", {"hosts": sorted(
-            map(self.host_names.identity_of, self.retry_policy.excluded))})
+            map(self.host_names.identity_of, self.retry_policy.excluded.union(self.unfit)))})
 
     def acknowledge(self, id: int, attempt: int) -> None:
         """Let the worker forget this attempt: the next DONE lists it."""
@@ -5416,13 +5992,29 @@ class Client(SessionMachine):
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
         fault = fields.get("fault", "")
+        if fault == UNFIT and self.status is None:
+            self.note_unfit(fields)
         reason = command.faults.count(fault, printable(fields["why"], 200), self.times)
         if reason or self.status is not None:
             self.give_up(command, reason, may_have_run)
+        elif fault == NOWHERE and not command.provisional and self.unfit:
+            self.effects.append(Notice(NONE_LEFT, True))
+            self.cancel(3, self.now)
         elif fault != NOWHERE or not command.provisional:
             self.next_attempt(command, fields.get("worker", ""))
         elif not self.host_wait.add(command, self.now):
             self.conclude(command, command.provisional, None, self.next_constraints(command))
+
+    def note_unfit(self, fields: Fields) -> None:
+        """Note that no workspace can be made on a host. Tell it once."""
+        host, why = self.host_names.name_of(fields.get("host", "?")), fields["why"]
+        if host not in self.unfit:
+            self.unfit[host] = why
+            self.send_excluded()
+            output = fields.get("output", "")
+            self.effects.append(Notice(
+                f"host {printable(host)} is out of this run: {printable(why, 300)}" + (
+                    "\n" + escape_unprintable(output).rstrip("\n") if output else ""), True))
 
     def give_up(self, command: Command, reason: str, may_have_run: bool) -> None:
         """End a command that gets no other attempt. It may have passed before."""
@@ -5477,6 +6069,9 @@ class Client(SessionMachine):
             return
         self.session.tick(now)
         self.fetcher.tick(self.window.values(), now)
+        if self.notice_at <= now:
+            self.effects += map(Notice, self.offer.words(now))
+            self.notice_at = now + TRANSFER_INTERVAL if self.offer.transfers else math.inf
         late = self.host_wait.overdue(now) if self.session.joined else ()
         if late:
             self.effects.append(Notice(f"gave up waiting for {self.host_wait.hosts()}"))
@@ -5495,7 +6090,7 @@ class Client(SessionMachine):
             return math.inf
         announce = math.inf if self.announced else self.announce_at
         done = self.done_at if self.session.joined else math.inf
-        return min(self.session.next_greeting, announce, done, self.leave_at,
+        return min(self.session.next_greeting, announce, done, self.leave_at, self.notice_at,
                    self.rechecks.deadline, self.fetcher.overdue_at, self.fetcher.live_overdue_at,
                    self.wait.deadline())
 
@@ -5545,6 +6140,7 @@ class Client(SessionMachine):
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, "QUEUED"): "on_queued",
         (BROKER, "RESULT"): "on_result", (BROKER, "CHUNK"): "on_chunk",
         (BROKER, "LOST"): "on_lost", (BROKER, "ERROR"): "on_error",
+        (BROKER, "FETCH"): "on_fetch",
     }
 
 
@@ -7444,7 +8040,8 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
         (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
         (5, f"{client.failed} failed" if client.failed else ""),
         (4, f"{client.flaky} flaky" if client.flaky else ""),
-        (3, f"{min(client.accepted, client.slots)} running"),
+        (8, ", ".join(client.offer.words(client.now))),
+        (3, f"{min(max(0, client.accepted - len(client.offer.transfers)), client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
         (2, hosts if client.wanted_hosts else plural(client.workers, "worker")),
