@@ -322,6 +322,134 @@ class TreesTest(unittest.TestCase):
                 tc.parse_tree(packed([{}, rows]))
 
 
+class TreeFetcherTest(unittest.TestCase):
+
+    def setUp(self):
+        self.asked = []
+        self.fetcher = tc.TreeFetcher(lambda spans, flags: self.asked.append((spans, flags)))
+
+    def accept(self, offset, size, now=0.0):
+        spans = self.fetcher.accept(offset, size, now)
+        self.fetcher.check()
+        return spans
+
+    def take(self):
+        asked, self.asked = self.asked, []
+        self.fetcher.check()
+        return asked
+
+    def test_a_long_span_comes_in_chunks_and_only_so_many_are_under_way(self):
+        size = tc.CHUNK_SIZE
+        self.fetcher.fetch([(100, 20 * size + 1)], 0.0)
+        asked = self.take()
+        self.assertEqual(asked[0], ([(100, size)], {"anew": True}))
+        self.assertEqual(asked[1:], [([(100 + n * size, size)], {})
+                                     for n in range(1, tc.FETCH_AHEAD)])
+        self.assertEqual(self.accept(100 + size, size), [])  # not the next
+        self.assertEqual(self.accept(100, size - 1), [])
+        self.assertEqual(self.accept(100, size), [(100, size)])
+        self.assertEqual(self.take(), [])  # it is not stored yet
+        self.fetcher.stored(1.0)
+        self.assertEqual(self.take(), [([(100 + tc.FETCH_AHEAD * size, size)], {})])
+        self.assertEqual(self.accept(100, size), [])  # it comes twice
+
+    def test_short_spans_share_a_request(self):
+        spans = [(10 * n, 3) for n in range(tc.MAX_SPANS + 1)]
+        self.fetcher.fetch(spans, 0.0)
+        self.assertEqual(self.take(), [(spans[:-1], {"anew": True}), (spans[-1:], {})])
+        self.assertEqual(self.accept(0, 3 * tc.MAX_SPANS), spans[:-1])
+        self.assertEqual(self.accept(10 * tc.MAX_SPANS, 3), spans[-1:])
+        self.assertEqual(self.fetcher.overdue_at, math.inf)
+
+    def test_what_does_not_come_is_asked_for_again(self):
+        self.fetcher.fetch([(0, tc.CHUNK_SIZE + 5), (10**7, 2)], 0.0)
+        first = self.take()
+        self.assertEqual([spans for spans, _ in first],
+                         [[(0, tc.CHUNK_SIZE)], [(tc.CHUNK_SIZE, 5), (10**7, 2)]])
+        self.fetcher.tick(tc.TREE_TIMEOUT - 0.1)
+        self.assertEqual(self.take(), [])
+        self.accept(0, tc.CHUNK_SIZE, 10.0)
+        self.fetcher.tick(tc.TREE_TIMEOUT + 9.9)
+        self.assertEqual(self.take(), [])
+        self.fetcher.tick(tc.TREE_TIMEOUT + 10)
+        self.assertEqual(self.take(), [(first[1][0], {"anew": True})])
+
+    def test_what_had_the_wrong_hash_comes_first_and_is_marked(self):
+        self.fetcher.fetch([(0, tc.FETCH_AHEAD * tc.CHUNK_SIZE), (10**9, 7)], 0.0)
+        self.take()
+        self.accept(0, tc.CHUNK_SIZE)
+        self.fetcher.fetch_again([(5, 10), (50, 1)], 0.0)
+        self.fetcher.stored(0.0)
+        self.assertEqual(self.take(), [([(5, 10), (50, 1), (10**9, 7)], {"again": True})])
+
+    def test_it_can_be_told_to_stop(self):
+        self.fetcher.fetch([(0, 5)], 0.0)
+        self.fetcher.stop()
+        self.fetcher.tick(1000.0)
+        self.fetcher.stored(0.0)  # of before
+        self.assertEqual(len(self.take()), 1)
+        self.assertEqual(self.accept(0, 5), [])
+        self.fetcher.fetch([(7, 5)], 0.0)
+        self.assertEqual(self.take(), [([(7, 5)], {"anew": True})])
+
+
+class TreeOfferTest(unittest.TestCase):
+
+    def setUp(self):
+        self.offer = tc.TreeOffer()
+        self.offer.tree = tc.make_tree({}, [])
+
+    def ask(self, id, number, got=0, host="h", now=0.0, **more):
+        self.offer.add({"id": id, "attempt": 1, "offset": number * tc.CHUNK_SIZE, "got": got,
+                        "size": tc.CHUNK_SIZE, "of": 100 * tc.CHUNK_SIZE, **more}, host, now)
+
+    def answered(self):
+        found = [(fields["id"], fields["offset"] // tc.CHUNK_SIZE)
+                 for fields in self.offer.next_requests()]
+        self.offer.check({1: None, 2: None, 3: None})
+        return found
+
+    def test_workers_take_turns_and_share_what_is_under_way(self):
+        for id in (1, 2, 3):
+            for number in range(tc.FETCH_AHEAD):
+                self.ask(id, number)
+        limit = tc.OFFERED_AHEAD // tc.CHUNK_SIZE
+        self.assertEqual(self.answered(), [(at % 3 + 1, at // 3) for at in range(limit)])
+        self.ask(3, tc.FETCH_AHEAD, got=2 * tc.CHUNK_SIZE)  # it has got two
+        self.assertEqual(len(self.answered()), 2)
+        self.offer.forget(1)
+        self.assertEqual({id for id, _ in self.answered()}, {2, 3})
+        self.offer.forget(2)
+        self.offer.forget(3)
+        self.assertEqual(self.offer.on_way, 0)
+
+    def test_each_worker_gets_one_answer_whatever_is_under_way(self):
+        self.offer.on_way = 0
+        for number in range(20):
+            self.ask(1, number)
+        self.answered()
+        self.ask(2, 0)
+        self.ask(2, 1)
+        self.assertEqual(self.answered(), [(2, 0)])
+
+    def test_a_worker_that_asks_anew_has_lost_the_answers(self):
+        for number in range(20):
+            self.ask(1, number)
+        self.assertEqual(len(self.answered()), 16)
+        self.ask(1, 3, got=3 * tc.CHUNK_SIZE, anew=True)
+        self.assertEqual(self.answered(), [(1, 3)])
+        self.assertEqual(self.offer.on_way, tc.CHUNK_SIZE)
+
+    def test_what_takes_long_is_said(self):
+        self.ask(1, 0, host="alpha")
+        self.ask(1, 1, got=12_300_000, host="alpha")
+        self.assertEqual(self.offer.words(0.9), [])
+        self.assertEqual(self.offer.words(1.0), ["sending 12.3 of 52 MB to alpha"])
+        self.offer.note_setup(1, "alpha", 2.0)
+        self.assertEqual(self.offer.words(2.9), [])
+        self.assertEqual(self.offer.words(3.0), ["running the setup on alpha"])
+
+
 # === Scheduler ========================================================================
 
 
@@ -772,7 +900,7 @@ def check_client(client):
     assert client.accepted == sum(bool(command.worker) for command in window.values())
     assert len(window) <= tc.WINDOW
     client.retry_policy.check()
-    for part in (client.host_wait, client.rechecks, client.fetcher):
+    for part in (client.host_wait, client.rechecks, client.fetcher, client.offer):
         part.check(window)
 
 
@@ -5992,6 +6120,271 @@ class WorkerTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Exit).status, 3)
 
 
+class WorkerTreesTest(unittest.TestCase):
+    """A worker whose commands run in workspaces. The tests speak for its files, too."""
+
+    RUN = "k" * 16 + "r" * 32
+    TREE = tc.make_tree({"setup": "make"}, [file_entry("a", b"12345")])
+    OTHER = tc.make_tree({}, [file_entry("b", b"1")])
+
+    def setUp(self):
+        self.worker = tc.Worker("w1", slots=2, host="h")
+        self.bench = b = Bench(self.worker)
+        b.expect("READY")
+        b.hear('OK {"join":1}')
+
+    def give(self, id, tree=TREE, **more):
+        self.bench.hear(tc.encode("{", {
+            "id": id, "attempt": 1, "cmd": f"c{id}", "tree": tree.id,
+            "manifest": len(tree.manifest), "cwd": "sub", "env": {"A": "b"}, **more}), self.RUN)
+        self.bench.wait(tc.REPORT_DELAY)
+        self.check()
+
+    def check(self):
+        for use in self.worker.uses.values():
+            use.check(self.worker.jobs)
+
+    def told(self, event):
+        self.worker.tree_told(self.RUN, event, self.bench.now)
+        self.bench.collect()
+        self.bench.wait(tc.REPORT_DELAY)
+        self.check()
+
+    def chunk(self, data, tree=TREE, offset=0, id=1, **more):
+        self.bench.hear(tc.encode("CHUNK", {
+            "id": id, "attempt": 1, "offset": offset, "tree": tree.id, **more}), self.RUN, data)
+        self.check()
+
+    def end(self, job, exitcode=0, output=b"", **more):
+        self.worker.finished(job, exit_record(exitcode, output, **more), self.bench.now)
+        self.bench.collect()
+        self.check()
+
+    def until_ready(self, setup=""):
+        """The first command has come, and its tree was found here."""
+        b = self.bench
+        self.give(1)
+        b.expect("QUEUED", tasks=[[1, 1]], preparing=tc.FILES, host="h")
+        self.assertEqual(b.effect(tc.FindTree), (self.RUN, self.TREE.id))
+        self.told(tc.TreePlanned([]))
+        self.told(tc.TreeReady("/ws", setup))
+
+    def test_a_tree_is_fetched_then_its_commands_start(self):
+        b, tree = self.bench, self.TREE
+        self.give(1)
+        b.expect("QUEUED", tasks=[[1, 1]], preparing=tc.FILES)
+        b.effect(tc.FindTree)
+        self.give(2)
+        b.expect("QUEUED", tasks=[[2, 1]], preparing=tc.FILES)
+        b.quiet()
+        self.told(tc.TreeUnknown())
+        size = len(tree.manifest)
+        b.expect("FETCH", id=1, attempt=1, tree=tree.id, offset=0, size=size, host="h", anew=True)
+        self.chunk(b"x" * (size - 1))  # too short
+        self.chunk(tree.manifest, tree=self.OTHER)
+        b.quiet()
+        self.chunk(tree.manifest)
+        self.assertEqual(b.effect(tc.FillTree), (self.RUN, tree.manifest))
+        self.told(tc.TreePlanned([(size, 5)]))
+        b.expect("FETCH", id=1, offset=size, size=5, got=0, of=5)
+        self.chunk(b"12345", offset=size)
+        self.assertEqual(b.effect(tc.PutTree), (self.RUN, [(size, 5)], b"12345"))
+        self.told(tc.TreeStored())
+        b.quiet()
+        self.told(tc.TreeReady("/ws", ""))
+        for id in (1, 2):
+            job = b.effect(tc.Start).job
+            self.assertEqual((job.cmd, job.cwd, job.top), (f"c{id}", "/ws/sub", "/ws"))
+        b.expect("QUEUED", tasks=[[1, 1], [2, 1]], preparing=None)
+        self.give(3, cwd="")
+        self.assertEqual(b.effect(tc.Start).job.cwd, "/ws")
+        b.expect("QUEUED", tasks=[[3, 1]], preparing=None)
+        b.quiet()
+
+    def test_a_setup_runs_before_the_commands_and_takes_no_slot(self):
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        self.assertEqual((setup.cmd, setup.cwd, setup.env), ("make", "/ws/sub", {"A": "b"}))
+        b.expect("QUEUED", tasks=[[1, 1]], preparing=tc.SETUP, host="h")
+        self.give(2)
+        b.expect("QUEUED", tasks=[[2, 1]], preparing=tc.SETUP)
+        b.quiet()
+        self.end(setup)
+        b.effect(tc.EndSetup)
+        self.assertEqual([b.effect(tc.Start).job.cmd for _ in range(2)], ["c1", "c2"])
+        b.wait(tc.REPORT_DELAY)
+        b.expect("QUEUED", tasks=[[1, 1], [2, 1]], preparing=None)
+
+    def test_a_failed_setup_makes_the_host_unfit_for_this_run(self):
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        self.give(2)
+        b.lines.clear()
+        self.end(setup, 2, b"x" * tc.SETUP_OUTPUT + b"no make\n")
+        lost = b.expect("LOST", tasks=[[1, 1]], fault=tc.UNFIT, host="h",
+                        why="the setup ended with exit code 2")
+        self.assertEqual((len(lost["output"]), lost["output"][-9:]),
+                         (tc.SETUP_OUTPUT, "xno make\n"))
+        b.expect("LOST", tasks=[[2, 1]], fault=tc.UNFIT, output="")
+        self.give(3)
+        b.expect("QUEUED", tasks=[[3, 1]])
+        b.expect("LOST", tasks=[[3, 1]], fault=tc.UNFIT)
+        b.quiet()
+
+    def test_no_workspace_makes_the_host_unfit(self):
+        b = self.bench
+        self.give(1)
+        b.effect(tc.FindTree)
+        self.told(tc.TreeFailed("/cache is full"))
+        b.expect("QUEUED")
+        b.expect("LOST", fault=tc.UNFIT, why="/cache is full")
+        b.quiet()
+
+    def test_a_tree_that_is_gone_gives_the_commands_back(self):
+        b = self.bench
+        self.give(1)
+        self.give(2)
+        b.effect(tc.FindTree)
+        self.told(tc.TreeUnknown())
+        b.lines.clear()
+        self.chunk(b"", why="a file has changed")
+        for id in (1, 2):
+            b.expect("LOST", tasks=[[id, 1]], fault="", why="a file has changed")
+        b.quiet()
+        self.give(1, self.OTHER, attempt=2)
+        self.assertEqual(b.effect(tc.FindTree), (self.RUN, self.OTHER.id))
+
+    def test_another_tree_waits_for_the_commands_of_the_last_one(self):
+        b = self.bench
+        self.until_ready()
+        job = b.effect(tc.Start).job
+        b.lines.clear()
+        self.give(2, self.OTHER)
+        b.expect("QUEUED", tasks=[[2, 1]], preparing=tc.FILES)
+        self.give(3)
+        b.effect(tc.Start)
+        b.lines.clear()
+        self.end(job)
+        b.quiet_but("RESULT")
+        self.end(self.worker.jobs[self.RUN, 3, 1])
+        self.assertEqual(b.effect(tc.FindTree), (self.RUN, self.OTHER.id))
+
+    def test_another_tree_waits_for_the_files_of_the_last_one(self):
+        for state in ("finding", "storing"):
+            with self.subTest(state):
+                self.setUp()
+                b = self.bench
+                self.give(1)
+                b.effect(tc.FindTree)
+                if state == "storing":
+                    self.told(tc.TreePlanned([(100, 5)]))
+                    self.chunk(b"12345", offset=100)
+                    b.effect(tc.PutTree)
+                self.give(2, self.OTHER)
+                b.hear('CANCEL {"tasks":[[1,1]]}', self.RUN)
+                b.quiet_but("QUEUED", "LOST", "FETCH")
+                if state == "storing":
+                    self.told(tc.TreeStored())  # and it is complete now
+                    b.quiet_but()
+                    self.told(tc.TreeReady("/ws", ""))
+                else:
+                    self.told(tc.TreeUnknown())
+                self.assertEqual(b.effect(tc.FindTree), (self.RUN, self.OTHER.id))
+
+    def test_requests_name_a_command_that_is_still_wanted(self):
+        b = self.bench
+        self.give(1)
+        self.give(2)
+        self.told(tc.TreeUnknown())
+        b.lines.clear()
+        b.hear('RECALL {"tasks":[[1,1]]}', self.RUN)
+        b.expect("LOST", tasks=[[1, 1]], why=tc.RECALLED)
+        b.expect("FETCH", id=2, offset=0, anew=True)
+        b.hear('RECALL {"tasks":[[2,1]]}', self.RUN)
+        b.expect("LOST", tasks=[[2, 1]])
+        b.wait(tc.TREE_TIMEOUT)
+        self.assertNotIn("FETCH", [verb for _, verb, _ in b.lines])  # nobody may ask
+        b.lines.clear()
+        b.answer()
+        self.give(3)
+        b.expect("QUEUED", tasks=[[3, 1]])
+        b.expect("FETCH", id=3, offset=0)
+
+    def test_after_joining_again_it_asks_anew_and_tells_what_takes_no_slot(self):
+        b = self.bench
+        self.give(1)
+        self.told(tc.TreeUnknown())
+        b.lines.clear()
+        b.hear("WHO")
+        b.expect("READY", running=[[self.RUN, 1, 1]])
+        b.answer()
+        b.expect("QUEUED", tasks=[[1, 1]], preparing=tc.FILES)
+        b.expect("FETCH", id=1, anew=True)
+
+    def test_the_end_of_a_run_releases_its_workspace(self):
+        b = self.bench
+        self.until_ready()
+        job = b.effect(tc.Start).job
+        b.lines.clear()
+        b.hear("CANCEL", self.RUN)
+        b.effect(tc.Kill)
+        b.quiet()
+        self.end(job, 143)
+        self.assertEqual(b.effect(tc.ReleaseTree), (self.RUN,))
+        b.expect("LOST")
+        self.give(2)  # of the same client, whose lease was over
+        b.quiet_but("QUEUED")
+        self.told(tc.TreeReady("/ws", ""))  # late
+        b.quiet()
+        self.told(tc.TreeReleased())
+        b.effect(tc.FindTree)
+        b.quiet()
+        b.hear("CANCEL", self.RUN)
+        b.expect("LOST", tasks=[[2, 1]])
+        b.effect(tc.ReleaseTree)
+        self.told(tc.TreeReleased())
+        self.assertEqual(self.worker.uses, {})
+
+    def test_the_end_of_a_run_ends_its_setup(self):
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        b.lines.clear()
+        b.hear("CANCEL", self.RUN)
+        b.expect("LOST", tasks=[[1, 1]])
+        self.assertEqual(b.effect(tc.Kill), (setup, False))
+        b.quiet()
+        self.end(setup, 143)
+        b.effect(tc.ReleaseTree)
+        b.quiet()
+
+    def test_a_run_without_commands_loses_its_workspace_in_the_end(self):
+        b = self.bench
+        self.until_ready()
+        job = b.effect(tc.Start).job
+        self.end(job)
+        b.hear('DONE {"tasks":[[1,1]]}', self.RUN)
+        while self.worker.uses[self.RUN].state == tc.READY:
+            b.wait(1.0)
+            b.answer()
+            self.assertLess(b.now, 2 * tc.RELEASE_AFTER)
+        self.assertGreaterEqual(b.now, tc.RELEASE_AFTER)
+        b.effect(tc.ReleaseTree)
+
+    def test_a_worker_that_stops_hands_back_what_has_not_begun(self):
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        b.lines.clear()
+        self.worker.stop(143, b.now)
+        b.collect()
+        b.expect("READY", slots=0)
+        b.expect("LOST", tasks=[[1, 1]], fault="")
+        self.assertEqual(b.effect(tc.Kill).job, setup)
+
+
 # === Running commands =================================================================
 
 
@@ -8290,6 +8683,163 @@ class ClientTest(unittest.TestCase):
         self.assertFalse(b.effects)
         b.wait(5.0)
         self.assertIn("does not answer", b.effect(tc.Notice).text)
+
+
+class ClientTreesTest(unittest.TestCase):
+    """A client whose commands run in workspaces with its tree."""
+
+    TREE = tc.make_tree({}, [file_entry("a", b"12345")])
+    OTHER = tc.make_tree({}, [file_entry("b", b"1")])
+
+    def setUp(self):
+        self.client = tc.Client("r1", address="tcp://b:1", options=tc.RunOptions(
+            sync=True, needs=("gpu",)))
+        self.bench = Bench(self.client)
+        self.bench.expect("HELLO")
+
+    def join(self, **more):
+        self.bench.hear(tc.encode("OK", {
+            "join": self.client.session.number, "slots": 2, "workers": 1, "trees": True, **more}))
+
+    def add(self, *cmds):
+        for cmd in cmds:
+            self.client.add(cmd, "sub")
+        self.client.end_input(self.bench.now)
+        self.bench.collect()
+        self.bench.effects = [effect for effect in self.bench.effects
+                              if not isinstance(effect, tc.RunStarted)]
+
+    def set_tree(self, tree):
+        self.client.set_tree(tree, self.bench.now)
+        self.bench.collect()
+
+    def begin(self, *cmds):
+        """Submit these commands; a worker has accepted them, and makes their workspace."""
+        self.join()
+        self.set_tree(self.TREE)
+        self.add(*cmds)
+        for id in range(1, len(cmds) + 1):
+            self.bench.expect("{", id=id)
+            self.bench.hear(tc.encode("QUEUED", {
+                "tasks": [[id, 1]], "worker": "w", "preparing": tc.FILES, "host": "h/1"}))
+        self.bench.quiet()
+
+    def fetch(self, id=1, attempt=1, offset=0, size=9, tree=TREE, **more):
+        self.bench.hear(tc.encode("FETCH", {
+            "id": id, "attempt": attempt, "offset": offset, "size": size, "tree": tree.id,
+            "host": "h/1", **more}))
+
+    def test_commands_wait_for_the_tree_and_name_it(self):
+        b = self.bench
+        self.join()
+        self.add("x", "y")
+        b.quiet()
+        self.set_tree(self.TREE)
+        for id in (1, 2):
+            b.expect("{", id=id, tree=self.TREE.id, manifest=len(self.TREE.manifest), cwd="sub",
+                     needs=["gpu", tc.TREES])
+        b.quiet()
+
+    def test_parts_of_the_tree_go_to_who_has_the_command(self):
+        b = self.bench
+        self.begin("x")
+        self.fetch(size=3, spans=[[0, 1], [5, 2]])
+        fields = b.effect(tc.AnswerFetch).fields
+        self.assertEqual(fields["spans"], [[0, 1], [5, 2]])
+        self.client.answer(fields, b"abc")
+        b.collect()
+        (answer,), b.bulk = b.bulk, []
+        self.assertEqual(tc.decode(answer.body), ("CHUNK", {
+            "id": 1, "attempt": 1, "offset": 0, "size": 3, "tree": self.TREE.id}))
+        self.assertEqual(answer.data, b"abc")
+        self.fetch(id=2)  # no such command
+        self.fetch(attempt=2)
+        b.hear('FETCH {"id":1,"attempt":1,"offset":0,"size":1}')  # of no tree
+        b.quiet()
+        self.fetch(tree=self.OTHER)
+        b.expect("CHUNK", id=1, tree=self.OTHER.id, why="a file of its tree has changed")
+        b.quiet()
+
+    def test_a_tree_that_has_changed_is_refused_and_the_commands_get_the_next(self):
+        b = self.bench
+        self.begin("x")
+        for number in range(20):
+            self.fetch(offset=number, size=tc.CHUNK_SIZE)
+        self.assertEqual(len([b.effect(tc.AnswerFetch) for _ in range(16)]), 16)
+        self.set_tree(None)
+        for number in range(16, 20):
+            b.expect("CHUNK", offset=number, why="a file of its tree has changed")
+        self.fetch()
+        b.expect("CHUNK", offset=0, why="a file of its tree has changed")
+        b.hear('LOST {"tasks":[[1,1]],"why":"a file of its tree has changed"}')
+        b.quiet()
+        self.set_tree(self.OTHER)
+        b.expect("{", id=1, attempt=2, tree=self.OTHER.id)
+        b.quiet()
+        b.hear("WHO")
+        self.set_tree(None)
+        b.expect("HELLO")
+        self.join()
+        b.quiet()  # there is nothing to submit it with
+        self.set_tree(self.TREE)
+        b.expect("{", id=1, attempt=2, again=True, tree=self.TREE.id)
+
+    def test_an_unfit_host_is_out_of_the_run(self):
+        b = self.bench
+        self.begin("x", "y")
+        b.hear(tc.encode("LOST", {
+            "tasks": [[1, 1]], "why": "the setup ended with exit code 2", "fault": tc.UNFIT,
+            "worker": "w", "host": "h/1", "output": "no make\n\x1b[0m"}))
+        b.expect("SHUN", hosts=["h/1"])
+        b.expect("{", id=1, attempt=2, never_on=["h/1"])
+        self.assertEqual(b.effect(tc.Notice), (
+            "host h is out of this run: the setup ended with exit code 2\nno make\n\\x1b[0m",
+            True))
+        b.hear(tc.encode("LOST", {"tasks": [[2, 1]], "why": "the setup", "fault": tc.UNFIT,
+                                  "worker": "w", "host": "h/1"}))
+        b.expect("{", id=2, attempt=2, never_on=["h/1"])
+        b.quiet()
+        b.hear('LOST {"tasks":[[2,2]],"why":"there is no other host","fault":"nowhere"}')
+        self.assertEqual(b.effect(tc.Notice), (tc.NONE_LEFT, True))
+        b.expect("CANCEL")
+        b.hear('LOST {"tasks":[[1,2]],"why":"cancelled"}')
+        b.expect("BYE")
+        self.assertEqual(b.effect(tc.Exit).status, 3)
+
+    def test_it_forgets_what_no_worker_asks_for_any_more(self):
+        self.begin("x")
+        self.fetch()
+        self.bench.effect(tc.AnswerFetch)
+        self.assertEqual(self.client.offer.on_way, 9)
+        self.bench.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        self.assertEqual(self.client.offer.on_way, 0)
+
+    def test_long_transfers_and_setups_are_told(self):
+        b = self.bench
+        self.begin("x")
+        self.fetch(got=12_300_000, of=80_000_000)
+        b.effect(tc.AnswerFetch)
+        b.wait(tc.TRANSFER_NOTICE)
+        self.assertEqual(b.effect(tc.Notice).text, "sending 12.3 of 80 MB to h")
+        b.hear(tc.encode("QUEUED", {"tasks": [[1, 1]], "worker": "w", "preparing": tc.SETUP,
+                                    "host": "h/1"}))
+        b.wait(tc.TRANSFER_INTERVAL / 2)
+        b.answer(slots=2, trees=True)
+        b.wait(tc.TRANSFER_INTERVAL / 2)
+        self.assertEqual(b.effect(tc.Notice).text, "running the setup on h")
+
+    def test_old_brokers_and_workers(self):
+        b = self.bench
+        self.join(unfit=["h/1", "i/2"])
+        self.assertEqual(b.effect(tc.Notice).text, "not used: h, i: an older version of this "
+                         "program runs there, which knows no --sync")
+        b.hear('OK {"beat":1,"slots":2,"workers":1,"trees":true,"unfit":["h/1"]}')
+        b.quiet()
+        b.hear('OK {"beat":1,"slots":2,"workers":1}')
+        notice = b.effect(tc.Notice)
+        self.assertIn("the broker at tcp://b:1 is older than this program", notice.text)
+        b.expect("BYE")
+        self.assertEqual(b.effect(tc.Exit).status, 3)
 
 
 class StatusClientTest(unittest.TestCase):

@@ -1358,9 +1358,10 @@ class TreeFetcher:
         """Return the spans that this answer has; [] if it is not the next that we wait for."""
         if not self.asked or self.asked[0][0][0] != offset or total_size(self.asked[0]) != size:
             return []
+        spans = self.asked.popleft()
         self.unstored += 1
-        self.overdue_at = now + TREE_TIMEOUT
-        return self.asked.popleft()
+        self.overdue_at = now + TREE_TIMEOUT if self.asked else math.inf
+        return spans
 
     def stored(self, now: Seconds) -> None:
         """Note that an answer was stored."""
@@ -5609,6 +5610,7 @@ class Client(SessionMachine):
         self.rechecks = Rechecks()
         self.fetcher = Fetcher(self.ask, 2 * times.ready_interval, options.live)
         self.offer = TreeOffer()
+        self.put_off: Dict[int, Command] = {}  # to be submitted when there is a tree
         self.transfers_shown = False  # a progress line shows them
         self.notice_at: Seconds = math.inf  # else a notice does, then
         self.unfit: Dict[str, str] = {}  # hosts without a workspace, and why
@@ -5716,7 +5718,8 @@ class Client(SessionMachine):
     def submit(self, command: Command) -> None:
         """Submit the command's attempt. A too long command fails at its first submit."""
         if self.lacks_tree():
-            return  # until set_tree()
+            self.put_off[command.id] = command
+            return
         identity = self.host_names.identity_of
         constraints = {key: [*map(identity, value)] if key == "never_on" else identity(value)
                        for key, value in command.constraints.items()}
@@ -5746,8 +5749,9 @@ class Client(SessionMachine):
                 self.refuse(fields)
             return
         self.common.update(tree=tree.id, manifest=len(tree.manifest))
-        for command in self.window.values() if self.session.joined else ():
-            if not command.submitted:
+        put_off, self.put_off = self.put_off, {}
+        for id, command in put_off.items() if self.session.joined else ():
+            if self.window.get(id) is command:
                 self.submit(command)
         self.settle()
 
@@ -6000,6 +6004,7 @@ class Client(SessionMachine):
         elif fault == NOWHERE and not command.provisional and self.unfit:
             self.effects.append(Notice(NONE_LEFT, True))
             self.cancel(3, self.now)
+            self.give_up(command, "", may_have_run)
         elif fault != NOWHERE or not command.provisional:
             self.next_attempt(command, fields.get("worker", ""))
         elif not self.host_wait.add(command, self.now):
