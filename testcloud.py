@@ -568,6 +568,14 @@ def duration(seconds: Seconds, whole: bool = False) -> str:
     return f"{seconds:.{2 if seconds < 10 else 1}f} s"
 
 
+def amount(size: float) -> str:
+    """For people: 7 bytes, 12 kB, 1.5 MB, 80 MB, 2.1 GB."""
+    power = 0
+    while size >= 999.5 and power < 3:
+        size, power = size / 1000, power + 1
+    return f"{size:.{int(power > 0 and size < 9.95)}f} {('bytes', 'kB', 'MB', 'GB')[power]}"
+
+
 def truncate(text: str, limit: int = MAX_TEXT) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
@@ -10889,6 +10897,515 @@ def with_holder(keys: Keys, role: str, name: str, path: str) -> Keys:
         raise UsageError(f"there are {len(keys.holders)} names, and no more fit: --revoke some")
     write_keys(path, Keys(keys.broker, pairs={role: pair}))
     return more
+
+
+# === Working tree =====================================================================
+#
+# --sync sends a directory of the client along with its commands. A WorkingTree lists it: git
+# tells what it ignores, and the patterns of --exclude and --include change that. The files are
+# hashed, with a cache of hashes, and read when a worker asks for them. A file that is not as it
+# was hashed is copied to a temporary file, so that one that always changes can be sent, too.
+
+SYNC_MAX = 2 * 1024**3  # bytes of a tree; a larger one is mostly a forgotten build or data set
+READ_BLOCK = 1024 * 1024  # bytes read at once; hashing needs no more memory
+HASHERS = 4  # threads at most: hashlib lets others run, and one disk has not much more to give
+RACY: int = 2 * 10**9  # ns; a younger file may change again within the resolution of its times
+MAX_HASHES = 20  # files of hashes, one for each top; the oldest go
+MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
+MAX_LINKS = 40  # that one link may lead through, as in Linux
+REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
+                        "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
+Stamp = Tuple[int, int, int, int, int]  # of a file: mode, size, mtime and ctime in ns, inode
+
+
+class StaleFiles(Exception):
+    """These entries of a tree, by index, are not as they were hashed."""
+
+    def __init__(self, indexes: List[int]) -> None:
+        super().__init__(indexes)
+        self.indexes = indexes
+
+
+# --- patterns
+
+
+class PathFilter(NamedTuple):
+    """A pattern of --exclude or --include, with gitignore's meaning."""
+
+    exclude: bool
+    whole: bool  # compared with the whole path, because it has a /; else with the last name
+    only_directories: bool  # it ends with /
+    matches: Callable[[bytes], Any]
+
+
+def path_filter(exclude: bool, pattern: str) -> PathFilter:
+    if pattern[:1] == "!":
+        exclude, pattern = not exclude, pattern[1:]
+    glob = to_bytes(pattern)
+    only_directories = glob.endswith(b"/")
+    glob = glob[:-1] if only_directories else glob
+    regex = GLOB_TOKEN.sub(regex_of, glob.removeprefix(b"/"))
+    return PathFilter(exclude, b"/" in glob, only_directories,
+                      re.compile(regex, re.DOTALL).fullmatch)
+
+
+NEVER = b"(?!)"  # a regex that matches nothing, as git lets invalid patterns do
+GLOB_TOKEN = re.compile(
+    rb"((?:(?<=/)|\A)\*\*+(?:/|\Z|(?=\\/)))|\*+|\\.?|"
+    rb"\[[!^]?(?:\[:[a-z]*:\]|\\.|[^\\])(?:\[:[a-z]*:\]|\\.|[^\]\\])*\]|.", re.DOTALL)
+SET_ITEM = re.compile(rb"\[:([a-z]*):\]|\\?(.)(?:-\\?(.))?", re.DOTALL)
+
+
+def regex_of(found: Any) -> bytes:
+    """Return the regular expression of a part of a glob."""
+    token: bytes = found[0]
+    if found[1]:
+        return b"(?:.*/)?" if token[-1:] == b"/" else b".*"
+    if token[:1] == b"*":
+        return b"[^/]*"
+    if token == b"?":
+        return b"[^/]"
+    if token[:1] == b"[":
+        return set_of_bytes(token[1:-1]) if len(token) > 1 else NEVER
+    if token[:1] == b"\\":
+        return re.escape(token[1:]) or NEVER
+    return re.escape(token)
+
+
+def set_of_bytes(items: bytes) -> bytes:
+    """Return the regular expression of what is between [ and ] in a glob."""
+    negated = items[:1] in (b"!", b"^")
+    members: Set[int] = set()
+    for kind, first, last in SET_ITEM.findall(items, int(negated)):
+        if kind:
+            is_member = getattr(str, "is" + kind.decode(), None)
+            if is_member is None:
+                return NEVER
+            members.update(c for c in range(128) if is_member(chr(c)))
+        else:
+            members.update(first, range(first[0], (last or first)[0] + 1))
+    listed = b"".join(re.escape(bytes([c])) for c in sorted(members - {ord("/")}))
+    return b"[^/" + listed + b"]" if negated else b"[" + listed + b"]" if listed else NEVER
+
+
+# --- the tree
+
+
+def working_tree_top(given: str) -> str:
+    """Return the directory of --sync; "" is the work tree of git around us, else the current
+    directory. Raises UsageError."""
+    if given and not os.path.isdir(given):
+        raise UsageError(f"--sync {printable(given)}: there is no such directory")
+    try:
+        here = os.path.realpath(given or ".")
+    except FileNotFoundError:
+        raise UsageError("the current directory is gone: go to another one") from None
+    return here if given else git_top(here) or here
+
+
+def git_top(path: str) -> str:
+    """Return the top of the work tree around this real path, "" if there is none."""
+    top = path
+    while not os.path.lexists(os.path.join(top, ".git")):
+        if os.path.dirname(top) == top:
+            # no .git: the one place where a repository is known from the environment only
+            top = os.path.realpath(os.environ.get("GIT_WORK_TREE") or path)
+            known = os.environ.get("GIT_DIR") and os.environ.get("GIT_WORK_TREE")
+            return top if known and (path + "/").startswith(top.rstrip("/") + "/") else ""
+        top = os.path.dirname(top)
+    return top
+
+
+def hashes_path(top: str) -> str:
+    """Return the file that remembers the hashes of a tree; "" if we have no home."""
+    known = timings_path()
+    name = hashlib.sha256(to_bytes(os.path.realpath(top))).hexdigest()[:16]
+    return known and os.path.join(os.path.dirname(known), "hashes", f"{name}.json")
+
+
+def origin_of(top: str) -> Fields:
+    """Return the fields of a tree's head that tell whose directory it is."""
+    machine = read_text("/etc/machine-id").strip() or socket.gethostname()
+    name = re.sub("[^A-Za-z0-9._-]", "_", os.path.basename(top))[:40]
+    return {"origin": hashlib.sha256(to_bytes(f"{os.getuid()}\n{machine}\n{top}")).hexdigest(),
+            "name": name if name.strip(".") else "tree"}
+
+
+def leads_out(path: str, links: Dict[str, str]) -> bool:
+    """Return whether the link at this path leads out of the tree; links: all targets by path."""
+    place: List[str] = path.split("/")[:-1]
+    ahead, followed = links[path].split("/")[::-1], 1
+    if not ahead[-1]:
+        return True  # an absolute path
+    while ahead:
+        name = ahead.pop()
+        if name == ".." and not place:
+            return True
+        if name == "..":
+            place.pop()
+        elif name not in ("", "."):
+            place.append(name)
+            target = links.get("/".join(place))
+            if target is not None and followed < MAX_LINKS:
+                if target[:1] == "/":
+                    return True
+                followed += 1
+                place.pop()
+                ahead += target.split("/")[::-1]
+    return False
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return (stat.S_IMODE(status.st_mode) & 0o777, status.st_size, status.st_mtime_ns,
+            status.st_ctime_ns, status.st_ino)
+
+
+class WorkingTree:
+    """A directory of the client that goes along with its commands.
+
+    One thread at a time may call it. `seen` and `hashed` tell another one how far look() is."""
+
+    def __init__(self, top: str, filters: Iterable[Tuple[bool, str]] = (),
+                 head: Optional[Fields] = None, limit: int = SYNC_MAX,
+                 cache_path: str = "") -> None:
+        self.top = os.path.realpath(top)
+        self.filters = [path_filter(*given) for given in filters][::-1]  # the last match wins
+        self.head = {**origin_of(self.top), **(head or {})}
+        self.limit = limit
+        self.cache_path = cache_path
+        self.seen = 0  # entries
+        self.hashed = 0  # bytes
+        self.notices: List[str] = []
+        self.missing: Dict[str, str] = {}  # what is left out, and why
+        self.entries: Dict[str, Entry] = {}
+        self.hidden: Dict[str, Entry] = {}  # ignored directories: an --include may be below
+        self.stamps: Dict[str, Stamp] = {}  # of files, when they were listed or hashed
+        self.ignored: Set[bytes] = set()  # paths
+        self.copies: Dict[str, int] = {}  # of files that changed: offset in the copy
+        self.copy: Optional[IO[bytes]] = None
+        self.proven: Set[str] = set()  # files that were hashed a second time
+        self.tree = make_tree(self.head, [])
+
+    @property
+    def left_out(self) -> List[str]:
+        """Lines for people: what does not go along."""
+        lines = [f"{printable(path, 200)} is left out: {why}"
+                 for path, why in itertools.islice(self.missing.items(), MAX_LEFT_OUT)]
+        more = len(self.missing) - len(lines)
+        return [*self.notices, *lines, *([f"{more} more are left out"] if more else [])]
+
+    def look(self) -> Tree:
+        """List and hash the files. Raises UsageError for a tree that is too large, SetupError."""
+        self.scan()
+        self.check_size()
+        self.hash_files()
+        return self.make()
+
+    def make(self) -> Tree:
+        self.tree = make_tree(self.head, self.entries.values())
+        return self.tree
+
+    def check_size(self) -> None:
+        """Raise UsageError if there is too much to send."""
+        size = sum(entry.size for entry in self.entries.values())
+        if size <= self.limit and len(self.entries) <= MAX_ENTRIES:
+            return
+        sizes: Counter[str] = Counter()
+        for entry in self.entries.values():
+            sizes[entry.path.partition("/")[0]] += entry.size
+        largest = ", ".join(f"{printable(name)} ({amount(part)})"
+                            for name, part in sizes.most_common(3))
+        what = f"{printable(self.top)} has {amount(size)} in {len(self.entries)} files"
+        if size <= self.limit:
+            raise UsageError(f"{what} or more, and {MAX_ENTRIES} may go along: leave some out with "
+                             f"--exclude (the largest: {largest})")
+        raise UsageError(f"{what}, the largest are {largest}: leave out what commands do not need "
+                         f"with --exclude, or allow it with --sync-max {size // 1024**3 + 1}G")
+
+    # --- listing
+
+    def scan(self) -> None:
+        """List the tree without the contents of files. Raises SetupError."""
+        top = git_top(self.top)
+        if top:
+            self.ask_git(top, os.path.relpath(self.top, top))
+        links: Dict[str, str] = {}
+        stack = [(b"", 0, False, False)]  # path, mode, ignored, brought back
+        while stack and len(self.entries) <= MAX_ENTRIES:
+            path, mode, ignored, included = stack.pop()
+            try:
+                with os.scandir(os.path.join(to_bytes(self.top), path)) as found:
+                    listed = [*found]
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if not path:
+                    raise SetupError(f"cannot read {printable(self.top)}: "
+                                     f"{error.strerror}") from None
+                self.leave_out(to_text(path), error)
+                continue
+            if path:
+                self.add(Entry(to_text(path), DIRECTORY, mode, 0, "", 0), ignored)
+                if not ignored and not included and any(one.name == b".git" for one in listed):
+                    self.ask_git(os.path.join(self.top, to_text(path)), "", to_text(path) + "/")
+            self.seen += len(listed)
+            for one in listed:
+                inner = os.path.join(path, one.name)
+                with contextlib.suppress(FileNotFoundError):
+                    below = self.state(inner, one.is_dir(follow_symlinks=False), ignored, included)
+                    if below is None:
+                        continue
+                    status = one.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(status.st_mode):
+                        stack.append((inner, stamp_of(status)[0], *below))
+                    elif not below[0]:
+                        self.add_file(inner, status, links)
+        for name in links:
+            if leads_out(name, links):
+                del self.entries[name]
+                self.missing[name] = "this link leads out of the tree"
+
+    def state(self, path: bytes, is_directory: bool, ignored: bool,
+              included: bool) -> Optional[Tuple[bool, bool]]:
+        """Return whether this path is ignored, and whether --include brought it back; None if
+        nothing below it can go along. The two flags are those of its directory."""
+        name = path.rpartition(b"/")[2]
+        if name == b".git":
+            ignored, included = True, False  # unless it is included by name
+        ignored = ignored or not included and path in self.ignored
+        for rule in self.filters:
+            if (is_directory or not rule.only_directories) and rule.matches(
+                    path if rule.whole else name):
+                return None if rule.exclude else (False, included or ignored)
+        if ignored and not (is_directory and any(not rule.exclude for rule in self.filters)):
+            return None
+        return ignored, included
+
+    def add(self, entry: Entry, ignored: bool = False) -> None:
+        if ignored:
+            self.hidden[entry.path] = entry
+            return
+        self.entries[entry.path] = entry
+        parent = entry.path
+        while self.hidden:
+            parent = parent.rpartition("/")[0]
+            if parent not in self.hidden:
+                return
+            self.entries[parent] = self.hidden.pop(parent)
+
+    def add_file(self, path: bytes, status: os.stat_result, links: Dict[str, str]) -> None:
+        name, stamp = to_text(path), stamp_of(status)
+        if stat.S_ISREG(status.st_mode):
+            self.add(Entry(name, FILE, stamp[0], stamp[1], "", stamp[2]))
+            self.stamps[name] = stamp
+        elif stat.S_ISLNK(status.st_mode):
+            links[name] = to_text(os.readlink(os.path.join(to_bytes(self.top), path)))
+            self.add(Entry(name, LINK, 0, 0, links[name], 0))
+        else:
+            self.missing[name] = "it is no file, directory or link"
+
+    def leave_out(self, path: str, error: OSError) -> None:
+        self.entries.pop(path, None)
+        self.stamps.pop(path, None)
+        self.missing[path] = (error.strerror or str(error)).lower()
+
+    def ask_git(self, root: str, inside: str, prefix: str = "") -> None:
+        """Note what git ignores in this work tree, or `inside` it; prefix: of our paths for
+        git's. Raises SetupError."""
+        # its own repository only; and a repository from elsewhere could name a program to start
+        known = {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C",
+                 "GIT_CEILING_DIRECTORIES": os.path.dirname(root)}
+        if os.path.lexists(os.path.join(root, ".git")):
+            environ = {name: value for name, value in os.environ.items()
+                       if name not in REPOSITORY_VARIABLES}
+        else:
+            environ = {**os.environ, "GIT_DIR": os.path.abspath(os.environ.get("GIT_DIR", ""))}
+        inside = "" if inside == "." else inside + "/" * bool(inside)
+        words = ["git", "-c", "core.fsmonitor=false", "--literal-pathspecs", "status", "-z",
+                 "--porcelain", "--ignored=matching", "-uall", "--no-renames",
+                 "--ignore-submodules=all", *(["--", inside] if inside else [])]
+        try:
+            done = subprocess.run(words, cwd=to_bytes(root), env={**environ, **known},
+                                  stdin=subprocess.DEVNULL, capture_output=True)
+        except OSError as error:
+            self.notices.append(f"cannot run git ({error.strerror}): files go along that git would "
+                                f"ignore in {printable(root)}")
+            return
+        if done.returncode:
+            why = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
+            if "not a git repository" not in why and "invalid gitfile" not in why:
+                raise SetupError(f"git cannot list {printable(root)}: {printable(why, 200)}")
+            self.notices.append(f"{printable(root)} has a .git that is no repository: all its "
+                                f"files go along")
+            return
+        for row in done.stdout.split(b"\0"):
+            path = to_text(row[3:]).rstrip("/")
+            if row[:2] != b"!!":
+                continue
+            if inside.startswith(path + "/"):
+                return  # what is ignored itself was named by the user: take all of it
+            self.ignored.add(to_bytes(prefix + path[len(inside):]))
+
+    # --- hashing
+
+    def hash_files(self) -> None:
+        """Fill in the contents of the entries, from the cache or from the files."""
+        now = time.time_ns()
+        known = read_hashes(self.cache_path)
+        unknown = []
+        for path, stamp in self.stamps.items():
+            row = known.get(path)
+            if row and row[:-1] == [*stamp]:
+                self.entries[path] = self.entries[path]._replace(content=row[-1])
+                self.hashed += stamp[1]
+            else:
+                unknown.append(path)
+        work = iter(unknown)
+        threads = [threading.Thread(target=self.hash_some, args=(work,), daemon=True)
+                   for _ in range(min(HASHERS, usable_cpus(), len(unknown)) - 1)]
+        for thread in threads:
+            thread.start()
+        self.hash_some(work)
+        for thread in threads:
+            thread.join()
+        if unknown or len(known) > len(self.stamps):
+            self.write_hashes(now)
+
+    def hash_some(self, work: Iterator[str]) -> None:
+        for path in work:  # threads may share a list's iterator
+            try:
+                self.hash_file(path)
+            except FileNotFoundError:  # deleted just now
+                del self.entries[path], self.stamps[path]
+            except OSError as error:
+                self.leave_out(path, error)
+
+    def hash_file(self, path: str, copy: Optional[IO[bytes]] = None) -> None:
+        """Hash a file as it is now, and copy it. Raises OSError."""
+        with contextlib.closing(OpenFile(self.top, path)) as file:
+            hashed, size = hashlib.sha256(), 0
+            for block in file.blocks():
+                hashed.update(block)
+                size += len(block)
+                self.hashed += len(block)
+                if copy:
+                    copy.write(block)
+        mode, _, mtime, *_ = file.stamp
+        self.stamps[path] = file.stamp
+        self.entries[path] = Entry(path, FILE, mode, size, hashed.hexdigest(), mtime)
+
+    def write_hashes(self, now: int) -> None:
+        """Remember the hashes of files that were old enough at this time."""
+        rows = {path: [*stamp, self.entries[path].content] for path, stamp in self.stamps.items()
+                if max(stamp[2:4]) < now - RACY and path not in self.copies}
+        if not self.cache_path:
+            return
+        directory = os.path.dirname(self.cache_path)
+        with contextlib.suppress(OSError):  # it is only a cache
+            os.makedirs(directory, 0o700, exist_ok=True)
+            write_atomically(self.cache_path, [dump(rows)], durable=False)
+            files = sorted(os.scandir(directory), key=lambda file: file.stat().st_mtime)
+            for old in files[:-MAX_HASHES]:
+                os.unlink(old.path)
+
+    # --- reading
+
+    def read(self, tree: Tree, spans: Iterable[Span], again: bool = False) -> bytes:
+        """Return the bytes of these spans of the tree's stream. With `again`, hash the files
+        anew, because a worker got wrong bytes. Raises StaleFiles."""
+        parts: List[bytes] = []
+        stale: Set[int] = set()
+        for start, size in spans:
+            parts.append(tree.manifest[start:start + size])
+            for index, offset, length in tree.pieces_of([(start, size)]):
+                entry = tree.entries[index]
+                part = self.read_part(entry, offset, length, again and index not in stale)
+                parts.append(part)
+                if len(part) != length:
+                    stale.add(index)
+        if stale:
+            raise StaleFiles(sorted(stale))
+        return b"".join(parts)
+
+    def read_part(self, entry: Entry, offset: int, size: int, again: bool) -> bytes:
+        """Return a part of a file's content; b"" if the file is not as it was hashed."""
+        path = entry.path
+        if self.entries.get(path) != entry:
+            return b""
+        if path in self.copies and self.copy:
+            return os.pread(self.copy.fileno(), size, self.copies[path] + offset)
+        with contextlib.suppress(OSError):
+            if again and path not in self.proven:
+                self.proven.add(path)  # once: a worker could ask for it again and again
+                self.hash_file(path)
+                if self.entries[path] != entry:
+                    return b""
+            with contextlib.closing(OpenFile(self.top, path)) as file:
+                part = file.read(offset, size)
+                if file.stamp == self.stamps[path] == stamp_of(os.fstat(file.file)):
+                    return part
+        return b""
+
+    def refresh(self, indexes: Iterable[int]) -> Tree:
+        """Return the tree as it is now, after StaleFiles. Files that are not there any more leave
+        it, and the others are served from copies from now on. Raises SetupError."""
+        for index in indexes:
+            path = self.tree.entries[index].path
+            self.copies.pop(path, None)
+            if self.copy is None:
+                self.copy = tempfile.TemporaryFile()
+            start = self.copy.seek(0, os.SEEK_END)
+            try:
+                self.hash_file(path, self.copy)
+                self.copy.flush()
+                self.copies[path] = start
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise SetupError(f"cannot copy {printable(path)}, which changes, to "
+                                     f"{tempfile.gettempdir()}: {error.strerror}") from None
+                self.leave_out(path, error)
+        self.write_hashes(time.time_ns())  # without those that were wrong
+        return self.make()
+
+
+class OpenFile:
+    """A file of a working tree. Raises OSError if it is no file."""
+
+    def __init__(self, top: str, path: str) -> None:
+        # should it be a FIFO or link by now, open() neither waits nor follows
+        self.file = os.open(os.path.join(to_bytes(top), to_bytes(path)),
+                            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(self.file)
+        self.stamp = stamp_of(status)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "It is no file any more")
+
+    def close(self) -> None:
+        os.close(self.file)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yield its content to the end."""
+        size = min(READ_BLOCK, self.stamp[1] + 1)  # one more: a short block is the last
+        while True:
+            block = os.read(self.file, size)
+            yield block
+            if len(block) < size:
+                return
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self.file, size, offset)
+
+
+def read_hashes(path: str) -> Dict[str, List[Any]]:
+    """Return stamps and hashes by path; {} if the file cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found: Dict[str, List[Any]] = json.load(file)
+        return found if all(type(row) is list and len(row) == 6 and tree_name(row[-1])
+                            for row in found.values()) else {}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 # === Command templates ================================================================
