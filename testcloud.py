@@ -214,6 +214,7 @@ MAX_BAD_LINES = 100  # in one body; the rest of it is ignored
 MAX_COMPLAINTS = 20  # lines in the log about different bad messages, per COMPLAINT_INTERVAL
 COMPLAINT_INTERVAL: Seconds = 10.0
 ANSWERS_PER_SECOND = 5  # of each verb to a plain or unknown peer: ends a loop of answers
+MAX_UNFIT = 10  # hosts that know no trees, in one OK: enough for people
 MAX_DEPTH = 8  # brokers in one chain; a longer one is taken for a mistake
 STATUS_LIMIT = 100  # characters of a name in STATUS, and labels of a worker
 MAX_PASSED_OVER = 16  # better workers that a task skips before its eligible ones are searched
@@ -1098,7 +1099,7 @@ MOVES: Dict[str, Tuple[str, ...]] = {
     DELIVERED: (DELIVERED, GONE),
     GONE: (),
 }
-BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot
+BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot, unless it is preparing
 
 CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process;
 NOWHERE = "nowhere"  # there is no other host
@@ -1170,7 +1171,7 @@ class Task:
     """One attempt of one command."""
 
     __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "constraints",
-                 "had", "careful", "faults", "cost", "result", "plain")
+                 "preparing", "told_above", "had", "careful", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientRecord, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -1181,6 +1182,8 @@ class Task:
         self.worker: Optional[WorkerRecord] = None  # in ASSIGNED, RUNNING and DELIVERED
         self.avoid = ""  # name of the worker that lost the attempt before
         self.constraints = UNCONSTRAINED
+        self.preparing = ""  # FILES or SETUP while BUSY: its workspace is not there yet
+        self.told_above = ""  # the same, as the broker above knows it
         self.had = ""  # in RECOVERING: name of the worker that had it last
         self.careful = False  # workers were lost with it: no other task waits behind it
         self.faults = Faults()  # of a plain client's command; other clients count themselves
@@ -1191,6 +1194,10 @@ class Task:
     @property
     def key(self) -> TaskKey:
         return (self.client.run, self.id, self.attempt)
+
+    @property
+    def needs_tree(self) -> bool:
+        return TREES in self.constraints.needs
 
 
 # === Trees ============================================================================
@@ -1539,6 +1546,10 @@ TreeEvent = Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, Tr
 # slot elsewhere recalls them. A task that must not wait behind others reserves the next free slot
 # of a worker. The scheduler knows no messages, peers or clocks. The cost of a decision without
 # constraints does not grow with the number of workers or clients.
+#
+# A worker is prepared for a client if it has a workspace with the tree of its tasks. Another worker
+# gets one task at a time, a scout: it waits there for the workspace, and takes no slot meanwhile.
+# A chained broker gets a scout for each host. A free slot of a prepared worker recalls scouts.
 
 
 class ClientQueue:
@@ -1592,7 +1603,8 @@ class WorkerSlots:
     """The slots of one worker, or of all workers below a chained broker, and their tasks."""
 
     __slots__ = ("name", "slots", "weight", "capacity", "ready", "silent", "prefetch", "tasks",
-                 "busy", "careful", "busy_with", "slots_with", "stamp")
+                 "busy", "careful", "busy_with", "slots_with", "hosts_with", "prepared",
+                 "preparing", "stamp")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1604,14 +1616,22 @@ class WorkerSlots:
         self.silent = False  # a plain worker that has not said READY for long: the last choice
         self.prefetch = 0  # tasks that it may be given beyond its slots
         self.tasks: Dict[TaskKey, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
-        self.busy = 0  # tasks that are BUSY
-        self.careful = 0  # BUSY tasks that are careful
-        self.busy_with: Counter[FrozenSet[str]] = Counter()  # BUSY tasks, by needed labels
+        self.busy = 0  # tasks that are BUSY, without scouts
+        self.careful = 0  # such tasks that are careful
+        self.busy_with: Counter[FrozenSet[str]] = Counter()  # such tasks, by needed labels
         self.slots_with: Dict[FrozenSet[str], int] = {}  # cache: slots with these labels
+        self.hosts_with: Dict[FrozenSet[str], int] = {}  # cache: hosts of these slots
+        self.prepared: Set[ClientQueue] = set()  # it has a workspace for these
+        self.preparing: Counter[ClientQueue] = Counter()  # scouts
         self.stamp = 0  # of its entry in Scheduler.ranking; older entries are stale
 
     def count(self, task: Task, change: int) -> None:
         """Count a BUSY task in (1) or out (-1)."""
+        if task.preparing:
+            self.preparing[task.client] += change
+            if not self.preparing[task.client]:
+                del self.preparing[task.client]
+            return
         self.busy += change
         if task.careful:
             self.careful += change
@@ -1626,9 +1646,10 @@ class WorkerSlots:
         return min(self.busy, self.slots or self.busy)
 
     def queued(self) -> Iterator[Task]:
-        """Return the tasks beyond its slots; the oldest tasks run first."""
-        busy = (task for task in self.tasks.values() if task.state in BUSY)
-        return itertools.islice(busy, self.running(), None)
+        """Return the tasks beyond its slots, and scouts; the oldest tasks run first."""
+        both = [task for task in self.tasks.values() if task.state in BUSY]
+        busy = [task for task in both if not task.preparing]
+        return itertools.chain(busy[self.running():], (task for task in both if task.preparing))
 
     def free(self) -> int:
         """Return the number of free slots; less than 0 if tasks wait for one."""
@@ -1652,6 +1673,21 @@ class WorkerSlots:
                 n for (_, labels), n in self.capacity.items() if needs <= labels)
         return self.busy_with[needs] < self.slots_with[needs]
 
+    def free_of_scouts(self, client: ClientQueue) -> int:
+        """Return the slots of a prepared worker that neither its tasks nor scouts will take."""
+        return self.free() - self.preparing[client] if client in self.prepared else 0
+
+    def may_prepare(self, task: Task) -> bool:
+        """Return whether the task may use a workspace here, or be a scout for one."""
+        client, needs = task.client, task.constraints.needs
+        scouts = self.preparing[client]
+        if client in self.prepared:
+            return not scouts or self.free() > scouts
+        if needs not in self.hosts_with:
+            self.hosts_with[needs] = len({
+                host for (host, labels), n in self.capacity.items() if n and needs <= labels})
+        return scouts < self.hosts_with[needs]
+
 
 Eligible = Optional[FrozenSet[WorkerSlots]]  # workers that may run a task; None: all
 
@@ -1669,6 +1705,7 @@ class Scheduler:
         self.ranking: List[Tuple[int, int, int, int, WorkerSlots]] = []
         self.stamps = 0  # entries of the ranking so far
         self.prefetched: Deque[Tuple[Task, Seconds]] = deque()  # (task, time) of tasks beyond slots
+        self.scouts: Dict[Task, bool] = {}  # the oldest first; True: it is recalled
         self.reservations: Dict[WorkerSlots, Task] = {}  # the task for a worker's next free slot
         self.capacity_changed = False  # slots, weights or labels, since the owner last looked
         # caches, until capacity changes
@@ -1688,6 +1725,7 @@ class Scheduler:
             self.slots += worker.slots
         self.away.pop(worker, None)
         worker.ready = False
+        worker.prepared.clear()  # a scout will find out
         self.note_capacity_change()
 
     def change_worker(self, worker: WorkerSlots, slots: int, weight: int,
@@ -1696,7 +1734,7 @@ class Scheduler:
         if (slots, weight, capacity) != (worker.slots, worker.weight, worker.capacity):
             self.slots += slots - worker.slots
             worker.slots, worker.weight, worker.capacity = slots, weight, capacity
-            worker.slots_with = {}
+            worker.slots_with, worker.hosts_with = {}, {}
             worker.prefetch = min(worker.prefetch, PREFETCH * slots)
             self.note_capacity_change()
         elif worker.ready:
@@ -1711,6 +1749,7 @@ class Scheduler:
             self.away[worker] = None
             self.slots -= worker.slots
             worker.ready = False
+            worker.prepared.clear()
             self.rank(worker)
             self.note_capacity_change()
 
@@ -1756,6 +1795,8 @@ class Scheduler:
         if client.in_turn:
             client.in_turn = False
             self.turns.remove(client)
+        for worker in self.workers:
+            worker.prepared.discard(client)
 
     def move(self, task: Task, state: str, worker: Optional[WorkerRecord], now: Seconds) -> None:
         """Change a task's state and all indexes that depend on it. A task has a worker in
@@ -1767,17 +1808,44 @@ class Scheduler:
             if old is not None:
                 old.tasks.pop(task.key, None)
                 old.count(task, -1 if was_busy else 0)
+            if task.preparing:
+                self.set_preparing(task, "")
+            if state == ASSIGNED and task.needs_tree and worker is not None \
+                    and task.client not in worker.prepared:
+                self.set_preparing(task, FILES)
             if worker is not None:
                 worker.tasks[task.key] = task
                 worker.count(task, 1 if is_busy else 0)
                 self.rank(worker)
             if old is not None and old is not worker and was_busy:
                 self.rank(old)
-        if state == RUNNING and worker is not None and worker.busy > worker.slots:
-            self.prefetched.append((task, now))
+        if state == RUNNING:
+            self.note_if_queued(task, now)
         if state == GONE:
             task.client.tasks.pop(task.id, None)
             self.charge(task, 0)
+
+    def note_if_queued(self, task: Task, now: Seconds) -> None:
+        if self.is_queued(task):
+            self.prefetched.append((task, now))
+
+    def prepare(self, task: Task, preparing: str, now: Seconds) -> None:
+        """Note how the worker of a RUNNING task prepares its workspace; "": it is there."""
+        worker = task.worker
+        assert worker is not None and task.state == RUNNING, task.key
+        worker.count(task, -1)
+        self.set_preparing(task, preparing)
+        worker.count(task, 1)
+        self.rank(worker)
+        self.note_if_queued(task, now)
+
+    def set_preparing(self, task: Task, preparing: str) -> None:
+        """Set it while no worker counts the task."""
+        task.preparing = preparing
+        if preparing:
+            self.scouts[task] = False
+        else:
+            self.scouts.pop(task, None)
 
     def charge(self, task: Task, cost: int) -> None:
         """Set the cost of a task's result, in bytes. At CREDIT the client's tasks wait: results
@@ -1816,7 +1884,8 @@ class Scheduler:
         never_on = constraints.never_on
         if self.expecting and constraints.not_on:
             never_on |= {constraints.not_on}
-        constraints = constraints._replace(excluded=excluded, never_on=never_on)
+        if excluded or never_on is not constraints.never_on:
+            constraints = constraints._replace(excluded=excluded, never_on=never_on)
         if constraints not in self.eligible_for:
             if len(self.eligible_for) >= MAX_CACHED_CONSTRAINTS:
                 self.eligible_for.clear()
@@ -1878,14 +1947,17 @@ class Scheduler:
         return False
 
     def may_take(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
-        return not self.is_reserved(worker, task) and (task is None or worker.fits(task))
+        return not self.is_reserved(worker, task) and (task is None or worker.fits(task) and (
+            not task.needs_tree or worker.may_prepare(task)))
 
     def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerSlots]:
         """Return the best worker with room for this task (None: for any task), or None. Among
-        workers with the same order(), the one to avoid is last."""
+        workers with the same order(), prepared ones are first, and the one to avoid is last."""
         avoid, among = ("", None) if task is None else (task.avoid, self.eligible(task))
         if among in self.saturated:
             return None
+        if task is not None and task.needs_tree:
+            return self.best_with_tree(task, among)
         passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
         limit = math.inf if among is None else MAX_PASSED_OVER
@@ -1908,14 +1980,30 @@ class Scheduler:
             best = avoided[4]
         return best
 
+    def best_with_tree(self, task: Task, among: Eligible) -> Optional[WorkerSlots]:
+        """Return the same as best_worker(). Once all workers are prepared, the first one is mostly
+        the best; before, we must look for a prepared one."""
+        while self.ranking and self.ranking[0][3] != self.ranking[0][4].stamp:
+            heapq.heappop(self.ranking)
+        first = self.ranking[0][4] if self.ranking else None
+        if first is None:
+            return None
+        if task.client in first.prepared and (among is None or first in among) \
+                and first.name != task.avoid and self.may_take(first, task):
+            return first
+        return self.best_among(frozenset(self.workers) if among is None else among, task,
+                               task.avoid)
+
     def best_among(self, workers: FrozenSet[WorkerSlots], task: Optional[Task],
                    avoid: str) -> Optional[WorkerSlots]:
         """Return the same as best_worker(), by looking at each of these workers."""
         with_room = [worker for worker in workers if worker.has_room()]
         if not with_room and workers:
             self.saturated.add(workers)
+        client = task.client if task is not None and task.needs_tree else None
         return min((worker for worker in with_room if self.may_take(worker, task)), default=None,
-                   key=lambda it: (it.order(), it.name == avoid, -it.weight, -it.free(), it.stamp))
+                   key=lambda it: (it.order(), client is not None and client not in it.prepared,
+                                   it.name == avoid, -it.weight, -it.free(), it.stamp))
 
     # --- decisions: which task goes to which worker; reserving and recalling
 
@@ -1948,8 +2036,9 @@ class Scheduler:
 
     def try_reserve(self, task: Task, worker: WorkerSlots) -> bool:
         """Reserve the worker's next free slot if the task must not queue there: it is careful, or
-        not all workers may run it. Return whether it was reserved."""
-        if worker.free() > 0 or not task.careful and self.eligible(task) is None:
+        not all workers may run it. Return whether it was reserved. A scout needs no slot."""
+        if worker.free() > 0 or not task.careful and self.eligible(task) is None \
+                or task.needs_tree and task.client not in worker.prepared:
             return False
         self.reservations[worker], worker.prefetch = task, 0  # no other task may overtake it
         self.rank(worker)
@@ -1985,12 +2074,35 @@ class Scheduler:
             assert task.worker is not None
             task.worker.prefetch = 0  # prefetch again only after short commands
             self.rank(task.worker)
-        return tasks
+        return [*tasks, *self.scouts_to_recall()] if self.scouts else tasks
+
+    def scouts_to_recall(self) -> List[Task]:
+        """Return the scouts for which prepared workers have free slots, the latest first. Waiting
+        tasks of their clients come before them."""
+        found: List[Task] = []
+        under_way = sum(self.scouts.values())  # they will take slots that are still free
+        for client in {task.client: None for task in self.scouts}:
+            if client.in_turn or not self.may_start(client):
+                continue
+            free = {worker: slots for worker in self.workers if not worker.silent
+                    for slots in [worker.free_of_scouts(client)] if slots > 0}
+            room = sum(free.values()) - under_way
+            for task in [task for task in reversed(self.scouts) if task.client is client
+                         and task.state == RUNNING and not self.scouts[task]] if free else ():
+                among = self.eligible(task)
+                if room > 0 and any(
+                        worker is not task.worker and (among is None or worker in among)
+                        and self.may_take(worker, task) for worker in free):
+                    self.scouts[task] = True
+                    found.append(task)
+                    room -= 1
+        return found
 
     def is_queued(self, task: Task) -> bool:
         """Return whether its worker has more tasks than slots."""
         worker = task.worker
-        return task.state == RUNNING and worker is not None and worker.busy > worker.slots
+        return task.state == RUNNING and worker is not None and worker.busy > worker.slots \
+            and not task.preparing
 
     def deadline(self) -> Seconds:
         """Return the time of the next recall by RECALL_DELAY."""
@@ -2003,7 +2115,12 @@ class Scheduler:
         for client in self.turns:
             assert client.in_turn and self.turns.count(client) == 1
         for worker in (*self.workers, *self.away):
-            busy = [task for task in worker.tasks.values() if task.state in BUSY]
+            both = [task for task in worker.tasks.values() if task.state in BUSY]
+            busy = [task for task in both if not task.preparing]
+            scouts = [task for task in both if task.preparing]
+            assert worker.preparing == Counter(task.client for task in scouts), worker.name
+            assert self.scouts.keys() >= {*scouts}
+            assert worker in self.workers or not worker.prepared
             assert all(key == task.key and task.worker is worker
                        for key, task in worker.tasks.items())
             assert worker.busy == len(busy), worker.name
@@ -2013,6 +2130,7 @@ class Scheduler:
             ranked = [row[:3] for row in self.ranking if row[3:] == (worker.stamp, worker)]
             assert ranked == [(worker.order(), -worker.weight, -worker.free())] * worker.has_room()
             assert worker in self.workers or not worker.ready
+        assert all(task.preparing and task.state in BUSY for task in self.scouts)
         fresh = Scheduler()
         fresh.workers = self.workers
         assert self.places_by_host in ({}, fresh.places())
@@ -2074,7 +2192,7 @@ class WorkerRecord(WorkerSlots):
     """The broker's record of a worker, or of a chained broker."""
 
     __slots__ = ("peer", "plain", "below", "depth", "join", "host", "user", "labels", "load",
-                 "done", "failed", "no_answers")
+                 "cache", "done", "failed", "no_answers")
 
     def __init__(self, peer: Optional[Peer], name: str, plain: bool) -> None:
         super().__init__(name)
@@ -2087,6 +2205,7 @@ class WorkerRecord(WorkerSlots):
         self.user = ""  # that runs its commands; "" if unknown
         self.labels: FrozenSet[str] = frozenset()
         self.load = 0.0  # average of its machine; 0 if unknown
+        self.cache = 0  # bytes of its workspaces
         self.done = self.failed = 0  # as in ClientRecord
         self.no_answers = False  # a plain worker that takes our answers for commands
 
@@ -2353,7 +2472,11 @@ class Upstream:
     def greeting(self, joining: bool) -> Fields:
         self.reported = self.capacity()
         fields: Fields = {"name": self.owner.name, "version": __version__, **self.reported}
+        cache = sum(worker.cache for worker in self.owner.registry.workers.values())
+        if cache:
+            fields["cache"] = cache
         if joining:
+            fields["labels"] = [TREES]  # workers below have it, too, if they know trees
             tasks = self.tasks()
             running = [task.key for task in tasks if task.state != DELIVERED]
             fields["held"] = [list(task.key) for task in tasks if task.state == DELIVERED]
@@ -2373,6 +2496,16 @@ class Upstream:
         """Say something if the broker above can hear it. It asks when we have joined."""
         if self.session.joined:
             self.owner.send_line(BROKER, b"", run, line)
+
+    def say_queued(self, tasks: List[Task], preparing: str, host: str = "") -> None:
+        """Say QUEUED for tasks of one run. Each counts there as it is `preparing` here."""
+        fields: Fields = {"tasks": [[task.id, task.attempt] for task in tasks],
+                          "worker": self.owner.name}
+        if preparing:
+            fields.update(preparing=preparing, host=host)
+        for task in tasks:
+            task.told_above = preparing
+        self.send_line(tasks[0].client.run, encode("QUEUED", fields))
 
     def report_lost(self, key: TaskKey, fields: Fields) -> None:
         """Say LOST, or keep it until we have joined."""
@@ -2411,6 +2544,9 @@ class Upstream:
                 self.say_lost(key, "lost below a chained broker")
             elif task.state == DELIVERED and task.key in running:
                 self.owner.remind(task)
+        for task in present.values():
+            if task.told_above:  # else it takes a slot, as the broker above thinks now
+                self.say_queued([task], task.told_above)
         self.unsent.clear()
         if not known.issuperset(present):
             self.session.join_again(self.owner.now)
@@ -2445,6 +2581,7 @@ class Dispatcher(Machine):
         self.unconfirmed: Dict[Task, Seconds] = {}  # ASSIGNED: deadline of QUEUED, earliest first
         self.recovering: Dict[Task, Seconds] = {}  # RECOVERING: deadline
         self.recovery_at: Seconds = math.inf  # the earliest of these, or earlier still
+        self.untold: List[Task] = []  # from above, which gets QUEUED once they are assigned
 
     # --- submitting
 
@@ -2477,8 +2614,10 @@ class Dispatcher(Machine):
         task.constraints = constraints_of(message.fields)
         if client.from_above:
             self.upstream.session.on_command()
-            self.say(BROKER, b"", client.run, "QUEUED", {
-                "tasks": [[id, attempt]], "worker": self.name})
+            if task.needs_tree:
+                self.untold.append(task)
+            else:
+                self.upstream.say_queued([task], "")
         self.queue(task, message.fields)
 
     def queue(self, task: Task, fields: Fields = {}) -> None:
@@ -2545,7 +2684,18 @@ class Dispatcher(Machine):
                 self.assign(task, worker)
             else:
                 self.lose_unplaceable(task)
+        untold, self.untold = self.untold, []
+        for task in untold:
+            self.tell_above(task)
         self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
+
+    def tell_above(self, task: Task) -> None:
+        """Tell the broker above whether a task takes a slot. While slots are free here, a waiting
+        task takes none: it waits for a workspace, and others may use these slots."""
+        waits = task.state == WAITING and any(
+            worker.free() > 0 for worker in self.scheduler.workers)
+        if task.state != GONE:
+            self.upstream.say_queued([task], FILES if waits else task.preparing)
 
     def assign(self, task: Task, worker: WorkerRecord) -> None:
         self.move(task, ASSIGNED, worker)
@@ -2596,23 +2746,30 @@ class Dispatcher(Machine):
         elif client.peer is not None:
             self.send_line(CLIENTS, client.peer, "", line)
 
-    def tell_queued(self, tasks: List[Task]) -> None:
-        """Tell the client of these tasks that their worker has them. The broker above knows."""
+    def tell_queued(self, tasks: List[Task], host: str = "") -> None:
+        """Tell the client of these tasks that their worker has them, and whether it prepares a
+        workspace first, on this host. The broker above knows the rest."""
         if not tasks:
             return
-        client, worker = tasks[0].client, tasks[0].worker
+        client, worker, preparing = tasks[0].client, tasks[0].worker, tasks[0].preparing
         if client.plain:
             for task in tasks:
                 self.tell_client(task.client, b"QUEUED " + task.line)
-        elif not client.from_above:
-            self.tell_client(client, encode("QUEUED", {
-                "tasks": [[task.id, task.attempt] for task in tasks],
-                "worker": worker.name if worker else ""}))
+        elif client.from_above:
+            news = [task for task in tasks if task.told_above != preparing]
+            if news:
+                self.upstream.say_queued(news, preparing, host)
+        else:
+            fields: Fields = {"tasks": [[task.id, task.attempt] for task in tasks],
+                              "worker": worker.name if worker else ""}
+            if preparing:
+                fields.update(preparing=preparing, host=host)
+            self.tell_client(client, encode("QUEUED", fields))
 
     def remind(self, task: Task) -> None:
         """Let the client hear again what was said last of this task, if anything."""
         if task.state == RUNNING:
-            self.tell_queued([task])
+            self.tell_queued([task], task.worker.host if task.worker else "")
         elif task.state == DELIVERED and task.result:
             self.tell_client(task.client, task.result)
         elif task.state == DELIVERED:
@@ -2655,11 +2812,13 @@ class Dispatcher(Machine):
     #   its worker did not confirm it (QUEUED) in time, or joined without it;
     #   its worker says LOST: it could not start it, was stopped, or had no slot (RECALL);
     #   its worker did not come back after a restart of the broker (RECOVERING);
-    #   no worker here may run it (unplaceable).
+    #   no worker here may run it (unplaceable);
+    #   its host cannot make the workspace (UNFIT).
     # The owner is the client (Client.lose), or for a plain client this broker (try_again).
     # Commands that failed are tried again by their client only (RetryPolicy).
 
-    def lose(self, task: Task, why: str, fault: str = "", told: bool = False) -> None:
+    def lose(self, task: Task, why: str, fault: str = "", told: bool = False,
+             more: Fields = {}) -> None:
         """Give up an attempt that brings no result. `told`: it certainly does not run. Otherwise
         it may still run, and nothing that a worker says about it counts any more."""
         worker, client = task.worker, task.client
@@ -2667,13 +2826,14 @@ class Dispatcher(Machine):
             self.try_again(task, why, fault)
             return
         if not client.from_above or not told:
-            client.lost[task.id] = (task.attempt, fault)
-        self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "")
+            client.lost[task.id] = (task.attempt, "" if fault == UNFIT else fault)
+        self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "",
+                      more)
         self.move(task, GONE)
 
     def say_lost(self, client: ClientRecord, id: int, attempt: int, why: str,
-                 fault: str = "", worker: str = "") -> None:
-        fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker}
+                 fault: str = "", worker: str = "", more: Fields = {}) -> None:
+        fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker, **more}
         if client.from_above:
             self.upstream.report_lost((client.run, id, attempt), fields)
         else:
@@ -2778,8 +2938,10 @@ class Dispatcher(Machine):
             return None
         if task.worker is worker and task.state == DELIVERED:
             return task
-        is_news = task.state != RUNNING
+        is_news = task.state != RUNNING or task.preparing
         self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
+        if task.preparing:  # the worker says so again, unless it has ended meanwhile
+            self.scheduler.prepare(task, "", self.now)
         if is_news:
             self.tell_queued([task])
         return task
@@ -3016,11 +3178,19 @@ class Membership(Dispatcher):
 
     def forget_client(self, client: ClientRecord, why: str) -> None:
         """The run is over: stop its tasks and drop every trace of it."""
+        self.release_workspaces(client)
         self.drop(list(client.tasks.values()))
         self.scheduler.remove_client(client)
         self.registry.remove_client(client, self.now)
         if not client.from_above:
             self.log(logging.INFO, f"client {why}")
+
+    def release_workspaces(self, client: ClientRecord) -> None:
+        """Let workers release their workspaces of this run (CANCEL without tasks)."""
+        for peer, worker in self.registry.workers.items():
+            if client in worker.prepared or client in worker.preparing:
+                worker.prepared.discard(client)
+                self.say(WORKERS, peer, client.run, "CANCEL")
 
     # --- workers
 
@@ -3067,11 +3237,14 @@ class Membership(Dispatcher):
         worker.below = fields.get("below", worker.below)
         worker.depth = fields.get("depth", worker.depth)
         worker.load = fields.get("load", worker.load)
+        worker.cache = fields.get("cache", worker.cache)
         worker.labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
         slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
         capacity = {(worker.host, worker.labels): slots}
         if "crew" in fields:
-            capacity = {(host, frozenset(labels)): n for host, n, *labels in fields["crew"]}
+            hidden = {TREES} - worker.labels  # an older broker does not pass trees on
+            capacity = {(host, frozenset(labels) - hidden): n
+                        for host, n, *labels in fields["crew"]}
         self.scheduler.change_worker(worker, slots, weight, capacity)
 
     def join_worker(self, message: Message) -> None:
@@ -3147,9 +3320,9 @@ class Membership(Dispatcher):
                  WORKERS: encode("OK", self.state_for_worker())}
         for (link, peer), beat in greeted.items():
             line, client = lines[link], self.registry.client_at(peer)
-            lacks = self.lacks(client) if link == CLIENTS and client is not None else ""
-            if lacks:
-                line = encode("OK", dict(self.state_for_client(), lacks=lacks))
+            unmet = self.unmet_needs(client) if link == CLIENTS and client is not None else None
+            if unmet:
+                line = encode("OK", dict(self.state_for_client(), **unmet))
             self.send_line(link, peer, "", b'%s,"beat":%d}' % (line[:-1], beat))
         viewers, self.viewers = self.viewers, {}
         status = encode("STATUS", self.status()) if viewers else b""
@@ -3172,7 +3345,16 @@ class Membership(Dispatcher):
                 "slots": self.scheduler.slots, "patience": self.times.client_lease}
 
     def state_for_client(self) -> Fields:
-        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()))
+        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()), trees=True)
+
+    def unmet_needs(self, client: ClientRecord) -> Fields:
+        """Return fields of OK about the workers that the client's commands lack or cannot use."""
+        lacks, unfit = self.lacks(client), []
+        if TREES in client.needs:
+            unfit = [host.partition("/")[0][:STATUS_LIMIT]
+                     for host, places in sorted(self.scheduler.places().items())
+                     if not all(TREES in place.labels for place in places)][:MAX_UNFIT]
+        return {name: value for name, value in (("lacks", lacks), ("unfit", unfit)) if value}
 
     def state_for_worker(self) -> Fields:
         return dict(self.state_of_cloud(), above=[self.name] + self.upstream.above,
@@ -3199,9 +3381,10 @@ class Membership(Dispatcher):
         """Return what keeps the waiting tasks of a client from running."""
         if client.owed >= CREDIT:
             return "itself: it does not take its results"
-        if not self.scheduler.slots and not client.needs:
+        if not self.scheduler.slots and not client.needs - {TREES}:
             return "a worker"
-        which = f" with {label_words(client.needs)}" if client.needs else ""
+        labels = client.needs - {TREES}
+        which = f" with {label_words(labels)}" if labels else ""
         return self.lacks(client) or "a free slot" + which
 
     def lacks(self, client: ClientRecord) -> str:
@@ -3270,13 +3453,13 @@ class Membership(Dispatcher):
 def worker_status(worker: WorkerRecord, silent: Seconds) -> Fields:
     """Return a worker's row of STATUS."""
     states = Counter(task.state for task in worker.tasks.values())
-    labels = {name[:STATUS_LIMIT] for _, labels in worker.capacity for name in labels}
+    labels = {name[:STATUS_LIMIT] for _, labels in worker.capacity for name in labels - {TREES}}
     return {"name": worker.name[:STATUS_LIMIT], "host": worker.host[:STATUS_LIMIT],
             "kind": "broker" if worker.below else "plain" if worker.plain else "worker",
             "below": worker.below, "slots": worker.slots, "labels": sorted(labels)[:STATUS_LIMIT],
             "running": worker.running(), "held": states[DELIVERED], "done": worker.done,
             "failed": worker.failed, "weight": worker.weight, "load": worker.load,
-            "there": worker.peer is not None, "silent": round(silent, 1)}
+            "there": worker.peer is not None, "silent": round(silent, 1), "cache": worker.cache}
 
 
 def client_status(client: ClientRecord, queued: int, waits_for: str) -> Fields:
@@ -3373,6 +3556,8 @@ class Broker(Membership):
         rows = message.fields.get("tasks")
         if rows is None:
             tasks = list(client.tasks.values()) if client and not client.plain else []
+            if client is not None and client.from_above:  # its client has gone
+                self.release_workspaces(client)
         else:
             tasks = self.asked_for(message, rows)
         stops = []
@@ -3391,6 +3576,18 @@ class Broker(Membership):
             worker = task.worker
             if task.state != ASSIGNED and worker and worker.peer is not None and not worker.plain:
                 self.send_line(WORKERS, worker.peer, task.client.run, message.line)
+
+    def on_tree_chunk(self, message: Message) -> None:
+        """Pass a part of a tree on to the worker that has this very task of the sender."""
+        if "tree" not in message.fields:
+            raise ProtocolError("a CHUNK to a worker needs 'tree'")
+        row = [message.fields["id"], message.fields["attempt"]]
+        for task in self.asked_for(message, [row]):
+            worker, client = task.worker, task.client
+            if task.state in BUSY and worker and worker.peer is not None \
+                    and not worker.plain and not client.plain:
+                self.bulk.append(Outgoing(
+                    WORKERS, worker.peer, client.run, message.line, message.data))
 
     def on_resend(self, message: Message) -> None:
         for task in self.asked_for(message, message.fields["tasks"]):
@@ -3433,11 +3630,34 @@ class Broker(Membership):
 
     def on_queued(self, message: Message) -> None:
         worker = self.worker_of(message)
-        if worker is not None:
-            accepted = [it for it in self.tasks_at(worker, message) if it.state == ASSIGNED]
-            for task in accepted:
+        if worker is None:
+            return
+        preparing, news = message.fields.get("preparing", ""), []
+        if preparing not in ("", FILES, SETUP):
+            raise ProtocolError(f"QUEUED wants 'preparing' to be {FILES} or {SETUP}")
+        for task in self.tasks_at(worker, message):
+            before = task.state, task.preparing
+            if task.state == ASSIGNED:
                 self.move(task, RUNNING, worker)
-            self.tell_queued(accepted)
+            if task.state == RUNNING and not task.client.plain:
+                self.note_workspace(task, worker, preparing)
+            if (task.state, task.preparing) != before:
+                news.append(task)
+        self.tell_queued(news, self.host_of(worker, message))
+
+    def note_workspace(self, task: Task, worker: WorkerRecord, preparing: str) -> None:
+        """Note whether the workspace of a RUNNING task is there."""
+        if preparing:
+            worker.prepared.discard(task.client)
+        elif task.needs_tree:
+            worker.prepared.add(task.client)
+        if preparing != task.preparing:
+            self.scheduler.prepare(task, preparing, self.now)
+
+    def host_of(self, worker: WorkerRecord, message: Message) -> str:
+        """Return the identity of the host that a message is about."""
+        host: str = message.fields.get("host", worker.host) if worker.below else worker.host
+        return host
 
     def on_result(self, message: Message) -> None:
         worker = self.worker_of(message)
@@ -3458,13 +3678,28 @@ class Broker(Membership):
                 self.bulk.append(
                     Outgoing(client.link, client.peer, token, message.line, message.data))
 
-    def on_lost(self, message: Message) -> None:
+    def on_tree_fetch(self, message: Message) -> None:
+        """Pass on a worker's request for a part of a tree, to the client of a task that it has."""
         worker = self.worker_of(message)
+        if worker is not None and ("tree" not in message.fields or worker.plain):
+            raise ProtocolError("a worker's FETCH needs 'tree', 'id' and 'attempt'")
         for task in self.tasks_at(worker, message) if worker is not None else ():
-            fault = message.fields.get("fault", "")
-            if fault == NOWHERE and self.scheduler.eligible(task) != frozenset():
-                fault = ""  # there is no other host below that broker, but there is elsewhere
-            self.lose(task, printable(message.fields["why"], 200), fault, told=True)
+            if task.state in BUSY and not task.client.plain:
+                self.tell_client(task.client, message.line)
+
+    def on_lost(self, message: Message) -> None:
+        worker, fields = self.worker_of(message), message.fields
+        if worker is None:
+            return
+        fault, more = fields.get("fault", ""), {}
+        if fault == UNFIT:
+            more = {"host": self.host_of(worker, message),
+                    "output": fields.get("output", "")[-INLINE:]}
+        for task in self.tasks_at(worker, message):
+            elsewhere = fault == NOWHERE and self.scheduler.eligible(task) != frozenset()
+            # there may be no other host below that broker, but elsewhere
+            self.lose(task, printable(fields["why"], 500), "" if elsewhere else fault, True, more)
+            more = {name: value for name, value in more.items() if name == "host"}
 
     # --- from the broker above
 
@@ -3537,10 +3772,12 @@ class Broker(Membership):
         (CLIENTS, "DONE"): "on_done", (CLIENTS, "CANCEL"): "on_cancel",
         (CLIENTS, "FETCH"): "on_fetch", (CLIENTS, "BYE"): "on_client_bye",
         (CLIENTS, "SHUN"): "on_shun", (BROKER, "SHUN"): "on_shun",
+        (CLIENTS, "CHUNK"): "on_tree_chunk", (BROKER, "CHUNK"): "on_tree_chunk",
         (CLIENTS, "STATUS"): "on_status", (CLIENTS, "ERROR"): "on_error",
         (WORKERS, "READY"): "on_ready", (WORKERS, "QUEUED"): "on_queued",
         (WORKERS, "RESULT"): "on_result", (WORKERS, "LOST"): "on_lost",
-        (WORKERS, "CHUNK"): "on_chunk", (WORKERS, "BYE"): "on_worker_bye",
+        (WORKERS, "CHUNK"): "on_chunk", (WORKERS, "FETCH"): "on_tree_fetch",
+        (WORKERS, "BYE"): "on_worker_bye",
         (WORKERS, "ERROR"): "on_error",
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
         (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
@@ -4369,7 +4606,9 @@ class Worker(SessionMachine):
 
 
 def label_words(names: Iterable[str]) -> str:
-    return printable(" and ".join(f"--label {name}" for name in sorted(names)), 300)
+    return printable(" and ".join(
+        "a version that knows --sync" if name == TREES else f"--label {name}"
+        for name in sorted(names)), 300)
 
 
 def broker_wait_reason(session: Union[Session, StatusClient], address: Optional[str],
@@ -8093,8 +8332,11 @@ def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[st
         whole.append(f"below {', '.join(fields['above'])}")
     tables = [whole]
     if workers:
-        head = ["HOST", "SLOTS", "RUNNING", "DONE", "FAILED", "WEIGHT", "LOAD", "SEEN", ""]
-        tables.append(align_columns([head, *map(worker_row, workers)], columns))
+        head = ["HOST", "SLOTS", "RUNNING", "DONE", "FAILED", "WEIGHT", "LOAD", "CACHE", "SEEN", ""]
+        rows = [head, *map(worker_row, workers)]
+        if not any(row.get("cache") for row in workers):
+            rows = [[*row[:7], *row[8:]] for row in rows]
+        tables.append(align_columns(rows, columns))
     if clients:
         head = ["CLIENT", "PID", "QUEUED", "RUNNING", "DONE", "FAILED", "WAITS FOR"]
         tables.append(align_columns([head, *map(client_row, clients)], columns))
@@ -8111,7 +8353,8 @@ def worker_row(row: Fields) -> List[str]:
     notes += [f"label {name}" for name in row["labels"]]
     cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
     load = f"{row['load']:.1f}" if row["kind"] == WORKER_ROLE else ""  # a broker does not report it
-    return [*cells, load, f"{row['silent']:.0f} s ago", "; ".join(notes)]
+    cache = f"{row.get('cache', 0) / 1e9:.1f} GB"
+    return [*cells, load, cache, f"{row['silent']:.0f} s ago", "; ".join(notes)]
 
 
 def client_row(row: Fields) -> List[str]:
@@ -9669,7 +9912,7 @@ def parse_duration(text: str) -> Seconds:
     return float(number) * units.get(text[len(number):], math.nan)
 
 
-LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text,
+LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text and text != TREES,
          "label (of ASCII characters, without spaces)")
 # checked()'s arguments, by the option's name or else by the word for its value. No text may be
 # empty: that comes from a variable of the shell that is not set.
