@@ -8353,8 +8353,8 @@ def worker_row(row: Fields) -> List[str]:
     notes += [f"label {name}" for name in row["labels"]]
     cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
     load = f"{row['load']:.1f}" if row["kind"] == WORKER_ROLE else ""  # a broker does not report it
-    cache = f"{row.get('cache', 0) / 1e9:.1f} GB"
-    return [*cells, load, cache, f"{row['silent']:.0f} s ago", "; ".join(notes)]
+    return [*cells, load, amount(row.get("cache", 0)), f"{row['silent']:.0f} s ago",
+            "; ".join(notes)]
 
 
 def client_row(row: Fields) -> List[str]:
