@@ -13814,7 +13814,7 @@ class CommandLineTest(unittest.TestCase):
             status, out, _ = self.main(role, "--help")
             self.assertEqual(status, 0)
             rows = out.splitlines()
-            self.assertTrue(len(rows) <= 64 and max(map(len, rows)) <= 80, role)  # a large screen
+            self.assertTrue(len(rows) <= 76 and max(map(len, rows)) <= 80, role)  # a large screen
             if role == "client":
                 begins = ["testcloud.py client" in row for row in rows[:4]]
                 self.assertEqual(begins, [True] * 3 + [False])

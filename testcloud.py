@@ -1200,6 +1200,13 @@ class Task:
         return TREES in self.constraints.needs
 
 
+def stream_size(result: Fields) -> int:
+    """Return the bytes of a RESULT's output and of the files that follow it (--return)."""
+    rows: List[List[int]] = result.get("returned", [])
+    size: int = result.get("size", 0)
+    return size + sum(row[1] for row in rows if row)
+
+
 # === Trees ============================================================================
 #
 # A tree is what a working directory holds: directories, files and links, each an Entry. Its
@@ -1307,6 +1314,13 @@ def parse_tree(manifest: bytes) -> Tree:
             directories.add(entry.path)
         last = entry.path
     return Tree(head, entries, manifest)
+
+
+def path_below(cwd: str, path: str) -> str:
+    """Return a path from a directory of a tree as one from the top; "" if that is no file's."""
+    joined = os.path.normpath(f"{cwd or '.'}/{path}")
+    outside = path.startswith("/") or joined.split("/")[0] in ("", ".", "..")
+    return "" if outside or "\0" in joined else joined
 
 
 def is_valid(entry: Entry) -> bool:
@@ -2801,7 +2815,7 @@ class Dispatcher(Machine):
             self.tell_client(task.client, task.result)
         else:
             self.move(task, DELIVERED, worker)
-            spooled = SPOOL_COST if fields.get("size", 0) > INLINE else 0
+            spooled = SPOOL_COST if stream_size(fields) > INLINE else 0
             self.scheduler.charge(task, len(line) + spooled)
             self.tell_client(task.client, line)
 
@@ -3907,7 +3921,8 @@ class Output:
         self.kept = 0  # bytes of the command's output that are stored
         self.dropped = 0  # bytes beyond the limit
         self.failure = ""  # why the rest could not be stored
-        self.size = 0  # bytes stored, with headers and the mark at the end
+        self.size = 0  # bytes of it, with headers and the mark at the end
+        self.total = 0  # bytes stored: returned files follow the output
         self.head = bytearray()  # the whole output, until there is a file
         self.file: Optional[IO[bytes]] = None
 
@@ -3925,19 +3940,41 @@ class Output:
     def store(self, data: bytes, stream: int) -> None:
         if not data or self.failure:
             return
-        piece = PIECE_HEADER.pack(stream, len(data)) + data if self.split else data
         try:
-            if self.file is None and self.size + len(piece) > INLINE:
-                self.move_to_file()
-            if self.file is None:
-                self.head += piece
-            else:
-                write_all(self.file, piece, self.size)
+            self.append(PIECE_HEADER.pack(stream, len(data)) + data if self.split else data)
         except OSError as error:
             self.failure = error.strerror or "error"
         else:
-            self.size += len(piece)
+            self.size = self.total
             self.kept += len(data)
+
+    def append(self, data: bytes) -> None:
+        """Append data to what is stored. Raises OSError."""
+        if self.file is None and self.total + len(data) > INLINE:
+            self.move_to_file()
+        if self.file is None:
+            self.head += data
+        else:
+            write_all(self.file, data, self.total)
+        self.total += len(data)
+
+    def append_file(self, file: int, size: int, wanted: Callable[[], bool]) -> int:
+        """Append up to `size` bytes of an open file, while it is wanted. Return how many there
+        are. Raises OSError; then nothing is appended."""
+        start = self.total
+        try:
+            while self.total < start + size and wanted():
+                data = os.read(file, min(CHUNK_SIZE, start + size - self.total))
+                if not data:
+                    break
+                self.append(data)
+        except OSError:
+            self.total = start
+            del self.head[start:]
+            if self.file is not None:
+                os.ftruncate(self.file.fileno(), start)  # a full disk gets its room back
+            raise
+        return self.total - start
 
     def move_to_file(self) -> None:
         file = open_spool()
@@ -3951,7 +3988,7 @@ class Output:
 
     def read(self, offset: int, size: int) -> bytes:
         """Return up to `size` bytes; fewer only at the end. Raises OSError."""
-        size = min(size, self.size - offset)
+        size = min(size, self.total - offset)
         if size <= 0:
             return b""
         head = self.head  # before self.file is read: move_to_file() sets that first
@@ -3995,6 +4032,7 @@ class ExitRecord(NamedTuple):
     reason: str = ""  # a failure that is not the command's own
     slot: int = 0  # the slot that it ran in, from 1
     requeue: bool = False  # not started: another worker may start it
+    returned: Sequence[List[int]] = ()  # of its files: [mode, size], or [] for a missing one
 
 
 def requeued(reason: str) -> ExitRecord:
@@ -4018,6 +4056,7 @@ class Job:
         self.split: bool = fields.get("split", False)
         self.tree: str = fields.get("tree", "")  # id, "" for none
         self.manifest: int = fields.get("manifest", 0)  # bytes of the tree's manifest
+        self.returns: List[str] = fields.get("return", [])  # files to send: paths from cwd
         self.top = ""  # the workspace, once it has the tree
         self.preparing = ""  # FILES or SETUP, until then
         self.state = WAITING  # then RUNNING, DELIVERED (the worker holds the result), GONE
@@ -4181,9 +4220,13 @@ class Worker(SessionMachine):
             ("slot", record.slot), ("split", job.split), ("signal", record.signal)) if value)
         if record.reason:
             fields.update(reason=record.reason, ran=record.time > 0)
+        if record.returned:
+            fields["returned"] = record.returned
         if job.cut or record.output.size <= INLINE:
+            total = stream_size(fields)
+            size = job.cut or (total if total <= INLINE else record.output.size)
             try:
-                fields["stdout"] = to_text(record.output.read(0, job.cut or INLINE))
+                fields["stdout"] = to_text(record.output.read(0, size))
             except OSError as error:
                 self.report_unreadable(job, error)
                 return
@@ -4193,8 +4236,9 @@ class Worker(SessionMachine):
         """Report that an output cannot be read, as the result of its command."""
         assert job.record is not None
         job.record.output.close()
-        job.record = job.record._replace(exitcode=NOT_RUN, signal=0, output=Output(), reason=(
-            f"its output cannot be read on the worker: {error.strerror}"))
+        job.record = job.record._replace(
+            exitcode=NOT_RUN, signal=0, output=Output(), returned=(),
+            reason=f"its output cannot be read on the worker: {error.strerror}")
         self.report_result(job)
 
     def send_chunk(self, key: TaskKey, output: Any, offset: int, size: int) -> None:
@@ -4455,7 +4499,7 @@ class Worker(SessionMachine):
         if job.output and 0 <= job.live_from < job.output.size and job.state != GONE:
             offset, job.live_from = job.live_from, -1
             with contextlib.suppress(OSError):  # the result will report it
-                self.send_chunk(job.key, job.output, offset, CHUNK_SIZE)
+                self.send_chunk(job.key, job.output, offset, job.output.size - offset)
 
     def finished(self, job: Job, record: ExitRecord, now: Seconds) -> None:
         """Report the end of a command. Call settle() after the last one of a batch."""
@@ -4655,6 +4699,34 @@ def read_text(path: str) -> str:
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
     return ""
+
+
+def open_no_link(name: bytes, flags: int, folder: int) -> int:
+    """Open a name in an open directory. Return its descriptor. Raises OSError, also for a link."""
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):
+            raise OSError(error.errno, "there is a link in its path, or a file in place of a "
+                                       "directory") from None
+        raise
+
+
+@contextlib.contextmanager
+def directory_below(top: str, path: str, make: bool = False) -> Iterator[Tuple[int, bytes]]:
+    """Open the directory of a path below `top`, through no link. Yield its descriptor and the
+    path's last name. With `make`, missing directories are made. Raises OSError."""
+    *parents, name = to_bytes(path).split(b"/")
+    with contextlib.ExitStack() as stack:
+        folder = os.open(to_bytes(top), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, folder)
+        for parent in parents:
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(parent, dir_fd=folder)
+            folder = open_no_link(parent, os.O_RDONLY | os.O_DIRECTORY, folder)
+            stack.callback(os.close, folder)
+        yield folder, name
 
 
 def raise_file_limit() -> int:
@@ -5154,6 +5226,36 @@ class OutputReader:
             enlarge_pipe(pipe)
 
 
+def with_files(record: ExitRecord, job: Job) -> ExitRecord:
+    """Append the files that a command shall bring back to its output. Return the record of both.
+    Why a file that is there does not come is a reason, also if the command has passed."""
+    returned: List[List[int]] = []
+    reason, cwd = record.reason, os.path.relpath(job.cwd or "/", job.top) if job.top else ".."
+    for path in job.returns:
+        returned.append([])
+        try:
+            with directory_below(job.top, path_below(cwd, path)) as (folder, name):
+                returned[-1] = append_returned(record.output, job, folder, name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            reason = reason or f"{printable(path)} does not come back: {error.strerror}"
+    return record._replace(returned=returned, reason=reason)
+
+
+def append_returned(output: Output, job: Job, folder: int, name: bytes) -> List[int]:
+    """Append a file of a directory to a job's output. Return [mode, size]. Raises OSError."""
+    file = open_no_link(name, os.O_RDONLY | os.O_NONBLOCK, folder)  # a FIFO would block
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return [status.st_mode & 0o777,
+                output.append_file(file, status.st_size, lambda: not job.cancelled)]
+    finally:
+        os.close(file)
+
+
 class Runner:
     """Runs jobs in threads. It calls wake(), in any thread, when the loop must take events.
     With `subreaper`, the main thread has no children but orphans."""
@@ -5326,7 +5428,8 @@ class Runner:
             code = process.wait()
             reader.read_rest()
         output.end()
-        return self.exit_record(code, output, wall, began)
+        record = self.exit_record(code, output, wall, began)
+        return with_files(record, job) if job.returns and not job.cancelled else record
 
     def exit_record(self, code: int, output: Output, wall: Seconds, began: Seconds) -> ExitRecord:
         """Return the record of an ended command. The code is that of Process.wait()."""
@@ -5471,9 +5574,18 @@ def try_of(fields: Fields) -> Try:
                ran=fields.get("ran", False), reason=fields.get("reason", ""))
 
 
+def inline_output(result: Fields) -> Optional[bytes]:
+    """Return the output of a RESULT that has all of it; else None: it is to be fetched."""
+    output = to_bytes(result.get("stdout", ""))
+    size = result.get("size", 0)
+    if "returned" in result and len(output) > size:  # the first bytes of the files
+        output = output[:size]
+    return output if len(output) >= size else None
+
+
 def with_last_words(one: Try, fields: Fields, room: int) -> Try:
     """Return the try with the end of its inline output, of at most `room` bytes."""
-    output = to_bytes(fields.get("stdout", ""))
+    output = inline_output(fields) or b""
     if fields.get("split"):
         output = b"".join(piece for _, piece in unpack_pieces([output]))
     last = output[max(0, len(output) - room):]
@@ -5507,10 +5619,11 @@ def could_not_start_on(tries: Iterable[Try]) -> List[str]:
 class Command:
     """A command that the client has not reported yet."""
 
-    def __init__(self, id: int, cmd: str, cwd: str) -> None:
+    def __init__(self, id: int, cmd: str, cwd: str, returns: Sequence[str] = ()) -> None:
         self.id = id
         self.cmd = cmd
         self.cwd = cwd
+        self.returns = returns  # files to bring back: paths from cwd
         self.attempt = 1
         self.faults = Faults()
         self.tries: Dict[int, Try] = {}  # by attempt, oldest first
@@ -5537,9 +5650,19 @@ class Command:
         optional = {
             "again": self.submitted, "had": self.worker, "avoid": self.avoid,
             "careful": self.faults.crashes > 0,
+            "return": [] if self.rechecking else [*self.returns],
             "limit": int(self.rechecking)}  # 1 byte: only the exit code of a recheck counts
         return {"id": self.id, "attempt": self.attempt, "cmd": self.cmd, "cwd": self.cwd,
                 **{name: value for name, value in optional.items() if value}}
+
+
+def refusal(command: Command, line: bytes) -> str:
+    """Return why a command is not submitted, with this line; "" if it is."""
+    for path in command.returns:
+        if not path_below(command.cwd, path):
+            return f"--return {printable(path)} is no file below the directory of --sync"
+    too_long = len(line) > MAX_COMMAND - OTHER_FIELDS
+    return f"a command is at most {MAX_COMMAND} bytes of JSON" if too_long else ""
 
 
 class RunOptions(NamedTuple):
@@ -5557,6 +5680,7 @@ class RunOptions(NamedTuple):
     serial: bool = False  # one command at a time
     fail_fast: int = 0  # failures that stop the run; 0: never stop
     fail_on_flaky: bool = False  # flaky commands count as failed
+    fail_on_missing: bool = False  # so do those that did not make a file of --return
 
     def fields(self) -> Fields:
         """Return the fields that each command of the run has."""
@@ -5585,6 +5709,16 @@ class FetchedOutput(NamedTuple):
     data: Any  # a buffer with a length
 
 
+class ReturnedPart(NamedTuple):
+    """Effect: store the next part of the contents of a result's files. Offset 0 begins them."""
+
+    command: Command
+    attempt: int
+    rows: List[List[int]]  # of its files: [mode, size], or [] for a missing one
+    offset: int
+    data: Any
+
+
 class LiveOutput(NamedTuple):
     """Effect: a running command printed this. Offset 0 begins another try."""
 
@@ -5594,7 +5728,7 @@ class LiveOutput(NamedTuple):
 
 
 class ProvisionalResult(NamedTuple):
-    """Effect: store this result, which may be reported later."""
+    """Effect: store this result, which may be reported later. Its ReturnedParts came before."""
 
     command: Command
     result: Fields
@@ -5602,12 +5736,26 @@ class ProvisionalResult(NamedTuple):
 
 
 class FinalResult(NamedTuple):
-    """Effect: report this result."""
+    """Effect: report this result. Its ReturnedParts came before."""
 
     command: Command
     result: Fields
     output: Optional[bytes]  # None: the FetchedOutput, or that of the ProvisionalResult
     provisional: bool = False  # it is the ProvisionalResult
+
+
+def missing_files(returns: Sequence[str], result: Fields) -> List[str]:
+    """Return the files that a command should have made, and has not."""
+    return [path for path, row in zip(returns, result.get("returned", ())) if not row]
+
+
+def fail_if_missing(command: Command, result: Fields) -> None:
+    """Let a command fail that has passed without making all its files (--fail-on-missing)."""
+    missing = missing_files(command.returns, result)
+    if missing:
+        result["exitcode"] = result["exitcode"] or 1
+        result["reason"] = result.get("reason") or (
+            f"it did not make {printable(missing[0], 300)} (--fail-on-missing)")
 
 
 class RetryPolicy:
@@ -5745,11 +5893,13 @@ class Rechecks:
 
 
 class Fetcher:
-    """Fetches output that is not in a RESULT. `ask(command, offset, size)` sends a FETCH.
+    """Fetches output and files that are not in a RESULT. `ask(command, offset, size)` sends a
+    FETCH.
 
-    Large outputs are fetched one at a time, in order, FETCH_AHEAD chunks ahead. Live output is
-    requested of all running commands, one chunk ahead. After `timeout` a chunk is requested
-    again: the request or the chunk may be lost."""
+    Files follow the output in one stream; no chunk has bytes of both. Large outputs are fetched one
+    at a time, in order, FETCH_AHEAD chunks ahead. Live output is requested of all running commands,
+    one chunk ahead. After `timeout` a chunk is requested again: the request or the chunk may be
+    lost."""
 
     def __init__(self, ask: Callable[[Command, int, int], None], timeout: Seconds,
                  live: bool) -> None:
@@ -5798,10 +5948,11 @@ class Fetcher:
         self.overdue_at = now + self.timeout
         command = self.queue[0]
         if command.result is not self.partial:
-            self.partial, self.stored, self.asked = command.result, 0, 0
-        size = self.partial["size"]
-        while self.asked < min(size, self.stored + FETCH_AHEAD * CHUNK_SIZE):
-            part = min(CHUNK_SIZE, size - self.asked)
+            self.partial = command.result
+            self.stored = self.asked = len(inline_output(self.partial) or b"")
+        size, total = self.partial.get("size", 0), stream_size(self.partial)
+        while self.asked < min(total, self.stored + FETCH_AHEAD * CHUNK_SIZE):
+            part = min(CHUNK_SIZE, (size if self.asked < size else total) - self.asked)
             self.ask(command, self.asked, part)
             self.asked += part
 
@@ -5895,11 +6046,11 @@ class Client(SessionMachine):
 
     # --- commands out
 
-    def add(self, cmd: str, cwd: str) -> None:
+    def add(self, cmd: str, cwd: str, returns: Sequence[str] = ()) -> None:
         """Add a command. Call settle() after the last one of a batch."""
         self.total += 1
         self.last_id += 1
-        self.backlog.append(Command(self.last_id, cmd, cwd))
+        self.backlog.append(Command(self.last_id, cmd, cwd, returns))
 
     def skip(self) -> None:
         """Count an input command that does not run."""
@@ -5963,7 +6114,7 @@ class Client(SessionMachine):
             self.effects.append(RunStarted(self.total if self.input_ended else None))
 
     def submit(self, command: Command) -> None:
-        """Submit the command's attempt. A too long command fails at its first submit."""
+        """Submit the command's attempt. A command that is refused fails at its first submit."""
         if self.lacks_tree():
             self.put_off[command.id] = command
             return
@@ -5976,8 +6127,9 @@ class Client(SessionMachine):
         line = encode(COMMAND, {**constraints, **self.common, **command.fields()})
         first = command.attempt == 1 and not command.submitted
         command.submitted = True
-        if first and len(line) > MAX_COMMAND - OTHER_FIELDS:
-            self.fail(command, f"a command is at most {MAX_COMMAND} bytes of JSON")
+        wrong = refusal(command, line) if first else ""
+        if wrong:
+            self.fail(command, wrong)
         else:
             self.send_line(BROKER, b"", "", line)
 
@@ -6105,6 +6257,8 @@ class Client(SessionMachine):
         if "host" in fields:
             fields["host"] = self.host_names.name_of(fields["host"])
         command = self.command_of(fields["id"], fields["attempt"])
+        if command is not None and self.options.fail_on_missing:
+            fail_if_missing(command, fields)
         if command is None:  # reported before: our DONE was lost
             self.acknowledge(fields["id"], fields["attempt"])
         elif command.result == fields:
@@ -6129,10 +6283,13 @@ class Client(SessionMachine):
         output = to_bytes(fields.get("stdout", ""))
         # with never_on it is reported after all if no other host can start the command
         needed = not command.rechecking and (not retried or "never_on" in retried)
-        if needed and len(output) < fields.get("size", 0):
+        if needed and len(output) < stream_size(fields):
             self.fetcher.add(command, fields, self.now)
-        else:
-            self.conclude(command, fields, output, constraints)
+            return
+        if needed and fields.get("returned"):
+            self.effects.append(ReturnedPart(
+                command, command.attempt, fields["returned"], 0, output[fields.get("size", 0):]))
+        self.conclude(command, fields, inline_output(fields), constraints)
 
     def next_constraints(self, command: Command) -> Optional[Fields]:
         return self.retry_policy.next_constraints(command) if self.status is None else None
@@ -6292,11 +6449,15 @@ class Client(SessionMachine):
         if command is None or not size:
             return
         if self.fetcher.accept_chunk(command, offset, size, self.now):
-            self.effects.append(FetchedOutput(offset, message.data))
             result = command.result
-            if self.fetcher.stored >= result["size"]:
+            rows, output = result.get("returned", []), result.get("size", 0)
+            self.effects.append(
+                ReturnedPart(command, command.attempt, rows, offset - output, message.data)
+                if rows and offset >= output else FetchedOutput(offset, message.data))
+            if self.fetcher.stored >= stream_size(result):
                 self.fetcher.remove(command, self.now)
-                self.conclude(command, result, None, self.next_constraints(command))
+                self.conclude(
+                    command, result, inline_output(result), self.next_constraints(command))
         elif self.options.live and not command.result and offset == command.shown:
             self.effects.append(LiveOutput(command, offset, message.data))
             command.shown += size
@@ -6522,6 +6683,7 @@ class Outcome(NamedTuple):
     stored: StoredResult
     line: str  # of the input, from which the command was made
     occurrence: int  # number of equal commands before it in the input; 0 without a joblog
+    returned: Optional[List[str]] = None  # files that were written; None without --return
 
 
 class Summary(NamedTuple):
@@ -6584,9 +6746,11 @@ class Reporter:
 class Reports:
     """Turns the client's effects into outcomes for all reporters, and counts for the summary."""
 
-    def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter]) -> None:
+    def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter],
+                 files: Optional[ReturnedFiles] = None) -> None:
         self.client = client
         self.store = store
+        self.files = files  # with --return
         self.reporters = list(reporters)
         self.provisional: Dict[int, Tuple[StoredResult, str]] = {}  # by command, as of put()
         self.lines: Dict[int, Tuple[str, int]] = {}  # (line, occurrence) of unreported commands
@@ -6633,6 +6797,7 @@ class Reports:
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
         line, occurrence = self.lines.pop(command.id)
+        returned = self.files.finish(effect) if self.files else None
         outcome = Outcome(
             command.id, command.cmd, stored.exitcode, verdict,
             failed=verdict == FAIL or verdict != OK and self.client.options.fail_on_flaky,
@@ -6641,7 +6806,7 @@ class Reports:
             started=result.get("started", 0.0), spent=result.get("time", 0.0),
             signal=result.get("signal", 0), reason=lost or result.get("reason", ""),
             tries=tuple(tries), shown=command.shown, stored=stored, line=line,
-            occurrence=occurrence)
+            occurrence=occurrence, returned=returned)
         self.count(outcome, try_of(result).did_start)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
@@ -7138,6 +7303,127 @@ class FinalReport(Reporter):
         raise NotImplementedError
 
 
+# === Returned files ===================================================================
+#
+# Files that commands bring back (--return) are written below a directory, the tree's top here.
+# Contents go to a temporary name beside the file as they come. The file gets its own name when
+# its result is reported: it is whole or unchanged, and of the reported try. No link is followed.
+
+
+class ReturnedFiles:
+    """Writes returned files below `top`. `tell(text, error)` tells the user what is not there;
+    missing files only with `tell_missing`."""
+
+    def __init__(self, top: str, tell: Callable[[str, bool], None],
+                 tell_missing: bool = True) -> None:
+        self.top = top
+        self.tell = tell
+        self.tell_missing = tell_missing
+        self.mark = f".testcloud-{os.urandom(8).hex()}"  # temporary names begin with it
+        # by command: (the command, attempts of which something was stored)
+        self.begun: Dict[int, Tuple[Command, Set[int]]] = {}
+        self.faults: Dict[str, str] = {}  # why a file is not stored, by temporary name
+        self.lacking = self.unwritten = 0  # commands without a file; files
+
+    def files_of(self, command: Command, attempt: int) -> Iterator[Tuple[str, str]]:
+        """Yield the path of each file, and its temporary path."""
+        for index, path in enumerate(command.returns):
+            path = path_below(command.cwd, path)
+            folder = path[:len(path) - len(os.path.basename(path))]
+            yield path, f"{folder}{self.mark}-{command.id}-{attempt}-{index}"
+
+    def put_part(self, part: ReturnedPart) -> None:
+        """Store the next part of the files' contents. An error is told by finish()."""
+        _, attempts = self.begun.setdefault(part.command.id, (part.command, set()))
+        if part.offset == 0:
+            self.drop(part.command, part.attempt)
+        attempts.add(part.attempt)
+        at, data = 0, memoryview(part.data)
+        for (_, new), row in zip(self.files_of(part.command, part.attempt), part.rows):
+            end = at + (row[1] if row else 0)
+            piece = data[max(0, at - part.offset):max(0, end - part.offset)]
+            if piece and new not in self.faults:
+                self.store(new, piece, max(0, part.offset - at))
+            at = end
+
+    def store(self, new: str, data: Any, offset: int) -> None:
+        try:
+            with self.opened(new) as (file, _):
+                write_all(file, data, offset)
+        except OSError as error:
+            self.faults[new] = error.strerror or "error"
+
+    @contextlib.contextmanager
+    def opened(self, new: str) -> Iterator[Tuple[IO[bytes], int]]:
+        """Open a temporary file. Yield it with the descriptor of its directory. Raises OSError."""
+        with directory_below(self.top, new, make=True) as (folder, name), \
+                open(open_no_link(name, os.O_WRONLY | os.O_CREAT, folder), "wb", 0) as file:
+            yield file, folder
+
+    def finish(self, effect: FinalResult) -> List[str]:
+        """Give the files of a result their names. Return the paths of those that are there."""
+        command, result = effect.command, effect.result
+        attempt, rows = result.get("attempt", 0), result.get("returned", ())
+        _, others = self.begun.pop(command.id, (command, set()))
+        others.discard(attempt)
+        written = []
+        for (path, new), row in zip(self.files_of(command, attempt), rows):
+            try:
+                if row:
+                    self.rename(new, path, *row)
+                    written.append(os.path.normpath(os.path.join(self.top, path)))
+            except OSError as error:
+                others.add(attempt)
+                self.unwritten += 1
+                if self.unwritten <= NAMED_FAILURES:
+                    self.tell(f"cannot write {printable(path, 300)}: {error.strerror}", True)
+        for other in others:
+            self.drop(command, other)
+        missing = self.tell_missing and missing_files(command.returns, result)
+        if missing:
+            self.lacking += 1
+            if self.lacking <= NAMED_FAILURES:
+                self.tell(f"{printable(command.cmd)} made no {printable(', '.join(missing), 300)} "
+                          f"on {printable(result.get('host', '?'))}", False)
+        return written
+
+    def rename(self, new: str, path: str, mode: int, size: int) -> None:
+        """Give a whole file its name and mode. Raises OSError."""
+        if new in self.faults:
+            raise OSError(errno.EIO, self.faults[new])
+        name = to_bytes(os.path.basename(path))
+        with self.opened(new) as (file, folder):  # an empty one was not begun
+            if os.fstat(file.fileno()).st_size != size:
+                raise OSError(errno.EIO, "its worker sent only a part")
+            os.fchmod(file.fileno(), mode & 0o777)
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if not stat.S_ISREG(there.st_mode):
+                    raise OSError(errno.EEXIST, "what is there is no regular file")
+            os.rename(to_bytes(os.path.basename(new)), name, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def drop(self, command: Command, attempt: int) -> None:
+        """Remove what is stored of an attempt."""
+        for _, new in self.files_of(command, attempt):
+            self.faults.pop(new, None)
+            with contextlib.suppress(OSError), directory_below(self.top, new) as (folder, name):
+                os.unlink(name, dir_fd=folder)
+
+    def close(self) -> None:
+        """Remove what belongs to no reported result."""
+        for command, attempts in self.begun.values():
+            for attempt in attempts:
+                self.drop(command, attempt)
+
+    def tell_rest(self) -> None:
+        """Tell in numbers what was not told one by one."""
+        if self.unwritten > NAMED_FAILURES:
+            self.tell(f"cannot write {self.unwritten - NAMED_FAILURES} other files, either", True)
+        if self.lacking > NAMED_FAILURES:
+            self.tell(f"{plural(self.lacking - NAMED_FAILURES, 'other command')} did not make all "
+                      f"files of --return", False)
+
+
 # === Transcript =======================================================================
 #
 # The seed's transcript: a line for each command, its output, and at the end a summary. With
@@ -7365,6 +7651,8 @@ class JsonLines(Reporter):
         fields = outcome._asdict()
         for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence"):
             del fields[name]
+        if outcome.returned is None:
+            del fields["returned"]
         fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
                       **text_fields("command", to_bytes(outcome.cmd)))
         self.put(self.line(dump_utf8(fields), outcome))
@@ -10015,6 +10303,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--env NAME", "set a variable as it is here; also: NAME=VALUE",
                    action="append", default=[]),
             option("--shell PATH", "shell of the commands, path or name (default: /bin/sh)"),
+            option("--return FILE", "bring this file of each command back, to the same place",
+                   action="append", default=[], dest="returns"),
             option("--dry-run", "only print the commands")]),
         ("where", [
             CONNECT,
@@ -10032,6 +10322,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--fail-fast N", "stop everything after N failures (default: 1)",
                    nargs="?", const=1, default=0),
             option("--fail-on-flaky", "a command that is FLAKY or ONLY ON has failed"),
+            option("--fail-on-missing", "a command that makes no file of --return has failed"),
             option("--expect HASH", "fail if the result hash is another one"),
             option("--allow-empty", "an input without commands is no error"),
             CRASH_LIMIT, KILL_GRACE, READY_INTERVAL, MISSED_OKS]),
@@ -11676,15 +11967,19 @@ def fill_template(template: str, arguments: Arguments, seq: int) -> str:
     """Return the command for these arguments; seq is its number."""
     if not template:
         return " ".join(arguments)
+    if PLACEHOLDER.search(template):
+        return fill_placeholders(template, arguments, seq, shlex.quote)
+    return f"{template} {' '.join(map(shlex.quote, arguments))}"
 
+
+def fill_placeholders(template: str, arguments: Arguments, seq: int,
+                      quote: Callable[[str], str] = str) -> str:
     def fill(place: re.Match[str]) -> str:
         if place[0] == "{#}":
             return str(seq)
         chosen = arguments[int(place[1]) - 1:int(place[1])] if place[1] else arguments
-        return " ".join(shlex.quote(MODIFIERS[place[2] or ""](text)) for text in chosen)
-    if PLACEHOLDER.search(template):
-        return PLACEHOLDER.sub(fill, template)
-    return f"{template} {' '.join(map(shlex.quote, arguments))}"
+        return " ".join(quote(MODIFIERS[place[2] or ""](text)) for text in chosen)
+    return PLACEHOLDER.sub(fill, template)
 
 
 def check_template(words: List[str], most: float) -> str:
@@ -11702,6 +11997,14 @@ def check_template(words: List[str], most: float) -> str:
             raise UsageError(
                 f"{place} {wrong}; to pass it on as it is, write {{{2 * quote}{place[1:]}")
     return template
+
+
+def check_returns(files: List[str], most: float) -> None:
+    """Raise UsageError if a file of --return has a placeholder that commands cannot fill."""
+    for place in re.finditer(f"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}", "\n".join(files)):
+        wrong = misuse(place[0], "", most)
+        if wrong:
+            raise UsageError(f"--return: {place[0]} {wrong}")
 
 
 def misuse(place: str, context: str, most: float) -> str:
@@ -11868,8 +12171,9 @@ def run_client(settings: argparse.Namespace) -> int:
     words, settings.sources = split_sources(settings.template)
     check_client(settings, words)
     counts = [len(files) if mark.startswith("::::") else 1 for mark, files in settings.sources]
-    settings.template = check_template(
-        words, math.inf if settings.colsep else max(settings.max_args, sum(counts)))
+    most = math.inf if settings.colsep else max(settings.max_args, sum(counts))
+    settings.template = check_template(words, most)
+    check_returns(settings.returns, most)
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
     if settings.dry_run:
@@ -11905,6 +12209,10 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
             (not words and (several or settings.colsep),
              "-n and --colsep need a TEMPLATE, for the arguments that they make"),
+            ((settings.returns or settings.fail_on_missing) and not getattr(settings, "sync", None),
+             "--return needs --sync: files come back to where the tree came from"),
+            (settings.fail_on_missing and not settings.returns,
+             "--fail-on-missing needs --return: the files that each command makes"),
             (several and (settings.colsep or len(sources) > 1),
              "-n goes with one source of arguments, and without --colsep")):
         if wrong:
@@ -12081,12 +12389,15 @@ class ClientRun:
         store = ResultStore(settings.raw)
         self.display = Display(settings, store, self.output_failed, client)
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
+        self.files = ReturnedFiles(getattr(settings, "sync", "") or "", self.tell,
+                                   not settings.fail_on_missing)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
-            Timings(timings_path())])
+            Timings(timings_path())], self.files if settings.returns else None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
-            ProvisionalResult: reports.keep, FinalResult: reports.report,
+            ReturnedPart: self.files.put_part, ProvisionalResult: reports.keep,
+            FinalResult: reports.report,
             Notice: lambda effect: self.tell(effect.text, effect.error)})
         progress = progress_of(settings, client, self.display.out)
         loop.each_round += [self.display.flush, *([progress.update] if progress else [])]
@@ -12098,7 +12409,9 @@ class ClientRun:
         if self.earlier.has_done(command, occurrence):
             self.client.skip()
         else:
-            self.client.add(command, self.cwd)
+            returns = [fill_placeholders(file, arguments, self.client.last_id + 1)
+                       for file in self.settings.returns]
+            self.client.add(command, self.cwd, returns)
             self.reports.expect(self.client.last_id, " ".join(arguments), occurrence)
 
     def interrupt(self, status: int, now: Seconds) -> None:
@@ -12146,7 +12459,8 @@ class ClientRun:
         summary = self.reports.end(
             complete, earlier.skipped, earlier.skipped_failed, settings.expect,
             rerun_command(settings), settings.allow_empty)
-        status = exit_status(summary, self.reports.write_failed, status)
+        write_failed = self.reports.write_failed or self.files.unwritten > 0
+        status = exit_status(summary, write_failed, status)
         if status > 128:
             written = threading.Event()
             self.display.end(written.set)
@@ -12156,6 +12470,7 @@ class ClientRun:
         self.display.end(lambda: self.loop.post(lambda now: self.loop.exit(status)))
         status = self.loop.run()
         slots = 0 if settings.serial else client.slots
+        self.files.tell_rest()
         for line in final_notices(summary, self.reports.times, slots):
             self.tell(line, line == summary.wrong_hash)
         return status
@@ -12168,8 +12483,9 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     options = RunOptions(
         settings.timeout, settings.retries, settings.max_output, added_environment(settings),
-        settings.shell, tuple(settings.need), settings.raw, settings.live, settings.serial,
-        settings.fail_fast, settings.fail_on_flaky)
+        settings.shell, tuple(settings.need), split=settings.raw, live=settings.live,
+        serial=settings.serial, fail_fast=settings.fail_fast,
+        fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing)
     client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
                     options, os.getpid())
     client.timings = known_timings(settings)
@@ -12178,6 +12494,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not alone)))
         stack.callback(remove_progress_line)
         client_run = ClientRun(settings, client, loop)
+        stack.callback(client_run.files.close)
         loop.on_signals(client_run.interrupt, control)
         if not settings.sources and sys.stdin.isatty():
             client_run.tell("reading commands from the terminal, one a line; end with Ctrl-D")
@@ -12481,7 +12798,8 @@ def unknown_argument(role: str, word: str) -> UsageError:
         import difflib  # late: it is rarely needed
         ours = [other[2:] for row in options_of(role) for other in row.names
                 if other[2:3] == name[2:3]]
-        near = difflib.get_close_matches(name[2:], ours, 1, 0.66)
+        begun = [other for other in ours if other.startswith(name[2:])]
+        near = begun[:1] or difflib.get_close_matches(name[2:], ours, 1, 0.66)
         hints = [f"did you mean --{one}?" for one in near]
     hint = f": {hints[0]}" if hints else ""
     return UsageError(f"{role} has no {'option' if word.startswith('-') else 'argument'} "
