@@ -12781,7 +12781,8 @@ FOREIGN_OPTIONS = {
     "--results --files": "--json has all outputs; --joblog and --html how it went",
     "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
     "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
-    "--transfer --transferfile --return --trc --basefile --cleanup": "use a directory of all hosts",
+    "--transfer --transferfile --trc --basefile --cleanup":
+        "--sync takes the whole directory along, and --return FILE brings files back",
     "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
     "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
     "--sem --semaphore": "--serial",
