@@ -12787,7 +12787,7 @@ FOREIGN_OPTIONS = {
     "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
     "--sem --semaphore": "--serial",
     "-M --controlmaster --sshdelay": "few logins are under way at once; see ssh_config(5)",
-    "-t --silent": "--verbose"}
+    "-t --silent": "--verbose", "--retry": "did you mean --retries?"}
 
 
 def unknown_argument(role: str, word: str) -> UsageError:
@@ -12799,8 +12799,7 @@ def unknown_argument(role: str, word: str) -> UsageError:
         import difflib  # late: it is rarely needed
         ours = [other[2:] for row in options_of(role) for other in row.names
                 if other[2:3] == name[2:3]]
-        begun = [other for other in ours if other.startswith(name[2:])]
-        near = begun[:1] or difflib.get_close_matches(name[2:], ours, 1, 0.66)
+        near = difflib.get_close_matches(name[2:], ours, 1, 0.66)
         hints = [f"did you mean --{one}?" for one in near]
     hint = f": {hints[0]}" if hints else ""
     return UsageError(f"{role} has no {'option' if word.startswith('-') else 'argument'} "
