@@ -3365,8 +3365,7 @@ class Membership(Dispatcher):
         """Return fields of OK about the workers that the client's commands lack or cannot use."""
         lacks, unfit = self.lacks(client), []
         if TREES in client.needs:
-            unfit = [host.partition("/")[0][:STATUS_LIMIT]
-                     for host, places in sorted(self.scheduler.places().items())
+            unfit = [host for host, places in sorted(self.scheduler.places().items())
                      if not all(TREES in place.labels for place in places)][:MAX_UNFIT]
         return {name: value for name, value in (("lacks", lacks), ("unfit", unfit)) if value}
 
