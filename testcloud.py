@@ -10209,6 +10209,9 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
                "host name (up to 64 characters, without spaces, / and ~)"),
     "LOGIN": (str, str.strip, "login"),
+    "--sync": (str, lambda text: True, "directory"),  # "" is the work tree around us
+    "--exclude": (lambda text: (True, text), lambda rule: rule[1], "pattern"),
+    "--include": (lambda text: (False, text), lambda rule: rule[1], "pattern"),
     "COMMAND": (str, lambda text: text.strip() and "\n" not in text, "command"),
     "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
     "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
@@ -10263,6 +10266,10 @@ HOSTS = [
     option("--python COMMAND", "Python on the hosts (default: a new enough one)")]
 SHELLS = ("bash", "zsh", "fish")
 
+# options without a row in a client's --help, so that it fits a screen: another row names them,
+# or an error, or the help of a worker
+HIDDEN = {"--sync-list", "--sync-max", "--include", "--quiet", "--resume-failed", "--allow-empty",
+          "--kill-grace", "--ready-interval", "--missed-oks"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -10292,9 +10299,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
-            option("TEMPLATE", "command: {} is the line, {#} its number, {.} no extension, {/} no "
-                   "directory, {//} that alone, {/.} neither, {1} a column; then ::: ARGS "
-                   "or :::: FILES", nargs=argparse.REMAINDER),
+            option("TEMPLATE", "command: {} is the line, {#} its number, {.} {/} {//} {/.} parts, "
+                   "{1} a column; then ::: ARGS or :::: FILES", nargs=argparse.REMAINDER),
             option("-0 --null", "NUL ends a line of stdin, not newline"),
             option("-n --max-args N", "so many lines for each command", default=1),
             option("--colsep REGEX", "what separates the columns of a line"),
@@ -10304,7 +10310,14 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--shell PATH", "shell of the commands, path or name (default: /bin/sh)"),
             option("--return FILE", "bring this file of each command back, to the same place",
                    action="append", default=[], dest="returns"),
-            option("--dry-run", "only print the commands")]),
+            option("--dry-run", "only print the commands; --sync-list: what goes along"),
+            option("--sync-list", "only print sizes and names of the files that go along"),
+            option("--sync DIR", "take this along (default: git's work tree around us)", nargs="?"),
+            option("--sync-max SIZE", "refuse a larger tree (default: 2G)", default=0),
+            option("--exclude PATTERN", "not these files, as in .gitignore; --include: these",
+                   action="append", dest="filters", default=[]),
+            option("--include PATTERN", "these files, though ignored or excluded",
+                   action="append", dest="filters", default=[])]),
         ("where", [
             CONNECT,
             option("--local", "run on this machine, without a broker"),
@@ -10339,12 +10352,12 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--color WHEN", "auto (on a terminal; the default), always, never",
                    choices=("auto", "always", "never"), default="auto"),
             option("--max-output SIZE", "keep so much of each output: 64k, 10M, 2G", default=0),
-            VERBOSE,
+            option("-v --verbose", "say more on stderr; --quiet: only errors"),
             option("--quiet", "only errors on stderr", action="store_const", dest="verbose",
                    const=None)]),
         ("reports", [
             option("--joblog FILE", "a line for each result, as of GNU parallel"),
-            option("--resume", "skip commands that are in the joblog"),
+            option("--resume", "skip commands in the joblog; --resume-failed: passed ones"),
             option("--resume-failed", "skip commands that passed by the joblog"),
             option("--junit FILE", "JUnit XML, for Jenkins, GitLab and GitHub"),
             option("--html FILE", "a page with a picture of the run"),
@@ -12169,6 +12182,8 @@ def run_client(settings: argparse.Namespace) -> int:
         del settings.template[0]
     words, settings.sources = split_sources(settings.template)
     check_client(settings, words)
+    if settings.sync_list:
+        return print_tree(settings)
     counts = [len(files) if mark.startswith("::::") else 1 for mark, files in settings.sources]
     most = math.inf if settings.colsep else max(settings.max_args, sum(counts))
     settings.template = check_template(words, most)
@@ -12199,6 +12214,9 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
     for wrong, why in (
             ((settings.resume or settings.resume_failed) and not settings.joblog,
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
+            (settings.sync is None and not settings.sync_list
+             and (settings.filters or settings.sync_max),
+             "--exclude, --include and --sync-max need --sync"),
             (settings.raw + settings.json + settings.live > 1,
              "--raw, --json and --live are three ways to show outputs: choose one"),
             (len({*reports}) < len(reports),
@@ -12235,6 +12253,22 @@ def print_commands(settings: argparse.Namespace) -> int:
         return 0
     print_notice(NO_COMMANDS)
     return 2
+
+
+def print_tree(settings: argparse.Namespace) -> int:
+    """Print the size and path of all that --sync would send. Returns the exit status."""
+    tree = WorkingTree(working_tree_top(settings.sync or ""), settings.filters)
+    tree.scan()
+    for line in tree.left_out:
+        print_notice(line)
+    parents = {path.rpartition("/")[0] for path in tree.entries}
+    stdout = BlockingFile(1, "w", closefd=False)
+    with file_errors("write to", "stdout"), io.BufferedWriter(stdout) as out:
+        for path, entry in sorted(tree.entries.items()):
+            if path not in parents:  # a directory only if it is empty
+                end = "/" * (entry.kind == DIRECTORY)
+                out.write(to_bytes(f"{entry.size}\t{escape_command(path)}{end}\n"))
+    return 0
 
 
 def added_environment(settings: argparse.Namespace) -> Dict[str, str]:
@@ -12740,6 +12774,10 @@ class HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=25, width=80)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        if not (self._prog.endswith(CLIENT_ROLE) and HIDDEN.intersection(action.option_strings)):
+            super().add_argument(action)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
@@ -12813,6 +12851,17 @@ def parse(argv: List[str]) -> argparse.Namespace:
     return settings
 
 
+def is_sync_directory(word: str) -> bool:
+    """Return whether the word after --sync is its DIR, not an option or the template's first.
+    Raises UsageError if it may be both."""
+    if word.startswith("-") or not (os.path.isdir(word) or word.endswith("/")):
+        return False
+    if "/" not in word and word not in (".", "..") and shutil.which(word):
+        raise UsageError(f"--sync {printable(word)}: this is a directory and a command: write "
+                         f"--sync={printable(word)}, or --sync -- {printable(word)}")
+    return True
+
+
 def separate_template(argv: List[str]) -> List[str]:
     """Return a client's arguments with -- before the template: its options are not ours. A number
     is joined to its option: argparse would take "-1" for an option, as "-0" is one."""
@@ -12828,6 +12877,10 @@ def separate_template(argv: List[str]) -> List[str]:
         if word == "--fail-fast":
             given = rest and re.fullmatch(r"\d+|-[1-9.].*", rest[0])
             word += "=" + (rest.popleft() if given else "1")
+        elif word == "--sync":
+            word += "=" + (rest.popleft() if rest and is_sync_directory(rest[0]) else "")
+        elif word == "--sync=":
+            raise UsageError("--sync= needs a directory")
         elif valued.get(name) and rest and re.fullmatch(r"-[1-9.].*", rest[0]):
             word += "=" * word.startswith("--") + rest.popleft()
         elif valued.get(name) and rest:
