@@ -450,6 +450,18 @@ class TreeOfferTest(unittest.TestCase):
         self.assertEqual(self.offer.words(3.0), ["running the setup on alpha"])
 
 
+class PathBelowTest(unittest.TestCase):
+    def test_only_files_below_the_top_have_a_path(self):
+        for cwd, path, found in (
+                ("", "a", "a"), (".", "./a//b/", "a/b"), ("sub", "../a", "a"),
+                ("s", "../s/a", "s/a"), ("s/t", "../../a\udcff", "a\udcff"),
+                ("s", "x/../a", "s/a"), ("", "..a/...", "..a/..."),
+                *((cwd, path, "") for cwd, path in (
+                    ("", ""), ("", "."), ("s", ".."), ("", "../a"), ("s", "../../a"), ("", "/a"),
+                    ("s", "/s/a"), ("..", "a"), ("", "a/../.."), ("", "a\0"), ("", "//a")))):
+            self.assertEqual(tc.path_below(cwd, path), found, (cwd, path))
+
+
 # === Scheduler ========================================================================
 
 
@@ -5768,6 +5780,70 @@ class WorkerTest(unittest.TestCase):
         output.write(b"c")  # there is room again
         self.assertEqual((output.failure, output.size), ("No space left on device", tc.INLINE))
 
+    def test_files_follow_the_output_in_the_result_or_in_chunks(self):
+        b = self.bench
+        for id, (output, file) in enumerate(((b"out", b"\xff file"), (b"out", b"f" * tc.INLINE),
+                                             (b"o" * (tc.INLINE + 1), b"f"), (b"", b"")), 1):
+            self.give(id, **{"return": ["f", "gone"]})
+            job = b.effect(tc.Start).job
+            self.assertEqual(job.returns, ["f", "gone"])
+            b.lines.clear()
+            whole = FakeOutput(output + file)
+            whole.size = len(output)
+            rows = [[0o640, len(file)], []]
+            self.worker.finished(job, exit_record()._replace(output=whole, returned=rows), b.now)
+            b.collect()
+            inline = output + file if len(output + file) <= tc.INLINE else output
+            told = None if len(output) > tc.INLINE else tc.to_text(inline)
+            result = b.expect("RESULT", size=len(output), returned=rows, stdout=told)
+            self.assertEqual(tc.stream_size(result), len(output + file))
+            fetch = {"id": id, "attempt": 1, "offset": len(output), "size": 10}
+            b.hear(tc.encode("FETCH", fetch), "r")
+            self.assertEqual([frame.data for frame in b.bulk], [file[:10]] if file else [])
+            b.bulk.clear()
+
+    def test_a_file_that_finds_no_room_leaves_the_output_as_it_is(self):
+        room, write_all = 2 * tc.INLINE, tc.write_all
+
+        def limited(file, data, offset):
+            if offset + len(data) > room:
+                raise OSError(28, "No space left on device")
+            write_all(file, data, offset)
+        for before in (b"output", b"o" * (tc.INLINE + 1)):
+            output = tc.Output()
+            self.addCleanup(output.close)
+            output.write(before)
+            size = len(before)
+            with tempfile.TemporaryFile() as file, mock.patch.object(tc, "CHUNK_SIZE", 1000), \
+                    mock.patch.object(tc, "write_all", limited):
+                file.write(b"f" * room)
+                file.flush()
+                os.lseek(file.fileno(), 0, 0)
+                with self.assertRaises(OSError):
+                    output.append_file(file.fileno(), room, lambda: True)
+                self.assertEqual((output.size, output.total, output.failure), (size, size, ""))
+                self.assertEqual(output.read(0, room), before)
+                if output.file:  # the others get the room
+                    self.assertEqual(os.fstat(output.file.fileno()).st_size, size)
+                os.lseek(file.fileno(), 0, 0)
+                self.assertEqual(output.append_file(file.fileno(), 100, lambda: True), 100)
+                self.assertEqual(output.append_file(file.fileno(), 100, lambda: False), 0)
+                self.assertEqual(output.read(0, room), before + b"f" * 100)
+
+    def test_what_a_client_sees_live_is_output_only(self):
+        b = self.bench
+        self.give(1)
+        job = b.effect(tc.Start).job
+        b.begin(job)
+        job.output = tc.Output()
+        self.addCleanup(job.output.close)
+        b.hear('FETCH {"id":1,"attempt":1,"offset":0,"size":99}', "r")
+        job.output.write(b"shown")
+        job.output.append(b"file")
+        self.worker.printed(job, b.now)
+        b.collect()
+        self.assertEqual([frame.data for frame in b.bulk], [b"shown"])
+
     def test_odd_fetches_do_no_harm(self):
         b = self.bench
         self.give(1)
@@ -7161,6 +7237,78 @@ class RunnerTest(unittest.TestCase):
                 self.assertEqual(output.read(size + 10, 7), b"")
                 output.close()
 
+    def bring(self, cmd, *returns, cwd="", **more):
+        """Run a command in self.dir, and return the record, its output and its files: each is
+        (mode, data), or None."""
+        cwd = os.path.join(self.dir, cwd)
+        job = tc.Job(("r", next(self.ids), 1), {"cmd": cmd, "cwd": cwd, "return": returns, **more})
+        job.top = self.dir
+        self.start_job(job)
+        record = self.result(job)
+        output, files, at = record.output, [], record.output.size
+        for row in record.returned:
+            files.append((row[0], output.read(at, row[1])) if row else None)
+            at += row[1] if row else 0
+        self.assertEqual(output.total, at)
+        return record, output.read(0, output.size), files
+
+    def test_files_of_a_command_come_after_its_output(self):
+        big = os.urandom(3 * tc.CHUNK_SIZE + 7)
+        with open(os.path.join(self.dir, "made"), "wb") as file:
+            file.write(big)
+        made = "mkdir -p d; cp made d/big; echo x > small; chmod 4750 small; : > empty; echo out"
+        for split in (False, True):
+            record, output, files = self.bring(
+                f"{made}; exit 3", "small", "d/big", "nothing", "empty", "d/../small", split=split)
+            self.assertEqual(record.exitcode, 3)
+            self.assertEqual(record.reason, "")
+            self.assertEqual(output[-4:], b"out\n")
+            self.assertEqual(files[0], (0o750, b"x\n"))
+            self.assertTrue(files[1][1] == big)
+            self.assertEqual(files[2:], [None, (files[3][0], b""), (0o750, b"x\n")])
+        record, output, files = self.bring("cat ../made", "../small", cwd="d", limit=10)
+        self.assertEqual(output, big[:10] + tc.cut_mark(10, len(big)).encode())
+        self.assertEqual(files, [(0o750, b"x\n")])
+
+    def test_only_regular_files_of_the_workspace_come_back(self):
+        outside = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, outside)
+        record, _, files = self.bring(f"echo secret > {outside}/f", "../../etc/passwd",
+                                      f"{outside}/f", "", ".", "a\0b")
+        self.assertEqual((files, record.reason), ([None] * 5, ""))
+        server = socket.socket(socket.AF_UNIX)
+        self.addCleanup(server.close)
+        server.bind(os.path.join(self.dir, "socket"))
+        os.mkdir(os.path.join(self.dir, "directory"))
+        for make, path, why in (
+                (f"ln -s {outside} link", "link/f", "there is a link in its path"),
+                (f"ln -s {outside}/f alias", "alias", "there is a link in its path"),
+                ("ln -s directory inside; echo x > inside/f", "inside/f", "there is a link in its"),
+                ("echo > file", "file/f", "there is a link in its path, or a file in place of a"),
+                ("mkfifo fifo", "fifo", "it is no regular file"),
+                ("true", "directory", "it is no regular file"),
+                ("true", "socket", os.strerror(errno.ENXIO)),
+                ("true", "x" * 300, os.strerror(errno.ENAMETOOLONG))):
+            record, _, files = self.bring(make, path)
+            self.assertEqual((record.exitcode, files), (0, [None]), path)
+            self.assertIn(f"{path[:80]}", record.reason)
+            self.assertIn(f" does not come back: {why}", record.reason)
+
+    def test_a_command_that_did_not_start_has_no_files(self):
+        with open(os.path.join(self.dir, "old"), "w") as file:
+            file.write("x")
+        record, _, files = self.bring("true", "old", cwd="gone")
+        self.assertEqual((record.exitcode, files), (tc.NOT_RUN, []))
+        job = tc.Job(("r", 1, 1), {"cmd": "true", "return": ["old"]})  # no workspace
+        self.start_job(job)
+        self.assertEqual(self.result(job).returned, [[]])
+
+    def test_a_file_for_which_there_is_no_room_does_not_change_the_command(self):
+        with mock.patch.object(tc.Output, "append_file", side_effect=OSError(28, "No space left")):
+            record, output, files = self.bring("echo x | tee f", "f")
+        self.assertEqual((record.exitcode, output, files), (0, b"x\n", [None]))
+        self.assertEqual(record.reason, "f does not come back: No space left")
+
     def test_usable_cpus(self):
         self.assertGreaterEqual(tc.usable_cpus(), 1)
         self.assertLessEqual(tc.usable_cpus(), os.cpu_count())
@@ -7420,6 +7568,21 @@ class FetcherTest(unittest.TestCase):
         self.add(1)
         self.expect((1, 0, 10), (1, 10, 10))
 
+    def test_files_follow_the_output_and_share_no_chunk_with_it(self):
+        for result, *asked in (
+                ({"size": 13, "returned": [[0, 4], [], [0, 3]]},
+                 (1, 0, 10), (1, 10, 3), (1, 13, 7)),
+                ({"size": 3, "stdout": "abc", "returned": [[0, 14]]}, (1, 3, 10), (1, 13, 4)),
+                ({"size": 0, "stdout": "", "returned": [[0, 7]]}, (1, 0, 7)),
+                ({"returned": [[0, 7]]}, (1, 0, 7))):
+            command = self.window[1]
+            self.fetcher.add(command, result, 0.0)
+            for _, offset, size in asked:
+                self.assertTrue(self.accept(1, offset, size))
+            self.expect(*asked)
+            self.assertEqual(self.fetcher.stored, tc.stream_size(result))
+            self.fetcher.remove(command, 0.0)
+
     def test_another_output_takes_the_place_of_one_that_is_stored_in_part(self):
         self.add(1)
         self.accept(1, 0)
@@ -7483,6 +7646,112 @@ class ClientTest(unittest.TestCase):
         self.bench.collect()
         self.bench.expect("BYE")
         self.assertEqual(self.bench.effect(tc.Exit).status, 0)
+
+    def add_returning(self, *returns, **options):
+        """Begin a run with a command that brings files back."""
+        self.client = tc.Client("r1", options=tc.RunOptions(**options))
+        self.bench = Bench(self.client)
+        self.join()
+        self.client.add("a", "sub", returns)
+        self.client.end_input(0.0)
+        self.bench.collect()
+        self.bench.effects = [effect for effect in self.bench.effects
+                              if type(effect) is not tc.RunStarted]
+        self.bench.expect("HELLO")
+        return self.bench
+
+    def test_files_come_inline_before_their_result(self):
+        b = self.add_returning("f", "gone", "../g")
+        b.expect("{", **{"return": ["f", "gone", "../g"]})
+        rows = [[0o644, 2], [], [0o600, 3]]
+        self.result(1, stdout="outFFGGG", size=3, returned=rows, host="h")
+        part, end = b.effect(tc.ReturnedPart), b.effect(tc.FinalResult)
+        self.assertEqual((part.command, part.attempt, part.rows, part.offset, part.data),
+                         (end.command, 1, rows, 0, b"FFGGG"))
+        self.assertEqual((end.output, end.result["returned"]), (b"out", rows))
+
+    def test_large_files_are_fetched_after_their_output(self):
+        for inline in (True, False):
+            size = 3 if inline else tc.INLINE + 1
+            output, files = b"o" * size, b"f" * (tc.CHUNK_SIZE + 5)
+            b = self.add_returning("f", "g")
+            b.lines.clear()
+            rows = [[0o644, tc.CHUNK_SIZE], [0o600, 5]]
+            more = {"stdout": output.decode()} if inline else {}
+            self.result(1, size=size, returned=rows, host="h", **more)
+            if not inline:
+                b.expect("FETCH", offset=0, size=size)
+            b.expect("FETCH", offset=size, size=tc.CHUNK_SIZE)
+            b.expect("FETCH", offset=size + tc.CHUNK_SIZE, size=5)
+            if not inline:
+                b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=output)
+                self.assertEqual(b.effect(tc.FetchedOutput), (0, output))
+            for at, data in ((0, files[:-5]), (tc.CHUNK_SIZE, files[-5:])):
+                b.quiet()
+                b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{size + at}}}', data=data)
+                part = b.effect(tc.ReturnedPart)
+                self.assertEqual((part.attempt, part.rows, part.offset, part.data),
+                                 (1, rows, at, data))
+            end = b.effect(tc.FinalResult)
+            self.assertEqual(end.output, output if inline else None)
+            self.assertEqual(b.effect(tc.Exit).status, 0)
+
+    def test_a_try_that_is_not_reported_brings_no_files(self):
+        b = self.add_returning("f", tries=2)
+        b.lines.clear()
+        self.result(1, 1, 1, stdout="why", size=3, returned=[[0o644, 2**40]], host="h1")
+        command = b.expect("{", attempt=2, **{"return": ["f"]}) and self.client.window[1]
+        self.assertEqual(command.tries[1].output, b"why")
+        b.quiet()
+        self.result(1, 2, 1, stdout="whyF", size=3, returned=[[0o644, 1]], host="h2")
+        self.assertEqual(b.effect(tc.ReturnedPart).attempt, 2)
+        self.assertEqual(b.effect(tc.FinalResult).output, b"why")
+
+    def test_a_pass_that_is_rechecked_keeps_its_files(self):
+        b = self.add_returning("f", tries=3)
+        b.lines.clear()
+        self.result(1, 1, 1, stdout="whyF", size=3, returned=[[0o644, 1]], host="h1")
+        b.expect("{", attempt=2)
+        self.result(1, 2, 0, stdout="okG", size=2, returned=[[0o644, 1]], host="h2")
+        self.assertEqual(b.effect(tc.ReturnedPart)[1:], (2, [[0o644, 1]], 0, b"G"))
+        b.effect(tc.ProvisionalResult)
+        b.expect("{", attempt=3, **{"return": None})
+        self.result(1, 3, 1, host="h1")
+        end = b.effect(tc.FinalResult)
+        self.assertEqual((end.result["attempt"], end.provisional), (2, True))
+
+    def test_a_path_that_leads_out_is_not_run(self):
+        for path in ("../../f", "/f", "", "..", "a\0b"):
+            b = self.add_returning("fine", path)
+            end = b.effect(tc.FinalResult)
+            self.assertEqual(end.result["exitcode"], tc.NOT_RUN)
+            self.assertIn(f"--return {tc.printable(path)} is no file below", end.result["reason"])
+            self.assertEqual(b.effect(tc.Exit).status, 1)
+            self.assertNotIn("{", [verb for _, verb, _ in b.lines])
+
+    def test_a_missing_file_fails_its_command_if_asked_for(self):
+        for exitcode, rows, reason, found in (
+                (0, [[], [6, 0]], "", (1, "it did not make f (--fail-on-missing)")),
+                (0, [[6, 0], []], "g does not come back: x", (1, "g does not come back: x")),
+                (3, [[], []], "", (3, "it did not make f (--fail-on-missing)")),
+                (0, [[6, 0], [6, 0]], "", (0, "")), (0, [], "", (0, ""))):
+            b = self.add_returning("f", "g", fail_on_missing=True)
+            self.result(1, exitcode=exitcode, returned=rows, reason=reason, host="h")
+            end = b.effects[-2]
+            self.assertEqual((end.result["exitcode"], end.result["reason"]), found)
+            self.assertEqual(b.effects[-1].status, int(found[0] > 0))
+
+    def test_odd_files_of_a_worker_do_no_harm(self):
+        for more in ({"returned": [[1, 2]]}, {"returned": [[1, 2]], "stdout": ""},
+                     {"returned": [[1, 2**53]] * 3},
+                     {"returned": [[1, 2], [1, 3]], "stdout": "abcdefg"},
+                     {"returned": [[], [], []], "size": 5, "stdout": "x"},
+                     {"returned": [[1, 0]], "size": 2**53}):
+            for returns in ((), ("f",), ("f", "g")):
+                b = self.add_returning(*returns)
+                b.hear(tc.encode("RESULT", {"id": 1, "attempt": 1, "exitcode": 0, **more}))
+                for offset, data in ((0, b"x" * 2**20), (2**20, b"y"), (2**20 + 1, b"z")):
+                    b.hear(f'CHUNK {{"id":1,"attempt":1,"offset":{offset}}}', data=data)
 
     def test_a_reported_command_is_not_lost_when_its_worker_is(self):
         b = self.bench

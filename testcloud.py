@@ -7378,8 +7378,8 @@ class ReturnedFiles:
                     self.tell(f"cannot write {printable(path, 300)}: {error.strerror}", True)
         for other in others:
             self.drop(command, other)
-        missing = self.tell_missing and missing_files(command.returns, result)
-        if missing:
+        missing = missing_files(command.returns, result)
+        if missing and self.tell_missing and not result.get("reason"):
             self.lacking += 1
             if self.lacking <= NAMED_FAILURES:
                 self.tell(f"{printable(command.cmd)} made no {printable(', '.join(missing), 300)} "
