@@ -7721,7 +7721,7 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((end.result["attempt"], end.provisional), (2, True))
 
     def test_a_path_that_leads_out_is_not_run(self):
-        for path in ("../../f", "/f", "", "..", "a\0b"):
+        for path in ("../../f", "/f", "..", "a\0b"):
             b = self.add_returning("fine", path)
             end = b.effect(tc.FinalResult)
             self.assertEqual(end.result["exitcode"], tc.NOT_RUN)
@@ -9656,6 +9656,12 @@ class ReportingTest(unittest.TestCase):
             "seq", "command", "exitcode", "verdict", "only_on", "host", "worker", "slot", "started",
             "time", "signal", "reason", "tries", "output"})
 
+    def test_json_lines_name_the_files_that_came_back(self):
+        out = self.text("--json", "-b")
+        self.reports.files = mock.Mock(finish=lambda effect: ["/t/a\udcff"])
+        self.report("a")
+        self.assertEqual(json.loads(out.getvalue())["returned"], ["/t/a\ufffd"])
+
     def test_brief_json_lines_have_no_outputs(self):
         out = self.text("--json", "-b")
         self.report("a", 3, b"x", tries=[tc.Try(1, "i", output=b"y")])
@@ -10366,6 +10372,135 @@ class JUnitTest(unittest.TestCase):
                 schema.assertValid(etree.fromstring(text.encode()))
         self.assertFalse(schema.validate(etree.fromstring(document(outcome()).replace(
             "<system-out>", "<nonsense/><system-out>").encode())))
+
+
+class ReturnedFilesTest(unittest.TestCase):
+    def setUp(self):
+        self.top = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.top)
+        self.told = []
+        self.files = tc.ReturnedFiles(self.top, lambda text, error: self.told.append((error, text)))
+        self.addCleanup(self.files.close)
+        self.ids = itertools.count(1)
+
+    def command(self, *returns, cwd="s", id=None):
+        return tc.Command(id or next(self.ids), "make it", cwd, returns)
+
+    def part(self, command, rows, data, offset=0, attempt=1):
+        self.files.put_part(tc.ReturnedPart(command, attempt, rows, offset, data))
+
+    def finish(self, command, rows, attempt=1, **more):
+        paths = self.files.finish(tc.FinalResult(command, {
+            "attempt": attempt, "exitcode": 0, "returned": rows, "host": "h", **more}, b""))
+        return [os.path.relpath(path, self.top) for path in paths]
+
+    def there(self):
+        """All files: their modes and contents by path."""
+        found = {}
+        for folder, _, names in os.walk(self.top):
+            for name in names:
+                path = os.path.join(folder, name)
+                with open(path, "rb") as file:
+                    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                    found[os.path.relpath(path, self.top)] = mode, file.read()
+        return found
+
+    def test_files_come_in_any_parts_and_get_their_names_together(self):
+        contents = [b"", b"abcdefg", b"h", b"", b"ijk"]
+        names = ["empty", "d/e/a", "h", "../none", "../i\udcff"]
+        rows = [[0o4755, 0], [0o600, 7], [0o444, 1], [0o640, 0], [0o644, 3]]
+        rows[3:3], names[3:3], contents[3:3] = [[]], ["missing"], [b""]
+        data, expected = b"".join(contents), dict(zip(
+            ["s/empty", "s/d/e/a", "s/h", "none", "i\udcff"],
+            [(0o755, b""), (0o600, b"abcdefg"), (0o444, b"h"), (0o640, b""), (0o644, b"ijk")]))
+        for size in range(1, len(data) + 1):
+            command = self.command(*names)
+            for at in range(0, len(data), size):
+                before = self.there()
+                self.assertFalse(before.keys() & expected.keys() and size == 1)
+                self.part(command, rows, memoryview(data)[at:at + size], at)
+            self.assertEqual(self.finish(command, rows), [*expected])
+            self.assertEqual(self.there(), expected)
+            if size == 1:
+                self.told.clear()
+                shutil.rmtree(os.path.join(self.top, "s", "d"))
+
+    def test_the_reported_try_is_the_one_whose_files_come(self):
+        command, other = self.command("a", "b"), self.command("c")
+        rows = [[0o644, 1], [0o644, 1]]
+        self.part(command, rows, b"12", attempt=1)
+        self.part(command, rows, b"34", attempt=2)
+        self.part(other, [[0o644, 2]], b"x")  # not the whole
+        self.part(command, rows, b"5", attempt=3)
+        self.assertEqual(self.finish(command, rows, attempt=2), ["s/a", "s/b"])
+        self.part(other, [[0o644, 2]], b"yz")  # it begins anew
+        self.assertEqual(self.finish(other, [[0o644, 2]]), ["s/c"])
+        self.assertEqual({path: data for path, (_, data) in self.there().items()},
+                         {"s/a": b"3", "s/b": b"4", "s/c": b"yz"})
+        self.assertFalse(self.files.begun or self.files.faults or self.told)
+
+    def test_nothing_is_left_of_what_was_not_reported(self):
+        self.part(self.command("a", cwd=""), [[0o644, 9]], b"half")
+        self.assertEqual(len(self.there()), 1)
+        self.files.close()
+        self.assertEqual(self.there(), {})
+
+    def test_a_part_of_a_file_is_none(self):
+        for data, offset in ((b"ab", 0), (b"", 0)):
+            command = self.command("a", cwd="")
+            self.part(command, [[0o644, 3]], data, offset)
+            self.assertEqual(self.finish(command, [[0o644, 3]]), [])
+        self.assertEqual(self.told, [(True, "cannot write a: its worker sent only a part")] * 2)
+        self.assertEqual(self.there(), {})
+
+    def test_no_link_is_followed_or_replaced(self):
+        outside = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, outside)
+        os.symlink(outside, os.path.join(self.top, "link"))
+        os.symlink(os.path.join(outside, "f"), os.path.join(self.top, "alias"))
+        os.mkdir(os.path.join(self.top, "inside"))
+        os.symlink("inside", os.path.join(self.top, "here"))
+        os.mkfifo(os.path.join(self.top, "fifo"))
+        for path, why in (("link/f", "there is a link in its path"),
+                          ("here/f", "there is a link in its path"),
+                          ("alias", "what is there is no regular file"),
+                          ("inside", "what is there is no regular file"),
+                          ("fifo", "what is there is no regular file")):
+            for size in (0, 3):
+                command = self.command(path, cwd="")
+                if size:
+                    self.part(command, [[0o644, size]], b"x" * size)
+                self.assertEqual(self.finish(command, [[0o644, size]]), [])
+                self.assertIn(f"cannot write {path}: {why}", self.told.pop()[1])
+        self.assertFalse(os.listdir(outside) or os.listdir(os.path.join(self.top, "inside")))
+        self.assertEqual(len(os.listdir(self.top)), 5)
+        self.assertEqual(self.files.unwritten, 10)
+
+    def test_a_full_disk_spares_other_files_and_commands(self):
+        command, rows = self.command("a", "b", cwd=""), [[0o644, 2], [0o644, 2]]
+
+        def limited(file, data, offset):
+            if offset == 0:
+                raise OSError(28, "No space left on device")
+        with mock.patch.object(tc, "write_all", limited):
+            self.part(command, rows, b"a")
+        self.part(command, rows, b"abb", 1)
+        self.assertEqual(self.finish(command, rows), ["b"])
+        self.assertEqual(self.told, [(True, "cannot write a: No space left on device")])
+        self.assertEqual(self.there(), {"b": (0o644, b"bb")})
+
+    def test_missing_files_are_told_a_few_times_and_then_counted(self):
+        for _ in range(tc.NAMED_FAILURES + 2):
+            self.finish(self.command("a", "b", "c"), [[], [0o644, 0], []])
+        self.finish(self.command("a"), [[]], reason="a does not come back: it is no regular file")
+        self.finish(self.command("a"), [])  # it was not started
+        self.assertEqual(self.told, [(False, "make it made no a, c on h")] * tc.NAMED_FAILURES)
+        self.files.tell_rest()
+        self.assertEqual(self.told[-1], (
+            False, "2 other commands did not make all files of --return"))
+        self.files.tell_missing = False  # with --fail-on-missing
+        self.finish(self.command("a"), [[]])
+        self.assertEqual(len(self.told), tc.NAMED_FAILURES + 1)
 
 
 class WholeFileTest(unittest.TestCase):
@@ -13674,6 +13809,19 @@ class CommandLineTest(unittest.TestCase):
                 ("echo ${1} ${}", ["x"], "echo ${1} ${} x"), ("a{''}{''1}", ["x"], "a{''}{''1} x"),
                 ("{.}", ["a.b", "c d.e"], "a 'c d'"), ("echo $${}", ["x"], "echo $$x")]:
             self.assertEqual(tc.fill_template(template, tuple(arguments), 7), command)
+
+    def test_names_of_returned_files_are_filled_but_not_quoted(self):
+        for template, arguments, path in (
+                ("reports/{#}.xml", "a", "reports/7.xml"), ("{.}.o", "a b.c", "a b.o"),
+                ("{2}/{1/}", "x/it's;y", "y/it's"), ("{}", "$x;*", "$x *"), ("out", "a", "out"),
+                ("${}", "a", "${}")):
+            self.assertEqual(
+                tc.fill_placeholders(template, tuple(arguments.split(";")), 7), path)
+        tc.check_returns(["a'{}'", '"{#}', "{2}"], 2)
+        for file, why in (("{3}", "{3} is an argument that no command has"),
+                          ("x{%}", "{%} is known only where it runs"), ("{##}", "no meaning")):
+            with self.assertRaisesRegex(tc.UsageError, "^--return: .*" + re.escape(why)):
+                tc.check_returns(["{}", file], 2)
 
     def test_parts_of_a_path(self):
         """As GNU parallel has them."""
