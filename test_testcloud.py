@@ -14190,7 +14190,9 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--max-output", "0"], ["client", "--retries", "0"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
                      ["client", "-j", "2"], ["client", "-C", ""], ["client", "--shell", ""],
-                     ["client", "--resume"],
+                     ["client", "--resume"], ["client", "--return", "f", "x"],
+                     ["client", "--sync", "--return", ""], ["client", "--sync", "--return", "{2}"],
+                     ["client", "--sync", "--fail-on-missing", "x"],
                      ["client", "--joblog", ""], ["client", "--connect", ""],
                      ["client", "--key", ""],
                      ["client", "--expect", ""], ["client", "--expect", "1" * 39 + "g"],
@@ -14231,7 +14233,7 @@ class CommandLineTest(unittest.TestCase):
             status, out, _ = self.main(role, "--help")
             self.assertEqual(status, 0)
             rows = out.splitlines()
-            self.assertTrue(len(rows) <= 76 and max(map(len, rows)) <= 80, role)  # a large screen
+            self.assertTrue(len(rows) <= 64 and max(map(len, rows)) <= 80, role)  # a large screen
             if role == "client":
                 begins = ["testcloud.py client" in row for row in rows[:4]]
                 self.assertEqual(begins, [True] * 3 + [False])

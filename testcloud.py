@@ -7187,6 +7187,7 @@ class Writer:
 # A report file is replaced as a whole, or stays unchanged. Pipes, devices and our own stdout
 # and stderr are written directly.
 
+UNFINISHED = ".testcloud-"  # begins the names of files that are not whole yet
 STANDARD_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # a rename would replace these links
 
 
@@ -7205,7 +7206,7 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
             stream.writelines(pieces)
         return
     target = os.path.realpath(path)  # a link stays a link
-    new = os.path.join(os.path.dirname(target), f".testcloud-{os.urandom(8).hex()}")
+    new = os.path.join(os.path.dirname(target), UNFINISHED + os.urandom(8).hex())
     file = BlockingFile(new, "x")  # not tempfile: its files are private, whatever the umask
     try:
         with open_text(file) as stream:
@@ -7318,7 +7319,7 @@ class ReturnedFiles:
         self.top = top
         self.tell = tell
         self.tell_missing = tell_missing
-        self.mark = f".testcloud-{os.urandom(8).hex()}"  # temporary names begin with it
+        self.mark = UNFINISHED + os.urandom(8).hex()  # temporary names begin with it
         # by command: (the command, attempts of which something was stored)
         self.begun: Dict[int, Tuple[Command, Set[int]]] = {}
         self.faults: Dict[str, str] = {}  # why a file is not stored, by temporary name
@@ -11716,7 +11717,7 @@ class WorkingTree:
         """Return whether this path is ignored, and whether --include brought it back; None if
         nothing below it can go along. The two flags are those of its directory."""
         name = path.rpartition(b"/")[2]
-        if name == b".git":
+        if name == b".git" or name.startswith(UNFINISHED.encode()):
             ignored, included = True, False  # unless it is included by name
         ignored = ignored or not included and path in self.ignored
         for rule in self.filters:
@@ -12226,7 +12227,7 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
             (not words and (several or settings.colsep),
              "-n and --colsep need a TEMPLATE, for the arguments that they make"),
-            ((settings.returns or settings.fail_on_missing) and not getattr(settings, "sync", None),
+            (settings.returns and settings.sync is None,
              "--return needs --sync: files come back to where the tree came from"),
             (settings.fail_on_missing and not settings.returns,
              "--fail-on-missing needs --return: the files that each command makes"),
@@ -12422,8 +12423,8 @@ class ClientRun:
         store = ResultStore(settings.raw)
         self.display = Display(settings, store, self.output_failed, client)
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
-        self.files = ReturnedFiles(getattr(settings, "sync", "") or "", self.tell,
-                                   not settings.fail_on_missing)
+        top = working_tree_top(settings.sync) if settings.returns else ""
+        self.files = ReturnedFiles(top, self.tell, not settings.fail_on_missing)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
             Timings(timings_path())], self.files if settings.returns else None)
