@@ -102,6 +102,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 # ruff: noqa: E402
 import argparse
+import array
 import bisect
 import codecs
 import contextlib
@@ -127,6 +128,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter, OrderedDict, deque
 from typing import (
@@ -5516,6 +5518,1012 @@ class Runner:
         self.oom_killed_since(now)  # note old kills: they are not the next command's
 
 
+# === Workspaces =======================================================================
+#
+# A workspace is a directory on a worker's host. It has the tree of a client's run, and what
+# commands made there. It stays for later runs, until newer ones need its room. In the
+# directory of all workspaces (~/.cache/testcloud/trees), a workspace NAME has
+#
+#     NAME/          the workspace itself
+#     NAME.lock      locked by the process that uses it; its bytes on disk; last used at its mtime
+#     NAME.state     a State: what we have put there, as far as we know
+#     NAME.new/      files that are not complete yet
+#     .gone-...      directories that are being removed
+#
+# Each run has a thread for its workspace. Nothing outside of a workspace is ever changed: each
+# directory in it is opened by its name in the one above, and no link is followed.
+
+CACHE_LIMIT = 10 * 10**9  # bytes of all workspaces, unless --cache says otherwise,
+CACHE_FRACTION = 1 / 10  # or this part of the free disk, if that is less
+MAX_OPEN_DIRECTORIES = 64  # of one workspace
+MAX_SOURCES = 4  # other workspaces that are searched for a content, the latest first
+MAX_WRONG = 3  # times that a content may come with the wrong hash
+MAX_TICKS = 20  # ms to wait for the file system's clock
+NAME_LIMIT = 20  # characters: sockets in a workspace have paths of at most 108 bytes
+LOCK, STATE, PARTS, GONE_PREFIX = ".lock", ".state", ".new", ".gone-"
+SIGNATURE = 4  # numbers in a file's signature
+SECOND = 10**9  # ns
+CTIME = 2  # place in a signature
+Signature = Tuple[int, ...]
+Content = Tuple[str, int]  # hash, size
+
+
+class Stopped(Exception):
+    """The run needs its workspace no more."""
+
+
+class NoWorkspace(Exception):
+    """There can be no workspace with this tree; the text says why, for people."""
+
+
+# --- the directory of all workspaces
+
+
+def cache_directory() -> str:
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(os.path.abspath(cache), "testcloud", "trees")
+
+
+def cache_limit(given: int = 0, directory: str = "") -> int:
+    """Return the bytes that all workspaces may take: `given`, or what suits the disk."""
+    directory = place = directory or cache_directory()
+    while not os.path.isdir(place) and place != os.path.dirname(place):
+        place = os.path.dirname(place)
+    try:
+        disk = os.statvfs(place)
+        with CacheDirectory(directory) as cache:
+            used = sum(size for _, _, size in cache.usage())
+    except OSError:
+        return given or CACHE_LIMIT
+    return given or min(CACHE_LIMIT, int((disk.f_bavail * disk.f_frsize + used) * CACHE_FRACTION))
+
+
+def open_directory(name: Union[str, bytes], parent: int, widen: bool = True) -> int:
+    """Open a directory that is no link. `widen`: let us do everything in it."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        opened = os.open(name, flags, dir_fd=parent)
+    except PermissionError:
+        if not widen:
+            raise
+        make_writable(name, parent)
+        opened = os.open(name, flags, dir_fd=parent)
+    mode = stat.S_IMODE(os.fstat(opened).st_mode)
+    if widen and mode & 0o700 != 0o700:
+        os.fchmod(opened, mode | 0o700)
+    return opened
+
+
+def make_writable(name: Union[str, bytes], parent: int) -> None:
+    """Let us do everything in a directory. Raises PermissionError if it is none."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), name)
+    os.chmod(name, 0o700, dir_fd=parent)
+
+
+def disk_usage(path: str) -> int:
+    """Return the bytes that a directory takes on disk, as far as we may look."""
+    total, directories = 0, [path]
+    while directories:
+        with contextlib.suppress(OSError), os.scandir(directories.pop()) as found:
+            for entry in found:
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.path)
+    return total
+
+
+class CacheDirectory:
+    """The directory of all workspaces, open."""
+
+    def __init__(self, path: str, make: bool = False) -> None:
+        self.path = path
+        if make:
+            self.make(path)
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def make(self, path: str) -> None:
+        """Make a directory, and those above that are missing, for this user only."""
+        if not os.path.isdir(path):
+            self.make(os.path.dirname(path))
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+
+    def __enter__(self) -> CacheDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def lock(self, name: str) -> int:
+        """Lock a workspace. Return the descriptor of its lock, -1 if it is in use."""
+        while True:
+            lock = os.open(name + LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
+                           dir_fd=self.fd)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = os.stat(name + LOCK, dir_fd=self.fd, follow_symlinks=False)
+                if os.path.samestat(os.fstat(lock), found):
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                return -1
+            except FileNotFoundError:
+                pass  # the workspace was removed just now
+            except OSError:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+    def names(self, suffix: str) -> List[str]:
+        return [name[:-len(suffix)] for name in os.listdir(self.fd) if name.endswith(suffix)]
+
+    def usage(self) -> List[Tuple[int, str, int]]:
+        """Return (time of the last use, name, bytes) of each workspace, the oldest first."""
+        found = []
+        for name in self.names(LOCK):
+            with contextlib.suppress(OSError):
+                lock = os.open(name + LOCK, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.fd)
+                with open(lock, "rb") as file:
+                    text = file.read(20)
+                    found.append((os.fstat(lock).st_mtime_ns, name,
+                                  int(text) if text.isdigit() else 0))
+        return sorted(found)
+
+    def note_usage(self, name: str, size: int) -> None:
+        """Note how many bytes a workspace takes, and that it is used now."""
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW
+            lock = os.open(name + LOCK, flags, dir_fd=self.fd)
+            os.write(lock, b"%d" % size)
+            os.close(lock)
+
+    def make_room(self, wanted: int, limit: int) -> int:
+        """Remove the oldest workspaces that nobody uses, until `wanted` more bytes are within the
+        limit. Return the bytes used by the others."""
+        usage = self.usage()
+        used = sum(size for _, _, size in usage)
+        for _, name, size in usage:
+            if used + wanted <= limit:
+                break
+            lock = self.lock(name) if size else -1
+            if lock >= 0:
+                for part in (name, name + PARTS, name + STATE, name + STATE + PARTS, name + LOCK):
+                    self.remove(part, self.fd)
+                os.close(lock)
+                used -= size
+        self.sweep()
+        return used
+
+    def remove(self, name: Union[str, bytes], parent: int) -> None:
+        """Remove whatever has this name, if anything. What is in a directory goes in sweep()."""
+        try:
+            os.unlink(name, dir_fd=parent)
+        except FileNotFoundError:
+            pass
+        except (IsADirectoryError, PermissionError):  # macOS says EPERM for a directory
+            try:
+                self.set_aside(name, parent)
+            except PermissionError:  # to be moved, it must be writable
+                make_writable(name, parent)
+                self.set_aside(name, parent)
+
+    def set_aside(self, name: Union[str, bytes], parent: int) -> str:
+        aside = GONE_PREFIX + os.urandom(8).hex()
+        os.rename(name, aside, src_dir_fd=parent, dst_dir_fd=self.fd)
+        return aside
+
+    def sweep(self) -> None:
+        """Remove the directories that were set aside, also those of a process that was killed.
+        Their subdirectories are set aside, too: however deep they are, none is out of reach."""
+        waiting = [name for name in os.listdir(self.fd) if name.startswith(GONE_PREFIX)]
+        while waiting:
+            name = waiting.pop()
+            with contextlib.suppress(OSError):  # another process does the same, or it is busy
+                directory = open_directory(name, self.fd)
+                try:
+                    with os.scandir(directory) as found:
+                        entries = [*found]
+                    for entry in entries:
+                        with contextlib.suppress(FileNotFoundError):
+                            if not entry.is_dir(follow_symlinks=False):
+                                os.unlink(entry.name, dir_fd=directory)
+                                continue
+                            make_writable(entry.name, directory)
+                            waiting.append(self.set_aside(entry.name, directory))
+                finally:
+                    os.close(directory)
+                os.rmdir(name, dir_fd=self.fd)
+
+
+class Directories:
+    """Directories below `top`, each opened by its name in the one above."""
+
+    def __init__(self, top: int, widen: bool) -> None:
+        self.top, self.widen = top, widen
+        self.opened: OrderedDict[str, int] = OrderedDict()  # by path, the oldest first
+
+    def get(self, path: str) -> int:
+        """Return the descriptor of a directory until the next call. Raises OSError."""
+        if not path:
+            return self.top
+        known = self.opened.get(path)
+        if known is not None:
+            return known
+        names = path.split("/")
+        depth = len(names) - 1
+        while depth and "/".join(names[:depth]) not in self.opened:
+            depth -= 1
+        opened = self.opened["/".join(names[:depth])] if depth else self.top
+        for end in range(depth + 1, len(names) + 1):
+            opened = open_directory(to_bytes(names[end - 1]), opened, self.widen)
+            self.opened["/".join(names[:end])] = opened
+            if len(self.opened) > MAX_OPEN_DIRECTORIES:
+                os.close(self.opened.popitem(last=False)[1])
+        return opened
+
+    def place(self, path: str) -> Tuple[int, bytes]:
+        """Return the directory of a path, and the name in it."""
+        parent, _, name = path.rpartition("/")
+        return self.get(parent), to_bytes(name)
+
+    def close(self, path: Optional[str] = None) -> None:
+        """Close one directory, or all."""
+        for one in [*self.opened] if path is None else [path]:
+            if one in self.opened:
+                os.close(self.opened.pop(one))
+
+
+# --- what we know of a workspace
+
+
+def signature_of(found: os.stat_result) -> Signature:
+    """Return what changes with a file's content: size, times and inode."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino & sys.maxsize
+
+
+def entries_of(manifest: bytes) -> List[Entry]:
+    """Return the entries of a manifest of ours."""
+    if not manifest:
+        return []
+    return [Entry(*row) for row in load(zlib.decompress(manifest).decode())[1]]
+
+
+class State(NamedTuple):
+    """What we know of a workspace, as its state file has it."""
+
+    mark: str = ""  # of the clients whose workspace it is
+    tree: str = ""  # its tree; "" while that changes
+    setup: str = ""  # key of the last setup that has passed
+    fresh: str = ""  # word of the last run with --fresh
+    last: int = 0  # the latest time that we gave a file, in ns since 1970
+    stamp: int = 0  # signatures with this ctime or a later one prove nothing: see wait_for_tick()
+    manifest: bytes = b""  # of the last tree that was complete
+    signatures: bytes = b""  # of its entries, as we left them
+    also: bytes = b""  # manifest: what there may be besides, from updates that did not end
+
+    def encode(self) -> bytes:
+        fields = dict(zip(self._fields, self[:-3]), sizes=[len(part) for part in self[-3:]])
+        data = b"\n".join((dump(fields).encode("utf-8", "backslashreplace"), b"".join(self[-3:])))
+        return hashlib.sha256(data).hexdigest().encode() + b"\n" + data
+
+
+def decode_state(data: bytes) -> State:
+    """Return a state. Raises ValueError if it is broken."""
+    digest, _, rest = data.partition(b"\n")
+    if digest != hashlib.sha256(rest).hexdigest().encode():
+        raise ValueError("broken state")
+    head, _, body = rest.partition(b"\n")
+    fields = load(head.decode())
+    first, second, third = itertools.accumulate(fields.pop("sizes"))
+    return State(**fields, manifest=body[:first], signatures=body[first:second],
+                 also=body[second:third])
+
+
+def read_state(cache: CacheDirectory, name: str) -> Optional[State]:
+    """Return a workspace's state; None if there is none, or it is broken."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        file = os.open(name + STATE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=cache.fd)
+        with open(file, "rb") as opened:
+            return decode_state(opened.read())
+    return None
+
+
+def find_workspaces(cache: CacheDirectory, mark: str, tree: str) -> Iterator[str]:
+    """Yield the workspaces that have this tree, for clients with this mark."""
+    for name in sorted(cache.names(STATE), key=lambda name: (len(name), name)):
+        with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+            file = os.open(name + STATE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=cache.fd)
+            with open(file, "rb") as opened:
+                fields = load(opened.read(4096).split(b"\n")[1].decode())
+            if (fields.get("mark"), fields.get("tree")) == (mark, tree):
+                yield name
+
+
+def setup_key(tree: Tree) -> str:
+    """Return what changes when the setup must run again."""
+    head = tree.head
+    what = head.get("setup_for") or [entry[:5] for entry in tree.entries]
+    machine = [sys.platform, os.uname().machine]  # hosts may share a home
+    return hashlib.sha256(dump([head.get("setup"), head.get("cwd"), machine, what]).encode(
+        "utf-8", "backslashreplace")).hexdigest()
+
+
+def alike(entries: Iterable[Entry]) -> Iterator[Tuple[str, str]]:
+    """Yield paths that some file systems take for the same."""
+    seen: Dict[str, str] = {}
+    for entry in entries:
+        path = entry.path
+        folded = path.lower() if path.isascii() else \
+            unicodedata.normalize("NFC", path).casefold()
+        other = seen.setdefault(folded, path)
+        if other != path:
+            yield other, path
+
+
+# --- one workspace
+
+
+class Part:
+    """A file of which a part has come."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> None:
+        self.hash.update(data)
+        self.size += len(data)
+        write_to(self.file, data)
+
+
+def write_to(file: int, data: Any) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view):]
+
+
+class Workspace:
+    """A workspace that we have locked, until close()."""
+
+    def __init__(self, cache: CacheDirectory, name: str, lock: int, mark: str,
+                 stop: threading.Event) -> None:
+        self.cache, self.name, self.lock, self.stop = cache, name, lock, stop
+        self.path = os.path.join(cache.path, name)
+        self.current = ""  # the path that we are at, for messages
+        self.parts = -1  # descriptor of NAME.new
+        self.partial: Dict[int, Part] = {}  # by index
+        state = read_state(cache, name)
+        self.state = state or State(mark)
+        try:
+            self.directories = Directories(open_directory(name, cache.fd), True)
+        except OSError:  # there is none, or a command has put something else there
+            state, self.directories = None, Directories(-1, True)
+        if state is None:  # what is there, we do not know
+            self.empty()
+
+    def empty(self) -> None:
+        """Begin anew, with an empty workspace."""
+        self.close_directories()
+        self.cache.remove(self.name, self.cache.fd)
+        os.mkdir(self.name, 0o755, dir_fd=self.cache.fd)
+        self.directories = Directories(open_directory(self.name, self.cache.fd), True)
+        self.state = State(self.state.mark)
+        self.cache.sweep()
+
+    def close_directories(self) -> None:
+        self.close_parts()
+        self.directories.close()
+        if self.directories.top >= 0:
+            os.close(self.directories.top)
+        self.directories.top = -1
+
+    def close_parts(self) -> None:
+        for index in [*self.partial]:
+            self.drop_part(index)
+        if self.parts >= 0:
+            os.close(self.parts)
+        self.parts = -1
+
+    def close(self) -> None:
+        self.close_directories()
+        with contextlib.suppress(OSError):
+            self.cache.remove(self.name + PARTS, self.cache.fd)
+        os.close(self.lock)
+
+    def at(self, entry: Entry) -> Tuple[int, bytes]:
+        """Return where an entry is: its directory, and its name in it."""
+        if self.stop.is_set():
+            raise Stopped
+        self.current = entry.path
+        return self.directories.place(entry.path)
+
+    def write_state(self, **changes: Any) -> None:
+        """Replace the state file. What we know is then what the file says."""
+        self.current = ""
+        self.state = self.state._replace(**changes)
+        name = self.name + STATE
+        file = os.open(name + PARTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600,
+                       dir_fd=self.cache.fd)
+        try:
+            write_to(file, self.state.encode())
+        finally:
+            os.close(file)
+        os.rename(name + PARTS, name, src_dir_fd=self.cache.fd, dst_dir_fd=self.cache.fd)
+
+    # --- comparing
+
+    def fill(self, tree: Tree, limit: int) -> List[Span]:
+        """Do all towards this tree that needs nothing from elsewhere. Return what does."""
+        fresh = tree.head.get("fresh", "")
+        if fresh and fresh != self.state.fresh:
+            self.empty()
+            self.state = self.state._replace(fresh=fresh)
+        if self.directories.top < 0:
+            self.directories = Directories(open_directory(self.name, self.cache.fd), True)
+        self.tree = tree
+        self.signatures = array.array("q", bytes(8 * SIGNATURE * len(tree.entries)))
+        self.modes: List[int] = []  # directories that get their mode at the end
+        self.touched: List[int] = []  # files that get a new time
+        self.wrong: Counter[int] = Counter()
+        # files whose contents are missing, by the first with the same content
+        self.missing: Dict[int, List[int]] = {}
+        # what was here, or may have been: entry, number of its signature (-1: it has none)
+        doubtful = {entry.path: (entry, -1) for entry in entries_of(self.state.also)}
+        old = {**doubtful, **{entry.path: (entry, index) for index, entry in
+                              enumerate(entries_of(self.state.manifest))}}
+        different = self.compare(old)
+        gone = sorted(old.keys() - {entry.path for entry in tree.entries}, reverse=True)
+        if different or gone:
+            firsts: Dict[Content, int] = {}
+            for index in different:
+                entry = tree.entries[index]
+                if entry.kind == FILE:
+                    first = firsts.setdefault((entry.content, entry.size), index)
+                    self.missing.setdefault(first, []).append(index)
+            self.cache.make_room(sum(size for _, size in firsts), limit)
+            self.begin(different)
+            self.remove_old([old[path][0] for path in gone], doubtful, firsts)
+            self.make_directories_and_links(different)
+            self.fill_from_here(set(different), firsts)
+            self.cache.sweep()
+        return tree.spans_of(sorted(self.missing))
+
+    def compare(self, old: Dict[str, Tuple[Entry, int]]) -> List[int]:
+        """Return the indexes of entries that are not here as they should be."""
+        signatures = array.array("q", self.state.signatures)
+        different, absent = [], set()
+        for index, entry in enumerate(self.tree.entries):
+            parent = entry.path.rpartition("/")[0]
+            if parent in absent or not self.is_here(index, entry, old.get(entry.path), signatures):
+                different.append(index)
+                if entry.kind == DIRECTORY:
+                    absent.add(entry.path)
+        oldest = min((self.tree.entries[index].mtime for index in different
+                      if self.tree.entries[index].kind == FILE), default=None)
+        if oldest is not None:  # what was written later at home must be newer here, too
+            written = set(different)
+            for index, entry in enumerate(self.tree.entries):
+                if entry.kind == FILE and entry.mtime >= oldest and index not in written:
+                    known = old.get(entry.path)
+                    if known is None or known[0].mtime != entry.mtime:
+                        self.touched.append(index)
+        return different
+
+    def is_here(self, index: int, entry: Entry, known: Optional[Tuple[Entry, int]],
+                signatures: Sequence[int]) -> bool:
+        """Return whether an entry is here as it should be. Repair a file's mode."""
+        directory, name = self.at(entry)
+        try:
+            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if entry.kind == DIRECTORY:
+            if not stat.S_ISDIR(found.st_mode):
+                return False
+            if stat.S_IMODE(found.st_mode) != entry.mode or entry.mode & 0o700 != 0o700:
+                self.modes.append(index)
+            return True
+        if entry.kind == LINK:
+            return (stat.S_ISLNK(found.st_mode)
+                    and os.readlink(name, dir_fd=directory) == to_bytes(entry.content))
+        if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+            return False
+        signature = signature_of(found)
+        start = SIGNATURE * known[1] if known else 0
+        # a file that has another name, too, is replaced: we must not change its mode
+        if (known is None or known[0].content != entry.content
+                or signature[CTIME] >= self.state.stamp
+                or tuple(signatures[start:start + SIGNATURE]) != signature) \
+                and (found.st_nlink != 1 or not self.has_content(directory, name, entry)):
+            return False
+        if stat.S_IMODE(found.st_mode) != entry.mode:
+            os.chmod(name, entry.mode, dir_fd=directory)
+            found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        self.note_signature(index, found)
+        return True
+
+    def note_signature(self, index: int, found: os.stat_result) -> None:
+        start = SIGNATURE * index
+        for place, number in enumerate(signature_of(found)):
+            self.signatures[start + place] = number
+
+    def read_content(self, directory: int, name: bytes, entry: Entry,
+                     write: Callable[[bytes], object]) -> bool:
+        """Read a file in pieces. Return whether it has this entry's content."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        except OSError:
+            return False
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+                return False
+            for data in iter(lambda: os.read(file, CHUNK_SIZE), b""):
+                if self.stop.is_set():
+                    raise Stopped
+                size += len(data)
+                if size > entry.size:
+                    return False
+                digest.update(data)
+                write(data)
+        finally:
+            os.close(file)
+        return digest.hexdigest() == entry.content
+
+    def has_content(self, directory: int, name: bytes, entry: Entry) -> bool:
+        return self.read_content(directory, name, entry, lambda data: None)
+
+    # --- changing
+
+    def begin(self, different: List[int]) -> None:
+        """Note what will be here, and choose the times of the files that we write."""
+        start = (self.state.last // SECOND + 1) * SECOND if self.state.last else 0
+        # Python's .pyc files know the whole second of a source file only
+        self.stop.wait(min(max(start - time.time_ns(), 0) / SECOND, 1.0))
+        base = max(time.time_ns(), start)
+        order = sorted({self.tree.entries[index].mtime for index in
+                        itertools.chain(different, self.touched)})
+        # us: Python's and other programs' times are floating-point numbers
+        self.times = {mtime: base + 1000 * rank for rank, mtime in enumerate(order)}
+        also = self.tree.manifest
+        if self.state.also:
+            rows = {entry.path: entry for entry in entries_of(self.state.also)}
+            rows.update((entry.path, entry) for entry in self.tree.entries)
+            also = make_tree({}, rows.values()).manifest
+        self.write_state(tree="", also=also, last=base + 1000 * len(order))
+        self.close_parts()
+        self.cache.remove(self.name + PARTS, self.cache.fd)
+        os.mkdir(self.name + PARTS, 0o700, dir_fd=self.cache.fd)
+        self.parts = open_directory(self.name + PARTS, self.cache.fd)
+        self.refuse_alike()
+
+    def refuse_alike(self) -> None:
+        """Raise NoWorkspace if this file system takes two paths of the tree for the same."""
+        for one, other in alike(self.tree.entries):
+            names = [to_bytes(path.rpartition("/")[2]) for path in (one, other)]
+            if names[0] != names[1]:
+                os.close(os.open(names[0], os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=self.parts))
+                with contextlib.suppress(FileNotFoundError):
+                    os.stat(names[1], dir_fd=self.parts, follow_symlinks=False)
+                    raise NoWorkspace(
+                        f"the file system of {self.cache.path} takes {printable(one)} and "
+                        f"{printable(other)} for the same: rename or --exclude one of them")
+                os.unlink(names[0], dir_fd=self.parts)
+
+    def remove_old(self, entries: List[Entry], doubtful: Container[str],
+                   firsts: Dict[Content, int]) -> None:
+        """Remove what belongs to the tree no more; `doubtful` paths may be of any kind. Keep files
+        whose content is wanted elsewhere: most were renamed."""
+        for entry in entries:
+            try:
+                directory, name = self.at(entry)
+                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            except OSError:  # a command has removed it, or one of its directories
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                if entry.kind == DIRECTORY or entry.path in doubtful:
+                    self.directories.close(entry.path)
+                    with contextlib.suppress(OSError):  # what commands made in it stays
+                        os.rmdir(name, dir_fd=directory)
+            elif entry.kind != DIRECTORY or entry.path in doubtful:
+                first = firsts.get((entry.content, entry.size))
+                if first is not None and stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+                    os.rename(name, b"old%d" % first, src_dir_fd=directory, dst_dir_fd=self.parts)
+                else:
+                    os.unlink(name, dir_fd=directory)
+
+    def make_directories_and_links(self, different: List[int]) -> None:
+        for index in different:
+            entry = self.tree.entries[index]
+            if entry.kind == FILE:
+                continue
+            directory, name = self.at(entry)
+            if entry.kind == LINK:
+                os.symlink(to_bytes(entry.content), b"link", dir_fd=self.parts)
+                self.move_in(b"link", directory, name)
+                continue
+            self.cache.remove(name, directory)
+            os.mkdir(name, 0o700, dir_fd=directory)
+            self.modes.append(index)
+
+    def move_in(self, part: bytes, directory: int, name: bytes) -> None:
+        """Move what is complete to its place, whatever is there."""
+        try:
+            os.rename(part, name, src_dir_fd=self.parts, dst_dir_fd=directory)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EPERM):
+                raise
+            self.cache.remove(name, directory)
+            self.directories.close()
+            directory, name = self.directories.place(self.current)
+            os.rename(part, name, src_dir_fd=self.parts, dst_dir_fd=directory)
+
+    def fill_from_here(self, different: Set[int], firsts: Dict[Content, int]) -> None:
+        """Fill what is missing with contents that this host has."""
+        for first in [*self.missing]:
+            entry = self.tree.entries[first]
+            if not entry.size and not self.store(first, 0, b""):
+                raise NoWorkspace(f"{printable(entry.path)} has a wrong hash in its manifest")
+            if entry.size and self.has_content(self.parts, b"old%d" % first, entry):
+                file = os.open(b"old%d" % first, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.parts)
+                try:
+                    self.finish_file(first, file, b"old%d" % first)
+                finally:
+                    os.close(file)
+                self.complete(first)
+        self.fill_from(self.directories, (entry for index, entry in enumerate(self.tree.entries)
+                                          if index not in different), firsts)
+        for _, name, _ in self.cache.usage()[:-MAX_SOURCES - 2:-1]:
+            state = read_state(self.cache, name) if self.missing and name != self.name else None
+            if state:
+                with contextlib.suppress(OSError):
+                    directories = Directories(open_directory(name, self.cache.fd, False), False)
+                    try:
+                        self.fill_from(directories, entries_of(state.manifest), firsts)
+                    finally:
+                        directories.close()
+                        os.close(directories.top)
+
+    def fill_from(self, directories: Directories, entries: Iterable[Entry],
+                  firsts: Dict[Content, int]) -> None:
+        """Fill what is missing with the contents of these entries."""
+        for entry in entries if self.missing else ():
+            first = firsts.get((entry.content, entry.size)) if entry.kind == FILE else None
+            if first in self.missing:
+                with contextlib.suppress(OSError):
+                    directory, name = directories.place(entry.path)
+                    if self.copy(first, directory, name):
+                        self.complete(first)
+
+    def copy(self, index: int, directory: int, name: bytes) -> bool:
+        """Copy a file to an entry's place. Return whether it had the entry's content."""
+        entry = self.tree.entries[index]
+        part = Part(self.open_part(b"copy"))
+        try:
+            right = self.read_content(directory, name, entry, part.write)
+            if right:
+                self.finish_file(index, part.file, b"copy")
+        finally:
+            os.close(part.file)
+        return right
+
+    def open_part(self, name: bytes) -> int:
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600,
+                       dir_fd=self.parts)
+
+    def finish_file(self, index: int, file: int, part: bytes) -> None:
+        """Give a file with the right content its mode, time and place."""
+        entry = self.tree.entries[index]
+        directory, name = self.at(entry)
+        os.fchmod(file, entry.mode)
+        time = self.times[entry.mtime]
+        os.utime(file, ns=(time, time))
+        self.move_in(part, directory, name)
+        self.note_signature(index, os.fstat(file))
+
+    def complete(self, first: int) -> None:
+        """Copy a content that is here now to all other files that have it."""
+        for index in self.missing.pop(first):
+            path = self.tree.entries[first].path
+            if index != first and not self.copy(index, *self.directories.place(path)):
+                raise NoWorkspace(f"a process on this host has just changed {printable(path)} in "
+                                  f"{self.path}: stop it")
+
+    # --- contents from elsewhere
+
+    def put(self, spans: List[Span], data: Any) -> List[Span]:
+        """Store contents. Return those that were wrong. Raises NoWorkspace at the third time."""
+        view, start, wrong = memoryview(data), 0, set()
+        for index, offset, size in self.tree.pieces_of(spans):
+            if index in self.missing and not self.store(index, offset, view[start:start + size]):
+                wrong.add(index)
+                self.wrong[index] += 1
+                if self.wrong[index] >= MAX_WRONG:
+                    raise NoWorkspace(f"{printable(self.tree.entries[index].path)} came with the "
+                                      f"wrong content {MAX_WRONG} times: does it change?")
+            start += size
+        return self.tree.spans_of(sorted(wrong))
+
+    def store(self, index: int, offset: int, data: Any) -> bool:
+        """Store a piece of a file. Return false if the file is wrong."""
+        entry = self.tree.entries[index]
+        part = self.partial.pop(index, None) if offset else None
+        if offset == 0:
+            self.drop_part(index)
+            if len(data) == entry.size and hashlib.sha256(data).hexdigest() != entry.content:
+                return False
+            part = Part(self.open_part(b"%d" % index))
+        if part is None:
+            return True  # the rest of a file that is asked for again
+        try:
+            right = part.size == offset
+            part.write(data)
+            if right and part.size < entry.size:
+                self.partial[index] = part
+                return True
+            right = right and part.hash.hexdigest() == entry.content
+            if right:
+                self.finish_file(index, part.file, b"%d" % index)
+        finally:
+            if index not in self.partial:
+                os.close(part.file)
+        if right:
+            self.complete(index)
+        return right
+
+    def drop_part(self, index: int) -> None:
+        if index in self.partial:
+            os.close(self.partial.pop(index).file)
+
+    # --- the end of an update
+
+    def finish(self) -> Tuple[str, str]:
+        """Make the workspace exactly this tree. Return its path, and the setup that must run."""
+        tree = self.tree
+        for index in self.touched:
+            entry = tree.entries[index]
+            directory, name = self.at(entry)
+            time = self.times[entry.mtime]
+            os.utime(name, ns=(time, time), dir_fd=directory, follow_symlinks=False)
+            self.note_signature(index, os.stat(name, dir_fd=directory, follow_symlinks=False))
+        for index in sorted(self.modes, reverse=True):  # what is in a directory comes first
+            entry = tree.entries[index]
+            self.at(entry)
+            os.fchmod(self.directories.get(entry.path), entry.mode)
+        self.close_directories()
+        setup = tree.head.get("setup", "")
+        if setup and self.state.setup == setup_key(tree):
+            setup = ""
+        signatures = self.signatures.tobytes()
+        if setup and self.state.setup or self.state.also or \
+                (tree.id, signatures) != (self.state.tree, self.state.signatures):
+            self.write_state(
+                tree=tree.id, setup="" if setup else self.state.setup, manifest=tree.manifest,
+                signatures=signatures, also=b"", stamp=self.wait_for_tick())
+        return self.path, setup
+
+    def note_usage(self) -> int:
+        """Note at least the bytes of the tree. Return those of all workspaces."""
+        sizes = {name: size for _, name, size in self.cache.usage()}
+        sizes[self.name] = max(sizes.get(self.name, 0), self.tree.size)
+        self.cache.note_usage(self.name, sizes[self.name])
+        return sum(sizes.values())
+
+    def wait_for_tick(self) -> int:
+        """Wait until a change would give a file a later ctime than any that we know. Return that
+        time. If it takes too long, files with this ctime are compared by content the next time."""
+        latest = max(self.signatures[CTIME::SIGNATURE], default=0)
+        for _ in range(MAX_TICKS):
+            os.utime(self.lock)  # also says when we were last used
+            if os.fstat(self.lock).st_ctime_ns > latest:
+                break
+            time.sleep(0.001)
+        return os.fstat(self.lock).st_ctime_ns
+
+    def end_setup(self) -> None:
+        self.write_state(setup=setup_key(self.tree))
+
+
+# --- the workspaces of a worker
+
+
+def reason_no_tree(error: OSError, directory: str, path: str) -> str:
+    """Return why a tree cannot be written, and what to do about it."""
+    what = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (f"no room for the working tree in {directory}: {what}: free some, or set "
+                f"XDG_CACHE_HOME on this host to a directory on another disk")
+    if not path:
+        return (f"cannot make a workspace in {directory}: {what}: set XDG_CACHE_HOME on this host "
+                f"to a directory that we can write to")
+    if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL):
+        return (f"the file system of {directory} cannot have the name {printable(path)}: {what}: "
+                f"rename or --exclude it")
+    return f"cannot write {printable(path)} in {directory}: {what}"
+
+
+class WorkspaceThread:
+    """The thread of a run's workspace. Its methods without `_` run in this thread."""
+
+    def __init__(self, space: Workspaces, run: Run) -> None:
+        self.space, self.run, self.mark = space, run, run[:-32]
+        self.steps: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+        self.stop = threading.Event()
+        self.cache: Optional[CacheDirectory] = None
+        self.workspace: Optional[Workspace] = None
+        self.filling = False
+        self.wanted = ""  # id of the tree
+        self.thread = threading.Thread(target=self.work, daemon=True, name="workspace")
+
+    def tell(self, event: TreeEvent) -> None:
+        if not self.stop.is_set():
+            self.space.told(self.run, event)
+
+    def work(self) -> None:
+        for step in iter(self.steps.get, None):
+            try:
+                if not self.stop.is_set():
+                    step()
+            except Stopped:
+                pass
+            except (NoWorkspace, TreeError) as error:
+                self.fail(str(error))
+            except OSError as error:
+                path = self.workspace.current if self.workspace else ""
+                self.fail(reason_no_tree(error, self.space.directory, path))
+            except Exception as error:  # a bug fails this run only
+                self.fail(f"testcloud failed to make a workspace: {error!r}")
+        self.leave()
+
+    def fail(self, why: str) -> None:
+        self.filling = False
+        self.tell(TreeFailed(why))
+
+    def open_cache(self) -> CacheDirectory:
+        if self.cache is None:
+            self.cache = CacheDirectory(self.space.directory, make=True)
+        return self.cache
+
+    def find(self, tree: str) -> None:
+        """Lock a workspace that has this tree, and fill it with that again; or say that there is
+        none."""
+        self.wanted, self.filling = tree, False
+        cache = self.open_cache()
+        for name in [] if self.workspace else find_workspaces(cache, self.mark, tree):
+            if self.take(cache, name):
+                break
+        if self.workspace and self.workspace.state.tree == tree:
+            self.fill(self.workspace.state.manifest)
+        else:
+            self.tell(TreeUnknown())
+
+    def fill(self, manifest: bytes) -> None:
+        tree = parse_tree(manifest)
+        if tree.id != self.wanted:
+            raise TreeError("the manifest of the working tree came with the wrong hash")
+        workspace = self.lock(tree.head)
+        spans = workspace.fill(tree, self.space.limit)
+        self.filling = True
+        self.tell(TreePlanned(spans))
+        self.finish_if_complete()
+
+    def lock(self, head: Fields) -> Workspace:
+        """Return the run's workspace: the one that it has, or the first that is free."""
+        cache = self.open_cache()
+        title = re.sub(r"[^A-Za-z0-9_-]", "_", head.get("name", ""))[:NAME_LIMIT] or "tree"
+        whose = dump([self.mark, head.get("origin", "")]).encode("utf-8", "backslashreplace")
+        base = f"{title}-{hashlib.sha256(whose).hexdigest()[:12]}"
+        if self.workspace and not re.fullmatch(re.escape(base) + "(-[0-9]+)?", self.workspace.name):
+            self.workspace.close()  # it had another tree of the same client
+            self.workspace = None
+        for number in itertools.count(1) if self.workspace is None else ():
+            if self.take(cache, base if number == 1 else f"{base}-{number}"):
+                break
+        assert self.workspace
+        return self.workspace
+
+    def take(self, cache: CacheDirectory, name: str) -> bool:
+        """Lock a workspace. Return false if it is in use."""
+        lock = cache.lock(name)
+        if lock >= 0:
+            try:
+                self.workspace = Workspace(cache, name, lock, self.mark, self.stop)
+            finally:
+                if self.workspace is None:
+                    os.close(lock)
+        return lock >= 0
+
+    def put(self, spans: List[Span], data: Any) -> None:
+        if self.filling and self.workspace:
+            wrong = self.workspace.put(spans, data)
+            if wrong:
+                self.tell(TreeWrong(wrong))
+            self.tell(TreeStored())
+            self.finish_if_complete()
+
+    def finish_if_complete(self) -> None:
+        if self.workspace and not self.workspace.missing:
+            self.filling = False
+            path, setup = self.workspace.finish()
+            self.space.used = self.workspace.note_usage()
+            self.tell(TreeReady(path, setup))
+
+    def end_setup(self) -> None:
+        if self.workspace:
+            self.workspace.end_setup()
+
+    def leave(self) -> None:
+        """Unlock the workspace, and then measure it: the next run must not wait for that."""
+        path = name = ""
+        if self.workspace:
+            path, name = self.workspace.path, self.workspace.name
+            with contextlib.suppress(OSError):
+                self.workspace.close()
+        self.space.told(self.run, TreeReleased())
+        if self.cache is not None:
+            with contextlib.suppress(OSError), self.cache as cache:
+                if name:
+                    cache.note_usage(name, disk_usage(path))
+                self.space.used = cache.make_room(0, self.space.limit)
+
+
+class Workspaces:
+    """The workspaces of a worker. Its methods return at once; told(run, event), in any thread,
+    tells what has become of them."""
+
+    def __init__(self, limit: int, told: Callable[[Run, TreeEvent], None],
+                 directory: str = "") -> None:
+        self.limit, self.told = limit, told
+        self.directory = directory or cache_directory()
+        self.used = 0  # bytes of all workspaces
+        self.threads: Dict[Run, WorkspaceThread] = {}
+        with contextlib.suppress(OSError), CacheDirectory(self.directory) as cache:
+            self.used = sum(size for _, _, size in cache.usage())
+
+    def find(self, run: Run, tree: str) -> None:
+        if run not in self.threads:
+            self.threads[run] = WorkspaceThread(self, run)
+            try:
+                self.threads[run].thread.start()
+            except RuntimeError as error:  # the system has no more threads
+                del self.threads[run]
+                self.told(run, TreeFailed(f"cannot make a workspace: {error}"))
+                return
+        self.add_step(run, lambda thread: thread.find(tree))
+
+    def fill(self, run: Run, manifest: bytes) -> None:
+        self.add_step(run, lambda thread: thread.fill(manifest))
+
+    def put(self, run: Run, spans: List[Span], data: Any) -> None:
+        self.add_step(run, lambda thread: thread.put(spans, data))
+
+    def end_setup(self, run: Run) -> None:
+        self.add_step(run, WorkspaceThread.end_setup)
+
+    def add_step(self, run: Run, step: Callable[[WorkspaceThread], None]) -> None:
+        thread = self.threads.get(run)
+        if thread is not None:
+            thread.steps.put(functools.partial(step, thread))
+
+    def release(self, run: Run) -> None:
+        thread = self.threads.pop(run, None)
+        if thread is None:
+            self.told(run, TreeReleased())
+        else:
+            thread.stop.set()
+            thread.steps.put(None)
+
+    def close(self) -> None:
+        threads = [*self.threads.values()]
+        for run in [*self.threads]:
+            self.release(run)
+        for thread in threads:
+            thread.thread.join(1.0)
+
+
 # === Client ===========================================================================
 #
 # The client owns the commands. It keeps a window of them at the broker and remembers each one
@@ -10903,7 +11911,7 @@ def start_script(pythons: Sequence[str], mark: str, size: int, settings: Fields)
 # what a worker on a host needs of this file: with half of it, it starts sooner
 WORKER_SECTIONS = frozenset((
     "Names and numbers", "Messages", "Machines", "Tasks", "Trees", "Worker", "Processes",
-    "Running commands",
+    "Running commands", "Workspaces",
     "Terminal and stdout", "Addresses and pyzmq", "Event loop", "Links", "Key files",
     "Authentication and revoked keys", "Options", "Broker and worker", "Hosts"))
 
