@@ -473,6 +473,10 @@ class SmallWorld:
 
     def __init__(self, seed):
         self.r = random.Random(seed)
+        self.trees = self.r.choice((0.0, 0.5, 1.0))  # so many of the tasks need one
+        self.prepared = set()  # (worker, client)
+        self.scouts = {}  # the worker of each task that is preparing, the oldest first
+        self.recalled = set()  # of these
         self.now = 0.0
         self.scheduler = tc.Scheduler()
         self.scheduler.has_lease = True
@@ -504,30 +508,50 @@ class SmallWorld:
 
     def fits(self, worker, task):
         def busy_with(labels):
-            return sum(other.state in tc.BUSY and other.constraints.needs == labels
-                       for other in worker.tasks.values())
+            return sum(other.constraints.needs == labels for other in self.busy(worker))
         needs = task.constraints.needs
         return not needs or len(worker.capacity) == 1 or busy_with(needs) < sum(
             slots for (_, labels), slots in worker.capacity.items() if needs <= labels)
 
     def busy(self, worker):
-        return [task for task in worker.tasks.values() if task.state in tc.BUSY]
+        return [task for task in worker.tasks.values()
+                if task.state in tc.BUSY and task not in self.scouts]
+
+    def is_scout(self, task, worker):
+        return tc.TREES in task.constraints.needs and (worker, task.client) not in self.prepared
+
+    def scouts_at(self, worker, client):
+        return sum(task.client is client and at is worker for task, at in self.scouts.items())
+
+    def may_prepare(self, worker, task):
+        scouts = self.scouts_at(worker, task.client)
+        if self.is_scout(task, worker):
+            return scouts < len({host for (host, labels), slots in worker.capacity.items()
+                                 if slots and task.constraints.needs <= labels})
+        return tc.TREES not in task.constraints.needs or not scouts \
+            or worker.slots - len(self.busy(worker)) > scouts
+
+    def is_reserved(self, worker, task, reserved):
+        holder = reserved.get(worker)
+        return holder not in (None, task) and holder.state == tc.WAITING \
+            and self.may_start(holder.client) and self.fits(worker, holder) \
+            and worker in self.eligible(holder)
 
     def best(self, task, reserved, prefetch):
         """The workers of which each would be the best for this task."""
         def is_free_for(worker):
-            busy, holder = self.busy(worker), reserved.get(worker)
+            busy = self.busy(worker)
             ahead = 0 if any(other.careful for other in busy) else prefetch[worker]
-            if not worker.ready or len(busy) >= worker.slots + ahead or not self.fits(worker, task):
+            if not worker.ready or len(busy) >= worker.slots + ahead \
+                    or not self.fits(worker, task) or not self.may_prepare(worker, task):
                 return False
-            return holder in (None, task) or holder.state != tc.WAITING \
-                or not self.may_start(holder.client) or not self.fits(worker, holder) \
-                or worker not in self.eligible(holder)
+            return not self.is_reserved(worker, task, reserved)
 
         def rank(worker):
             free = worker.slots - len(self.busy(worker))
             order = 2 if worker.silent else int(free <= 0)
-            return order, worker.name == task.avoid, -worker.weight, -free
+            return (order, self.is_scout(task, worker), worker.name == task.avoid, -worker.weight,
+                    -free)
         able = list(filter(is_free_for, self.eligible(task)))
         return {worker for worker in able if rank(worker) == min(map(rank, able))}
 
@@ -557,7 +581,8 @@ class SmallWorld:
         for client in self.scheduler.turns:
             for task in self.next_tasks(client):
                 best = self.best(task, reserved, prefetch)
-                if best and all(len(self.busy(worker)) >= worker.slots for worker in best) and (
+                if best and all(len(self.busy(worker)) >= worker.slots
+                                and not self.is_scout(task, worker) for worker in best) and (
                         task.careful or self.all_may(task)):
                     if len(best) > 1:  # either may be reserved: only one outcome is told apart
                         return found, True
@@ -586,7 +611,8 @@ class SmallWorld:
 
     def change(self, worker):
         rows = {(self.r.choice(self.HOSTS),
-                 frozenset(self.r.sample(self.LABELS, self.r.randint(0, 2)))):
+                 frozenset([*self.r.sample(self.LABELS, self.r.randint(0, 2)),
+                            *[tc.TREES] * (self.r.random() < 0.8)])):
                 self.r.randint(0, 2) for _ in range(self.r.choice((1, 1, 1, 2)))}
         worker.silent = self.r.random() < 0.1
         self.scheduler.change_worker(worker, sum(rows.values()), self.r.choice((0, 0, 1)), rows)
@@ -604,24 +630,50 @@ class SmallWorld:
                 some(self.LABELS), on=self.r.choice(["", *self.HOSTS]),
                 not_on=self.r.choice(["", *self.HOSTS]), avoid=self.r.choice(["", avoid]),
                 never_on=some(self.HOSTS) if self.r.random() < 0.5 else frozenset())
+        if self.r.random() < self.trees:
+            task.constraints = task.constraints._replace(
+                needs=task.constraints.needs | {tc.TREES})
         client.tasks[task.id] = task
         self.scheduler.submit(task, attempt > 1)
 
     def again(self, task):
         worker = task.worker
         self.scheduler.move(task, tc.GONE, None, self.now)
+        self.scouts.pop(task, None)
+        self.recalled.discard(task)
         self.submit(task.client, task.attempt + 1, worker.name if worker else "")
+
+    def say_preparing(self, task, preparing):
+        """The worker of a running task says how far its workspace is, if it is connected."""
+        if task.worker not in self.scheduler.workers:
+            return
+        if task.preparing != preparing:
+            self.recalled.discard(task)
+            self.scouts.pop(task, None)
+        if preparing:
+            self.prepared.discard((task.worker, task.client))
+            self.scouts[task] = task.worker
+        else:
+            self.scouts.pop(task, None)
+            if tc.TREES in task.constraints.needs:
+                self.prepared.add((task.worker, task.client))
+        self.scheduler.prepare(task, preparing, self.now)
+
+    def forget_prepared(self, worker):
+        self.prepared = {pair for pair in self.prepared if pair[0] is not worker}
 
     def end(self, task):
         worker = task.worker
         self.scheduler.learn_duration(worker, self.r.choice((1.0, 1.0, 1.0, 1000.0)))
+        self.scouts.pop(task, None)
+        self.recalled.discard(task)
         self.scheduler.move(task, tc.DELIVERED, worker, self.now)
         self.scheduler.charge(task, self.r.choice((1, 1, 1, tc.CREDIT)))
 
     def step(self):
         r, running = self.r, [task for worker in self.workers for task in self.busy(worker)]
         there = list(self.scheduler.workers)
-        kind = r.randrange(17)
+        kind = r.randrange(20)
         if kind < 5:
             client = r.choice(self.clients)
             for _ in range(r.choice((1, 1, 2, 5))):
@@ -636,9 +688,12 @@ class SmallWorld:
         elif kind == 10 and there:
             self.change(r.choice(there))
         elif kind == 11 and there:
-            self.scheduler.suspend_worker(r.choice(there))
+            worker = r.choice(there)
+            self.forget_prepared(worker)
+            self.scheduler.suspend_worker(worker)
         elif kind == 12 and self.workers:
             worker = r.choice(self.workers)
+            self.forget_prepared(worker)
             if worker in self.scheduler.away and r.random() < 0.5:
                 self.scheduler.add_worker(worker)
                 self.change(worker)
@@ -660,6 +715,11 @@ class SmallWorld:
                         self.scheduler.move(task, tc.GONE, None, self.now)
         elif kind == 16:
             self.scheduler.expect(not self.scheduler.expecting)
+        elif kind < 19 and self.scouts:
+            for task in r.sample([*self.scouts], r.randint(1, len(self.scouts))):
+                self.say_preparing(task, r.choice(("", "", "", tc.SETUP)))
+        elif kind == 19 and running:
+            self.say_preparing(r.choice(running), tc.FILES)
         self.now += r.choice((0.0, 0.01, 1.0))
 
     def settle(self):
@@ -670,6 +730,8 @@ class SmallWorld:
         for client in self.clients:
             assert client.in_turn or not self.next_tasks(client), "nobody will look at it"
             assert client.owed == sum(task.cost for task in client.tasks.values())
+        for worker in self.workers:
+            assert worker.prepared == {it for at, it in self.prepared if at is worker}
         decisions = self.scheduler.decisions()
         while True:
             expected, either = self.decide()
@@ -695,10 +757,16 @@ class SmallWorld:
                 self.seen["unplaceable"] += 1
                 self.scheduler.move(task, tc.GONE, None, self.now)
             else:
-                self.seen["beyond slots" if worker.free() <= 0 else "free slot"] += 1
+                is_scout = self.is_scout(task, worker)
+                self.seen["scout" if is_scout else "beyond slots" if worker.free() <= 0
+                          else "free slot"] += 1
                 self.seen["constrained"] += task.constraints != tc.UNCONSTRAINED
                 self.scheduler.move(task, tc.ASSIGNED, worker, self.now)
+                if is_scout:
+                    self.scouts[task] = worker
                 self.scheduler.move(task, tc.RUNNING, worker, self.now)
+                if is_scout or tc.TREES in task.constraints.needs and self.r.random() < 0.1:
+                    self.say_preparing(task, self.r.choice((tc.FILES, tc.FILES, "")))
         self.seen["reserved"] += len(self.scheduler.reservations)
         assert len(self.scheduler.eligible_for) <= tc.MAX_CACHED_CONSTRAINTS
         self.scheduler.check()
@@ -709,9 +777,11 @@ class SmallWorld:
         prefetched = dict(self.scheduler.prefetched)
         queued = [task for worker in self.workers if worker.ready
                   for task in self.busy(worker) if len(self.busy(worker)) > worker.slots]
+        scouts = self.scouts_to_recall()
         recalled = self.scheduler.recalls(self.now)
-        self.seen["recalled"] += len(recalled)
         assert len({*recalled}) == len(recalled)
+        recalled = self.recall_scouts(scouts, recalled)
+        self.seen["recalled"] += len(recalled)
         if {*free} - self.scheduler.reservations.keys() and prefetched.keys() & {*queued}:
             assert recalled, "a slot is free, and tasks wait elsewhere"
         assert free or not recalled or self.now >= min(
@@ -720,6 +790,40 @@ class SmallWorld:
             assert len(self.busy(task.worker)) > task.worker.slots and not task.worker.prefetch
         for task in recalled:
             self.again(task)
+
+    def scouts_to_recall(self):
+        """For each client with nothing that waits: the scouts that fit a free slot of a worker that
+        is prepared, and how many such slots no other scout is promised."""
+        found = {}
+        for client in self.clients:
+            def room(worker, client=client):
+                ours = (worker, client) in self.prepared and worker.ready and not worker.silent
+                return ours * (worker.slots - len(self.busy(worker))
+                               - self.scouts_at(worker, client))
+            ours = [worker for worker in self.workers if room(worker) > 0]
+            movable = {task for task, at in self.scouts.items()
+                       if task.client is client and task not in self.recalled
+                       and any(it is not at and it in self.eligible(task) and self.fits(it, task)
+                               and not self.is_reserved(it, task, self.scheduler.reservations)
+                               for it in ours)}
+            if not self.next_tasks(client) and self.may_start(client):
+                found[client] = movable, sum(map(room, ours)) - len(self.recalled)
+        return found
+
+    def recall_scouts(self, expected, recalled):
+        """Recall the scouts among these tasks; the others."""
+        scouts = [task for task in recalled if task in self.scouts]
+        for client in self.clients:
+            movable, room = expected.get(client, (set(), 0))
+            mine = [task for task in scouts if task.client is client]
+            assert {*mine} <= movable and len(mine) == min(len(movable), max(room, 0)), (
+                [task.key for task in mine], [task.key for task in movable], room)
+        self.recalled.update(scouts)
+        for task in scouts:
+            self.seen["recalled scout"] += 1
+            if self.r.random() < 0.8:  # else its answer takes a while
+                self.again(task)
+        return [task for task in recalled if task not in scouts]
 
     def run(self, steps):
         for _ in range(steps):
@@ -742,6 +846,8 @@ class SmallWorld:
                 for task in [task for task in client.tasks.values() if task.state == tc.DELIVERED]:
                     self.scheduler.move(task, tc.GONE, None, self.now)
             self.settle()
+            for task in [*self.scouts]:
+                self.say_preparing(task, "")
             running = [task for worker in self.workers for task in self.busy(worker)]
             if running:
                 self.end(self.r.choice(running))
@@ -769,8 +875,9 @@ class SchedulerTest(unittest.TestCase):
     def test_it_decides_as_brute_force_does(self):
         seen = self.run_worlds(range(self.WORLDS))
         for kind in ("free slot", "beyond slots", "constrained", "reserved", "unplaceable",
-                     "recalled"):
+                     "recalled", "scout"):
             self.assertGreater(seen[kind], self.WORLDS // 50, seen)
+        self.assertGreater(seen["recalled scout"], self.WORLDS // 100)
         self.assertLess(seen["either"], self.WORLDS)
 
 

@@ -1849,6 +1849,15 @@ class Scheduler:
         """Note how the worker of a RUNNING task prepares its workspace; "": it is there."""
         worker = task.worker
         assert worker is not None and task.state == RUNNING, task.key
+        if preparing:
+            worker.prepared.discard(task.client)
+        elif task.needs_tree:
+            worker.prepared.add(task.client)
+        if preparing != task.preparing:
+            self.recount(task, worker, preparing, now)
+
+    def recount(self, task: Task, worker: WorkerSlots, preparing: str, now: Seconds) -> None:
+        """Change whether a RUNNING task takes a slot."""
         worker.count(task, -1)
         self.set_preparing(task, preparing)
         worker.count(task, 1)
@@ -2085,7 +2094,7 @@ class Scheduler:
             tasks.append(queue.pop()[0])
             if self.is_queued(tasks[-1]):
                 free -= 1
-        tasks = [task for task in tasks if self.is_queued(task)]
+        tasks = [task for task in dict.fromkeys(tasks) if self.is_queued(task)]
         for task in tasks:
             assert task.worker is not None
             task.worker.prefetch = 0  # prefetch again only after short commands
@@ -2957,7 +2966,7 @@ class Dispatcher(Machine):
         is_news = task.state != RUNNING or task.preparing
         self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
         if task.preparing:  # the worker says so again, unless it has ended meanwhile
-            self.scheduler.prepare(task, "", self.now)
+            self.scheduler.recount(task, worker, "", self.now)
         if is_news:
             self.tell_queued([task])
         return task
@@ -3655,19 +3664,10 @@ class Broker(Membership):
             if task.state == ASSIGNED:
                 self.move(task, RUNNING, worker)
             if task.state == RUNNING and not task.client.plain:
-                self.note_workspace(task, worker, preparing)
+                self.scheduler.prepare(task, preparing, self.now)
             if (task.state, task.preparing) != before:
                 news.append(task)
         self.tell_queued(news, self.host_of(worker, message))
-
-    def note_workspace(self, task: Task, worker: WorkerRecord, preparing: str) -> None:
-        """Note whether the workspace of a RUNNING task is there."""
-        if preparing:
-            worker.prepared.discard(task.client)
-        elif task.needs_tree:
-            worker.prepared.add(task.client)
-        if preparing != task.preparing:
-            self.scheduler.prepare(task, preparing, self.now)
 
     def host_of(self, worker: WorkerRecord, message: Message) -> str:
         """Return the identity of the host that a message is about."""
