@@ -76,14 +76,15 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # ours may be ign
 
 
 class FakeOutput:
-    """An output that is only bytes."""
+    """An output that is only bytes, and the files after it."""
 
-    def __init__(self, data=b""):
+    def __init__(self, data=b"", files=b""):
         self.data = data
         self.size = len(data)
+        self.files = files
 
     def read(self, offset, size):
-        return self.data[offset:offset + size]
+        return (self.data + self.files)[offset:offset + size]
 
     def close(self):
         self.data = None
@@ -2411,8 +2412,10 @@ class BrokerTest(unittest.TestCase):
             d.takes(b"w", "r1", 4)
 
     def test_results_count_until_they_are_confirmed_whoever_keeps_their_output(self):
-        """A plain worker's are kept by the broker, large outputs by their worker."""
-        for plain, outputs in ((True, {"stdout": "x" * 1000}), (False, {"size": tc.INLINE + 1})):
+        """A plain worker's are kept by the broker, large outputs and files by their worker."""
+        for plain, outputs in (
+                (True, {"stdout": "x" * 1000}), (False, {"size": tc.INLINE + 1}),
+                (False, {"size": 1, "stdout": "x", "returned": [[], [0o644, tc.INLINE]]})):
             d = Desk()
             with mock.patch.object(tc, "CREDIT", 1000):
                 d.worker(b"w", "READY") if plain else d.join(b"w", slots=1)
@@ -4035,6 +4038,7 @@ class ChainTest(unittest.TestCase):
 # A command is known by its text. Each execution has an exit code and an output of its own,
 # so that a report can be traced to the very attempt that it must come from.
 
+RETURNS = ("f", "gone", "d/g")  # files of some commands in the simulation
 SIM_INLINE = 60  # bytes, instead of INLINE: so that fetching is common
 SIM_CHUNK = 25
 SIM_HEAL = 45.0  # seconds of faults
@@ -4313,6 +4317,8 @@ class World:
         self.reports = Counter()  # cmd > times
         self.fetched = {}
         self.kept = {}  # command > output
+        self.returning = random.Random(f"files{seed}").random() < 0.3
+        self.files = {}  # (command, attempt) > contents of its files
         self.healed = False
         self.faults = self.MIX if faults is None else faults
         self.wild = faults is None
@@ -4580,6 +4586,12 @@ class World:
         elif kind is tc.FetchedOutput:
             known = self.fetched.get(actor.name, b"")
             self.fetched[actor.name] = known[:effect.offset] + effect.data
+        elif kind is tc.ReturnedPart:
+            key = effect.command.cmd, effect.attempt
+            known = self.files.get(key, b"")
+            assert effect.offset <= len(known), f"{key}: a part of its files is missing"
+            self.files[key] = known[:effect.offset] + effect.data
+            self.seen["fetched files"] += effect.offset > 0
         elif kind is tc.ProvisionalResult:
             self.seen["looked into"] += 1
             self.kept[effect.command] = effect.output if effect.output is not None \
@@ -4644,6 +4656,9 @@ class World:
             how = exit_record(127, output)
         else:
             how = exit_record(drawn.choice([0, 0, 1]), output)
+        if getattr(job, "returns", None) and not how.requeue:
+            rows, data = self.made(cmd, job.key[2])
+            how = how._replace(returned=rows, output=FakeOutput(output, data))
         generation = actor.generation
         when = actor.began[job.key] = actor.clock(self.now)
 
@@ -4664,6 +4679,14 @@ class World:
                                lambda: self.finish(actor, generation, job, ended))
                     self.run_line(actor)
         self.after(r.choice([0.01, 0.3, 2.0, 8.0]) * r.random(), end)
+
+    def made(self, cmd, attempt):
+        """The files that an attempt makes: rows of its RESULT, and the contents."""
+        r = random.Random(f"{cmd} {attempt}")
+        sizes = [r.choice([0, 3, 30, 200]) for _ in RETURNS]
+        rows = [[r.choice([0o644, 0o700]), size] for size in sizes]
+        rows[1] = []
+        return rows, bytes(r.choices(b"ab\xff", k=sizes[0] + sizes[2]))
 
     def timed(self, actor, job, how):
         """How it has ended, with the time that it took."""
@@ -4696,6 +4719,10 @@ class World:
         if not actor.plain and tc.could_not_start_on(effect.command.tries.values()):
             self.seen["started elsewhere"] += 1
         self.seen["fetched"] += effect.output is None
+        if "returned" in result:
+            key = cmd, result["attempt"]
+            assert (result["returned"], self.files.get(key, b"")) == self.made(*key), key
+            self.seen["files"] += 1
         text = result.get("reason", "") + tc.to_text(output)
         if "workers were lost" in text or "could not be started" in text:
             self.seen["poison" if "lost" in text else "not started"] += 1
@@ -4904,7 +4931,8 @@ class World:
     def add_command(self, actor, cmd):
         def add(machine):
             if not machine.input_ended:
-                machine.add(cmd, "/")
+                files = self.returning and not actor.plain and random.Random(cmd).random() < 0.5
+                machine.add(cmd, "" if files else "/", RETURNS if files else ())
                 machine.now = actor.clock(self.now)
                 machine.settle()
         self.do(actor, actor.generation, add)
@@ -5247,7 +5275,8 @@ class SimulationTest(unittest.TestCase):
                 "pause worker", "pause client", "paused", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
-                "looked into", "load", "forgotten", "started elsewhere", "nowhere else to start",
+                "looked into", "files", "fetched files", "load", "forgotten", "started elsewhere",
+                "nowhere else to start",
                 "OK taken for a command",
                 "stale result", "held results announced", "steal from a worker",
                 "steal from a client", *(set(tc.MESSAGES) - {"STATUS"}))
@@ -5895,9 +5924,7 @@ class WorkerTest(unittest.TestCase):
             job = b.effect(tc.Start).job
             self.assertEqual(job.returns, ["f", "gone"])
             b.lines.clear()
-            whole = FakeOutput(output + file)
-            whole.size = len(output)
-            rows = [[0o640, len(file)], []]
+            rows, whole = [[0o640, len(file)], []], FakeOutput(output, file)
             self.worker.finished(job, exit_record()._replace(output=whole, returned=rows), b.now)
             b.collect()
             inline = output + file if len(output + file) <= tc.INLINE else output
