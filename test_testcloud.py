@@ -1131,6 +1131,22 @@ class Desk:
             {"id": id, "attempt": attempt, "exitcode": 0, "stdout": "", "time": 1, "size": 0},
             **more)), run)
 
+    def tree_worker(self, peer, slots=1, **more):
+        self.join(peer, slots=slots, **{"labels": [tc.TREES], "host": f"{peer.decode()}/1", **more})
+
+    def submit_with_tree(self, peer, *ids, **more):
+        self.submit(peer, *ids, **{"needs": [tc.TREES], "tree": "0" * 64, "manifest": 9, **more})
+
+    def prepares(self, worker, run, id, preparing, attempt=1):
+        """The worker says how far the workspace of a command is."""
+        fields = {"tasks": [[id, attempt]], **({"preparing": preparing} if preparing else {})}
+        self.worker(worker, tc.encode("QUEUED", fields), run)
+
+    def scouts(self, worker, run, id, preparing=tc.FILES, attempt=1):
+        """The worker is given this command, and says how far its workspace is."""
+        self.expect(worker, "{", token=run, id=id, attempt=attempt)
+        self.prepares(worker, run, id, preparing, attempt)
+
     def given(self, worker):
         """Confirm all commands that this worker was given, and return their ids."""
         given = [(token, fields) for _, peer, token, verb, fields, _ in self.letters
@@ -2837,6 +2853,378 @@ class WaitTest(unittest.TestCase):
             self.assertEqual(wait.notice(cause, now), notice, now)
             self.assertFalse(wait.timed_out(now))
         self.assertEqual(wait.deadline(), math.inf)
+
+
+class TreesAtBrokerTest(unittest.TestCase):
+    """Commands that run in a tree: who gets them, and the ways of the trees."""
+
+    def setUp(self):
+        self.desk = Desk()
+
+    def test_one_scout_waits_for_the_workspace_and_takes_no_slot(self):
+        d = self.desk
+        d.tree_worker(b"w", slots=2)
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1, 2, 3)
+        d.scouts(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], preparing=tc.FILES, host="w/1")
+        d.prepares(b"w", "r1", 1, tc.FILES)  # no news
+        d.prepares(b"w", "r1", 1, tc.SETUP)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], preparing=tc.SETUP, host="w/1")
+        d.hello(b"b", "r2")
+        d.submit(b"b", 1, 2)
+        d.takes(b"w", "r2", 1)
+        d.takes(b"w", "r2", 2)
+        d.expect(b"b", "QUEUED")
+        d.expect(b"b", "QUEUED")
+        d.quiet()
+        d.ends(b"w", "r2", 1, time=1000)
+        d.expect(b"b", "RESULT")
+        d.quiet()
+        d.prepares(b"w", "r1", 1, "")
+        _, line = d.expect(b"c", "QUEUED", tasks=[[1, 1]])
+        self.assertNotIn(b"preparing", line)
+        d.quiet()  # both slots are busy
+        d.ends(b"w", "r2", 2, time=1000)
+        d.expect(b"b", "RESULT")
+        d.scouts(b"w", "r1", 2, "")
+
+    def test_a_scout_that_becomes_ready_behind_others_goes_elsewhere_soon(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1)
+        d.submit(b"c", 2)
+        d.takes(b"w", "r1", 2)
+        d.prepares(b"w", "r1", 1, "")
+        d.letters.clear()
+        d.wait(tc.RECALL_DELAY)
+        d.expect(b"w", "RECALL", tasks=[[1, 1]])
+
+    def test_a_prepared_worker_comes_first_and_its_free_slots_recall_scouts(self):
+        d = self.desk
+        d.tree_worker(b"w", slots=2)
+        d.tree_worker(b"v", slots=2, weight=1)
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1, 2)
+        d.scouts(b"v", "r1", 1)
+        d.scouts(b"w", "r1", 2)
+        d.submit_with_tree(b"c", 3)
+        d.letters.clear()
+        d.prepares(b"w", "r1", 2, "")
+        d.expect(b"c", "QUEUED")
+        d.scouts(b"w", "r1", 3, "")  # although v has more weight
+        d.expect(b"c", "QUEUED", tasks=[[3, 1]])
+        d.quiet()  # w has no slot for the scout at v
+        d.ends(b"w", "r1", 2)
+        d.expect(b"v", "RECALL", token="r1", tasks=[[1, 1]])
+        d.expect(b"c", "RESULT")
+        d.wait(0.5)  # once is enough
+        d.letters = [letter for letter in d.letters if letter[3] not in ("OK", "READY")]
+        d.quiet()
+        d.worker(b"v", tc.encode("LOST", {"tasks": [[1, 1]], "why": tc.RECALLED}), "r1")
+        d.expect(b"c", "LOST", tasks=[[1, 1]])
+        d.submit_with_tree(b"c", 1, attempt=2, avoid="v")
+        d.scouts(b"w", "r1", 1, "", attempt=2)
+
+    def test_scouts_stay_while_other_commands_take_the_slots(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.tree_worker(b"v")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1, 2, 3)
+        d.scouts(b"w", "r1", 1)
+        d.scouts(b"v", "r1", 2)
+        d.prepares(b"w", "r1", 1, "")
+        d.ends(b"w", "r1", 1)
+        d.letters = [letter for letter in d.letters if letter[1] != b"c"]
+        d.scouts(b"w", "r1", 3, "")
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+
+    def test_another_tree_is_prepared_by_a_scout_again(self):
+        d = self.desk
+        d.tree_worker(b"w", slots=3)
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1, "")
+        d.submit_with_tree(b"c", 2, tree="1" * 64)
+        d.scouts(b"w", "r1", 2)
+        d.letters.clear()
+        d.submit_with_tree(b"c", 3, tree="1" * 64)
+        d.quiet()
+        d.prepares(b"w", "r1", 2, "")
+        d.scouts(b"w", "r1", 3, "")
+
+    def test_after_a_broken_connection_a_scout_finds_out(self):
+        d = self.desk
+        d.tree_worker(b"w", slots=2)
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1, 2)
+        d.scouts(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED", preparing=tc.FILES)
+        d.gone(WORKERS, b"w")
+        d.expect(b"c", "OK", slots=0)
+        d.tree_worker(b"w2", slots=2, name="w", running=[["r1", 1, 1]], host="w/1")
+        _, line = d.expect(b"c", "QUEUED", tasks=[[1, 1]])  # it may be ready since
+        self.assertNotIn(b"preparing", line)
+        d.expect(b"w2", "{", id=2)  # one may find out
+        d.expect(b"c", "OK", slots=2)
+        d.prepares(b"w2", "r1", 1, tc.FILES)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], preparing=tc.FILES, host="w/1")
+        d.prepares(b"w2", "r1", 2, tc.FILES)
+        d.expect(b"c", "QUEUED", tasks=[[2, 1]], preparing=tc.FILES)
+        d.submit_with_tree(b"c", 3)
+        d.quiet()
+        d.ends(b"w2", "r1", 1)  # whose QUEUED was lost
+        d.expect(b"c", "RESULT")
+        d.quiet()
+
+    def test_after_a_restart_of_the_broker_what_runs_takes_a_slot_until_its_worker_says_more(self):
+        d = self.desk
+        d.tree_worker(b"w", running=[["r1", 1, 1]])
+        d.hello(b"c", "r1", unreported=[1, 2])
+        d.submit_with_tree(b"c", 1, again=True, had="w")
+        d.submit_with_tree(b"c", 2)
+        d.letters.clear()
+        d.prepares(b"w", "r1", 1, tc.SETUP)
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]], preparing=tc.SETUP)
+        d.quiet()  # it is known to be a scout
+        d.prepares(b"w", "r1", 1, "")
+        d.ends(b"w", "r1", 1)
+        d.scouts(b"w", "r1", 2, "")
+
+    def test_parts_of_a_tree_go_from_the_client_to_the_worker_that_asked(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1)
+        d.letters.clear()
+        fetch = tc.encode("FETCH", {"id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9,
+                                    "got": 0, "of": 9, "host": "w/1"})
+        d.worker(b"w", fetch, "r1")
+        self.assertEqual(d.expect(b"c", "FETCH"), ("", fetch))
+        chunk, data = tc.encode("CHUNK", {
+            "id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9}), memoryview(b"contents!")
+        d.broker.receive(CLIENTS, b"c", "", chunk, data, d.now)
+        (frame,), _ = d.broker.take()
+        self.assertEqual(frame[:4], (WORKERS, b"w", "r1", chunk))
+        self.assertIs(frame.data, data)  # not a copy
+        d.gone(CLIENTS, b"c")
+        d.worker(b"w", fetch, "r1")  # it will ask again
+        d.quiet()
+        d.hello(b"c2", "r1", unreported=[1])
+        d.gone(WORKERS, b"w")
+        d.expect(b"c2", "OK", slots=0)
+        d.client(b"c2", chunk)
+        d.quiet()
+
+    def test_an_unfit_host_is_named_to_the_client_with_the_output_of_its_setup(self):
+        d = self.desk
+        d.tree_worker(b"w", slots=3)
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1, "")
+        d.submit_with_tree(b"c", 2)
+        d.scouts(b"w", "r1", 2, tc.SETUP)
+        d.letters.clear()
+        d.worker(b"w", tc.encode("LOST", {
+            "tasks": [[1, 1], [2, 1]], "why": "the setup failed", "fault": tc.UNFIT,
+            "host": "another/2", "output": "x" * tc.INLINE + "end"}), "r1")
+        _, line = d.expect(b"c", "LOST", tasks=[[1, 1]], why="the setup failed", fault=tc.UNFIT,
+                           host="w/1", worker="w")  # its own host, whatever it says
+        output = tc.decode(line)[1]["output"]
+        self.assertEqual((len(output), output[-4:]), (tc.INLINE, "xend"))
+        _, line = d.expect(b"c", "LOST", tasks=[[2, 1]], fault=tc.UNFIT, host="w/1")
+        self.assertNotIn(b"output", line)  # once is enough
+        d.quiet()
+        d.submit_with_tree(b"c", 1)  # before it heard that
+        d.expect(b"c", "LOST", tasks=[[1, 1]], fault="")
+
+    def test_when_all_hosts_are_unfit_there_is_no_other_for_each_command(self):
+        d = self.desk
+        for peer in (b"w", b"v"):
+            d.tree_worker(peer)
+        d.join(b"plain", host="plain/1")  # it knows no trees
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1, 2)
+        for id, peer in ((1, b"w"), (2, b"v")):
+            d.scouts(peer, "r1", id)
+            d.expect(b"c", "QUEUED")
+            d.worker(peer, tc.encode("LOST", {
+                "tasks": [[id, 1]], "why": "no room", "fault": tc.UNFIT}), "r1")
+            d.expect(b"c", "LOST", tasks=[[id, 1]], host=f"{peer.decode()}/1")
+        never = {"never_on": ["w/1", "v/1"]}
+        d.submit_with_tree(b"c", 1, 2, attempt=2, **never)
+        d.submit_with_tree(b"c", 3, **never)
+        for id, attempt in ((1, 2), (2, 2), (3, 1)):
+            d.expect(b"c", "LOST", tasks=[[id, attempt]], fault=tc.NOWHERE)
+        d.broker.expect_hosts(True, d.now)
+        d.submit_with_tree(b"c", 4, **never)
+        d.quiet()
+        d.tree_worker(b"x")
+        d.scouts(b"x", "r1", 4, "")
+
+    def test_workers_release_the_workspace_of_a_client_that_has_gone(self):
+        for end in ("BYE", "lease"):
+            self.setUp()
+            d = self.desk
+            d.tree_worker(b"w")
+            d.tree_worker(b"v")
+            d.hello(b"c", "r1")
+            d.submit_with_tree(b"c", 1, 2)
+            d.scouts(b"w", "r1", 1, "")
+            d.scouts(b"v", "r1", 2, tc.SETUP)
+            d.ends(b"w", "r1", 1)
+            d.client(b"c", 'DONE {"tasks":[[1,1]]}')
+            d.tree_worker(b"x")
+            d.letters.clear()
+            if end == "BYE":
+                d.client(b"c", "BYE")
+            else:
+                d.gone(CLIENTS, b"c")
+                for _ in range(8):  # the workers stay
+                    d.wait(4)
+                    for peer in (b"w", b"v", b"x"):
+                        d.worker(peer, tc.encode("READY", {"name": peer.decode()}))
+            d.letters = [letter for letter in d.letters if letter[3] != "OK"]
+            for peer in (b"w", b"v"):
+                _, line = d.expect(peer, "CANCEL", token="r1")
+                self.assertEqual(line, b"CANCEL")
+            d.expect(b"v", "CANCEL", tasks=[[2, 1]])
+            d.quiet()
+
+    def test_a_cancelled_run_keeps_its_workspaces_until_its_client_goes(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1, "")
+        d.letters.clear()
+        d.client(b"c", "CANCEL")
+        d.expect(b"w", "CANCEL", tasks=[[1, 1]])
+        d.quiet()
+
+    def test_the_answer_to_a_greeting_tells_which_hosts_know_no_trees(self):
+        d = self.desk
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.wait(tc.OK_DELAY)
+        _, line = d.expect(b"c", "OK", trees=True,
+                           lacks="a worker with a version that knows --sync")
+        self.assertNotIn(b"unfit", line)
+        d.join(b"v", host="old/1")
+        d.tree_worker(b"w")
+        d.scouts(b"w", "r1", 1)
+        d.letters.clear()
+        d.client(b"c", 'HELLO {"run":"r1"}')
+        d.wait(tc.OK_DELAY)
+        _, line = d.expect(b"c", "OK", trees=True, unfit=["old/1"])
+        self.assertNotIn(b"lacks", line)
+        d.hello(b"b", "r2")  # who needs none is not told
+        d.client(b"b", 'HELLO {"run":"r2"}')
+        d.wait(tc.OK_DELAY)
+        _, line = d.expect(b"b", "OK")
+        self.assertNotIn(b"unfit", line)
+
+    def test_the_status_tells_what_workspaces_use_and_no_label_of_ours(self):
+        d = self.desk
+        d.tree_worker(b"w", labels=["gpu", tc.TREES], cache=5)
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1)
+        d.letters.clear()
+        d.client(b"s", "STATUS")
+        d.wait(tc.OK_DELAY)
+        (worker,), (client,) = (d.broker.status()[name] for name in ("workers", "clients"))
+        self.assertEqual((worker["labels"], worker["cache"], worker["running"]), (["gpu"], 5, 0))
+        self.assertEqual((client["queued"], client["running"]), (1, 0))
+
+    # what peers may not do
+
+    def test_a_worker_gets_no_part_of_the_tree_of_a_run_whose_commands_it_does_not_have(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.tree_worker(b"v")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1)
+        d.hello(b"b", "r2")
+        d.submit(b"b", 1)
+        d.takes(b"v", "r2", 1)
+        d.letters.clear()
+
+        def ask(peer, token, id=1, attempt=1):
+            d.worker(peer, tc.encode("FETCH", {
+                "id": id, "attempt": attempt, "tree": "0" * 64, "offset": 0, "size": 9}), token)
+        ask(b"v", "r1")
+        ask(b"w", "r1", id=2)
+        ask(b"w", "r1", attempt=2)
+        d.quiet()
+        d.ends(b"w", "r1", 1)
+        d.expect(b"c", "RESULT")
+        ask(b"w", "r1")  # it has ended
+        d.quiet()
+        ask(b"v", "r2")
+        d.expect(b"b", "FETCH")  # that client has no tree, and will not answer
+
+    def test_plain_peers_have_no_part_in_trees(self):
+        d = self.desk
+        d.worker(b"p", "READY")
+        d.client(b"q", '{"cmd":"x"}')
+        d.letters.clear()
+        fields = {"id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9}
+        d.worker(b"p", tc.encode("FETCH", fields), "plain.b1.2 1 1")
+        d.expect(b"p", "ERROR")
+        d.client(b"q", tc.encode("CHUNK", fields))
+        d.quiet()
+        d.tree_worker(b"w")
+        d.client(b"q", '{"cmd":"x"}')
+        d.scouts(b"w", d.letters[0][2], 2, tc.FILES)  # to the plain client it is queued
+        d.expect(b"q", "QUEUED")
+        d.worker(b"w", tc.encode("FETCH", dict(fields, id=2)), "plain.b1.2")
+        d.quiet()
+
+    def test_nobody_sends_a_part_of_a_tree_to_a_worker_of_others(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.hello(b"b", "r2")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1)
+        d.letters.clear()
+
+        def send(peer, token="", **more):
+            d.broker.receive(CLIENTS, peer, token, tc.encode("CHUNK", dict(
+                {"id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 1}, **more)),
+                b"x", d.now)
+            return [frame for frame in d.broker.take()[0] if frame.link == WORKERS]
+        self.assertEqual(send(b"b"), [])
+        self.assertEqual(send(b"b", "r1"), [])
+        self.assertEqual(send(b"stranger"), [])
+        self.assertEqual(send(b"c", id=2), [])
+        self.assertEqual(send(b"c", attempt=2), [])
+        self.assertEqual(len(send(b"c")), 1)
+        d.ends(b"w", "r1", 1)
+        self.assertEqual(send(b"c"), [])
+
+    def test_each_way_has_its_own_kind_of_parts(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1)
+        d.letters.clear()
+        fields = {"id": 1, "attempt": 1, "offset": 0, "size": 9}
+        d.worker(b"w", tc.encode("FETCH", fields), "r1")
+        d.expect(b"w", "ERROR", reason="a worker's FETCH needs 'tree', 'id' and 'attempt'")
+        d.client(b"c", tc.encode("CHUNK", fields))
+        d.expect(b"c", "ERROR", reason="a CHUNK to a worker needs 'tree'")
+        d.worker(b"w", 'QUEUED {"tasks":[[1,1]],"preparing":"lunch"}', "r1")
+        d.expect(b"w", "ERROR", reason="QUEUED wants 'preparing' to be files or setup")
+        d.quiet()
 
 
 class OnlyElsewhereTest(unittest.TestCase):
