@@ -3006,8 +3006,9 @@ class TreesAtBrokerTest(unittest.TestCase):
                                     "got": 0, "of": 9, "host": "w/1"})
         d.worker(b"w", fetch, "r1")
         self.assertEqual(d.expect(b"c", "FETCH"), ("", fetch))
-        chunk, data = tc.encode("CHUNK", {
-            "id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9}), memoryview(b"contents!")
+        data = memoryview(b"contents!")
+        chunk = tc.encode("CHUNK", {
+            "id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9})
         d.broker.receive(CLIENTS, b"c", "", chunk, data, d.now)
         (frame,), _ = d.broker.take()
         self.assertEqual(frame[:4], (WORKERS, b"w", "r1", chunk))
@@ -4389,6 +4390,151 @@ class ChainTest(unittest.TestCase):
         d.expect(b"", "LOST", tasks=[[1, 1]], fault=tc.CRASH)
         d.expect(b"", "LOST", tasks=[[2, 1]], why="unknown")
         d.quiet()
+
+    def from_above(self, *ids, **more):
+        self.desk.tell(BROKER, b"", b"\n".join(tc.encode(COMMAND, {
+            "cmd": "x", "id": id, "attempt": 1, "needs": [tc.TREES], "tree": "0" * 64,
+            "manifest": 9, **more}) for id in ids), "up")
+
+    def tree_hosts(self, *peers, slots=1):
+        for peer in peers:
+            self.desk.tree_worker(peer, slots=slots)
+        self.desk.letters.clear()
+
+    def test_it_tells_above_which_commands_wait_for_a_workspace(self):
+        d = self.desk
+        self.tree_hosts(b"w", b"v")
+        self.from_above(1, 2, 3)
+        for id in 1, 2, 3:  # the third waits for a workspace, too: a slot is free
+            d.expect(b"", "QUEUED", token="up", tasks=[[id, 1]], preparing=tc.FILES)
+        d.scouts(b"w", "up", 1)  # no news
+        d.scouts(b"v", "up", 2, tc.SETUP)
+        d.expect(b"", "QUEUED", tasks=[[2, 1]], preparing=tc.SETUP, host="v/1", worker="b1")
+        d.quiet()
+        d.prepares(b"w", "up", 1, "")
+        _, line = d.expect(b"", "QUEUED", tasks=[[1, 1]])
+        self.assertNotIn(b"preparing", line)
+        d.quiet()
+        d.prepares(b"v", "up", 2, "")
+        d.expect(b"", "QUEUED", tasks=[[2, 1]])
+        self.from_above(4)  # no slot is free: it waits for one
+        _, line = d.expect(b"", "QUEUED", tasks=[[4, 1]])
+        self.assertNotIn(b"preparing", line)
+        d.ends(b"w", "up", 1, time=1000)
+        d.expect(b"", "RESULT")
+        d.scouts(b"w", "up", 3, "")
+        _, line = d.expect(b"", "QUEUED", tasks=[[3, 1]])
+        self.assertNotIn(b"preparing", line)
+        d.quiet()
+
+    def test_after_it_has_joined_above_again_it_tells_what_waits_for_a_workspace(self):
+        d = self.desk
+        self.tree_hosts(b"w", b"v")
+        self.from_above(1, 2)
+        d.scouts(b"w", "up", 1, tc.SETUP)
+        d.scouts(b"v", "up", 2)
+        d.letters.clear()
+        d.gone(BROKER, b"")
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.letters.clear()
+        d.prepares(b"v", "up", 2, "")  # while it joins
+        d.quiet()
+        d.answer()
+        d.expect(b"", "QUEUED", tasks=[[1, 1]], preparing=tc.SETUP)
+        d.quiet()
+
+    def test_parts_of_a_tree_pass_through(self):
+        d = self.desk
+        self.tree_hosts(b"w")
+        self.from_above(1)
+        d.scouts(b"w", "up", 1)
+        d.letters.clear()
+        fetch = tc.encode("FETCH", {
+            "id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 1})
+        d.worker(b"w", fetch, "up")
+        self.assertEqual(d.expect(b"", "FETCH"), ("up", fetch))
+        chunk = tc.encode("CHUNK", {
+            "id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 1})
+        d.broker.receive(BROKER, b"", "up", chunk, b"x", d.now)
+        self.assertEqual(d.broker.take()[0], [tc.Outgoing(WORKERS, b"w", "up", chunk, b"x")])
+        d.broker.receive(BROKER, b"", "up", chunk.replace(b'"id":1', b'"id":2'), b"x", d.now)
+        d.collect()
+        d.expect(b"", "LOST", token="up", tasks=[[2, 1]])  # the broker above has it wrong
+        d.quiet()
+
+    def test_an_unfit_host_is_named_above(self):
+        d = self.desk
+        self.tree_hosts(b"w")
+        d.tree_worker(b"x", host="", below=["x"], crew=[["deep/3", 1, tc.TREES]], depth=1)
+        d.letters.clear()
+        self.from_above(1, 2)
+        d.scouts(b"w", "up", 1)
+        d.scouts(b"x", "up", 2)
+        d.letters.clear()
+        for peer, id, host in ((b"w", 1, "w/1"), (b"x", 2, "deep/3")):
+            d.worker(peer, tc.encode("LOST", {
+                "tasks": [[id, 1]], "why": "no room", "fault": tc.UNFIT, "host": "deep/3",
+                "output": "oh"}), "up")
+            d.expect(b"", "LOST", token="up", tasks=[[id, 1]], fault=tc.UNFIT, host=host,
+                     output="oh")
+
+    def test_when_the_run_is_over_above_workers_release_its_workspaces(self):
+        d = self.desk
+        self.tree_hosts(b"w", b"v")
+        self.from_above(1)
+        d.scouts(b"w", "up", 1, "")
+        d.ends(b"w", "up", 1)
+        d.tell(BROKER, b"", 'DONE {"tasks":[[1,1]]}', "up")
+        d.letters.clear()
+        for _ in range(2):
+            d.tell(BROKER, b"", "CANCEL", "up")
+        self.assertEqual(d.expect(b"w", "CANCEL", token="up")[1], b"CANCEL")
+        d.quiet()
+
+    def test_it_passes_trees_on_and_says_so(self):
+        d = self.desk
+        d.gone(BROKER, b"")
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.expect(b"", "READY", labels=[tc.TREES])
+        d.answer()
+        d.tree_worker(b"w", cache=5)
+        d.tree_worker(b"v", cache=7)
+        d.letters.clear()
+        d.wait(2.0)
+        d.expect(b"", "READY", cache=12)
+        self.setUp()
+        d = self.desk
+        d.join(b"old", below=["old"], crew=[["h1", 1, "gpu", tc.TREES]], depth=1)  # cannot
+        d.expect(b"", "READY", crew=[["h1", 1, "gpu"]])
+        d.worker(b"old", tc.encode("READY", {
+            "name": "old", "slots": 2, "below": ["old"], "crew": [["h1", 2, tc.TREES]]}))
+        d.expect(b"", "READY", crew=[["h1", 2]])
+
+    def test_a_broker_below_gets_a_scout_for_each_host_and_then_fills_its_slots(self):
+        d = Desk()
+        d.tree_worker(b"x", slots=6, host="", below=["x"], depth=1, crew=[
+            ["h1", 2, tc.TREES], ["h2", 2, "gpu", tc.TREES], ["h3", 2]])
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", *range(1, 10))
+        for id in 1, 2:
+            d.scouts(b"x", "r1", id)
+        d.expect(b"c", "QUEUED", preparing=tc.FILES, host="x")
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.prepares(b"x", "r1", 1, "")
+        d.expect(b"c", "QUEUED", tasks=[[1, 1]])
+        given = [letter[4]["id"] for letter in d.letters if letter[1] == b"x"]
+        self.assertEqual(given, [3, 4, 5])  # four slots know trees
+        d.letters.clear()
+        for id in given:  # it has one more slot on the host that is ready
+            d.prepares(b"x", "r1", id, "" if id == 3 else tc.FILES)
+        d.letters = [letter for letter in d.letters if letter[1] != b"c"]
+        d.quiet()
+        d.hello(b"b", "r2")
+        d.submit(b"b", 1, 2, 3, 4)  # the slots that wait for a workspace are free for others
+        self.assertEqual(sorted(d.given(b"x")), [1, 2, 3, 4])
 
     def test_what_is_handed_back_is_not_remembered_as_lost(self):
         d = self.desk

@@ -3671,8 +3671,8 @@ class Broker(Membership):
 
     def host_of(self, worker: WorkerRecord, message: Message) -> str:
         """Return the identity of the host that a message is about."""
-        host: str = message.fields.get("host", worker.host) if worker.below else worker.host
-        return host
+        told: str = message.fields.get("host", "") if worker.below else ""
+        return told or worker.host
 
     def on_result(self, message: Message) -> None:
         worker = self.worker_of(message)
