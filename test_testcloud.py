@@ -15752,7 +15752,7 @@ class ProcessesTest(unittest.TestCase):
         self.addCleanup(loop.close)
         client = tc.Client("r1")
         loop.add(client, {})
-        self.addCleanup(tc.run_locally(loop, client, 1, tc.Times(), False).close)
+        self.addCleanup(tc.run_locally(loop, client, 1, tc.Times(), False))
         loop.flush()
         loop.wait()
         loop.flush()
@@ -18290,20 +18290,23 @@ class DocumentsTest(unittest.TestCase):
         cloud = Cloud(self)
         broker = cloud.broker()
         folder = os.path.join(cloud.dir, "here")
-        for name in ("tests/test_a.py", "tests/test_b.py", "tests/ATest.php", "a.png", "x y.png",
-                     "run.sh", "bin/", ".venv/bin/"):
+        for name in ("tests/test_a.py", "tests/test_b.py", "tests/ATest.php", "test/a.test.js",
+                     "a.png", "x y.png", "run.sh", "pyproject.toml", "package-lock.json", "bin/"):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             if not name.endswith("/"):
                 pathlib.Path(folder, name).touch()
         shutil.copy(SCRIPT, folder)
         for name in ("bin/pytest", "bin/convert", "bin/make", "bin/gzip", "bin/phpunit", "bin/go",
-                     "bin/git", "bin/shellcheck", ".venv/bin/pytest"):
+                     "bin/git", "bin/shellcheck", "bin/pip", "bin/npm", "bin/node",
+                     "bin/python3"):
             program = pathlib.Path(folder, name)
             program.write_text(f'#!/bin/sh\necho "$0 $*" | tee -a {cloud.dir}/called\n'
-                               f'case "$*" in *.png) : > "$2";; *collect*) echo a.py::b; esac\n')
+                               f'case "$*" in *.png) : > "$2";; *collect*) echo a.py::b;; '
+                               f'*venv*) mkdir -p .venv && cp -R {folder}/bin .venv; esac\n')
             program.chmod(0o755)
         path = f"{folder}/bin:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
         env = dict(os.environ, TESTCLOUD_BROKER=broker.clients, HOME=cloud.dir, PATH=path,
+                   XDG_CACHE_HOME=cloud.dir + "/cache",
                    TESTCLOUD_SSH="false")  # no such hosts: only this machine
         cloud.worker(broker, "-j", "2", env=env)
         blocks = re.findall(r"^```sh\n(.*?)^```", self.readme().replace("\\\n", " "), re.M | re.S)
@@ -18311,16 +18314,18 @@ class DocumentsTest(unittest.TestCase):
         self.assertGreater(len(lines), 15)
         ran = 0
         for line in filter(lambda line: not line.startswith(tuple(self.NEEDS)), lines):
-            done = subprocess.run(["sh", "-c", line.replace("python3 ", f"{sys.executable} ")],
-                                  env=env,
-                                  cwd=folder, timeout=PATIENCE, capture_output=True, text=True)
+            line = line.replace("python3 testcloud", f"{sys.executable} testcloud")
+            done = subprocess.run(["sh", "-c", line], env=env, cwd=folder, timeout=PATIENCE,
+                                  capture_output=True, text=True)
             self.assertEqual(done.returncode, 0, (line, done.stdout, done.stderr))
             ran += 1
         self.assertGreater(ran, 8)
         called = tc.read_text(os.path.join(cloud.dir, "called"))
         for words in ("pytest -q tests/test_a.py", "convert x y.png x y.jpg",
                       "make release CC=clang",
-                      "gzip ./run.sh", "pytest -q a.py::b", "go test ", "shellcheck "):
+                      "gzip ./run.sh", "pytest -q a.py::b", "go test ", "shellcheck ",
+                      "python3 -m venv .venv", "pip install -q pytest -e .", "npm ci --silent",
+                      "node --test test/a.test.js"):
             self.assertIn("/" + words, called)
 
     def test_the_first_example_of_the_readme_runs(self):

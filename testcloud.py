@@ -6681,13 +6681,13 @@ class RunOptions(NamedTuple):
     env: Dict[str, str] = {}  # variables to set
     shell: Optional[str] = None  # that runs the commands, a path or a name; None: /bin/sh
     needs: Tuple[str, ...] = ()  # labels that the worker must have
-    sync: bool = False  # run in workspaces with our tree
     split: bool = False  # keep stdout and stderr apart
     live: bool = False  # show output while the command runs
     serial: bool = False  # one command at a time
     fail_fast: int = 0  # failures that stop the run; 0: never stop
     fail_on_flaky: bool = False  # flaky commands count as failed
     fail_on_missing: bool = False  # so do those that did not make a file of --return
+    sync: bool = False  # run in workspaces with our tree
 
     def fields(self) -> Fields:
         """Return the fields that each command of the run has."""
@@ -11277,8 +11277,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 # options without a row in a client's --help, so that it fits a screen: another row names them,
 # or an error, or the help of a worker
-HIDDEN = {"--sync-list", "--sync-max", "--include", "--quiet", "--resume-failed", "--allow-empty",
-          "--kill-grace", "--ready-interval", "--missed-oks"}
+HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--quiet",
+          "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval", "--missed-oks"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -11303,6 +11303,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--host NAME", "name of this machine in reports (default: its own)"),
             option("--max-load X", "take no more at a load average from X on", default=math.inf),
             option("--nice N", "niceness of commands (default: 0)", default=0),
+            option("--cache SIZE", "of workspaces (default: 10G, or a tenth of the free disk)",
+                   default=0),
             option("--drain TIME", "for running commands when told to stop (default: 0)",
                    default=0.0)]),
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
@@ -11322,6 +11324,10 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--dry-run", "only print the commands; --sync-list: what goes along"),
             option("--sync-list", "only print sizes and names of the files that go along"),
             option("--sync DIR", "take this along (default: git's work tree around us)", nargs="?"),
+            option("--setup COMMAND", "first in each workspace; --setup-once-for FILE, --fresh"),
+            option("--setup-once-for FILE", "run the setup again only if this file changes",
+                   action="append", default=[]),
+            option("--fresh", "begin with empty workspaces"),
             option("--sync-max SIZE", "refuse a larger tree (default: 2G)", default=0),
             option("--exclude PATTERN", "not these files, as in .gitignore; --include: these",
                    action="append", dest="filters", default=[]),
@@ -11638,9 +11644,10 @@ def watch_load(loop: EventLoop, worker: Worker) -> None:
     loop.every(LOAD_INTERVAL, look)
 
 
-def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
-                  nice: int = 0) -> Tuple[Adapter, Runner]:
-    """Give a worker its adapter to the loop, and the Runner of its commands."""
+def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool, nice: int = 0,
+                  cache: int = 0) -> Tuple[Adapter, Callable[[], None]]:
+    """Give a worker its adapter to the loop, the Runner of its commands, and their Workspaces.
+    Return the adapter, and a function that ends both."""
     def deliver(now: Seconds) -> None:
         for job, what in runner.take_events():
             if isinstance(what, ExitRecord):
@@ -11659,9 +11666,26 @@ def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool,
     loop.every(REAP_INTERVAL, runner.reap)
     adapter = loop.add(worker, {
         Start: lambda effect: runner.enqueue(effect.job),
+        StartSetup: lambda effect: runner.start_apart(effect.job),
         Recall: lambda effect: runner.recall(effect.job),
-        Kill: lambda effect: runner.kill(effect.job, effect.hard)})
-    return adapter, runner
+        Kill: lambda effect: runner.kill(effect.job, effect.hard),
+        FindTree: lambda effect: spaces.find(*effect),
+        FillTree: lambda effect: spaces.fill(*effect),
+        PutTree: lambda effect: spaces.put(*effect),
+        EndSetup: lambda effect: spaces.end_setup(*effect),
+        ReleaseTree: lambda effect: spaces.release(*effect)})
+
+    def told(run: Run, event: TreeEvent) -> None:
+        def tell(now: Seconds) -> None:
+            worker.cache_bytes = spaces.used
+            worker.tree_told(run, event, now)
+        loop.post(tell)
+    spaces = Workspaces(cache_limit(cache), told)
+
+    def close() -> None:
+        runner.close()
+        spaces.close()
+    return adapter, close
 
 
 def run_worker(settings: argparse.Namespace) -> int:
@@ -11684,7 +11708,7 @@ def new_worker(settings: argparse.Namespace, address: Optional[str], keys: Optio
     others, it is told of other workers of its user."""
     return Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
                   host_identity(settings.host), times_from(settings), settings.wait, address,
-                  settings.drain, settings.label, settings.max_load,
+                  settings.drain, [*settings.label, TREES], settings.max_load,
                   f"user {os.getuid()}" if shared else "")
 
 
@@ -11696,12 +11720,13 @@ def worker_process(settings: argparse.Namespace, worker: Worker, control: int,
     if control >= 0:
         detach_terminal()
     with contextlib.closing(EventLoop(sockets)) as loop:
-        adapter, runner = attach_runner(loop, worker, control >= 0, settings.nice)
+        adapter, close = attach_runner(loop, worker, control >= 0, settings.nice, settings.cache)
         loop.each_round.append(ssh_watch)
         watch_load(loop, worker)
         join(loop, adapter, worker)
         loop.on_signals(worker.stop, control)
-        with contextlib.closing(runner):
+        with contextlib.ExitStack() as stack:
+            stack.callback(close)
             return loop.run()
 
 
@@ -11748,7 +11773,7 @@ HEARD_NOTHING = 128 + signal.SIGHUP  # exit status of a worker whose stream has 
 MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
 WORKER_SETTINGS: Fields = {  # options of a worker that reach a host; a client's has these defaults
     "weight": 0, "label": [], "max_load": math.inf, "nice": 0, "drain": 0.0, "wait": math.inf,
-    "verbose": False}
+    "cache": 0, "verbose": False}
 SILENT_BEATS = 4  # of a host, before the user hears of it
 SAME_INTERVAL: Seconds = 5.0  # in which workers say the same once
 HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
@@ -12622,10 +12647,11 @@ class WorkingTree:
 
     def __init__(self, top: str, filters: Iterable[Tuple[bool, str]] = (),
                  head: Optional[Fields] = None, limit: int = SYNC_MAX,
-                 cache_path: str = "") -> None:
+                 cache_path: str = "", setup_for: Sequence[str] = ()) -> None:
         self.top = os.path.realpath(top)
         self.filters = [path_filter(*given) for given in filters][::-1]  # the last match wins
         self.head = {**origin_of(self.top), **(head or {})}
+        self.setup_for = setup_for  # paths of files: the setup runs again if they change
         self.limit = limit
         self.cache_path = cache_path
         self.seen = 0  # entries
@@ -12657,6 +12683,15 @@ class WorkingTree:
         return self.make()
 
     def make(self) -> Tree:
+        """Return the tree of the entries. Raises UsageError."""
+        if self.setup_for:
+            hashed = hashlib.sha256()
+            for path in self.setup_for:
+                if path not in self.entries:
+                    raise UsageError(f"--setup-once-for {printable(path)}: there is no such file "
+                                     f"in the tree of {printable(self.top)}")
+                hashed.update(to_bytes(f"{path}\n{self.entries[path].content}\n"))
+            self.head["setup_for"] = hashed.hexdigest()
         self.tree = make_tree(self.head, self.entries.values())
         return self.tree
 
@@ -13226,6 +13261,10 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             (settings.sync is None and not settings.sync_list
              and (settings.filters or settings.sync_max),
              "--exclude, --include and --sync-max need --sync"),
+            (settings.sync is None and (settings.setup or settings.fresh),
+             "--setup and --fresh need --sync: they are about the workspaces that it makes"),
+            (settings.setup_once_for and not settings.setup,
+             "--setup-once-for goes with --setup: it says when that runs again"),
             (settings.raw + settings.json + settings.live > 1,
              "--raw, --json and --live are three ways to show outputs: choose one"),
             (len({*reports}) < len(reports),
@@ -13416,6 +13455,84 @@ def remove_progress_line() -> None:
     PROGRESS_LINE.redraw()
 
 
+# --- the working tree
+
+
+def directory_within(top: str, given: Optional[str]) -> str:
+    """Return the place of commands in the tree with this top: that of the current directory, and
+    --cwd from there. Raises UsageError."""
+    here = os.path.relpath(os.path.realpath("."), top)
+    base = top if here.split("/")[0] == ".." else os.path.realpath(".")
+    place = os.path.relpath(os.path.join(base, given or ""), top)
+    if place.split("/")[0] in ("..", "~") or given and given[:1] == "~":
+        raise UsageError(f"--cwd {printable(given or '')} is not in the tree of --sync: commands "
+                         f"run in {printable(top)}, or below it")
+    return "" if place == "." else place
+
+
+def working_tree(settings: argparse.Namespace, top: str, cwd: str) -> WorkingTree:
+    """Return the working tree of a run."""
+    head = {"setup": settings.setup or "", "cwd": cwd,
+            "fresh": os.urandom(8).hex() if settings.fresh else ""}
+    return WorkingTree(top, settings.filters, head, settings.sync_max or SYNC_MAX,
+                       hashes_path(top), [os.path.normpath(os.path.join(cwd, path))
+                        for path in settings.setup_once_for])
+
+
+class TreeReader:
+    """Reads the working tree for a run: lists it in a thread, and parts of files in the loop."""
+
+    def __init__(self, loop: EventLoop, client: Client, files: WorkingTree,
+                 tell: Callable[[str], object]) -> None:
+        self.loop = loop
+        self.client = client
+        self.files = files
+        self.tell = tell
+        self.told: Set[str] = set()  # what is left out
+        self.start(files.look)
+
+    def start(self, look: Callable[[], Tree]) -> None:
+        """Let the client have the tree of look(), which takes its time."""
+        def work() -> None:
+            try:
+                tree = look()
+            except Exception as error:
+                self.loop.post(functools.partial(self.failed, error))
+            else:
+                self.loop.post(lambda now: self.client.set_tree(tree, now))
+                self.loop.post(self.tell_left_out)
+        threading.Thread(target=work, daemon=True, name="tree").start()
+
+    def failed(self, error: Exception, now: Seconds) -> None:
+        if not self.client.left:
+            self.client.leave(3)
+        self.loop.flush()
+        raise error
+
+    def tell_left_out(self, now: Seconds) -> None:
+        for line in self.files.left_out:
+            if line not in self.told:
+                self.told.add(line)
+                self.tell(line)
+
+    def answer(self, effect: AnswerFetch) -> None:
+        """Answer a FETCH, or look at the files anew: they are not as they were."""
+        fields, tree = effect.fields, self.client.offer.tree
+        spans = fields.get("spans") or [(fields["offset"], fields["size"])]
+        if tree is None or tree.id != fields["tree"] or total_size(spans) > MAX_FRAME // 2:
+            self.client.refuse(fields)
+            return
+        try:
+            data = self.files.read(tree, spans, fields.get("again", False))
+        except StaleFiles as stale:
+            self.client.refuse(fields)
+            self.client.set_tree(None, self.client.now)
+            indexes = stale.indexes
+            self.start(lambda: self.files.refresh(indexes))
+        else:
+            self.client.answer(fields, data)
+
+
 # --- the run
 
 
@@ -13426,13 +13543,14 @@ class ClientRun:
         self.settings = settings
         self.client = client
         self.loop = loop
-        self.cwd = working_directory(settings.cwd)
+        self.top = None if settings.sync is None else working_tree_top(settings.sync)
+        self.cwd = working_directory(settings.cwd) if self.top is None \
+            else directory_within(self.top, settings.cwd)
         self.earlier = earlier_run(settings)
         store = ResultStore(settings.raw)
         self.display = Display(settings, store, self.output_failed, client)
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
-        top = working_tree_top(settings.sync) if settings.returns else ""
-        self.files = ReturnedFiles(top, self.tell, not settings.fail_on_missing)
+        self.files = ReturnedFiles(self.top or "", self.tell, not settings.fail_on_missing)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
             Timings(timings_path())], self.files if settings.returns else None)
@@ -13441,7 +13559,11 @@ class ClientRun:
             ReturnedPart: self.files.put_part, ProvisionalResult: reports.keep,
             FinalResult: reports.report,
             Notice: lambda effect: self.tell(effect.text, effect.error)})
+        if self.top is not None:
+            reader = TreeReader(loop, client, working_tree(settings, self.top, self.cwd), self.tell)
+            self.adapter.effects[AnswerFetch] = reader.answer
         progress = progress_of(settings, client, self.display.out)
+        client.transfers_shown = progress is not None and not progress.interval
         loop.each_round += [self.display.flush, *([progress.update] if progress else [])]
 
     def add(self, arguments: Arguments) -> None:
@@ -13527,7 +13649,8 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         settings.timeout, settings.retries, settings.max_output, added_environment(settings),
         settings.shell, tuple(settings.need), split=settings.raw, live=settings.live,
         serial=settings.serial, fail_fast=settings.fail_fast,
-        fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing)
+        fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing,
+        sync=settings.sync is not None)
     client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
                     options, os.getpid())
     client.timings = known_timings(settings)
@@ -13549,8 +13672,8 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
             # with a terminal as stdin, keep it: Ctrl-Z stops us
             if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
                 detach_terminal()
-            stack.enter_context(contextlib.closing(run_locally(
-                loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0)))
+            stack.callback(run_locally(
+                loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0))
         else:
             connect(loop, client_run.adapter, address, CLIENT_ROLE, keys, settings)
         return client_run.run()
@@ -13569,17 +13692,18 @@ def add_broker(loop: EventLoop, client: Client, times: Times) -> Tuple[Broker, A
 
 
 def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
-                subreaper: bool) -> Runner:
-    """Put a broker and a worker into the client's process. Returns the worker's runner."""
+                subreaper: bool) -> Callable[[], None]:
+    """Put a broker and a worker into the client's process. Return a function that ends the
+    worker's commands."""
     forever = 1e9  # seconds: a stopped process stops all three alike
     broker, broker_adapter = add_broker(
         loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
-    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times)
-    adapter, runner = attach_runner(loop, worker, subreaper)
+    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times, labels=[TREES])
+    adapter, close = attach_runner(loop, worker, subreaper)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     broker_adapter.links[WORKERS] = LocalLink(worker, BROKER, b"")
     loop.post(lambda now: worker.connected(BROKER, now))
-    return runner
+    return close
 
 
 def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
