@@ -14382,6 +14382,459 @@ class RelayTest(unittest.TestCase):
             self.assertEqual(self.heard()[1], b"READY again")
 
 
+# === Working tree =====================================================================
+
+
+needs_git = unittest.skipUnless(shutil.which("git"), "needs git")
+
+
+class WorkingTreeTest(unittest.TestCase):
+
+    def setUp(self):
+        self.top = os.path.realpath(tempfile.mkdtemp(prefix="testcloud-tree-"))
+        self.addCleanup(shutil.rmtree, self.top)
+        other = tempfile.mkdtemp(prefix="testcloud-hashes-")
+        self.addCleanup(shutil.rmtree, other)
+        self.hashes = os.path.join(other, "sub", "tree.json")
+
+    def path(self, name):
+        return os.path.join(self.top, name)
+
+    def write(self, name, content=b"", mode=0o644):
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        with open(self.path(name), "wb") as file:
+            file.write(content)
+        os.chmod(self.path(name), mode)
+
+    def git(self, *words, at=""):
+        environ = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+        return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words],
+                              cwd=self.path(at), env=environ, check=True,
+                              capture_output=True).stdout
+
+    def tree(self, *filters, at="", **more):
+        tree = tc.WorkingTree(self.path(at), filters, **more)
+        self.addCleanup(lambda: tree.copy and tree.copy.close())
+        return tree
+
+    def paths(self, *filters, at=""):
+        """Paths of all but directories with something in them."""
+        tree = self.tree(*filters, at=at)
+        found = [entry.path for entry in tree.look().entries]
+        parents = {path.rpartition("/")[0] for path in found}
+        self.assertEqual(tree.left_out, [])
+        return [path for path in found if path not in parents]
+
+    def everything(self):
+        """What is below the top, by another way: {path: (kind, mode, content or target)}."""
+        found = {}
+        for folder, folders, files in os.walk(self.top):
+            for name in folders + files:
+                path = os.path.join(folder, name)
+                status = os.lstat(path)
+                if stat.S_ISLNK(status.st_mode):
+                    row = (tc.LINK, 0, os.readlink(path))
+                elif stat.S_ISDIR(status.st_mode):
+                    row = (tc.DIRECTORY, stat.S_IMODE(status.st_mode), "")
+                else:
+                    row = (tc.FILE, stat.S_IMODE(status.st_mode),
+                           hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest())
+                found[os.path.relpath(path, self.top)] = row
+        return found
+
+    def edit(self, rng):
+        """Change anything below the top."""
+        found = self.everything()
+        names = [*found, "x"]
+        name = rng.choice(["a", "b", "c.o", "build", "\udcff", "n\nl", "\u00e9", ".gitignore", "-"])
+        folder = rng.choice(["", *(path for path in found if found[path][0] == tc.DIRECTORY)])
+        path, kind = os.path.join(folder, name), rng.randrange(6)
+        if path in found and (kind or rng.random() < 0.5):
+            if found[path][0] == tc.DIRECTORY:
+                shutil.rmtree(self.path(path))
+            else:
+                os.unlink(self.path(path))
+        if kind == 1:
+            os.makedirs(self.path(path))
+        elif kind == 2:
+            target = rng.choice(names)
+            os.symlink(os.path.relpath(target, folder or "."), self.path(path))
+        elif kind > 2 and (kind > 4 or path not in found):
+            self.write(path, rng.choice([b"", b"*.o\n", b"/b\nbuild/\n", rng.randbytes(99)]),
+                       rng.choice([0o644, 0o755, 0o600]))
+
+    def test_whatever_is_there_goes_along(self):
+        rng = random.Random(1)
+        with mock.patch.object(tc, "RACY", 10**8):  # so that some hashes come from the cache
+            for _ in range(60):
+                self.edit(rng)
+                tree = self.tree(cache_path=self.hashes).look()
+                self.assertEqual({entry.path: (entry.kind, entry.mode, entry.content)
+                                  for entry in tree.entries}, self.everything())
+                tc.parse_tree(tree.manifest)
+
+    @needs_git
+    def test_in_a_work_tree_git_tells_what_belongs_to_it(self):
+        self.git("init", "-q")
+        rng = random.Random(2)
+        for step in range(60):
+            self.edit(rng)
+            if step % 7 == 0:
+                self.git("add", "-A")
+            if step % 13 == 0:
+                self.git("add", "-Af", ".")
+            if step % 20 == 7:
+                self.git("commit", "-qm", "x", "--allow-empty")
+            everything = {path: kind for path, (kind, *_) in self.everything().items()
+                          if not (path + "/").startswith(".git/")}
+            files = {os.fsdecode(path) for path in self.git(
+                "ls-files", "-z", "-co", "--exclude-standard").split(b"\0")}
+            ignored = subprocess.run(
+                ["git", "check-ignore", "-z", "--stdin"], cwd=self.top, capture_output=True,
+                input=b"\0".join(map(os.fsencode, everything))).stdout.split(b"\0")
+            expected = {path for path, kind in everything.items() if (
+                os.fsencode(path) not in ignored if kind == tc.DIRECTORY else path in files)}
+            for path in files & {*everything}:  # git knows directories by their files only
+                while path:
+                    expected.add(path)
+                    path = os.path.dirname(path)
+            expected -= {path for path, kind in everything.items()  # was a file when it was added
+                         if kind == tc.DIRECTORY and os.fsencode(path) in ignored and not any(
+                             name.startswith(path + "/") for name in files & {*everything})}
+            found = self.tree().look().entries
+            self.assertEqual({entry.path for entry in found}, expected, step)
+
+    @needs_git
+    def test_patterns_mean_what_they_mean_to_git(self):
+        self.git("init", "-q")
+        rng = random.Random(3)
+        parts = ["a", "b", "ab", "*", "?", "[ab]", "[!a]", "[^b]", "[a-c]", "[]a]", "[", "]", "\\",
+                 "\\*", "\\a", "!", "-", "[a-]", "[[:alpha:]]", "[z-a]", "[b-]c]", "[\\]]",
+                 "\u00e9"]
+        paths = set()
+        for _ in range(150):
+            path = "/".join("".join(rng.choices("abc*[]\\!-\u00e9", k=rng.randint(1, 3)))
+                            for _ in range(rng.randint(1, 4)))
+            with contextlib.suppress(OSError):
+                self.write(path)
+        for path in self.everything():
+            if path[:5] not in (".git", ".git/"):
+                paths.add(path)
+        matched = 0
+        for _ in range(60):
+            patterns = [rng.choice(["", "", "/", "!"]) + "/".join(
+                rng.choice(["**", "".join(rng.choices(parts, k=rng.randint(1, 3)))])
+                for _ in range(rng.randint(1, 3))) + rng.choice(["", "", "/"])
+                for _ in range(rng.randint(1, 4))]
+            pathlib.Path(self.path(".git/info/exclude")).write_text("\n".join(patterns) + "\n")
+            git = subprocess.run(
+                ["git", "check-ignore", "--no-index", "-z", "--stdin"], cwd=self.top,
+                input="\0".join(paths).encode(), capture_output=True).stdout.decode().split("\0")
+            tree = self.tree(*((True, pattern) for pattern in patterns))
+            ours = {path for path in paths if any(
+                tree.state(part.encode(), os.path.isdir(self.path(part)), False, False) is None
+                for part in itertools.accumulate(path.split("/"), "{}/{}".format))}
+            self.assertEqual(ours, {*filter(None, git)}, patterns)
+            matched += len(ours)
+        self.assertGreater(matched, 200)
+
+    @needs_git
+    def test_filters_come_after_git(self):
+        self.git("init", "-q")
+        self.write(".gitignore", b"build/\n*.o\n")
+        for name in ("src/a.c", "src/a.o", "build/x/lib", "build/y", "doc/b", "doc/c/d", "z.o"):
+            self.write(name)
+        self.git("add", "-A")
+        for filters, expected in (
+                ((), "doc/b doc/c/d src/a.c"),
+                (["-doc"], "src/a.c"), (["-doc/", "+doc/b"], "src/a.c"),  # as in .gitignore
+                (["-doc/*", "+doc/b"], "doc/b src/a.c"),
+                (["+doc/b", "-doc/*"], "doc src/a.c"),
+                (["-*.c", "+/src/**"], "doc/b doc/c/d src/a.c src/a.o"),
+                (["+build"], "build/x/lib build/y doc/b doc/c/d src/a.c"),
+                (["+build/x/", "-doc"], "build/x/lib src/a.c"),
+                (["+lib"], "build/x/lib doc/b doc/c/d src/a.c"),
+                (["-build", "+lib"], "doc/b doc/c/d src/a.c"),
+                (["+doc", "-!*.o"], "build/x doc/b doc/c/d src/a.c src/a.o z.o".replace(
+                    "build/x ", ""))):
+            with self.subTest(filters):
+                self.assertEqual(self.paths(*((rule[0] == "-", rule[1:]) for rule in filters)),
+                                 [".gitignore", *expected.split()])
+        self.assertIn(".git/HEAD", self.paths((False, ".git")))
+        self.assertEqual(self.paths(at="build"), ["x/lib", "y"])  # who names it, wants it
+        self.assertEqual(self.paths(at="build/x"), ["lib"])
+        self.assertEqual(self.paths(at="src"), ["a.c"])
+
+    @needs_git
+    def test_work_trees_in_a_work_tree_have_ignore_files_of_their_own(self):
+        for top, name in (("", "a"), ("in/side", "b"), ("other", "c")):
+            os.makedirs(self.path(top), exist_ok=True)
+            self.git("init", "-q", at=top)
+            self.write(os.path.join(top, ".gitignore"), name.encode() + b"\n")
+            for name in "abc":
+                self.write(os.path.join(top, name))
+        self.git("add", ".gitignore", at="other")
+        self.git("commit", "-qm", "x", at="other")
+        self.git("-c", "protocol.file.allow=always", "submodule", "add", "-q",
+                 self.path("other"), "module")
+        self.write("module/c")
+        expected = [".gitignore", ".gitmodules", "b", "c", "in/side/.gitignore", "in/side/a",
+                    "in/side/c", "module/.gitignore", "other/.gitignore", "other/a", "other/b"]
+        self.assertEqual(self.paths(), expected)
+        os.unlink(self.path(".git/index"))
+        with mock.patch.dict(os.environ, GIT_DIR=".git", GIT_INDEX_FILE="/no/such",
+                             GIT_WORK_TREE="/"):  # as in a hook of another repository
+            self.assertEqual(self.paths(), expected)
+        shutil.rmtree(self.path("in/side/.git"))
+        os.mkdir(self.path("in/side/.git"))
+        self.assertEqual(self.paths(), [path for path in expected if path != "in/side/a"])
+        tree = self.tree(at="in/side")
+        self.assertEqual([entry.path for entry in tree.look().entries], [".gitignore", *"abc"])
+        self.assertEqual(tree.left_out, [
+            f"{self.path('in/side')} has a .git that is no repository: all its files go along"])
+
+    @needs_git
+    def test_a_repository_that_only_the_environment_knows(self):
+        self.write("home/.gitignore", b"no\n")
+        self.write("home/sub/no")
+        self.write("home/sub/yes")
+        self.git("init", "-q", "--bare", "dots")
+        with mock.patch.dict(os.environ, GIT_DIR=self.path("dots"),
+                             GIT_WORK_TREE=self.path("home")):
+            self.assertEqual(self.paths(at="home"), [".gitignore", "sub/yes"])
+            self.assertEqual(self.paths(at="home/sub"), ["yes"])
+            self.assertEqual(tc.git_top(self.path("home/sub")), self.path("home"))
+            self.assertEqual(tc.git_top(self.path("dots")), "")
+
+    @needs_git
+    def test_git_that_is_missing_or_fails(self):
+        self.git("init", "-q")
+        self.write(".gitignore", b"a\n")
+        self.write("a")
+        with mock.patch.dict(os.environ, PATH="/nonexistent"):
+            tree = self.tree()
+            self.assertEqual(len(tree.look().entries), 2)
+        self.assertEqual(tree.left_out, [
+            "cannot run git (No such file or directory): files go along that git would ignore in "
+            + self.top])
+        self.write(".git/config", b"[nonsense")
+        with self.assertRaises(tc.SetupError) as raised:
+            self.tree().look()
+        self.assertRegex(str(raised.exception),
+                         f"^git cannot list {self.top}: fatal: bad config .*$")
+
+    def test_what_cannot_go_along_is_named(self):
+        os.mkfifo(self.path("fifo"))
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(self.path("socket"))
+        os.makedirs(self.path("d/e"))
+        for name, target in (("out", "../x"), ("abs", self.path("d")), ("d/e/ok", "../../d/./e"),
+                             ("d/out", "e/../../../x"), ("d/up", "../out/y"), ("loop", "loop"),
+                             ("back", f"../{os.path.basename(self.top)}/d"), ("d/gone", "none"),
+                             ("two", "d/e/ok/../../.."), ("d/two", "../two/d")):
+            os.symlink(target, self.path(name))
+        tree = self.tree()
+        self.assertEqual([entry.path for entry in tree.look().entries],
+                         ["d", "d/e", "d/e/ok", "d/gone", "loop"])
+        out, special = "this link leads out of the tree", "it is no file, directory or link"
+        self.assertEqual(tree.missing, {
+            "fifo": special, "socket": special, "abs": out, "back": out, "d/out": out, "d/two": out,
+            "d/up": out, "out": out, "two": out})
+        self.assertEqual(len(tree.left_out), tc.MAX_LEFT_OUT + 1)
+        self.assertEqual(tree.left_out[-1], "4 more are left out")
+
+    def test_what_cannot_be_read_is_left_out(self):
+        for name in ("a", "gone", "d/b", "e/c"):
+            self.write(name)
+        open_file, scan = os.open, os.scandir
+
+        def refuse(path, *rest, **more):
+            for name, code in (("a", errno.EACCES), ("gone", errno.ENOENT)):
+                if os.fsencode(path) == os.fsencode(self.path(name)):
+                    raise OSError(code, os.strerror(code))
+            return open_file(path, *rest, **more)
+
+        def refuse_directory(path):
+            if os.fsencode(path) == os.fsencode(self.path("d")):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return scan(path)
+
+        tree = self.tree()
+        with mock.patch.object(os, "open", refuse), mock.patch.object(
+                os, "scandir", refuse_directory):
+            self.assertEqual([entry.path for entry in tree.look().entries], ["e", "e/c"])
+        self.assertEqual(tree.left_out, ["d is left out: permission denied",
+                                         "a is left out: permission denied"])
+        with mock.patch.object(tc.WorkingTree, "ask_git"), self.assertRaises(tc.SetupError):
+            self.tree(at="none").look()
+
+    def test_a_tree_that_is_too_large(self):
+        for name, size in (("data/x", 500), ("data/y", 1500), ("z/s", 900), ("b", 30), ("c", 20)):
+            self.write(name, bytes(size))
+        self.assertEqual(self.tree(limit=2950).look().size, 2950)
+        with self.assertRaises(tc.UsageError) as raised, mock.patch.object(
+                tc.WorkingTree, "hash_file", side_effect=AssertionError("checked before")):
+            self.tree(limit=2949).look()
+        self.assertEqual(str(raised.exception), (
+            f"{self.top} has 3.0 kB in 5 files, the largest are data (2.0 kB), z (900 bytes), b "
+            f"(30 bytes): leave out what commands do not need with --exclude, or allow it with "
+            f"--sync-max 1G"))
+        with mock.patch.object(tc, "MAX_ENTRIES", 6), self.assertRaises(tc.UsageError) as raised:
+            self.tree().look()
+        self.assertIn("or more, and 6 may go along", str(raised.exception))
+
+    def test_the_stream_is_read_as_it_was_hashed(self):
+        rng = random.Random(4)
+        contents = {f"{name}/{number}": rng.randbytes(rng.choice([0, 1, 100, 5000]))
+                    for name in ("a", "b/c") for number in range(5)}
+        for name, content in contents.items():
+            self.write(name, content)
+        working = self.tree()
+        tree = working.look()
+        stream = tree.manifest + b"".join(contents.get(entry.path, b"") for entry in tree.entries)
+        self.assertEqual((working.seen, working.hashed), (13, tree.size))
+        for _ in range(100):
+            spans = [(rng.randrange(len(stream) + 10), rng.randrange(5000)) for _ in range(3)]
+            self.assertEqual(working.read(tree, spans, again=rng.random() < 0.1), b"".join(
+                stream[start:start + size] for start, size in spans))
+
+    def whole(self, tree):
+        return [(len(tree.manifest), tree.size)]
+
+    def test_files_that_change_are_served_from_a_copy(self):
+        for name in "abcdef":
+            self.write(name, name.encode() * 3)
+        working = self.tree()
+        first = working.look()
+        self.write("a", b"AAAA")
+        os.unlink(self.path("b"))
+        os.unlink(self.path("c"))
+        os.mkfifo(self.path("c"))
+        os.rename(self.path("d"), self.path("x"))
+        self.write("d", b"ddd")  # the same in another file
+        os.utime(self.path("d"), ns=(5, 5))
+        with self.assertRaises(tc.StaleFiles) as raised:
+            working.read(first, self.whole(first))
+        self.assertEqual(raised.exception.indexes, [0, 1, 2, 3])
+        self.assertEqual(working.read(first, [first.spans_of([4])[0]]), b"eee")
+        second = working.refresh(raised.exception.indexes)
+        self.assertEqual([entry.path for entry in second.entries], ["a", "d", "e", "f"])
+        self.assertEqual(second.entries[1:], first.entries[3:])
+        self.assertEqual(working.left_out, ["b is left out: no such file or directory",
+                                            "c is left out: it is no file any more"])
+        for number in range(3):
+            self.write("a", b"%d" % number)  # it converges
+            self.assertEqual(working.read(second, self.whole(second)), b"AAAAdddeeefff")
+        self.write("e", b"EEE")
+        third = working.refresh([2])
+        self.assertEqual(working.read(third, self.whole(third)), b"AAAAdddEEEfff")
+        with self.assertRaises(tc.StaleFiles):
+            working.read(second, self.whole(second))
+        same = working.refresh([3])
+        self.assertEqual(same.id, third.id)
+
+    def test_a_file_that_changes_while_it_is_read(self):
+        self.write("a", b"abc")
+        working = self.tree()
+        tree = working.look()
+        read = tc.OpenFile.read
+
+        def change(file, offset, size):
+            data = read(file, offset, size)
+            self.write("a", b"longer")
+            return data
+        with mock.patch.object(tc.OpenFile, "read", change), self.assertRaises(tc.StaleFiles):
+            working.read(tree, self.whole(tree))
+
+    def test_a_full_disk_has_no_room_for_copies(self):
+        self.write("a", b"abc")
+        working = self.tree()
+        working.look()
+        working.copy = mock.Mock()
+        working.copy.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+        with self.assertRaisesRegex(tc.SetupError, "^cannot copy a, which changes, to /.*: No "):
+            working.refresh([0])
+
+    def look_later(self, **more):
+        """Look when all files are old enough to be remembered. Returns the number hashed."""
+        tree, later = self.tree(cache_path=self.hashes), time.time_ns() + 10 * tc.RACY
+        hash_file = tree.hash_file
+        with mock.patch.object(time, "time_ns", lambda: later), mock.patch.object(
+                tree, "hash_file", side_effect=hash_file) as hashing:
+            self.looked = tree.look()
+            self.looking = tree
+        return hashing.call_count
+
+    def test_hashes_are_remembered(self):
+        for name in "abc":
+            self.write(name, name.encode())
+        self.tree(cache_path=self.hashes).look()  # too young to be sure
+        self.assertEqual([self.look_later(), self.look_later()], [3, 0])
+        tree = self.looked
+        self.assertEqual(tree.id, self.tree().look().id)
+        self.write("a", b"A")
+        os.utime(self.path("a"), ns=(tree.entries[0].mtime,) * 2)  # of the same size, too
+        os.unlink(self.path("b"))
+        self.assertEqual([self.look_later(), self.look_later()], [1, 0])
+        self.assertEqual([entry.content for entry in self.looked.entries],
+                         [hashlib.sha256(content).hexdigest() for content in (b"A", b"c")])
+        for wrong in (b"", b"[]", b"{", b'{"a": 7}', b'{"a": [1, 2, 3, 4, 5, "x"]}', b"\xff"):
+            pathlib.Path(self.hashes).write_bytes(wrong)
+            self.assertEqual([self.look_later(), self.look_later()], [2, 0], wrong)
+        with mock.patch.object(self, "hashes", "/dev/null/x"):
+            self.assertEqual([self.look_later(), self.look_later()], [2, 2])
+
+    def test_a_wrong_hash_is_found_when_a_worker_complains(self):
+        for name in "ab":
+            self.write(name, name.encode())
+        self.look_later()
+        known = json.loads(pathlib.Path(self.hashes).read_text())
+        known["a"][-1] = "0" * 64
+        pathlib.Path(self.hashes).write_text(json.dumps(known))
+        self.assertEqual(self.look_later(), 0)
+        tree, working = self.looked, self.looking
+        self.assertEqual(working.read(tree, self.whole(tree)), b"ab")
+        with self.assertRaises(tc.StaleFiles) as raised:
+            working.read(tree, self.whole(tree), again=True)
+        self.assertEqual(raised.exception.indexes, [0])
+        tree = working.refresh([0])
+        self.assertEqual(tree.entries[0].content, hashlib.sha256(b"a").hexdigest())
+        with mock.patch.object(working, "hash_file") as hashing:
+            self.assertEqual(working.read(tree, self.whole(tree), again=True), b"ab")
+            hashing.assert_not_called()  # once is enough, however often a worker asks
+        self.assertEqual(self.look_later(), 2)
+
+    def test_few_files_of_hashes_are_kept(self):
+        self.write("a")
+        directory = os.path.dirname(self.hashes)
+        os.mkdir(directory)
+        for number in range(tc.MAX_HASHES + 3):
+            path = os.path.join(directory, f"{number}.json")
+            pathlib.Path(path).touch()
+            os.utime(path, (number, number))
+        self.look_later()
+        self.assertEqual({*os.listdir(directory)}, {"tree.json", *(
+            f"{number}.json" for number in range(4, tc.MAX_HASHES + 3))})
+
+    def test_where_hashes_are(self):
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME="/cache"):
+            self.assertRegex(tc.hashes_path("/a"), "^/cache/testcloud/hashes/[0-9a-f]{16}.json$")
+            self.assertNotEqual(tc.hashes_path("/a"), tc.hashes_path("/b"))
+        with mock.patch.dict(os.environ, XDG_CACHE_HOME="", HOME="nowhere"):
+            self.assertEqual(tc.hashes_path("/a"), "")
+
+    def test_the_head_says_whose_tree_it_is(self):
+        heads = [tc.WorkingTree(top, head={"setup": "x"}).look().head for top in (
+            self.top, self.top + "/.", os.path.dirname(os.path.dirname(self.hashes)))]
+        self.assertEqual(heads[0], heads[1])
+        self.assertNotEqual(heads[0]["origin"], heads[2]["origin"])
+        self.assertEqual((heads[0]["name"], heads[0]["setup"]), (os.path.basename(self.top), "x"))
+        self.assertEqual(tc.origin_of("/")["name"], "tree")
+        self.assertEqual(tc.origin_of("/a/..b \n\u00e9" + "x" * 80)["name"],
+                         "..b___" + "x" * 34)
+        self.assertEqual(tc.origin_of("/a/...")["name"], "tree")
+
+
 # === Command line =====================================================================
 
 

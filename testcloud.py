@@ -12705,7 +12705,8 @@ class WorkingTree:
             sizes[entry.path.partition("/")[0]] += entry.size
         largest = ", ".join(f"{printable(name)} ({amount(part)})"
                             for name, part in sizes.most_common(3))
-        what = f"{printable(self.top)} has {amount(size)} in {len(self.entries)} files"
+        files = sum(entry.kind == FILE for entry in self.entries.values())
+        what = f"{printable(self.top)} has {amount(size)} in {files} files"
         if size <= self.limit:
             raise UsageError(f"{what} or more, and {MAX_ENTRIES} may go along: leave some out with "
                              f"--exclude (the largest: {largest})")
@@ -12726,21 +12727,21 @@ class WorkingTree:
             try:
                 with os.scandir(os.path.join(to_bytes(self.top), path)) as found:
                     listed = [*found]
-            except FileNotFoundError:
-                continue
             except OSError as error:
                 if not path:
                     raise SetupError(f"cannot read {printable(self.top)}: "
                                      f"{error.strerror}") from None
-                self.leave_out(to_text(path), error)
+                if error.errno != errno.ENOENT:
+                    self.leave_out(to_text(path), error)
                 continue
             if path:
                 self.add(Entry(to_text(path), DIRECTORY, mode, 0, "", 0), ignored)
                 if not ignored and not included and any(one.name == b".git" for one in listed):
                     self.ask_git(os.path.join(self.top, to_text(path)), "", to_text(path) + "/")
             self.seen += len(listed)
+            start = path + b"/" * bool(path)
             for one in listed:
-                inner = os.path.join(path, one.name)
+                inner = start + one.name
                 with contextlib.suppress(FileNotFoundError):
                     below = self.state(inner, one.is_dir(follow_symlinks=False), ignored, included)
                     if below is None:
@@ -12809,7 +12810,8 @@ class WorkingTree:
             environ = {name: value for name, value in os.environ.items()
                        if name not in REPOSITORY_VARIABLES}
         else:
-            environ = {**os.environ, "GIT_DIR": os.path.abspath(os.environ.get("GIT_DIR", ""))}
+            environ = {**os.environ, "GIT_WORK_TREE": root,
+                       "GIT_DIR": os.path.abspath(os.environ.get("GIT_DIR", ""))}
         inside = "" if inside == "." else inside + "/" * bool(inside)
         words = ["git", "-c", "core.fsmonitor=false", "--literal-pathspecs", "status", "-z",
                  "--porcelain", "--ignored=matching", "-uall", "--no-renames",
@@ -12825,8 +12827,9 @@ class WorkingTree:
             why = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
             if "not a git repository" not in why and "invalid gitfile" not in why:
                 raise SetupError(f"git cannot list {printable(root)}: {printable(why, 200)}")
-            self.notices.append(f"{printable(root)} has a .git that is no repository: all its "
-                                f"files go along")
+            if not prefix:  # else the work tree around it has told about its files
+                self.notices.append(f"{printable(root)} has a .git that is no repository: all its "
+                                    f"files go along")
             return
         for row in done.stdout.split(b"\0"):
             path = to_text(row[3:]).rstrip("/")
@@ -12940,15 +12943,17 @@ class WorkingTree:
         """Return the tree as it is now, after StaleFiles. Files that are not there any more leave
         it, and the others are served from copies from now on. Raises SetupError."""
         for index in indexes:
-            path = self.tree.entries[index].path
+            hashed = self.tree.entries[index]
+            path = hashed.path
             self.copies.pop(path, None)
-            if self.copy is None:
-                self.copy = tempfile.TemporaryFile()
-            start = self.copy.seek(0, os.SEEK_END)
             try:
+                self.copy = self.copy or tempfile.TemporaryFile()
+                start = self.copy.seek(0, os.SEEK_END)
                 self.hash_file(path, self.copy)
                 self.copy.flush()
                 self.copies[path] = start
+                if self.entries[path]._replace(mtime=hashed.mtime) == hashed:
+                    self.entries[path] = hashed  # so that the tree keeps its id
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise SetupError(f"cannot copy {printable(path)}, which changes, to "
