@@ -448,7 +448,7 @@ class TreeOfferTest(unittest.TestCase):
         self.assertEqual(self.offer.words(1.0), ["sending 12.3 of 52 MB to alpha"])
         self.offer.note_setup(1, "alpha", 2.0)
         self.assertEqual(self.offer.words(2.9), [])
-        self.assertEqual(self.offer.words(3.0), ["running the setup on alpha"])
+        self.assertEqual(self.offer.words(3.0), ["running the setup on alpha for 1 s"])
 
 
 class PathBelowTest(unittest.TestCase):
@@ -9760,10 +9760,12 @@ class ClientTreesTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Notice).text, "sending 12.3 of 80 MB to h")
         b.hear(tc.encode("QUEUED", {"tasks": [[1, 1]], "worker": "w", "preparing": tc.SETUP,
                                     "host": "h/1"}))
-        b.wait(tc.TRANSFER_INTERVAL / 2)
-        b.answer(slots=2, trees=True)
-        b.wait(tc.TRANSFER_INTERVAL / 2)
-        self.assertEqual(b.effect(tc.Notice).text, "running the setup on h")
+        for _ in range(int(tc.TRANSFER_INTERVAL) - 1):
+            b.wait(1.0)
+            b.answer(slots=2, trees=True)
+        b.quiet_but("HELLO")
+        b.wait(1.0)
+        self.assertEqual(b.effect(tc.Notice).text, "running the setup on h for 10 s")
 
     def test_old_brokers_and_workers(self):
         b = self.bench

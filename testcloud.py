@@ -1500,7 +1500,8 @@ class TreeOffer:
 
     def words(self, now: Seconds) -> List[str]:
         """Return what each host that needs longer than TRANSFER_NOTICE waits for, for people."""
-        return [f"running the setup on {one.host}" if one.setup else
+        return [f"running the setup on {one.host} for {duration(now - one.since, whole=True)}"
+                if one.setup else
                 f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.0f} MB to {one.host}"
                 for one in self.transfers.values()
                 if now >= one.since + TRANSFER_NOTICE and (one.setup or one.size)]
@@ -7075,8 +7076,8 @@ class Client(SessionMachine):
         if self.done_at <= self.now or len(self.done) >= MAX_DONE:
             self.send_done()
         self.effects += map(AnswerFetch, self.offer.next_requests())
-        if self.offer.transfers and not self.transfers_shown:
-            self.notice_at = min(self.notice_at, self.now + TRANSFER_NOTICE)
+        if self.offer.transfers and not self.transfers_shown and self.notice_at == math.inf:
+            self.notice_at = self.now + TRANSFER_NOTICE
         if self.left:
             return
         self.stop_rechecking()
