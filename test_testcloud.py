@@ -7962,6 +7962,14 @@ class RunnerTest(unittest.TestCase):
             self.assertIn(f"{path[:80]}", record.reason)
             self.assertIn(f" does not come back: {why}", record.reason)
 
+    def test_what_an_older_command_left_is_no_file_of_one_that_fails(self):
+        for make, exitcode, there in (("echo 1 > f", 1, True), ("exit 1", 1, False),
+                                      ("true", 0, True),  # as make, when all is up to date
+                                      ("touch f; kill -9 $$", 137, True)):
+            record, _, files = self.bring(make + f"; exit {exitcode}", "f")
+            self.assertEqual((record.exitcode, record.reason), (exitcode, ""))
+            self.assertEqual(files[0] is not None, there, make)
+
     def test_a_command_that_did_not_start_has_no_files(self):
         with open(os.path.join(self.dir, "old"), "w") as file:
             file.write("x")
@@ -11120,7 +11128,8 @@ class ReturnedFilesTest(unittest.TestCase):
             command = self.command("a", cwd="")
             self.part(command, [[0o644, 3]], data, offset)
             self.assertEqual(self.finish(command, [[0o644, 3]]), [])
-        self.assertEqual(self.told, [(True, "cannot write a: its worker sent only a part")] * 2)
+        self.assertEqual(self.told, [
+            (True, f"cannot write {self.top}/a: its worker sent only a part")] * 2)
         self.assertEqual(self.there(), {})
 
     def test_no_link_is_followed_or_replaced(self):
@@ -11141,7 +11150,7 @@ class ReturnedFilesTest(unittest.TestCase):
                 if size:
                     self.part(command, [[0o644, size]], b"x" * size)
                 self.assertEqual(self.finish(command, [[0o644, size]]), [])
-                self.assertIn(f"cannot write {path}: {why}", self.told.pop()[1])
+                self.assertIn(f"cannot write {self.top}/{path}: {why}", self.told.pop()[1])
         self.assertFalse(os.listdir(outside) or os.listdir(os.path.join(self.top, "inside")))
         self.assertEqual(len(os.listdir(self.top)), 5)
         self.assertEqual(self.files.unwritten, 10)
@@ -11156,7 +11165,8 @@ class ReturnedFilesTest(unittest.TestCase):
             self.part(command, rows, b"a")
         self.part(command, rows, b"abb", 1)
         self.assertEqual(self.finish(command, rows), ["b"])
-        self.assertEqual(self.told, [(True, "cannot write a: No space left on device")])
+        self.assertEqual(self.told, [
+            (True, f"cannot write {self.top}/a: No space left on device")])
         self.assertEqual(self.there(), {"b": (0o644, b"bb")})
 
     def test_missing_files_are_told_a_few_times_and_then_counted(self):

@@ -5228,34 +5228,50 @@ class OutputReader:
             enlarge_pipe(pipe)
 
 
-def with_files(record: ExitRecord, job: Job) -> ExitRecord:
-    """Append the files that a command shall bring back to its output. Return the record of both.
-    Why a file that is there does not come is a reason, also if the command has passed."""
-    returned: List[List[int]] = []
-    reason, cwd = record.reason, os.path.relpath(job.cwd or "/", job.top) if job.top else ".."
-    for path in job.returns:
-        returned.append([])
+class Returns:
+    """The files that a command brings back. Works in the thread of its slot."""
+
+    def __init__(self, job: Job) -> None:
+        """Look at the files before the command is started."""
+        self.job = job
+        cwd = os.path.relpath(job.cwd or "/", job.top) if job.top else ".."
+        self.paths = [path_below(cwd, path) for path in job.returns]
+        self.before = [self.signature(path) for path in self.paths]
+
+    def signature(self, path: str) -> Signature:
+        with contextlib.suppress(OSError), directory_below(self.job.top, path) as (folder, name):
+            return signature_of(os.stat(name, dir_fd=folder, follow_symlinks=False))
+        return ()
+
+    def append_to(self, record: ExitRecord) -> ExitRecord:
+        """Append the files to a command's output. Return the record of both. Why a file that is
+        there does not come is a reason, also if the command has passed."""
+        returned: List[List[int]] = []
+        reason = record.reason
+        for given, path, before in zip(self.job.returns, self.paths, self.before):
+            returned.append([])
+            try:
+                with directory_below(self.job.top, path) as (folder, name):
+                    returned[-1] = self.append(record, folder, name, before)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                reason = reason or f"{printable(given)} does not come back: {error.strerror}"
+        return record._replace(returned=returned, reason=reason)
+
+    def append(self, record: ExitRecord, folder: int, name: bytes, before: Signature) -> List[int]:
+        """Append a file. Return [mode, size], [] if it is an older command's. Raises OSError."""
+        file = open_no_link(name, os.O_RDONLY | os.O_NONBLOCK, folder)  # a FIFO would block
         try:
-            with directory_below(job.top, path_below(cwd, path)) as (folder, name):
-                returned[-1] = append_returned(record.output, job, folder, name)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            reason = reason or f"{printable(path)} does not come back: {error.strerror}"
-    return record._replace(returned=returned, reason=reason)
-
-
-def append_returned(output: Output, job: Job, folder: int, name: bytes) -> List[int]:
-    """Append a file of a directory to a job's output. Return [mode, size]. Raises OSError."""
-    file = open_no_link(name, os.O_RDONLY | os.O_NONBLOCK, folder)  # a FIFO would block
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        return [status.st_mode & 0o777,
-                output.append_file(file, status.st_size, lambda: not job.cancelled)]
-    finally:
-        os.close(file)
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            if record.exitcode and signature_of(status) == before:
+                return []  # an old report must not look like that of a command that crashed
+            return [status.st_mode & 0o777, record.output.append_file(
+                file, status.st_size, lambda: not self.job.cancelled)]
+        finally:
+            os.close(file)
 
 
 class Runner:
@@ -5415,6 +5431,7 @@ class Runner:
         """Run a job's command to its end. Return its record."""
         job.output = output = Output(job.limit, job.split)
         job.cwd = job.cwd and os.path.expanduser(job.cwd)
+        returns = Returns(job)
         wall, began = time.time(), time.monotonic()
         process = self.processes[job.key]
         try:
@@ -5431,7 +5448,7 @@ class Runner:
             reader.read_rest()
         output.end()
         record = self.exit_record(code, output, wall, began)
-        return with_files(record, job) if job.returns and not job.cancelled else record
+        return returns.append_to(record) if job.returns and not job.cancelled else record
 
     def exit_record(self, code: int, output: Output, wall: Seconds, began: Seconds) -> ExitRecord:
         """Return the record of an ended command. The code is that of Process.wait()."""
@@ -8377,15 +8394,16 @@ class ReturnedFiles:
         others.discard(attempt)
         written = []
         for (path, new), row in zip(self.files_of(command, attempt), rows):
+            full = os.path.join(self.top, path)
             try:
                 if row:
                     self.rename(new, path, *row)
-                    written.append(os.path.normpath(os.path.join(self.top, path)))
+                    written.append(full)
             except OSError as error:
                 others.add(attempt)
                 self.unwritten += 1
                 if self.unwritten <= NAMED_FAILURES:
-                    self.tell(f"cannot write {printable(path, 300)}: {error.strerror}", True)
+                    self.tell(f"cannot write {printable(full, 300)}: {error.strerror}", True)
         for other in others:
             self.drop(command, other)
         missing = missing_files(command.returns, result)
