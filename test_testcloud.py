@@ -15118,6 +15118,51 @@ class CommandLineTest(unittest.TestCase):
                                            "::::", log, log)[:2],
                          (0, "echo aa\necho ba\necho ab\necho bb\n"))
 
+    def test_a_directory_after_sync_is_not_taken_for_a_template(self):
+        home = os.getcwd()
+        self.addCleanup(os.chdir, home)
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            for name in ("src", "sub/dir", "test"):
+                os.makedirs(name)
+            for words, sync, template in (
+                    ("--sync pytest {}", "", ["pytest", "{}"]),
+                    ("--sync src pytest {}", "src", ["pytest", "{}"]),
+                    ("--sync . src", ".", ["src"]), ("--sync=src src", "src", ["src"]),
+                    ("--sync -- src", "", ["src"]), ("--sync -k src", "", ["src"]),
+                    ("--sync sub/dir", "sub/dir", []), ("--sync none/ x", "none/", ["x"]),
+                    ("--sync ./test", "./test", []), ("--sync=test test", "test", ["test"]),
+                    ("--sync", "", []), ("x", None, ["x"]), ("x --sync", None, ["x", "--sync"])):
+                with self.subTest(words):
+                    settings = tc.parse_with_own(["client", *words.split()])
+                    given = [word for word in settings.template if word != "--"]
+                    self.assertEqual((settings.sync, given), (sync, template))
+            with mock.patch.dict(os.environ, TESTCLOUD="--sync --exclude a"):
+                settings = tc.parse_with_own(["client", "--include", "b", "--exclude", "c", "x"])
+                self.assertEqual((settings.sync, settings.filters),
+                                 ("", [(True, "a"), (False, "b"), (True, "c")]))
+            status, out, err = self.main("client", "--sync", "test", "-f", "{}")
+            self.assertEqual((status, out), (2, ""))
+            self.assertIn("a directory and a command: write --sync=test, or --sync -- test", err)
+            self.assertIn("there is no such directory", self.main("client", "--sync", "none/")[2])
+
+    def test_a_list_of_what_would_go_along(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for path in (b"d/e", b"a\nb\xff", b"empty", b"c.o"):
+                path = os.path.join(os.fsencode(folder), path)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(b"12345")
+            os.unlink(os.path.join(folder, "empty"))
+            os.mkdir(os.path.join(folder, "empty"))
+            os.symlink("d", os.path.join(folder, "link"))
+            os.symlink("/", os.path.join(folder, "out"))
+            for more in (["--sync-max", "1"], ["pytest", "{}"]):
+                self.assertEqual(self.main_process(
+                    "client", f"--sync={folder}", "--sync-list", "--exclude", "*.o", *more),
+                    (0, "5\ta\\nb\\xff\n5\td/e\n0\tempty/\n0\tlink\n",
+                     "testcloud: out is left out: this link leads out of the tree\n"))
+
     def test_of_equal_commands_those_in_the_joblog_are_skipped(self):
         with tempfile.TemporaryDirectory() as folder:
             argv = ["client", "--local", "--resume", "--joblog", os.path.join(folder, "log"), ":::"]
@@ -15325,7 +15370,9 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "-j", "2"], ["client", "-C", ""], ["client", "--shell", ""],
                      ["client", "--resume"], ["client", "--return", "f", "x"],
                      ["client", "--sync", "--return", ""], ["client", "--sync", "--return", "{2}"],
-                     ["client", "--sync", "--fail-on-missing", "x"],
+                     ["client", "--sync", "--fail-on-missing", "x"], ["client", "--sync=", "x"],
+                     ["client", "--exclude", "x"], ["client", "--sync-max", "1G"],
+                     ["client", "--sync", "--include", ""],
                      ["client", "--joblog", ""], ["client", "--connect", ""],
                      ["client", "--key", ""],
                      ["client", "--expect", ""], ["client", "--expect", "1" * 39 + "g"],

@@ -13339,7 +13339,7 @@ def print_tree(settings: argparse.Namespace) -> int:
         for path, entry in sorted(tree.entries.items()):
             if path not in parents:  # a directory only if it is empty
                 end = "/" * (entry.kind == DIRECTORY)
-                out.write(to_bytes(f"{entry.size}\t{escape_command(path)}{end}\n"))
+                out.write(to_bytes(f"{entry.size}\t{escape_unprintable(path, '')}{end}\n"))
     return 0
 
 
