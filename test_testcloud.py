@@ -302,6 +302,7 @@ class TreesTest(unittest.TestCase):
                 "no manifest": b"nonsense", "no manifest: ": packed(7), "head": packed([7, []]),
                 "bytes": zlib.compress(b"[" + b" " * (tc.MAX_MANIFEST + 1)),
                 "is the limit": packed([{}, [0] * (tc.MAX_ENTRIES + 1)]),
+                "more": zlib.compress(b"," * (10 * tc.MAX_ENTRIES + 1)),  # not even parsed
                 "head is": packed([{"setup": 7}, []])}.items():
             with self.subTest(what), self.assertRaises(tc.TreeError) as raised:
                 tc.parse_tree(manifest)

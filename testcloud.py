@@ -1298,6 +1298,8 @@ def parse_tree(manifest: bytes) -> Tree:
         unpacked = unpacker.decompress(manifest, MAX_MANIFEST)
         if not unpacker.eof or unpacker.unused_data:
             raise TreeError(f"a manifest is at most {MAX_MANIFEST} bytes")
+        if unpacked.count(b",") > 10 * MAX_ENTRIES:  # 6 in each entry, and those in names
+            raise TreeError(f"it has more than the {MAX_ENTRIES} entries that are the limit")
         head, rows = load(unpacked.decode())
         if len(rows) > MAX_ENTRIES:
             raise TreeError(f"{len(rows)} entries, and {MAX_ENTRIES} is the limit")
