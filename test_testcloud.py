@@ -16462,6 +16462,107 @@ class ProcessesTest(unittest.TestCase):
         self.assertEqual(itself.wait(PATIENCE), 2)
 
 
+class ReturnTest(unittest.TestCase):
+    """Files that commands made in their workspace, and that come back."""
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.env = dict(os.environ, XDG_CACHE_HOME=os.path.join(self.cloud.dir, "cache"))
+        self.top = pathlib.Path(self.cloud.dir, "tree")
+        (self.top / "sub").mkdir(parents=True)
+
+    def start(self, commands, *options):
+        process = self.cloud.start("client", "--sync", str(self.top), *options, env=self.env,
+                                   stdin=subprocess.PIPE)
+        process.stdin.write("".join(f"{line}\n" for line in commands).encode())
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    def local(self, commands, *options):
+        process = self.start(commands, "--local", *options)
+        status, out = self.cloud.finish(process)
+        return status, out, self.cloud.err(process)
+
+    def there(self):
+        return sorted(str(path.relative_to(self.top)) for path in self.top.rglob("*"))
+
+    def test_files_come_back_to_their_places_whatever_the_exit_code(self):
+        status, out, err = self.local(
+            ["0", "3"], "--cwd", "sub", "--return", "r/{#}.xml", "--return", "../it's {}", "--json",
+            "mkdir -p r; echo {} > r/{#}.xml; chmod 640 r/*; touch \"../it's \"{}; exit {}")
+        rows = {row["exitcode"]: row["returned"] for row in map(json.loads, out.splitlines())}
+        self.assertEqual(rows, {code: [f"{self.top}/sub/r/{n}.xml", f"{self.top}/it's {code}"]
+                                for n, code in ((1, 0), (2, 3))})
+        self.assertEqual((status, self.there()), (
+            1, ["it's 0", "it's 3", "sub", "sub/r", "sub/r/1.xml", "sub/r/2.xml"]), err)
+        self.assertEqual((self.top / "sub/r/2.xml").read_text(), "3\n")
+        self.assertEqual(stat.S_IMODE((self.top / "sub/r/1.xml").stat().st_mode), 0o640)
+
+    def test_missing_files_are_named_and_may_fail_their_commands(self):
+        status, out, err = self.local(["a", "b"], "--return", "{}", "touch a; :")
+        self.assertEqual((status, "testcloud: touch a; : b made no b on " in err), (0, True), err)
+        os.unlink(self.top / "a")
+        status, out, err = self.local(
+            ["a", "b"], "--return", "{}", "--fail-on-missing", "touch a; :")
+        self.assertEqual((status, err), (1, ""))
+        self.assertRegex(out, "FAIL.1. touch a; : b .*\ntestcloud: it did not make b .--fail-on-m")
+        self.assertEqual(self.there(), ["a", "sub"])
+
+    def test_what_leads_out_neither_runs_nor_comes(self):
+        status, out, err = self.local(["../x", "/etc/passwd", "l/f", "l"], "--return", "{}",
+                                      "ln -sfn /etc l; touch {}; touch ran-{#}")
+        self.assertEqual(status, 1)
+        for path in ("../x", "/etc/passwd"):
+            self.assertIn(f"testcloud: --return {path} is no file below the directory of", out)
+        for path in ("l/f", "l"):
+            self.assertIn(f"testcloud: {path} does not come back: there is a link", out)
+        self.assertEqual(self.there(), ["sub"])
+
+    def test_a_file_that_cannot_be_written_is_named_in_the_end(self):
+        (self.top / "link").symlink_to(self.cloud.dir)
+        (self.top / "d").mkdir()
+        status, out, err = self.local(
+            ["d", "fine", "link/f"], "--return", "{}", "--exclude", "/d", "mkdir -p link; echo >")
+        self.assertEqual(status, 3)
+        self.assertIn("All commands successfully executed", out)
+        self.assertEqual(sorted(err.splitlines())[:2], [
+            f"testcloud: cannot write {self.top}/d: what is there is no regular file",
+            f"testcloud: cannot write {self.top}/link/f: there is a link in its path, or a file in "
+            "place of a directory"])
+        self.assertEqual(self.there(), ["d", "fine", "link", "sub"])
+
+    def test_a_large_file_crosses_a_cloud_in_parts(self):
+        size = 5 * tc.CHUNK_SIZE + 7
+        broker = self.cloud.broker()
+        worker = self.cloud.worker(broker, env=self.env)
+        status, out = self.cloud.finish(self.start(
+            ["x"], "--connect", broker.clients, "--return", "sub/big", "--return", "small",
+            f"echo > small; head -c {size} /dev/urandom | tee sub/big; :"))
+        self.assertEqual(status, 0, out[-300:] + self.cloud.err(worker))
+        big = (self.top / "sub/big").read_bytes()
+        self.assertEqual(len(big), size)
+        self.assertIn(naive_hash([(f"echo > small; head -c {size} /dev/urandom | tee sub/big; : x"
+                                   .encode(), 0, big)]), out)
+        self.assertEqual(self.there(), ["small", "sub", "sub/big"])
+
+    def test_an_interrupted_client_leaves_no_part_of_a_file(self):
+        size = 100 * 2**20
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, env=self.env)
+        client = self.start(["x"], "--connect", broker.clients, "--return", "big",
+                            f"truncate -s {size} big; :")
+        self.cloud.wait_for(lambda: "big" in self.there() or any(
+            name.startswith(tc.UNFINISHED) for name in self.there()), "the start of the file")
+        broker.send_signal(signal.SIGSTOP)
+        client.send_signal(signal.SIGINT)
+        status, _ = self.cloud.finish(client)
+        if status:  # else we came too late
+            self.assertEqual((status, self.there()), (130, ["sub"]))
+        else:
+            self.assertEqual((self.top / "big").stat().st_size, size)
+
+
 class WhatIsSaidTest(unittest.TestCase):
     """What comes to stderr, and where from the program runs."""
 
