@@ -8409,11 +8409,13 @@ class ReturnedFiles:
         for other in others:
             self.drop(command, other)
         missing = missing_files(command.returns, result)
-        if missing and self.tell_missing and not result.get("reason"):
+        reason = result.get("reason", "")
+        if missing and self.tell_missing and not (reason and result["exitcode"]):
             self.lacking += 1
             if self.lacking <= NAMED_FAILURES:
-                self.tell(f"{printable(command.cmd)} made no {printable(', '.join(missing), 300)} "
-                          f"on {printable(result.get('host', '?'))}", False)
+                names, host = printable(", ".join(missing), 300), printable(result.get("host", "?"))
+                self.tell(f"{printable(command.cmd)} brought no {names} from {host}"
+                          + (f": {printable(reason, 300)}" if reason else ""), False)
         return written
 
     def rename(self, new: str, path: str, mode: int, size: int) -> None:
@@ -8449,7 +8451,7 @@ class ReturnedFiles:
         if self.unwritten > NAMED_FAILURES:
             self.tell(f"cannot write {self.unwritten - NAMED_FAILURES} other files, either", True)
         if self.lacking > NAMED_FAILURES:
-            self.tell(f"{plural(self.lacking - NAMED_FAILURES, 'other command')} did not make all "
+            self.tell(f"{plural(self.lacking - NAMED_FAILURES, 'other command')} brought not all "
                       f"files of --return", False)
 
 
