@@ -8363,7 +8363,7 @@ class ReturnedFiles:
     def put_part(self, part: ReturnedPart) -> None:
         """Store the next part of the files' contents. An error is told by finish()."""
         _, attempts = self.begun.setdefault(part.command.id, (part.command, set()))
-        if part.offset == 0:
+        if part.offset == 0 and part.attempt in attempts:  # they begin anew
             self.drop(part.command, part.attempt)
         attempts.add(part.attempt)
         at, data = 0, memoryview(part.data)
