@@ -17530,6 +17530,74 @@ class OverHosts:
         self.assert_nobody_left(*self.NAMES, *wanted)
         return "\n".join(lines)
 
+    # --- the working tree goes along
+
+    def project(self, **files):
+        """A directory of the client with these files."""
+        top = self.path("project")
+        for name, content in files.items():
+            path = os.path.join(top, name.replace("__", "/"))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(content)
+        return top
+
+    def test_the_working_tree_goes_along(self):
+        top = self.project(data="one\n", sub__old="old\n")
+        commands = [f"(cd {self.cloud.dir}; {self.meet(2)}); pwd; cat data made; ls sub; "
+                    f"echo {n} > out-{n}" for n in (1, 2)]
+
+        def run():
+            status, out = self.client("alpha,beta", commands, "-j1", "--json", f"--sync={top}",
+                                      "--setup", "echo set up >> made", "--return", "out-{#}")
+            rows = self.rows(out)
+            self.assertEqual((status, {row["host"] for row in rows}), (0, {"alpha", "beta"}))
+            self.assertEqual(tc.read_text(f"{top}/out-1") + tc.read_text(f"{top}/out-2"), "1\n2\n")
+            places, outputs = zip(*(row["output"].split("\n", 1) for row in rows))
+            return places, {*outputs}
+        places, outputs = run()
+        self.assertEqual(outputs, {"one\nset up\nold\n"})
+        self.assertEqual(len({*places}), 2)
+        for name in ("out-1", "out-2", "sub/old"):
+            os.unlink(os.path.join(top, name))
+        self.project(data="two\n", sub__new="new\n")
+        again, outputs = run()  # in the same workspaces, where the tree has changed
+        self.assertEqual(outputs, {"two\nset up\nset up\nnew\n"})
+        self.assertEqual({*again}, {*places})
+        self.assert_nobody_left()
+
+    def test_a_host_whose_setup_fails_is_out_of_the_run(self):
+        top = self.project(data="x")
+        fails_on = "echo is this $PWD; [ ${{TEST_HOST##*/}} != {} ]".format
+        process = self.client("alpha,beta", ["true"] * 4, "-j1", "--json", f"--sync={top}",
+                              "--setup", fails_on("alpha"), wait=False)
+        status, out = self.cloud.finish(process)
+        self.assertEqual((status, {row["host"] for row in self.rows(out)}), (0, {"beta"}), out)
+        process = self.client("alpha", ["true"] * 4, f"--sync={top}", "--setup",
+                              "echo is this $PWD; exit 7", wait=False)
+        self.assertEqual(self.cloud.finish(process)[0], 3)
+        lines = self.cloud.err(process).splitlines()
+        at = lines.index("testcloud: host alpha is out of this run: the setup ended with exit "
+                         "code 7")
+        self.assertRegex(lines[at + 1], "^is this /.*/project-")
+        self.assertIn(f"testcloud: {tc.NONE_LEFT}", lines)
+
+    def test_a_client_is_killed_while_a_workspace_is_set_up(self):
+        top = self.project(data="x")
+        setup = (f"echo $PWD >> {self.path('places')}; "
+                 f"until [ -e {self.path('end')} ]; do sleep 0.02; done")
+        options = f"--sync={top}", "--setup", setup, "--json"
+        process = self.client("alpha", ["cat data"], *options, wait=False)
+        self.wait_for_text("places", "/")
+        process.kill()
+        process.wait(PATIENCE)
+        self.assert_nobody_left("alpha")
+        open(self.path("end"), "w").close()
+        status, out = self.client("alpha", ["cat data"], *options)
+        self.assertEqual((status, self.rows(out)[0]["output"]), (0, "x"))
+        places = tc.read_text(self.path("places")).split()
+        self.assertEqual(places, [places[0]] * 2)
+
     # --- a standing cloud
 
     def test_hosts_for_a_standing_cloud(self):
@@ -17553,6 +17621,105 @@ class OverHosts:
         worker.terminate()
         self.assertEqual(worker.wait(PATIENCE), 143)
         self.assert_nobody_left()
+
+
+class TreesOfProcessesTest(unittest.TestCase):
+    """Trees in a standing cloud, and on this machine alone."""
+
+    def setUp(self):
+        self.cloud = Cloud(self)
+        self.top = os.path.join(self.cloud.dir, "project")
+        os.mkdir(self.top)
+        self.write("data", "one\n")
+
+    def write(self, name, text):
+        with open(os.path.join(self.top, name), "w") as file:
+            file.write(text)
+
+    def env(self, name):
+        """The environment of a machine with a cache of its own."""
+        return dict(os.environ, XDG_CACHE_HOME=os.path.join(self.cloud.dir, name))
+
+    def test_over_chained_brokers_with_keys(self):
+        """The tree is larger than what is under way at once."""
+        self.write("large", "x" * 20_000_000)
+        key = ("--key", os.path.join(self.cloud.dir, "cloud.key"))
+        self.assertEqual(self.cloud.start("keygen", key[1]).wait(PATIENCE), 0)
+        loopback = ("127.0.0.1:0", "127.0.0.1:0")
+        upper = self.cloud.broker(*loopback, *key)
+        lower = self.cloud.broker(*loopback, "--upstream", upper.workers, *key)
+        for broker, name in ((upper, "a"), (lower, "b"), (lower, "c")):
+            self.cloud.worker(broker, "-j1", "--host", name, *key, env=self.env(name))
+        self.cloud.wait_for(lambda: sum(row["slots"] for row in self.status(
+            upper, *key)["workers"]) == 3, "three workers")
+        met = os.path.join(self.cloud.dir, "met")
+        os.mkdir(met)
+        command = (f"touch {met}/$TESTCLOUD_SEQ; until [ $(ls {met} | wc -l) = 3 ]; do sleep 0.02; "
+                   f"done; cat data; wc -c < large")
+        status, out = self.cloud.client(upper, [command] * 3, f"--sync={self.top}", "--json", *key)
+        rows = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual((status, {row["host"] for row in rows}), (0, {"a", "b", "c"}), out)
+        self.assertEqual({row["output"].replace(" ", "") for row in rows}, {"one\n20000000\n"})
+
+    def status(self, broker, *options):
+        return json.loads(self.cloud.finish(self.cloud.start(
+            "status", "--json", "--connect", broker.clients, *options))[1])
+
+    def test_on_this_machine(self):
+        status, out = self.cloud.finish(self.cloud.start(
+            "client", "--local", f"--sync={self.top}", "--json", "--return", "made/{}",
+            "--setup", "echo ready > ready", "cat data ready; mkdir made; echo {} > made/{}",
+            ":::", "x", env=self.env("here")))
+        self.assertEqual((status, json.loads(out)["output"]), (0, "one\nready\n"))
+        self.assertEqual(tc.read_text(os.path.join(self.top, "made", "x")), "x\n")
+        self.assertFalse(os.path.exists(os.path.join(self.top, "ready")))
+
+    def test_two_runs_at_once_have_a_workspace_each(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j2", env=self.env("w"))
+        places = os.path.join(self.cloud.dir, "places")
+        command = (f"echo $PWD >> {places}; until [ $(wc -l < {places}) -ge 2 ]; do sleep 0.02; "
+                   f"done; cat data")
+        options = f"--sync={self.top}", "--json"
+        clients = [self.cloud.client(broker, [command], *options, wait=False) for _ in range(2)]
+        self.assertEqual([self.cloud.finish(client)[0] for client in clients], [0, 0])
+        self.assertEqual(len({*tc.read_text(places).split()}), 2)
+        self.assertEqual(self.cloud.client(broker, [command], *options)[0], 0)
+        self.assertEqual(len({*tc.read_text(places).split()}), 2)  # one of them
+        rows = self.status(broker)["workers"]
+        self.assertGreater(rows[0]["cache"], 0)
+
+    def test_a_file_that_changes_after_it_was_hashed(self):
+        broker = self.cloud.broker()
+        client = self.cloud.client(broker, ["cat data gone"], f"--sync={self.top}", "--json",
+                                   wait=False)
+        self.write("gone", "")
+        self.cloud.wait_for(lambda: any(row["queued"] for row in self.status(broker)["clients"]),
+                            "the client's command")
+        self.write("data", "two\n")
+        self.cloud.worker(broker, env=self.env("w"))
+        _, out = self.cloud.finish(client)
+        self.assertTrue(json.loads(out)["output"].startswith("two\n"), out)
+
+    def test_a_worker_asks_only_for_trees_of_commands_that_it_has(self):
+        """Nor does a client send anything to another client's worker."""
+        broker = self.cloud.broker()
+        thief = self.cloud.dealer(broker.workers)
+        thief.send(b'READY {"name":"thief","join":1,"slots":0}')
+        self.assertTrue(thief.recv_multipart()[-1].startswith(b"OK"))
+        client = self.cloud.client(broker, ["cat data"], f"--sync={self.top}", wait=False)
+        self.cloud.wait_for(lambda: any(row["queued"] for row in self.status(broker)["clients"]),
+                            "the client's command")
+        for token in (b"", b"x" * 32):
+            thief.send_multipart([b"", token, tc.encode("FETCH", {
+                "id": 1, "attempt": 1, "offset": 0, "size": 9, "tree": "0" * 64})])
+        thief.send(b'READY {"name":"thief","beat":2,"slots":0}')
+        heard = [thief.recv_multipart()[-1]]
+        while not heard[-1].startswith(b"OK"):
+            heard.append(thief.recv_multipart()[-1])
+        self.assertFalse([line for line in heard if line.startswith(b"CHUNK")])
+        self.cloud.worker(broker, env=self.env("w"))
+        self.assertEqual(self.cloud.finish(client)[0], 0)
 
 
 class ViaTest(OverHosts, unittest.TestCase):

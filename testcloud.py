@@ -1504,7 +1504,8 @@ class TreeOffer:
         """Return what each host that needs longer than TRANSFER_NOTICE waits for, for people."""
         return [f"running the setup on {one.host} for {duration(now - one.since, whole=True)}"
                 if one.setup else
-                f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.0f} MB to {one.host}"
+                f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.{int(one.size < 10e6)}f} MB to "
+                f"{one.host}"
                 for one in self.transfers.values()
                 if now >= one.since + TRANSFER_NOTICE and (one.setup or one.size)]
 
