@@ -12730,7 +12730,7 @@ class WorkingTree:
         largest = ", ".join(f"{printable(name)} ({amount(part)})"
                             for name, part in sizes.most_common(3))
         files = sum(entry.kind == FILE for entry in self.entries.values())
-        what = f"{printable(self.top)} has {amount(size)} in {files} files"
+        what = f"{printable(self.top)} has {amount(size)} in {plural(files, 'file')}"
         if size <= self.limit:
             raise UsageError(f"{what} or more, and {MAX_ENTRIES} may go along: leave some out with "
                              f"--exclude (the largest: {largest})")
@@ -12848,9 +12848,12 @@ class WorkingTree:
                                 f"ignore in {printable(root)}")
             return
         if done.returncode:
-            why = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2].strip()
+            lines = done.stderr.decode("utf-8", "replace").split("\n")
+            fatal = [*filter(lambda line: line.startswith("fatal:"), lines), "fatal: no reason"][0]
+            fix = [line.strip() for line in lines if line.startswith("\tgit config")]
+            why = ": fix it with ".join([fatal, *fix[-1:]])
             if "not a git repository" not in why and "invalid gitfile" not in why:
-                raise SetupError(f"git cannot list {printable(root)}: {printable(why, 200)}")
+                raise SetupError(f"git cannot list {printable(root)}: {printable(why, 300)}")
             if not prefix:  # else the work tree around it has told about its files
                 self.notices.append(f"{printable(root)} has a .git that is no repository: all its "
                                     f"files go along")
