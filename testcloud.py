@@ -12516,6 +12516,7 @@ HASHERS = 4  # threads at most: hashlib lets others run, and one disk has not mu
 RACY: int = 2 * 10**9  # ns; a younger file may change again within the resolution of its times
 MAX_HASHES = 20  # files of hashes, one for each top; the oldest go
 MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
+NOT_A_FILE = "it is no file any more"
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
                         "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
@@ -12787,7 +12788,7 @@ class WorkingTree:
         name = path.rpartition(b"/")[2]
         if name == b".git" or name.startswith(UNFINISHED.encode()):
             ignored, included = True, False  # unless it is included by name
-        ignored = ignored or not included and path in self.ignored
+        ignored = ignored or path in self.ignored
         for rule in self.filters:
             if (is_directory or not rule.only_directories) and rule.matches(
                     path if rule.whole else name):
@@ -12860,11 +12861,9 @@ class WorkingTree:
             return
         for row in done.stdout.split(b"\0"):
             path = to_text(row[3:]).rstrip("/")
-            if row[:2] != b"!!":
-                continue
-            if inside.startswith(path + "/"):
-                return  # what is ignored itself was named by the user: take all of it
-            self.ignored.add(to_bytes(prefix + path[len(inside):]))
+            # a top that is ignored itself was named by the user: all of it goes along
+            if row[:2] == b"!!" and not inside.startswith(path + "/"):
+                self.ignored.add(to_bytes(prefix + path[len(inside):]))
 
     # --- hashing
 
@@ -12917,7 +12916,7 @@ class WorkingTree:
     def write_hashes(self, now: int) -> None:
         """Remember the hashes of files that were old enough at this time."""
         rows = {path: [*stamp, self.entries[path].content] for path, stamp in self.stamps.items()
-                if max(stamp[2:4]) < now - RACY and path not in self.copies}
+                if max(stamp[2:4]) < now - RACY}
         if not self.cache_path:
             return
         directory = os.path.dirname(self.cache_path)
@@ -12969,6 +12968,7 @@ class WorkingTree:
     def refresh(self, indexes: Iterable[int]) -> Tree:
         """Return the tree as it is now, after StaleFiles. Files that are not there any more leave
         it, and the others are served from copies from now on. Raises SetupError."""
+        now = time.time_ns()
         for index in indexes:
             hashed = self.tree.entries[index]
             path = hashed.path
@@ -12986,7 +12986,7 @@ class WorkingTree:
                     raise SetupError(f"cannot copy {printable(path)}, which changes, to "
                                      f"{tempfile.gettempdir()}: {error.strerror}") from None
                 self.leave_out(path, error)
-        self.write_hashes(time.time_ns())  # without those that were wrong
+        self.write_hashes(now)
         return self.make()
 
 
@@ -12995,13 +12995,18 @@ class OpenFile:
 
     def __init__(self, top: str, path: str) -> None:
         # should it be a FIFO or link by now, open() neither waits nor follows
-        self.file = os.open(os.path.join(to_bytes(top), to_bytes(path)),
-                            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self.file = os.open(os.path.join(to_bytes(top), to_bytes(path)),
+                                os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise OSError(errno.EINVAL, NOT_A_FILE) from None
+            raise
         status = os.fstat(self.file)
         self.stamp = stamp_of(status)
         if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise OSError(errno.EINVAL, "It is no file any more")
+            raise OSError(errno.EINVAL, NOT_A_FILE)
 
     def close(self) -> None:
         os.close(self.file)
