@@ -10558,7 +10558,7 @@ class ReportingTest(unittest.TestCase):
     def test_without_a_home_there_is_no_cache(self):
         with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": ""}), \
                 mock.patch.object(os.path, "expanduser", lambda path: path):
-            self.assertEqual(tc.timings_path(), "")
+            self.assertEqual(tc.cache_path("timings.json"), "")
         timings = tc.Timings("")
         timings.fresh = {"a": 1.0}
         timings.ended(None)
@@ -14434,6 +14434,15 @@ class WorkingTreeTest(unittest.TestCase):
         tree = tc.WorkingTree(self.path(at), filters, **more)
         self.addCleanup(lambda: tree.copy and tree.copy.close())
         return tree
+
+    def test_our_own_cache_stays_at_home(self):
+        """A home as tree would else take along its workspaces, with copies of itself."""
+        self.write(".cache/other/x")
+        self.write(".cache/testcloud/trees/home-1/y")
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": self.path(".cache")}):
+            self.assertEqual(self.paths(), [".cache/other/x"])
+            self.assertIn(".cache/testcloud/trees/home-1/y",
+                          self.paths((False, ".cache/testcloud")))
 
     def paths(self, *filters, at=""):
         """Paths of all but directories with something in them."""

@@ -5561,6 +5561,7 @@ MAX_SOURCES = 4  # other workspaces that are searched for a content, the latest 
 MAX_WRONG = 3  # times that a content may come with the wrong hash
 MAX_TICKS = 20  # ms to wait for the file system's clock
 NAME_LIMIT = 20  # characters: sockets in a workspace have paths of at most 108 bytes
+TREES_NAME = "trees"  # of the directory of all workspaces
 LOCK, STATE, PARTS, GONE_PREFIX = ".lock", ".state", ".new", ".gone-"
 SIGNATURE = 4  # numbers in a file's signature
 SECOND = 10**9  # ns
@@ -5580,14 +5581,15 @@ class NoWorkspace(Exception):
 # --- the directory of all workspaces
 
 
-def cache_directory() -> str:
+def cache_path(name: str) -> str:
+    """Return a path in our directory of what can be made anew; "" if the user has no home."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(os.path.abspath(cache), "testcloud", "trees")
+    return os.path.join(cache, "testcloud", name) if os.path.isabs(cache) else ""
 
 
 def cache_limit(given: int = 0, directory: str = "") -> int:
     """Return the bytes that all workspaces may take: `given`, or what suits the disk."""
-    directory = place = directory or cache_directory()
+    directory = place = directory or cache_path(TREES_NAME)
     while not os.path.isdir(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
     try:
@@ -6404,6 +6406,9 @@ class WorkspaceThread:
         self.tell(TreeFailed(why))
 
     def open_cache(self) -> CacheDirectory:
+        if not self.space.directory:
+            raise NoWorkspace("there is no place for workspaces, as this user has no home: set "
+                              "XDG_CACHE_HOME on this host")
         if self.cache is None:
             self.cache = CacheDirectory(self.space.directory, make=True)
         return self.cache
@@ -6498,7 +6503,7 @@ class Workspaces:
     def __init__(self, limit: int, told: Callable[[Run, TreeEvent], None],
                  directory: str = "") -> None:
         self.limit, self.told = limit, told
-        self.directory = directory or cache_directory()
+        self.directory = directory or cache_path(TREES_NAME)
         self.used = 0  # bytes of all workspaces
         self.threads: Dict[Run, WorkspaceThread] = {}
         with contextlib.suppress(OSError), CacheDirectory(self.directory) as cache:
@@ -12623,9 +12628,9 @@ def git_top(path: str) -> str:
 
 def hashes_path(top: str) -> str:
     """Return the file that remembers the hashes of a tree; "" if we have no home."""
-    known = timings_path()
+    directory = cache_path("hashes")
     name = hashlib.sha256(to_bytes(os.path.realpath(top))).hexdigest()[:16]
-    return known and os.path.join(os.path.dirname(known), "hashes", f"{name}.json")
+    return directory and os.path.join(directory, f"{name}.json")
 
 
 def origin_of(top: str) -> Fields:
@@ -12742,6 +12747,9 @@ class WorkingTree:
 
     def scan(self) -> None:
         """List the tree without the contents of files. Raises SetupError."""
+        ours = os.path.realpath(cache_path("")) if cache_path("") else ""
+        if ours.startswith(self.top + "/"):  # workspaces in the tree would take each other along
+            self.ignored.add(to_bytes(os.path.relpath(ours, self.top)))
         top = git_top(self.top)
         if top:
             self.ask_git(top, os.path.relpath(self.top, top))
@@ -13394,16 +13402,10 @@ def earlier_run(settings: argparse.Namespace) -> EarlierRun:
     return EarlierRun(rows, settings.resume_failed)
 
 
-def timings_path() -> str:
-    """Return the file that remembers how long commands took; "" if we have no home."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "testcloud", "timings.json") if os.path.isabs(cache) else ""
-
-
 def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
     """Return the seconds that commands took, as far as is known. Raises SetupError."""
     if not settings.timings:
-        return read_timings(timings_path())
+        return read_timings(cache_path("timings.json"))
     with file_errors("read", settings.timings):
         return {row.command: row.seconds for row in read_joblog(settings.timings)}
 
@@ -13590,7 +13592,7 @@ class ClientRun:
         self.files = ReturnedFiles(self.top or "", self.tell, not settings.fail_on_missing)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
-            Timings(timings_path())], self.files if settings.returns else None)
+            Timings(cache_path("timings.json"))], self.files if settings.returns else None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
             ReturnedPart: self.files.put_part, ProvisionalResult: reports.keep,
