@@ -19478,8 +19478,83 @@ class Speed:
             raise ValueError(f"hosts by their number of commands: {wrong}\n{tc.read_text(log)}")
         return spent, used
 
+    def working_tree(self, files, size):
+        """A new tree: its top, and the environment of its client."""
+        top = os.path.join(self.cloud.dir, f"tree-{files}")
+        for n in range(files):
+            path = os.path.join(top, f"directory-{n // 100}", f"file-{n}")
+            if n % 100 == 0:
+                os.makedirs(os.path.dirname(path))
+            with open(path, "wb") as file:
+                file.write(random.randbytes(size))
+        return top, {**os.environ, "XDG_CACHE_HOME": os.path.join(self.cloud.dir, "cache")}
+
+    def trees(self):
+        """A working tree to a host by ssh: all processes are on this machine."""
+        if not all(Sshd.PROGRAMS) or not shutil.which("rsync"):
+            yield "a tree to a host by ssh", "", "sshd or rsync is not installed"
+            return
+        sshd = Sshd(self.cloud, ["alpha"])
+        yield from self.tree_against_rsync(sshd, 10_000, 20_000, ">= 1 x")
+        yield from self.tree_against_rsync(sshd, 200_000, 100, "")
+
+    def tree_against_rsync(self, sshd, files, size, goal):
+        top, env = self.working_tree(files, size)
+        copy, path = os.path.join(self.cloud.dir, "copy"), os.path.join(top, "directory-0/file-0")
+        ours = self.client("-S", "1/alpha", "--ssh", sshd.ssh, "--sync", top)
+        theirs = ["rsync", "-a", "-e", sshd.ssh, f"{top}/", f"alpha:{copy}"]
+
+        def first(argv, lines, *known):
+            for path in known:
+                shutil.rmtree(path, ignore_errors=True)
+            os.sync()  # else one writes to the disk what the other has left in memory
+            return wall(argv, lines, env=env)
+
+        def second(argv, lines):
+            with open(path, "wb") as file:
+                file.write(random.randbytes(size))
+            return wall(argv, lines, env=env)
+        found = self.ratio(
+            lambda: first(ours, ["true"], env["XDG_CACHE_HOME"], sshd.path("home/.cache")),
+            lambda: first(theirs, (), copy))
+        yield (f"{files} files, {files * size / 1e6:.0f} MB to a host by ssh, against rsync", goal,
+               f"{found:.2f} x")
+        found = self.ratio(lambda: second(ours, ["true"]), lambda: second(theirs, ()))
+        yield "    again, one file changed", goal, f"{found:.2f} x"
+        shutil.rmtree(top)
+
+    def memory_of_trees(self):
+        broker, peaks = self.cloud.broker(), Counter()
+        top, env = self.working_tree(10_000, 20_000)
+        worker = self.cloud.inner(self.cloud.worker(broker, env=env))
+        client = self.cloud.start("client", "-b", "--connect", broker.clients, "--sync", top,
+                                  "true", ":::", "", env=env)
+        while client.poll() is None:
+            peaks["client"] = peak_memory(client.pid) or peaks["client"]
+            time.sleep(0.01)
+        peaks.update(broker=peak_memory(broker.pid), worker=peak_memory(worker))
+        for name, peak in peaks.items():
+            yield (f"10000 files, 200 MB by TCP: peak of the {name}", "< 120 MB",
+                   f"{peak / 1024:.0f} MB")
+
+    def commands_with_tree(self):
+        top, env = self.working_tree(10, 1000)
+        broker, lines = self.cloud.broker(), ["true"] * self.commands
+        self.cloud.worker(broker, "-j", "2", env=env)
+        ways = [("in a standing cloud", ["--connect", broker.clients])]
+        if all(Sshd.PROGRAMS):
+            ways.append(("on a host by ssh", ["-S", "2/alpha", "--ssh",
+                                              Sshd(self.cloud, ["alpha"]).ssh]))
+        for where, how in ways:
+            wall(self.client(*how, "--sync", top), ["true"], env=env)
+            found = self.ratio(
+                lambda how=how: wall(self.client(*how, "--sync", top), lines, env=env),
+                lambda how=how: wall(self.client(*how), lines, env=env))
+            yield f"true with --sync {where}, against without", ">= 1 x", f"{found:.2f} x"
+
     FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, growth,
-               latency, long_among_short, bulk, encryption, by_ssh, many_hosts)
+               latency, long_among_short, bulk, encryption, by_ssh, many_hosts, trees,
+               memory_of_trees, commands_with_tree)
 
 
 class Dummies:
