@@ -355,6 +355,18 @@ class TreeFetcherTest(unittest.TestCase):
         self.assertEqual(self.take(), [([(100 + tc.FETCH_AHEAD * size, size)], {})])
         self.assertEqual(self.accept(100, size), [])  # it comes twice
 
+    def test_who_has_nothing_more_to_ask_for_tells_what_has_come(self):
+        """Else the client would hold back the rest: it cannot know that there is room."""
+        self.fetcher.fetch([(0, 2 * tc.CHUNK_SIZE)], 0.0)
+        self.take()
+        self.accept(0, tc.CHUNK_SIZE)
+        self.assertEqual(self.take(), [])
+        self.fetcher.stored(0.0)
+        self.assertEqual(self.take(), [([], {})])
+        self.accept(tc.CHUNK_SIZE, tc.CHUNK_SIZE)
+        self.fetcher.stored(0.0)  # the client sends no more
+        self.assertEqual(self.take(), [])
+
     def test_short_spans_share_a_request(self):
         spans = [(10 * n, 3) for n in range(tc.MAX_SPANS + 1)]
         self.fetcher.fetch(spans, 0.0)
@@ -424,6 +436,17 @@ class TreeOfferTest(unittest.TestCase):
         self.offer.forget(2)
         self.offer.forget(3)
         self.assertEqual(self.offer.on_way, 0)
+
+    def test_a_worker_may_only_tell_what_it_has_got(self):
+        for id in (1, 2, 3):
+            for number in range(tc.FETCH_AHEAD):
+                self.ask(id, number)
+        self.answered()
+        self.assertEqual(self.answered(), [])
+        self.ask(2, 0, got=tc.CHUNK_SIZE, size=0)
+        self.assertEqual(len(self.answered()), 1)
+        self.ask(2, 0, got=tc.CHUNK_SIZE, size=0)
+        self.assertEqual(self.answered(), [])
 
     def test_each_worker_gets_one_answer_whatever_is_under_way(self):
         self.offer.on_way = 0
@@ -6945,6 +6968,29 @@ class WorkerTreesTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Start).job.cwd, "/ws")
         b.expect("QUEUED", tasks=[[3, 1]], preparing=None)
         b.quiet()
+
+    def test_a_client_hears_all_that_has_come(self):
+        """Of the manifest, too, and of what came with the wrong hash."""
+        b, tree, size = self.bench, self.TREE, len(self.TREE.manifest)
+        for limit in (mock.patch.object(tc, "CHUNK_SIZE", size - 1),
+                      mock.patch.object(tc, "FETCH_AHEAD", 1)):
+            limit.start()
+            self.addCleanup(limit.stop)
+        self.give(1)
+        b.effect(tc.FindTree)
+        self.told(tc.TreeUnknown())
+        b.expect("QUEUED")
+        b.expect("FETCH", offset=0, got=0, of=None)
+        self.chunk(tree.manifest[:-1])
+        b.expect("FETCH", offset=size - 1, size=1, got=size - 1, of=None)
+        self.chunk(tree.manifest[-1:], offset=size - 1)
+        b.effect(tc.FillTree)
+        self.told(tc.TreePlanned([(size, 3), (size + 3, 2)]))
+        b.expect("FETCH", offset=size, got=0, of=5, anew=True)
+        self.chunk(b"12345", offset=size)
+        self.told(tc.TreeWrong([(size, 3)]))
+        self.told(tc.TreeStored())
+        b.expect("FETCH", offset=size, size=3, got=5, of=8, again=True, anew=None)
 
     def test_a_setup_runs_before_the_commands_and_takes_no_slot(self):
         b = self.bench

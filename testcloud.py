@@ -1344,7 +1344,8 @@ class TreeFetcher:
     """Fetches spans of a tree's stream, in order: a worker's end of the transfer.
 
     At most FETCH_AHEAD requests are under way, or have answers that are not stored yet. After
-    TREE_TIMEOUT they are sent again. `ask(spans, flags)` sends a FETCH with these flags."""
+    TREE_TIMEOUT they are sent again. `ask(spans, flags)` sends a FETCH with these flags, which
+    tells the client what has come."""
 
     def __init__(self, ask: Callable[[List[Span], Fields], None]) -> None:
         self.ask = ask
@@ -1399,7 +1400,10 @@ class TreeFetcher:
     def stored(self, now: Seconds) -> None:
         """Note that an answer was stored."""
         self.unstored = max(0, self.unstored - 1)  # stop() may have come first
+        before = len(self.asked)
         self.request(now)
+        if 0 < len(self.asked) == before:
+            self.ask([], {})  # ask for nothing: the client must know that the answer has come
 
     def repeat(self, now: Seconds) -> None:
         """Send the requests again: they, or their answers, may be lost."""
@@ -1440,7 +1444,7 @@ class TreeOffer:
     """Answers the requests for a tree, by turns: a client's end of its transfers.
 
     Answers of at most OFFERED_AHEAD bytes are on their way to all workers together, or one to
-    each. A worker that asks for more has got the earlier ones."""
+    each. The worker's next FETCH tells how much of that it has got."""
 
     def __init__(self) -> None:
         self.tree: Optional[Tree] = None  # None: it is not known yet, or any more
@@ -1457,7 +1461,8 @@ class TreeOffer:
             transfer.requests.clear()
         self.settle_answers(transfer, got - transfer.got)
         transfer.got = got
-        transfer.requests.append(fields)
+        if fields["size"]:
+            transfer.requests.append(fields)
 
     def settle_answers(self, transfer: Transfer, size: float) -> None:
         """Take answers of so many bytes as received."""
@@ -4106,8 +4111,8 @@ class TreeUse:
         self.release_at: Seconds = math.inf
 
     def fields(self) -> Fields:
-        """Return how far a transfer is, for people."""
-        return {"got": self.got, "of": self.size} if self.state == FILLING else {}
+        """Return how far a transfer is. People see it while the workspace is filled."""
+        return {"got": self.got, **({"of": self.size} if self.state == FILLING else {})}
 
     def is_idle(self) -> bool:
         """Return whether nothing happens in its workspace: no command, no setup, and no event of
@@ -4392,8 +4397,8 @@ class Worker(SessionMachine):
             more = {"spans": spans} if len(spans) > 1 else {}
             self.say(BROKER, b"", use.run, "FETCH", {
                 "id": job.key[1], "attempt": job.key[2], "tree": use.tree, "host": self.host,
-                "offset": spans[0][0], "size": total_size(spans), **more, **flags,
-                **({"got": use.got, "of": use.size} if use.state == FILLING else {})})
+                "offset": spans[0][0] if spans else 0, "size": total_size(spans), **more, **flags,
+                **use.fields()})
 
     def on_chunk(self, message: Message) -> None:
         use, fields, data = self.uses.get(message.token), message.fields, message.data
@@ -4432,11 +4437,12 @@ class Worker(SessionMachine):
             use.fetcher.fetch([(0, use.size)], now)
         elif isinstance(event, TreePlanned):
             use.state, use.size, use.got = FILLING, total_size(event.spans), 0
+            use.fetcher.stop()  # its next request tells that `got` begins anew
             use.fetcher.fetch(event.spans, now)
         elif isinstance(event, TreeStored):
             use.fetcher.stored(now)
         elif isinstance(event, TreeWrong):
-            use.got -= total_size(event.spans)
+            use.size += total_size(event.spans)  # its client counts on a `got` that only grows
             use.fetcher.fetch_again(event.spans, now)
         elif isinstance(event, TreeFailed):
             use.state, use.why = FAILED, event.why
