@@ -54,7 +54,7 @@ import types
 import unittest
 import xml.etree.ElementTree as ET
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from unittest import mock
 
 import testcloud as tc
@@ -4706,6 +4706,8 @@ class Actor:
         self.line = OrderedDict()  # a worker's jobs that are to be started
         self.began = {}  # (run, id, attempt) > when it started it, by its clock
         self.start_deadline = -math.inf  # when that may be done, by its clock
+        self.files = {}  # of a worker: run > SimFiles
+        self.source = None  # of a client with a tree: SimSource
         self.wire = None  # to its broker
         self.peers = {}  # (link, peer) > Wire, if it is a broker
         self.wants = None  # (broker's Actor, link) it connects to
@@ -4840,6 +4842,206 @@ def stream_link(stream, end, machine, *arguments):
     return link
 
 
+class SimSource:
+    """The working directory of a simulated client."""
+
+    NAMES = ("a", "b", "d/a", "d/b", "d/c")
+
+    def __init__(self, r, head):
+        self.r = r
+        self.head = head
+        self.files = {path: self.content() for path in r.sample(self.NAMES, r.randint(0, 5))}
+        self.sly = {}  # path > content: changes that nobody sees who does not hash
+
+    def content(self):
+        return bytes(self.r.choices(b"xyz", k=self.r.choice([0, 3, 40, 300])))
+
+    def edit(self):
+        path = self.r.choice(self.NAMES)
+        if path not in self.files or self.r.random() < 0.6:
+            self.files[path] = self.content()
+        elif self.r.random() < 0.5:
+            del self.files[path]
+        elif self.files[path]:
+            self.sly[path] = bytes(reversed(self.files[path])) + b"!"
+
+    def look(self):
+        """Return the tree, and what it is to be in a workspace: contents by path."""
+        self.files.update(self.sly)
+        self.sly.clear()
+        parents = {path.rpartition("/")[0] for path in self.files} - {""}
+        entries = [*map(directory_entry, parents), link_entry("link", "a"),
+                   *(file_entry(path, content) for path, content in self.files.items())]
+        return tc.make_tree(self.head, entries), {
+            **dict.fromkeys(parents), "link": "a", **self.files}
+
+    def read(self, tree, spans, again):
+        """Return the bytes of these spans of the stream; None if a file is not what was hashed."""
+        data = b""
+        for offset, size in spans:
+            data += tree.manifest[offset:offset + size]
+            for index, at, part in tree.pieces_of([(offset, size)]):
+                path, content = tree.entries[index].path, tree.entries[index].content
+                now = self.files.get(path, b"")
+                if hashlib.sha256(now).hexdigest() != content or again and path in self.sly:
+                    return None
+                data += self.sly.get(path, now)[at:at + part]
+        return data
+
+
+class SimSpace:
+    """A workspace on a simulated host."""
+
+    def __init__(self, path, owner):
+        self.path = path
+        self.owner = owner  # whose trees it may have
+        self.user = None  # the SimFiles of the run that uses it
+        self.manifest = b""  # of the tree that it has, or shall get
+        self.files = {}  # contents by path, as in SimSource.look()
+        self.half = False  # some are missing
+        self.passed = None  # what setup has passed here
+        self.noted = None  # what it has noted of that
+
+
+class SimFiles:
+    """A run's workspace at a simulated worker. It does one thing after the other, each after a
+    while, and ends with its worker's process. What is on the host's disk stays."""
+
+    def __init__(self, world, actor, run):
+        self.world, self.actor, self.run = world, actor, run
+        self.generation = actor.generation
+        self.last = 0.0  # when the latest thing is done
+        self.space = self.tree = None
+        self.missing = {}  # index of an entry > what has come of its content
+        self.wrong = Counter()  # how often it came wrong
+
+    def carry_out(self, effect):
+        world, r = self.world, self.world.r
+        self.last = max(self.last, world.now) + r.choice([0, 0.001, 0.1, 1.0]) * r.random()
+
+        def work(machine):
+            for event in getattr(self, type(effect).__name__)(effect):
+                world.say(self.actor.name, "has", event)
+                world.seen[type(event).__name__] += 1
+                machine.tree_told(self.run, event, self.actor.clock(world.now))
+        world.at(self.last, lambda: world.do(self.actor, self.generation, work))
+
+    def free_spaces(self):
+        """Those that this run may take; its own if it has one."""
+        owner = self.world.owner_of(self.run)
+        return [self.space] if self.space else [
+            space for space in self.world.spaces[self.actor.host]
+            if space.owner == owner and space.user is None]
+
+    def take(self, space):
+        assert space.user in (None, self), "two runs in one workspace"
+        self.space, space.user = space, self
+
+    def FindTree(self, effect):
+        for space in self.free_spaces():
+            if hashlib.sha256(space.manifest).hexdigest() == effect.id:
+                self.take(space)
+                self.world.seen["known tree"] += 1
+                return self.plan()
+        return [tc.TreeUnknown()]
+
+    def FillTree(self, effect):
+        spaces, owner = self.world.spaces[self.actor.host], self.world.owner_of(self.run)
+        free = self.free_spaces()
+        if not free:
+            free = [SimSpace(f"/{self.actor.host}/{len(spaces)}", owner)]
+            spaces += free
+        self.world.seen["second workspace"] += len(spaces) > 1
+        self.take(free[0])
+        self.space.manifest = effect.manifest
+        return self.plan()
+
+    def plan(self):
+        """Remove what the tree has not, and find out what is missing."""
+        world, space = self.world, self.space
+        self.check_nothing_runs()
+        if self.actor.host in world.full_hosts:
+            return [tc.TreeFailed("no room")]
+        self.tree = tree = tc.parse_tree(space.manifest)
+        seen, self.missing, asked = world.contents[self.actor.host, space.owner], {}, set()
+        for index, entry in enumerate(tree.entries):
+            if entry.size and entry.content not in seen and entry.content not in asked:
+                self.missing[index] = bytearray()
+                asked.add(entry.content)
+        world.seen["half a workspace"] += bool(self.missing) and space.half
+        space.half = bool(self.missing)
+        space.files = {entry.path: self.content_of(entry) for entry in tree.entries
+                       if not entry.size or entry.content in seen}
+        return [tc.TreePlanned(tree.spans_of(self.missing)), *self.complete()]
+
+    def content_of(self, entry):
+        if entry.kind != tc.FILE:
+            return entry.content or None
+        seen = self.world.contents[self.actor.host, self.space.owner]
+        return seen[entry.content] if entry.size else b""
+
+    def PutTree(self, effect):
+        self.check_nothing_runs()
+        world, tree, at, wrong = self.world, self.tree, 0, []
+        seen = world.contents[self.actor.host, self.space.owner]
+        assert tc.total_size(effect.spans) == len(effect.data)
+        for index, offset, size in tree.pieces_of(effect.spans):
+            part, entry = self.missing[index], tree.entries[index]
+            assert len(part) == offset, "contents out of turn"
+            part += effect.data[at:at + size]
+            at += size
+            if len(part) < entry.size:
+                continue
+            if hashlib.sha256(part).hexdigest() == entry.content:
+                seen[entry.content] = bytes(part)
+                del self.missing[index]
+                came = world.came[self.actor.name, self.run]
+                assert not world.calm or entry.content not in came, "it came twice"
+                came.add(entry.content)
+            else:
+                part.clear()
+                self.wrong[index] += 1
+                wrong.append(index)
+        assert at == len(effect.data), "what was not asked for"
+        if wrong and max(self.wrong.values()) > 2:
+            return [tc.TreeStored(), tc.TreeFailed("it keeps changing")]
+        return [*([tc.TreeWrong(tree.spans_of(wrong))] if wrong else ()), tc.TreeStored(),
+                *([] if wrong else self.complete())]
+
+    def complete(self):
+        if self.missing:
+            return []
+        space, head = self.space, self.tree.head
+        space.files = {entry.path: self.content_of(entry) for entry in self.tree.entries}
+        space.half = False
+        need = head["setup"] and space.noted != setup_key(self.tree)
+        return [tc.TreeReady(space.path, head["setup"] if need else "")]
+
+    def EndSetup(self, effect):
+        assert self.space.passed == setup_key(self.tree)
+        self.space.noted = setup_key(self.tree)
+        return []
+
+    def ReleaseTree(self, effect):
+        self.check_nothing_runs()
+        self.leave()
+        return [tc.TreeReleased()]
+
+    def leave(self):
+        if self.space:
+            self.space.user = self.space = None
+
+    def check_nothing_runs(self):
+        """Nobody may change a workspace under a command."""
+        for actor, generation, key in [*self.world.live, *self.world.setups]:
+            assert (actor, generation, key[0]) != (
+                self.actor.name, self.generation, self.run) or not self.space, f"{key} runs"
+
+
+def setup_key(tree):
+    return tree.head["setup"], tree.head["setup_for"]
+
+
 class World:
     """One simulated run. `faults` are the kinds of faults that happen; None is a mix of all,
     with all sorts of peers, clocks, limits and troubles. With an adversary, lines come twice and
@@ -4850,6 +5052,7 @@ class World:
     MIX = ("crash", "pause", "cut_wire", "cut_wire", "swallow", "freeze", "terminate", "interrupt",
            "steal", "load")
     STREAM_FAULTS = ("break_stream", "freeze_stream")
+    TREE_FAULTS = ("edit", "edit", "pry")
 
     def __init__(self, seed, faults=None, adversary=False, story=False):
         self.r = random.Random(seed)
@@ -4888,6 +5091,23 @@ class World:
         self.hosts_only = self.streams and self.shape.random() < 0.5
         self.keyed = seed % 2 == 1 and not self.hosts_only
         self.endangered = set()  # what lost workers with a stream had
+        # --sync: as with the streams, their part is drawn apart
+        self.wood = random.Random(f"trees{seed}")
+        self.trees = any(kind in self.faults for kind in self.TREE_FAULTS) or (
+            self.wild and self.wood.random() < 0.25)
+        if self.wild and self.trees:
+            self.faults += self.TREE_FAULTS
+        self.spaces = defaultdict(list)  # by host
+        self.contents = defaultdict(dict)  # (host, owner) > contents it has seen, by hash
+        self.known_trees = {}  # id > (client's name, what it is to be in a workspace, setup)
+        self.named = defaultdict(set)  # attempt > trees that its client named
+        self.barred = {}  # attempt > hosts that its client called unfit before
+        self.had = set()  # (worker's name, generation, attempt)
+        self.setups = {}  # (actor, generation, run's key) > job
+        self.calm = {*self.faults} <= {"pry"}
+        self.came = defaultdict(set)  # (worker's name, run) > hashes of contents
+        self.answers = Counter()  # (run, id, attempt, spans) > how often they were sent
+        self.full_hosts = self.failing_hosts = ()
         # where nothing can be started
         self.bad_hosts = ("h0",) if self.wild and random.Random(f"bad{seed}").random() < 0.3 else ()
         self.adversary = adversary
@@ -4935,6 +5155,11 @@ class World:
                 self.forgotten.add(run)
         if actor.role == "client" and not actor.plain:
             check_client(actor.machine)
+            offer = actor.machine.offer
+            assert offer.on_way <= tc.OFFERED_AHEAD + tc.CHUNK_SIZE * len(offer.transfers)
+        if self.trees and actor.role == "worker" and not actor.plain:
+            for use in actor.machine.uses.values():
+                use.check(actor.machine.jobs)
         for key, job in held.items():
             if key not in actor.machine.jobs:
                 assert self.may_drop(key, job.cmd), f"{actor.name} drops the result of {key}"
@@ -5022,7 +5247,9 @@ class World:
             verb = line.split(b" ", 1)[0].decode() if line[:1] != b"{" else COMMAND
             self.seen[verb] += 1
             self.seen["OK taken for a command"] += line == b"QUEUED OK"
-            if verb == COMMAND and frame.link == WORKERS:
+            if verb == COMMAND and actor.source is not None:
+                self.note_tree(actor, json.loads(line))
+            elif verb == COMMAND and frame.link == WORKERS:
                 self.given[json.loads(line)["cmd"]] += 1
             elif verb == "LOST" and actor.role == "broker":
                 run = frame.token if frame.link != CLIENTS else \
@@ -5133,10 +5360,21 @@ class World:
                 actor.line[effect.job.key] = effect.job
         elif kind is tc.Recall:
             self.recall(actor, effect.job)
+        elif kind in (tc.FindTree, tc.FillTree, tc.PutTree, tc.EndSetup, tc.ReleaseTree):
+            if effect.run not in actor.files:
+                actor.files[effect.run] = SimFiles(self, actor, effect.run)
+            actor.files[effect.run].carry_out(effect)
+        elif kind is tc.StartSetup:
+            self.start_setup(actor, effect.job)
+        elif kind is tc.AnswerFetch:
+            self.answer_fetch(actor, effect.fields)
         elif kind is tc.Kill:
             key = (actor.name, generation, effect.job.key)
             if self.recall(actor, effect.job):
                 self.seen["killed in line"] += 1
+            elif key in self.setups and (effect.hard or self.r.random() < 0.8):
+                self.seen["setup killed"] += 1
+                self.end_setup(key, exit_record(143))
             elif key in self.live and (effect.hard or self.r.random() < 0.8):
                 job, token = self.live.pop(key)
                 self.finish(actor, generation, job,
@@ -5160,9 +5398,113 @@ class World:
             self.say(actor.name, "exits", effect.status)
             if actor.role == "client":
                 actor.exited = effect.status
+                self.seen["no host is fit"] += effect.status == 3
+                assert effect.status != 3 or actor.machine.unfit, "it gave up without a reason"
             else:
                 self.after(self.r.random() * 3, lambda: self.begin(actor))
             self.stop(actor)
+
+    # --- trees
+
+    def owner_of(self, run):
+        """Return whose workspaces a run may take."""
+        mark, _, name = run.rpartition("run")
+        return mark, self.actors[name].source.head["origin"]
+
+    def look(self, actor):
+        """A client has listed its files."""
+        def look(machine):
+            tree, files = actor.source.look()
+            self.known_trees[tree.id] = files, tree.head["setup"] and setup_key(tree)
+            machine.set_tree(tree, actor.clock(self.now))
+        self.after(self.r.choice([0, 0.1, 3.0]) * self.r.random(), lambda: self.do(
+            actor, actor.generation, look))
+
+    def answer_fetch(self, actor, fields):
+        machine, tree = actor.machine, actor.machine.offer.tree
+        data = None
+        if tree is not None and tree.id == fields["tree"]:
+            spans = fields.get("spans") or [[fields["offset"], fields["size"]]]
+            data = actor.source.read(tree, spans, fields.get("again"))
+            if data is None:
+                self.seen["changed while it was sent"] += 1
+                machine.set_tree(None, actor.clock(self.now))
+                self.look(actor)
+            what = machine.run, fields["id"], fields["attempt"], str(spans)
+            self.answers[what] += "host" in fields  # else a worker has pried
+            assert not self.calm or self.answers[what] <= 1, f"{what} is sent twice"
+        if data is None:
+            machine.refuse(fields)
+        else:
+            machine.answer(fields, data)
+
+    def note_tree(self, actor, fields):
+        """A client submits an attempt."""
+        key = (actor.machine.run, fields["id"], fields["attempt"])
+        self.named[key].add(fields["tree"])
+        self.barred.setdefault(key, {*actor.machine.unfit})
+
+    def hears(self, actor, machine):
+        """Keep account of what comes to a worker: contents come only to who has their command."""
+        receive, generation = machine.receive, actor.generation
+
+        def hear(link, peer, token, body, data, now):
+            for line in body.split(b"\n") if self.trees else ():
+                if line[:1] == b"{" or line.startswith(b"CHUNK"):
+                    fields = tc.decode(line)[1]
+                    key = actor.name, generation, (token, fields["id"], fields["attempt"])
+                    if line[:1] == b"{":
+                        self.had.add(key)
+                    self.seen["CHUNK of a tree"] += "tree" in fields
+                    assert "tree" not in fields or key in self.had, f"{key} is not theirs"
+            receive(link, peer, token, body, data, now)
+        machine.receive = hear
+
+    def start_setup(self, actor, job):
+        key = (actor.name, actor.generation, job.key)
+        files = actor.files[job.key[0]]
+        self.say(actor.name, "sets up", job.key)
+        self.check_place(files.tree.id, files, job)
+        assert key not in self.setups, "two setups at once"
+        assert files.space.noted != setup_key(files.tree), "set up twice"
+        assert not self.calm or files.space.passed != setup_key(files.tree), "it is not noted"
+        self.setups[key] = job
+        ok = actor.host not in self.failing_hosts
+
+        def end():
+            if self.setups.get(key) is job:
+                if ok and files.space is not None:
+                    files.space.passed = setup_key(files.tree)
+                self.end_setup(key, exit_record(0 if ok else 1, b"words"))
+        self.after(self.r.choice([0.1, 3.0, 9.0]) * self.r.random(), end)
+
+    def end_setup(self, key, how):
+        job, actor = self.setups.pop(key), self.actors[key[0]]
+        self.say(actor.name, "has set up", job.key, how.exitcode)
+        self.seen["setup passed" if how.exitcode == 0 else "setup failed"] += 1
+        self.do(actor, key[1], lambda m: (
+            m.finished(job, how, actor.clock(self.now)), m.settle()))
+
+    def check_place(self, tree, files, job):
+        """A process runs in a workspace of its own run, which has exactly this tree."""
+        space = files.space
+        assert space is not None and space.user is files, f"{job.key} has no workspace"
+        assert space.path == job.cwd.rstrip("/"), (space.path, job.cwd)
+        assert space.files == self.known_trees[tree][0], f"{job.key} is not in {tree}"
+
+    def check_tree(self, actor, job):
+        """A command runs in the tree that its client named, set up, where it may run."""
+        tree = job.tree if not actor.plain else json.loads(job.line).get("tree", "")
+        source = self.actors[job.key[0].rpartition("run")[2]].source
+        assert (source is not None) == bool(tree), f"{job.key} runs in {tree or 'no tree'}"
+        if tree:
+            assert tc.TREES in actor.labels, f"{actor.name} knows no trees"
+            assert tree in self.named[job.key], f"{job.key} runs in another's tree"
+            assert actor.host not in self.barred[job.key], f"{job.key} is on an unfit host"
+            files, setup = actor.files[job.key[0]], self.known_trees[tree][1]
+            self.check_place(tree, files, job)
+            assert not setup or files.space.passed == setup, "it is not set up"
+            self.seen["runs in a tree"] += 1
 
     # --- commands
 
@@ -5199,6 +5541,8 @@ class World:
             or job.key not in self.lost or late, f"{job.key} starts too late"
         key = (actor.name, actor.generation, job.key)
         assert key not in self.live, f"{job.key} runs twice at one worker"
+        if self.trees and not job.key[0].startswith(tc.PLAIN):
+            self.check_tree(actor, job)
         token = object()
         self.live[key] = (job, token)
         drawn = random.Random(cmd) if self.adversary else r  # who may have run an attempt twice
@@ -5228,6 +5572,8 @@ class World:
 
         def end():
             if self.live.get(key, (None, None))[1] is token:
+                if self.trees and not actor.plain and job.tree:
+                    self.check_place(job.tree, actor.files[job.key[0]], job)
                 del self.live[key]
                 if cmd.endswith("poison"):
                     self.crash(actor)
@@ -5325,6 +5671,8 @@ class World:
             client.commands = [f"{client.name}.{i}" for i in range(r.randint(1, 25))]
         if self.wild:
             self.build_oddities(brokers)
+        if self.trees:
+            self.build_trees()
         for actor in self.actors.values():
             self.after(r.random() * r.choice([0.1, 5.0]), lambda a=actor: self.begin(a))
 
@@ -5356,6 +5704,32 @@ class World:
             if actor.role == "client" and r.random() < 0.05:
                 actor.commands[0] += "poison"
 
+    def build_trees(self):
+        """Let clients have trees, and all workers but some old ones know them."""
+        r, hosts = self.wood, sorted({actor.host for actor in self.actors.values()
+                                      if actor.role == "worker"})
+        size = r.choice([25, 100, 400])
+        self.limits.update(
+            CHUNK_SIZE=size, OFFERED_AHEAD=size * r.choice([1, 4, 16]),
+            TREE_TIMEOUT=tc.TREE_TIMEOUT if self.calm else 5.0,
+            MAX_SPANS=r.choice([1, 2, 1000]), FETCH_AHEAD=r.choice([1, 2, 8]))
+        if r.random() < 0.3:
+            self.failing_hosts = r.sample(hosts, 1)
+        if self.wild and r.random() < 0.2:
+            self.full_hosts = r.sample(hosts, 1)
+        for actor in self.actors.values():
+            if actor.role == "worker" and not actor.plain and (
+                    actor.name[1:] == "0" or r.random() < 0.8):
+                actor.labels += (tc.TREES,)
+            elif actor.role == "client" and not actor.plain and (
+                    actor.name == "c0" or r.random() < 0.7):
+                actor.options = actor.options._replace(sync=True)
+                origin = r.choice(["one", "two"])
+                same = random.Random(f"{self.seed} {origin}")  # who have it begin with the same
+                actor.source = SimSource(same, {
+                    "origin": origin, "name": "tree", "setup": same.choice(["", "make"]), "cwd": "",
+                    "setup_for": r.choice(["lock", "lock", "other lock"]), "fresh": ""})
+
     def add(self, name, wants=None):
         actor = self.actors[name] = Actor(name)
         actor.wants = wants
@@ -5372,6 +5746,7 @@ class World:
         actor.pipes = tc.PeerLinks()
         actor.paused_until, actor.inbox, actor.peers, actor.wire = 0.0, [], {}, None
         actor.line.clear()
+        actor.files = {}
         name = f"{actor.name}.{actor.generation}"
         self.say(name, "begins")
         if actor.plain:
@@ -5402,6 +5777,10 @@ class World:
             self.at(self.now + 20, lambda: self.do(actor, actor.generation,
                                                    lambda m: m.end_input(
                                                        actor.clock(self.now))))
+        if actor.source is not None:
+            self.look(actor)
+        elif actor.role == "worker" and not actor.plain:
+            self.hears(actor, actor.machine)
         self.connect(actor)
         self.settle(actor)
 
@@ -5490,7 +5869,8 @@ class World:
         def add(machine):
             if not machine.input_ended:
                 files = self.returning and not actor.plain and random.Random(cmd).random() < 0.5
-                machine.add(cmd, "" if files else "/", RETURNS if files else ())
+                machine.add(cmd, "" if files or actor.source is not None else "/",
+                            RETURNS if files else ())
                 machine.now = actor.clock(self.now)
                 machine.settle()
         self.do(actor, actor.generation, add)
@@ -5503,8 +5883,11 @@ class World:
             if other.stream is not None and (other is actor or other.owner is actor):
                 other.stream.break_off(whole=self.r.random() < 0.5)
         actor.machine = actor.stream = None
-        for key in [key for key in self.live if key[0] == actor.name]:
-            del self.live[key]
+        for known in (self.live, self.setups):
+            for key in [key for key in known if key[0] == actor.name]:
+                del known[key]
+        for files in actor.files.values():
+            files.leave()
         if actor.wire is not None:
             wire, actor.wire = actor.wire, None
             self.cut(wire)
@@ -5521,6 +5904,8 @@ class World:
         kind = self.r.choice(self.faults)
         if kind.endswith(" broker"):
             kind, actor = kind.split()[0], self.actors["b0"]
+        elif kind == "edit":
+            actor = self.r.choice([other for other in self.actors.values() if other.source])
         elif kind.endswith(" relay"):
             relays = [other for other in self.actors.values() if other.role == "relay"]
             kind, actor = kind.split()[0], self.r.choice(relays or [actor])
@@ -5644,6 +6029,25 @@ class World:
         for line in words:
             say(run, line)
 
+    def edit(self, actor):
+        """Somebody saves a file."""
+        self.seen["edit"] += 1
+        actor.source.edit()
+
+    def pry(self, actor):
+        """A worker asks for a tree of which it has no command."""
+        if actor.role != "worker" or actor.plain:
+            return
+        for other in self.actors.values():
+            tree = other.source and other.machine and other.machine.offer.tree
+            for command in [*other.machine.window.values()][:3] if tree else ():
+                key = (other.machine.run, command.id, command.attempt)
+                if actor.machine.session.joined and (actor.name, actor.generation, key) \
+                        not in self.had:
+                    self.seen["pry"] += 1
+                    actor.machine.say(BROKER, b"", key[0], "FETCH", {
+                        "id": key[1], "attempt": key[2], "tree": tree.id, "offset": 0, "size": 10})
+
     def pause(self, actor):
         heard = "pause broker" not in self.faults  # else a broker below must hear it in between,
         if actor.paused_until > self.now - (0 if heard else 3):  # or will give it up
@@ -5740,10 +6144,12 @@ class World:
         if self.adversary:
             return
         assert not self.live, f"still running: {list(self.live)}"
+        assert not self.setups, f"still running: {list(self.setups)}"
         for actor in members:
             machine = actor.machine
             if actor.role == "worker":
                 assert not machine.jobs, f"{actor.name} holds results"
+                assert actor.plain or not machine.uses, f"{actor.name} keeps a workspace"
             elif actor.role == "broker":
                 there = machine.registry
                 for what in (there.clients, there.run_of, there.departed, there.away,
@@ -5765,9 +6171,13 @@ class SimulationTest(unittest.TestCase):
     SEEDS = int(os.environ.get("SIM_SEEDS", "150"))
     FAILED_ONCE = [833129633]  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
+    TREE_FAULTS = (*ADVERSITY, "swallow", "terminate", "interrupt", "edit", "edit", "pry")
     KINDS = ((None, False), (ADVERSITY, True), (("crash broker",), False),
              (("crash broker", "pause broker"), False), (("freeze", "pause"), False),
-             (("interrupt", "crash", "cut_wire", "pause"), False))  # of worlds
+             (("interrupt", "crash", "cut_wire", "pause"), False),
+             (TREE_FAULTS, False), ((*ADVERSITY, "edit"), True), (("pry",), False),
+             (("edit", "crash broker", "pause broker"), False),
+             (("edit", "break_stream", "freeze_stream"), False))  # of worlds
 
     def world(self, seed, faults=None, adversary=False):
         try:
@@ -5982,6 +6392,20 @@ class SimulationTest(unittest.TestCase):
             "broken within a record", "half a RESULT", "half a command", "restarted",
             "relay cut", "crash relay", "pause relay", "reconnect",
             "terminate relay")
+
+    def test_trees(self):
+        """Workers fetch the trees of clients, whose files may change meanwhile."""
+        seen = Counter()
+        for seed in range(self.SEEDS // 5):
+            world = self.world(seed, ["pry"])
+            self.assertLessEqual(set(world.starts.values()), {1}, seed)
+            seen.update(world.seen)
+            for faults in (["edit"], self.TREE_FAULTS):
+                seen.update(self.world(seed, faults).seen)
+        self.assert_all_seen(
+            seen, "TreeFailed", "TreeUnknown", "TreeWrong", "changed while it was sent", "edit",
+            "half a workspace", "known tree", "no host is fit", "pry", "second workspace",
+            "setup failed", "setup passed", "CHUNK of a tree", "runs in a tree")
 
     def test_interrupted_clients(self):
         seen = self.worlds(["interrupt", "crash", "cut_wire", "pause"], range(self.SEEDS // 3))
