@@ -1042,6 +1042,7 @@ def check_client(client):
     places = len(client.backlog) + len(window), client.reported, client.stopped, client.never_ran
     assert client.left or sum(places) == client.total, (places, client.total)
     assert client.accepted == sum(bool(command.worker) for command in window.values())
+    assert all(window[id].worker for id in client.preparing)
     assert len(window) <= tc.WINDOW
     client.retry_policy.check()
     for part in (client.host_wait, client.rechecks, client.fetcher, client.offer):
@@ -10221,6 +10222,7 @@ class ClientTreesTest(unittest.TestCase):
         b.hear('LOST {"tasks":[[1,2]],"why":"cancelled"}')
         b.expect("BYE")
         self.assertEqual(b.effect(tc.Exit).status, 3)
+        self.assertEqual((self.client.stopped, self.client.never_ran), (0, 2))
 
     def test_it_forgets_what_no_worker_asks_for_any_more(self):
         self.begin("x")

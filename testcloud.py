@@ -1507,12 +1507,12 @@ class TreeOffer:
 
     def words(self, now: Seconds) -> List[str]:
         """Return what each host that needs longer than TRANSFER_NOTICE waits for, for people."""
-        return [f"running the setup on {one.host} for {duration(now - one.since, whole=True)}"
-                if one.setup else
-                f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.{int(one.size < 10e6)}f} MB to "
-                f"{one.host}"
-                for one in self.transfers.values()
-                if now >= one.since + TRANSFER_NOTICE and (one.setup or one.size)]
+        return [*{one.host: f"running the setup on {one.host} for "
+                            f"{duration(now - one.since, whole=True)}" if one.setup else
+                  f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.{int(one.size < 10e6)}f} MB "
+                  f"to {one.host}"
+                  for one in self.transfers.values()
+                  if now >= one.since + TRANSFER_NOTICE and (one.setup or one.size)}.values()]
 
     def check(self, window: Dict[int, Command]) -> None:
         """Raise AssertionError if its records disagree. For tests."""
@@ -4475,7 +4475,9 @@ class Worker(SessionMachine):
             self.tree_ready(use)
         else:
             use.state = FAILED
-            use.why = record.reason or f"the setup ended with exit code {record.exitcode}"
+            use.why = record.reason or (
+                f"the setup was killed by signal {record.signal}" if record.signal else
+                f"the setup ended with exit code {record.exitcode}")
             with contextlib.suppress(OSError):
                 start = max(0, record.output.size - SETUP_OUTPUT)
                 use.output = to_text(record.output.read(start, SETUP_OUTPUT))
@@ -6673,6 +6675,7 @@ class Command:
         self.gave_up_waiting = False
         self.submitted = False  # this attempt was
         self.worker = ""  # that confirmed this attempt with QUEUED
+        self.may_have_run = False  # an earlier attempt may
         self.since: Seconds = 0.0  # time of that QUEUED
         self.avoid = ""  # worker that failed or lost the last attempt
         self.result: Fields = {}  # RESULT whose output is being fetched
@@ -7048,6 +7051,7 @@ class Client(SessionMachine):
         self.fetcher = Fetcher(self.ask, 2 * times.ready_interval, options.live)
         self.offer = TreeOffer()
         self.put_off: Dict[int, Command] = {}  # to be submitted when there is a tree
+        self.preparing: Set[int] = set()  # commands whose worker prepares a workspace
         self.transfers_shown = False  # a progress line shows them
         self.notice_at: Seconds = math.inf  # else a notice does, then
         self.unfit: Dict[str, str] = {}  # hosts without a workspace, and why
@@ -7283,6 +7287,10 @@ class Client(SessionMachine):
 
     def note_preparing(self, command: Command, fields: Fields) -> None:
         """Note how a workspace is prepared for a command."""
+        if fields.get("preparing"):
+            self.preparing.add(command.id)
+        else:
+            self.preparing.discard(command.id)
         if fields.get("preparing") == SETUP:
             host = self.host_names.name_of(fields.get("host", "?"))
             self.offer.note_setup(command.id, host, self.now)
@@ -7366,6 +7374,7 @@ class Client(SessionMachine):
         self.fetcher.remove(command, self.now)
         self.host_wait.commands.pop(command.id, None)
         self.offer.forget(command.id)
+        self.preparing.discard(command.id)
         self.set_worker(command, "")
 
     def forget(self, command: Command) -> None:
@@ -7435,7 +7444,10 @@ class Client(SessionMachine):
 
     def lose(self, command: Command, fields: Fields) -> None:
         """Begin the next attempt of a command, or give the command up."""
-        may_have_run = bool(command.worker) or command.attempt > 1
+        preparing = command.id in self.preparing
+        may_have_run = command.may_have_run or bool(
+            command.tries or command.worker and not preparing)
+        command.may_have_run |= not preparing
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
         fault = fields.get("fault", "")
@@ -9624,7 +9636,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
         (5, f"{client.failed} failed" if client.failed else ""),
         (4, f"{client.flaky} flaky" if client.flaky else ""),
         (8, ", ".join(client.offer.words(client.now))),
-        (3, f"{min(max(0, client.accepted - len(client.offer.transfers)), client.slots)} running"),
+        (3, f"{min(client.accepted - len(client.preparing), client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
         (2, hosts if client.wanted_hosts else plural(client.workers, "worker")),
