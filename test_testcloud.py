@@ -15020,8 +15020,8 @@ class WorkingTreeTest(unittest.TestCase):
             if path[:5] not in (".git", ".git/"):
                 paths.add(path)
         matched = 0
-        for _ in range(60):
-            patterns = [rng.choice(["", "", "/", "!"]) + "/".join(
+        for part in [*parts, *range(60)]:
+            patterns = [part] if part in parts else [rng.choice(["", "", "/", "!"]) + "/".join(
                 rng.choice(["**", "".join(rng.choices(parts, k=rng.randint(1, 3)))])
                 for _ in range(rng.randint(1, 3))) + rng.choice(["", "", "/"])
                 for _ in range(rng.randint(1, 4))]

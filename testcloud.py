@@ -12770,13 +12770,13 @@ class WorkingTree:
             self.ignored.add(to_bytes(os.path.relpath(ours, self.top)))
         top = git_top(self.top)
         if top:
-            self.ask_git(top, os.path.relpath(self.top, top))
+            self.ask_git(top, to_text(os.fsencode(os.path.relpath(self.top, top))))
         links: Dict[str, str] = {}
         stack = [(b"", 0, False, False)]  # path, mode, ignored, brought back
         while stack and len(self.entries) <= MAX_ENTRIES:
             path, mode, ignored, included = stack.pop()
             try:
-                with os.scandir(os.path.join(to_bytes(self.top), path)) as found:
+                with os.scandir(os.path.join(os.fsencode(self.top), path)) as found:
                     listed = [*found]
             except OSError as error:
                 if not path:
@@ -12788,7 +12788,7 @@ class WorkingTree:
             if path:
                 self.add(Entry(to_text(path), DIRECTORY, mode, 0, "", 0), ignored)
                 if not ignored and not included and any(one.name == b".git" for one in listed):
-                    self.ask_git(os.path.join(self.top, to_text(path)), "", to_text(path) + "/")
+                    self.ask_git(os.path.join(self.top, os.fsdecode(path)), "", to_text(path) + "/")
             self.seen += len(listed)
             start = path + b"/" * bool(path)
             for one in listed:
@@ -12841,7 +12841,7 @@ class WorkingTree:
             self.add(Entry(name, FILE, stamp[0], stamp[1], "", stamp[2]))
             self.stamps[name] = stamp
         elif stat.S_ISLNK(status.st_mode):
-            links[name] = to_text(os.readlink(os.path.join(to_bytes(self.top), path)))
+            links[name] = to_text(os.readlink(os.path.join(os.fsencode(self.top), path)))
             self.add(Entry(name, LINK, 0, 0, links[name], 0))
         else:
             self.missing[name] = "it is no file, directory or link"
@@ -12868,7 +12868,7 @@ class WorkingTree:
                  "--porcelain", "--ignored=matching", "-uall", "--no-renames",
                  "--ignore-submodules=all", *(["--", inside] if inside else [])]
         try:
-            done = subprocess.run(words, cwd=to_bytes(root), env={**environ, **known},
+            done = subprocess.run(words, cwd=root, env={**environ, **known},
                                   stdin=subprocess.DEVNULL, capture_output=True)
         except OSError as error:
             self.notices.append(f"cannot run git ({error.strerror}): files go along that git would "
@@ -12887,8 +12887,7 @@ class WorkingTree:
             return
         for row in done.stdout.split(b"\0"):
             path = to_text(row[3:]).rstrip("/")
-            # a top that is ignored itself was named by the user: all of it goes along
-            if row[:2] == b"!!" and not inside.startswith(path + "/"):
+            if row[:2] == b"!!":  # it may be the top itself, named by the user: "" ignores nothing
                 self.ignored.add(to_bytes(prefix + path[len(inside):]))
 
     # --- hashing
@@ -13022,7 +13021,7 @@ class OpenFile:
     def __init__(self, top: str, path: str) -> None:
         # should it be a FIFO or link by now, open() neither waits nor follows
         try:
-            self.file = os.open(os.path.join(to_bytes(top), to_bytes(path)),
+            self.file = os.open(os.path.join(os.fsencode(top), to_bytes(path)),
                                 os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):
