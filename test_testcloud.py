@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import pathlib
+import queue
 import random
 import re
 import resource
@@ -8489,6 +8490,364 @@ class PortableRunnerTest(RunnerTest):
         patch.start()
         self.addCleanup(patch.stop)
         super().setUp()
+
+
+# === Workspaces =======================================================================
+
+
+OS_OPEN, OS_WRITE = os.open, os.write  # which the tests replace
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Synced:
+    """Brings trees to workspaces: a client and its worker without the network."""
+
+    def __init__(self, directory, limit=10**12, chunk=tc.CHUNK_SIZE):
+        self.events = queue.Queue()
+        self.space = tc.Workspaces(limit, lambda run, event: self.events.put(event), directory)
+        self.chunk = chunk
+        self.fetched = 0
+
+    def tree(self, files, **head):
+        """Of {path: (mode, content[, mtime])}, {path: mode} for a directory, {path: target}."""
+        entries = []
+        self.contents = {}
+        for path, what in files.items():
+            if isinstance(what, int):
+                entries.append(directory_entry(path, what))
+            elif isinstance(what, str):
+                entries.append(link_entry(path, what))
+            else:
+                entries.append(file_entry(path, what[1], what[0], *what[2:]))
+                self.contents[path] = what[1]
+        return tc.make_tree({"origin": "me", "name": "demo", **head}, entries)
+
+    def bytes_of(self, tree, spans):
+        return b"".join(self.contents[tree.entries[index].path][offset:offset + size]
+                        for index, offset, size in tree.pieces_of(spans))
+
+    def event(self):
+        return self.events.get(timeout=PATIENCE)
+
+    def begin(self, tree, run):
+        """Return the first event that needs an answer other than the manifest."""
+        self.space.find(run, tree.id)
+        event = self.event()
+        if isinstance(event, tc.TreeUnknown):
+            self.space.fill(run, tree.manifest)
+            event = self.event()
+        return event
+
+    def sync(self, files, run="0" * 32, **head):
+        """Return the last event."""
+        tree = self.tree(files, **head)
+        event = self.begin(tree, run)
+        self.fetched = 0
+        if not isinstance(event, tc.TreePlanned):
+            return event
+        self.put_all(tree, event.spans, run)
+        while isinstance(event, (tc.TreePlanned, tc.TreeStored)):
+            event = self.event()
+        return event
+
+    def put_all(self, tree, spans, run):
+        for offset, size in spans:
+            for start in range(offset, offset + size, self.chunk):
+                part = [(start, min(self.chunk, offset + size - start))]
+                data = self.bytes_of(tree, part)
+                self.fetched += len(data)
+                self.space.put(run, part, data)
+
+    def release(self, run="0" * 32):
+        """Wait for the thread's end, too: it measures the workspace."""
+        thread = self.space.threads.get(run)
+        self.space.release(run)
+        event = self.event()
+        while not isinstance(event, tc.TreeReleased):
+            event = self.event()
+        if thread:
+            thread.thread.join(PATIENCE)
+
+    def close(self):
+        self.space.close()
+
+
+class InStep(Synced):
+    """The same in the caller's thread."""
+
+    def __init__(self, directory):
+        super().__init__(directory, chunk=7)
+
+    def begin(self, tree, run):
+        self.space.threads[run] = tc.WorkspaceThread(self.space, run)
+        self.space.add_step = lambda run, step: (
+            self.space.threads[run].do(functools.partial(step, self.space.threads[run])))
+        return super().begin(tree, run)
+
+    def release(self, run="0" * 32):
+        self.space.threads.pop(run).leave()
+        while not self.events.empty():
+            self.events.get()
+
+    def drop(self, run="0" * 32):
+        """What the kernel does when a process was killed."""
+        thread = self.space.threads.pop(run)
+        if thread.workspace:
+            thread.workspace.close_directories()
+            os.close(thread.workspace.lock)
+        if thread.cache:
+            os.close(thread.cache.fd)
+        self.events = queue.Queue()
+
+
+def snapshot(top):
+    """What is in a directory, as tree() has it, without times."""
+    found = {}
+    for folder, names, files in os.walk(top):
+        for name in names + files:
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            mode = stat.S_IMODE(status.st_mode)
+            if stat.S_ISLNK(status.st_mode):
+                what = os.readlink(path)
+            elif stat.S_ISDIR(status.st_mode):
+                what = mode
+                if mode & 0o500 != 0o500 and os.geteuid():
+                    os.chmod(path, 0o700)
+            elif stat.S_ISREG(status.st_mode):
+                if not mode & 0o400 and os.geteuid():
+                    os.chmod(path, 0o400)
+                with open(path, "rb") as file:
+                    what = (mode, file.read())
+            else:
+                what = "special"
+            found[os.path.relpath(path, top)] = what
+    return found
+
+
+class RandomTrees:
+    NAMES = ("a", "b", "a.c", "a-", "B", "x\n", "\udcff", "\u00e9")
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+
+    def content(self):
+        return bytes(self.rng.choices(b"ab", k=self.rng.choice((0, 1, 2, 5, 30))))
+
+    def tree(self):
+        files = {}
+        self.grow(files, "", 0)
+        return files
+
+    def grow(self, files, parent, depth):
+        for name in self.rng.sample(self.NAMES, self.rng.randrange(5)):
+            self.add(files, parent + name, depth)
+
+    def add(self, files, path, depth):
+        kind = self.rng.random()
+        if kind < 0.4 and depth < 3:
+            files[path] = self.rng.choice((0o755, 0o755, 0o700, 0o555, 0o777, 0o000))
+            self.grow(files, path + "/", depth + 1)
+        elif kind < 0.55:
+            files[path] = self.rng.choice(("a", "../b", "/etc", "nowhere", "x\n"))
+        else:
+            mode = self.rng.choice((0o644, 0o755, 0o600, 0o444, 0o000))
+            files[path] = (mode, self.content(), self.rng.randrange(10))
+
+    def remove(self, files, path):
+        for one in [*files]:
+            if one == path or one.startswith(path + "/"):
+                del files[one]
+
+    def edit(self, files):
+        """Return a tree after some edits."""
+        files = dict(files)
+        for _ in range(self.rng.randrange(4)):
+            path = self.rng.choice([*files] or ["a"])
+            what = files.get(path)
+            edit = self.rng.randrange(4)
+            if edit == 0 and isinstance(what, tuple):
+                files[path] = (what[0], self.content(), self.rng.randrange(10))
+            elif edit == 1 and what is not None:  # renamed, also to where it cannot be
+                parent = self.rng.choice(["", *(f"{one}/" for one, what in files.items()
+                                                if isinstance(what, int))])
+                new = parent + self.rng.choice(self.NAMES)
+                moved = {new + one[len(path):]: what for one, what in files.items()
+                         if one == path or one.startswith(path + "/")}
+                if not new.startswith(path):
+                    self.remove(files, path)
+                    self.remove(files, new)
+                    if not parent or parent[:-1] in files:
+                        files.update(moved)
+            else:
+                self.remove(files, path)
+                self.add(files, path, path.count("/"))
+        return files
+
+    def mischief(self, top, outside, made):
+        """Do what commands do. Add to `made` what they made beside the tree."""
+        for _ in range(self.rng.randrange(5)):
+            there = [""]
+            for folder, names, files in os.walk(top):
+                there += [os.path.relpath(os.path.join(folder, name), top)
+                          for name in names + files]
+            path = self.rng.choice(there)
+            full = os.path.join(top, path)
+            folder = full if os.path.isdir(full) and not os.path.islink(full) else None
+            act = self.rng.randrange(10)
+            if act < 3 and folder:
+                name = os.path.join(path, self.rng.choice(self.NAMES + ("made", "made2")))
+                if not os.path.lexists(os.path.join(top, name)):
+                    made[name] = b"made " + os.fsencode(name)
+                    with open(os.path.join(top, name), "wb") as file:
+                        file.write(made[name])
+            elif not path:
+                continue
+            elif act == 3 and os.path.isdir(full) and folder:
+                os.chmod(full, self.rng.choice((0o777, 0o700, 0o755)))
+            elif act == 4 and os.path.isfile(full) and not os.path.islink(full):
+                status = os.stat(full)
+                if status.st_nlink == 1:
+                    os.chmod(full, 0o600)
+                    with open(full, "r+b") as file:  # same size
+                        file.write(b"c" * (status.st_size // 2))
+                    os.utime(full, ns=(status.st_mtime_ns, status.st_mtime_ns))
+                    if path in made:
+                        made[path] = b"c" * (status.st_size // 2) + made[path][
+                            status.st_size // 2:]
+            elif act > 4:
+                if folder:
+                    shutil.rmtree(full)
+                else:
+                    os.unlink(full)
+                for one in [*made]:
+                    if one == path or one.startswith(path + "/"):
+                        del made[one]
+                if act == 5:
+                    os.symlink(self.rng.choice((outside, outside + "/file", "nowhere")), full)
+                elif act == 6:
+                    os.mkfifo(full)
+                elif act == 7:
+                    os.mkdir(full)
+                elif act == 8:
+                    os.link(os.path.join(outside, "file"), full)
+
+
+class WorkspacesTest(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(self.remove, self.dir)
+        self.cache = os.path.join(self.dir, "cache", "trees")
+
+    def remove(self, path):
+        subprocess.run(["chmod", "-R", "u+rwx", path], stderr=subprocess.DEVNULL)
+        shutil.rmtree(path)
+
+    def synced(self, **more):
+        synced = Synced(self.cache, **more)
+        self.addCleanup(synced.close)
+        return synced
+
+    def assert_synced(self, files, event):
+        self.assertIsInstance(event, tc.TreeReady, event)
+        self.assertEqual(snapshot(event.path), {
+            path: what[:2] if isinstance(what, tuple) else what for path, what in files.items()})
+
+    def test_only_what_is_new_is_fetched(self):
+        client = self.synced(chunk=3)
+        files = {"a": 0o755, "a/one": (0o644, b"one", 1), "a/two": (0o755, b"content two", 2),
+                 "copy": (0o644, b"one", 3), "empty": (0o600, b""), "link": "a/one", "z": 0o700}
+        self.assert_synced(files, client.sync(files))
+        self.assertEqual(client.fetched, 14, "what is in the tree twice came twice")
+        client.release()
+        self.assert_synced(files, client.sync(files))
+        self.assertEqual(client.fetched, 0)
+        files["a/two"] = (0o755, b"other content", 9)
+        with self.subTest("another tree in the same run"):
+            self.assert_synced(files, client.sync(files))
+            self.assertEqual(client.fetched, 13)
+        client.release()
+        del files["a"], files["a/one"], files["a/two"]
+        files.update({"b": 0o700, "b/three": (0o644, b"other content", 9), "link": "nowhere"})
+        with self.subTest("renamed"):
+            self.assert_synced(files, client.sync(files))
+            self.assertEqual(client.fetched, 0)
+
+    def test_random_trees_and_commands_and_kills(self):
+        for seed in range(int(os.environ.get("TREE_SEEDS", 150))):
+            with self.subTest(seed=seed), mock.patch.object(tc, "SECOND", 1):
+                self.run_random(seed, os.path.join(self.dir, str(seed)))
+
+    def run_random(self, seed, directory):
+        random_trees = RandomTrees(seed)
+        rng = random_trees.rng
+        os.mkdir(directory)
+        outside = os.path.join(directory, "outside")
+        os.mkdir(outside)
+        with open(outside + "/file", "wb") as file:
+            file.write(b"ab")
+        untouched = snapshot(outside)
+        client = InStep(os.path.join(directory, "cache"))
+        files, made, trees, doubtful = random_trees.tree(), {}, [], set()
+        for _ in range(6):
+            trees.append(files)
+            if rng.random() < 0.4:
+                other = random_trees.edit(files)
+                self.sync_killed(client, other, rng)
+                if client.space.threads:
+                    client.release()
+                doubtful.update(path for path in made if not self.stays(path, other))
+                made = {path: what for path, what in made.items() if path not in doubtful}
+            event = client.sync(files)
+            self.assertIsInstance(event, tc.TreeReady, event)
+            made = {path: what for path, what in made.items() if self.stays(path, files)}
+            self.compare(files, event.path, made, doubtful)
+            doubtful.intersection_update(snapshot(event.path))
+            self.assertEqual(snapshot(outside), untouched)
+            random_trees.mischief(event.path, outside, made)
+            client.release()
+            files = rng.choice((random_trees.edit(files), random_trees.edit(files), files,
+                                rng.choice(trees), random_trees.tree()))
+
+    def stays(self, path, files):
+        """Whether what commands made at a path is not in the way of the tree."""
+        parts = path.split("/")
+        return path not in files and all(
+            isinstance(files.get("/".join(parts[:end]), 0), int) for end in range(1, len(parts)))
+
+    def compare(self, files, top, made, doubtful):
+        found = snapshot(top)
+        for path, what in files.items():
+            self.assertEqual(found.pop(path, None), what[:2] if isinstance(what, tuple) else what,
+                             path)
+        for path, content in made.items():
+            self.assertEqual(found.pop(path, (0, b"is gone"))[1], content, path)
+        for path, what in found.items():  # directories and links of commands, and hard links
+            self.assertTrue(isinstance(what, (int, str)) or what[1] in (b"ab", b"")
+                            or path in doubtful, (path, what))
+
+    def sync_killed(self, client, files, rng):
+        """Sync, and be killed at one of the first changes."""
+        left = rng.randrange(40)
+        with contextlib.ExitStack() as patches:
+            for name in ("open", "mkdir", "rename", "unlink", "rmdir", "symlink", "write",
+                         "fchmod", "chmod", "utime"):
+                def change(*args, call=getattr(os, name), **more):
+                    nonlocal left
+                    left -= call is not OS_OPEN or bool(args[1] & os.O_CREAT)
+                    if left < 0:
+                        if call is OS_WRITE and left == -1 and rng.random() < 0.5:
+                            call(args[0], args[1][:len(args[1]) // 2])
+                        raise Killed
+                    return call(*args, **more)
+                patches.enter_context(mock.patch.object(tc.os, name, change))
+            with contextlib.suppress(Killed):
+                client.sync(files)
+                return
+        client.drop()
 
 
 # === Client ===========================================================================

@@ -5556,7 +5556,7 @@ class Runner:
 #     NAME/          the workspace itself
 #     NAME.lock      locked by the process that uses it; its bytes on disk; last used at its mtime
 #     NAME.state     a State: what we have put there, as far as we know
-#     NAME.new/      files that are not complete yet
+#     NAME.new/      files that will replace others when they are complete
 #     .gone-...      directories that are being removed
 #
 # Each run has a thread for its workspace. Nothing outside of a workspace is ever changed: each
@@ -5896,10 +5896,10 @@ def alike(entries: Iterable[Entry]) -> Iterator[Tuple[str, str]]:
 
 
 class Part:
-    """A file of which a part has come."""
+    """A file that is not complete: in NAME.new, or in its place (name "") if nothing is there."""
 
-    def __init__(self, file: int) -> None:
-        self.file = file
+    def __init__(self, file: int, name: bytes) -> None:
+        self.file, self.name = file, name
         self.hash = hashlib.sha256()
         self.size = 0
 
@@ -6002,8 +6002,9 @@ class Workspace:
         self.missing: Dict[int, List[int]] = {}
         # what was here, or may have been: entry, number of its signature (-1: it has none)
         doubtful = {entry.path: (entry, -1) for entry in entries_of(self.state.also)}
-        old = {**doubtful, **{entry.path: (entry, index) for index, entry in
-                              enumerate(entries_of(self.state.manifest))}}
+        last = tree.entries if self.state.manifest == tree.manifest else \
+            entries_of(self.state.manifest)
+        old = {**doubtful, **{entry.path: (entry, index) for index, entry in enumerate(last)}}
         different = self.compare(old)
         gone = sorted(old.keys() - {entry.path for entry in tree.entries}, reverse=True)
         if different or gone:
@@ -6201,7 +6202,7 @@ class Workspace:
             if entry.size and self.has_content(self.parts, b"old%d" % first, entry):
                 file = os.open(b"old%d" % first, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.parts)
                 try:
-                    self.finish_file(first, file, b"old%d" % first)
+                    self.finish_file(first, Part(file, b"old%d" % first))
                 finally:
                     os.close(file)
                 self.complete(first)
@@ -6232,28 +6233,35 @@ class Workspace:
     def copy(self, index: int, directory: int, name: bytes) -> bool:
         """Copy a file to an entry's place. Return whether it had the entry's content."""
         entry = self.tree.entries[index]
-        part = Part(self.open_part(b"copy"))
+        part = self.open_part(index)
         try:
             right = self.read_content(directory, name, entry, part.write)
             if right:
-                self.finish_file(index, part.file, b"copy")
+                self.finish_file(index, part)
         finally:
             os.close(part.file)
         return right
 
-    def open_part(self, name: bytes) -> int:
-        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600,
-                       dir_fd=self.parts)
+    def open_part(self, index: int) -> Part:
+        """Begin to write a file. In its own directory, a file system finds room much faster."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+        directory, name = self.at(self.tree.entries[index])
+        try:
+            return Part(os.open(name, flags | os.O_EXCL, 0o600, dir_fd=directory), b"")
+        except FileExistsError:
+            name = b"%d" % index
+            return Part(os.open(name, flags | os.O_TRUNC, 0o600, dir_fd=self.parts), name)
 
-    def finish_file(self, index: int, file: int, part: bytes) -> None:
+    def finish_file(self, index: int, part: Part) -> None:
         """Give a file with the right content its mode, time and place."""
         entry = self.tree.entries[index]
         directory, name = self.at(entry)
-        os.fchmod(file, entry.mode)
+        os.fchmod(part.file, entry.mode)
         time = self.times[entry.mtime]
-        os.utime(file, ns=(time, time))
-        self.move_in(part, directory, name)
-        self.note_signature(index, os.fstat(file))
+        os.utime(part.file, ns=(time, time))
+        if part.name:
+            self.move_in(part.name, directory, name)
+        self.note_signature(index, os.fstat(part.file))
 
     def complete(self, first: int) -> None:
         """Copy a content that is here now to all other files that have it."""
@@ -6286,7 +6294,7 @@ class Workspace:
             self.drop_part(index)
             if len(data) == entry.size and hashlib.sha256(data).hexdigest() != entry.content:
                 return False
-            part = Part(self.open_part(b"%d" % index))
+            part = self.open_part(index)
         if part is None:
             return True  # the rest of a file that is asked for again
         try:
@@ -6297,7 +6305,7 @@ class Workspace:
                 return True
             right = right and part.hash.hexdigest() == entry.content
             if right:
-                self.finish_file(index, part.file, b"%d" % index)
+                self.finish_file(index, part)
         finally:
             if index not in self.partial:
                 os.close(part.file)
@@ -6377,7 +6385,7 @@ def reason_no_tree(error: OSError, directory: str, path: str) -> str:
 
 
 class WorkspaceThread:
-    """The thread of a run's workspace. Its methods without `_` run in this thread."""
+    """The thread of a run's workspace, in which all its methods run."""
 
     def __init__(self, space: Workspaces, run: Run) -> None:
         self.space, self.run, self.mark = space, run, run[:-32]
@@ -6395,19 +6403,22 @@ class WorkspaceThread:
 
     def work(self) -> None:
         for step in iter(self.steps.get, None):
-            try:
-                if not self.stop.is_set():
-                    step()
-            except Stopped:
-                pass
-            except (NoWorkspace, TreeError) as error:
-                self.fail(str(error))
-            except OSError as error:
-                path = self.workspace.current if self.workspace else ""
-                self.fail(reason_no_tree(error, self.space.directory, path))
-            except Exception as error:  # a bug fails this run only
-                self.fail(f"testcloud failed to make a workspace: {error!r}")
+            self.do(step)
         self.leave()
+
+    def do(self, step: Callable[[], None]) -> None:
+        try:
+            if not self.stop.is_set():
+                step()
+        except Stopped:
+            pass
+        except (NoWorkspace, TreeError) as error:
+            self.fail(str(error))
+        except OSError as error:
+            path = self.workspace.current if self.workspace else ""
+            self.fail(reason_no_tree(error, self.space.directory, path))
+        except Exception as error:  # a bug fails this run only
+            self.fail(f"testcloud failed to make a workspace: {error!r}")
 
     def fail(self, why: str) -> None:
         self.filling = False
