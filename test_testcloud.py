@@ -15685,6 +15685,21 @@ class WorkingTreeTest(unittest.TestCase):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME="", HOME="nowhere"):
             self.assertEqual(tc.hashes_path("/a"), "")
 
+    def test_a_look_that_takes_long_is_told(self):
+        told, looking = [], threading.Event()
+        files = mock.Mock(seen=1, hashed=2_500_000, left_out=["x is left out: why"],
+                          look=looking.wait)
+        self.addCleanup(looking.set)
+        reader = tc.TreeReader(mock.Mock(), mock.Mock(), files, told.append)
+        began = reader.notice_at - tc.TRANSFER_NOTICE
+        for later in (0, 0.9, 1.1, 2, 10, 12):
+            reader.tell_look(began + later)
+        self.assertEqual(told, ["reading the working tree: 1 name, 2.5 MB"] * 2)
+        for later in (50, 60):
+            reader.tell_left_out(began + later)
+            reader.tell_look(began + later)
+        self.assertEqual(told[2:], ["x is left out: why"])
+
     def test_the_head_says_whose_tree_it_is(self):
         heads = [tc.WorkingTree(top, head={"setup": "x"}).look().head for top in (
             self.top, self.top + "/.", os.path.dirname(os.path.dirname(self.hashes)))]

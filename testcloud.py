@@ -13556,10 +13556,14 @@ class TreeReader:
         self.files = files
         self.tell = tell
         self.told: Set[str] = set()  # what is left out
+        self.notice_at = math.inf  # when to tell how far a look is
+        loop.every(TRANSFER_NOTICE, self.tell_look)
         self.start(files.look)
 
     def start(self, look: Callable[[], Tree]) -> None:
         """Let the client have the tree of look(), which takes its time."""
+        self.notice_at = time.monotonic() + TRANSFER_NOTICE
+
         def work() -> None:
             try:
                 tree = look()
@@ -13576,7 +13580,14 @@ class TreeReader:
         self.loop.flush()
         raise error
 
+    def tell_look(self, now: Seconds) -> None:
+        if now >= self.notice_at:
+            self.notice_at = now + TRANSFER_INTERVAL
+            self.tell(f"reading the working tree: {plural(self.files.seen, 'name')}, "
+                      f"{amount(self.files.hashed)}")
+
     def tell_left_out(self, now: Seconds) -> None:
+        self.notice_at = math.inf
         for line in self.files.left_out:
             if line not in self.told:
                 self.told.add(line)
