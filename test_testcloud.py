@@ -18545,8 +18545,8 @@ class TreesOfProcessesTest(unittest.TestCase):
         self.assertEqual(len({*tc.read_text(places).split()}), 2)
         self.assertEqual(self.cloud.client(broker, [command], *options)[0], 0)
         self.assertEqual(len({*tc.read_text(places).split()}), 2)  # one of them
-        rows = self.status(broker)["workers"]
-        self.assertGreater(rows[0]["cache"], 0)
+        self.cloud.wait_for(lambda: self.status(broker)["workers"][0]["cache"],
+                            "a figure of the bytes used")
 
     def test_a_file_that_changes_after_it_was_hashed(self):
         broker = self.cloud.broker()

@@ -11733,12 +11733,11 @@ def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool, nice: int = 
         EndSetup: lambda effect: spaces.end_setup(*effect),
         ReleaseTree: lambda effect: spaces.release(*effect)})
 
-    def told(run: Run, event: TreeEvent) -> None:
-        def tell(now: Seconds) -> None:
-            worker.cache_bytes = spaces.used
-            worker.tree_told(run, event, now)
-        loop.post(tell)
-    spaces = Workspaces(cache_limit(cache), told)
+    def note_usage(now: Seconds) -> None:
+        worker.cache_bytes = spaces.used
+    spaces = Workspaces(cache_limit(cache), lambda run, event: loop.post(
+        lambda now: worker.tree_told(run, event, now)))
+    loop.every(LOAD_INTERVAL, note_usage)
 
     def close() -> None:
         runner.close()
