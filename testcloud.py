@@ -11322,6 +11322,8 @@ READY_INTERVAL = time_option("ready_interval", "interval of our heartbeats")
 MISSED_OKS = time_option("missed_oks", "reconnect after N unanswered ones")
 CRASH_LIMIT = time_option("crash_limit", "a command that lost N workers has failed")
 KILL_GRACE = time_option("kill_grace", "from SIGTERM to SIGKILL")
+CACHE = option("--cache SIZE", "of workspaces (default: 10G, or a tenth of the free disk)",
+               default=0)
 HELP = option("-h --help", "show this", action="help")
 HOSTS = [
     option("-S --sshlogin LOGIN", "run on hosts, by ssh: [N/][user@]host,... (: is here)",
@@ -11335,8 +11337,9 @@ SHELLS = ("bash", "zsh", "fish")
 
 # options without a row in a client's --help, so that it fits a screen: another row names them,
 # or an error, or the help of a worker
-HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--quiet",
-          "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval", "--missed-oks"}
+HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--cache",
+          "--quiet", "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval",
+          "--missed-oks"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -11361,8 +11364,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--host NAME", "name of this machine in reports (default: its own)"),
             option("--max-load X", "take no more at a load average from X on", default=math.inf),
             option("--nice N", "niceness of commands (default: 0)", default=0),
-            option("--cache SIZE", "of workspaces (default: 10G, or a tenth of the free disk)",
-                   default=0),
+            CACHE,
             option("--drain TIME", "for running commands when told to stop (default: 0)",
                    default=0.0)]),
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
@@ -11385,7 +11387,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--setup COMMAND", "first in each workspace; --setup-once-for FILE, --fresh"),
             option("--setup-once-for FILE", "run the setup again only if this file changes",
                    action="append", default=[]),
-            option("--fresh", "begin with empty workspaces"),
+            option("--fresh", "begin with empty workspaces"), CACHE,
             option("--sync-max SIZE", "refuse a larger tree (default: 2G)", default=0),
             option("--exclude PATTERN", "not these files, as in .gitignore; --include: these",
                    action="append", dest="filters", default=[]),
@@ -13317,8 +13319,9 @@ def run_client(settings: argparse.Namespace) -> int:
         return supervise(lambda control: client_process(settings, "this machine", control))
     if settings.logins:
         return client_process(settings, names_of(settings.logins), -1)
-    if settings.slots:
-        raise UsageError("-j needs --local or -S: in a cloud the workers have slots (worker -j N)")
+    if settings.slots or settings.cache:
+        raise UsageError("-j and --cache need --local or -S: in a cloud these are options of the "
+                         "workers, which have slots and workspaces")
     return client_process(settings, broker_address(settings, CLIENT_PORT), -1)
 
 
@@ -13750,7 +13753,8 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
             if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
                 detach_terminal()
             stack.callback(run_locally(
-                loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0))
+                loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0,
+                settings.cache))
         else:
             connect(loop, client_run.adapter, address, CLIENT_ROLE, keys, settings)
         return client_run.run()
@@ -13769,14 +13773,14 @@ def add_broker(loop: EventLoop, client: Client, times: Times) -> Tuple[Broker, A
 
 
 def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
-                subreaper: bool) -> Callable[[], None]:
+                subreaper: bool, cache: int = 0) -> Callable[[], None]:
     """Put a broker and a worker into the client's process. Return a function that ends the
     worker's commands."""
     forever = 1e9  # seconds: a stopped process stops all three alike
     broker, broker_adapter = add_broker(
         loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
     worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times, labels=[TREES])
-    adapter, close = attach_runner(loop, worker, subreaper)
+    adapter, close = attach_runner(loop, worker, subreaper, cache=cache)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     broker_adapter.links[WORKERS] = LocalLink(worker, BROKER, b"")
     loop.post(lambda now: worker.connected(BROKER, now))
