@@ -5597,16 +5597,22 @@ def cache_path(name: str) -> str:
 
 def cache_limit(given: int = 0, directory: str = "") -> int:
     """Return the bytes that all workspaces may take: `given`, or what suits the disk."""
-    directory = place = directory or cache_path(TREES_NAME)
+    place = directory or cache_path(TREES_NAME)
+    used = cache_usage(place)  # counts as free: else the limit would fall as it is used
     while not os.path.isdir(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
-    try:
+    with contextlib.suppress(OSError):
         disk = os.statvfs(place)
-        with CacheDirectory(directory) as cache:
-            used = sum(size for _, _, size in cache.usage())
-    except OSError:
-        return given or CACHE_LIMIT
-    return given or min(CACHE_LIMIT, int((disk.f_bavail * disk.f_frsize + used) * CACHE_FRACTION))
+        free = disk.f_bavail * disk.f_frsize + used
+        return given or min(CACHE_LIMIT, int(free * CACHE_FRACTION))
+    return given or CACHE_LIMIT
+
+
+def cache_usage(directory: str) -> int:
+    """Return the bytes of all workspaces."""
+    with contextlib.suppress(OSError), CacheDirectory(directory) as cache:
+        return sum(size for _, _, size in cache.usage())
+    return 0
 
 
 def open_directory(name: Union[str, bytes], parent: int, widen: bool = True) -> int:
@@ -6408,8 +6414,7 @@ class WorkspaceThread:
 
     def do(self, step: Callable[[], None]) -> None:
         try:
-            if not self.stop.is_set():
-                step()
+            step()
         except Stopped:
             pass
         except (NoWorkspace, TreeError) as error:
@@ -6428,6 +6433,9 @@ class WorkspaceThread:
         if not self.space.directory:
             raise NoWorkspace("there is no place for workspaces, as this user has no home: set "
                               "XDG_CACHE_HOME on this host")
+        if not self.space.directory:
+            raise NoWorkspace("this user has no home directory: set XDG_CACHE_HOME on this host "
+                              "to a directory that we can write to")
         if self.cache is None:
             self.cache = CacheDirectory(self.space.directory, make=True)
         return self.cache
@@ -6482,7 +6490,7 @@ class WorkspaceThread:
         return lock >= 0
 
     def put(self, spans: List[Span], data: Any) -> None:
-        if self.filling and self.workspace:
+        if self.filling and self.workspace and not self.stop.is_set():
             wrong = self.workspace.put(spans, data)
             if wrong:
                 self.tell(TreeWrong(wrong))
@@ -6498,7 +6506,8 @@ class WorkspaceThread:
 
     def end_setup(self) -> None:
         if self.workspace:
-            self.workspace.end_setup()
+            with contextlib.suppress(OSError):  # then it will run again
+                self.workspace.end_setup()
 
     def leave(self) -> None:
         """Unlock the workspace, and then measure it: the next run must not wait for that."""
@@ -6523,10 +6532,8 @@ class Workspaces:
                  directory: str = "") -> None:
         self.limit, self.told = limit, told
         self.directory = directory or cache_path(TREES_NAME)
-        self.used = 0  # bytes of all workspaces
+        self.used = cache_usage(self.directory)
         self.threads: Dict[Run, WorkspaceThread] = {}
-        with contextlib.suppress(OSError), CacheDirectory(self.directory) as cache:
-            self.used = sum(size for _, _, size in cache.usage())
 
     def find(self, run: Run, tree: str) -> None:
         if run not in self.threads:
