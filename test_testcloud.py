@@ -9049,7 +9049,7 @@ class WorkspacesTest(unittest.TestCase):
             pass
         client = Synced(os.path.join(file, "trees"))
         client.space.directory = ""
-        self.assertIn("no home directory: set XDG_CACHE_HOME", client.sync({}).why)
+        self.assertIn("has no home: set XDG_CACHE_HOME on this host", client.sync({}).why)
         client.release()
         client.space.directory = os.path.join(file, "trees")
         event = client.sync({})

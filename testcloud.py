@@ -6433,9 +6433,6 @@ class WorkspaceThread:
         if not self.space.directory:
             raise NoWorkspace("there is no place for workspaces, as this user has no home: set "
                               "XDG_CACHE_HOME on this host")
-        if not self.space.directory:
-            raise NoWorkspace("this user has no home directory: set XDG_CACHE_HOME on this host "
-                              "to a directory that we can write to")
         if self.cache is None:
             self.cache = CacheDirectory(self.space.directory, make=True)
         return self.cache
