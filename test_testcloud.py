@@ -758,6 +758,8 @@ class SmallWorld:
             assert client.owed == sum(task.cost for task in client.tasks.values())
         for worker in self.workers:
             assert worker.prepared == {it for at, it in self.prepared if at is worker}
+        for client in self.clients:
+            assert client.prepared == {at for at, it in self.prepared if it is client}
         decisions = self.scheduler.decisions()
         while True:
             expected, either = self.decide()

@@ -136,6 +136,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Collection,
     Container,
     Deque,
     Dict,
@@ -1580,7 +1581,8 @@ TreeEvent = Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, Tr
 class ClientQueue:
     """The waiting tasks of one client."""
 
-    __slots__ = ("from_above", "tasks", "waiting", "retries", "in_turn", "excluded", "owed")
+    __slots__ = ("from_above", "tasks", "waiting", "retries", "in_turn", "excluded", "owed",
+                 "prepared")
 
     def __init__(self, from_above: bool = False) -> None:
         self.from_above = from_above  # run of the broker above: starts only with a lease
@@ -1591,6 +1593,7 @@ class ClientQueue:
         self.in_turn = False  # is in Scheduler.turns
         self.excluded: FrozenSet[str] = frozenset()  # hosts to use only if there are no others
         self.owed = 0  # bytes of results that the client has not confirmed (DONE)
+        self.prepared: Set[WorkerSlots] = set()  # these have a workspace for it
 
     def append(self, task: Task, retry: bool) -> None:
         if retry:
@@ -1646,7 +1649,7 @@ class WorkerSlots:
         self.busy_with: Counter[FrozenSet[str]] = Counter()  # such tasks, by needed labels
         self.slots_with: Dict[FrozenSet[str], int] = {}  # cache: slots with these labels
         self.hosts_with: Dict[FrozenSet[str], int] = {}  # cache: hosts of these slots
-        self.prepared: Set[ClientQueue] = set()  # it has a workspace for these
+        self.prepared: Set[ClientQueue] = set()  # the same, by worker
         self.preparing: Counter[ClientQueue] = Counter()  # scouts
         self.stamp = 0  # of its entry in Scheduler.ranking; older entries are stale
 
@@ -1698,9 +1701,19 @@ class WorkerSlots:
                 n for (_, labels), n in self.capacity.items() if needs <= labels)
         return self.busy_with[needs] < self.slots_with[needs]
 
-    def free_of_scouts(self, client: ClientQueue) -> int:
-        """Return the slots of a prepared worker that neither its tasks nor scouts will take."""
-        return self.free() - self.preparing[client] if client in self.prepared else 0
+    def set_prepared(self, client: ClientQueue, is_prepared: bool) -> None:
+        """Note whether it has a workspace for this client."""
+        if is_prepared:
+            self.prepared.add(client)
+            client.prepared.add(self)
+        else:
+            self.prepared.discard(client)
+            client.prepared.discard(self)
+
+    def forget_prepared(self) -> None:
+        """Forget its workspaces: a scout will find out."""
+        for client in [*self.prepared]:
+            self.set_prepared(client, False)
 
     def may_prepare(self, task: Task) -> bool:
         """Return whether the task may use a workspace here, or be a scout for one."""
@@ -1750,7 +1763,7 @@ class Scheduler:
             self.slots += worker.slots
         self.away.pop(worker, None)
         worker.ready = False
-        worker.prepared.clear()  # a scout will find out
+        worker.forget_prepared()
         self.note_capacity_change()
 
     def change_worker(self, worker: WorkerSlots, slots: int, weight: int,
@@ -1774,7 +1787,7 @@ class Scheduler:
             self.away[worker] = None
             self.slots -= worker.slots
             worker.ready = False
-            worker.prepared.clear()
+            worker.forget_prepared()
             self.rank(worker)
             self.note_capacity_change()
 
@@ -1820,8 +1833,8 @@ class Scheduler:
         if client.in_turn:
             client.in_turn = False
             self.turns.remove(client)
-        for worker in self.workers:
-            worker.prepared.discard(client)
+        for worker in [*client.prepared]:
+            worker.set_prepared(client, False)
 
     def move(self, task: Task, state: str, worker: Optional[WorkerRecord], now: Seconds) -> None:
         """Change a task's state and all indexes that depend on it. A task has a worker in
@@ -1858,10 +1871,8 @@ class Scheduler:
         """Note how the worker of a RUNNING task prepares its workspace; "": it is there."""
         worker = task.worker
         assert worker is not None and task.state == RUNNING, task.key
-        if preparing:
-            worker.prepared.discard(task.client)
-        elif task.needs_tree:
-            worker.prepared.add(task.client)
+        if preparing or task.needs_tree:
+            worker.set_prepared(task.client, not preparing)
         if preparing != task.preparing:
             self.recount(task, worker, preparing, now)
 
@@ -2016,7 +2027,7 @@ class Scheduler:
 
     def best_with_tree(self, task: Task, among: Eligible) -> Optional[WorkerSlots]:
         """Return the same as best_worker(). Once all workers are prepared, the first one is mostly
-        the best; before, we must look for a prepared one."""
+        the best. Before, prepared ones are not among the first."""
         while self.ranking and self.ranking[0][3] != self.ranking[0][4].stamp:
             heapq.heappop(self.ranking)
         first = self.ranking[0][4] if self.ranking else None
@@ -2025,14 +2036,17 @@ class Scheduler:
         if task.client in first.prepared and (among is None or first in among) \
                 and first.name != task.avoid and self.may_take(first, task):
             return first
-        return self.best_among(frozenset(self.workers) if among is None else among, task,
-                               task.avoid)
+        prepared = task.client.prepared
+        best = self.best_among(prepared if among is None else prepared & among, task, task.avoid)
+        if best is not None and best.order() == 0:
+            return best
+        return self.best_among(self.workers if among is None else among, task, task.avoid)
 
-    def best_among(self, workers: FrozenSet[WorkerSlots], task: Optional[Task],
+    def best_among(self, workers: Collection[WorkerSlots], task: Optional[Task],
                    avoid: str) -> Optional[WorkerSlots]:
         """Return the same as best_worker(), by looking at each of these workers."""
         with_room = [worker for worker in workers if worker.has_room()]
-        if not with_room and workers:
+        if not with_room and workers and isinstance(workers, frozenset):
             self.saturated.add(workers)
         client = task.client if task is not None and task.needs_tree else None
         return min((worker for worker in with_room if self.may_take(worker, task)), default=None,
@@ -2118,8 +2132,8 @@ class Scheduler:
         for client in {task.client: None for task in self.scouts}:
             if client.in_turn or not self.may_start(client):
                 continue
-            free = {worker: slots for worker in self.workers if not worker.silent
-                    for slots in [worker.free_of_scouts(client)] if slots > 0}
+            free = {worker: worker.free() - worker.preparing[client] for worker in client.prepared
+                    if worker.free() > worker.preparing[client] and not worker.silent}
             room = sum(free.values()) - under_way
             for task in [task for task in reversed(self.scouts) if task.client is client
                          and task.state == RUNNING and not self.scouts[task]] if free else ():
@@ -2155,6 +2169,7 @@ class Scheduler:
             assert worker.preparing == Counter(task.client for task in scouts), worker.name
             assert self.scouts.keys() >= {*scouts}
             assert worker in self.workers or not worker.prepared
+            assert all(worker in client.prepared for client in worker.prepared)
             assert all(key == task.key and task.worker is worker
                        for key, task in worker.tasks.items())
             assert worker.busy == len(busy), worker.name
@@ -3223,7 +3238,7 @@ class Membership(Dispatcher):
         """Let workers release their workspaces of this run (CANCEL without tasks)."""
         for peer, worker in self.registry.workers.items():
             if client in worker.prepared or client in worker.preparing:
-                worker.prepared.discard(client)
+                worker.set_prepared(client, False)
                 self.say(WORKERS, peer, client.run, "CANCEL")
 
     # --- workers
