@@ -11860,6 +11860,19 @@ class ReportingTest(unittest.TestCase):
             "CLIENT  PID  QUEUED  RUNNING  DONE  FAILED  WAITS FOR",
             "h        77       1        2     3       1  a worker"])
 
+    def test_the_status_has_a_column_for_workspaces_if_there_are_any(self):
+        row = {"name": "w", "host": "w", "kind": "worker", "below": [], "labels": [],
+               "slots": 2, "running": 1, "held": 0, "done": 12, "failed": 3, "weight": -1,
+               "load": 0.5, "there": True, "silent": 1.4}
+        _, lines, _ = tc.status_tables(dict(MessagesTest.EXAMPLES["STATUS"], workers=[
+            dict(row, cache=2_100_000_000), dict(row, host="v", cache=0), dict(row, host="u")]),
+            "b")
+        self.assertEqual(lines, [
+            "HOST  SLOTS  RUNNING  DONE  FAILED  WEIGHT  LOAD   CACHE     SEEN",
+            "u         2        1    12       3      -1   0.5          1 s ago",
+            "v         2        1    12       3      -1   0.5          1 s ago",
+            "w         2        1    12       3      -1   0.5  2.1 GB  1 s ago"])
+
     def test_clients_of_the_status(self):
         client, = MessagesTest.EXAMPLES["STATUS"]["clients"]
         whole, table = tc.status_tables({"workers": [], "above": ["b\x1b"], "clients": [
@@ -16586,7 +16599,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--expect", "1" * 41],
                      ["client", "--env", "NO_SUCH"],
                      ["client", "--env", "A=" + "x" * tc.MAX_COMMAND], ["client", "--need", ""],
-                     ["worker", "--label", "a b"],
+                     ["worker", "--label", "a b"], ["worker", "--label", tc.TREES],
                      ["worker", "--label", "a\n"], ["client", "--timeout", "-1"],
                      ["client", "--fail-fast", "-2"], ["worker", "--label", "\u00e9"],
                      ["worker", "--max-load", "0"], ["broker", "--upstream-key", "/no/such"],

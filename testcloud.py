@@ -9726,8 +9726,8 @@ def worker_row(row: Fields) -> List[str]:
     notes += [f"label {name}" for name in row["labels"]]
     cells = [str(row[name]) for name in ("host", "slots", "running", "done", "failed", "weight")]
     load = f"{row['load']:.1f}" if row["kind"] == WORKER_ROLE else ""  # a broker does not report it
-    return [*cells, load, amount(row.get("cache", 0)), f"{row['silent']:.0f} s ago",
-            "; ".join(notes)]
+    cache = amount(row["cache"]) if row.get("cache") else ""
+    return [*cells, load, cache, f"{row['silent']:.0f} s ago", "; ".join(notes)]
 
 
 def client_row(row: Fields) -> List[str]:
