@@ -8694,6 +8694,9 @@ class RandomTrees:
         for _ in range(self.rng.randrange(5)):
             there = [""]
             for folder, names, files in os.walk(top):
+                for name in names if os.geteuid() else ():
+                    if not os.path.islink(os.path.join(folder, name)):
+                        os.chmod(os.path.join(folder, name), 0o700)
                 there += [os.path.relpath(os.path.join(folder, name), top)
                           for name in names + files]
             path = self.rng.choice(there)

@@ -6016,7 +6016,7 @@ class Workspace:
             self.directories = Directories(open_directory(self.name, self.cache.fd), True)
         self.tree = tree
         self.signatures = array.array("q", bytes(8 * SIGNATURE * len(tree.entries)))
-        self.modes: List[int] = []  # directories that get their mode at the end
+        self.modes: List[int] = []  # entries that get their mode at the end
         self.touched: List[int] = []  # files that get a new time
         self.wrong: Counter[int] = Counter()
         # files whose contents are missing, by the first with the same content
@@ -6277,7 +6277,9 @@ class Workspace:
         """Give a file with the right content its mode, time and place."""
         entry = self.tree.entries[index]
         directory, name = self.at(entry)
-        os.fchmod(part.file, entry.mode)
+        os.fchmod(part.file, entry.mode | stat.S_IRUSR)  # it may have to be copied
+        if not entry.mode & stat.S_IRUSR:
+            self.modes.append(index)
         time = self.times[entry.mtime]
         os.utime(part.file, ns=(time, time))
         if part.name:
@@ -6351,8 +6353,12 @@ class Workspace:
             self.note_signature(index, os.stat(name, dir_fd=directory, follow_symlinks=False))
         for index in sorted(self.modes, reverse=True):  # what is in a directory comes first
             entry = tree.entries[index]
-            self.at(entry)
-            os.fchmod(self.directories.get(entry.path), entry.mode)
+            directory, name = self.at(entry)
+            if entry.kind == DIRECTORY:
+                os.fchmod(self.directories.get(entry.path), entry.mode)
+            else:
+                os.chmod(name, entry.mode, dir_fd=directory)
+                self.note_signature(index, os.stat(name, dir_fd=directory, follow_symlinks=False))
         self.close_directories()
         setup = tree.head.get("setup", "")
         if setup and self.state.setup == setup_key(tree):
