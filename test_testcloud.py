@@ -14426,9 +14426,13 @@ class KeysTest(unittest.TestCase):
         worker.send(b'READY {"name":"%s","slots":5,"join":1}' % name)
         self.assertTrue(worker.recv().startswith(b"OK"))
         for at_workers in (b'{"cmd":"true","id":1,"attempt":1}', b'HELLO {"run":"x","join":1}',
-                           b"CANCEL", b'FETCH {"id":1,"attempt":1,"offset":0,"size":9}'):
+                           b"CANCEL"):
             worker.send(at_workers)
             self.assertIn(b"is not understood on the link to workers", worker.recv())
+        fetch = b'FETCH {"id":1,"attempt":1,"offset":0,"size":9%s}'
+        of_tree, chunk = (b',"tree":"%s"' % (b"0" * 64), b'CHUNK {"id":1,"attempt":1,"offset":0%s}')
+        worker.send(fetch % b"")
+        self.assertIn(b"a worker's FETCH needs 'tree'", worker.recv())
         for sock, name in ((one, run), (two, other)):
             sock.send(b'HELLO {"run":"%s","join":1}' % name)
             self.assertTrue(sock.recv().startswith(b"OK"))
@@ -14440,13 +14444,20 @@ class KeysTest(unittest.TestCase):
         self.assertEqual(worker.recv_multipart()[1], run)
         worker.send_multipart([b"", run, b'QUEUED {"tasks":[[1,1]]}'])
         self.assertTrue(one.recv().startswith(b"QUEUED"))
-        theirs = (b'CANCEL {"tasks":[[1,1]]}', b"CANCEL", b'DONE {"tasks":[[1,1]]}',
-                  b'FETCH {"id":1,"attempt":1,"offset":0,"size":9}')
+        for token, asked in ((other, fetch), (b"", fetch), (run, fetch.replace(b":1,", b":2,", 1))):
+            worker.send_multipart([b"", token, asked % of_tree])  # of commands that it has not
+        worker.send_multipart([b"", run, fetch % of_tree])
+        self.assertEqual(one.recv(), fetch % of_tree)
+        theirs = (b'CANCEL {"tasks":[[1,1]]}', b"CANCEL", b'DONE {"tasks":[[1,1]]}', fetch % b"",
+                  chunk % of_tree)
         for frames in (*([line] for line in theirs), *([b"", run, line] for line in theirs)):
             two.send_multipart(frames)
         two.send(b'HELLO {"run":"%s"}' % other)
         self.assertTrue(two.recv().startswith(b"OK"))  # so all that was heard and not answered
         self.assertFalse(worker.poll(0))
+        self.assertFalse(one.poll(0))
+        one.send_multipart([chunk % of_tree, b"content"])
+        self.assertEqual(worker.recv_multipart(), [b"", run, chunk % of_tree, b"content"])
         worker.send_multipart([b"", run, b'RESULT {"id":1,"attempt":1,"exitcode":0,"stdout":"y"}'])
         self.assertIn(b'"stdout":"y"', one.recv())
         self.assertFalse(two.poll(0))
