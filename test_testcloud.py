@@ -3171,6 +3171,16 @@ class TreesAtBrokerTest(unittest.TestCase):
         self.assertEqual((worker["labels"], worker["cache"], worker["running"]), (["gpu"], 5, 0))
         self.assertEqual((client["queued"], client["running"]), (1, 0))
 
+        def waits_for():
+            (client,) = d.broker.status()["clients"]
+            return client["queued"], client["waits_for"]
+        d.submit_with_tree(b"c", 2)
+        self.assertEqual(waits_for(), (2, "a workspace with its tree"))
+        d.prepares(b"w", "r1", 1, "")
+        self.assertEqual(waits_for(), (1, "a free slot"))
+        d.gone(WORKERS, b"w")
+        self.assertEqual(waits_for(), (1, "a worker"))
+
     # what peers may not do
 
     def test_a_worker_gets_no_part_of_the_tree_of_a_run_whose_commands_it_does_not_have(self):
@@ -3214,6 +3224,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.scouts(b"w", d.letters[0][2], 2, tc.FILES)  # to the plain client it is queued
         d.expect(b"q", "QUEUED")
         d.worker(b"w", tc.encode("FETCH", dict(fields, id=2)), "plain.b1.2")
+        d.client(b"q", '{"cmd":"x"}')  # the slot is taken
         d.quiet()
 
     def test_nobody_sends_a_part_of_a_tree_to_a_worker_of_others(self):

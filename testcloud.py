@@ -3431,9 +3431,12 @@ class Membership(Dispatcher):
             return "itself: it does not take its results"
         if not self.scheduler.slots and not client.needs - {TREES}:
             return "a worker"
+        if self.lacks(client):
+            return self.lacks(client)
+        if TREES in client.needs and not client.prepared:
+            return "a workspace with its tree"
         labels = client.needs - {TREES}
-        which = f" with {label_words(labels)}" if labels else ""
-        return self.lacks(client) or "a free slot" + which
+        return "a free slot" + (f" with {label_words(labels)}" if labels else "")
 
     def lacks(self, client: ClientRecord) -> str:
         """Return the worker that the commands of a client lack, in words; "" if they lack none."""
