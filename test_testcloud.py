@@ -8796,6 +8796,15 @@ class WorkspacesTest(unittest.TestCase):
             self.assert_synced(files, client.sync(files))
             self.assertEqual(client.fetched, 0)
 
+    def test_a_content_in_more_directories_than_are_open_at_once(self):
+        client, files = self.synced(), {}
+        for number in range(2 * tc.MAX_OPEN_DIRECTORIES):
+            files[f"{number:03}"] = 0o755
+            files[f"{number:03}/__init__.py"] = (0o644, b"")
+            files[f"{number:03}/same"] = (0o644, b"same")
+        self.assert_synced(files, client.sync(files))
+        self.assertEqual(client.fetched, 4)
+
     def test_two_runs_at_once_have_two_workspaces(self):
         client, files = self.synced(), {"a": (0o644, b"one", 1)}
         first = client.sync(files)

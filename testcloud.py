@@ -6250,16 +6250,15 @@ class Workspace:
             first = firsts.get((entry.content, entry.size)) if entry.kind == FILE else None
             if first in self.missing:
                 with contextlib.suppress(OSError):
-                    directory, name = directories.place(entry.path)
-                    if self.copy(first, directory, name):
+                    if self.copy(first, directories, entry.path):
                         self.complete(first)
 
-    def copy(self, index: int, directory: int, name: bytes) -> bool:
+    def copy(self, index: int, directories: Directories, path: str) -> bool:
         """Copy a file to an entry's place. Return whether it had the entry's content."""
         entry = self.tree.entries[index]
         part = self.open_part(index)
         try:
-            right = self.read_content(directory, name, entry, part.write)
+            right = self.read_content(*directories.place(path), entry, part.write)
             if right:
                 self.finish_file(index, part)
         finally:
@@ -6293,7 +6292,7 @@ class Workspace:
         """Copy a content that is here now to all other files that have it."""
         for index in self.missing.pop(first):
             path = self.tree.entries[first].path
-            if index != first and not self.copy(index, *self.directories.place(path)):
+            if index != first and not self.copy(index, self.directories, path):
                 raise NoWorkspace(f"a process on this host has just changed {printable(path)} in "
                                   f"{self.path}: stop it")
 
