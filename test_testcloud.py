@@ -4723,6 +4723,7 @@ class Actor:
         self.start_deadline = -math.inf  # when that may be done, by its clock
         self.files = {}  # of a worker: run > SimFiles
         self.source = None  # of a client with a tree: SimSource
+        self.late = 0.0  # seconds, before it begins
         self.wire = None  # to its broker
         self.peers = {}  # (link, peer) > Wire, if it is a broker
         self.wants = None  # (broker's Actor, link) it connects to
@@ -5119,7 +5120,7 @@ class World:
         self.barred = {}  # attempt > hosts that its client called unfit before
         self.had = set()  # (worker's name, generation, attempt)
         self.setups = {}  # (actor, generation, run's key) > job
-        self.calm = {*self.faults} <= {"pry"}
+        self.calm = self.trees and {*self.faults} == {"pry"}
         self.came = defaultdict(set)  # (worker's name, run) > hashes of contents
         self.answers = Counter()  # (run, id, attempt, spans) > how often they were sent
         self.full_hosts = self.failing_hosts = ()
@@ -5341,7 +5342,7 @@ class World:
             return
         wire.open = False
         for way in (0, 1):
-            keep = self.r.randint(0, len(wire.flying[way]))
+            keep = 2**20 if self.calm else self.r.randint(0, len(wire.flying[way]))
             while len(wire.flying[way]) > keep:
                 wire.flying[way].pop()
         hub, member = wire.hub, wire.member
@@ -5689,7 +5690,8 @@ class World:
         if self.trees:
             self.build_trees()
         for actor in self.actors.values():
-            self.after(r.random() * r.choice([0.1, 5.0]), lambda a=actor: self.begin(a))
+            self.after(actor.late + r.random() * r.choice([0.1, 5.0]),
+                       lambda a=actor: self.begin(a))
 
     def build_streams(self, brokers):
         """Add workers with a stream to a relay, or to a broker that does not know what that is."""
@@ -5730,7 +5732,7 @@ class World:
             MAX_SPANS=r.choice([1, 2, 1000]), FETCH_AHEAD=r.choice([1, 2, 8]))
         if r.random() < 0.3:
             self.failing_hosts = r.sample(hosts, 1)
-        if self.wild and r.random() < 0.2:
+        if not self.calm and r.random() < 0.2:
             self.full_hosts = r.sample(hosts, 1)
         for actor in self.actors.values():
             if actor.role == "worker" and not actor.plain and (
@@ -5739,11 +5741,14 @@ class World:
             elif actor.role == "client" and not actor.plain and (
                     actor.name == "c0" or r.random() < 0.7):
                 actor.options = actor.options._replace(sync=True)
-                origin = r.choice(["one", "two"])
-                same = random.Random(f"{self.seed} {origin}")  # who have it begin with the same
+                twin = self.calm and actor.name == "c1"  # comes when c0 has gone, with its tree
+                actor.late = SIM_HEAL if twin else r.choice([0, 0, 20]) if actor.name != "c0" else 0
+                origin = r.choice(["one", "two"]) if actor.name == "c2" else "one"
+                same = random.Random(f"{self.seed} {origin}")
                 actor.source = SimSource(same, {
-                    "origin": origin, "name": "tree", "setup": same.choice(["", "make"]), "cwd": "",
-                    "setup_for": r.choice(["lock", "lock", "other lock"]), "fresh": ""})
+                    "origin": origin, "name": "tree", "setup": same.choice(["", "make", "make"]),
+                    "setup_for": "lock" if twin else r.choice(["lock", "lock", "other lock"]),
+                    "cwd": "", "fresh": ""})
 
     def add(self, name, wants=None):
         actor = self.actors[name] = Actor(name)
@@ -6408,6 +6413,48 @@ class SimulationTest(unittest.TestCase):
             "relay cut", "crash relay", "pause relay", "reconnect",
             "terminate relay")
 
+    TREE_MUTANTS = (
+        ("a command starts in whatever tree is there",
+         "if use.state == READY and use.tree == job.tree and not use.leaving:",
+         "if use.state == READY and not use.leaving:"),
+        ("a workspace gets another tree under a command",
+         "return files and not self.active and not self.setup", "return files"),
+        ("a failed setup does not matter",
+         "        if record.exitcode == 0:\n            self.effects.append(EndSetup(use.run))",
+         "        if True:\n            self.effects.append(EndSetup(use.run))"),
+        ("a setup is not noted", "            self.effects.append(EndSetup(use.run))\n", ""),
+        ("a workspace is not released",
+         "            self.effects.append(ReleaseTree(use.run))\n", ""),
+        ("a client does not hear what has come last",
+         "            self.ask([], {})", "            pass"),
+        ("a worker ignores that a tree has gone",
+         'self.stop_job(job, printable(fields["why"], 200))', "pass"),
+        ("a command that waits for its tree is forgotten",
+         "put_off, self.put_off = self.put_off, {}", "put_off, self.put_off = {}, {}"),
+        ("an unfit host gets more commands", '        if self.unfit:\n            constraints',
+         '        if False:\n            constraints'),
+        ("all workers get all trees",
+         "self.bulk.append(Outgoing(\n"
+         "                    WORKERS, worker.peer, client.run, message.line, message.data))",
+         "self.bulk += [Outgoing(WORKERS, peer, client.run, message.line, message.data)\n"
+         "                              for peer in self.registry.workers]"),
+        ("old workers get commands with trees", "[*self.needs, *[TREES] * self.sync]",
+         "[*self.needs]"),
+    )
+
+    def test_the_simulation_finds_what_is_broken_in_trees(self):
+        self.check_mutants(self.TREE_MUTANTS, self.fails_with_trees)
+
+    def fails_with_trees(self, seed):
+        try:
+            for faults in (["pry"], ["edit"], self.TREE_FAULTS):
+                world = World(seed, faults)
+                world.looks_at_end = True
+                world.run()
+        except Exception:
+            return True
+        return False
+
     def test_trees(self):
         """Workers fetch the trees of clients, whose files may change meanwhile."""
         seen = Counter()
@@ -6421,6 +6468,17 @@ class SimulationTest(unittest.TestCase):
             seen, "TreeFailed", "TreeUnknown", "TreeWrong", "changed while it was sent", "edit",
             "half a workspace", "known tree", "no host is fit", "pry", "second workspace",
             "setup failed", "setup passed", "CHUNK of a tree", "runs in a tree")
+
+    def test_a_client_whose_setup_fails_everywhere_gives_up(self):
+        for seed in range(self.SEEDS // 15):
+            world = World(seed, ["pry"])
+            world.failing_hosts = {actor.host for actor in world.actors.values()}
+            clients = [actor for actor in world.actors.values() if actor.source is not None]
+            for actor in clients:
+                actor.source.head["setup"] = "make"
+            world.run()
+            self.assertEqual({actor.exited for actor in clients}, {3}, seed)
+            self.assertFalse(world.seen["runs in a tree"])
 
     def test_interrupted_clients(self):
         seen = self.worlds(["interrupt", "crash", "cut_wire", "pause"], range(self.SEEDS // 3))
