@@ -16133,6 +16133,7 @@ class WorkingTreeTest(unittest.TestCase):
                           look=looking.wait)
         self.addCleanup(looking.set)
         reader = tc.TreeReader(mock.Mock(), mock.Mock(), files, told.append)
+        reader.start(files.look)
         began = reader.notice_at - tc.TRANSFER_NOTICE
         for later in (0, 0.9, 1.1, 2, 10, 12):
             reader.tell_look(began + later)

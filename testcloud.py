@@ -1219,6 +1219,7 @@ def stream_size(result: Fields) -> int:
 # manifest, then the contents that its host has not seen yet. Nothing here touches files.
 
 DIRECTORY, FILE, LINK = "d", "f", "l"  # kinds of entries
+NO_NAMES = frozenset(("", ".", ".."))  # in a path of a tree
 MAX_ENTRIES = 1_000_000  # of a tree: a manifest of them takes some 100 MB
 MAX_MANIFEST = 256 * 1024 * 1024  # bytes, unpacked
 MAX_SPANS = 1000  # in one FETCH, at some 20 bytes each
@@ -1332,13 +1333,13 @@ def is_valid(entry: Entry) -> bool:
     """Return whether an entry has valid fields, and a path that stays below the top."""
     path, kind, mode, size, content, mtime = entry
     return (type(path) is str and "\0" not in path
-            and not any(name in ("", ".", "..") for name in path.split("/"))
+            and NO_NAMES.isdisjoint(path.split("/"))
             and type(mode) is int and 0 <= mode <= 0o777
             and count(size) and (kind == FILE or not size) and type(content) is str
             and type(mtime) is int and (
                 kind == DIRECTORY and not content
                 or kind == LINK and content != "" and "\0" not in content
-                or kind == FILE and re.fullmatch("[0-9a-f]{64}", content) is not None))
+                or kind == FILE and tree_name(content)))
 
 
 class TreeFetcher:
@@ -6040,9 +6041,9 @@ class Workspace:
                     self.missing.setdefault(first, []).append(index)
             self.cache.make_room(sum(size for _, size in firsts), limit)
             self.begin(different)
-            self.remove_old([old[path][0] for path in gone], doubtful, firsts)
+            kept = self.remove_old([old[path][0] for path in gone], doubtful, firsts)
             self.make_directories_and_links(different)
-            self.fill_from_here(set(different), firsts)
+            self.fill_from_here(set(different), firsts, kept)
             self.cache.sweep()
         return tree.spans_of(sorted(self.missing))
 
@@ -6170,9 +6171,10 @@ class Workspace:
                 os.unlink(names[0], dir_fd=self.parts)
 
     def remove_old(self, entries: List[Entry], doubtful: Container[str],
-                   firsts: Dict[Content, int]) -> None:
+                   firsts: Dict[Content, int]) -> Set[int]:
         """Remove what belongs to the tree no more; `doubtful` paths may be of any kind. Keep files
-        whose content is wanted elsewhere: most were renamed."""
+        whose content is wanted elsewhere: most were renamed. Return the entries that want it."""
+        kept = set()
         for entry in entries:
             try:
                 directory, name = self.at(entry)
@@ -6188,8 +6190,10 @@ class Workspace:
                 first = firsts.get((entry.content, entry.size))
                 if first is not None and stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
                     os.rename(name, b"old%d" % first, src_dir_fd=directory, dst_dir_fd=self.parts)
+                    kept.add(first)
                 else:
                     os.unlink(name, dir_fd=directory)
+        return kept
 
     def make_directories_and_links(self, different: List[int]) -> None:
         for index in different:
@@ -6217,13 +6221,15 @@ class Workspace:
             directory, name = self.directories.place(self.current)
             os.rename(part, name, src_dir_fd=self.parts, dst_dir_fd=directory)
 
-    def fill_from_here(self, different: Set[int], firsts: Dict[Content, int]) -> None:
+    def fill_from_here(self, different: Set[int], firsts: Dict[Content, int],
+                       kept: Set[int]) -> None:
         """Fill what is missing with contents that this host has."""
         for first in [*self.missing]:
             entry = self.tree.entries[first]
             if not entry.size and not self.store(first, 0, b""):
                 raise NoWorkspace(f"{printable(entry.path)} has a wrong hash in its manifest")
-            if entry.size and self.has_content(self.parts, b"old%d" % first, entry):
+            if entry.size and first in kept and \
+                    self.has_content(self.parts, b"old%d" % first, entry):
                 file = os.open(b"old%d" % first, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.parts)
                 try:
                     self.finish_file(first, Part(file, b"old%d" % first))
@@ -6317,8 +6323,6 @@ class Workspace:
         part = self.partial.pop(index, None) if offset else None
         if offset == 0:
             self.drop_part(index)
-            if len(data) == entry.size and hashlib.sha256(data).hexdigest() != entry.content:
-                return False
             part = self.open_part(index)
         if part is None:
             return True  # the rest of a file that is asked for again
@@ -12385,7 +12389,6 @@ class Hosts:
                  uplink: Callable[[Login], Union[BrokerUplink, Relay]],
                  none_left: Callable[[Seconds], None],
                  tell: Callable[[str, bool], None]) -> None:
-        import zlib  # late: it is rarely needed
         self.loop = loop
         self.settings = settings
         self.address = address  # of the broker, for notices
@@ -12396,12 +12399,17 @@ class Hosts:
         self.stop_by: Seconds = math.inf  # when to exit at the latest
         self.shown = RecentTexts(SAME_INTERVAL)  # what workers said
         with file_errors("read", __file__), open(__file__, encoding="utf-8") as file:
-            self.program = zlib.compress(worker_program(file.read()).encode())
+            self.source = file.read()
         self.hosts = [Host(self, login, uplink(login)) for login in settings.logins]
         if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < MAX_LOGINS * (len(self.hosts) + 8):
             raise_file_limit()  # not for few: the workers on this machine inherit it
         loop.every(HOST_INTERVAL, self.look)
         loop.every(BEAT_INTERVAL, self.beat)
+
+    @functools.cached_property
+    def program(self) -> bytes:
+        """The program for the hosts, compressed: while the first login is under way."""
+        return zlib.compress(worker_program(self.source).encode())
 
     def script(self, login: Login, mark: str) -> bytes:
         """Return the line that starts the worker of a host."""
@@ -13587,7 +13595,7 @@ class TreeReader:
         self.told: Set[str] = set()  # what is left out
         self.notice_at = math.inf  # when to tell how far a look is
         loop.every(TRANSFER_NOTICE, self.tell_look)
-        self.start(files.look)
+        loop.post(lambda now: self.start(files.look))  # after logins were started
 
     def start(self, look: Callable[[], Tree]) -> None:
         """Let the client have the tree of look(), which takes its time."""
