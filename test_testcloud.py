@@ -15946,6 +15946,7 @@ class WorkingTreeTest(unittest.TestCase):
     def test_what_cannot_be_read_is_left_out(self):
         for name in ("a", "gone", "d/b", "e/c"):
             self.write(name)
+        os.symlink("a", self.path("link"))
         open_file, scan = os.open, os.scandir
 
         def refuse(path, *rest, **more):
@@ -15961,10 +15962,11 @@ class WorkingTreeTest(unittest.TestCase):
 
         tree = self.tree()
         with mock.patch.object(os, "open", refuse), mock.patch.object(
-                os, "scandir", refuse_directory):
+                os, "scandir", refuse_directory), mock.patch.object(
+                os, "readlink", side_effect=PermissionError(errno.EACCES, "Permission denied")):
             self.assertEqual([entry.path for entry in tree.look().entries], ["e", "e/c"])
-        self.assertEqual(tree.left_out, ["d is left out: permission denied",
-                                         "a is left out: permission denied"])
+        self.assertEqual(sorted(tree.missing.items()), [
+            (name, "permission denied") for name in ("a", "d", "link")])
         with mock.patch.object(tc.WorkingTree, "ask_git"), self.assertRaises(tc.SetupError):
             self.tree(at="none").look()
 

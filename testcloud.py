@@ -12840,7 +12840,7 @@ class WorkingTree:
             start = path + b"/" * bool(path)
             for one in listed:
                 inner = start + one.name
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     below = self.state(inner, one.is_dir(follow_symlinks=False), ignored, included)
                     if below is None:
                         continue
@@ -12849,6 +12849,10 @@ class WorkingTree:
                         stack.append((inner, stamp_of(status)[0], *below))
                     elif not below[0]:
                         self.add_file(inner, status, links)
+                except FileNotFoundError:
+                    pass
+                except OSError as error:  # such as in a directory without the x of its mode
+                    self.leave_out(to_text(inner), error)
         for name in links:
             if leads_out(name, links):
                 del self.entries[name]
