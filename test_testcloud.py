@@ -8913,6 +8913,12 @@ class WorkspacesTest(unittest.TestCase):
             paths.append(event.path)
             client.release(run)
         self.assertEqual(len(set(paths)), 3)
+        with self.subTest("an id alone opens nobody else's tree"):
+            client.space.find("1" * 32, client.tree(files, origin="other").id)
+            self.assertIsInstance(client.event(), tc.TreePlanned)
+            client.release("1" * 32)
+            client.space.find("key." + "1" * 32, client.tree(files, origin="other").id)
+            self.assertEqual(client.event(), tc.TreeUnknown())
         self.assertTrue(all(re.fullmatch("demo-[0-9a-f]{12}", os.path.basename(path))
                             for path in paths))
         with self.subTest("names are tame and short"):
@@ -9036,6 +9042,73 @@ class WorkspacesTest(unittest.TestCase):
                 event = client.events.get()
             self.assert_synced(files, event)
             client.release(run)
+
+    def test_a_file_that_changed_unnoticed_by_its_times(self):
+        files = {"a": (0o644, b"one", 1)}
+        for what in ("in the same tick", "with a clock that was set back"):
+            client = InStep(os.path.join(self.dir, what))
+            path = client.sync(files).path
+            client.release()
+            with open(path + "/a", "r+b") as file:
+                file.write(b"two")
+            found = os.stat(path + "/a")
+            with open(path + ".state", "rb") as file:
+                state = tc.decode_state(file.read())
+            if what == "in the same tick":
+                signature = tc.array.array("q", tc.signature_of(found)).tobytes()
+                state = state._replace(signatures=signature, stamp=found.st_ctime_ns)
+            else:
+                state = state._replace(stamp=found.st_ctime_ns + 10**9)
+            with open(path + ".state", "wb") as file:
+                file.write(state.encode())
+            with self.subTest(what):
+                self.assert_synced(files, client.sync(files))
+            client.release()
+
+    def test_a_file_that_has_a_name_elsewhere_is_not_touched(self):
+        client, files = self.synced(), {"a": (0o600, b"ab", 1)}
+        other = os.path.join(self.dir, "other")
+        with open(other, "wb") as file:
+            file.write(b"ab")
+        os.chmod(other, 0o644)
+        path = client.sync(files).path
+        client.release()
+        os.unlink(path + "/a")
+        os.link(other, path + "/a")
+        before = os.stat(other)
+        self.assert_synced(files, client.sync(files))
+        after = os.stat(other)
+        self.assertEqual((after.st_mode, after.st_mtime_ns, after.st_nlink),
+                         (before.st_mode, before.st_mtime_ns, 1))
+
+    def test_what_an_update_that_was_killed_has_left_goes(self):
+        client = InStep(self.cache)
+        client.sync({"a": 0o755, "a/b": 0o755, "f": (0o644, b"12", 1), "l": "x", "g": 0o755})
+        client.release()
+        with mock.patch.object(tc.Workspace, "finish", side_effect=Killed):
+            for files in ({"a": (0o644, b"34", 1), "f": 0o755, "f/l": "y", "l": 0o755},
+                          {"a": 0o755, "a/c": (0o644, b"56", 1), "g": "y"}):
+                with self.assertRaises(Killed):
+                    client.sync(files)
+                client.drop()
+        self.assert_synced({}, client.sync({}))
+        client.release()
+
+    def test_a_lock_that_was_removed_before_we_locked_it(self):
+        cache = tc.CacheDirectory(self.cache, make=True)
+        flock, path = fcntl.flock, os.path.join(self.cache, "x.lock")
+
+        def late(file, what):
+            if patch.call_count <= 2:  # removed, and made anew
+                os.unlink(path)
+            if patch.call_count == 2:
+                os.close(os.open(path, os.O_CREAT))
+            flock(file, what)
+        with cache, mock.patch.object(tc.fcntl, "flock", side_effect=late) as patch:
+            lock = cache.lock("x")
+            self.assertTrue(os.path.samestat(os.fstat(lock), os.stat(path)))
+            self.assertEqual(cache.lock("x"), -1)
+            os.close(lock)
 
     def test_a_broken_state_is_not_trusted(self):
         client, files = self.synced(), {"a": (0o644, b"one", 1)}

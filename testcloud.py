@@ -5823,11 +5823,9 @@ class Directories:
         parent, _, name = path.rpartition("/")
         return self.get(parent), to_bytes(name)
 
-    def close(self, path: Optional[str] = None) -> None:
-        """Close one directory, or all."""
-        for one in [*self.opened] if path is None else [path]:
-            if one in self.opened:
-                os.close(self.opened.pop(one))
+    def close(self) -> None:
+        while self.opened:
+            os.close(self.opened.popitem()[1])
 
 
 # --- what we know of a workspace
@@ -6183,7 +6181,6 @@ class Workspace:
                 continue
             if stat.S_ISDIR(found.st_mode):
                 if entry.kind == DIRECTORY or entry.path in doubtful:
-                    self.directories.close(entry.path)
                     with contextlib.suppress(OSError):  # what commands made in it stays
                         os.rmdir(name, dir_fd=directory)
             elif entry.kind != DIRECTORY or entry.path in doubtful:
@@ -6217,8 +6214,6 @@ class Workspace:
             if error.errno not in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EPERM):
                 raise
             self.cache.remove(name, directory)
-            self.directories.close()
-            directory, name = self.directories.place(self.current)
             os.rename(part, name, src_dir_fd=self.parts, dst_dir_fd=directory)
 
     def fill_from_here(self, different: Set[int], firsts: Dict[Content, int],
@@ -6320,19 +6315,23 @@ class Workspace:
     def store(self, index: int, offset: int, data: Any) -> bool:
         """Store a piece of a file. Return false if the file is wrong."""
         entry = self.tree.entries[index]
-        part = self.partial.pop(index, None) if offset else None
         if offset == 0:
             self.drop_part(index)
             part = self.open_part(index)
-        if part is None:
+        elif index in self.partial:
+            part = self.partial.pop(index)
+        else:
             return True  # the rest of a file that is asked for again
         try:
-            right = part.size == offset
-            part.write(data)
-            if right and part.size < entry.size:
-                self.partial[index] = part
-                return True
-            right = right and part.hash.hexdigest() == entry.content
+            right = True
+            if len(data) == entry.size:
+                write_to(part.file, data)
+            else:
+                part.write(data)
+                if part.size < entry.size:
+                    self.partial[index] = part
+                    return True
+                right = part.hash.hexdigest() == entry.content
             if right:
                 self.finish_file(index, part)
         finally:
