@@ -2956,6 +2956,19 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.submit_with_tree(b"c", 1, attempt=2, avoid="v")
         d.scouts(b"w", "r1", 1, "", attempt=2)
 
+    def test_a_client_recalls_what_has_not_begun(self):
+        """Its tree has changed."""
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1, 2)
+        d.scouts(b"w", "r1", 1)
+        d.letters.clear()
+        d.tell(CLIENTS, b"c", 'RECALL {"tasks":[[1,1],[2,1],[3,1]]}')
+        d.expect(b"w", "RECALL", token="r1", tasks=[[1, 1]])
+        d.expect(b"c", "LOST", tasks=[[2, 1]], why=tc.RECALLED, fault="")
+        d.quiet()
+
     def test_scouts_stay_while_other_commands_take_the_slots(self):
         d = self.desk
         d.tree_worker(b"w")
@@ -11050,6 +11063,27 @@ class ClientTreesTest(unittest.TestCase):
         b.quiet()  # there is nothing to submit it with
         self.set_tree(self.TREE)
         b.expect("{", id=1, attempt=2, again=True, tree=self.TREE.id)
+
+    def test_commands_that_have_not_begun_get_the_next_tree(self):
+        b = self.bench
+        self.begin("x", "y")
+        b.hear('QUEUED {"tasks":[[2,1]],"worker":"w"}')
+        self.client.input_ended = False
+        self.add("z")
+        b.expect("{", id=3, tree=self.TREE.id)
+        b.hear('RESULT {"id":3,"attempt":1,"exitcode":0,"size":9999999}')
+        b.expect("FETCH", id=3)
+        b.lines.clear()
+        self.set_tree(None)
+        self.set_tree(self.TREE)
+        b.quiet()
+        self.set_tree(None)
+        self.set_tree(self.OTHER)
+        b.expect("RECALL", tasks=[[1, 1], [3, 1]])  # the broker knows that 3 has ended
+        b.quiet()
+        b.hear('LOST {"tasks":[[1,1]],"why":"it waited for a slot"}')
+        b.expect("{", id=1, attempt=2, tree=self.OTHER.id)
+        b.quiet()
 
     def test_an_unfit_host_is_out_of_the_run(self):
         b = self.bench

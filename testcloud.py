@@ -71,7 +71,7 @@ Protocol
     FETCH    client < broker > worker   send me a part of this large output, or of this tree
     CHUNK    client < broker > worker   a part of a large output, or of a tree
     RESEND   broker > worker            send your last message about this task again
-    RECALL   broker > worker            hand this task back, unless you have started it
+    RECALL   client > broker > worker   hand this task back, unless you have started it
     BYE      client, worker > broker    I am leaving
     SHUN     client > broker > broker   use these hosts only if there are no others
     STATUS   client > broker > client   the workers and clients, and their work
@@ -449,7 +449,7 @@ MESSAGES: Dict[str, Spec] = {
         "tree": tree_name, "size": count,  # as in the FETCH
         "why": text}),  # instead of data: this tree is not there any more
     "RESEND": Spec("broker > worker", {"tasks": pairs}, {}),
-    "RECALL": Spec("broker > worker", {"tasks": pairs}, {}),
+    "RECALL": Spec("client > broker > worker", {"tasks": pairs}, {}),
     "BYE": Spec("client, worker > broker", {}, {}),
     "SHUN": Spec("client > broker > broker", {"hosts": texts}, {}),
     "STATUS": Spec("client > broker > client", {}, {
@@ -3816,6 +3816,7 @@ class Broker(Membership):
         (CLIENTS, "FETCH"): "on_fetch", (CLIENTS, "BYE"): "on_client_bye",
         (CLIENTS, "SHUN"): "on_shun", (BROKER, "SHUN"): "on_shun",
         (CLIENTS, "CHUNK"): "on_tree_chunk", (BROKER, "CHUNK"): "on_tree_chunk",
+        (CLIENTS, "RECALL"): "on_recall",
         (CLIENTS, "STATUS"): "on_status", (CLIENTS, "ERROR"): "on_error",
         (WORKERS, "READY"): "on_ready", (WORKERS, "QUEUED"): "on_queued",
         (WORKERS, "RESULT"): "on_result", (WORKERS, "LOST"): "on_lost",
@@ -7231,6 +7232,12 @@ class Client(SessionMachine):
             for fields in self.offer.take_all():
                 self.refuse(fields)
             return
+        waiting = [[id, command.attempt] for id, command in self.window.items()
+                   if command.submitted and id not in self.put_off
+                   and (not command.worker or id in self.preparing)]
+        if waiting and tree.id != self.common["tree"] and self.session.joined:
+            # workers must not change between both trees all the time
+            self.tell_broker("RECALL", {"tasks": waiting})
         self.common.update(tree=tree.id, manifest=len(tree.manifest))
         put_off, self.put_off = self.put_off, {}
         for id, command in put_off.items() if self.session.joined else ():
