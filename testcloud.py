@@ -2000,10 +2000,11 @@ class Scheduler:
         """Return the best worker with room for this task (None: for any task), or None. Among
         workers with the same order(), prepared ones are first, and the one to avoid is last."""
         avoid, among = ("", None) if task is None else (task.avoid, self.eligible(task))
-        if among in self.saturated:
+        first = self.first_ranked()
+        if first is None or among in self.saturated:
             return None
         if task is not None and task.needs_tree:
-            return self.best_with_tree(task, among)
+            return self.best_with_tree(task, among, first)
         passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
         limit = math.inf if among is None else MAX_PASSED_OVER
@@ -2026,14 +2027,17 @@ class Scheduler:
             best = avoided[4]
         return best
 
-    def best_with_tree(self, task: Task, among: Eligible) -> Optional[WorkerSlots]:
-        """Return the same as best_worker(). Once all workers are prepared, the first one is mostly
-        the best. Before, prepared ones are not among the first."""
+    def first_ranked(self) -> Optional[WorkerSlots]:
+        """Return the first worker of the ranking, and drop stale entries before it: a client keeps
+        its turn if no worker has room, so the ranking must be empty then."""
         while self.ranking and self.ranking[0][3] != self.ranking[0][4].stamp:
             heapq.heappop(self.ranking)
-        first = self.ranking[0][4] if self.ranking else None
-        if first is None:
-            return None
+        return self.ranking[0][4] if self.ranking else None
+
+    def best_with_tree(self, task: Task, among: Eligible,
+                       first: WorkerSlots) -> Optional[WorkerSlots]:
+        """Return the same as best_worker(). Once all workers are prepared, the first one is mostly
+        the best. Before, prepared ones are not among the first."""
         if task.client in first.prepared and (among is None or first in among) \
                 and first.name != task.avoid and self.may_take(first, task):
             return first
