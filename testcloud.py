@@ -6328,15 +6328,11 @@ class Workspace:
         else:
             return True  # the rest of a file that is asked for again
         try:
-            right = True
-            if len(data) == entry.size:
-                write_to(part.file, data)
-            else:
-                part.write(data)
-                if part.size < entry.size:
-                    self.partial[index] = part
-                    return True
-                right = part.hash.hexdigest() == entry.content
+            part.write(data)
+            if part.size < entry.size:
+                self.partial[index] = part
+                return True
+            right = part.hash.hexdigest() == entry.content
             if right:
                 self.finish_file(index, part)
         finally:
