@@ -6106,8 +6106,7 @@ class Workspace:
 
     def note_signature(self, index: int, found: os.stat_result) -> None:
         start = SIGNATURE * index
-        for place, number in enumerate(signature_of(found)):
-            self.signatures[start + place] = number
+        self.signatures[start:start + SIGNATURE] = array.array("q", signature_of(found))
 
     def read_content(self, directory: int, name: bytes, entry: Entry,
                      write: Callable[[bytes], object]) -> bool:
@@ -12737,8 +12736,8 @@ def leads_out(path: str, links: Dict[str, str]) -> bool:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    return (stat.S_IMODE(status.st_mode) & 0o777, status.st_size, status.st_mtime_ns,
-            status.st_ctime_ns, status.st_ino)
+    return (status.st_mode & 0o777, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+            status.st_ino)
 
 
 class WorkingTree:
@@ -12957,7 +12956,7 @@ class WorkingTree:
         for path, stamp in self.stamps.items():
             row = known.get(path)
             if row and row[:-1] == [*stamp]:
-                self.entries[path] = self.entries[path]._replace(content=row[-1])
+                self.entries[path] = Entry(path, FILE, stamp[0], stamp[1], row[-1], stamp[2])
                 self.hashed += stamp[1]
             else:
                 unknown.append(path)
