@@ -3139,6 +3139,18 @@ class TreesAtBrokerTest(unittest.TestCase):
             d.expect(b"v", "CANCEL", tasks=[[2, 1]])
             d.quiet()
 
+    def test_a_worker_whose_scout_was_recalled_releases_its_workspace_too(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1, tc.FILES)
+        d.worker(b"w", tc.encode("LOST", {"tasks": [[1, 1]], "why": tc.RECALLED}), "r1")
+        d.letters.clear()
+        d.client(b"c", "BYE")
+        _, line = d.expect(b"w", "CANCEL", token="r1")
+        self.assertEqual(line, b"CANCEL")
+
     def test_a_cancelled_run_keeps_its_workspaces_until_its_client_goes(self):
         d = self.desk
         d.tree_worker(b"w")

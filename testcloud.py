@@ -2210,7 +2210,7 @@ class ClientRecord(ClientQueue):
     """The broker's record of a client and its tasks: of a run."""
 
     __slots__ = ("run", "peer", "claimed", "lost", "last_id", "announced", "join", "host", "pid",
-                 "backlog", "told_excluded", "needs", "done", "failed")
+                 "backlog", "workspaces", "told_excluded", "needs", "done", "failed")
 
     def __init__(self, run: Run, from_above: bool, peer: Optional[Peer]) -> None:
         super().__init__(from_above)
@@ -2225,6 +2225,7 @@ class ClientRecord(ClientQueue):
         self.join = 0  # number of its last HELLO that told what it has
         self.host, self.pid = "", 0
         self.backlog = 0  # commands that it keeps for later, as it told last
+        self.workspaces: Set[str] = set()  # names of workers that may have one for it
         self.told_excluded: Dict[str, Seconds] = {}  # brokers below: when they got its SHUN
         self.needs: FrozenSet[str] = frozenset()  # labels of its last command with constraints
         self.done = self.failed = 0  # results passed on, and how many of these were failures
@@ -2754,6 +2755,8 @@ class Dispatcher(Machine):
     def assign(self, task: Task, worker: WorkerRecord) -> None:
         self.move(task, ASSIGNED, worker)
         client, peer = task.client, worker.peer or b""
+        if task.needs_tree:
+            client.workspaces.add(worker.name)
         if worker.below and client.told_excluded.get(worker.name, -math.inf) \
                 < self.now - self.times.client_lease / 2:  # it may have forgotten the run
             self.tell_excluded(client, [worker])
@@ -3242,7 +3245,7 @@ class Membership(Dispatcher):
     def release_workspaces(self, client: ClientRecord) -> None:
         """Let workers release their workspaces of this run (CANCEL without tasks)."""
         for peer, worker in self.registry.workers.items():
-            if client in worker.prepared or client in worker.preparing:
+            if worker.name in client.workspaces:
                 worker.set_prepared(client, False)
                 self.say(WORKERS, peer, client.run, "CANCEL")
 
