@@ -3248,6 +3248,7 @@ class Membership(Dispatcher):
             if worker.name in client.workspaces:
                 worker.set_prepared(client, False)
                 self.say(WORKERS, peer, client.run, "CANCEL")
+        client.workspaces.clear()
 
     # --- workers
 
