@@ -449,6 +449,7 @@ class TreeOfferTest(unittest.TestCase):
         self.ask(2, 0, got=tc.CHUNK_SIZE, size=0)
         self.assertEqual(self.answered(), [])
 
+    @mock.patch.object(tc, "FETCH_AHEAD", 20)
     def test_each_worker_gets_one_answer_whatever_is_under_way(self):
         self.offer.on_way = 0
         for number in range(20):
@@ -458,6 +459,7 @@ class TreeOfferTest(unittest.TestCase):
         self.ask(2, 1)
         self.assertEqual(self.answered(), [(2, 0)])
 
+    @mock.patch.object(tc, "FETCH_AHEAD", 20)
     def test_a_worker_that_asks_anew_has_lost_the_answers(self):
         for number in range(20):
             self.ask(1, number)
@@ -6446,8 +6448,8 @@ class SimulationTest(unittest.TestCase):
         ("a workspace gets another tree under a command",
          "return files and not self.active and not self.setup", "return files"),
         ("a failed setup does not matter",
-         "        if record.exitcode == 0:\n            self.effects.append(EndSetup(use.run))",
-         "        if True:\n            self.effects.append(EndSetup(use.run))"),
+         "        elif record.exitcode == 0:\n            self.effects.append(EndSetup(use.run))",
+         "        elif True:\n            self.effects.append(EndSetup(use.run))"),
         ("a setup is not noted", "            self.effects.append(EndSetup(use.run))\n", ""),
         ("a workspace is not released",
          "            self.effects.append(ReleaseTree(use.run))\n", ""),
@@ -7674,6 +7676,51 @@ class WorkerTreesTest(unittest.TestCase):
         b.effect(tc.ReleaseTree)
         b.quiet()
 
+    def test_a_client_that_comes_back_while_its_setup_is_killed(self):
+        """Its lease was over. The host is not unfit."""
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        b.hear("CANCEL", self.RUN)
+        b.effect(tc.Kill)
+        b.lines.clear()
+        self.give(1)
+        b.expect("QUEUED", tasks=[[1, 1]])
+        self.end(setup, 143, signal=15)
+        b.effect(tc.FindTree)
+        b.quiet()
+
+    def test_a_setup_that_no_command_waits_for_ends(self):
+        """The worker may not have heard the end of the run."""
+        b = self.bench
+        self.until_ready("sleep inf")
+        setup = b.effect(tc.StartSetup).job
+        b.hear('CANCEL {"tasks":[[1,1]]}', self.RUN)
+        b.wait(tc.RELEASE_AFTER)
+        self.assertIn(tc.Kill(setup, False), b.effects)
+        b.effects.clear()
+        self.end(setup, 143)
+        b.effect(tc.ReleaseTree)
+
+    def test_what_a_failed_setup_printed_waits_for_the_broker(self):
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        b.hear("WHO")
+        self.end(setup, 2, b"no make\n")
+        b.lines.clear()
+        b.hear(f'OK {{"join":{self.worker.session.number}}}')
+        b.expect("LOST", tasks=[[1, 1]], fault="")
+        self.give(2)
+        b.expect("QUEUED")
+        b.expect("LOST", fault=tc.UNFIT, output="no make\n")
+
+    def test_the_memory_for_a_manifest_is_bounded(self):
+        self.give(1, manifest=2**50)
+        self.told(tc.TreeUnknown())
+        wanted = self.worker.uses[self.RUN].fetcher.wanted
+        self.assertLess(tc.total_size(wanted), tc.MAX_MANIFEST)
+
     def test_a_run_without_commands_loses_its_workspace_in_the_end(self):
         b = self.bench
         self.until_ready()
@@ -7852,6 +7899,13 @@ class RunnerTest(unittest.TestCase):
         self.start_job(job)
         self.result(job)
         self.assertEqual(len(self.printed), 1)
+
+    def test_a_setup_that_finds_no_thread_is_told(self):
+        job = tc.Job(("r", 0, 1), {"cmd": "true"})
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no thread")):
+            self.runner.start_apart(job)
+        record = self.result(job)
+        self.assertEqual((record.exitcode, record.reason), (tc.NOT_RUN, "no thread"))
 
     def test_no_more_than_its_slots_run_and_others_wait_in_line(self):
         self.runner = self.new_runner(2)
@@ -9106,6 +9160,15 @@ class WorkspacesTest(unittest.TestCase):
         after = os.stat(other)
         self.assertEqual((after.st_mode, after.st_mtime_ns, after.st_nlink),
                          (before.st_mode, before.st_mtime_ns, 1))
+
+    def test_an_update_that_was_killed_has_a_size(self):
+        """Else it would never make room for others."""
+        client = InStep(self.cache)
+        tree = client.tree({"a": (0o644, b"x" * 100)})
+        client.begin(tree, "0" * 32)
+        client.drop()
+        with tc.CacheDirectory(self.cache) as cache:
+            self.assertEqual([size for _, _, size in cache.usage()], [100])
 
     def test_what_an_update_that_was_killed_has_left_goes(self):
         client = InStep(self.cache)
@@ -11056,11 +11119,12 @@ class ClientTreesTest(unittest.TestCase):
     def test_a_tree_that_has_changed_is_refused_and_the_commands_get_the_next(self):
         b = self.bench
         self.begin("x")
-        for number in range(20):
-            self.fetch(offset=number, size=tc.CHUNK_SIZE)
-        self.assertEqual(len([b.effect(tc.AnswerFetch) for _ in range(16)]), 16)
+        with mock.patch.object(tc, "OFFERED_AHEAD", 4 * tc.CHUNK_SIZE):
+            for number in range(6):
+                self.fetch(offset=number, size=tc.CHUNK_SIZE)
+        self.assertEqual(len([b.effect(tc.AnswerFetch) for _ in range(4)]), 4)
         self.set_tree(None)
-        for number in range(16, 20):
+        for number in range(4, 6):
             b.expect("CHUNK", offset=number, why="a file of its tree has changed")
         self.fetch()
         b.expect("CHUNK", offset=0, why="a file of its tree has changed")
@@ -11119,6 +11183,30 @@ class ClientTreesTest(unittest.TestCase):
         b.hear('LOST {"tasks":[[1,2]],"why":"cancelled"}')
         b.expect("BYE")
         self.assertEqual(b.effect(tc.Exit).status, 3)
+        self.assertEqual((self.client.stopped, self.client.never_ran), (0, 2))
+
+    def test_a_worker_cannot_ask_for_too_much(self):
+        b = self.bench
+        self.begin("x")
+        for wrong in ({"size": tc.CHUNK_SIZE + 1}, {"size": 2**53}, {"size": 1, "spans": [[0, 2]]},
+                      {"size": 0, "spans": [[1, 0]] * (tc.MAX_SPANS + 1)}):
+            self.fetch(**wrong)
+            b.expect("ERROR")
+        for _ in range(100):
+            self.fetch(size=tc.CHUNK_SIZE)
+        self.assertLessEqual(len(self.client.offer.transfers[1].requests), tc.FETCH_AHEAD)
+
+    def test_the_end_does_not_wait_for_commands_that_wait_for_a_tree(self):
+        b = self.bench
+        self.begin("x", "y")
+        self.set_tree(None)
+        for id in (1, 2):
+            b.hear(tc.encode("LOST", {"tasks": [[id, 1]], "why": "a file has changed"}))
+        self.client.cancel(130, b.now)
+        b.collect()
+        b.expect("CANCEL")
+        b.expect("BYE")
+        self.assertEqual(b.effect(tc.Exit).status, 130)
         self.assertEqual((self.client.stopped, self.client.never_ran), (0, 2))
 
     def test_it_forgets_what_no_worker_asks_for_any_more(self):

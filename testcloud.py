@@ -1463,7 +1463,7 @@ class TreeOffer:
             transfer.requests.clear()
         self.settle_answers(transfer, got - transfer.got)
         transfer.got = got
-        if fields["size"]:
+        if fields["size"] and len(transfer.requests) < FETCH_AHEAD:
             transfer.requests.append(fields)
 
     def settle_answers(self, transfer: Transfer, size: float) -> None:
@@ -4093,7 +4093,7 @@ class Job:
         self.shell: str = fields.get("shell") or "/bin/sh"
         self.split: bool = fields.get("split", False)
         self.tree: str = fields.get("tree", "")  # id, "" for none
-        self.manifest: int = fields.get("manifest", 0)  # bytes of the tree's manifest
+        self.manifest = min(fields.get("manifest", 0), MAX_MANIFEST)  # bytes of the tree's
         self.returns: List[str] = fields.get("return", [])  # files to send: paths from cwd
         self.top = ""  # the workspace, once it has the tree
         self.preparing = ""  # FILES or SETUP, until then
@@ -4398,12 +4398,12 @@ class Worker(SessionMachine):
             for job in [*use.waiting.values()]:
                 self.forget(job)
                 self.report_lost(job.key, use.why, UNFIT, host=self.host, output=use.output)
-                use.output = ""
-        unused = not use.waiting and not use.active and not use.setup
+                use.output = "" if self.session.joined else use.output
+        unused = not use.waiting and not use.active
         use.release_at = min(use.release_at, self.now + RELEASE_AFTER) if unused else math.inf
         if use.leaving and use.setup and not use.setup.cancelled:
             self.stop_job(use.setup, "cancelled")
-        if use.leaving and unused and use.state != RELEASING:
+        if use.leaving and unused and not use.setup and use.state != RELEASING:
             use.fetcher.stop()
             use.state = RELEASING
             self.effects.append(ReleaseTree(use.run))
@@ -4485,7 +4485,8 @@ class Worker(SessionMachine):
     def set_up(self, use: TreeUse, command: str) -> None:
         use.state = SETTING_UP
         cwd = os.path.join(use.path, use.model["cwd"])
-        use.setup = Job((use.run, 0, 1), {**use.model, "cmd": command, "cwd": cwd})
+        use.setup = Job((use.run, 0, 1), {
+            **use.model, "cmd": command, "cwd": cwd, "tree": use.tree})
         self.effects.append(StartSetup(use.setup))
         self.report_waiting(use, SETUP)
 
@@ -4498,7 +4499,9 @@ class Worker(SessionMachine):
     def set_up_ended(self, use: TreeUse, job: Job, record: ExitRecord) -> None:
         """Note the end of a setup."""
         use.setup = None
-        if record.exitcode == 0:
+        if job.cancelled:
+            use.state, use.tree = "", ""  # a command that has come meanwhile begins anew
+        elif record.exitcode == 0:
             self.effects.append(EndSetup(use.run))
             self.tree_ready(use)
         else:
@@ -4547,7 +4550,7 @@ class Worker(SessionMachine):
         self.now = now
         self.kill_at.pop(job, None)
         job.record = record
-        use = self.uses.get(job.key[0]) if job.tree or job.key[1] == 0 else None
+        use = self.uses.get(job.key[0]) if job.tree else None
         if use is not None and job is use.setup:
             self.set_up_ended(use, job, record)
             return
@@ -5351,7 +5354,12 @@ class Runner:
         """Start a job at once, in a thread of its own: it takes no slot."""
         with self.lock:
             self.processes[job.key] = Process()
-        threading.Thread(target=self.work_apart, args=(job,), daemon=True, name="setup").start()
+        thread = threading.Thread(target=self.work_apart, args=(job,), daemon=True, name="setup")
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more threads
+            del self.processes[job.key]
+            self.report(job, requeued(str(error)), urgent=True)
 
     def start_jobs(self, until: Seconds) -> None:
         """Let slots start jobs until `until` (the end of the lease)."""
@@ -6487,6 +6495,7 @@ class WorkspaceThread:
         workspace = self.lock(tree.head)
         spans = workspace.fill(tree, self.space.limit)
         self.filling = True
+        self.space.used = workspace.note_usage()  # now: we may be killed before the end
         self.tell(TreePlanned(spans))
         self.finish_if_complete()
 
@@ -6528,7 +6537,6 @@ class WorkspaceThread:
         if self.workspace and not self.workspace.missing:
             self.filling = False
             path, setup = self.workspace.finish()
-            self.space.used = self.workspace.note_usage()
             self.tell(TreeReady(path, setup))
 
     def end_setup(self) -> None:
@@ -7254,6 +7262,10 @@ class Client(SessionMachine):
         command = self.command_of(fields["id"], fields["attempt"])
         if command is None or not self.options.sync or "tree" not in fields:
             return
+        spans = fields.get("spans", [(fields["offset"], fields["size"])])
+        if len(spans) > MAX_SPANS or not fields["size"] == total_size(spans) <= CHUNK_SIZE:
+            raise ProtocolError(f"a FETCH of a tree is of {CHUNK_SIZE} bytes in {MAX_SPANS} spans "
+                                f"at most")
         if tree is None or tree.id != fields["tree"]:
             self.refuse(fields)
         else:
@@ -7495,10 +7507,8 @@ class Client(SessionMachine):
 
     def lose(self, command: Command, fields: Fields) -> None:
         """Begin the next attempt of a command, or give the command up."""
-        preparing = command.id in self.preparing
-        may_have_run = command.may_have_run or bool(
-            command.tries or command.worker and not preparing)
-        command.may_have_run |= not preparing
+        may_have_run = self.has_begun(command)
+        command.may_have_run |= command.id not in self.preparing
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
         fault = fields.get("fault", "")
@@ -7515,6 +7525,11 @@ class Client(SessionMachine):
             self.next_attempt(command, fields.get("worker", ""))
         elif not self.host_wait.add(command, self.now):
             self.conclude(command, command.provisional, None, self.next_constraints(command))
+
+    def has_begun(self, command: Command) -> bool:
+        """Return whether the command may have run, or may run now."""
+        return command.may_have_run or bool(
+            command.tries or command.worker and command.id not in self.preparing)
 
     def note_unfit(self, fields: Fields) -> None:
         """Note that no workspace can be made on a host. Tell it once."""
@@ -7630,11 +7645,12 @@ class Client(SessionMachine):
         self.input_ended = True
         self.never_ran += len(self.backlog)
         self.backlog.clear()
-        self.stopped += len(self.host_wait.commands)
-        for command in [*self.host_wait.commands.values()]:
-            self.forget(command)
         first = self.status is None
         self.status = self.status or status
+        for command in [*self.host_wait.commands.values(), *self.put_off.values()]:
+            if command.id in self.window:
+                self.give_up(command, "", self.has_begun(command))
+        self.put_off.clear()
         if first and self.session.joined:
             self.wait = Wait()  # no more wait notices
             self.leave_at = now + 2 * self.times.kill_grace
@@ -13647,7 +13663,7 @@ class TreeReader:
         """Answer a FETCH, or look at the files anew: they are not as they were."""
         fields, tree = effect.fields, self.client.offer.tree
         spans = fields.get("spans") or [(fields["offset"], fields["size"])]
-        if tree is None or tree.id != fields["tree"] or total_size(spans) > MAX_FRAME // 2:
+        if tree is None or tree.id != fields["tree"]:
             self.client.refuse(fields)
             return
         try:
