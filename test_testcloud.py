@@ -11209,6 +11209,20 @@ class ClientTreesTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Exit).status, 130)
         self.assertEqual((self.client.stopped, self.client.never_ran), (0, 2))
 
+    def test_a_command_that_waits_for_a_tree_is_lost(self):
+        """The client has just joined again, and a worker still had it."""
+        b = self.bench
+        self.begin("x", "y")
+        b.hear(tc.encode("LOST", {"tasks": [[1, 1]], "why": "", "fault": tc.UNFIT, "host": "h/1"}))
+        self.set_tree(None)
+        b.hear("WHO")
+        self.join()
+        b.lines.clear()
+        b.hear('LOST {"tasks":[[2,1]],"why":"there is no other host","fault":"nowhere"}')
+        b.expect("CANCEL")
+        b.expect("BYE")
+        self.assertEqual(self.client.window, {})
+
     def test_it_forgets_what_no_worker_asks_for_any_more(self):
         self.begin("x")
         self.fetch()

@@ -7251,9 +7251,8 @@ class Client(SessionMachine):
             self.tell_broker("RECALL", {"tasks": waiting})
         self.common.update(tree=tree.id, manifest=len(tree.manifest))
         put_off, self.put_off = self.put_off, {}
-        for id, command in put_off.items() if self.session.joined else ():
-            if self.window.get(id) is command:
-                self.submit(command)
+        for command in put_off.values() if self.session.joined else ():
+            self.submit(command)
         self.settle()
 
     def on_fetch(self, message: Message) -> None:
@@ -7436,6 +7435,7 @@ class Client(SessionMachine):
     def end_attempt(self, command: Command) -> None:
         self.fetcher.remove(command, self.now)
         self.host_wait.commands.pop(command.id, None)
+        self.put_off.pop(command.id, None)
         self.offer.forget(command.id)
         self.preparing.discard(command.id)
         self.set_worker(command, "")
@@ -7648,9 +7648,7 @@ class Client(SessionMachine):
         first = self.status is None
         self.status = self.status or status
         for command in [*self.host_wait.commands.values(), *self.put_off.values()]:
-            if command.id in self.window:
-                self.give_up(command, "", self.has_begun(command))
-        self.put_off.clear()
+            self.give_up(command, "", self.has_begun(command))
         if first and self.session.joined:
             self.wait = Wait()  # no more wait notices
             self.leave_at = now + 2 * self.times.kill_grace
