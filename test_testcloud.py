@@ -9275,11 +9275,24 @@ class WorkspacesTest(unittest.TestCase):
         with self.subTest("its files are gone"):
             name = os.path.basename(paths[1])
             self.assertEqual([one for one in os.listdir(self.cache) if name in one], [])
-        with self.subTest("what is too large goes at the end"):
+        with self.subTest("the last one stays"):
             client.space.limit = 0
             client.release("1".zfill(32))
-            self.assertEqual(os.listdir(self.cache), [])
-            self.assertEqual(client.space.used, 0)
+            self.assertEqual([os.path.exists(path) for path in paths], [True, False, False])
+            self.assertGreater(client.space.used, 100_000)
+
+    def test_the_end_waits_for_the_measuring_of_a_released_workspace(self):
+        client, measure = self.synced(), threading.Event()
+        path = client.sync({"a": (0o644, b"one", 1)}).path
+        with mock.patch.object(tc, "disk_usage", lambda path: measure.wait(PATIENCE) and 12345):
+            client.space.release("0" * 32)
+            self.assertIsInstance(client.event(), tc.TreeReleased)
+            with mock.patch.object(threading.Thread, "join", lambda *_: measure.set()):
+                client.space.close()
+            self.assertTrue(measure.is_set())
+            client.space.close()
+        with open(path + ".lock") as file:
+            self.assertEqual(file.read(), "12345")
 
     def test_limits(self):
         self.assertEqual(tc.cache_limit(7), 7)

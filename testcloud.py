@@ -5751,15 +5751,15 @@ class CacheDirectory:
             os.write(lock, b"%d" % size)
             os.close(lock)
 
-    def make_room(self, wanted: int, limit: int) -> int:
+    def make_room(self, wanted: int, limit: int, keep: str = "") -> int:
         """Remove the oldest workspaces that nobody uses, until `wanted` more bytes are within the
-        limit. Return the bytes used by the others."""
+        limit; not the one named `keep`. Return the bytes used by the others."""
         usage = self.usage()
         used = sum(size for _, _, size in usage)
         for _, name, size in usage:
             if used + wanted <= limit:
                 break
-            lock = self.lock(name) if size else -1
+            lock = self.lock(name) if size and name != keep else -1
             if lock >= 0:
                 for part in (name, name + PARTS, name + STATE, name + STATE + PARTS, name + LOCK):
                     self.remove(part, self.fd)
@@ -6556,7 +6556,8 @@ class WorkspaceThread:
             with contextlib.suppress(OSError), self.cache as cache:
                 if name:
                     cache.note_usage(name, disk_usage(path))
-                self.space.used = cache.make_room(0, self.space.limit)
+                # not the last one: each run with a tree above the limit would begin anew
+                self.space.used = cache.make_room(0, self.space.limit, name)
 
 
 class Workspaces:
@@ -6569,6 +6570,7 @@ class Workspaces:
         self.directory = directory or cache_path(TREES_NAME)
         self.used = cache_usage(self.directory)
         self.threads: Dict[Run, WorkspaceThread] = {}
+        self.leaving: List[threading.Thread] = []  # released, but maybe not at their end
 
     def find(self, run: Run, tree: str) -> None:
         if run not in self.threads:
@@ -6602,13 +6604,13 @@ class Workspaces:
         else:
             thread.stop.set()
             thread.steps.put(None)
+            self.leaving = [*filter(threading.Thread.is_alive, self.leaving), thread.thread]
 
     def close(self) -> None:
-        threads = [*self.threads.values()]
         for run in [*self.threads]:
             self.release(run)
-        for thread in threads:
-            thread.thread.join(1.0)
+        for thread in self.leaving:
+            thread.join(1.0)
 
 
 # === Client ===========================================================================
