@@ -6448,8 +6448,8 @@ class SimulationTest(unittest.TestCase):
         ("a workspace gets another tree under a command",
          "return files and not self.active and not self.setup", "return files"),
         ("a failed setup does not matter",
-         "        elif record.exitcode == 0:\n            self.effects.append(EndSetup(use.run))",
-         "        elif True:\n            self.effects.append(EndSetup(use.run))"),
+         "        if record.exitcode == 0:\n            self.effects.append(EndSetup(use.run))",
+         "        if True:\n            self.effects.append(EndSetup(use.run))"),
         ("a setup is not noted", "            self.effects.append(EndSetup(use.run))\n", ""),
         ("a workspace is not released",
          "            self.effects.append(ReleaseTree(use.run))\n", ""),
@@ -7688,6 +7688,18 @@ class WorkerTreesTest(unittest.TestCase):
         b.expect("QUEUED", tasks=[[1, 1]])
         self.end(setup, 143, signal=15)
         b.effect(tc.FindTree)
+        b.quiet()
+
+    def test_the_setup_of_a_tree_that_is_gone_may_fail(self):
+        b = self.bench
+        self.until_ready("make")
+        setup = b.effect(tc.StartSetup).job
+        b.hear('RECALL {"tasks":[[1,1]]}', self.RUN)
+        b.lines.clear()
+        self.give(1, self.OTHER, attempt=2)
+        b.expect("QUEUED", tasks=[[1, 2]])
+        self.end(setup, 2)
+        self.assertEqual(b.effect(tc.FindTree), (self.RUN, self.OTHER.id))
         b.quiet()
 
     def test_a_setup_that_no_command_waits_for_ends(self):

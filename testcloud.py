@@ -4499,11 +4499,11 @@ class Worker(SessionMachine):
     def set_up_ended(self, use: TreeUse, job: Job, record: ExitRecord) -> None:
         """Note the end of a setup."""
         use.setup = None
-        if job.cancelled:
-            use.state, use.tree = "", ""  # a command that has come meanwhile begins anew
-        elif record.exitcode == 0:
+        if record.exitcode == 0:
             self.effects.append(EndSetup(use.run))
             self.tree_ready(use)
+        elif job.cancelled or all(one.tree != use.tree for one in use.waiting.values()):
+            use.state, use.tree = "", ""  # a command that has come meanwhile begins anew
         else:
             use.state = FAILED
             use.why = record.reason or (
