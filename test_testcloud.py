@@ -5152,6 +5152,7 @@ class World:
         self.came = defaultdict(set)  # (worker's name, run) > hashes of contents
         self.answers = Counter()  # (run, id, attempt, spans) > how often they were sent
         self.full_hosts = self.failing_hosts = ()
+        self.setup_times = (0.1, 3.0, 9.0)
         # where nothing can be started
         self.bad_hosts = ("h0",) if self.wild and random.Random(f"bad{seed}").random() < 0.3 else ()
         self.adversary = adversary
@@ -5520,7 +5521,7 @@ class World:
                 if ok and files.space is not None:
                     files.space.passed = setup_key(files.tree)
                 self.end_setup(key, exit_record(0 if ok else 1, b"words"))
-        self.after(self.r.choice([0.1, 3.0, 9.0]) * self.r.random(), end)
+        self.after(self.r.choice(self.setup_times) * self.r.random(), end)
 
     def end_setup(self, key, how):
         job, actor = self.setups.pop(key), self.actors[key[0]]
@@ -6455,8 +6456,6 @@ class SimulationTest(unittest.TestCase):
          "            self.effects.append(ReleaseTree(use.run))\n", ""),
         ("a client does not hear what has come last",
          "            self.ask([], {})", "            pass"),
-        ("a worker ignores that a tree has gone",
-         'self.stop_job(job, printable(fields["why"], 200))', "pass"),
         ("a command that waits for its tree is forgotten",
          "put_off, self.put_off = self.put_off, {}", "put_off, self.put_off = {}, {}"),
         ("an unfit host gets more commands", '        if self.unfit:\n            constraints',
@@ -6507,6 +6506,25 @@ class SimulationTest(unittest.TestCase):
             world.run()
             self.assertEqual({actor.exited for actor in clients}, {3}, seed)
             self.assertFalse(world.seen["runs in a tree"])
+
+    def test_a_workspace_that_is_prepared_holds_up_nobody_else(self):
+        """Runs without trees take all slots, however long the setup of others takes."""
+        seen = Counter()
+        for seed in range(self.SEEDS // 5):
+            world = World(seed, ["pry"])
+            world.setup_times = (10_000.0,)
+            others = [actor for actor in world.actors.values()
+                      if actor.role == "client" and not actor.source]
+            for actor in world.actors.values():
+                if actor.role == "worker":
+                    actor.slots = 1
+                elif actor.source is not None:
+                    actor.source.head["setup"] = "make"
+            with mock.patch.multiple(tc, **world.limits):
+                world.run_until(150 if others else 0)
+            self.assertLessEqual({actor.exited for actor in others}, {0, 1}, seed)
+            seen.update(world.seen, worlds=bool(world.setups) and bool(others))
+        self.assert_all_seen(seen, "worlds")
 
     def test_interrupted_clients(self):
         seen = self.worlds(["interrupt", "crash", "cut_wire", "pause"], range(self.SEEDS // 3))
