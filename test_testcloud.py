@@ -19270,6 +19270,21 @@ class TreesOfProcessesTest(unittest.TestCase):
         _, out = self.cloud.finish(client)
         self.assertTrue(json.loads(out)["output"].startswith("two\n"), out)
 
+    def test_files_that_come_back_do_not_change_the_tree(self):
+        """A host that joins later gets the files of the run's beginning."""
+        broker, go = self.cloud.broker(), os.path.join(self.cloud.dir, "go")
+        self.cloud.worker(broker, "-j1", env=self.env("a"))
+        wait = f"until [ -e {go} ]; do sleep 0.02; done"
+        client = self.cloud.client(broker, [
+            "echo two > data", wait, f"cat data; touch {go}"], f"--sync={self.top}", "--json",
+            "--return", "data", wait=False)
+        self.cloud.wait_for(lambda: tc.read_text(os.path.join(self.top, "data")) == "two\n",
+                            "the first file")
+        self.cloud.worker(broker, "-j1", env=self.env("b"))
+        status, out = self.cloud.finish(client)
+        rows = {row["seq"]: row["output"] for row in map(json.loads, out.splitlines())}
+        self.assertEqual((status, rows[3]), (0, "one\n"))
+
     def test_a_worker_asks_only_for_trees_of_commands_that_it_has(self):
         """Nor does a client send anything to another client's worker."""
         broker = self.cloud.broker()

@@ -8431,13 +8431,14 @@ class FinalReport(Reporter):
 
 class ReturnedFiles:
     """Writes returned files below `top`. `tell(text, error)` tells the user what is not there;
-    missing files only with `tell_missing`."""
+    missing files only with `tell_missing`. `replacing(path)` comes before a file is replaced."""
 
-    def __init__(self, top: str, tell: Callable[[str, bool], None],
-                 tell_missing: bool = True) -> None:
+    def __init__(self, top: str, tell: Callable[[str, bool], None], tell_missing: bool = True,
+                 replacing: Callable[[str], None] = lambda path: None) -> None:
         self.top = top
         self.tell = tell
         self.tell_missing = tell_missing
+        self.replacing = replacing
         self.mark = UNFINISHED + os.urandom(8).hex()  # temporary names begin with it
         # by command: (the command, attempts of which something was stored)
         self.begun: Dict[int, Tuple[Command, Set[int]]] = {}
@@ -8522,6 +8523,7 @@ class ReturnedFiles:
                 there = os.stat(name, dir_fd=folder, follow_symlinks=False)
                 if not stat.S_ISREG(there.st_mode):
                     raise OSError(errno.EEXIST, "what is there is no regular file")
+                self.replacing(path)
             os.rename(to_bytes(os.path.basename(new)), name, src_dir_fd=folder, dst_dir_fd=folder)
 
     def drop(self, command: Command, attempt: int) -> None:
@@ -13075,13 +13077,7 @@ class WorkingTree:
             path = hashed.path
             self.copies.pop(path, None)
             try:
-                self.copy = self.copy or tempfile.TemporaryFile()
-                start = self.copy.seek(0, os.SEEK_END)
-                self.hash_file(path, self.copy)
-                self.copy.flush()
-                self.copies[path] = start
-                if self.entries[path]._replace(mtime=hashed.mtime) == hashed:
-                    self.entries[path] = hashed  # so that the tree keeps its id
+                self.copy_file(hashed)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise SetupError(f"cannot copy {printable(path)}, which changes, to "
@@ -13089,6 +13085,23 @@ class WorkingTree:
                 self.leave_out(path, error)
         self.write_hashes(now)
         return self.make()
+
+    def copy_file(self, hashed: Entry) -> None:
+        """Hash a file anew, and serve a copy of it from now on. Raises OSError."""
+        self.copy = self.copy or tempfile.TemporaryFile()
+        start = self.copy.seek(0, os.SEEK_END)
+        self.hash_file(hashed.path, self.copy)
+        self.copy.flush()
+        self.copies[hashed.path] = start
+        if self.entries[hashed.path]._replace(mtime=hashed.mtime) == hashed:
+            self.entries[hashed.path] = hashed  # so that the tree keeps its id
+
+    def keep(self, path: str) -> None:
+        """Keep a copy of a file that --return is about to replace: the tree stays as it is."""
+        entry = self.entries.get(path)
+        if entry is not None and entry.kind == FILE and path not in self.copies:
+            with contextlib.suppress(OSError):
+                self.copy_file(entry)
 
 
 class OpenFile:
@@ -13659,6 +13672,11 @@ class TreeReader:
                 self.told.add(line)
                 self.tell(line)
 
+    def keep(self, path: str) -> None:
+        """Keep what --return is about to replace, unless a thread looks at the files."""
+        if self.client.offer.tree is not None:
+            self.files.keep(path)
+
     def answer(self, effect: AnswerFetch) -> None:
         """Answer a FETCH, or look at the files anew: they are not as they were."""
         fields, tree = effect.fields, self.client.offer.tree
@@ -13694,7 +13712,8 @@ class ClientRun:
         store = ResultStore(settings.raw)
         self.display = Display(settings, store, self.output_failed, client)
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
-        self.files = ReturnedFiles(self.top or "", self.tell, not settings.fail_on_missing)
+        self.files = ReturnedFiles(self.top or "", self.tell, not settings.fail_on_missing,
+                                   lambda path: self.tree.keep(path))
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
             Timings(cache_path("timings.json"))], self.files if settings.returns else None)
@@ -13704,8 +13723,9 @@ class ClientRun:
             FinalResult: reports.report,
             Notice: lambda effect: self.tell(effect.text, effect.error)})
         if self.top is not None:
-            reader = TreeReader(loop, client, working_tree(settings, self.top, self.cwd), self.tell)
-            self.adapter.effects[AnswerFetch] = reader.answer
+            self.tree = TreeReader(
+                loop, client, working_tree(settings, self.top, self.cwd), self.tell)
+            self.adapter.effects[AnswerFetch] = self.tree.answer
         progress = progress_of(settings, client, self.display.out)
         client.transfers_shown = progress is not None and not progress.interval
         loop.each_round += [self.display.flush, *([progress.update] if progress else [])]
