@@ -16308,13 +16308,13 @@ class WorkingTreeTest(unittest.TestCase):
         self.write("a", b"abc")
         working = self.tree()
         tree = working.look()
-        read = tc.OpenFile.read
+        read = os.pread
 
-        def change(file, offset, size):
-            data = read(file, offset, size)
+        def change(file, size, offset):
+            data = read(file, size, offset)
             self.write("a", b"longer")
             return data
-        with mock.patch.object(tc.OpenFile, "read", change), self.assertRaises(tc.StaleFiles):
+        with mock.patch.object(os, "pread", change), self.assertRaises(tc.StaleFiles):
             working.read(tree, self.whole(tree))
 
     def test_a_full_disk_has_no_room_for_copies(self):

@@ -13004,16 +13004,18 @@ class WorkingTree:
 
     def hash_file(self, path: str, copy: Optional[IO[bytes]] = None) -> None:
         """Hash a file as it is now, and copy it. Raises OSError."""
-        with contextlib.closing(OpenFile(self.top, path)) as file:
+        with open_file(self.top, path) as (file, stamp):
             hashed, size = hashlib.sha256(), 0
-            for block in file.blocks():
+            room = min(READ_BLOCK, stamp[1] + 1)  # one more: a short block is the last
+            block = bytes(room)
+            while len(block) == room:
+                block = os.read(file, room)
                 hashed.update(block)
                 size += len(block)
                 self.hashed += len(block)
                 if copy:
                     copy.write(block)
-        mode, _, mtime, *_ = file.stamp
-        self.stamps[path] = file.stamp
+        mode, _, mtime, *_ = self.stamps[path] = stamp
         self.entries[path] = Entry(path, FILE, mode, size, hashed.hexdigest(), mtime)
 
     def write_hashes(self, now: int) -> None:
@@ -13062,9 +13064,9 @@ class WorkingTree:
                 self.hash_file(path)
                 if self.entries[path] != entry:
                     return b""
-            with contextlib.closing(OpenFile(self.top, path)) as file:
-                part = file.read(offset, size)
-                if file.stamp == self.stamps[path] == stamp_of(os.fstat(file.file)):
+            with open_file(self.top, path) as (file, stamp):
+                part = os.pread(file, size, offset)
+                if stamp == self.stamps[path] == stamp_of(os.fstat(file)):
                     return part
         return b""
 
@@ -13104,38 +13106,24 @@ class WorkingTree:
                 self.copy_file(entry)
 
 
-class OpenFile:
-    """A file of a working tree. Raises OSError if it is no file."""
-
-    def __init__(self, top: str, path: str) -> None:
-        # should it be a FIFO or link by now, open() neither waits nor follows
-        try:
-            self.file = os.open(os.path.join(os.fsencode(top), to_bytes(path)),
-                                os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO):
-                raise OSError(errno.EINVAL, NOT_A_FILE) from None
-            raise
-        status = os.fstat(self.file)
-        self.stamp = stamp_of(status)
+@contextlib.contextmanager
+def open_file(top: str, path: str) -> Iterator[Tuple[int, Stamp]]:
+    """Open a file of a working tree. Yield its descriptor and stamp. Raises OSError."""
+    # should it be a FIFO or link by now, open() neither waits nor follows
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = os.open(os.path.join(os.fsencode(top), to_bytes(path)), flags)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise OSError(errno.EINVAL, NOT_A_FILE) from None
+        raise
+    try:
+        status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            self.close()
             raise OSError(errno.EINVAL, NOT_A_FILE)
-
-    def close(self) -> None:
-        os.close(self.file)
-
-    def blocks(self) -> Iterator[bytes]:
-        """Yield its content to the end."""
-        size = min(READ_BLOCK, self.stamp[1] + 1)  # one more: a short block is the last
-        while True:
-            block = os.read(self.file, size)
-            yield block
-            if len(block) < size:
-                return
-
-    def read(self, offset: int, size: int) -> bytes:
-        return os.pread(self.file, size, offset)
+        yield file, stamp_of(status)
+    finally:
+        os.close(file)
 
 
 def read_hashes(path: str) -> Dict[str, List[Any]]:
