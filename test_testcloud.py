@@ -8777,7 +8777,8 @@ class InStep(Synced):
         """What the kernel does when a process was killed."""
         thread = self.space.threads.pop(run)
         if thread.workspace:
-            thread.workspace.close_directories()
+            with mock.patch.object(tc.CacheDirectory, "remove"):
+                thread.workspace.close_directories()
             os.close(thread.workspace.lock)
         if thread.cache:
             os.close(thread.cache.fd)
@@ -9191,14 +9192,26 @@ class WorkspacesTest(unittest.TestCase):
         self.assertEqual((after.st_mode, after.st_mtime_ns, after.st_nlink),
                          (before.st_mode, before.st_mtime_ns, 1))
 
-    def test_an_update_that_was_killed_has_a_size(self):
-        """Else it would never make room for others."""
-        client = InStep(self.cache)
-        tree = client.tree({"a": (0o644, b"x" * 100)})
-        client.begin(tree, "0" * 32)
-        client.drop()
-        with tc.CacheDirectory(self.cache) as cache:
-            self.assertEqual([size for _, _, size in cache.usage()], [100])
+    def test_what_an_update_has_fetched_before_it_was_killed_is_used(self):
+        files = {"a": (0o644, b"one", 1), "b": (0o644, b"two", 1), "c": (0o644, b"three", 2)}
+        for what, before, killed in (
+                ("for the first time", {}, True), ("in another workspace", {}, False),
+                ("after other contents", dict.fromkeys(files, (0o644, b"old", 1)), True)):
+            client = InStep(os.path.join(self.dir, what))
+            if before:
+                client.sync(before)
+                client.release()
+            tree = client.tree(files)
+            client.begin(tree, "0" * 32)
+            start = len(tree.manifest)
+            client.space.put("0" * 32, [(start, 8)], b"onetwoth")
+            if killed:
+                client.drop()
+            other = InStep(client.space.directory)
+            with self.subTest(what):
+                self.assert_synced(files, other.sync(files))
+                self.assertEqual(other.fetched, 5)
+            other.release()
 
     def test_what_an_update_that_was_killed_has_left_goes(self):
         client = InStep(self.cache)
@@ -9283,46 +9296,106 @@ class WorkspacesTest(unittest.TestCase):
                 here = below
             os.close(here)
             self.assert_synced({}, client.sync({}, fresh="word"))
+            client.release()
         self.assertEqual([name for name in os.listdir(self.cache) if name.startswith(".")], [])
 
+    def used(self):
+        """(bytes, whether they were measured) of each workspace, the oldest first."""
+        with tc.CacheDirectory(self.cache) as cache:
+            return [(size, measured) for _, _, size, measured in cache.usage()]
+
     def test_the_oldest_that_nobody_uses_goes(self):
-        client = self.synced()
-        big = {"a": (0o644, bytes(100_000), 1)}
-        paths = []
+        client, paths = self.synced(), []
+
+        def sync(origin):
+            files = {"a": (0o644, os.urandom(100_000), 1)}
+            paths.append(client.sync(files, origin.zfill(32), origin=origin).path)
         for origin in ("1", "2", "3"):
-            big["a"] = (0o644, os.urandom(100_000), 1)
-            paths.append(client.sync(big, origin.zfill(32), origin=origin).path)
+            sync(origin)
             if origin != "1":
                 client.release(origin.zfill(32))
         self.assertGreater(client.space.used, 300_000)
         client.space.limit = 350_000
-        big["a"] = (0o644, os.urandom(100_000), 1)
-        client.sync(big, "4" * 32, origin="4")
-        self.assertEqual([os.path.exists(path) for path in paths], [True, False, True],
+        sync("4")
+        self.assertEqual([os.path.exists(path) for path in paths], [True, False, True, True],
                          "the first is in use")
+        client.release("4".zfill(32))
         self.assertLess(client.space.used, 350_000)
-        client.release("4" * 32)
         with self.subTest("its files are gone"):
             name = os.path.basename(paths[1])
             self.assertEqual([one for one in os.listdir(self.cache) if name in one], [])
-        with self.subTest("the last one stays"):
-            client.space.limit = 0
+        with self.subTest("the one that was used last stays, also if it is too large"):
+            client.space.limit = 1
             client.release("1".zfill(32))
-            self.assertEqual([os.path.exists(path) for path in paths], [True, False, False])
-            self.assertGreater(client.space.used, 100_000)
+            self.assertEqual([os.path.exists(path) for path in paths], [True, False, False, False])
+            self.assertEqual(client.space.used, sum(size for size, _ in self.used()))
+            self.assertEqual(len(os.listdir(self.cache)), 3)
 
-    def test_the_end_waits_for_the_measuring_of_a_released_workspace(self):
-        client, measure = self.synced(), threading.Event()
-        path = client.sync({"a": (0o644, b"one", 1)}).path
-        with mock.patch.object(tc, "disk_usage", lambda path: measure.wait(PATIENCE) and 12345):
+    def test_what_was_not_measured_is_measured_later(self):
+        killed, client = InStep(self.cache), InStep(self.cache)
+        files = {"a": (0o644, bytes(100_000), 1)}
+        path = killed.sync(files, origin="killed").path
+        self.assertEqual(self.used(), [(100_000, False)])
+        with open(path + "/made", "wb") as file:
+            file.write(bytes(400_000))
+        killed.drop()
+        os.makedirs(path + ".new/part")
+        os.makedirs(os.path.join(self.cache, ".gone-1", "made"))
+        client.sync(files)
+        (killed_size, first), (size, second) = self.used()
+        self.assertGreaterEqual(killed_size, 500_000)
+        self.assertEqual((first, size, second), (True, 100_000, False), "the second is in use")
+        self.assertEqual([name for name in os.listdir(self.cache)
+                          if name.startswith(".") or name.endswith(".new")], [])
+        client.release()
+        self.assertEqual([measured for _, measured in self.used()], [True, True])
+        with self.subTest("a use makes it doubtful, but no smaller"):
+            client.sync(files, origin="killed")
+            self.assertIn((killed_size, False), self.used())
+        with self.subTest("nobody waits for it"):
+            client.drop()
+            with tc.CacheDirectory(self.cache) as cache:
+                cache.stop.set()
+                cache.measure()
+                self.assertIn((killed_size, False), self.used())
+                cache.stop.clear()
+                cache.measure()
+                self.assertEqual([measured for _, measured in self.used()], [True, True])
+
+    def test_while_the_disk_is_full_the_oldest_go(self):
+        client, paths = InStep(self.cache), []
+        for origin in "123":
+            paths.append(client.sync({"a": (0o644, bytes(9), 1)}, origin=origin).path)
+            client.release()
+
+        def write(file, data):
+            if data == files["a"][1] and os.path.exists(paths[enough]):
+                raise OSError(errno.EDQUOT, "no room")
+            return OS_WRITE(file, data)
+        for enough, stay in ((0, [False, True, True]), (2, [False, False, False])):
+            with mock.patch.object(tc.os, "write", write):
+                files = {"a": (0o644, b"new%d" % enough, 1)}
+                self.assert_synced(files, client.sync(files, origin="new"))
+            self.assertEqual([os.path.exists(path) for path in paths], stay)
+            client.release()
+
+    def test_the_end_waits_for_workspaces_that_are_measured(self):
+        client, walk = self.synced(), threading.Event()
+        client.sync({"a": (0o644, b"one", 1)})
+        measure = tc.CacheDirectory.measure
+
+        def late(cache):
+            walk.wait(PATIENCE)
+            measure(cache)
+        with mock.patch.object(tc.CacheDirectory, "measure", late), \
+                mock.patch.object(tc, "CLOSE_WAIT", PATIENCE):
             client.space.release("0" * 32)
-            self.assertIsInstance(client.event(), tc.TreeReleased)
-            with mock.patch.object(threading.Thread, "join", lambda *_: measure.set()):
-                client.space.close()
-            self.assertTrue(measure.is_set())
+            while not isinstance(client.event(), tc.TreeReleased):
+                pass
+            self.assertFalse(self.used()[0][1])
+            threading.Timer(0.01, walk.set).start()
             client.space.close()
-        with open(path + ".lock") as file:
-            self.assertEqual(file.read(), "12345")
+        self.assertTrue(self.used()[0][1])
 
     def test_limits(self):
         self.assertEqual(tc.cache_limit(7), 7)

@@ -5590,7 +5590,8 @@ class Runner:
 # directory of all workspaces (~/.cache/testcloud/trees), a workspace NAME has
 #
 #     NAME/          the workspace itself
-#     NAME.lock      locked by the process that uses it; its bytes on disk; last used at its mtime
+#     NAME.lock      locked by the process that uses it; last used at its mtime; has its bytes on
+#                    disk, with a sign while they may be more, as they were not measured since
 #     NAME.state     a State: what we have put there, as far as we know
 #     NAME.new/      files that will replace others when they are complete
 #     .gone-...      directories that are being removed
@@ -5604,11 +5605,14 @@ MAX_OPEN_DIRECTORIES = 64  # of one workspace
 MAX_SOURCES = 4  # other workspaces that are searched for a content, the latest first
 MAX_WRONG = 3  # times that a content may come with the wrong hash
 MAX_TICKS = 20  # ms to wait for the file system's clock
+CLOSE_WAIT: Seconds = 1.0  # for workspaces to be measured, at the end of a worker
+LOCK_TRIES = 3  # 1 ms apart: measure() locks what nobody uses, but not for long
 NAME_LIMIT = 20  # characters: sockets in a workspace have paths of at most 108 bytes
 TREES_NAME = "trees"  # of the directory of all workspaces
 LOCK, STATE, PARTS, GONE_PREFIX = ".lock", ".state", ".new", ".gone-"
 SIGNATURE = 4  # numbers in a file's signature
 SECOND = 10**9  # ns
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CTIME = 2  # place in a signature
 Signature = Tuple[int, ...]
 Content = Tuple[str, int]  # hash, size
@@ -5647,7 +5651,7 @@ def cache_limit(given: int = 0, directory: str = "") -> int:
 def cache_usage(directory: str) -> int:
     """Return the bytes of all workspaces."""
     with contextlib.suppress(OSError), CacheDirectory(directory) as cache:
-        return sum(size for _, _, size in cache.usage())
+        return cache.used()
     return 0
 
 
@@ -5674,16 +5678,17 @@ def make_writable(name: Union[str, bytes], parent: int) -> None:
     os.chmod(name, 0o700, dir_fd=parent)
 
 
-def disk_usage(path: str) -> int:
-    """Return the bytes that a directory takes on disk, as far as we may look."""
-    total, directories = 0, [path]
-    while directories:
-        with contextlib.suppress(OSError), os.scandir(directories.pop()) as found:
-            for entry in found:
-                total += entry.stat(follow_symlinks=False).st_blocks * 512
-                if entry.is_dir(follow_symlinks=False):
-                    directories.append(entry.path)
-    return total
+def usage_noted(lock: int) -> Tuple[int, bool]:
+    """Return the bytes of a workspace, and whether they were measured since its last use."""
+    text = os.pread(lock, 20, 0)
+    with contextlib.suppress(ValueError):
+        return int(text), text.isdigit()
+    return 0, False
+
+
+def note_usage(lock: int, size: int, measured: bool) -> None:
+    with contextlib.suppress(OSError):
+        os.pwrite(lock, (b"%020d" if measured else b"%+020d") % size, 0)
 
 
 class CacheDirectory:
@@ -5694,6 +5699,7 @@ class CacheDirectory:
         if make:
             self.make(path)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self.stop = threading.Event()  # somebody waits: measure and sweep later
 
     def make(self, path: str) -> None:
         """Make a directory, and those above that are missing, for this user only."""
@@ -5710,6 +5716,7 @@ class CacheDirectory:
 
     def lock(self, name: str) -> int:
         """Lock a workspace. Return the descriptor of its lock, -1 if it is in use."""
+        tries = 0
         while True:
             lock = os.open(name + LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
                            dir_fd=self.fd)
@@ -5719,8 +5726,11 @@ class CacheDirectory:
                 if os.path.samestat(os.fstat(lock), found):
                     return lock
             except BlockingIOError:
-                os.close(lock)
-                return -1
+                tries += 1
+                if tries > LOCK_TRIES:
+                    os.close(lock)
+                    return -1
+                time.sleep(0.001)
             except FileNotFoundError:
                 pass  # the workspace was removed just now
             except OSError:
@@ -5731,35 +5741,58 @@ class CacheDirectory:
     def names(self, suffix: str) -> List[str]:
         return [name[:-len(suffix)] for name in os.listdir(self.fd) if name.endswith(suffix)]
 
-    def usage(self) -> List[Tuple[int, str, int]]:
-        """Return (time of the last use, name, bytes) of each workspace, the oldest first."""
+    def usage(self) -> List[Tuple[int, str, int, bool]]:
+        """Return (time of the last use, name, bytes, whether they were measured since) of each
+        workspace, the oldest first."""
         found = []
         for name in self.names(LOCK):
             with contextlib.suppress(OSError):
                 lock = os.open(name + LOCK, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.fd)
-                with open(lock, "rb") as file:
-                    text = file.read(20)
-                    found.append((os.fstat(lock).st_mtime_ns, name,
-                                  int(text) if text.isdigit() else 0))
+                try:
+                    found.append((os.fstat(lock).st_mtime_ns, name, *usage_noted(lock)))
+                finally:
+                    os.close(lock)
         return sorted(found)
 
-    def note_usage(self, name: str, size: int) -> None:
-        """Note how many bytes a workspace takes, and that it is used now."""
-        with contextlib.suppress(OSError):
-            flags = os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW
-            lock = os.open(name + LOCK, flags, dir_fd=self.fd)
-            os.write(lock, b"%d" % size)
-            os.close(lock)
+    def used(self) -> int:
+        return sum(size for _, _, size, _ in self.usage())
 
-    def make_room(self, wanted: int, limit: int, keep: str = "") -> int:
-        """Remove the oldest workspaces that nobody uses, until `wanted` more bytes are within the
-        limit; not the one named `keep`. Return the bytes used by the others."""
+    def measure(self) -> None:
+        """Measure the workspaces that nobody uses, where that was not done since their last use.
+        Whoever wants one meanwhile need not wait: it is locked for moments only."""
+        for last, name, _, measured in reversed(self.usage()):
+            lock = -1 if measured else self.lock(name)
+            if lock >= 0:
+                self.remove(name + PARTS, self.fd)  # of a process that was killed
+                os.close(lock)
+                size = self.disk_usage(os.path.join(self.path, name))
+                lock = -1 if self.stop.is_set() else self.lock(name)
+            if lock >= 0:
+                if os.fstat(lock).st_mtime_ns == last:
+                    note_usage(lock, size, True)
+                    os.utime(lock, ns=(last, last))
+                os.close(lock)
+
+    def disk_usage(self, path: str) -> int:
+        """Return the bytes that a directory takes on disk, as far as we may look."""
+        total, directories = 0, [path]
+        while directories and not self.stop.is_set():
+            with contextlib.suppress(OSError), os.scandir(directories.pop()) as found:
+                for entry in found:
+                    total += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        directories.append(entry.path)
+        return total
+
+    def make_room(self, limit: int) -> int:
+        """Remove the oldest workspaces that nobody uses, until all together are within the limit.
+        The one that was used last stays. Return the bytes of those that are left."""
         usage = self.usage()
-        used = sum(size for _, _, size in usage)
-        for _, name, size in usage:
-            if used + wanted <= limit:
+        used = sum(size for _, _, size, _ in usage)
+        for _, name, size, _ in usage[:-1]:
+            if used <= limit:
                 break
-            lock = self.lock(name) if size and name != keep else -1
+            lock = self.lock(name)
             if lock >= 0:
                 for part in (name, name + PARTS, name + STATE, name + STATE + PARTS, name + LOCK):
                     self.remove(part, self.fd)
@@ -5790,7 +5823,7 @@ class CacheDirectory:
         """Remove the directories that were set aside, also those of a process that was killed.
         Their subdirectories are set aside, too: however deep they are, none is out of reach."""
         waiting = [name for name in os.listdir(self.fd) if name.startswith(GONE_PREFIX)]
-        while waiting:
+        while waiting and not self.stop.is_set():
             name = waiting.pop()
             with contextlib.suppress(OSError):  # another process does the same, or it is busy
                 directory = open_directory(name, self.fd)
@@ -5943,17 +5976,6 @@ class Part:
         self.hash = hashlib.sha256()
         self.size = 0
 
-    def write(self, data: Any) -> None:
-        self.hash.update(data)
-        self.size += len(data)
-        write_to(self.file, data)
-
-
-def write_to(file: int, data: Any) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view):]
-
 
 class Workspace:
     """A workspace that we have locked, until close()."""
@@ -5981,7 +6003,6 @@ class Workspace:
         os.mkdir(self.name, 0o755, dir_fd=self.cache.fd)
         self.directories = Directories(open_directory(self.name, self.cache.fd), True)
         self.state = State(self.state.mark)
-        self.cache.sweep()
 
     def close_directories(self) -> None:
         self.close_parts()
@@ -5995,13 +6016,15 @@ class Workspace:
             self.drop_part(index)
         if self.parts >= 0:
             os.close(self.parts)
-        self.parts = -1
+            self.parts = -1
+            self.cache.remove(self.name + PARTS, self.cache.fd)
 
     def close(self) -> None:
-        self.close_directories()
-        with contextlib.suppress(OSError):
-            self.cache.remove(self.name + PARTS, self.cache.fd)
-        os.close(self.lock)
+        try:
+            self.close_directories()
+            os.utime(self.lock)  # it is in use until now
+        finally:
+            os.close(self.lock)
 
     def at(self, entry: Entry) -> Tuple[int, bytes]:
         """Return where an entry is: its directory, and its name in it."""
@@ -6009,6 +6032,25 @@ class Workspace:
             raise Stopped
         self.current = entry.path
         return self.directories.place(entry.path)
+
+    def write(self, file: int, data: Any) -> None:
+        """Write to a file. While the disk is full, remove the oldest workspace that nobody uses."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(file, view):]
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                os.utime(self.lock)  # the one that was used last stays
+                used = self.cache.used()
+                if self.cache.make_room(used - 1) == used:
+                    raise
+
+    def write_part(self, part: Part, data: Any) -> None:
+        part.hash.update(data)
+        part.size += len(data)
+        self.write(part.file, data)
 
     def write_state(self, **changes: Any) -> None:
         """Replace the state file. What we know is then what the file says."""
@@ -6018,7 +6060,7 @@ class Workspace:
         file = os.open(name + PARTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600,
                        dir_fd=self.cache.fd)
         try:
-            write_to(file, self.state.encode())
+            self.write(file, self.state.encode())
         finally:
             os.close(file)
         os.rename(name + PARTS, name, src_dir_fd=self.cache.fd, dst_dir_fd=self.cache.fd)
@@ -6034,6 +6076,7 @@ class Workspace:
         if self.directories.top < 0:
             self.directories = Directories(open_directory(self.name, self.cache.fd), True)
         self.tree = tree
+        note_usage(self.lock, max(tree.size, usage_noted(self.lock)[0]), False)
         self.signatures = array.array("q", bytes(8 * SIGNATURE * len(tree.entries)))
         self.modes: List[int] = []  # entries that get their mode at the end
         self.touched: List[int] = []  # files that get a new time
@@ -6054,12 +6097,11 @@ class Workspace:
                 if entry.kind == FILE:
                     first = firsts.setdefault((entry.content, entry.size), index)
                     self.missing.setdefault(first, []).append(index)
-            self.cache.make_room(sum(size for _, size in firsts), limit)
+            self.cache.make_room(limit)
             self.begin(different)
             kept = self.remove_old([old[path][0] for path in gone], doubtful, firsts)
             self.make_directories_and_links(different)
             self.fill_from_here(set(different), firsts, kept)
-            self.cache.sweep()
         return tree.spans_of(sorted(self.missing))
 
     def compare(self, old: Dict[str, Tuple[Entry, int]]) -> List[int]:
@@ -6249,13 +6291,14 @@ class Workspace:
                 self.complete(first)
         self.fill_from(self.directories, (entry for index, entry in enumerate(self.tree.entries)
                                           if index not in different), firsts)
-        for _, name, _ in self.cache.usage()[:-MAX_SOURCES - 2:-1]:
+        for _, name, _, _ in self.cache.usage()[:-MAX_SOURCES - 2:-1]:
             state = read_state(self.cache, name) if self.missing and name != self.name else None
             if state:
                 with contextlib.suppress(OSError):
                     directories = Directories(open_directory(name, self.cache.fd, False), False)
                     try:
-                        self.fill_from(directories, entries_of(state.manifest), firsts)
+                        for manifest in (state.manifest, state.also):
+                            self.fill_from(directories, entries_of(manifest), firsts)
                     finally:
                         directories.close()
                         os.close(directories.top)
@@ -6275,7 +6318,8 @@ class Workspace:
         entry = self.tree.entries[index]
         part = self.open_part(index)
         try:
-            right = self.read_content(*directories.place(path), entry, part.write)
+            right = self.read_content(*directories.place(path), entry,
+                                      functools.partial(self.write_part, part))
             if right:
                 self.finish_file(index, part)
         finally:
@@ -6339,7 +6383,7 @@ class Workspace:
         else:
             return True  # the rest of a file that is asked for again
         try:
-            part.write(data)
+            self.write_part(part, data)
             if part.size < entry.size:
                 self.partial[index] = part
                 return True
@@ -6388,13 +6432,6 @@ class Workspace:
                 signatures=signatures, also=b"", stamp=self.wait_for_tick())
         return self.path, setup
 
-    def note_usage(self) -> int:
-        """Note at least the bytes of the tree. Return those of all workspaces."""
-        sizes = {name: size for _, name, size in self.cache.usage()}
-        sizes[self.name] = max(sizes.get(self.name, 0), self.tree.size)
-        self.cache.note_usage(self.name, sizes[self.name])
-        return sum(sizes.values())
-
     def wait_for_tick(self) -> int:
         """Wait until a change would give a file a later ctime than any that we know. Return that
         time. If it takes too long, files with this ctime are compared by content the next time."""
@@ -6416,7 +6453,7 @@ class Workspace:
 def reason_no_tree(error: OSError, directory: str, path: str) -> str:
     """Return why a tree cannot be written, and what to do about it."""
     what = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return (f"no room for the working tree in {directory}: {what}: free some, or set "
                 f"XDG_CACHE_HOME on this host to a directory on another disk")
     if not path:
@@ -6473,6 +6510,7 @@ class WorkspaceThread:
                               "XDG_CACHE_HOME on this host")
         if self.cache is None:
             self.cache = CacheDirectory(self.space.directory, make=True)
+            self.cache.stop = self.stop
         return self.cache
 
     def find(self, tree: str) -> None:
@@ -6495,7 +6533,6 @@ class WorkspaceThread:
         workspace = self.lock(tree.head)
         spans = workspace.fill(tree, self.space.limit)
         self.filling = True
-        self.space.used = workspace.note_usage()  # now: we may be killed before the end
         self.tell(TreePlanned(spans))
         self.finish_if_complete()
 
@@ -6538,26 +6575,30 @@ class WorkspaceThread:
             self.filling = False
             path, setup = self.workspace.finish()
             self.tell(TreeReady(path, setup))
+            self.tidy()  # while commands run
 
     def end_setup(self) -> None:
         if self.workspace:
             with contextlib.suppress(OSError):  # then it will run again
                 self.workspace.end_setup()
 
+    def tidy(self) -> None:
+        """Keep within the limit, as far as we can."""
+        if self.cache:
+            with contextlib.suppress(OSError):
+                self.cache.measure()
+                self.space.used = self.cache.make_room(self.space.limit)
+
     def leave(self) -> None:
         """Unlock the workspace, and then measure it: the next run must not wait for that."""
-        path = name = ""
         if self.workspace:
-            path, name = self.workspace.path, self.workspace.name
             with contextlib.suppress(OSError):
                 self.workspace.close()
         self.space.told(self.run, TreeReleased())
-        if self.cache is not None:
-            with contextlib.suppress(OSError), self.cache as cache:
-                if name:
-                    cache.note_usage(name, disk_usage(path))
-                # not the last one: each run with a tree above the limit would begin anew
-                self.space.used = cache.make_room(0, self.space.limit, name)
+        if self.cache:
+            with self.cache:
+                self.cache.stop = threading.Event()
+                self.tidy()
 
 
 class Workspaces:
@@ -6609,8 +6650,9 @@ class Workspaces:
     def close(self) -> None:
         for run in [*self.threads]:
             self.release(run)
+        deadline = time.monotonic() + CLOSE_WAIT
         for thread in self.leaving:
-            thread.join(1.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 # === Client ===========================================================================
