@@ -5,9 +5,10 @@
 # ///
 """testcloud: run a pile of shell commands on many machines, bring every result back.
 
-On hosts that you reach by ssh, and on this one (:), with nothing to install there:
+On hosts that you reach by ssh, and on this one (:), with nothing to install there; the
+files of your working tree go along (--sync):
 
-    ls tests/*.py | python testcloud.py client -S alpha,4/beta,: pytest -q {}
+    ls tests/*.py | python testcloud.py client -S alpha,4/beta,: --sync pytest -q {}
 
 Three commands make a standing cloud; each may run on a machine of its own:
 
@@ -26,7 +27,8 @@ Between machines it needs a key, which broker, workers and clients find beside t
 
 Exit status of the client
     0  every command was run and exited with 0, in the end (--retries)
-    1  a command failed or was flaky (--fail-on-flaky), or --expect differs
+    1  a command failed, was flaky (--fail-on-flaky) or made no file (--fail-on-missing), or
+       --expect differs
     2  wrong usage, or no commands at all (--allow-empty)
     3  not everything could be run or written: no broker, worker, host or pyzmq; a full disk
     128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 when its terminal closed
@@ -47,6 +49,13 @@ Tasks (one attempt of one command, as its broker sees it)
     ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
     RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
     DELIVERED  > DELIVERED GONE                            RESULT passed on, no DONE yet
+
+Trees (--sync)
+    A command may name a tree: directories, links, and files with their hashes. A worker has
+    a workspace for each run of a client. It fetches from the client what its host lacks, and
+    runs the setup. Until then the command takes no slot: it is a scout, one for each host.
+    The client's other commands go to workers that are prepared. A host that cannot make the
+    workspace, or whose setup fails, is unfit for this run. Workspaces stay for later runs.
 
 Protocol
     ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds a ROUTER for
