@@ -52,10 +52,11 @@ Tasks (one attempt of one command, as its broker sees it)
 
 Trees (--sync)
     A command may name a tree: directories, links, and files with their hashes. Its worker
-    has a workspace for each run of a client. It fetches from the client what its host lacks,
-    and runs the setup. Until then the command takes no slot: it is a scout, one for a host.
-    The client's other commands go to workers that are prepared. A host is unfit for a run if
-    it cannot make the workspace, or its setup fails. Workspaces stay for later runs.
+    has a workspace for each run of a client. It fetches from the client what its host
+    lacks, and runs the setup. Until then the command takes no slot: it is a scout, one
+    for a host. The client's other commands go to workers that are prepared. A host is
+    unfit for a run if it cannot make the workspace, or its setup fails. Workspaces stay
+    for later runs.
 
 Protocol
     ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds a ROUTER for
