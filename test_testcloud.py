@@ -8777,7 +8777,8 @@ class InStep(Synced):
         """What the kernel does when a process was killed."""
         thread = self.space.threads.pop(run)
         if thread.workspace:
-            with mock.patch.object(tc.CacheDirectory, "remove"):
+            with mock.patch.object(tc.CacheDirectory, "remove"), \
+                    mock.patch.object(tc.os, "unlink"):
                 thread.workspace.close_directories()
             os.close(thread.workspace.lock)
         if thread.cache:
@@ -9334,8 +9335,10 @@ class WorkspacesTest(unittest.TestCase):
     def test_what_was_not_measured_is_measured_later(self):
         killed, client = InStep(self.cache), InStep(self.cache)
         files = {"a": (0o644, bytes(100_000), 1)}
+        killed.begin(killed.tree(files, origin="killed"), "0" * 32)
+        self.assertEqual(self.used(), [(100_000, False)], "it may be killed now")
+        killed.drop()
         path = killed.sync(files, origin="killed").path
-        self.assertEqual(self.used(), [(100_000, False)])
         with open(path + "/made", "wb") as file:
             file.write(bytes(400_000))
         killed.drop()
@@ -9430,6 +9433,8 @@ class WorkspacesTest(unittest.TestCase):
                 with mock.patch.object(tc.os, "write", write):
                     event = client.sync(files)
                 self.assertIn(what, event.why)
+                self.assertNotIn("a", [file for _, _, files in os.walk(self.cache)
+                                       for file in files], "it is not complete")
                 client.release()
         with self.subTest("the next run repairs it"):
             self.assert_synced(files, client.sync(files))

@@ -5707,16 +5707,9 @@ class CacheDirectory:
     def __init__(self, path: str, make: bool = False) -> None:
         self.path = path
         if make:
-            self.make(path)
+            os.makedirs(path, 0o700, exist_ok=True)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         self.stop = threading.Event()  # somebody waits: measure and sweep later
-
-    def make(self, path: str) -> None:
-        """Make a directory, and those above that are missing, for this user only."""
-        if not os.path.isdir(path):
-            self.make(os.path.dirname(path))
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
 
     def __enter__(self) -> CacheDirectory:
         return self
@@ -6043,12 +6036,14 @@ class Workspace:
         self.current = entry.path
         return self.directories.place(entry.path)
 
-    def write(self, file: int, data: Any) -> None:
+    def write(self, part: Part, data: Any) -> None:
         """Write to a file. While the disk is full, remove the oldest workspace that nobody uses."""
+        part.hash.update(data)
+        part.size += len(data)
         view = memoryview(data)
         while view:
             try:
-                view = view[os.write(file, view):]
+                view = view[os.write(part.file, view):]
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise
@@ -6056,11 +6051,6 @@ class Workspace:
                 used = self.cache.used()
                 if self.cache.make_room(used - 1) == used:
                     raise
-
-    def write_part(self, part: Part, data: Any) -> None:
-        part.hash.update(data)
-        part.size += len(data)
-        self.write(part.file, data)
 
     def write_state(self, **changes: Any) -> None:
         """Replace the state file. What we know is then what the file says."""
@@ -6070,7 +6060,7 @@ class Workspace:
         file = os.open(name + PARTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600,
                        dir_fd=self.cache.fd)
         try:
-            self.write(file, self.state.encode())
+            self.write(Part(file, b""), self.state.encode())
         finally:
             os.close(file)
         os.rename(name + PARTS, name, src_dir_fd=self.cache.fd, dst_dir_fd=self.cache.fd)
@@ -6160,7 +6150,7 @@ class Workspace:
         if (known is None or known[0].content != entry.content
                 or signature[CTIME] >= self.state.stamp
                 or tuple(signatures[start:start + SIGNATURE]) != signature) \
-                and (found.st_nlink != 1 or not self.has_content(directory, name, entry)):
+                and (found.st_nlink != 1 or not self.read_content(directory, name, entry)):
             return False
         if stat.S_IMODE(found.st_mode) != entry.mode:
             os.chmod(name, entry.mode, dir_fd=directory)
@@ -6173,8 +6163,8 @@ class Workspace:
         self.signatures[start:start + SIGNATURE] = array.array("q", signature_of(found))
 
     def read_content(self, directory: int, name: bytes, entry: Entry,
-                     write: Callable[[bytes], object]) -> bool:
-        """Read a file in pieces. Return whether it has this entry's content."""
+                     write: Callable[[bytes], object] = len) -> bool:
+        """Read a file in pieces, and write() them. Return whether it has this entry's content."""
         digest, size = hashlib.sha256(), 0
         try:
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
@@ -6195,9 +6185,6 @@ class Workspace:
         finally:
             os.close(file)
         return digest.hexdigest() == entry.content
-
-    def has_content(self, directory: int, name: bytes, entry: Entry) -> bool:
-        return self.read_content(directory, name, entry, lambda data: None)
 
     # --- changing
 
@@ -6291,13 +6278,11 @@ class Workspace:
             entry = self.tree.entries[first]
             if not entry.size and not self.store(first, 0, b""):
                 raise NoWorkspace(f"{printable(entry.path)} has a wrong hash in its manifest")
-            if entry.size and first in kept and \
-                    self.has_content(self.parts, b"old%d" % first, entry):
-                file = os.open(b"old%d" % first, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.parts)
-                try:
-                    self.finish_file(first, Part(file, b"old%d" % first))
-                finally:
-                    os.close(file)
+            old = b"old%d" % first
+            if entry.size and first in kept and self.read_content(self.parts, old, entry):
+                self.partial[first] = Part(
+                    os.open(old, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.parts), old)
+                self.finish_file(first)
                 self.complete(first)
         self.fill_from(self.directories, (entry for index, entry in enumerate(self.tree.entries)
                                           if index not in different), firsts)
@@ -6325,30 +6310,31 @@ class Workspace:
 
     def copy(self, index: int, directories: Directories, path: str) -> bool:
         """Copy a file to an entry's place. Return whether it had the entry's content."""
-        entry = self.tree.entries[index]
         part = self.open_part(index)
-        try:
-            right = self.read_content(*directories.place(path), entry,
-                                      functools.partial(self.write_part, part))
-            if right:
-                self.finish_file(index, part)
-        finally:
-            os.close(part.file)
+        right = self.read_content(*directories.place(path), self.tree.entries[index],
+                                  functools.partial(self.write, part))
+        if right:
+            self.finish_file(index)
+        else:
+            self.drop_part(index)
         return right
 
     def open_part(self, index: int) -> Part:
         """Begin to write a file. In its own directory, a file system finds room much faster."""
+        self.drop_part(index)
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         directory, name = self.at(self.tree.entries[index])
         try:
-            return Part(os.open(name, flags | os.O_EXCL, 0o600, dir_fd=directory), b"")
+            part = Part(os.open(name, flags | os.O_EXCL, 0o600, dir_fd=directory), b"")
         except FileExistsError:
             name = b"%d" % index
-            return Part(os.open(name, flags | os.O_TRUNC, 0o600, dir_fd=self.parts), name)
+            part = Part(os.open(name, flags | os.O_TRUNC, 0o600, dir_fd=self.parts), name)
+        self.partial[index] = part
+        return part
 
-    def finish_file(self, index: int, part: Part) -> None:
+    def finish_file(self, index: int) -> None:
         """Give a file with the right content its mode, time and place."""
-        entry = self.tree.entries[index]
+        entry, part = self.tree.entries[index], self.partial[index]
         directory, name = self.at(entry)
         os.fchmod(part.file, entry.mode | stat.S_IRUSR)  # it may have to be copied
         if not entry.mode & stat.S_IRUSR:
@@ -6358,6 +6344,7 @@ class Workspace:
         if part.name:
             self.move_in(part.name, directory, name)
         self.note_signature(index, os.fstat(part.file))
+        os.close(self.partial.pop(index).file)
 
     def complete(self, first: int) -> None:
         """Copy a content that is here now to all other files that have it."""
@@ -6386,30 +6373,28 @@ class Workspace:
         """Store a piece of a file. Return false if the file is wrong."""
         entry = self.tree.entries[index]
         if offset == 0:
-            self.drop_part(index)
-            part = self.open_part(index)
-        elif index in self.partial:
-            part = self.partial.pop(index)
-        else:
+            self.open_part(index)
+        part = self.partial.get(index)
+        if part is None:
             return True  # the rest of a file that is asked for again
-        try:
-            self.write_part(part, data)
-            if part.size < entry.size:
-                self.partial[index] = part
-                return True
-            right = part.hash.hexdigest() == entry.content
-            if right:
-                self.finish_file(index, part)
-        finally:
-            if index not in self.partial:
-                os.close(part.file)
-        if right:
-            self.complete(index)
-        return right
+        self.write(part, data)
+        if part.size < entry.size:
+            return True
+        if part.hash.hexdigest() != entry.content:
+            self.drop_part(index)
+            return False
+        self.finish_file(index)
+        self.complete(index)
+        return True
 
     def drop_part(self, index: int) -> None:
-        if index in self.partial:
-            os.close(self.partial.pop(index).file)
+        """Remove a file that is not complete."""
+        part = self.partial.pop(index, None)
+        if part is not None:
+            os.close(part.file)
+            with contextlib.suppress(OSError):
+                directory, name = self.directories.place(self.tree.entries[index].path)
+                os.unlink(part.name or name, dir_fd=self.parts if part.name else directory)
 
     # --- the end of an update
 
@@ -6512,6 +6497,9 @@ class WorkspaceThread:
 
     def fail(self, why: str) -> None:
         self.filling = False
+        if self.workspace:  # what is not complete only fills the disk
+            with contextlib.suppress(OSError):
+                self.workspace.close_directories()
         self.tell(TreeFailed(why))
 
     def open_cache(self) -> CacheDirectory:
