@@ -8062,6 +8062,14 @@ class RunnerTest(unittest.TestCase):
         self.assertFalse(how.requeue)
         self.assertIn("cannot enter directory", how.reason)
 
+    def test_a_directory_that_did_not_go_along(self):
+        job = tc.Job(("r", 1, 1), {"cmd": "true", "cwd": os.path.join(self.dir, "build")})
+        for top, fix in (("", "see --cwd"), (self.dir, "see --sync-list")):
+            job.top = top
+            self.start_job(job)
+            self.assertIn(fix, self.result(job).reason)
+            self.records.clear()
+
     def test_what_cannot_be_started_in_time_is_not_started_later(self):
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         error = BlockingIOError(errno.EAGAIN, "no process")

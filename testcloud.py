@@ -4497,6 +4497,7 @@ class Worker(SessionMachine):
         cwd = os.path.join(use.path, use.model["cwd"])
         use.setup = Job((use.run, 0, 1), {
             **use.model, "cmd": command, "cwd": cwd, "tree": use.tree})
+        use.setup.top = use.path
         self.effects.append(StartSetup(use.setup))
         self.report_waiting(use, SETUP)
 
@@ -5136,8 +5137,9 @@ def reason_not_started(job: Job, error: Exception) -> str:
     if not isinstance(error, OSError):
         return f"cannot start it: {error}"  # e.g. a NUL byte
     if job.cwd is not None and error.filename == to_bytes(job.cwd):
-        return (f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; it must "
-                f"exist on the worker (see --cwd)")
+        fix = "does git ignore it? (see --sync-list)" if job.top else \
+            "it must exist on the worker (see --cwd)"
+        return f"cannot enter directory {printable(job.cwd, 500)}: {error.strerror}; {fix}"
     if error.errno == errno.E2BIG:
         return "cannot start it: the command and its environment are too long for the system"
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
