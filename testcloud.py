@@ -118,6 +118,7 @@ import codecs
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import io
@@ -9971,6 +9972,7 @@ def call_libc(function: str, argument: int) -> None:
 
 MAX_POLL_TIME: Seconds = 0.25  # the loop notices each stop longer than this + MIN_PAUSE
 MIN_PAUSE: Seconds = 0.25  # a round this late was not slow: the process was stopped
+GC_THRESHOLD = 50_000  # new objects before Python looks for cycles: a large tree has none
 
 
 class Adapter(NamedTuple):
@@ -9985,6 +9987,7 @@ class EventLoop:
     """Waits for messages, timers and threads, and calls the machines, until one of them exits."""
 
     def __init__(self, sockets: bool) -> None:
+        gc.set_threshold(GC_THRESHOLD)
         if sockets:
             require_zmq()
             # ROUTERs number their peers from rand() on, which libzmq does not seed. It aborts if
