@@ -476,6 +476,12 @@ class TreeOfferTest(unittest.TestCase):
         self.offer.note_setup(1, "alpha", 2.0)
         self.assertEqual(self.offer.words(2.9), [])
         self.assertEqual(self.offer.words(3.0), ["running the setup on alpha for 1 s"])
+        self.ask(2, 0, host="\x1b[2J")
+        self.assertEqual(self.offer.words(4.0), ["sending 0.0 of 52 MB to \\x1b[2J",
+                                                 "running the setup on alpha for 2 s"])
+        for id in range(3, 103):
+            self.ask(id, 0, host=f"h{id}", got=tc.CHUNK_SIZE)
+        self.assertEqual(self.offer.words(4.0)[0], "sending 52.4 of 5295 MB to 101 hosts")
 
 
 class PathBelowTest(unittest.TestCase):

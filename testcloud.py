@@ -1519,13 +1519,22 @@ class TreeOffer:
                     yield fields
 
     def words(self, now: Seconds) -> List[str]:
-        """Return what each host that needs longer than TRANSFER_NOTICE waits for, for people."""
-        return [*{one.host: f"running the setup on {one.host} for "
-                            f"{duration(now - one.since, whole=True)}" if one.setup else
-                  f"sending {one.got / 1e6:.1f} of {one.size / 1e6:.{int(one.size < 10e6)}f} MB "
-                  f"to {one.host}"
-                  for one in self.transfers.values()
-                  if now >= one.since + TRANSFER_NOTICE and (one.setup or one.size)}.values()]
+        """Return what hosts wait for that need longer than TRANSFER_NOTICE, for people."""
+        found = []
+        for setup in (False, True):
+            slow = {one.host: one for one in self.transfers.values()
+                    if now >= one.since + TRANSFER_NOTICE and one.setup == setup
+                    and (setup or one.size)}
+            hosts = printable(", ".join(slow)) if len(slow) < 4 else f"{len(slow)} hosts"
+            if slow and setup:
+                since = min(one.since for one in slow.values())
+                found.append(f"running the setup on {hosts} for "
+                             f"{duration(now - since, whole=True)}")
+            elif slow:
+                got, size = (sum(numbers) / 1e6 for numbers in zip(
+                    *((one.got, one.size) for one in slow.values())))
+                found.append(f"sending {got:.1f} of {size:.{int(size < 10)}f} MB to {hosts}")
+        return found
 
     def check(self, window: Dict[int, Command]) -> None:
         """Raise AssertionError if its records disagree. For tests."""
@@ -9747,7 +9756,7 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
         (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
         (5, f"{client.failed} failed" if client.failed else ""),
         (4, f"{client.flaky} flaky" if client.flaky else ""),
-        (8, ", ".join(client.offer.words(client.now))),
+        (6, ", ".join(client.offer.words(client.now))),
         (3, f"{min(client.accepted - len(client.preparing), client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
