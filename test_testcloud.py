@@ -3147,6 +3147,19 @@ class TreesAtBrokerTest(unittest.TestCase):
             d.expect(b"v", "CANCEL", tasks=[[2, 1]])
             d.quiet()
 
+    def test_a_client_that_is_back_is_asked_for_its_tree_again(self):
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1, tc.FILES)
+        d.gone(CLIENTS, b"c")
+        d.letters.clear()
+        d.hello(b"c2", "r1", [1])
+        d.submit_with_tree(b"c2", 1)
+        d.expect(b"c2", "QUEUED", tasks=[[1, 1]], preparing=tc.FILES)
+        d.expect(b"w", "RESEND", token="r1", tasks=[[1, 1]])
+
     def test_a_worker_whose_scout_was_recalled_releases_its_workspace_too(self):
         d = self.desk
         d.tree_worker(b"w")
@@ -7644,13 +7657,33 @@ class WorkerTreesTest(unittest.TestCase):
         b.expect("FETCH", id=2, offset=0, anew=True)
         b.hear('RECALL {"tasks":[[2,1]]}', self.RUN)
         b.expect("LOST", tasks=[[2, 1]])
-        b.wait(tc.TREE_TIMEOUT)
+        for _ in range(int(tc.TREE_TIMEOUT) + 1):
+            b.wait(1.0)
+            b.answer()
+            if self.worker.uses[self.RUN].state != tc.LISTING:
+                break  # it was released
         self.assertNotIn("FETCH", [verb for _, verb, _ in b.lines])  # nobody may ask
         b.lines.clear()
-        b.answer()
+        self.setUp()
+        b = self.bench
+        self.give(1)
+        self.told(tc.TreeUnknown())
+        b.hear('RECALL {"tasks":[[1,1]]}', self.RUN)
+        b.lines.clear()
         self.give(3)
         b.expect("QUEUED", tasks=[[3, 1]])
         b.expect("FETCH", id=3, offset=0)
+
+    def test_whoever_asks_again_for_a_command_may_have_missed_what_it_asks(self):
+        """The client was away, or the broker above."""
+        b = self.bench
+        self.give(1)
+        self.told(tc.TreeUnknown())
+        b.lines.clear()
+        b.hear('RESEND {"tasks":[[1,1]]}', self.RUN)
+        b.wait(tc.REPORT_DELAY)
+        b.expect("QUEUED", tasks=[[1, 1]], preparing=tc.FILES)
+        b.expect("FETCH", id=1, offset=0, anew=True)
 
     def test_after_joining_again_it_asks_anew_and_tells_what_takes_no_slot(self):
         b = self.bench

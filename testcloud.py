@@ -248,7 +248,7 @@ DONE_DELAY: Seconds = 0.05  # DONE
 MAX_DONE = CREDIT // 8 // INLINE  # tasks in one DONE, so that credit comes back early
 
 # --- other waits
-TREE_TIMEOUT: Seconds = 30.0  # for a part of a tree: many hosts may share a slow uplink
+TREE_TIMEOUT: Seconds = 60.0  # for a part of a tree: many hosts may share a slow uplink
 ANNOUNCE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
 NOTICE_DELAY: Seconds = 0.7  # a shorter wait gets no notice
 OUTPUT_GRACE: Seconds = 0.1  # for output after its command's leader exited, or was killed
@@ -2847,6 +2847,8 @@ class Dispatcher(Machine):
         """Let the client hear again what was said last of this task, if anything."""
         if task.state == RUNNING:
             self.tell_queued([task], task.worker.host if task.worker else "")
+            if task.preparing:  # what its worker asked of the client may be lost
+                self.instruct([("RESEND", task)])
         elif task.state == DELIVERED and task.result:
             self.tell_client(task.client, task.result)
         elif task.state == DELIVERED:
@@ -4363,6 +4365,8 @@ class Worker(SessionMachine):
     def on_resend(self, message: Message) -> None:
         for id, attempt in message.fields["tasks"]:
             self.report_state((message.token, id, attempt))
+        if message.token in self.uses:
+            self.uses[message.token].fetcher.repeat(self.now)
 
     def on_recall(self, message: Message) -> None:
         for job in self.jobs_of(message):
