@@ -16284,19 +16284,6 @@ class WorkingTreeTest(unittest.TestCase):
             f"{self.path('in/side')} has a .git that is no repository: all its files go along"])
 
     @needs_git
-    def test_a_repository_that_only_the_environment_knows(self):
-        self.write("home/.gitignore", b"no\n")
-        self.write("home/sub/no")
-        self.write("home/sub/yes")
-        self.git("init", "-q", "--bare", "dots")
-        with mock.patch.dict(os.environ, GIT_DIR=self.path("dots"),
-                             GIT_WORK_TREE=self.path("home")):
-            self.assertEqual(self.paths(at="home"), [".gitignore", "sub/yes"])
-            self.assertEqual(self.paths(at="home/sub"), ["yes"])
-            self.assertEqual(tc.git_top(self.path("home/sub")), self.path("home"))
-            self.assertEqual(tc.git_top(self.path("dots")), "")
-
-    @needs_git
     def test_git_that_is_missing_or_fails(self):
         self.git("init", "-q")
         self.write(".gitignore", b"a\n")

@@ -12765,15 +12765,11 @@ def working_tree_top(given: str) -> str:
 
 def git_top(path: str) -> str:
     """Return the top of the work tree around this real path, "" if there is none."""
-    top = path
-    while not os.path.lexists(os.path.join(top, ".git")):
-        if os.path.dirname(top) == top:
-            # no .git: the one place where a repository is known from the environment only
-            top = os.path.realpath(os.environ.get("GIT_WORK_TREE") or path)
-            known = os.environ.get("GIT_DIR") and os.environ.get("GIT_WORK_TREE")
-            return top if known and (path + "/").startswith(top.rstrip("/") + "/") else ""
-        top = os.path.dirname(top)
-    return top
+    while not os.path.lexists(os.path.join(path, ".git")):
+        if path == os.path.dirname(path):
+            return ""
+        path = os.path.dirname(path)
+    return path
 
 
 def hashes_path(top: str) -> str:
@@ -12991,20 +12987,16 @@ class WorkingTree:
         """Note what git ignores in this work tree, or `inside` it; prefix: of our paths for
         git's. Raises SetupError."""
         # its own repository only; and a repository from elsewhere could name a program to start
-        known = {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C",
-                 "GIT_CEILING_DIRECTORIES": os.path.dirname(root)}
-        if os.path.lexists(os.path.join(root, ".git")):
-            environ = {name: value for name, value in os.environ.items()
-                       if name not in REPOSITORY_VARIABLES}
-        else:
-            environ = {**os.environ, "GIT_WORK_TREE": root,
-                       "GIT_DIR": os.path.abspath(os.environ.get("GIT_DIR", ""))}
+        environ = {name: value for name, value in os.environ.items()
+                   if name not in REPOSITORY_VARIABLES}
+        environ.update(GIT_OPTIONAL_LOCKS="0", LC_ALL="C",
+                       GIT_CEILING_DIRECTORIES=os.path.dirname(root))
         inside = "" if inside == "." else inside + "/" * bool(inside)
         words = ["git", "-c", "core.fsmonitor=false", "--literal-pathspecs", "status", "-z",
                  "--porcelain", "--ignored=matching", "-uall", "--no-renames",
                  "--ignore-submodules=all", *(["--", inside] if inside else [])]
         try:
-            done = subprocess.run(words, cwd=root, env={**environ, **known},
+            done = subprocess.run(words, cwd=root, env=environ,
                                   stdin=subprocess.DEVNULL, capture_output=True)
         except OSError as error:
             self.notices.append(f"cannot run git ({error.strerror}): files go along that git would "
