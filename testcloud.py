@@ -5757,6 +5757,9 @@ class CacheDirectory:
                 raise
             os.close(lock)
 
+    def open(self, name: str) -> IO[bytes]:
+        return open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.fd), "rb")
+
     def names(self, suffix: str) -> List[str]:
         return [name[:-len(suffix)] for name in os.listdir(self.fd) if name.endswith(suffix)]
 
@@ -5765,12 +5768,9 @@ class CacheDirectory:
         workspace, the oldest first."""
         found = []
         for name in self.names(LOCK):
-            with contextlib.suppress(OSError):
-                lock = os.open(name + LOCK, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.fd)
-                try:
-                    found.append((os.fstat(lock).st_mtime_ns, name, *usage_noted(lock)))
-                finally:
-                    os.close(lock)
+            with contextlib.suppress(OSError), self.open(name + LOCK) as lock:
+                found.append((os.fstat(lock.fileno()).st_mtime_ns, name,
+                              *usage_noted(lock.fileno())))
         return sorted(found)
 
     def used(self) -> int:
@@ -5870,19 +5870,14 @@ class Directories:
 
     def get(self, path: str) -> int:
         """Return the descriptor of a directory until the next call. Raises OSError."""
-        if not path:
-            return self.top
-        known = self.opened.get(path)
-        if known is not None:
-            return known
-        names = path.split("/")
-        depth = len(names) - 1
-        while depth and "/".join(names[:depth]) not in self.opened:
-            depth -= 1
-        opened = self.opened["/".join(names[:depth])] if depth else self.top
-        for end in range(depth + 1, len(names) + 1):
-            opened = open_directory(to_bytes(names[end - 1]), opened, self.widen)
-            self.opened["/".join(names[:end])] = opened
+        names = []
+        while path and path not in self.opened:
+            path, _, name = path.rpartition("/")
+            names.append(name)
+        opened = self.opened[path] if path else self.top
+        for name in reversed(names):
+            path = f"{path}/{name}" if path else name
+            opened = self.opened[path] = open_directory(to_bytes(name), opened, self.widen)
             if len(self.opened) > MAX_OPEN_DIRECTORIES:
                 os.close(self.opened.popitem(last=False)[1])
         return opened
@@ -5895,6 +5890,9 @@ class Directories:
     def close(self) -> None:
         while self.opened:
             os.close(self.opened.popitem()[1])
+        if self.top >= 0:
+            os.close(self.top)
+        self.top = -1
 
 
 # --- what we know of a workspace
@@ -5945,20 +5943,18 @@ def decode_state(data: bytes) -> State:
 
 def read_state(cache: CacheDirectory, name: str) -> Optional[State]:
     """Return a workspace's state; None if there is none, or it is broken."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        file = os.open(name + STATE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=cache.fd)
-        with open(file, "rb") as opened:
-            return decode_state(opened.read())
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError), \
+            cache.open(name + STATE) as file:
+        return decode_state(file.read())
     return None
 
 
 def find_workspaces(cache: CacheDirectory, mark: str, tree: str) -> Iterator[str]:
     """Yield the workspaces that have this tree, for clients with this mark."""
     for name in sorted(cache.names(STATE), key=lambda name: (len(name), name)):
-        with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
-            file = os.open(name + STATE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=cache.fd)
-            with open(file, "rb") as opened:
-                fields = load(opened.read(4096).split(b"\n")[1].decode())
+        with contextlib.suppress(OSError, ValueError, IndexError, AttributeError), \
+                cache.open(name + STATE) as file:
+            fields = load(file.read(4096).split(b"\n")[1].decode())
             if (fields.get("mark"), fields.get("tree")) == (mark, tree):
                 yield name
 
@@ -6006,29 +6002,23 @@ class Workspace:
         self.current = ""  # the path that we are at, for messages
         self.parts = -1  # descriptor of NAME.new
         self.partial: Dict[int, Part] = {}  # by index
-        state = read_state(cache, name)
-        self.state = state or State(mark)
-        try:
-            self.directories = Directories(open_directory(name, cache.fd), True)
-        except OSError:  # there is none, or a command has put something else there
-            state, self.directories = None, Directories(-1, True)
-        if state is None:  # what is there, we do not know
-            self.empty()
+        self.directories = Directories(-1, True)
+        self.state = read_state(cache, name) or State(mark)
 
-    def empty(self) -> None:
-        """Begin anew, with an empty workspace."""
-        self.close_directories()
+    def open(self) -> None:
+        """Open the workspace. If we do not know what is there, make an empty one."""
+        if self.state.manifest or self.state.also:
+            with contextlib.suppress(OSError):  # a command has put something else there
+                self.directories.top = open_directory(self.name, self.cache.fd)
+                return
+        self.state = State(self.state.mark, fresh=self.state.fresh)
         self.cache.remove(self.name, self.cache.fd)
         os.mkdir(self.name, 0o755, dir_fd=self.cache.fd)
-        self.directories = Directories(open_directory(self.name, self.cache.fd), True)
-        self.state = State(self.state.mark)
+        self.directories.top = open_directory(self.name, self.cache.fd)
 
     def close_directories(self) -> None:
         self.close_parts()
         self.directories.close()
-        if self.directories.top >= 0:
-            os.close(self.directories.top)
-        self.directories.top = -1
 
     def close_parts(self) -> None:
         for index in [*self.partial]:
@@ -6087,10 +6077,10 @@ class Workspace:
         """Do all towards this tree that needs nothing from elsewhere. Return what does."""
         fresh = tree.head.get("fresh", "")
         if fresh and fresh != self.state.fresh:
-            self.empty()
-            self.state = self.state._replace(fresh=fresh)
+            self.close_directories()
+            self.state = State(self.state.mark, fresh=fresh)
         if self.directories.top < 0:
-            self.directories = Directories(open_directory(self.name, self.cache.fd), True)
+            self.open()
         self.tree = tree
         note_usage(self.lock, max(tree.size, usage_noted(self.lock)[0]), False)
         self.signatures = array.array("q", bytes(8 * SIGNATURE * len(tree.entries)))
@@ -6305,14 +6295,10 @@ class Workspace:
         for _, name, _, _ in self.cache.usage()[:-MAX_SOURCES - 2:-1]:
             state = read_state(self.cache, name) if self.missing and name != self.name else None
             if state:
-                with contextlib.suppress(OSError):
-                    directories = Directories(open_directory(name, self.cache.fd, False), False)
-                    try:
-                        for manifest in (state.manifest, state.also):
-                            self.fill_from(directories, entries_of(manifest), firsts)
-                    finally:
-                        directories.close()
-                        os.close(directories.top)
+                with contextlib.suppress(OSError), contextlib.closing(Directories(
+                        open_directory(name, self.cache.fd, False), False)) as directories:
+                    for manifest in (state.manifest, state.also):
+                        self.fill_from(directories, entries_of(manifest), firsts)
 
     def fill_from(self, directories: Directories, entries: Iterable[Entry],
                   firsts: Dict[Content, int]) -> None:
@@ -6569,11 +6555,7 @@ class WorkspaceThread:
         """Lock a workspace. Return false if it is in use."""
         lock = cache.lock(name)
         if lock >= 0:
-            try:
-                self.workspace = Workspace(cache, name, lock, self.mark, self.stop)
-            finally:
-                if self.workspace is None:
-                    os.close(lock)
+            self.workspace = Workspace(cache, name, lock, self.mark, self.stop)
         return lock >= 0
 
     def put(self, spans: List[Span], data: Any) -> None:
