@@ -4590,6 +4590,8 @@ class ChainTest(unittest.TestCase):
         d.letters.clear()
         d.wait(2.0)
         d.expect(b"", "READY", cache=12)
+        d.tree_worker(b"v", cache=2**53)
+        self.assertEqual(d.broker.upstream.greeting(False)["cache"], 2**53)  # a sum is refused
         self.setUp()
         d = self.desk
         d.join(b"old", below=["old"], crew=[["h1", 1, "gpu", tc.TREES]], depth=1)  # cannot
@@ -7783,6 +7785,12 @@ class WorkerTreesTest(unittest.TestCase):
         self.give(2)
         b.expect("QUEUED")
         b.expect("LOST", fault=tc.UNFIT, output="no make\n")
+
+    def test_a_client_cannot_make_its_greeting_invalid(self):
+        """The sizes in two manifests are enough for more than a message may say."""
+        self.worker.cache_bytes = 2**54
+        for joining in (True, False):
+            tc.decode(tc.encode("READY", self.worker.greeting(joining)))
 
     def test_the_memory_for_a_manifest_is_bounded(self):
         self.give(1, manifest=2**50)

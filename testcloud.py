@@ -336,8 +336,9 @@ def rows_of(needs: Dict[str, Check], may_have: Dict[str, Check]) -> Check:
                    and all(check(row[name]) for name, check in fields.items() if name in row))
 
 
-count = described("a whole number from 0 to 2**53",  # all JSON readers agree up to there
-                  lambda value: type(value) is int and 0 <= value <= 2**53)
+MAX_COUNT = 2**53  # all JSON readers agree up to there
+count = described("a whole number from 0 to 2**53",
+                  lambda value: type(value) is int and 0 <= value <= MAX_COUNT)
 integer = described("a whole number of 32 bits",
                     lambda value: type(value) is int and -(2**31) <= value < 2**31)
 number = described("a number, 0 or more",
@@ -2549,7 +2550,7 @@ class Upstream:
         fields: Fields = {"name": self.owner.name, "version": __version__, **self.reported}
         cache = sum(worker.cache for worker in self.owner.registry.workers.values())
         if cache:
-            fields["cache"] = cache
+            fields["cache"] = min(cache, MAX_COUNT)
         if joining:
             fields["labels"] = [TREES]  # workers below have it, too, if they know trees
             tasks = self.tasks()
@@ -4224,7 +4225,7 @@ class Worker(SessionMachine):
         if self.load >= 0:
             fields["load"] = round(self.load, 2)
         if self.cache_bytes:
-            fields["cache"] = self.cache_bytes
+            fields["cache"] = min(self.cache_bytes, MAX_COUNT)  # a client may name any size
         if joining:
             fields.update(host=self.host, version=__version__, labels=self.labels, user=self.user)
             live = [job for job in self.jobs.values() if not job.cancelled]
