@@ -9030,6 +9030,15 @@ class WorkspacesTest(unittest.TestCase):
         self.assert_synced(files, client.sync(files))
         self.assertEqual(client.fetched, 4)
 
+    def test_another_tree_in_the_middle_of_an_update(self):
+        client, files = self.synced(), {"a": (0o644, b"one", 1)}
+        client.sync(files)
+        tree = client.tree({"A": (0o644, b"12345", 1), **files})
+        event = client.begin(tree, "0" * 32)
+        client.put_all(tree, [(event.spans[0][0], 3)], "0" * 32)
+        self.assertIsInstance(client.event(), tc.TreeStored)
+        self.assert_synced(files, client.sync(files))
+
     def test_two_runs_at_once_have_two_workspaces(self):
         client, files = self.synced(), {"a": (0o644, b"one", 1)}
         first = client.sync(files)

@@ -6076,6 +6076,7 @@ class Workspace:
 
     def fill(self, tree: Tree, limit: int) -> List[Span]:
         """Do all towards this tree that needs nothing from elsewhere. Return what does."""
+        self.close_parts()  # of the tree before
         fresh = tree.head.get("fresh", "")
         if fresh and fresh != self.state.fresh:
             self.close_directories()
@@ -6211,7 +6212,6 @@ class Workspace:
             rows.update((entry.path, entry) for entry in self.tree.entries)
             also = make_tree({}, rows.values()).manifest
         self.write_state(tree="", also=also, last=base + 1000 * len(order))
-        self.close_parts()
         self.cache.remove(self.name + PARTS, self.cache.fd)
         os.mkdir(self.name + PARTS, 0o700, dir_fd=self.cache.fd)
         self.parts = open_directory(self.name + PARTS, self.cache.fd)
