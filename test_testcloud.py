@@ -8818,7 +8818,8 @@ class InStep(Synced):
         super().__init__(directory, chunk=7)
 
     def begin(self, tree, run):
-        self.space.threads[run] = tc.WorkspaceThread(self.space, run)
+        if run not in self.space.threads:
+            self.space.threads[run] = tc.WorkspaceThread(self.space, run)
         self.space.add_step = lambda run, step: (
             self.space.threads[run].do(functools.partial(step, self.space.threads[run])))
         return super().begin(tree, run)
@@ -9559,11 +9560,18 @@ class WorkspacesTest(unittest.TestCase):
         files, made, trees, doubtful = random_trees.tree(), {}, [], set()
         for _ in range(6):
             trees.append(files)
-            if rng.random() < 0.4:
+            if rng.random() < 0.6:
                 other = random_trees.edit(files)
-                self.sync_killed(client, other, rng)
-                if client.space.threads:
-                    client.release()
+                if rng.random() < 0.7:
+                    self.sync_killed(client, other, rng)
+                    if client.space.threads:
+                        client.release()
+                else:  # another tree comes in the middle
+                    tree = client.tree(other)
+                    asked = getattr(client.begin(tree, "0" * 32), "spans", [])
+                    client.put_all(tree, [(start, rng.randint(1, size))
+                                          for start, size in asked[:1]], "0" * 32)
+                    client.events = queue.Queue()
                 doubtful.update(path for path in made if not self.stays(path, other))
                 made = {path: what for path, what in made.items() if path not in doubtful}
             event = client.sync(files)

@@ -6018,12 +6018,9 @@ class Workspace:
         self.directories.top = open_directory(self.name, self.cache.fd)
 
     def close_directories(self) -> None:
-        self.close_parts()
-        self.directories.close()
-
-    def close_parts(self) -> None:
         for index in [*self.partial]:
             self.drop_part(index)
+        self.directories.close()
         if self.parts >= 0:
             os.close(self.parts)
             self.parts = -1
@@ -6076,13 +6073,11 @@ class Workspace:
 
     def fill(self, tree: Tree, limit: int) -> List[Span]:
         """Do all towards this tree that needs nothing from elsewhere. Return what does."""
-        self.close_parts()  # of the tree before
+        self.close_directories()  # an update to another tree may not have come to its end
         fresh = tree.head.get("fresh", "")
         if fresh and fresh != self.state.fresh:
-            self.close_directories()
             self.state = State(self.state.mark, fresh=fresh)
-        if self.directories.top < 0:
-            self.open()
+        self.open()
         self.tree = tree
         note_usage(self.lock, max(tree.size, usage_noted(self.lock)[0]), False)
         self.signatures = array.array("q", bytes(8 * SIGNATURE * len(tree.entries)))
