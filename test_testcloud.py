@@ -11402,6 +11402,46 @@ class ClientTreesTest(unittest.TestCase):
         self.assertEqual(b.effect(tc.Exit).status, 130)
         self.assertEqual((self.client.stopped, self.client.never_ran), (0, 2))
 
+    def test_any_answers_of_workers(self):
+        numbers = (0, 1, 3, tc.CHUNK_SIZE, 2**53)
+        for seed in range(100):
+            r = random.Random(seed)
+            self.setUp()
+            self.client.options = self.client.options._replace(
+                fail_on_missing=seed % 2 == 0, live=seed % 3 == 0)
+            self.join()
+            for _ in range(4):
+                self.client.add("x", "sub", ["out", "../other"][:r.randint(0, 2)])
+            self.set_tree(self.TREE)
+            for _ in range(60):
+                if self.client.left:
+                    break
+                id = r.choice([*self.client.window, 99])
+                command = self.client.window.get(id)
+                one = {"id": id, "attempt": command.attempt if command else 1}
+                tasks = {"tasks": [[*one.values()]], "host": r.choice(("h/1", "i/2"))}
+                tree = r.choice((self.TREE, self.OTHER))
+                verb, fields, data = r.choice((
+                    ("FETCH", {**one, "tree": tree.id, "offset": r.choice(numbers),
+                               "size": r.choice(numbers), "got": r.choice(numbers)}, b""),
+                    ("QUEUED", {**tasks, "worker": "w",
+                                "preparing": r.choice(("", tc.FILES, tc.SETUP, "?"))}, b""),
+                    ("LOST", {**tasks, "why": "\x1b", "output": "\udcff", "fault": r.choice(
+                        ("", tc.UNFIT, tc.NOWHERE, tc.CRASH))}, b""),
+                    ("RESULT", {**one, "exitcode": r.choice((0, 1, 126)), "stdout": "abcdef",
+                                "size": r.choice((0, 3, 6, 2**53)), "returned": [
+                                    [0o644, r.choice(numbers)]] * r.randint(0, 3)}, b""),
+                    ("CHUNK", {**one, "offset": r.choice((0, 3, 6))}, b"xyz"),
+                    ("WHO", {}, b""),
+                    ("OK", {"join": self.client.session.number, "slots": 1, "workers": 1,
+                            "trees": True}, b"")))
+                self.bench.hear(tc.encode(verb, fields), "", data)
+                self.set_tree(r.choice((None, tree, self.client.offer.tree)))
+                for part in (self.client.offer, self.client.fetcher, self.client.host_wait):
+                    part.check(self.client.window)
+                self.bench.wait(r.choice((0.01, 1.0)))
+                self.bench.bulk.clear()
+
     def test_a_command_that_waits_for_a_tree_is_lost(self):
         """The client has just joined again, and a worker still had it."""
         b = self.bench
