@@ -5734,9 +5734,8 @@ class CacheDirectory:
     def __exit__(self, *_: object) -> None:
         os.close(self.fd)
 
-    def lock(self, name: str) -> int:
+    def lock(self, name: str, tries: int = 1) -> int:
         """Lock a workspace. Return the descriptor of its lock, -1 if it is in use."""
-        tries = 0
         while True:
             lock = os.open(name + LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
                            dir_fd=self.fd)
@@ -5746,8 +5745,8 @@ class CacheDirectory:
                 if os.path.samestat(os.fstat(lock), found):
                     return lock
             except BlockingIOError:
-                tries += 1
-                if tries > LOCK_TRIES:
+                tries -= 1
+                if not tries:
                     os.close(lock)
                     return -1
                 time.sleep(0.001)
@@ -6549,7 +6548,7 @@ class WorkspaceThread:
 
     def take(self, cache: CacheDirectory, name: str) -> bool:
         """Lock a workspace. Return false if it is in use."""
-        lock = cache.lock(name)
+        lock = cache.lock(name, LOCK_TRIES)
         if lock >= 0:
             self.workspace = Workspace(cache, name, lock, self.mark, self.stop)
         return lock >= 0
