@@ -9040,6 +9040,17 @@ class WorkspacesTest(unittest.TestCase):
         self.assertIsInstance(client.event(), tc.TreeStored)
         self.assert_synced(files, client.sync(files))
 
+    def test_another_workspace_has_lost_its_files(self):
+        client, run = InStep(self.cache), "0" * 32
+        files = {"d": 0o755, "d/a": (0o644, b"one", 1), "d/b": (0o644, b"two", 1)}
+        path = client.sync(files).path
+        client.release()
+        shutil.rmtree(path + "/d")
+        client.begin(client.tree(files, origin="other"), run)
+        workspace = client.space.threads[run].workspace
+        self.assertEqual((workspace.partial, os.listdir(workspace.path + "/d")), ({}, []))
+        client.release()
+
     def test_two_runs_at_once_have_two_workspaces(self):
         client, files = self.synced(), {"a": (0o644, b"one", 1)}
         first = client.sync(files)

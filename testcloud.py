@@ -6308,12 +6308,13 @@ class Workspace:
     def copy(self, index: int, directories: Directories, path: str) -> bool:
         """Copy a file to an entry's place. Return whether it had the entry's content."""
         part = self.open_part(index)
-        right = self.read_content(*directories.place(path), self.tree.entries[index],
-                                  functools.partial(self.write, part))
-        if right:
-            self.finish_file(index)
-        else:
-            self.drop_part(index)
+        try:
+            right = self.read_content(*directories.place(path), self.tree.entries[index],
+                                      functools.partial(self.write, part))
+            if right:
+                self.finish_file(index)
+        finally:
+            self.drop_part(index)  # unless it is finished
         return right
 
     def open_part(self, index: int) -> Part:
