@@ -4664,7 +4664,7 @@ RETURNS = ("f", "gone", "d/g")  # files of some commands in the simulation
 SIM_INLINE = 60  # bytes, instead of INLINE: so that fetching is common
 SIM_CHUNK = 25
 SIM_HEAL = 45.0  # seconds of faults
-SIM_END = 300.0  # by then all must be done
+SIM_END = 600.0  # by then all must be done, also the retries of a world with one slot left
 SIM_QUIET = 150.0  # after that all that is over must be forgotten
 
 
