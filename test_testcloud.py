@@ -9593,6 +9593,8 @@ class WorkspacesTest(unittest.TestCase):
             doubtful.intersection_update(snapshot(event.path))
             self.assertEqual(snapshot(outside), untouched)
             random_trees.mischief(event.path, outside, made)
+            doubtful.update(made.keys() & files.keys())  # in the place of a file, it goes with it
+            made = {path: what for path, what in made.items() if path not in doubtful}
             client.release()
             files = rng.choice((random_trees.edit(files), random_trees.edit(files), files,
                                 rng.choice(trees), random_trees.tree()))
