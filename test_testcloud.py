@@ -17001,6 +17001,10 @@ class CommandLineTest(unittest.TestCase):
                 vars(settings).update(change)
                 self.assertEqual(tc.rerun_command(settings), "" if wanted is None else (
                     f"{wanted}python3 t.py client --resume-failed -b --joblog l -- x --resume"))
+            settings.joblog, settings.argv = "l", ["client", "--joblog", "l", "--sync", "x y"]
+            again = tc.rerun_command(settings)
+            self.assertTrue(again.endswith(" --joblog l --sync -- 'x y'"), again)
+            self.assertIn("--sync=", tc.separate_template(shlex.split(again)[3:]))
 
     def test_reports_that_cannot_be_written_leave_the_joblog_alone(self):
         with tempfile.TemporaryDirectory() as folder:

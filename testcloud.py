@@ -13931,7 +13931,8 @@ def rerun_command(settings: argparse.Namespace) -> str:
         return ""
     given = separate_template(settings.argv[1:])
     end = given.index("--") if "--" in given else len(given)
-    own = [word for word in given[:end] if word not in ("--resume", "--resume-failed")]
+    own = ["--sync" if word == "--sync=" else word
+           for word in given[:end] if word not in ("--resume", "--resume-failed")]
     words = ["python3", sys.argv[0], CLIENT_ROLE, "--resume-failed", *own, *given[end:]]
     return "... | " * (not settings.sources) + truncate_middle(shlex.join(words))
 
