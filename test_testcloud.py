@@ -491,7 +491,8 @@ class PathBelowTest(unittest.TestCase):
                 ("s", "../s/a", "s/a"), ("s/t", "../../a\udcff", "a\udcff"),
                 ("s", "x/../a", "s/a"), ("", "..a/...", "..a/..."),
                 *((cwd, path, "") for cwd, path in (
-                    ("", ""), ("", "."), ("s", ".."), ("", "../a"), ("s", "../../a"), ("", "/a"),
+                    ("", ""), ("", "."), ("s", ""), ("s", "./"), ("s/t", ".."), ("s", ".."),
+                    ("", "../a"), ("s", "../../a"), ("", "/a"),
                     ("s", "/s/a"), ("..", "a"), ("", "a/../.."), ("", "a\0"), ("", "//a")))):
             self.assertEqual(tc.path_below(cwd, path), found, (cwd, path))
 

@@ -1337,8 +1337,9 @@ def parse_tree(manifest: bytes) -> Tree:
 def path_below(cwd: str, path: str) -> str:
     """Return a path from a directory of a tree as one from the top; "" if that is no file's."""
     joined = os.path.normpath(f"{cwd or '.'}/{path}")
-    outside = path.startswith("/") or joined.split("/")[0] in ("", ".", "..")
-    return "" if outside or "\0" in joined else joined
+    outside = path.startswith("/") or joined.split("/")[0] in NO_NAMES
+    no_file = path.rstrip("/").split("/")[-1] in NO_NAMES
+    return "" if outside or no_file or "\0" in joined else joined
 
 
 def is_valid(entry: Entry) -> bool:
@@ -6791,7 +6792,8 @@ def refusal(command: Command, line: bytes) -> str:
     """Return why a command is not submitted, with this line; "" if it is."""
     for path in command.returns:
         if not path_below(command.cwd, path):
-            return f"--return {printable(path)} is no file below the directory of --sync"
+            return (f"--return {printable(path) or repr('')} is no file below the directory of "
+                    f"--sync")
     too_long = len(line) > MAX_COMMAND - OTHER_FIELDS
     return f"a command is at most {MAX_COMMAND} bytes of JSON" if too_long else ""
 
