@@ -483,6 +483,10 @@ class TreeOfferTest(unittest.TestCase):
             self.ask(id, 0, host=f"h{id}", got=tc.CHUNK_SIZE)
         self.assertEqual(self.offer.words(4.0)[0], "sending 52.4 of 5295 MB to 101 hosts")
 
+    def test_of_what_is_small_not_all_is_zero(self):
+        self.ask(1, 0, host="alpha", got=300, of=2100)
+        self.assertEqual(self.offer.words(1.0), ["sending 0.3 of 2.1 kB to alpha"])
+
 
 class PathBelowTest(unittest.TestCase):
     def test_only_files_below_the_top_have_a_path(self):

@@ -1533,9 +1533,10 @@ class TreeOffer:
                 found.append(f"running the setup on {hosts} for "
                              f"{duration(now - since, whole=True)}")
             elif slow:
-                got, size = (sum(numbers) / 1e6 for numbers in zip(
-                    *((one.got, one.size) for one in slow.values())))
-                found.append(f"sending {got:.1f} of {size:.{int(size < 10)}f} MB to {hosts}")
+                most = sum(one.size for one in slow.values())
+                unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
+                got, size = sum(one.got for one in slow.values()) / unit, most / unit
+                found.append(f"sending {got:.1f} of {size:.{int(size < 10)}f} {name} to {hosts}")
         return found
 
     def check(self, window: Dict[int, Command]) -> None:
