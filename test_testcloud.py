@@ -16402,7 +16402,7 @@ class WorkingTreeTest(unittest.TestCase):
             "fifo": special, "socket": special, "abs": out, "back": out, "d/out": out, "d/two": out,
             "d/up": out, "out": out, "two": out})
         self.assertEqual(len(tree.left_out), tc.MAX_LEFT_OUT + 1)
-        self.assertEqual(tree.left_out[-1], "4 more are left out")
+        self.assertEqual(tree.left_out[-1], "4 others cannot go along, either")
 
     def test_what_cannot_be_read_is_left_out(self):
         for name in ("a", "gone", "d/b", "e/c"):
@@ -16430,6 +16430,16 @@ class WorkingTreeTest(unittest.TestCase):
             (name, "permission denied") for name in ("a", "d", "link")])
         with mock.patch.object(tc.WorkingTree, "ask_git"), self.assertRaises(tc.SetupError):
             self.tree(at="none").look()
+
+    def test_a_list_knows_what_cannot_be_read(self):
+        for name in ("a", "d/b"):
+            self.write(name)
+        tree = self.tree()
+        tree.scan()
+        with mock.patch.object(os, "access", lambda path, mode: not path.endswith(b"/b")):
+            tree.leave_out_all(os.R_OK, errno.EACCES)
+        self.assertEqual([*tree.entries], ["a", "d"])
+        self.assertEqual(tree.left_out, ["d/b is left out: permission denied"])
 
     def test_a_tree_that_is_too_large(self):
         for name, size in (("data/x", 500), ("data/y", 1500), ("z/s", 900), ("b", 30), ("c", 20)):
@@ -16499,6 +16509,24 @@ class WorkingTreeTest(unittest.TestCase):
             working.read(second, self.whole(second))
         same = working.refresh([3])
         self.assertEqual(same.id, third.id)
+
+    def test_when_one_file_is_gone_the_others_that_are_gone_leave_the_tree_too(self):
+        for name in ("d/a", "d/b", "d/c", "e"):
+            self.write(name)
+        working = self.tree()
+        working.look()
+        shutil.rmtree(self.path("d"))
+        self.assertEqual([entry.path for entry in working.refresh([2]).entries], ["d", "e"])
+        self.assertEqual(sorted(working.missing), ["d/a", "d/b", "d/c"])
+
+    def test_a_tree_that_is_gone_is_not_taken_for_an_empty_one(self):
+        self.write("a")
+        working = self.tree()
+        working.look()
+        os.rename(self.top, self.top + ".old")
+        self.addCleanup(os.rename, self.top + ".old", self.top)
+        with self.assertRaisesRegex(tc.SetupError, "^/.* is gone: it was moved or removed"):
+            working.refresh([0])
 
     def test_a_file_that_changes_while_it_is_read(self):
         self.write("a", b"abc")

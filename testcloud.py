@@ -12830,7 +12830,8 @@ class WorkingTree:
         lines = [f"{printable(path, 200)} is left out: {why}"
                  for path, why in itertools.islice(self.missing.items(), MAX_LEFT_OUT)]
         more = len(self.missing) - len(lines)
-        return [*self.notices, *lines, *([f"{more} more are left out"] if more else [])]
+        rest = [f"{plural(more, 'other')} cannot go along, either"] if more else []
+        return [*self.notices, *lines, *rest]
 
     def look(self) -> Tree:
         """List and hash the files. Raises UsageError for a tree that is too large, SetupError."""
@@ -12963,6 +12964,12 @@ class WorkingTree:
         self.entries.pop(path, None)
         self.stamps.pop(path, None)
         self.missing[path] = (error.strerror or str(error)).lower()
+
+    def leave_out_all(self, wanted: int, why: int) -> None:
+        """Leave out all files without this access; why: its error."""
+        for path in [*self.stamps]:
+            if not os.access(os.path.join(os.fsencode(self.top), to_bytes(path)), wanted):
+                self.leave_out(path, OSError(why, os.strerror(why)))
 
     def ask_git(self, root: str, inside: str, prefix: str = "") -> None:
         """Note what git ignores in this work tree, or `inside` it; prefix: of our paths for
@@ -13104,7 +13111,10 @@ class WorkingTree:
     def refresh(self, indexes: Iterable[int]) -> Tree:
         """Return the tree as it is now, after StaleFiles. Files that are not there any more leave
         it, and the others are served from copies from now on. Raises SetupError."""
-        now = time.time_ns()
+        if not os.path.isdir(self.top):
+            raise SetupError(f"{printable(self.top)} is gone: it was moved or removed while it was "
+                             f"sent")
+        now, gone = time.time_ns(), False
         for index in indexes:
             hashed = self.tree.entries[index]
             path = hashed.path
@@ -13115,7 +13125,10 @@ class WorkingTree:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise SetupError(f"cannot copy {printable(path)}, which changes, to "
                                      f"{tempfile.gettempdir()}: {error.strerror}") from None
+                gone = gone or error.errno == errno.ENOENT
                 self.leave_out(path, error)
+        if gone:  # mostly with others: each found by its own would send the commands back again
+            self.leave_out_all(os.F_OK, errno.ENOENT)
         self.write_hashes(now)
         return self.make()
 
@@ -13478,6 +13491,7 @@ def print_tree(settings: argparse.Namespace) -> int:
     """Print the size and path of all that --sync would send. Returns the exit status."""
     tree = WorkingTree(working_tree_top(settings.sync or ""), settings.filters)
     tree.scan()
+    tree.leave_out_all(os.R_OK, errno.EACCES)
     for line in tree.left_out:
         print_notice(line)
     parents = {path.rpartition("/")[0] for path in tree.entries}
