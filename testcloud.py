@@ -6194,10 +6194,10 @@ class Workspace:
 
     def begin(self, different: List[int]) -> None:
         """Note what will be here, and choose the times of the files that we write."""
-        start = (self.state.last // SECOND + 1) * SECOND if self.state.last else 0
-        # Python's .pyc files know the whole second of a source file only
-        self.stop.wait(min(max(start - time.time_ns(), 0) / SECOND, 1.0))
-        base = max(time.time_ns(), start)
+        last = self.state.last + 1000
+        if self.state.tree:  # Python's .pyc files know the whole second of a source file only
+            last = (last // SECOND + 1) * SECOND
+        base = max(time.time_ns(), last)  # finish() waits until then
         order = sorted({self.tree.entries[index].mtime for index in
                         itertools.chain(different, self.touched)})
         # us: Python's and other programs' times are floating-point numbers
@@ -6401,11 +6401,12 @@ class Workspace:
     def finish(self) -> Tuple[str, str]:
         """Make the workspace exactly this tree. Return its path, and the setup that must run."""
         tree = self.tree
+        self.stop.wait(min(max(self.state.last - time.time_ns(), 0) / 1e9, 1.0))
         for index in self.touched:
             entry = tree.entries[index]
             directory, name = self.at(entry)
-            time = self.times[entry.mtime]
-            os.utime(name, ns=(time, time), dir_fd=directory, follow_symlinks=False)
+            new = self.times[entry.mtime]
+            os.utime(name, ns=(new, new), dir_fd=directory, follow_symlinks=False)
             self.note_signature(index, os.stat(name, dir_fd=directory, follow_symlinks=False))
         for index in sorted(self.modes, reverse=True):  # what is in a directory comes first
             entry = tree.entries[index]
