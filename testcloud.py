@@ -11557,7 +11557,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
 EXAMPLES = {CLIENT_ROLE: """\
 ls tests/test_*.py | testcloud.py client pytest -q {}   each file on some worker
 testcloud.py client --local gzip -k {} ::: *.log        on this machine alone
-testcloud.py client -S alpha,beta --sync < file         on two hosts, with our files
+testcloud.py client -S alpha,beta --sync < file         on hosts, with our files
 
 """}
 USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "completion": " SHELL"}
