@@ -473,7 +473,7 @@ class TreeOfferTest(unittest.TestCase):
         self.ask(1, 1, got=12_300_000, host="alpha")
         self.assertEqual(self.offer.words(0.9), [])
         self.assertEqual(self.offer.words(1.0), ["sending 12.3 of 52 MB to alpha"])
-        self.offer.note_setup(1, "alpha", 2.0)
+        self.offer.note(1, "alpha", True, 2.0)
         self.assertEqual(self.offer.words(2.9), [])
         self.assertEqual(self.offer.words(3.0), ["running the setup on alpha for 1 s"])
         self.ask(2, 0, host="\x1b[2J")
@@ -11499,6 +11499,12 @@ class ClientTreesTest(unittest.TestCase):
         b.quiet_but("HELLO")
         b.wait(1.0)
         self.assertEqual(b.effect(tc.Notice).text, "running the setup on h for 10 s")
+
+    def test_a_host_that_asks_for_nothing_is_named_too(self):
+        b = self.bench
+        self.begin("x")
+        b.wait(tc.TRANSFER_NOTICE)
+        self.assertEqual(b.effect(tc.Notice).text, "preparing the workspace on h for 1 s")
 
     def test_old_brokers_and_workers(self):
         b = self.bench

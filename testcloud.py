@@ -1454,6 +1454,11 @@ class Transfer:
         self.on_way: Deque[int] = deque()  # bytes of each answer that the worker may not have yet
         self.setup = False  # it has all, and runs the setup
 
+    def kind(self) -> str:
+        """Return what the host does, for people."""
+        return "running the setup" if self.setup else (
+            "sending" if self.size else "preparing the workspace")
+
 
 class TreeOffer:
     """Answers the requests for a tree, by turns: a client's end of its transfers.
@@ -1492,11 +1497,12 @@ class TreeOffer:
         if transfer:
             self.settle_answers(transfer, math.inf)
 
-    def note_setup(self, id: int, host: str, now: Seconds) -> None:
-        """The workspace for a command has its tree, and runs the setup."""
-        self.forget(id)
-        transfer = self.transfers[id] = Transfer(now)
-        transfer.host, transfer.setup = host, True
+    def note(self, id: int, host: str, setup: bool, now: Seconds) -> None:
+        """A workspace is being prepared for a command; setup: it has its tree already."""
+        if setup:
+            self.forget(id)
+        transfer = self.transfers.setdefault(id, Transfer(now))
+        transfer.host, transfer.setup = host or transfer.host, setup
 
     def take_all(self) -> List[Fields]:
         """Return all requests, and forget them."""
@@ -1523,20 +1529,20 @@ class TreeOffer:
     def words(self, now: Seconds) -> List[str]:
         """Return what hosts wait for that need longer than TRANSFER_NOTICE, for people."""
         found = []
-        for setup in (False, True):
-            slow = {one.host: one for one in self.transfers.values()
-                    if now >= one.since + TRANSFER_NOTICE and one.setup == setup
-                    and (setup or one.size)}
+        for kind in ("preparing the workspace", "sending", "running the setup"):
+            slow = {one.host: one for one in self.transfers.values() if one.host
+                    and one.kind() == kind and now >= one.since + TRANSFER_NOTICE}
+            if not slow:
+                continue
             hosts = printable(", ".join(slow)) if len(slow) < 4 else f"{len(slow)} hosts"
-            if slow and setup:
-                since = min(one.since for one in slow.values())
-                found.append(f"running the setup on {hosts} for "
-                             f"{duration(now - since, whole=True)}")
-            elif slow:
+            if kind == "sending":
                 most = sum(one.size for one in slow.values())
                 unit, name = (1e6, "MB") if most >= 1e6 else (1e3, "kB")
                 got, size = sum(one.got for one in slow.values()) / unit, most / unit
                 found.append(f"sending {got:.1f} of {size:.{int(size < 10)}f} {name} to {hosts}")
+            else:
+                spent = now - min(one.since for one in slow.values())
+                found.append(f"{kind} on {hosts} for {duration(spent, whole=True)}")
         return found
 
     def check(self, window: Dict[int, Command]) -> None:
@@ -7389,14 +7395,13 @@ class Client(SessionMachine):
 
     def note_preparing(self, command: Command, fields: Fields) -> None:
         """Note how a workspace is prepared for a command."""
-        if fields.get("preparing"):
+        what = fields.get("preparing")
+        if what:
             self.preparing.add(command.id)
+            host = self.host_names.name_of(fields["host"]) if fields.get("host") else ""
+            self.offer.note(command.id, host, what == SETUP, self.now)
         else:
             self.preparing.discard(command.id)
-        if fields.get("preparing") == SETUP:
-            host = self.host_names.name_of(fields.get("host", "?"))
-            self.offer.note_setup(command.id, host, self.now)
-        elif not fields.get("preparing"):
             self.offer.forget(command.id)
 
     def on_result(self, message: Message) -> None:
