@@ -3221,7 +3221,8 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.wait(tc.OK_DELAY)
         (worker,), (client,) = (d.broker.status()[name] for name in ("workers", "clients"))
         self.assertEqual((worker["labels"], worker["cache"], worker["running"]), (["gpu"], 5, 0))
-        self.assertEqual((client["queued"], client["running"]), (1, 0))
+        self.assertEqual((client["queued"], client["running"], client["waits_for"]),
+                         (1, 0, "a workspace with its tree"))
 
         def waits_for():
             (client,) = d.broker.status()["clients"]

@@ -3556,7 +3556,7 @@ def worker_status(worker: WorkerRecord, silent: Seconds) -> Fields:
 def client_status(client: ClientRecord, queued: int, waits_for: str) -> Fields:
     """Return a client's row of STATUS. So many of its tasks wait at workers for a slot."""
     states = Counter(task.state for task in client.tasks.values())
-    if not states[WAITING]:
+    if not states[WAITING] and not any(task.preparing for task in client.tasks.values()):
         waits_for = "" if not states[RECOVERING] else \
             "workers that may have them since before the broker's start"
     return {"host": client.host[:STATUS_LIMIT] or "?", "pid": client.pid,
