@@ -16776,6 +16776,7 @@ class CommandLineTest(unittest.TestCase):
         for words, hint in (
                 (["rm", "-rf", "old stuff/{}"], "quote the whole template"),
                 (["a", "", "{}"], "be empty"),
+                (["gzip -k {}", "-b"], "; options of ours stand before it: -b"),
                 (["sh", "-c", "echo {}; date"], "may be empty or have one"),
                 (['wc -c "{}"'], "{} stands in quotes"), (["wc", "'{}'"], "{} stands in quotes"),
                 (["""curl -d '{"a": {}}'"""], "write {''}"),

@@ -13231,9 +13231,11 @@ def check_template(words: List[str], most: float) -> str:
     """Return the template that these words make, for up to `most` arguments. Raises UsageError."""
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
+        late = [word for word in words if word[:1] == "-" and re.search(r"\s", words[0])]
         raise UsageError("the words of a template are joined with spaces, so none may be empty or "
                          "have one: quote the whole template, with {} outside of its inner "
-                         "quotes, as in: 'rm -rf \"a b\"/{}'")
+                         "quotes, as in: 'rm -rf \"a b\"/{}'"
+                         + (f"; options of ours stand before it: {late[0]}" if late else ""))
     for place, context in placeholders(template if PLACEHOLDER.search(template)
                                        else template + " {}"):
         wrong = misuse(place, context, most)
