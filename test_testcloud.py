@@ -16945,6 +16945,9 @@ class CommandLineTest(unittest.TestCase):
                     settings = tc.parse_with_own(["client", *words.split()])
                     given = [word for word in settings.template if word != "--"]
                     self.assertEqual((settings.sync, given), (sync, template))
+            for words in (["du -s /"], ["du -s src/", "-x y"]):
+                settings = tc.parse_with_own(["client", "--sync", *words])
+                self.assertEqual((settings.sync, settings.template[-len(words):]), ("", words))
             with mock.patch.dict(os.environ, TESTCLOUD="--sync --exclude a"):
                 settings = tc.parse_with_own(["client", "--include", "b", "--exclude", "c", "x"])
                 self.assertEqual((settings.sync, settings.filters),
@@ -16952,7 +16955,9 @@ class CommandLineTest(unittest.TestCase):
             status, out, err = self.main("client", "--sync", "test", "-f", "{}")
             self.assertEqual((status, out), (2, ""))
             self.assertIn("a directory and a command: write --sync=test, or --sync -- test", err)
-            self.assertIn("there is no such directory", self.main("client", "--sync", "none/")[2])
+            for words in (["none/"], ["no/ne", "cat {}"]):
+                self.assertIn(f"--sync {words[0]}: there is no such directory",
+                              self.main("client", "--sync", *words)[2])
 
     def test_a_list_of_what_would_go_along(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -14191,10 +14191,13 @@ def parse(argv: List[str]) -> argparse.Namespace:
     return settings
 
 
-def is_sync_directory(word: str) -> bool:
-    """Return whether the word after --sync is its DIR, not an option or the template's first.
-    Raises UsageError if it may be both."""
-    if word.startswith("-") or not (os.path.isdir(word) or word.endswith("/")):
+def is_sync_directory(word: str, after: str) -> bool:
+    """Return whether the word after --sync is its DIR, not an option or the template's first;
+    after: the next word. Raises UsageError if it may be both."""
+    # one that is not there: it ends with /, or a template in quotes follows
+    mistyped = not re.search(r"\s", word) and (
+        word.endswith("/") or "/" in word and bool(re.search(r"\s", after)))
+    if word[:1] in ("", "-") or not (os.path.isdir(word) or mistyped):
         return False
     if "/" not in word and word not in (".", "..") and shutil.which(word):
         raise UsageError(f"--sync {printable(word)}: this is a directory and a command: write "
@@ -14218,7 +14221,8 @@ def separate_template(argv: List[str]) -> List[str]:
             given = rest and re.fullmatch(r"\d+|-[1-9.].*", rest[0])
             word += "=" + (rest.popleft() if given else "1")
         elif word == "--sync":
-            word += "=" + (rest.popleft() if rest and is_sync_directory(rest[0]) else "")
+            following = [*itertools.islice(rest, 2), "", ""]
+            word += "=" + (rest.popleft() if is_sync_directory(*following[:2]) else "")
         elif word == "--sync=":
             raise UsageError("--sync= needs a directory")
         elif valued.get(name) and rest and re.fullmatch(r"-[1-9.].*", rest[0]):
