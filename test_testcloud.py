@@ -6438,12 +6438,14 @@ class SimulationTest(unittest.TestCase):
     )
 
     def test_the_simulation_finds_what_is_broken_in_streams(self):
-        self.check_mutants(self.STREAM_MUTANTS, self.fails_with_streams)
+        self.check_mutants(self.STREAM_MUTANTS, functools.partial(
+            self.fails_with, (["break_stream", "freeze_stream"], ["break_stream", "cut_wire"])))
 
-    def fails_with_streams(self, seed):
+    def fails_with(self, kinds, seed):
+        """Whether one of the worlds with these faults fails."""
         try:
-            for faults in ("freeze_stream", "cut_wire"):
-                world = World(seed, ["break_stream", faults])
+            for faults in kinds:
+                world = World(seed, faults)
                 world.looks_at_end = True
                 world.run()
         except Exception:
@@ -6497,17 +6499,8 @@ class SimulationTest(unittest.TestCase):
     )
 
     def test_the_simulation_finds_what_is_broken_in_trees(self):
-        self.check_mutants(self.TREE_MUTANTS, self.fails_with_trees)
-
-    def fails_with_trees(self, seed):
-        try:
-            for faults in (["pry"], ["edit"], self.TREE_FAULTS):
-                world = World(seed, faults)
-                world.looks_at_end = True
-                world.run()
-        except Exception:
-            return True
-        return False
+        self.check_mutants(self.TREE_MUTANTS, functools.partial(
+            self.fails_with, (["pry"], ["edit"], self.TREE_FAULTS)))
 
     def test_trees(self):
         """Workers fetch the trees of clients, whose files may change meanwhile."""
