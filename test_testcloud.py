@@ -5505,10 +5505,7 @@ class World:
             what = machine.run, fields["id"], fields["attempt"], str(spans)
             self.answers[what] += "host" in fields  # else a worker has pried
             assert not self.calm or self.answers[what] <= 1, f"{what} is sent twice"
-        if data is None:
-            machine.refuse(fields)
-        else:
-            machine.answer(fields, data)
+        machine.answer(fields, data)
 
     def note_tree(self, actor, fields):
         """A client submits an attempt."""
@@ -16498,8 +16495,11 @@ class WorkingTreeTest(unittest.TestCase):
         self.assertEqual([entry.path for entry in second.entries], ["a", "d", "e", "f"])
         self.assertEqual(second.entries[1:], first.entries[3:6])
         self.assertEqual(working.left_out, ["b is left out: no such file or directory",
-                                            *(f"{name} is left out: it is no file any more"
-                                              for name in "cgh")])
+                                            *(f"{name} is left out: {why}" for name, why in (
+                                                ("c", "it is no regular file"),
+                                                ("g", "there is a link in its path, or a file in "
+                                                      "place of a directory"),
+                                                ("h", "it is no regular file")))])
         for number in range(3):
             self.write("a", b"%d" % number)  # it converges
             self.assertEqual(working.read(second, self.whole(second)), b"AAAAdddeeefff")

@@ -4779,7 +4779,7 @@ def read_text(path: str) -> str:
     return ""
 
 
-def open_no_link(name: bytes, flags: int, folder: int) -> int:
+def open_no_link(name: bytes, flags: int, folder: Optional[int]) -> int:
     """Open a name in an open directory. Return its descriptor. Raises OSError, also for a link."""
     try:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
@@ -4788,6 +4788,19 @@ def open_no_link(name: bytes, flags: int, folder: int) -> int:
             raise OSError(error.errno, "there is a link in its path, or a file in place of a "
                                        "directory") from None
         raise
+
+
+@contextlib.contextmanager
+def open_regular(name: bytes, folder: Optional[int] = None) -> Iterator[Tuple[int, os.stat_result]]:
+    """Open a regular file to read it. Yield its descriptor and status. Raises OSError."""
+    file = open_no_link(name, os.O_RDONLY | os.O_NONBLOCK, folder)  # a FIFO would block
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        yield file, status
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager
@@ -5338,17 +5351,11 @@ class Returns:
 
     def append(self, record: ExitRecord, folder: int, name: bytes, before: Signature) -> List[int]:
         """Append a file. Return [mode, size], [] if it is an older command's. Raises OSError."""
-        file = open_no_link(name, os.O_RDONLY | os.O_NONBLOCK, folder)  # a FIFO would block
-        try:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
+        with open_regular(name, folder) as (file, status):
             if record.exitcode and signature_of(status) == before:
                 return []  # an old report must not look like that of a command that crashed
             return [status.st_mode & 0o777, record.output.append_file(
                 file, status.st_size, lambda: not self.job.cancelled)]
-        finally:
-            os.close(file)
 
 
 class Runner:
@@ -6176,13 +6183,12 @@ class Workspace:
                      write: Callable[[bytes], object] = len) -> bool:
         """Read a file in pieces, and write() them. Return whether it has this entry's content."""
         digest, size = hashlib.sha256(), 0
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-        except OSError:
-            return False
-        try:
-            found = os.fstat(file)
-            if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size:
+        with contextlib.ExitStack() as stack:
+            try:
+                file, status = stack.enter_context(open_regular(name, directory))
+            except OSError:
+                return False
+            if status.st_size != entry.size:
                 return False
             for data in iter(lambda: os.read(file, CHUNK_SIZE), b""):
                 if self.stop.is_set():
@@ -6192,8 +6198,6 @@ class Workspace:
                     return False
                 digest.update(data)
                 write(data)
-        finally:
-            os.close(file)
         return digest.hexdigest() == entry.content
 
     # --- changing
@@ -6838,7 +6842,7 @@ class RunStarted(NamedTuple):
 
 
 class AnswerFetch(NamedTuple):
-    """Effect: read what this FETCH asks for of the tree, and call answer() or refuse()."""
+    """Effect: read what this FETCH asks for of the tree, and call answer()."""
 
     fields: Fields
 
@@ -7287,7 +7291,7 @@ class Client(SessionMachine):
         self.offer.tree = tree
         if tree is None:
             for fields in self.offer.take_all():
-                self.refuse(fields)
+                self.answer(fields, None)
             return
         waiting = [[id, command.attempt] for id, command in self.window.items()
                    if command.submitted and id not in self.put_off
@@ -7312,21 +7316,18 @@ class Client(SessionMachine):
             raise ProtocolError(f"a FETCH of a tree is of {CHUNK_SIZE} bytes in {MAX_SPANS} spans "
                                 f"at most")
         if tree is None or tree.id != fields["tree"]:
-            self.refuse(fields)
+            self.answer(fields, None)
         else:
             self.offer.add(fields, self.host_names.name_of(fields.get("host", "?")), self.now)
 
-    def answer(self, fields: Fields, data: bytes) -> None:
-        """Answer this FETCH of our tree."""
-        names = ("id", "attempt", "offset", "size", "tree")
-        self.bulk.append(Outgoing(BROKER, b"", "", encode(
-            "CHUNK", {name: fields[name] for name in names}), data))
-
-    def refuse(self, fields: Fields) -> None:
-        """Say that the tree of this FETCH is not there any more."""
-        names = ("id", "attempt", "offset", "tree")
-        self.tell_broker("CHUNK", {**{name: fields[name] for name in names},
-                                   "why": "a file of its tree has changed"})
+    def answer(self, fields: Fields, data: Optional[bytes]) -> None:
+        """Answer this FETCH of our tree. None: that tree is not there any more."""
+        chunk = {name: fields[name] for name in ("id", "attempt", "offset", "tree")}
+        if data is None:
+            self.tell_broker("CHUNK", {**chunk, "why": "a file of its tree has changed"})
+        else:
+            self.bulk.append(Outgoing(BROKER, b"", "", encode(
+                "CHUNK", {**chunk, "size": len(data)}), data))
 
     def on_ok(self, message: Message) -> None:
         if self.options.sync:
@@ -12658,7 +12659,6 @@ HASHERS = 4  # threads at most: hashlib lets others run, and one disk has not mu
 RACY: int = 2 * 10**9  # ns; a younger file may change again within the resolution of its times
 MAX_HASHES = 20  # files of hashes, one for each top; the oldest go
 MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
-NOT_A_FILE = "it is no file any more"
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
                         "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
@@ -12961,7 +12961,7 @@ class WorkingTree:
             self.add(Entry(name, FILE, stamp[0], stamp[1], "", stamp[2]))
             self.stamps[name] = stamp
         elif stat.S_ISLNK(status.st_mode):
-            links[name] = to_text(os.readlink(os.path.join(os.fsencode(self.top), path)))
+            links[name] = to_text(os.readlink(self.full_path(name)))
             self.add(Entry(name, LINK, 0, 0, links[name], 0))
         else:
             self.missing[name] = "it is no file, directory or link"
@@ -12971,10 +12971,13 @@ class WorkingTree:
         self.stamps.pop(path, None)
         self.missing[path] = (error.strerror or str(error)).lower()
 
+    def full_path(self, path: str) -> bytes:
+        return os.path.join(os.fsencode(self.top), to_bytes(path))
+
     def leave_out_all(self, wanted: int, why: int) -> None:
         """Leave out all files without this access; why: its error."""
         for path in [*self.stamps]:
-            if not os.access(os.path.join(os.fsencode(self.top), to_bytes(path)), wanted):
+            if not os.access(self.full_path(path), wanted):
                 self.leave_out(path, OSError(why, os.strerror(why)))
 
     def ask_git(self, root: str, inside: str, prefix: str = "") -> None:
@@ -13048,9 +13051,9 @@ class WorkingTree:
 
     def hash_file(self, path: str, copy: Optional[IO[bytes]] = None) -> None:
         """Hash a file as it is now, and copy it. Raises OSError."""
-        with open_file(self.top, path) as (file, stamp):
+        with open_regular(self.full_path(path)) as (file, status):
             hashed, size = hashlib.sha256(), 0
-            room = min(READ_BLOCK, stamp[1] + 1)  # one more: a short block is the last
+            room = min(READ_BLOCK, status.st_size + 1)  # one more: a short block is the last
             block = bytes(room)
             while len(block) == room:
                 block = os.read(file, room)
@@ -13059,7 +13062,7 @@ class WorkingTree:
                 self.hashed += len(block)
                 if copy:
                     copy.write(block)
-        mode, _, mtime, *_ = self.stamps[path] = stamp
+        mode, _, mtime, *_ = self.stamps[path] = stamp_of(status)
         self.entries[path] = Entry(path, FILE, mode, size, hashed.hexdigest(), mtime)
 
     def write_hashes(self, now: int) -> None:
@@ -13108,9 +13111,9 @@ class WorkingTree:
                 self.hash_file(path)
                 if self.entries[path] != entry:
                     return b""
-            with open_file(self.top, path) as (file, stamp):
+            with open_regular(self.full_path(path)) as (file, status):
                 part = os.pread(file, size, offset)
-                if stamp == self.stamps[path] == stamp_of(os.fstat(file)):
+                if stamp_of(status) == self.stamps[path] == stamp_of(os.fstat(file)):
                     return part
         return b""
 
@@ -13154,26 +13157,6 @@ class WorkingTree:
         if entry is not None and entry.kind == FILE and path not in self.copies:
             with contextlib.suppress(OSError):
                 self.copy_file(entry)
-
-
-@contextlib.contextmanager
-def open_file(top: str, path: str) -> Iterator[Tuple[int, Stamp]]:
-    """Open a file of a working tree. Yield its descriptor and stamp. Raises OSError."""
-    # should it be a FIFO or link by now, open() neither waits nor follows
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        file = os.open(os.path.join(os.fsencode(top), to_bytes(path)), flags)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise OSError(errno.EINVAL, NOT_A_FILE) from None
-        raise
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, NOT_A_FILE)
-        yield file, stamp_of(status)
-    finally:
-        os.close(file)
 
 
 def read_hashes(path: str) -> Dict[str, List[Any]]:
@@ -13722,18 +13705,14 @@ class TreeReader:
         """Answer a FETCH, or look at the files anew: they are not as they were."""
         fields, tree = effect.fields, self.client.offer.tree
         spans = fields.get("spans") or [(fields["offset"], fields["size"])]
-        if tree is None or tree.id != fields["tree"]:
-            self.client.refuse(fields)
-            return
-        try:
-            data = self.files.read(tree, spans, fields.get("again", False))
-        except StaleFiles as stale:
-            self.client.refuse(fields)
-            self.client.set_tree(None, self.client.now)
-            indexes = stale.indexes
-            self.start(lambda: self.files.refresh(indexes))
-        else:
-            self.client.answer(fields, data)
+        data = None
+        if tree is not None and tree.id == fields["tree"]:
+            try:
+                data = self.files.read(tree, spans, fields.get("again", False))
+            except StaleFiles as stale:
+                self.client.set_tree(None, self.client.now)
+                self.start(functools.partial(self.files.refresh, stale.indexes))
+        self.client.answer(fields, data)
 
 
 # --- the run
