@@ -8766,10 +8766,10 @@ class Synced:
 
     def begin(self, tree, run):
         """Return the first event that needs an answer other than the manifest."""
-        self.space.find(run, tree.id)
+        self.space.order(tc.FindTree(run, tree.id))
         event = self.event()
         if isinstance(event, tc.TreeUnknown):
-            self.space.fill(run, tree.manifest)
+            self.space.order(tc.FillTree(run, tree.manifest))
             event = self.event()
         return event
 
@@ -8791,7 +8791,7 @@ class Synced:
                 part = [(start, min(self.chunk, offset + size - start))]
                 data = self.bytes_of(tree, part)
                 self.fetched += len(data)
-                self.space.put(run, part, data)
+                self.space.order(tc.PutTree(run, part, data))
 
     def release(self, run="0" * 32):
         """Wait for the thread's end, too: it measures the workspace."""
@@ -8816,8 +8816,7 @@ class InStep(Synced):
     def begin(self, tree, run):
         if run not in self.space.threads:
             self.space.threads[run] = tc.WorkspaceThread(self.space, run)
-        self.space.add_step = lambda run, step: (
-            self.space.threads[run].do(functools.partial(step, self.space.threads[run])))
+        self.space.order = lambda step: self.space.threads[step.run].do(step)
         return super().begin(tree, run)
 
     def release(self, run="0" * 32):
@@ -9068,9 +9067,9 @@ class WorkspacesTest(unittest.TestCase):
             space = testcloud.Workspaces(10**12, lambda run, event: print(event, flush=True),
                                          {self.cache!r})
             manifest = {manifest!r}
-            space.find("0" * 32, testcloud.parse_tree(manifest).id)
-            space.fill("0" * 32, manifest)
-            space.put("0" * 32, [(len(manifest), 3)], b"one")
+            space.order(testcloud.FindTree("0" * 32, testcloud.parse_tree(manifest).id))
+            space.order(testcloud.FillTree("0" * 32, manifest))
+            space.order(testcloud.PutTree("0" * 32, [(len(manifest), 3)], b"one"))
             sys.stdin.read()"""
         other = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, text=True,
                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -9098,10 +9097,11 @@ class WorkspacesTest(unittest.TestCase):
             client.release(run)
         self.assertEqual(len(set(paths)), 3)
         with self.subTest("an id alone opens nobody else's tree"):
-            client.space.find("1" * 32, client.tree(files, origin="other").id)
+            client.space.order(tc.FindTree("1" * 32, client.tree(files, origin="other").id))
             self.assertIsInstance(client.event(), tc.TreePlanned)
             client.release("1" * 32)
-            client.space.find("key." + "1" * 32, client.tree(files, origin="other").id)
+            client.space.order(
+                tc.FindTree("key." + "1" * 32, client.tree(files, origin="other").id))
             self.assertEqual(client.event(), tc.TreeUnknown())
         self.assertTrue(all(re.fullmatch("demo-[0-9a-f]{12}", os.path.basename(path))
                             for path in paths))
@@ -9141,7 +9141,7 @@ class WorkspacesTest(unittest.TestCase):
                 event = client.sync(here, **head)
                 self.assertEqual(event.setup, head.get("setup", "") if runs else "")
                 if passes:
-                    client.space.end_setup("0" * 32)
+                    client.space.order(tc.EndSetup("0" * 32))
                 client.release()
 
     def test_times_have_the_order_that_they_have_at_home(self):
@@ -9202,11 +9202,11 @@ class WorkspacesTest(unittest.TestCase):
         event = client.begin(tree, run)
         self.assertEqual(event, tc.TreeFailed("a has a wrong hash in its manifest"))
         client.release()
-        client.space.find(run, "0" * 64)
+        client.space.order(tc.FindTree(run, "0" * 64))
         client.event()
-        client.space.fill(run, tree.manifest)
+        client.space.order(tc.FillTree(run, tree.manifest))
         self.assertIn("wrong hash", client.event().why)
-        client.space.fill(run, b"nonsense")
+        client.space.order(tc.FillTree(run, b"nonsense"))
         self.assertIn("no manifest", client.event().why)
 
     def test_pieces_in_any_order_and_twice_do_no_harm(self):
@@ -9223,7 +9223,7 @@ class WorkspacesTest(unittest.TestCase):
                     pieces = [(start, min(4, offset + size - start))
                               for start in range(offset, offset + size, 4)]
                     for piece in [*rng.choices(pieces, k=3), *pieces]:
-                        client.space.put(run, [piece], client.bytes_of(tree, [piece]))
+                        client.space.order(tc.PutTree(run, [piece], client.bytes_of(tree, [piece])))
                 event = client.events.get()
             self.assert_synced(files, event)
             client.release(run)
@@ -9278,7 +9278,7 @@ class WorkspacesTest(unittest.TestCase):
             tree = client.tree(files)
             client.begin(tree, "0" * 32)
             start = len(tree.manifest)
-            client.space.put("0" * 32, [(start, 8)], b"onetwoth")
+            client.space.order(tc.PutTree("0" * 32, [(start, 8)], b"onetwoth"))
             if killed:
                 client.drop()
             other = InStep(client.space.directory)
@@ -9542,11 +9542,11 @@ class WorkspacesTest(unittest.TestCase):
         for steps in range(4):
             with self.subTest(steps=steps):
                 if steps:
-                    client.space.find(run, tree.id)
+                    client.space.order(tc.FindTree(run, tree.id))
                 if steps > 1:
-                    client.space.fill(run, tree.manifest)
+                    client.space.order(tc.FillTree(run, tree.manifest))
                 if steps > 2:
-                    client.space.put(run, [(len(tree.manifest), 1)], b"o")
+                    client.space.order(tc.PutTree(run, [(len(tree.manifest), 1)], b"o"))
                 client.release()
                 self.assertEqual((client.events.qsize(), client.space.threads), (0, {}))
         self.assert_synced(files, client.sync(files))

@@ -3976,6 +3976,9 @@ class ReleaseTree(NamedTuple):
     run: Run
 
 
+TreeStep = Union[FindTree, FillTree, PutTree, EndSetup]
+
+
 PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stream, size
 
 
@@ -6476,7 +6479,7 @@ class WorkspaceThread:
 
     def __init__(self, space: Workspaces, run: Run) -> None:
         self.space, self.run, self.mark = space, run, run[:-32]
-        self.steps: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+        self.steps: queue.SimpleQueue[Optional[TreeStep]] = queue.SimpleQueue()
         self.stop = threading.Event()
         self.cache: Optional[CacheDirectory] = None
         self.workspace: Optional[Workspace] = None
@@ -6493,9 +6496,9 @@ class WorkspaceThread:
             self.do(step)
         self.leave()
 
-    def do(self, step: Callable[[], None]) -> None:
+    def do(self, step: TreeStep) -> None:
         try:
-            step()
+            self.STEPS[type(step)](self, *step[1:])
         except Stopped:
             pass
         except (NoWorkspace, TreeError) as error:
@@ -6605,6 +6608,9 @@ class WorkspaceThread:
                 self.cache.stop = threading.Event()
                 self.tidy()
 
+    STEPS: Dict[Any, Callable[..., None]] = {
+        FindTree: find, FillTree: fill, PutTree: put, EndSetup: end_setup}
+
 
 class Workspaces:
     """The workspaces of a worker. Its methods return at once; told(run, event), in any thread,
@@ -6618,30 +6624,18 @@ class Workspaces:
         self.threads: Dict[Run, WorkspaceThread] = {}
         self.leaving: List[threading.Thread] = []  # released, but maybe not at their end
 
-    def find(self, run: Run, tree: str) -> None:
-        if run not in self.threads:
+    def order(self, step: TreeStep) -> None:
+        """Let the thread of the run carry out this effect. Its FindTree comes first."""
+        run = step.run
+        if isinstance(step, FindTree) and run not in self.threads:
             self.threads[run] = WorkspaceThread(self, run)
             try:
                 self.threads[run].thread.start()
             except RuntimeError as error:  # the system has no more threads
                 del self.threads[run]
                 self.told(run, TreeFailed(f"cannot make a workspace: {error}"))
-                return
-        self.add_step(run, lambda thread: thread.find(tree))
-
-    def fill(self, run: Run, manifest: bytes) -> None:
-        self.add_step(run, lambda thread: thread.fill(manifest))
-
-    def put(self, run: Run, spans: List[Span], data: Any) -> None:
-        self.add_step(run, lambda thread: thread.put(spans, data))
-
-    def end_setup(self, run: Run) -> None:
-        self.add_step(run, WorkspaceThread.end_setup)
-
-    def add_step(self, run: Run, step: Callable[[WorkspaceThread], None]) -> None:
-        thread = self.threads.get(run)
-        if thread is not None:
-            thread.steps.put(functools.partial(step, thread))
+        if run in self.threads:
+            self.threads[run].steps.put(step)
 
     def release(self, run: Run) -> None:
         thread = self.threads.pop(run, None)
@@ -11828,21 +11822,18 @@ def attach_runner(loop: EventLoop, worker: Worker, subreaper: bool, nice: int = 
     runner = Runner(worker.slots, lambda: loop.post(deliver), worker.name, subreaper, nice)
     loop.each_round.append(start_jobs)
     loop.every(REAP_INTERVAL, runner.reap)
+    spaces = Workspaces(cache_limit(cache), lambda run, event: loop.post(
+        lambda now: worker.tree_told(run, event, now)))
     adapter = loop.add(worker, {
         Start: lambda effect: runner.enqueue(effect.job),
         StartSetup: lambda effect: runner.start_apart(effect.job),
         Recall: lambda effect: runner.recall(effect.job),
         Kill: lambda effect: runner.kill(effect.job, effect.hard),
-        FindTree: lambda effect: spaces.find(*effect),
-        FillTree: lambda effect: spaces.fill(*effect),
-        PutTree: lambda effect: spaces.put(*effect),
-        EndSetup: lambda effect: spaces.end_setup(*effect),
-        ReleaseTree: lambda effect: spaces.release(*effect)})
+        **dict.fromkeys((FindTree, FillTree, PutTree, EndSetup), spaces.order),
+        ReleaseTree: lambda effect: spaces.release(effect.run)})
 
     def note_usage(now: Seconds) -> None:
         worker.cache_bytes = spaces.used
-    spaces = Workspaces(cache_limit(cache), lambda run, event: loop.post(
-        lambda now: worker.tree_told(run, event, now)))
     loop.every(LOAD_INTERVAL, note_usage)
 
     def close() -> None:
