@@ -4534,6 +4534,7 @@ class ChainTest(unittest.TestCase):
         d.quiet()
         d.answer()
         d.expect(b"", "QUEUED", tasks=[[1, 1]], preparing=tc.SETUP)
+        d.expect(b"w", "RESEND", token="up", tasks=[[1, 1]])  # what it asked may be lost
         d.quiet()
 
     def test_parts_of_a_tree_pass_through(self):
@@ -4582,6 +4583,17 @@ class ChainTest(unittest.TestCase):
         for _ in range(2):
             d.tell(BROKER, b"", "CANCEL", "up")
         self.assertEqual(d.expect(b"w", "CANCEL", token="up")[1], b"CANCEL")
+        d.quiet()
+
+    def test_when_above_is_back_workers_ask_its_clients_again(self):
+        d = self.desk
+        d.tree_worker(b"w", running=[["up", 1, 1]])  # it may prepare a workspace
+        d.letters.clear()
+        d.worker(b"w", tc.encode("FETCH", {
+            "id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9}), "up")
+        d.letters.clear()  # above, nobody knows yet that we have this command
+        d.answer()
+        d.expect(b"w", "RESEND", token="up", tasks=[[1, 1]])
         d.quiet()
 
     def test_it_passes_trees_on_and_says_so(self):

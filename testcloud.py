@@ -2616,6 +2616,9 @@ class Upstream:
         if self.session.on_ok(fields):
             self.owner.scheduler.capacity_changed = True  # it may have, since we announced it
             self.catch_up(self.session.announced)
+            # what workers asked a client meanwhile may be lost; without a line: they may prepare
+            self.owner.instruct([("RESEND", task) for task in self.tasks()
+                                 if task.state == RUNNING and (task.preparing or not task.line)])
 
     def catch_up(self, announced: Fields) -> None:
         """Report what has changed since the broker above got our announcement."""
