@@ -1059,7 +1059,7 @@ def check_client(client):
     places = len(client.backlog) + len(window), client.reported, client.stopped, client.never_ran
     assert client.left or sum(places) == client.total, (places, client.total)
     assert client.accepted == sum(bool(command.worker) for command in window.values())
-    assert all(window[id].worker for id in client.preparing)
+    assert all(command.worker for command in window.values() if command.preparing)
     assert len(window) <= tc.WINDOW
     client.retry_policy.check()
     for part in (client.host_wait, client.rechecks, client.fetcher, client.offer):
@@ -6495,7 +6495,8 @@ class SimulationTest(unittest.TestCase):
         ("a client does not hear what has come last",
          "            self.ask([], {})", "            pass"),
         ("a command that waits for its tree is forgotten",
-         "put_off, self.put_off = self.put_off, {}", "put_off, self.put_off = {}, {}"),
+         "            if command.put_off:\n                self.submit(command)\n",
+         "            pass\n"),
         ("an unfit host gets more commands", '        if self.unfit:\n            constraints',
          '        if False:\n            constraints'),
         ("all workers get all trees",

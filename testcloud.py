@@ -2037,11 +2037,9 @@ class Scheduler:
         passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
         limit = math.inf if among is None else MAX_PASSED_OVER
-        while self.ranking and best is None and len(passed_over) < limit:
+        while best is None and len(passed_over) < limit and self.first_ranked() is not None:
             row = self.ranking[0]
-            if row[3] != row[4].stamp:
-                heapq.heappop(self.ranking)
-            elif among is not None and row[4] not in among or not self.may_take(row[4], task):
+            if among is not None and row[4] not in among or not self.may_take(row[4], task):
                 passed_over.append(heapq.heappop(self.ranking))
             elif row[4].name == avoid and avoided is None:
                 avoided = heapq.heappop(self.ranking)
@@ -2772,17 +2770,12 @@ class Dispatcher(Machine):
             else:
                 self.lose_unplaceable(task)
         untold, self.untold = self.untold, []
-        for task in untold:
-            self.tell_above(task)
+        for task in untold:  # waiting for a workspace takes no slot: others may use free ones
+            waits = task.state == WAITING and any(
+                worker.free() > 0 for worker in self.scheduler.workers)
+            if task.state != GONE:
+                self.upstream.say_queued([task], FILES if waits else task.preparing)
         self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
-
-    def tell_above(self, task: Task) -> None:
-        """Tell the broker above whether a task takes a slot. While slots are free here, a waiting
-        task takes none: it waits for a workspace, and others may use these slots."""
-        waits = task.state == WAITING and any(
-            worker.free() > 0 for worker in self.scheduler.workers)
-        if task.state != GONE:
-            self.upstream.say_queued([task], FILES if waits else task.preparing)
 
     def assign(self, task: Task, worker: WorkerRecord) -> None:
         self.move(task, ASSIGNED, worker)
@@ -4175,10 +4168,6 @@ class TreeUse:
         self.leaving = False  # release it when nothing runs there any more
         self.release_at: Seconds = math.inf
 
-    def fields(self) -> Fields:
-        """Return how far a transfer is. People see it while the workspace is filled."""
-        return {"got": self.got, **({"of": self.size} if self.state == FILLING else {})}
-
     def is_idle(self) -> bool:
         """Return whether nothing happens in its workspace: no command, no setup, and no event of
         the files is due."""
@@ -4461,11 +4450,13 @@ class Worker(SessionMachine):
         """Ask the client of a waiting job for a part of its tree."""
         job = use.asks_for
         if job is not None and self.session.joined:
-            more = {"spans": spans} if len(spans) > 1 else {}
+            more: Fields = {"spans": spans} if len(spans) > 1 else {}
+            if use.state == FILLING:  # people see how far it is
+                more["of"] = use.size
             self.say(BROKER, b"", use.run, "FETCH", {
                 "id": job.key[1], "attempt": job.key[2], "tree": use.tree, "host": self.host,
-                "offset": spans[0][0] if spans else 0, "size": total_size(spans), **more, **flags,
-                **use.fields()})
+                "offset": spans[0][0] if spans else 0, "size": total_size(spans), "got": use.got,
+                **more, **flags})
 
     def on_chunk(self, message: Message) -> None:
         use, fields, data = self.uses.get(message.token), message.fields, message.data
@@ -4528,12 +4519,9 @@ class Worker(SessionMachine):
             **use.model, "cmd": command, "cwd": cwd, "tree": use.tree})
         use.setup.top = use.path
         self.effects.append(StartSetup(use.setup))
-        self.report_waiting(use, SETUP)
-
-    def report_waiting(self, use: TreeUse, what: str) -> None:
         for key, job in use.waiting.items():
-            if job.tree == use.tree and job.preparing != what:
-                job.preparing = what
+            if job.tree == use.tree and job.preparing != SETUP:
+                job.preparing = SETUP
                 self.report_state(key)
 
     def set_up_ended(self, use: TreeUse, job: Job, record: ExitRecord) -> None:
@@ -6774,6 +6762,8 @@ class Command:
         self.gave_up_waiting = False
         self.submitted = False  # this attempt was
         self.worker = ""  # that confirmed this attempt with QUEUED
+        self.put_off = False  # to be submitted when there is a tree
+        self.preparing = False  # its worker prepares a workspace
         self.may_have_run = False  # an earlier attempt may
         self.since: Seconds = 0.0  # time of that QUEUED
         self.avoid = ""  # worker that failed or lost the last attempt
@@ -7150,8 +7140,6 @@ class Client(SessionMachine):
         self.rechecks = Rechecks()
         self.fetcher = Fetcher(self.ask, 2 * times.ready_interval, options.live)
         self.offer = TreeOffer()
-        self.put_off: Dict[int, Command] = {}  # to be submitted when there is a tree
-        self.preparing: Set[int] = set()  # commands whose worker prepares a workspace
         self.transfers_shown = False  # a progress line shows them
         self.notice_at: Seconds = math.inf  # else a notice does, then
         self.unfit: Dict[str, str] = {}  # hosts without a workspace, and why
@@ -7258,8 +7246,8 @@ class Client(SessionMachine):
 
     def submit(self, command: Command) -> None:
         """Submit the command's attempt. A command that is refused fails at its first submit."""
-        if self.lacks_tree():
-            self.put_off[command.id] = command
+        command.put_off = self.lacks_tree()
+        if command.put_off:
             return
         identity = self.host_names.identity_of
         constraints = {key: [*map(identity, value)] if key == "never_on" else identity(value)
@@ -7291,15 +7279,15 @@ class Client(SessionMachine):
                 self.answer(fields, None)
             return
         waiting = [[id, command.attempt] for id, command in self.window.items()
-                   if command.submitted and id not in self.put_off
-                   and (not command.worker or id in self.preparing)]
+                   if command.submitted and not command.put_off
+                   and (not command.worker or command.preparing)]
         if waiting and tree.id != self.common["tree"] and self.session.joined:
             # workers must not change between both trees all the time
             self.tell_broker("RECALL", {"tasks": waiting})
         self.common.update(tree=tree.id, manifest=len(tree.manifest))
-        put_off, self.put_off = self.put_off, {}
-        for command in put_off.values() if self.session.joined else ():
-            self.submit(command)
+        for command in [*self.window.values()] if self.session.joined else ():
+            if command.put_off:
+                self.submit(command)
         self.settle()
 
     def on_fetch(self, message: Message) -> None:
@@ -7394,12 +7382,11 @@ class Client(SessionMachine):
     def note_preparing(self, command: Command, fields: Fields) -> None:
         """Note how a workspace is prepared for a command."""
         what = fields.get("preparing")
+        command.preparing = bool(what)
         if what:
-            self.preparing.add(command.id)
             host = self.host_names.name_of(fields["host"]) if fields.get("host") else ""
             self.offer.note(command.id, host, what == SETUP, self.now)
         else:
-            self.preparing.discard(command.id)
             self.offer.forget(command.id)
 
     def on_result(self, message: Message) -> None:
@@ -7478,9 +7465,8 @@ class Client(SessionMachine):
     def end_attempt(self, command: Command) -> None:
         self.fetcher.remove(command, self.now)
         self.host_wait.commands.pop(command.id, None)
-        self.put_off.pop(command.id, None)
         self.offer.forget(command.id)
-        self.preparing.discard(command.id)
+        command.put_off = command.preparing = False
         self.set_worker(command, "")
 
     def forget(self, command: Command) -> None:
@@ -7551,7 +7537,7 @@ class Client(SessionMachine):
     def lose(self, command: Command, fields: Fields) -> None:
         """Begin the next attempt of a command, or give the command up."""
         may_have_run = self.has_begun(command)
-        command.may_have_run |= command.id not in self.preparing
+        command.may_have_run |= not command.preparing
         self.end_attempt(command)
         command.tries.pop(command.attempt, None)  # it ended, but its output is lost
         fault = fields.get("fault", "")
@@ -7572,7 +7558,7 @@ class Client(SessionMachine):
     def has_begun(self, command: Command) -> bool:
         """Return whether the command may have run, or may run now."""
         return command.may_have_run or bool(
-            command.tries or command.worker and command.id not in self.preparing)
+            command.tries or command.worker and not command.preparing)
 
     def note_unfit(self, fields: Fields) -> None:
         """Note that no workspace can be made on a host. Tell it once."""
@@ -7690,8 +7676,9 @@ class Client(SessionMachine):
         self.backlog.clear()
         first = self.status is None
         self.status = self.status or status
-        for command in [*self.host_wait.commands.values(), *self.put_off.values()]:
-            self.give_up(command, "", self.has_begun(command))
+        for command in [*self.window.values()]:
+            if command.put_off or command.id in self.host_wait.commands:
+                self.give_up(command, "", self.has_begun(command))
         if first and self.session.joined:
             self.wait = Wait()  # no more wait notices
             self.leave_at = now + 2 * self.times.kill_grace
@@ -9740,13 +9727,14 @@ def progress_text(client: Client, spent: Seconds, columns: float = math.inf) -> 
     """Return the progress. Too few columns: parts with the lowest numbers are left out."""
     rate = client.reported / max(spent, 0.001)
     eta = client.reported and client.input_ended
+    preparing = sum(command.preparing for command in client.window.values())
     hosts = f"{client.connected_hosts or 0} of {plural(client.wanted_hosts, 'host')}"
     parts = [part for part in (
         (7, f"{client.reported}/{client.total}{'' if client.input_ended else '+'} done"),
         (5, f"{client.failed} failed" if client.failed else ""),
         (4, f"{client.flaky} flaky" if client.flaky else ""),
         (6, ", ".join(client.offer.words(client.now))),
-        (3, f"{min(client.accepted - len(client.preparing), client.slots)} running"),
+        (3, f"{min(client.accepted - preparing, client.slots)} running"),
         (0, (f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s") if client.reported else ""),
         (6, f"ETA {duration((client.total - client.reported) / rate, whole=True)}" if eta else ""),
         (2, hosts if client.wanted_hosts else plural(client.workers, "worker")),
@@ -12656,7 +12644,7 @@ MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
                         "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
-Stamp = Tuple[int, int, int, int, int]  # of a file: mode, size, mtime and ctime in ns, inode
+Stamp = Tuple[int, ...]  # of a file: mode and Signature
 
 
 class StaleFiles(Exception):
@@ -12793,8 +12781,7 @@ def leads_out(path: str, links: Dict[str, str]) -> bool:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    return (status.st_mode & 0o777, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
-            status.st_ino)
+    return (status.st_mode & 0o777, *signature_of(status))
 
 
 class WorkingTree:
@@ -12942,12 +12929,10 @@ class WorkingTree:
             self.hidden[entry.path] = entry
             return
         self.entries[entry.path] = entry
-        parent = entry.path
-        while self.hidden:
-            parent = parent.rpartition("/")[0]
-            if parent not in self.hidden:
-                return
+        parent = entry.path.rpartition("/")[0]
+        while parent in self.hidden:
             self.entries[parent] = self.hidden.pop(parent)
+            parent = parent.rpartition("/")[0]
 
     def add_file(self, path: bytes, status: os.stat_result, links: Dict[str, str]) -> None:
         name, stamp = to_text(path), stamp_of(status)
