@@ -18350,6 +18350,7 @@ class ReturnTest(unittest.TestCase):
         self.assertEqual(status, 3)
         self.assertIn("All commands successfully executed", out)
         self.assertEqual(sorted(err.splitlines())[:2], [
+            "testcloud: 2 files of --return could not be written",
             f"testcloud: cannot write {self.top}/d: what is there is no regular file",
             f"testcloud: cannot write {self.top}/link/f: there is a link in its path, or a file in "
             "place of a directory"])

@@ -8569,8 +8569,8 @@ class ReturnedFiles:
 
     def tell_rest(self) -> None:
         """Tell in numbers what was not told one by one."""
-        if self.unwritten > NAMED_FAILURES:
-            self.tell(f"cannot write {self.unwritten - NAMED_FAILURES} other files, either", True)
+        if self.unwritten:
+            self.tell(f"{plural(self.unwritten, 'file')} of --return could not be written", True)
         if self.lacking > NAMED_FAILURES:
             self.tell(f"{plural(self.lacking - NAMED_FAILURES, 'other command')} brought not all "
                       f"files of --return", False)
