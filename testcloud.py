@@ -1413,7 +1413,6 @@ class TreeFetcher:
         return spans
 
     def stored(self, now: Seconds) -> None:
-        """Note that an answer was stored."""
         self.unstored = max(0, self.unstored - 1)  # stop() may have come first
         before = len(self.asked)
         self.request(now)
@@ -1887,8 +1886,7 @@ class Scheduler:
                 self.rank(worker)
             if old is not None and old is not worker and was_busy:
                 self.rank(old)
-        if state == RUNNING:
-            self.note_if_queued(task, now)
+        self.note_if_queued(task, now)
         if state == GONE:
             task.client.tasks.pop(task.id, None)
             self.charge(task, 0)
@@ -4525,7 +4523,6 @@ class Worker(SessionMachine):
                 self.report_state(key)
 
     def set_up_ended(self, use: TreeUse, job: Job, record: ExitRecord) -> None:
-        """Note the end of a setup."""
         use.setup = None
         if record.exitcode == 0:
             self.effects.append(EndSetup(use.run))
@@ -5390,7 +5387,7 @@ class Runner:
         """Start a job at once, in a thread of its own: it takes no slot."""
         with self.lock:
             self.processes[job.key] = Process()
-        thread = threading.Thread(target=self.work_apart, args=(job,), daemon=True, name="setup")
+        thread = threading.Thread(target=self.work, args=(0, [job]), daemon=True, name="setup")
         try:
             thread.start()
         except RuntimeError as error:  # the system has no more threads
@@ -5412,7 +5409,8 @@ class Runner:
         """Start threads for slots. Without any thread, hand the queue back."""
         try:
             for slot in range(len(self.threads) + 1, len(self.threads) + 1 + count):
-                thread = threading.Thread(target=self.work, args=(slot,), daemon=True, name="slot")
+                thread = threading.Thread(target=self.work, daemon=True, name="slot",
+                                          args=(slot, iter(self.next_job, None)))
                 thread.start()
                 self.threads.append(thread)
         except RuntimeError as error:  # the system has no more threads
@@ -5472,30 +5470,20 @@ class Runner:
 
     # --- in the thread of a slot
 
-    def work(self, slot: int) -> None:
-        """Run jobs in this slot, numbered from 1, until close()."""
-        self.lower_priority()
-        for job in iter(self.next_job, None):
-            self.run_and_report(job, slot)
-
-    def run_and_report(self, job: Job, slot: int) -> None:
-        try:
-            record = self.run(job, slot)
-        except Exception as error:  # a bug fails this command only
-            record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
-                                reason=f"testcloud failed to run it: {error!r}")
-        with self.lock:
-            self.processes.pop(job.key, None)  # still there if the start failed
-        self.report(job, record._replace(slot=slot), urgent=not slot)
-
-    def work_apart(self, job: Job) -> None:
-        self.lower_priority()
-        self.run_and_report(job, 0)
-
-    def lower_priority(self) -> None:
+    def work(self, slot: int, jobs: Iterable[Job]) -> None:
+        """Run jobs in this slot, numbered from 1; 0: in no slot."""
         if self.nice and sys.platform == "linux":  # a command inherits its thread's niceness
             with contextlib.suppress(OSError):
                 os.nice(self.nice)
+        for job in jobs:
+            try:
+                record = self.run(job, slot)
+            except Exception as error:  # a bug fails this command only
+                record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
+                                    reason=f"testcloud failed to run it: {error!r}")
+            with self.lock:
+                self.processes.pop(job.key, None)  # still there if the start failed
+            self.report(job, record._replace(slot=slot), urgent=not slot)
 
     def next_job(self) -> Optional[Job]:
         """Wait for a job that may be started. Return it, or None after close()."""
@@ -5745,26 +5733,22 @@ class CacheDirectory:
 
     def lock(self, name: str, tries: int = 1) -> int:
         """Lock a workspace. Return the descriptor of its lock, -1 if it is in use."""
-        while True:
-            lock = os.open(name + LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600,
-                           dir_fd=self.fd)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found = os.stat(name + LOCK, dir_fd=self.fd, follow_symlinks=False)
-                if os.path.samestat(os.fstat(lock), found):
-                    return lock
-            except BlockingIOError:
-                tries -= 1
-                if not tries:
-                    os.close(lock)
-                    return -1
-                time.sleep(0.001)
-            except FileNotFoundError:
-                pass  # the workspace was removed just now
-            except OSError:
-                os.close(lock)
-                raise
-            os.close(lock)
+        while tries:
+            with contextlib.ExitStack() as stack:
+                lock = open_no_link(to_bytes(name + LOCK), os.O_RDWR | os.O_CREAT, self.fd)
+                stack.callback(os.close, lock)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    found = os.stat(name + LOCK, dir_fd=self.fd, follow_symlinks=False)
+                    if os.path.samestat(os.fstat(lock), found):
+                        stack.pop_all()
+                        return lock
+                except FileNotFoundError:
+                    pass  # the workspace was removed just now
+                except BlockingIOError:
+                    tries -= 1
+                    time.sleep(0.001)
+        return -1
 
     def open(self, name: str) -> IO[bytes]:
         return open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.fd), "rb")
@@ -8491,15 +8475,12 @@ class ReturnedFiles:
             end = at + (row[1] if row else 0)
             piece = data[max(0, at - part.offset):max(0, end - part.offset)]
             if piece and new not in self.faults:
-                self.store(new, piece, max(0, part.offset - at))
+                try:
+                    with self.opened(new) as (file, _):
+                        write_all(file, piece, max(0, part.offset - at))
+                except OSError as error:
+                    self.faults[new] = error.strerror or "error"
             at = end
-
-    def store(self, new: str, data: Any, offset: int) -> None:
-        try:
-            with self.opened(new) as (file, _):
-                write_all(file, data, offset)
-        except OSError as error:
-            self.faults[new] = error.strerror or "error"
 
     @contextlib.contextmanager
     def opened(self, new: str) -> Iterator[Tuple[IO[bytes], int]]:
@@ -13412,11 +13393,10 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
     for wrong, why in (
             ((settings.resume or settings.resume_failed) and not settings.joblog,
              "--resume and --resume-failed need --joblog: the log of the earlier run"),
-            (settings.sync is None and not settings.sync_list
-             and (settings.filters or settings.sync_max),
-             "--exclude, --include and --sync-max need --sync"),
-            (settings.sync is None and (settings.setup or settings.fresh),
-             "--setup and --fresh need --sync: they are about the workspaces that it makes"),
+            (settings.sync is None and (
+                settings.setup or settings.fresh or settings.returns
+                or (settings.filters or settings.sync_max) and not settings.sync_list),
+             "--exclude, --include, --sync-max, --setup, --fresh and --return need --sync"),
             (settings.setup_once_for and not settings.setup,
              "--setup-once-for goes with --setup: it says when that runs again"),
             (settings.raw + settings.json + settings.live > 1,
@@ -13428,8 +13408,6 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
             (not words and (several or settings.colsep),
              "-n and --colsep need a TEMPLATE, for the arguments that they make"),
-            (settings.returns and settings.sync is None,
-             "--return needs --sync: files come back to where the tree came from"),
             (settings.fail_on_missing and not settings.returns,
              "--fail-on-missing needs --return: the files that each command makes"),
             (several and (settings.colsep or len(sources) > 1),
@@ -13620,7 +13598,6 @@ def directory_within(top: str, given: Optional[str]) -> str:
 
 
 def working_tree(settings: argparse.Namespace, top: str, cwd: str) -> WorkingTree:
-    """Return the working tree of a run."""
     head = {"setup": settings.setup or "", "cwd": cwd,
             "fresh": os.urandom(8).hex() if settings.fresh else ""}
     return WorkingTree(top, settings.filters, head, settings.sync_max or SYNC_MAX,
