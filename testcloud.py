@@ -3463,14 +3463,13 @@ class Membership(Dispatcher):
         """Return what keeps the waiting tasks of a client from running."""
         if client.owed >= CREDIT:
             return "itself: it does not take its results"
-        if not self.scheduler.slots and not client.needs - {TREES}:
-            return "a worker"
-        if self.lacks(client):
-            return self.lacks(client)
-        if TREES in client.needs and not client.prepared:
-            return "a workspace with its tree"
         labels = client.needs - {TREES}
-        return "a free slot" + (f" with {label_words(labels)}" if labels else "")
+        if not self.scheduler.slots and not labels:
+            return "a worker"
+        what = "a free slot" + (f" with {label_words(labels)}" if labels else "")
+        if TREES in client.needs and not client.prepared:
+            what = "a workspace with its tree"
+        return self.lacks(client) or what
 
     def lacks(self, client: ClientRecord) -> str:
         """Return the worker that the commands of a client lack, in words; "" if they lack none."""
@@ -5332,21 +5331,17 @@ class Returns:
         for given, path, before in zip(self.job.returns, self.paths, self.before):
             returned.append([])
             try:
-                with directory_below(self.job.top, path) as (folder, name):
-                    returned[-1] = self.append(record, folder, name, before)
+                with directory_below(self.job.top, path) as (folder, name), \
+                        open_regular(name, folder) as (file, status):
+                    # an old report must not look like that of a command that crashed
+                    if not record.exitcode or signature_of(status) != before:
+                        returned[-1] = [status.st_mode & 0o777, record.output.append_file(
+                            file, status.st_size, lambda: not self.job.cancelled)]
             except FileNotFoundError:
                 pass
             except OSError as error:
                 reason = reason or f"{printable(given)} does not come back: {error.strerror}"
         return record._replace(returned=returned, reason=reason)
-
-    def append(self, record: ExitRecord, folder: int, name: bytes, before: Signature) -> List[int]:
-        """Append a file. Return [mode, size], [] if it is an older command's. Raises OSError."""
-        with open_regular(name, folder) as (file, status):
-            if record.exitcode and signature_of(status) == before:
-                return []  # an old report must not look like that of a command that crashed
-            return [status.st_mode & 0o777, record.output.append_file(
-                file, status.st_size, lambda: not self.job.cancelled)]
 
 
 class Runner:
@@ -6491,22 +6486,18 @@ class WorkspaceThread:
                 self.workspace.close_directories()
         self.tell(TreeFailed(why))
 
-    def open_cache(self) -> CacheDirectory:
+    def find(self, tree: str) -> None:
+        """Lock a workspace that has this tree, and fill it with that again; or say that there is
+        none."""
+        self.wanted, self.filling = tree, False
         if not self.space.directory:
             raise NoWorkspace("there is no place for workspaces, as this user has no home: set "
                               "XDG_CACHE_HOME on this host")
         if self.cache is None:
             self.cache = CacheDirectory(self.space.directory, make=True)
             self.cache.stop = self.stop
-        return self.cache
-
-    def find(self, tree: str) -> None:
-        """Lock a workspace that has this tree, and fill it with that again; or say that there is
-        none."""
-        self.wanted, self.filling = tree, False
-        cache = self.open_cache()
-        for name in [] if self.workspace else find_workspaces(cache, self.mark, tree):
-            if self.take(cache, name):
+        for name in [] if self.workspace else find_workspaces(self.cache, self.mark, tree):
+            if self.take(name):
                 break
         if self.workspace and self.workspace.state.tree == tree:
             self.fill(self.workspace.state.manifest)
@@ -6525,7 +6516,6 @@ class WorkspaceThread:
 
     def lock(self, head: Fields) -> Workspace:
         """Return the run's workspace: the one that it has, or the first that is free."""
-        cache = self.open_cache()
         title = re.sub(r"[^A-Za-z0-9_-]", "_", head.get("name", ""))[:NAME_LIMIT] or "tree"
         whose = dump([self.mark, head.get("origin", "")]).encode("utf-8", "backslashreplace")
         base = f"{title}-{hashlib.sha256(whose).hexdigest()[:12]}"
@@ -6533,16 +6523,17 @@ class WorkspaceThread:
             self.workspace.close()  # it had another tree of the same client
             self.workspace = None
         for number in itertools.count(1) if self.workspace is None else ():
-            if self.take(cache, base if number == 1 else f"{base}-{number}"):
+            if self.take(base if number == 1 else f"{base}-{number}"):
                 break
         assert self.workspace
         return self.workspace
 
-    def take(self, cache: CacheDirectory, name: str) -> bool:
+    def take(self, name: str) -> bool:
         """Lock a workspace. Return false if it is in use."""
-        lock = cache.lock(name, LOCK_TRIES)
+        assert self.cache
+        lock = self.cache.lock(name, LOCK_TRIES)
         if lock >= 0:
-            self.workspace = Workspace(cache, name, lock, self.mark, self.stop)
+            self.workspace = Workspace(self.cache, name, lock, self.mark, self.stop)
         return lock >= 0
 
     def put(self, spans: List[Span], data: Any) -> None:
