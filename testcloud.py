@@ -4756,6 +4756,7 @@ F_SETPIPE_SZ = 1031  # of linux/fcntl.h; Python 3.9 lacks it
 MAX_FILES = 2**20  # open files; some systems refuse more
 PIPE_SIZE = 64 * 1024  # bytes that a new pipe holds
 LARGE_PIPE = 1024 * 1024  # bytes that a pipe may hold without privileges
+MAX_OPEN_DIRECTORIES = 64  # below one top
 REAP_TIMEOUT: Seconds = 1.0  # for killed orphans to end; others hang in the kernel
 
 
@@ -4769,7 +4770,7 @@ def read_text(path: str) -> str:
     return ""
 
 
-def open_no_link(name: bytes, flags: int, folder: Optional[int]) -> int:
+def open_no_link(name: Union[str, bytes], flags: int, folder: Optional[int]) -> int:
     """Open a name in an open directory. Return its descriptor. Raises OSError, also for a link."""
     try:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
@@ -4793,21 +4794,73 @@ def open_regular(name: bytes, folder: Optional[int] = None) -> Iterator[Tuple[in
         os.close(file)
 
 
+def open_directory(name: Union[str, bytes], parent: int, widen: bool = True) -> int:
+    """Open a directory that is no link. `widen`: let us do everything in it."""
+    try:
+        opened = open_no_link(name, os.O_RDONLY | os.O_DIRECTORY, parent)
+    except PermissionError:
+        if not widen:
+            raise
+        make_writable(name, parent)
+        opened = open_no_link(name, os.O_RDONLY | os.O_DIRECTORY, parent)
+    mode = stat.S_IMODE(os.fstat(opened).st_mode)
+    if widen and mode & 0o700 != 0o700:
+        os.fchmod(opened, mode | 0o700)
+    return opened
+
+
+def make_writable(name: Union[str, bytes], parent: int) -> None:
+    """Let us do everything in a directory. Raises PermissionError if it is none."""
+    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), name)
+    os.chmod(name, 0o700, dir_fd=parent)
+
+
+class Directories:
+    """Directories below `top`, each opened by its name in the one above, through no link.
+    `widen`: let us do everything in them. `make`: make those that are missing."""
+
+    def __init__(self, top: int, widen: bool = False, make: bool = False) -> None:
+        self.top, self.widen, self.make = top, widen, make
+        self.opened: OrderedDict[str, int] = OrderedDict()  # by path, the oldest first
+
+    def get(self, path: str) -> int:
+        """Return the descriptor of a directory until the next call. Raises OSError."""
+        names = []
+        while path and path not in self.opened:
+            path, _, name = path.rpartition("/")
+            names.append(name)
+        opened = self.opened[path] if path else self.top
+        for name in reversed(names):
+            path = f"{path}/{name}" if path else name
+            if self.make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(to_bytes(name), dir_fd=opened)
+            opened = self.opened[path] = open_directory(to_bytes(name), opened, self.widen)
+            if len(self.opened) > MAX_OPEN_DIRECTORIES:
+                os.close(self.opened.popitem(last=False)[1])
+        return opened
+
+    def place(self, path: str) -> Tuple[int, bytes]:
+        """Return the directory of a path, and the name in it."""
+        parent, _, name = path.rpartition("/")
+        return self.get(parent), to_bytes(name)
+
+    def close(self) -> None:
+        while self.opened:
+            os.close(self.opened.popitem()[1])
+        if self.top >= 0:
+            os.close(self.top)
+        self.top = -1
+
+
 @contextlib.contextmanager
 def directory_below(top: str, path: str, make: bool = False) -> Iterator[Tuple[int, bytes]]:
-    """Open the directory of a path below `top`, through no link. Yield its descriptor and the
-    path's last name. With `make`, missing directories are made. Raises OSError."""
-    *parents, name = to_bytes(path).split(b"/")
-    with contextlib.ExitStack() as stack:
-        folder = os.open(to_bytes(top), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, folder)
-        for parent in parents:
-            if make:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(parent, dir_fd=folder)
-            folder = open_no_link(parent, os.O_RDONLY | os.O_DIRECTORY, folder)
-            stack.callback(os.close, folder)
-        yield folder, name
+    """Open the directory of a path below `top`. Yield its descriptor and the path's last name. With
+    `make`, missing directories are made. Raises OSError."""
+    folder = os.open(to_bytes(top), os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.closing(Directories(folder, make=make)) as directories:
+        yield directories.place(path)
 
 
 def raise_file_limit() -> int:
@@ -5620,7 +5673,6 @@ class Runner:
 
 CACHE_LIMIT = 10 * 10**9  # bytes of all workspaces, unless --cache says otherwise,
 CACHE_FRACTION = 1 / 10  # or this part of the free disk, if that is less
-MAX_OPEN_DIRECTORIES = 64  # of one workspace
 MAX_SOURCES = 4  # other workspaces that are searched for a content, the latest first
 MAX_WRONG = 3  # times that a content may come with the wrong hash
 MAX_TICKS = 20  # ms to wait for the file system's clock
@@ -5672,29 +5724,6 @@ def cache_usage(directory: str) -> int:
     with contextlib.suppress(OSError), CacheDirectory(directory) as cache:
         return cache.used()
     return 0
-
-
-def open_directory(name: Union[str, bytes], parent: int, widen: bool = True) -> int:
-    """Open a directory that is no link. `widen`: let us do everything in it."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    try:
-        opened = os.open(name, flags, dir_fd=parent)
-    except PermissionError:
-        if not widen:
-            raise
-        make_writable(name, parent)
-        opened = os.open(name, flags, dir_fd=parent)
-    mode = stat.S_IMODE(os.fstat(opened).st_mode)
-    if widen and mode & 0o700 != 0o700:
-        os.fchmod(opened, mode | 0o700)
-    return opened
-
-
-def make_writable(name: Union[str, bytes], parent: int) -> None:
-    """Let us do everything in a directory. Raises PermissionError if it is none."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), name)
-    os.chmod(name, 0o700, dir_fd=parent)
 
 
 def usage_noted(lock: int) -> Tuple[int, bool]:
@@ -5847,40 +5876,6 @@ class CacheDirectory:
                 finally:
                     os.close(directory)
                 os.rmdir(name, dir_fd=self.fd)
-
-
-class Directories:
-    """Directories below `top`, each opened by its name in the one above."""
-
-    def __init__(self, top: int, widen: bool) -> None:
-        self.top, self.widen = top, widen
-        self.opened: OrderedDict[str, int] = OrderedDict()  # by path, the oldest first
-
-    def get(self, path: str) -> int:
-        """Return the descriptor of a directory until the next call. Raises OSError."""
-        names = []
-        while path and path not in self.opened:
-            path, _, name = path.rpartition("/")
-            names.append(name)
-        opened = self.opened[path] if path else self.top
-        for name in reversed(names):
-            path = f"{path}/{name}" if path else name
-            opened = self.opened[path] = open_directory(to_bytes(name), opened, self.widen)
-            if len(self.opened) > MAX_OPEN_DIRECTORIES:
-                os.close(self.opened.popitem(last=False)[1])
-        return opened
-
-    def place(self, path: str) -> Tuple[int, bytes]:
-        """Return the directory of a path, and the name in it."""
-        parent, _, name = path.rpartition("/")
-        return self.get(parent), to_bytes(name)
-
-    def close(self) -> None:
-        while self.opened:
-            os.close(self.opened.popitem()[1])
-        if self.top >= 0:
-            os.close(self.top)
-        self.top = -1
 
 
 # --- what we know of a workspace
