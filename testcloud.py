@@ -7340,24 +7340,21 @@ class Client(SessionMachine):
         command.worker = worker
 
     def on_queued(self, message: Message) -> None:
-        for id, attempt in message.fields.get("tasks", ()):
+        fields = message.fields
+        what, host = fields.get("preparing"), fields.get("host", "")
+        for id, attempt in fields.get("tasks", ()):
             command = self.command_of(id, attempt)
             if command is not None:
                 if not command.worker:
                     command.since = self.now
-                self.set_worker(command, message.fields.get("worker") or "?")
-                self.note_preparing(command, message.fields)
+                self.set_worker(command, fields.get("worker") or "?")
+                command.preparing = bool(what)
+                if what:
+                    self.offer.note(command.id, host and self.host_names.name_of(host),
+                                    what == SETUP, self.now)
+                else:
+                    self.offer.forget(command.id)
                 self.fetcher.listen(command, self.now)
-
-    def note_preparing(self, command: Command, fields: Fields) -> None:
-        """Note how a workspace is prepared for a command."""
-        what = fields.get("preparing")
-        command.preparing = bool(what)
-        if what:
-            host = self.host_names.name_of(fields["host"]) if fields.get("host") else ""
-            self.offer.note(command.id, host, what == SETUP, self.now)
-        else:
-            self.offer.forget(command.id)
 
     def on_result(self, message: Message) -> None:
         fields = message.fields
