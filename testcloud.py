@@ -12608,7 +12608,7 @@ MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
                         "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
-Stamp = Tuple[int, ...]  # of a file: mode and Signature
+Stamp = Tuple[int, int, int, int, int]  # of a file: mode, size, mtime and ctime in ns, inode
 
 
 class StaleFiles(Exception):
@@ -12745,7 +12745,8 @@ def leads_out(path: str, links: Dict[str, str]) -> bool:
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    return (status.st_mode & 0o777, *signature_of(status))
+    return (status.st_mode & 0o777, status.st_size, status.st_mtime_ns, status.st_ctime_ns,
+            status.st_ino)
 
 
 class WorkingTree:
@@ -12757,6 +12758,7 @@ class WorkingTree:
                  head: Optional[Fields] = None, limit: int = SYNC_MAX,
                  cache_path: str = "", setup_for: Sequence[str] = ()) -> None:
         self.top = os.path.realpath(top)
+        self.start = os.path.join(os.fsencode(self.top), b"")  # of all paths
         self.filters = [path_filter(*given) for given in filters][::-1]  # the last match wins
         self.head = {**origin_of(self.top), **(head or {})}
         self.setup_for = setup_for  # paths of files: the setup runs again if they change
@@ -12837,7 +12839,7 @@ class WorkingTree:
         while stack and len(self.entries) <= MAX_ENTRIES:
             path, mode, ignored, included = stack.pop()
             try:
-                with os.scandir(os.path.join(os.fsencode(self.top), path)) as found:
+                with os.scandir(self.start + path) as found:
                     listed = [*found]
             except OSError as error:
                 if not path:
@@ -12915,7 +12917,7 @@ class WorkingTree:
         self.missing[path] = (error.strerror or str(error)).lower()
 
     def full_path(self, path: str) -> bytes:
-        return os.path.join(os.fsencode(self.top), to_bytes(path))
+        return self.start + to_bytes(path)
 
     def leave_out_all(self, wanted: int, why: int) -> None:
         """Leave out all files without this access; why: its error."""
