@@ -6510,7 +6510,7 @@ class SimulationTest(unittest.TestCase):
 
     def test_the_simulation_finds_what_is_broken_in_trees(self):
         self.check_mutants(self.TREE_MUTANTS, functools.partial(
-            self.fails_with, (["pry"], ["edit"], self.TREE_FAULTS)))
+            self.fails_with, (["pry"], ["edit"], ["edit", "pause"], self.TREE_FAULTS)))
 
     def test_trees(self):
         """Workers fetch the trees of clients, whose files may change meanwhile."""
