@@ -7510,6 +7510,11 @@ class WorkerTreesTest(unittest.TestCase):
         self.told(tc.TreePlanned([]))
         self.told(tc.TreeReady("/ws", setup))
 
+    def until_setup(self):
+        """The same, and its setup runs."""
+        self.until_ready("make")
+        return self.bench.effect(tc.StartSetup).job
+
     def test_a_tree_is_fetched_then_its_commands_start(self):
         b, tree = self.bench, self.TREE
         self.give(1)
@@ -7567,8 +7572,7 @@ class WorkerTreesTest(unittest.TestCase):
 
     def test_a_setup_runs_before_the_commands_and_takes_no_slot(self):
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         self.assertEqual((setup.cmd, setup.cwd, setup.env), ("make", "/ws/sub", {"A": "b"}))
         b.expect("QUEUED", tasks=[[1, 1]], preparing=tc.SETUP, host="h")
         self.give(2)
@@ -7582,8 +7586,7 @@ class WorkerTreesTest(unittest.TestCase):
 
     def test_a_failed_setup_makes_the_host_unfit_for_this_run(self):
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         self.give(2)
         b.lines.clear()
         self.end(setup, 2, b"x" * tc.SETUP_OUTPUT + b"no make\n")
@@ -7733,8 +7736,7 @@ class WorkerTreesTest(unittest.TestCase):
 
     def test_the_end_of_a_run_ends_its_setup(self):
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         b.lines.clear()
         b.hear("CANCEL", self.RUN)
         b.expect("LOST", tasks=[[1, 1]])
@@ -7747,8 +7749,7 @@ class WorkerTreesTest(unittest.TestCase):
     def test_a_client_that_comes_back_while_its_setup_is_killed(self):
         """Its lease was over. The host is not unfit."""
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         b.hear("CANCEL", self.RUN)
         b.effect(tc.Kill)
         b.lines.clear()
@@ -7760,8 +7761,7 @@ class WorkerTreesTest(unittest.TestCase):
 
     def test_the_setup_of_a_tree_that_is_gone_may_fail(self):
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         b.hear('RECALL {"tasks":[[1,1]]}', self.RUN)
         b.lines.clear()
         self.give(1, self.OTHER, attempt=2)
@@ -7784,8 +7784,7 @@ class WorkerTreesTest(unittest.TestCase):
 
     def test_what_a_failed_setup_printed_waits_for_the_broker(self):
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         b.hear("WHO")
         self.end(setup, 2, b"no make\n")
         b.lines.clear()
@@ -7822,8 +7821,7 @@ class WorkerTreesTest(unittest.TestCase):
 
     def test_a_worker_that_stops_hands_back_what_has_not_begun(self):
         b = self.bench
-        self.until_ready("make")
-        setup = b.effect(tc.StartSetup).job
+        setup = self.until_setup()
         b.lines.clear()
         self.worker.stop(143, b.now)
         b.collect()
