@@ -2903,6 +2903,15 @@ class TreesAtBrokerTest(unittest.TestCase):
     def setUp(self):
         self.desk = Desk()
 
+    def with_scout(self, *preparing):
+        """A worker has the first command of a client."""
+        d = self.desk
+        d.tree_worker(b"w")
+        d.hello(b"c", "r1")
+        d.submit_with_tree(b"c", 1)
+        d.scouts(b"w", "r1", 1, *preparing)
+        return d
+
     def test_one_scout_waits_for_the_workspace_and_takes_no_slot(self):
         d = self.desk
         d.tree_worker(b"w", slots=2)
@@ -2932,11 +2941,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.scouts(b"w", "r1", 2, "")
 
     def test_a_scout_that_becomes_ready_behind_others_goes_elsewhere_soon(self):
-        d = self.desk
-        d.tree_worker(b"w")
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1)
+        d = self.with_scout()
         d.submit(b"c", 2)
         d.takes(b"w", "r1", 2)
         d.prepares(b"w", "r1", 1, "")
@@ -3051,11 +3056,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.scouts(b"w", "r1", 2, "")
 
     def test_parts_of_a_tree_go_from_the_client_to_the_worker_that_asked(self):
-        d = self.desk
-        d.tree_worker(b"w")
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1)
+        d = self.with_scout()
         d.letters.clear()
         fetch = tc.encode("FETCH", {"id": 1, "attempt": 1, "tree": "0" * 64, "offset": 0, "size": 9,
                                     "got": 0, "of": 9, "host": "w/1"})
@@ -3153,11 +3154,7 @@ class TreesAtBrokerTest(unittest.TestCase):
             d.quiet()
 
     def test_a_client_that_is_back_is_asked_for_its_tree_again(self):
-        d = self.desk
-        d.tree_worker(b"w")
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1, tc.FILES)
+        d = self.with_scout(tc.FILES)
         d.gone(CLIENTS, b"c")
         d.letters.clear()
         d.hello(b"c2", "r1", [1])
@@ -3166,11 +3163,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.expect(b"w", "RESEND", token="r1", tasks=[[1, 1]])
 
     def test_a_worker_whose_scout_was_recalled_releases_its_workspace_too(self):
-        d = self.desk
-        d.tree_worker(b"w")
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1, tc.FILES)
+        d = self.with_scout(tc.FILES)
         d.worker(b"w", tc.encode("LOST", {"tasks": [[1, 1]], "why": tc.RECALLED}), "r1")
         d.letters.clear()
         d.client(b"c", "BYE")
@@ -3178,11 +3171,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         self.assertEqual(line, b"CANCEL")
 
     def test_a_cancelled_run_keeps_its_workspaces_until_its_client_goes(self):
-        d = self.desk
-        d.tree_worker(b"w")
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1, "")
+        d = self.with_scout("")
         d.letters.clear()
         d.client(b"c", "CANCEL")
         d.expect(b"w", "CANCEL", tasks=[[1, 1]])
@@ -3304,11 +3293,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         self.assertEqual(send(b"c"), [])
 
     def test_each_way_has_its_own_kind_of_parts(self):
-        d = self.desk
-        d.tree_worker(b"w")
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1)
+        d = self.with_scout()
         d.letters.clear()
         fields = {"id": 1, "attempt": 1, "offset": 0, "size": 9}
         d.worker(b"w", tc.encode("FETCH", fields), "r1")
