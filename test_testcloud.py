@@ -2903,10 +2903,10 @@ class TreesAtBrokerTest(unittest.TestCase):
     def setUp(self):
         self.desk = Desk()
 
-    def with_scout(self, *preparing):
+    def with_scout(self, *preparing, **more):
         """A worker has the first command of a client."""
         d = self.desk
-        d.tree_worker(b"w")
+        d.tree_worker(b"w", **more)
         d.hello(b"c", "r1")
         d.submit_with_tree(b"c", 1)
         d.scouts(b"w", "r1", 1, *preparing)
@@ -3004,11 +3004,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.quiet()
 
     def test_another_tree_is_prepared_by_a_scout_again(self):
-        d = self.desk
-        d.tree_worker(b"w", slots=3)
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1, "")
+        d = self.with_scout("", slots=3)
         d.submit_with_tree(b"c", 2, tree="1" * 64)
         d.scouts(b"w", "r1", 2)
         d.letters.clear()
@@ -3079,11 +3075,7 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.quiet()
 
     def test_an_unfit_host_is_named_to_the_client_with_the_output_of_its_setup(self):
-        d = self.desk
-        d.tree_worker(b"w", slots=3)
-        d.hello(b"c", "r1")
-        d.submit_with_tree(b"c", 1)
-        d.scouts(b"w", "r1", 1, "")
+        d = self.with_scout("", slots=3)
         d.submit_with_tree(b"c", 2)
         d.scouts(b"w", "r1", 2, tc.SETUP)
         d.letters.clear()

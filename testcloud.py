@@ -12608,6 +12608,7 @@ MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
                         "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
+Listed = Tuple[bytes, int, bool, bool]  # a directory: path, mode, ignored, brought back
 Stamp = Tuple[int, int, int, int, int]  # of a file: mode, size, mtime and ctime in ns, inode
 
 
@@ -12835,44 +12836,50 @@ class WorkingTree:
         if top:
             self.ask_git(top, to_text(os.fsencode(os.path.relpath(self.top, top))))
         links: Dict[str, str] = {}
-        stack = [(b"", 0, False, False)]  # path, mode, ignored, brought back
+        stack: List[Listed] = [(b"", 0, False, False)]
         while stack and len(self.entries) <= MAX_ENTRIES:
-            path, mode, ignored, included = stack.pop()
-            try:
-                with os.scandir(self.start + path) as found:
-                    listed = [*found]
-            except OSError as error:
-                if not path:
-                    raise SetupError(f"cannot read {printable(self.top)}: "
-                                     f"{error.strerror}") from None
-                if error.errno != errno.ENOENT:
-                    self.leave_out(to_text(path), error)
-                continue
-            if path:
-                self.add(Entry(to_text(path), DIRECTORY, mode, 0, "", 0), ignored)
-                if not ignored and not included and any(one.name == b".git" for one in listed):
-                    self.ask_git(os.path.join(self.top, os.fsdecode(path)), "", to_text(path) + "/")
-            self.seen += len(listed)
-            start = path + b"/" * bool(path)
-            for one in listed:
-                inner = start + one.name
-                try:
-                    below = self.state(inner, one.is_dir(follow_symlinks=False), ignored, included)
-                    if below is None:
-                        continue
-                    status = one.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(status.st_mode):
-                        stack.append((inner, stamp_of(status)[0], *below))
-                    elif not below[0]:
-                        self.add_file(inner, status, links)
-                except FileNotFoundError:
-                    pass
-                except OSError as error:  # such as in a directory without the x of its mode
-                    self.leave_out(to_text(inner), error)
+            stack += self.scan_directory(*stack.pop(), links)
         for name in links:
             if leads_out(name, links):
                 del self.entries[name]
                 self.missing[name] = "this link leads out of the tree"
+
+    def scan_directory(self, path: bytes, mode: int, ignored: bool, included: bool,
+                       links: Dict[str, str]) -> List[Listed]:
+        """Add a directory and the files in it; note its links. Return its directories. Raises
+        SetupError."""
+        try:
+            with os.scandir(self.start + path) as found:
+                listed = [*found]
+        except OSError as error:
+            if not path:
+                raise SetupError(f"cannot read {printable(self.top)}: {error.strerror}") from None
+            if error.errno != errno.ENOENT:
+                self.leave_out(to_text(path), error)
+            return []
+        if path:
+            self.add(Entry(to_text(path), DIRECTORY, mode, 0, "", 0), ignored)
+            if not ignored and not included and any(one.name == b".git" for one in listed):
+                self.ask_git(os.path.join(self.top, os.fsdecode(path)), "", to_text(path) + "/")
+        self.seen += len(listed)
+        directories: List[Listed] = []
+        start = path + b"/" * bool(path)
+        for one in listed:
+            inner = start + one.name
+            try:
+                below = self.state(inner, one.is_dir(follow_symlinks=False), ignored, included)
+                if below is None:
+                    continue
+                status = one.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    directories.append((inner, stamp_of(status)[0], *below))
+                elif not below[0]:
+                    self.add_file(inner, status, links)
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # such as in a directory without the x of its mode
+                self.leave_out(to_text(inner), error)
+        return directories
 
     def state(self, path: bytes, is_directory: bool, ignored: bool,
               included: bool) -> Optional[Tuple[bool, bool]]:
