@@ -5708,6 +5708,8 @@ def cache_path(name: str) -> str:
 
 def cache_limit(given: int = 0, directory: str = "") -> int:
     """Return the bytes that all workspaces may take: `given`, or what suits the disk."""
+    if given:
+        return given
     place = directory or cache_path(TREES_NAME)
     used = cache_usage(place)  # counts as free: else the limit would fall as it is used
     while not os.path.isdir(place) and place != os.path.dirname(place):
@@ -5715,8 +5717,8 @@ def cache_limit(given: int = 0, directory: str = "") -> int:
     with contextlib.suppress(OSError):
         disk = os.statvfs(place)
         free = disk.f_bavail * disk.f_frsize + used
-        return given or min(CACHE_LIMIT, int(free * CACHE_FRACTION))
-    return given or CACHE_LIMIT
+        return min(CACHE_LIMIT, int(free * CACHE_FRACTION))
+    return CACHE_LIMIT
 
 
 def cache_usage(directory: str) -> int:
