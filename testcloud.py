@@ -1442,6 +1442,12 @@ def total_size(spans: Iterable[Span]) -> int:
     return sum(size for _, size in spans)
 
 
+def spans_asked(fields: Fields) -> Sequence[Span]:
+    """Return the spans that a FETCH of a tree asks for."""
+    spans: Sequence[Span] = fields.get("spans", [(fields["offset"], fields["size"])])
+    return spans
+
+
 class Transfer:
     """A worker's requests for a tree, as its client sees them."""
 
@@ -7268,7 +7274,7 @@ class Client(SessionMachine):
         command = self.command_of(fields["id"], fields["attempt"])
         if command is None or not self.options.sync or "tree" not in fields:
             return
-        spans = fields.get("spans", [(fields["offset"], fields["size"])])
+        spans = spans_asked(fields)
         if len(spans) > MAX_SPANS or not fields["size"] == total_size(spans) <= CHUNK_SIZE:
             raise ProtocolError(f"a FETCH of a tree is of {CHUNK_SIZE} bytes in {MAX_SPANS} spans "
                                 f"at most")
@@ -13654,11 +13660,10 @@ class TreeReader:
     def answer(self, effect: AnswerFetch) -> None:
         """Answer a FETCH, or look at the files anew: they are not as they were."""
         fields, tree = effect.fields, self.client.offer.tree
-        spans = fields.get("spans") or [(fields["offset"], fields["size"])]
         data = None
         if tree is not None and tree.id == fields["tree"]:
             try:
-                data = self.files.read(tree, spans, fields.get("again", False))
+                data = self.files.read(tree, spans_asked(fields), fields.get("again", False))
             except StaleFiles as stale:
                 self.client.set_tree(None, self.client.now)
                 self.start(functools.partial(self.files.refresh, stale.indexes))
