@@ -135,6 +135,9 @@ class MessagesTest(unittest.TestCase):
         "STATUS": {"broker": "b", "workers": [], "clients": [{
             "host": "h", "pid": 77, "kind": "client", "there": True, "queued": 1, "running": 2,
             "held": 0, "done": 3, "failed": 1, "waits_for": "a worker"}]},
+        "LOCK": {"lock": "db", "has": True, "by": "4711@vm2"},
+        "UNLOCK": {"lock": "db"},
+        "STOP": {"pid": 4711, "host": "vm2", "by": "kim@vm1", "why": ""},
         "ERROR": {"message": "x", "reason": "y"},
     }
 
@@ -184,7 +187,9 @@ class MessagesTest(unittest.TestCase):
         b'RESULT {"exitcode":0,"time":1e18}', b'HELLO {"run":"' + b"x" * 201 + b'"}',
         b'{"cmd":"x","again":1}', b'{"cmd":"x","env":{"A=":"b"}}', b'{"cmd":"x","env":{"":"b"}}',
         b'{"cmd":"x","env":{"A":1}}', b'{"cmd":"x","env":{"A":"\\u0000"}}', b'WHO {}}',
-        b'READY {"colour":NaN}',
+        b'READY {"colour":NaN}', b'{"cmd":"x","slots":0}', b'{"cmd":"x","lock":5}',
+        b'READY {"locks":[["a",1]]}', b'READY {"locks":[["a","r",1]]}', b"LOCK {}",
+        b'LOCK {"lock":"' + b"x" * 201 + b'"}',
     ]
 
     def test_malformed_lines_raise_a_protocol_error_of_one_line(self):

@@ -50,6 +50,12 @@ Tasks (one attempt of one command, as its broker sees it)
     RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
     DELIVERED  > DELIVERED GONE                            RESULT passed on, no DONE yet
 
+Slots and locks
+    A command may need several slots of one worker (wide), and a lock. A lock has one holder
+    in the cloud: the topmost broker gives it to a task with a worker, or to a broker below,
+    for one of its clients. The worker has it until it says RESULT or LOST, is given up, or
+    joins without the task. The lock "" is the run's own (--serial): its broker gives it.
+
 Trees (--sync)
     A command may name a tree: directories, links, and files with their hashes. Its worker
     has a workspace for each run of a client. It fetches from the client what its host
@@ -84,6 +90,9 @@ Protocol
     RECALL   client > broker > worker   hand this task back, unless you have started it
     BYE      client, worker > broker    I am leaving
     SHUN     client > broker > broker   use these hosts only if there are no others
+    LOCK     broker < > broker          may a command of my clients have this lock? / it may
+    UNLOCK   broker > broker            my clients need this lock no more
+    STOP     client > broker > client   stop the run of this client, if it is yours
     STATUS   client > broker > client   the workers and clients, and their work
     ERROR    any > any                  the fault in your message, which changed nothing
 
@@ -345,6 +354,7 @@ number = described("a number, 0 or more",
                    lambda value: type(value) in (int, float) and 0 <= value < 1e18)
 slot_count = described("a whole number up to 2**20",  # the sum over many workers is a count
                        lambda value: count(value) and value <= 2**20)
+width = described("a whole number from 1 to 2**20", lambda value: slot_count(value) and value > 0)
 flag = described("true or false", lambda value: type(value) is bool)
 text = described("a text", lambda value: type(value) is str)
 name = described("a name of 1 to 200 ASCII characters",  # the name of a run becomes a token
@@ -358,6 +368,11 @@ texts = list_of("texts", text)
 pairs = list_of("[id, attempt]", lambda row: counts(row) and len(row) == 2)
 triples = list_of("[run, id, attempt]", lambda row: type(row) is list and len(row) == 3
                   and name(row[0]) and counts(row[1:]))
+lock_name = described("a text of at most 200 characters", lambda value: text(value)
+                      and len(value) <= 200)
+lock_rows = list_of("[lock] or [lock, run, id, attempt]", lambda row: type(row) is list
+                    and len(row) in (1, 4) and lock_name(row[0]) and (
+                        len(row) == 1 or name(row[1]) and counts(row[2:])))
 spans = list_of("[offset, size]", lambda row: counts(row) and len(row) == 2)
 tree_name = described("the 64 hex digits of a hash", lambda value: text(value)
                       and re.fullmatch("[0-9a-f]{64}", value) is not None)
@@ -400,6 +415,10 @@ MESSAGES: Dict[str, Spec] = {
         "on": text, "not_on": text,  # hosts: wait for this one, or for another, if it exists
         "never_on": texts,  # hosts: if there is no other, the command is LOST
         "needs": texts,  # labels that a worker must have
+        "slots": width,  # of one worker, which the command takes while it runs
+        "lock": lock_name,  # one command at a time has it; "" is the run's own
+        "delay": number,  # seconds between two starts of this run, at least
+        "name": text,  # what the client's reports call it
         "timeout": number,  # seconds to run; 0 for no limit
         "limit": count,  # bytes of output to keep; 0 for all
         "env": environment,  # variables to set
@@ -423,14 +442,18 @@ MESSAGES: Dict[str, Spec] = {
         "parts": count,  # how many such parts came before
         "below": texts,  # of a chained broker: the brokers of its subtree,
         "crew": machines,  # the machines of its workers,
-        "depth": count}),  # and the brokers in its longest chain
+        "widest": machines,  # the same as crew, with the slots of the largest worker there,
+        "depth": count,  # and the brokers in its longest chain
+        "locks": lock_rows}),  # that its tasks have; without a task: for its own clients
     "OK": Spec("broker > client, worker", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
         "lacks": text,  # labels of the client's commands that no worker has now
         "note": text,  # for the user who started the worker
         "trees": flag,  # this broker passes trees on
-        "unfit": texts,  # hosts with workers that know no trees, if the client's commands need them
+        "resources": flag,  # it knows slots, locks and delays, as do all brokers above
+        "waits_for": text,  # the lock that the client's commands wait for, and who has it
+        "unfit": texts,  # hosts with workers that are too old for the client's commands
         "host": text,  # the name that the broker shows for the worker's host
         "patience": number}),  # seconds of silence before the broker gives up a peer
     "WHO": Spec("broker > client, worker", {}, {}),
@@ -446,6 +469,7 @@ MESSAGES: Dict[str, Spec] = {
         "split": flag}),  # the output is in PIECES
     "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
         "fault": text,  # CRASH, SPAWN, NOWHERE, UNFIT or ""
+        "may_run": flag,  # it keeps its lock: LOST comes again when it certainly does not run
         "worker": text, "host": text, "output": text}),  # output: of a failed setup
     "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
     "CANCEL": Spec("client > broker > worker", {}, {"tasks": pairs}),
@@ -464,6 +488,14 @@ MESSAGES: Dict[str, Spec] = {
     "RECALL": Spec("client > broker > worker", {"tasks": pairs}, {}),
     "BYE": Spec("client, worker > broker", {}, {}),
     "SHUN": Spec("client > broker > broker", {"hosts": texts}, {}),
+    "LOCK": Spec("broker < > broker", {"lock": lock_name}, {
+        "has": flag,  # a command below has it already, from a broker that is gone
+        "by": text}),  # who wants it, or from above: who has it; without: you have it
+    "UNLOCK": Spec("broker > broker", {"lock": lock_name}, {}),
+    "STOP": Spec("client > broker > client", {}, {
+        "pid": count, "host": text,  # of the client, as in STATUS
+        "by": text,  # who wants it
+        "why": text}),  # in the answer: why not, or ""
     "STATUS": Spec("client > broker > client", {}, {
         "broker": text, "above": texts, "workers": WORKER_ROWS, "clients": CLIENT_ROWS}),
     "ERROR": Spec("any > any", {}, {"message": text, "reason": text}),
@@ -1122,6 +1154,7 @@ UNFIT = "unfit"  # no workspace can be made on this host
 
 FILES, SETUP = "files", "setup"  # how a workspace is prepared, while its commands take no slot
 TREES = "(trees)"  # label of workers that know trees; no user can give it
+RESOURCES = "(resources)"  # the same, of those that know slots and locks
 
 
 class Faults:
@@ -6725,11 +6758,14 @@ def could_not_start_on(tries: Iterable[Try]) -> List[str]:
 class Command:
     """A command that the client has not reported yet."""
 
-    def __init__(self, id: int, cmd: str, cwd: str, returns: Sequence[str] = ()) -> None:
+    def __init__(self, id: int, cmd: str, cwd: str, returns: Sequence[str] = (),
+                 own: Fields = {}, wrong: str = "") -> None:
         self.id = id
         self.cmd = cmd
         self.cwd = cwd
         self.returns = returns  # files to bring back: paths from cwd
+        self.own = own  # fields that replace those of the run's options
+        self.wrong = wrong  # why it cannot be run
         self.attempt = 1
         self.faults = Faults()
         self.tries: Dict[int, Try] = {}  # by attempt, oldest first
@@ -6767,6 +6803,8 @@ class Command:
 
 def refusal(command: Command, line: bytes) -> str:
     """Return why a command is not submitted, with this line; "" if it is."""
+    if command.wrong:
+        return command.wrong
     for path in command.returns:
         if not path_below(command.cwd, path):
             return (f"--return {printable(path) or repr('')} is no file below the directory of "
@@ -7155,11 +7193,13 @@ class Client(SessionMachine):
 
     # --- commands out
 
-    def add(self, cmd: str, cwd: str, returns: Sequence[str] = ()) -> None:
-        """Add a command. Call settle() after the last one of a batch."""
+    def add(self, cmd: str, cwd: str, returns: Sequence[str] = (), own: Fields = {},
+            wrong: str = "") -> None:
+        """Add a command. Its own fields replace those of the options. With `wrong` it fails for
+        this reason. Call settle() after the last one of a batch."""
         self.total += 1
         self.last_id += 1
-        self.backlog.append(Command(self.last_id, cmd, cwd, returns))
+        self.backlog.append(Command(self.last_id, cmd, cwd, returns, own, wrong))
 
     def skip(self) -> None:
         """Count an input command that does not run."""
@@ -7802,9 +7842,15 @@ class Outcome(NamedTuple):
     tries: Tuple[Try, ...]  # the others, in order
     shown: int  # bytes of its output that were shown live
     stored: StoredResult
-    line: str  # of the input, from which the command was made
+    line: str  # of the input, from which the command was made; its name, if it has one
     occurrence: int  # number of equal commands before it in the input; 0 without a joblog
     returned: Optional[List[str]] = None  # files that were written; None without --return
+    name: str = ""  # of the command, instead of its text
+
+    @property
+    def title(self) -> str:
+        """Return what reports call it."""
+        return self.name or self.cmd
 
 
 class Summary(NamedTuple):
