@@ -2882,6 +2882,12 @@ class SessionTest(unittest.TestCase):
         self.assertEqual({(part["name"], part["join"], part["more"]) for part in parts},
                          {("w", 7, True)})
         self.assertEqual(last, dict(ready, running=[], held=[], parts=5))
+        ready = {"name": "w", "join": 7, "locks": [["\x01" * 200, "r" * 200, n, 1]
+                                                   for n in range(2000)]}
+        *parts, last = tc.split_greeting(ready)
+        self.assertEqual(sum((part["locks"] for part in parts), []), ready["locks"])
+        self.assertLess(max(len(tc.encode("READY", part)) for part in parts), tc.MAX_FRAME)
+        self.assertEqual(last, dict(ready, locks=[], parts=4))
 
 
 class WaitTest(unittest.TestCase):
@@ -6714,6 +6720,28 @@ class WorkerTest(unittest.TestCase):
         self.worker.set_load(3.5, b.now)
         b.collect()
         b.expect("READY", slots=2, load=3.5)
+
+    def test_a_joining_worker_lists_the_locks_that_its_commands_have_until_they_end(self):
+        b = self.bench
+        for id, lock in enumerate((None, "db", "", "x", "y"), 1):
+            self.give(id, **{} if lock is None else {"lock": lock})
+        first, _, _, cancelled, ended = (b.effect(tc.Start).job for _ in range(5))
+        b.hear('CANCEL {"tasks":[[4,1]]}', "r")  # it is killed, but runs still
+        for job in (first, ended):
+            self.worker.finished(job, exit_record(), b.now)
+        b.collect()
+        b.lines.clear()
+        b.effects.clear()
+        self.worker.session.join(b.now)
+        b.collect()
+        b.expect("READY", running=[["r", 2, 1], ["r", 3, 1]], held=[["r", 1, 1], ["r", 5, 1]],
+                 locks=[["db", "r", 2, 1], ["", "r", 3, 1], ["x", "r", 4, 1]])
+        self.worker.finished(cancelled, exit_record(), b.now)
+        b.collect()
+        b.quiet()  # not joined: nobody listens
+        b.answer()
+        b.expect("LOST", tasks=[[4, 1]])
+        b.quiet()
 
     def test_a_command_may_name_its_shell(self):
         for more, shell in (({"shell": "bash"}, "bash"), ({}, "/bin/sh"),

@@ -219,6 +219,7 @@ CHUNK_SIZE = 512 * 1024  # large enough for speed, and sent in much less than a 
 MAX_COMMAND = 512 * 1024  # of a command's JSON; Linux takes 128 KiB of shell text
 OTHER_FIELDS = 2048  # of a command's JSON for all but cmd and cwd: numbers, names of workers
 MAX_READY_TASKS = 10_000  # in one READY, at some 50 bytes each; more come in several READYs
+MAX_READY_LOCKS = 500  # the same, of locks, whose names in JSON may take 2,400 bytes each
 MAX_FRAMES = 8  # in one message
 
 # --- limits of the memory of broker, client and worker (beside those in Links)
@@ -1007,18 +1008,20 @@ class Session:
             self.next_greeting = now + self.interval
 
 
-TASK_LISTS = ("running", "held")  # the fields of READY that may be long
+TASK_LISTS = ("running", "held", "locks")  # the fields of READY that may be long
 
 
 def split_greeting(fields: Fields) -> List[Fields]:
     """Return a greeting in parts that fit a frame: all but the last have `more`."""
     lists = {key: fields[key] for key in TASK_LISTS if key in fields}
-    if sum(map(len, lists.values())) <= MAX_READY_TASKS:
+    limits = {**dict.fromkeys(lists, MAX_READY_TASKS), "locks": MAX_READY_LOCKS}
+    if sum(map(len, lists.values())) <= MAX_READY_TASKS \
+            and all(len(rows) <= limits[key] for key, rows in lists.items()):
         return [fields]
     parts = [{"name": fields["name"], "join": fields["join"], "more": True,
-              key: rows[at:at + MAX_READY_TASKS]}
-             for key, rows in lists.items() for at in range(0, len(rows), MAX_READY_TASKS)]
-    return [*parts, dict(fields, running=[], held=[], parts=len(parts))]
+              key: rows[at:at + limits[key]]}
+             for key, rows in lists.items() for at in range(0, len(rows), limits[key])]
+    return [*parts, {**fields, **{key: [] for key in lists}, "parts": len(parts)}]
 
 
 class Wait:
@@ -1155,6 +1158,7 @@ UNFIT = "unfit"  # no workspace can be made on this host
 FILES, SETUP = "files", "setup"  # how a workspace is prepared, while its commands take no slot
 TREES = "(trees)"  # label of workers that know trees; no user can give it
 RESOURCES = "(resources)"  # the same, of those that know slots and locks
+KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each and --lock"}  # for people
 
 
 class Faults:
@@ -3364,7 +3368,7 @@ class Membership(Dispatcher):
         slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
         capacity = {(worker.host, worker.labels): slots}
         if "crew" in fields:
-            hidden = {TREES} - worker.labels  # an older broker does not pass trees on
+            hidden = KNOWN_BY_LABEL.keys() - worker.labels  # an older broker passes no trees on
             capacity = {(host, frozenset(labels) - hidden): n
                         for host, n, *labels in fields["crew"]}
         self.scheduler.change_worker(worker, slots, weight, capacity)
@@ -3576,7 +3580,8 @@ class Membership(Dispatcher):
 def worker_status(worker: WorkerRecord, silent: Seconds) -> Fields:
     """Return a worker's row of STATUS."""
     states = Counter(task.state for task in worker.tasks.values())
-    labels = {name[:STATUS_LIMIT] for _, labels in worker.capacity for name in labels - {TREES}}
+    labels = {name[:STATUS_LIMIT] for _, labels in worker.capacity
+              for name in labels - KNOWN_BY_LABEL.keys()}
     return {"name": worker.name[:STATUS_LIMIT], "host": worker.host[:STATUS_LIMIT],
             "kind": "broker" if worker.below else "plain" if worker.plain else "worker",
             "below": worker.below, "slots": worker.slots, "labels": sorted(labels)[:STATUS_LIMIT],
@@ -4161,6 +4166,8 @@ class Job:
         self.tree: str = fields.get("tree", "")  # id, "" for none
         self.manifest = min(fields.get("manifest", 0), MAX_MANIFEST)  # bytes of the tree's
         self.returns: List[str] = fields.get("return", [])  # files to send: paths from cwd
+        self.slots: int = fields.get("slots", 1)  # of the worker, which it takes while it runs
+        self.lock: Optional[str] = fields.get("lock")  # "" is its run's own; None: none
         self.top = ""  # the workspace, once it has the tree
         self.preparing = ""  # FILES or SETUP, until then
         self.state = WAITING  # then RUNNING, DELIVERED (the worker holds the result), GONE
@@ -4270,7 +4277,13 @@ class Worker(SessionMachine):
             live = [job for job in self.jobs.values() if not job.cancelled]
             fields["running"] = [list(job.key) for job in live if job.state != DELIVERED]
             fields["held"] = [list(job.key) for job in live if job.state == DELIVERED]
+            fields["locks"] = [[job.lock, *job.key] for job in self.locked_jobs()]
         return fields
+
+    def locked_jobs(self) -> List[Job]:
+        """Return the jobs that have a lock. A cancelled one has it until it ends, with LOST."""
+        return [job for job in self.jobs.values()
+                if job.lock is not None and job.state != DELIVERED]
 
     def key_changed(self, mark: str) -> None:
         self.name = f"{self.name.partition('.')[0]}.{mark}"
@@ -4355,7 +4368,9 @@ class Worker(SessionMachine):
             self.host = message.fields.get("host", self.host)
             if message.fields.get("note"):
                 self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
-            for run, id, attempt in self.session.announced["running"]:
+            announced = [*self.session.announced["running"],
+                         *(row[1:] for row in self.session.announced["locks"])]
+            for run, id, attempt in dict.fromkeys(map(tuple, announced)):
                 job = self.jobs.get((run, id, attempt))
                 # it has just ended; or READY cannot tell that it takes no slot
                 if job is None or job.state == DELIVERED or job.preparing:
@@ -4758,7 +4773,8 @@ class Worker(SessionMachine):
 
 def label_words(names: Iterable[str]) -> str:
     return printable(" and ".join(
-        "a version that knows --sync" if name == TREES else f"--label {name}"
+        f"a version that knows {KNOWN_BY_LABEL[name]}" if name in KNOWN_BY_LABEL
+        else f"--label {name}"
         for name in sorted(names)), 300)
 
 
@@ -11373,8 +11389,8 @@ def parse_duration(text: str) -> Seconds:
     return float(number) * units.get(text[len(number):], math.nan)
 
 
-LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text and text != TREES,
-         "label (of ASCII characters, without spaces)")
+LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text
+         and text not in KNOWN_BY_LABEL, "label (of ASCII characters, without spaces)")
 # checked()'s arguments, by the option's name or else by the word for its value. No text may be
 # empty: that comes from a variable of the shell that is not set.
 VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
@@ -11871,7 +11887,7 @@ def new_worker(settings: argparse.Namespace, address: Optional[str], keys: Optio
     others, it is told of other workers of its user."""
     return Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
                   host_identity(settings.host), times_from(settings), settings.wait, address,
-                  settings.drain, [*settings.label, TREES], settings.max_load,
+                  settings.drain, [*settings.label, *KNOWN_BY_LABEL], settings.max_load,
                   f"user {os.getuid()}" if shared else "")
 
 
@@ -13884,7 +13900,8 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
     forever = 1e9  # seconds: a stopped process stops all three alike
     broker, broker_adapter = add_broker(
         loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
-    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times, labels=[TREES])
+    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times,
+                    labels=[*KNOWN_BY_LABEL])
     adapter, close = attach_runner(loop, worker, subreaper, cache=cache)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
     broker_adapter.links[WORKERS] = LocalLink(worker, BROKER, b"")
