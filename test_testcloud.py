@@ -1029,7 +1029,7 @@ class RegistryTest(unittest.TestCase):
 
     def test_names_belong_to_a_key_and_a_closed_connection_to_none(self):
         self.assertEqual(self.registry.fingerprint_of(CLIENTS, b"c"), "")
-        self.registry.identified(CLIENTS, b"c", "key")
+        self.registry.identified(CLIENTS, b"c", "key", False)
         self.assertEqual(self.registry.fingerprint_of(CLIENTS, b"c"), tc.fingerprint("key"))
         for link, peer in ((WORKERS, b"c"), (CLIENTS, b"d")):
             with self.assertRaises(tc.ProtocolError):
@@ -14791,7 +14791,7 @@ class AuthenticationTest(unittest.TestCase):
             def receive(self, link, peer, token, body, *rest):
                 test.events.append(("receive", peer, body))
 
-            def identified(self, link, peer, key):
+            def identified(self, link, peer, key, own=False):
                 test.events.append(("identified", peer, key))
 
             def disconnected(self, link, peer, now):

@@ -19,7 +19,8 @@ Three commands make a standing cloud; each may run on a machine of its own:
 The client sends its commands, one a line, to the broker. The broker gives them to workers
 with a free slot. Results go back the same way. Without --connect everything happens on
 this machine. `client --local` needs neither broker nor worker. `status` shows who is there
-and what they do. Each role explains its options: testcloud.py ROLE --help.
+and what they do, and `cancel` stops a client's run. Each role explains its options:
+testcloud.py ROLE --help.
 
 Between machines it needs a key, which broker, workers and clients find beside the script:
 
@@ -31,11 +32,13 @@ Exit status of the client
        --expect differs
     2  wrong usage, or no commands at all (--allow-empty)
     3  not everything could be run or written: no broker, worker, host or pyzmq; a full disk
-    128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 when its terminal closed
+    128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM or `cancel`, 129 when its
+       terminal closed
     141  the reader of its stdout closed it (SIGPIPE)
 A broker or worker exits with 128 + N when signal N stops it, with 2 on wrong usage or in a
 loop of brokers. It exits with 3 when it cannot listen, has no usable key, or (with --wait)
-finds no broker. keygen exits with 0, with 2, or with 3 when it cannot read or write a key.
+finds no broker. cancel exits with 1 when there is no such client, or it may not be stopped.
+keygen exits with 0, with 2, or with 3 when it cannot read or write a key.
 
 Promises
     A client reports every command exactly once. Without --retries a command is started
@@ -231,6 +234,7 @@ MAX_PARTS = 100  # READYs that a broker keeps until the last of their series com
 MAX_CACHED_CONSTRAINTS = 100  # constraints whose eligible workers the broker remembers
 READ_AHEAD = 4 * WINDOW  # lines of its input that a client holds before it can send them
 MAX_BULK = 128  # chunks that a worker reads before it sends them
+MAX_STOPPED = 1000  # stopped runs that a broker remembers: their clients may be away
 MAX_UNANSWERED = 1000  # greetings whose time is remembered: many more than a lease has
 
 # --- limits of work, logs and answers
@@ -431,7 +435,8 @@ MESSAGES: Dict[str, Spec] = {
         "cut": count}),  # bytes of output to send at most, inline
     "HELLO": Spec("client > broker", {"run": name}, {
         "join": count, "beat": count, "unreported": counts, "version": text, "host": text,
-        "pid": count, "backlog": count}),  # commands that the client has not submitted yet
+        "pid": count, "backlog": count,  # commands that the client has not submitted yet
+        "stops": flag}),  # it understands STOP
     "READY": Spec("worker > broker", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
         "running": triples, "held": triples, "version": text, "user": text,
@@ -496,7 +501,8 @@ MESSAGES: Dict[str, Spec] = {
     "STOP": Spec("client > broker > client", {}, {
         "pid": count, "host": text,  # of the client, as in STATUS
         "by": text,  # who wants it
-        "why": text}),  # in the answer: why not, or ""
+        "why": text,  # in the answer: why not, or ""
+        "away": flag}),  # in the answer: the client is told when it joins again
     "STATUS": Spec("client > broker > client", {}, {
         "broker": text, "above": texts, "workers": WORKER_ROWS, "clients": CLIENT_ROWS}),
     "ERROR": Spec("any > any", {}, {"message": text, "reason": text}),
@@ -858,8 +864,9 @@ class Machine:
     def key_changed(self, mark: str) -> None:
         """We connect with another key from now on; our names carry its fingerprint, `mark`."""
 
-    def identified(self, link: str, peer: Peer, key: str) -> None:
-        """The peer of a new connection has proven that it holds this public key."""
+    def identified(self, link: str, peer: Peer, key: str, own: bool = False) -> None:
+        """The peer of a new connection has proven that it holds this public key. `own`: it is
+        in the cloud's own key file, and no holder's."""
 
     def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
         """The peer's key was revoked, and its connection closed."""
@@ -2278,7 +2285,7 @@ class ClientRecord(ClientQueue):
     """The broker's record of a client and its tasks: of a run."""
 
     __slots__ = ("run", "peer", "claimed", "lost", "last_id", "announced", "join", "host", "pid",
-                 "backlog", "workspaces", "told_excluded", "needs", "done", "failed")
+                 "stops", "backlog", "workspaces", "told_excluded", "needs", "done", "failed")
 
     def __init__(self, run: Run, from_above: bool, peer: Optional[Peer]) -> None:
         super().__init__(from_above)
@@ -2292,6 +2299,7 @@ class ClientRecord(ClientQueue):
         self.announced: Set[int] = set()  # ids of its HELLO that it has not submitted yet
         self.join = 0  # number of its last HELLO that told what it has
         self.host, self.pid = "", 0
+        self.stops = False  # it understands STOP
         self.backlog = 0  # commands that it keeps for later, as it told last
         self.workspaces: Set[str] = set()  # names of workers that may have one for it
         self.told_excluded: Dict[str, Seconds] = {}  # brokers below: when they got its SHUN
@@ -2305,6 +2313,10 @@ class ClientRecord(ClientQueue):
     @property
     def plain(self) -> bool:
         return not self.from_above and self.run.startswith(PLAIN)
+
+    @property
+    def shown_host(self) -> str:
+        return self.host[:STATUS_LIMIT] or "?"
 
     def may_submit(self, id: int) -> bool:
         """Return whether a command that we do not know may still be submitted to us."""
@@ -2351,7 +2363,9 @@ class Registry:
         # last sign of life, the longest silent first
         self.workers_seen: OrderedDict[WorkerRecord, Seconds] = OrderedDict()
         self.clients_seen: OrderedDict[ClientRecord, Seconds] = OrderedDict()
+        self.stopped: Dict[Run, str] = {}  # runs that must stop, and who wants it
         self.keys: Dict[Tuple[str, Peer], str] = {}  # public keys of connections
+        self.owners: Set[Tuple[str, Peer]] = set()  # connections with the cloud's own key
         self.keyed = False  # all connections have keys
         self.lenient_until = -math.inf  # no deadline ends before this time
         self.leniency: Seconds = 0.0  # seconds that this adds after a pause
@@ -2399,6 +2413,12 @@ class Registry:
             if client.peer is not None:
                 self.run_of.pop(client.peer, None)
             self.departed[client.run] = now + self.times.client_lease
+
+    def stop(self, client: ClientRecord, by: str) -> None:
+        """Note that a run must stop. Its client may be away for longer than we remember it."""
+        self.stopped[client.run] = by
+        if len(self.stopped) > MAX_STOPPED:
+            del self.stopped[next(iter(self.stopped))]
 
     # --- workers
 
@@ -2455,12 +2475,15 @@ class Registry:
 
     # --- keys of connections
 
-    def identified(self, link: str, peer: Peer, key: str) -> None:
+    def identified(self, link: str, peer: Peer, key: str, own: bool) -> None:
         self.keyed = True
         self.keys[link, peer] = key
+        if own:
+            self.owners.add((link, peer))
 
     def forget_key(self, link: str, peer: Peer) -> None:
         self.keys.pop((link, peer), None)
+        self.owners.discard((link, peer))
 
     def fingerprint_of(self, link: str, peer: Peer) -> str:
         """Return what the names must carry that this peer may use; "" without keys. Raises
@@ -2468,6 +2491,12 @@ class Registry:
         if self.keyed and (link, peer) not in self.keys:
             raise ProtocolError("this connection has been given up: connect again")
         return fingerprint(self.keys.get((link, peer), ""))
+
+    def may_stop(self, client: ClientRecord, peer: Peer) -> bool:
+        """Return whether this peer has the key of the client, or the cloud's own; without keys
+        everybody may. Raises ProtocolError as fingerprint_of()."""
+        own = self.fingerprint_of(CLIENTS, peer)
+        return client.run.startswith(own) or (CLIENTS, peer) in self.owners
 
     # --- signs of life
 
@@ -3287,6 +3316,7 @@ class Membership(Dispatcher):
         client = self.registry.require_client(run, False, peer, self.now)
         client.join, client.backlog = fields["join"], fields.get("backlog", 0)
         client.host, client.pid = fields.get("host", ""), fields.get("pid", 0)
+        client.stops = fields.get("stops", False)
         self.registry.connect_client(client, peer)
         if is_new:
             self.log(logging.INFO, f"client {printable(client.host)} joined")
@@ -3295,6 +3325,13 @@ class Membership(Dispatcher):
         client.announced = wanted.difference(client.tasks)
         client.lost = {id: row for id, row in client.lost.items() if id in wanted}
         self.say(CLIENTS, peer, "", "OK", dict(self.state_for_client(), join=client.join))
+        self.tell_stop(client)
+
+    def tell_stop(self, client: ClientRecord) -> None:
+        """Tell a client that its run must stop, if it must, and the client is there."""
+        by = self.registry.stopped.get(client.run)
+        if by is not None and client.peer is not None:
+            self.say(CLIENTS, client.peer, "", "STOP", {"by": by})
 
     def on_client_bye(self, message: Message) -> None:
         client = self.registry.client_at(message.peer)
@@ -3524,8 +3561,8 @@ class Membership(Dispatcher):
 
     # --- connections: identified, revoked, closed
 
-    def identified(self, link: str, peer: Peer, key: str) -> None:
-        self.registry.identified(link, peer, key)
+    def identified(self, link: str, peer: Peer, key: str, own: bool = False) -> None:
+        self.registry.identified(link, peer, key, own)
 
     def revoked(self, link: str, peer: Peer, now: Seconds) -> None:
         self.now = now
@@ -3596,7 +3633,7 @@ def client_status(client: ClientRecord, queued: int, waits_for: str) -> Fields:
     if not states[WAITING] and not any(task.preparing for task in client.tasks.values()):
         waits_for = "" if not states[RECOVERING] else \
             "workers that may have them since before the broker's start"
-    return {"host": client.host[:STATUS_LIMIT] or "?", "pid": client.pid,
+    return {"host": client.shown_host, "pid": client.pid,
             "kind": "above" if client.from_above else "plain" if client.plain else "client",
             "there": client.peer is not None,
             "queued": states[WAITING] + states[RECOVERING] + client.backlog + queued,
@@ -3697,6 +3734,37 @@ class Broker(Membership):
                 self.say_lost(task.client, task.id, task.attempt, "cancelled")
                 self.drop([task])
         self.instruct(stops)
+
+    def on_stop(self, message: Message) -> None:
+        """Stop a client's run for another client (testcloud.py cancel), and answer."""
+        registry, fields = self.registry, message.fields
+        pid, host, by = fields.get("pid", 0), fields.get("host", ""), fields.get("by", "")
+        if not pid or not host:
+            raise ProtocolError("STOP needs 'pid' and 'host'")
+        found = [client for client in registry.clients.values()
+                 if (client.pid, client.shown_host) == (pid, host)]
+        allowed = [client for client in found if registry.may_stop(client, message.peer)]
+        why, away = self.why_not_stopped(found, allowed), False
+        if not why:
+            client = allowed[0]
+            self.log(logging.INFO, f"client {pid}@{printable(host)} is stopped by {printable(by)}")
+            registry.stop(client, by[:STATUS_LIMIT])
+            self.tell_stop(client)
+            away = client.peer is None
+        self.say(CLIENTS, message.peer, "", "STOP", {"why": why, "away": away})
+
+    def why_not_stopped(self, found: List[ClientRecord], allowed: List[ClientRecord]) -> str:
+        """Return why no client can be stopped, of those with a name, and what to do; or ""."""
+        if not found:
+            above = any(client.from_above for client in self.registry.clients.values())
+            return "there is no such client (see: testcloud.py status)" + (
+                "; clients of the broker above are stopped there" if above else "")
+        if not allowed:
+            return "it has another key: stop it with that key, or with the cloud's own"
+        there = "on its own machine"
+        if len(allowed) > 1:
+            return f"there are {len(allowed)} clients with this name: stop the right one {there}"
+        return "" if allowed[0].stops else f"it is too old to be told: stop it {there}"
 
     def on_fetch(self, message: Message) -> None:
         row = [message.fields["id"], message.fields["attempt"]]
@@ -3893,7 +3961,8 @@ class Broker(Membership):
         (CLIENTS, "SHUN"): "on_shun", (BROKER, "SHUN"): "on_shun",
         (CLIENTS, "CHUNK"): "on_tree_chunk", (BROKER, "CHUNK"): "on_tree_chunk",
         (CLIENTS, "RECALL"): "on_recall",
-        (CLIENTS, "STATUS"): "on_status", (CLIENTS, "ERROR"): "on_error",
+        (CLIENTS, "STATUS"): "on_status", (CLIENTS, "STOP"): "on_stop",
+        (CLIENTS, "ERROR"): "on_error",
         (WORKERS, "READY"): "on_ready", (WORKERS, "QUEUED"): "on_queued",
         (WORKERS, "RESULT"): "on_result", (WORKERS, "LOST"): "on_lost",
         (WORKERS, "CHUNK"): "on_chunk", (WORKERS, "FETCH"): "on_tree_fetch",
@@ -7198,7 +7267,7 @@ class Client(SessionMachine):
         fields: Fields = {"run": self.run, "backlog": len(self.backlog)}
         if joining:
             fields.update(unreported=list(self.window), host=self.host, pid=self.pid,
-                          version=__version__)
+                          version=__version__, stops=True)
         return fields
 
     def key_changed(self, mark: str) -> None:
@@ -7698,6 +7767,13 @@ class Client(SessionMachine):
                 f"stopping: {plural(self.failures, 'command')} {have} failed (--fail-fast)"))
             self.cancel(1, self.now)
 
+    def on_stop(self, message: Message) -> None:
+        """A user stops this run with `testcloud.py cancel`. It is told again when we join."""
+        if self.status is None:
+            by = printable(message.fields.get("by", ""), 2 * STATUS_LIMIT) or "?"
+            self.effects.append(Notice(f"stopped by {by} (testcloud.py cancel)", True))
+            self.cancel(128 + signal.SIGTERM, self.now)
+
     def cancel(self, status: int, now: Seconds) -> None:
         """Stop all commands. Leave 2 * kill_grace later; at once if not joined, or called again."""
         self.now = now
@@ -7730,7 +7806,7 @@ class Client(SessionMachine):
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, "QUEUED"): "on_queued",
         (BROKER, "RESULT"): "on_result", (BROKER, "CHUNK"): "on_chunk",
         (BROKER, "LOST"): "on_lost", (BROKER, "ERROR"): "on_error",
-        (BROKER, "FETCH"): "on_fetch",
+        (BROKER, "FETCH"): "on_fetch", (BROKER, "STOP"): "on_stop",
     }
 
 
@@ -7785,6 +7861,7 @@ class StatusClient(Machine):
         self.unanswered = 0  # questions
         self.wait = Wait(wait)
         self.host_names = HostNames()
+        self.question: Tuple[str, Optional[Fields]] = ("STATUS", None)
 
     def connected(self, link: str, now: Seconds) -> None:
         self.up, self.trouble, self.ask_at, self.unanswered = True, "", now, 0
@@ -7814,7 +7891,7 @@ class StatusClient(Machine):
     def tick(self, now: Seconds) -> None:
         self.now = now
         if self.ask_at <= now:
-            self.say(BROKER, b"", "", "STATUS")
+            self.say(BROKER, b"", "", *self.question)
             self.unanswered += 1
             self.ask_at = now + self.interval
         self.settle()
@@ -7825,6 +7902,33 @@ class StatusClient(Machine):
         return min(self.ask_at, self.wait.deadline())
 
     HANDLERS = {(BROKER, "STATUS"): "on_status", (BROKER, "ERROR"): "on_error"}
+
+
+class Canceller(StatusClient):
+    """Asks the broker, once, to stop the run of a client: PID@HOST, as status shows it."""
+
+    def __init__(self, address: str, wait: Seconds, client: Tuple[int, str], by: str) -> None:
+        super().__init__(address, wait)
+        pid, host = client
+        self.client = f"{pid}@{printable(host)}"
+        self.question = "STOP", {"pid": pid, "host": host, "by": by}
+
+    def on_stop(self, message: Message) -> None:
+        self.joined = True
+        why = printable(message.fields.get("why", ""), 300)
+        stops = "stops when it is back: its connection is broken" \
+            if message.fields.get("away") else "stops now"
+        self.effects += [Notice(f"cannot stop {self.client}: {why}" if why else
+                                f"{self.client} {stops}", bool(why)), Exit(1 if why else 0)]
+
+    def on_error(self, message: Message) -> None:
+        """The broker does not understand us: only an older one knows no STOP."""
+        reason = printable(message.fields.get("reason", ""), 200)
+        self.effects += [Notice(
+            f"the broker at {self.address} cannot stop clients ({reason}): update it, or stop "
+            f"{self.client} on its own machine", True), Exit(3)]
+
+    HANDLERS = {(BROKER, "STOP"): "on_stop", (BROKER, "ERROR"): "on_error"}
 
 
 # === Reporting ========================================================================
@@ -10768,7 +10872,8 @@ class RouterLink(SocketLink):
         self.descriptor_of[peer] = descriptor
         self.key_of[peer] = key
         if self.keyed:
-            self.adapter.machine.identified(self.name, peer, key)
+            assert self.authenticator is not None
+            self.adapter.machine.identified(self.name, peer, key, self.authenticator.owns(key))
 
     def forget(self, peer: Peer, now: Seconds) -> None:
         descriptor = self.descriptor_of.pop(peer, -1)
@@ -11243,6 +11348,11 @@ class Authenticator:
         """Return whether a public key is accepted for this role."""
         return self.keys is None or (role, key) in self.allowed
 
+    def owns(self, key: str) -> bool:
+        """Return whether a public key is the cloud's own, and no holder's."""
+        pairs = self.keys.pairs if self.keys else {}
+        return key in {pair.public for pair in pairs.values()}
+
     def answer(self, now: Seconds) -> None:
         """Answer the ZAP requests that wait, one per handshake."""
         from zmq.utils import z85
@@ -11389,6 +11499,12 @@ def parse_duration(text: str) -> Seconds:
     return float(number) * units.get(text[len(number):], math.nan)
 
 
+def parse_client(text: str) -> Tuple[int, str]:
+    """Return the two parts of PID@HOST. Raises ValueError."""
+    pid, _, host = text.partition("@")
+    return int(pid), host
+
+
 LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text
          and text not in KNOWN_BY_LABEL, "label (of ASCII characters, without spaces)")
 # checked()'s arguments, by the option's name or else by the word for its value. No text may be
@@ -11399,6 +11515,8 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
                "host name (up to 64 characters, without spaces, / and ~)"),
     "LOGIN": (str, str.strip, "login"),
+    "PID@HOST": (parse_client, lambda client: count(client[0]) and all(client),
+                 "client (such as 4711@vm2)"),
     "--sync": (str, lambda text: True, "directory"),  # "" is the work tree around us
     "--exclude": (lambda text: (True, text), lambda rule: rule[1], "pattern"),
     "--include": (lambda text: (False, text), lambda rule: rule[1], "pattern"),
@@ -11422,7 +11540,7 @@ def option(usage: str, help: str, **settings: Any) -> Option:
     if value.startswith("-"):
         return Option((*names, value), {"action": "store_true", "help": help, **settings})
     kind = VALUE_TYPES.get(names[-1] if names else "") or VALUE_TYPES.get(value)
-    return Option(tuple(names) or (value.lower(),), {
+    return Option(tuple(names) or (settings.pop("dest", value.lower()),), {
         "metavar": value, "type": checked(*kind) if kind else None, "help": help, **settings})
 
 
@@ -11567,6 +11685,12 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--json", "as JSON, an object a line"),
             option("--wait TIME", "give up after so long (default: 5 s; with --watch: never)"),
             KEY, INSECURE, VERBOSE])]),
+    "cancel": ("stop the run of a client, which says who stopped it", [
+        ("which", [
+            option("PID@HOST", "the client, as status shows it", dest="client"),
+            CONNECT,
+            option("--wait TIME", "give up (status 3) after so long (default: 5 s)"),
+            KEY, INSECURE, VERBOSE])]),
     "keygen": ("make the key of a cloud, or a key for one role in it", [
         ("what to make", [
             option("FILE", f"where (default: {KEY_FILE} beside the script; with --role: "
@@ -11585,7 +11709,8 @@ testcloud.py client --local gzip -k {} ::: *.log        on this machine alone
 testcloud.py client -S alpha,beta --sync < file         on hosts, with our files
 
 """}
-USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "keygen": " [FILE]", "completion": " SHELL"}
+USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "cancel": " PID@HOST", "keygen": " [FILE]",
+         "completion": " SHELL"}
 
 
 def options_of(role: str) -> List[Option]:
@@ -13988,10 +14113,11 @@ def final_notices(summary: Summary, times: Sequence[float], slots: int) -> Itera
             yield advice_on_slots(all_spent, slots)
 
 
-# === Showing the status ===============================================================
+# === Showing the status, and cancel ===================================================
 #
 # status asks a broker and prints its tables. --watch on a terminal shows them on its alternate
-# screen; it gives that back at the end, on Ctrl-Z and after an error.
+# screen; it gives that back at the end, on Ctrl-Z and after an error. cancel asks a broker to stop
+# a client, and waits for it in the same way.
 
 STATUS_INTERVAL: Seconds = 1.0  # between updates of status --watch
 STATUS_WAIT: Seconds = 5.0  # for a broker, without --watch
@@ -14084,6 +14210,18 @@ class StatusScreen:
         notice = [[f"testcloud: {self.notice}"]] if self.notice else []
         lines = fit_to_screen([*notice, *self.tables], *screen_size(1))
         print_line("\033[H" + "\033[K\n".join(lines) + "\033[K\033[J")
+
+
+def run_cancel(settings: argparse.Namespace) -> int:
+    address = broker_address(settings, CLIENT_PORT)
+    keys = keys_to_connect(settings, CLIENT_ROLE, address)
+    by = f"{os.environ.get('USER') or f'user {os.getuid()}'}@{socket.gethostname()}"
+    machine = Canceller(address, settings.wait or STATUS_WAIT, settings.client, by)
+    with contextlib.closing(EventLoop(sockets=True)) as loop:
+        loop.on_signals(lambda status, now: loop.exit(status))
+        connect(loop, loop.add(machine, {}), address, CLIENT_ROLE, keys, settings)
+        loop.post(machine.tick)
+        return loop.run()
 
 
 # === Command line =====================================================================
@@ -14259,7 +14397,7 @@ def parse_with_own(argv: List[str]) -> argparse.Namespace:
 
 
 RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status": run_status,
-       "keygen": run_keygen, "completion": run_completion}
+       "cancel": run_cancel, "keygen": run_keygen, "completion": run_completion}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
