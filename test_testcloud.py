@@ -11573,13 +11573,14 @@ def naive_hash(results):
 
 
 class ReportingTest(unittest.TestCase):
-    def command(self, cmd, line=None):
-        command = tc.Command(next(self.ids), cmd, "/")
-        self.reports.lines.setdefault(command.id, (line or cmd, 0))
+    def command(self, cmd, line=None, name=""):
+        command = tc.Command(next(self.ids), cmd, "/", own={"name": name} if name else {})
+        if command.id not in self.reports.expected:
+            self.reports.expect(command.id, line or cmd, 0, name)
         return command
 
-    def report(self, cmd, exitcode=0, output=b"", tries=(), line=None, **result):
-        command = self.command(cmd, line)
+    def report(self, cmd, exitcode=0, output=b"", tries=(), line=None, name="", **result):
+        command = self.command(cmd, line, name)
         attempts = [*(tc.Try(*row) for row in tries), tc.Try(exitcode, result.get("host", "h"))]
         command.tries = dict(enumerate(attempts, 1))
         command.verdict = tc.verdict_of(attempts)
@@ -11683,6 +11684,36 @@ class ReportingTest(unittest.TestCase):
             "FAIL(126) z ⌚8.14ms\ntestcloud: no such directory\n\n"
             "Some commands failed :(\n"), text)
         self.assertRegex(text, r"Ran 4 commands in ⌚\d+\.\d\ds, result hash is [0-9a-f]{40}\n$")
+
+    def test_a_name_stands_for_the_command_in_all_reports_but_the_joblog(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for words, line in (("--tag", "unit/a\tout\n"), ("--live", "unit/a\tout\n"),
+                                ("--json", '"command": "make it", '), ("-b", "")):
+                out = self.text(words)
+                paths = [os.path.join(folder, name) for name in ("log", "page", "xml")]
+                self.reports.reporters += [
+                    make(path, what) for make, path, what in zip(
+                        (tc.JobLog, tc.HtmlReport, tc.JUnit), paths, ([], *[
+                            self.reports.store] * 2))]
+                command = self.command("make it", name="unit/a")
+                self.reports.live(tc.LiveOutput(command, 0, b"out\n"))
+                self.ids = iter([command.id])
+                self.report("make it", 1, b"out\n", name="unit/a", line="ignored")
+                self.end()
+                text = out.getvalue().decode()
+                self.assertIn(line, text, words)
+                self.assertIn("\n  FAIL(1) unit/a\n", text)
+                if words == "--json":
+                    self.assertEqual(json.loads(text.partition("\n")[0])["name"], "unit/a")
+                else:
+                    self.assertNotIn("make it", text)
+            log, page, xml = map(tc.read_text, paths)
+        self.assertTrue(log.endswith("\tmake it\n"))
+        self.assertEqual(Parsed(page).data()["commands"][0][1], "unit/a")
+        self.assertIn("<code>unit/a</code></h3>", page)
+        self.assertIn("exit code 1; command: make it; h, slot", page)
+        self.assertEqual(ET.fromstring(xml).find(".//testcase").get("name"), "unit/a")
+        self.assertIn("\ncommand: make it\n", xml)
 
     def test_brief_fail_only_slow_and_colour(self):
         out = self.text("--brief", "--fail-only", "--slow", "5", "--color", "always")
@@ -12478,6 +12509,8 @@ class ReportingTest(unittest.TestCase):
         client.window[3] = tc.Command(3, "not accepted yet", "/")
         self.assertEqual(tc.progress_notice(client, 1.0, 9.0),
                          "0/1+ done, 1 running, 1 worker, 1 slot; for 7 s: long\\x1b")
+        command.own = {"name": "its name"}
+        self.assertTrue(tc.progress_notice(client, 1.0, 9.0).endswith("for 7 s: its name"))
 
     def test_a_progress_notice_comes_when_nothing_else_was_written(self):
         client, bar, said = tc.Client("r1"), tc.ProgressLine(), []

@@ -6871,6 +6871,11 @@ class Command:
         self.verdict = OK  # valid when reported
 
     @property
+    def title(self) -> str:
+        """Return what reports call it."""
+        return self.own.get("name") or self.cmd
+
+    @property
     def rechecking(self) -> bool:
         """Return whether it passed, and is tried once more where it failed."""
         return self.provisional.get("exitcode") == 0
@@ -8040,7 +8045,8 @@ class Reports:
         self.files = files  # with --return
         self.reporters = list(reporters)
         self.provisional: Dict[int, Tuple[StoredResult, str]] = {}  # by command, as of put()
-        self.lines: Dict[int, Tuple[str, int]] = {}  # (line, occurrence) of unreported commands
+        # of unreported commands: (name, line, occurrence)
+        self.expected: Dict[int, Tuple[str, str, int]] = {}
         self.codes: Counter[str] = Counter()  # failures by kind
         self.failures: List[Outcome] = []  # the first NAMED_FAILURES
         self.passes: Counter[str] = Counter()  # passed commands by host
@@ -8049,8 +8055,9 @@ class Reports:
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
-    def expect(self, seq: int, line: str, occurrence: int = 0) -> None:
-        self.lines[seq] = line, occurrence
+    def expect(self, seq: int, line: str, occurrence: int = 0, name: str = "") -> None:
+        """Note a command of this input line. Reports call it by its name, if it has one."""
+        self.expected[seq] = name, name or line, occurrence
         for reporter in self.reporters:
             reporter.expect(seq)
 
@@ -8059,7 +8066,7 @@ class Reports:
 
     def live(self, effect: LiveOutput) -> None:
         id, data = effect.command.id, bytes(effect.data)
-        line, _ = self.lines[id]
+        _, line, _ = self.expected[id]
         self.tell_all(lambda reporter: reporter.live(id, line, effect.offset, data))
 
     def keep(self, effect: ProvisionalResult) -> None:
@@ -8083,7 +8090,7 @@ class Reports:
         self.store.results.append(stored)
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
-        line, occurrence = self.lines.pop(command.id)
+        name, line, occurrence = self.expected.pop(command.id)
         returned = self.files.finish(effect) if self.files else None
         outcome = Outcome(
             command.id, command.cmd, stored.exitcode, verdict,
@@ -8093,7 +8100,7 @@ class Reports:
             started=result.get("started", 0.0), spent=result.get("time", 0.0),
             signal=result.get("signal", 0), reason=lost or result.get("reason", ""),
             tries=tuple(tries), shown=command.shown, stored=stored, line=line,
-            occurrence=occurrence, returned=returned)
+            occurrence=occurrence, returned=returned, name=name)
         self.count(outcome, try_of(result).did_start)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
@@ -8672,7 +8679,7 @@ class ReturnedFiles:
             self.lacking += 1
             if self.lacking <= NAMED_FAILURES:
                 names, host = printable(", ".join(missing), 300), printable(result.get("host", "?"))
-                self.tell(f"{printable(command.cmd)} brought no {names} from {host}"
+                self.tell(f"{printable(command.title)} brought no {names} from {host}"
                           + (f": {printable(reason, 300)}" if reason else ""), False)
         return written
 
@@ -8757,7 +8764,7 @@ class Transcript(Reporter):
             only = f"FAILED ONLY ON {printable(outcome.only_on)}"
             style, words = "flaky", f"{only if outcome.only_on else 'FLAKY'}! "
         return self.paint(style, words) + self.paint(
-            style + " cmd", truncate_middle(escape_command(outcome.cmd)) + " ")
+            style + " cmd", truncate_middle(escape_command(outcome.title)) + " ")
 
     def started(self, commands: Optional[int]) -> None:
         if not self.brief and not self.quiet:
@@ -8776,7 +8783,7 @@ class Transcript(Reporter):
         if outcome.tries and outcome.verdict != OK:
             self.line(f"testcloud: {describe_tries(outcome, printable)}")
         if self.verbose:
-            print_notice(f"{printable(outcome.cmd)} ran on {printable(outcome.host or '?')}")
+            print_notice(f"{printable(outcome.title)} ran on {printable(outcome.host or '?')}")
 
     def ended(self, summary: Summary) -> None:
         if self.quiet and summary.all_passed():
@@ -8941,8 +8948,9 @@ class JsonLines(Reporter):
         fields = outcome._asdict()
         for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence"):
             del fields[name]
-        if outcome.returned is None:
-            del fields["returned"]
+        for name, there in (("returned", outcome.returned is not None), ("name", outcome.name)):
+            if not there:
+                del fields[name]
         fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
                       **text_fields("command", to_bytes(outcome.cmd)))
         self.put(self.line(dump_utf8(fields), outcome))
@@ -9174,7 +9182,7 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, troub
     frame = xml_text(xml_element("testsuites", "\n", suite, **totals))
     head, end, tail = frame.rpartition("</testsuite>")
     yield '<?xml version="1.0" encoding="UTF-8"?>\n' + head
-    names = unique_names([*(outcome.cmd for outcome in outcomes), WHOLE_RUN])
+    names = unique_names([*(outcome.title for outcome in outcomes), WHOLE_RUN])
     room = JUNIT_SIZE
     for outcome, shown in zip(outcomes, names):
         case = xml_element("testcase", name=shown, classname=name, time=in_seconds(outcome.spent))
@@ -9392,7 +9400,7 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
             ending += (f"; {outcome.host}, slot {outcome.slot} of {outcome.worker}, "
                        f"{duration(outcome.spent / 1000)}")
         yield (f'<article id="c{seq}"><h3><a href="#seq={seq}">{seq}</a> '
-               f"<code>{html_line(outcome.cmd)}</code></h3>\n"
+               f"<code>{html_line(outcome.title)}</code></h3>\n"
                f"<p>{html_badge(outcome.verdict)} {html_line(ending)}</p>\n{output(outcome)}")
         for one in outcome.tries:
             if one.output:
@@ -9436,7 +9444,7 @@ def one_line(text: str) -> str:
 
 
 def describe_ending(outcome: Outcome) -> str:
-    """Return the ending of a command, and its other tries, in words."""
+    """Return the ending of a command, its other tries, and the text if it has a name, in words."""
     words = [f"exit code {outcome.exitcode}"]
     if outcome.exitcode == TIMED_OUT:
         words.append("timed out")
@@ -9448,6 +9456,8 @@ def describe_ending(outcome: Outcome) -> str:
         words.append(f"failed only on {outcome.only_on}")
     if outcome.tries:
         words.append(describe_tries(outcome, str))
+    if outcome.name:
+        words.append(f"command: {outcome.cmd}")
     return "; ".join(words)
 
 
@@ -9475,7 +9485,7 @@ def html_data(outcomes: Sequence[Outcome]) -> Iterator[str]:
     for at, outcome in enumerate(outcomes):
         ending = one_line(describe_ending(outcome))
         yield (",\n" if at else "\n") + script_json((
-            outcome.seq, one_line(outcome.cmd), outcome.verdict, *bar(outcome),
+            outcome.seq, one_line(outcome.title), outcome.verdict, *bar(outcome),
             "" if ending == "exit code 0" else ending))
     tries = [(outcome.seq, one.exitcode, *bar(one))
              for outcome in outcomes for one in outcome.tries]
@@ -9889,7 +9899,7 @@ def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
     if not held:
         return text
     longest = min(held, key=lambda command: command.since)
-    return f"{text}; for {duration(now - longest.since, whole=True)}: {printable(longest.cmd)}"
+    return f"{text}; for {duration(now - longest.since, whole=True)}: {printable(longest.title)}"
 
 
 # === Status tables ====================================================================
