@@ -7939,6 +7939,77 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(exit_record.output.read(0, 99), b"x y kept \xff r\n")
         self.assertEqual(exit_record.slot, 1)
 
+    def test_a_wide_command_waits_for_its_slots_and_none_overtakes_it(self):
+        for name in "abw":
+            os.mkfifo(os.path.join(self.dir, name))
+        step = "echo {0}$TESTCLOUD_SLOTS >> order; read x < {0}"
+        narrow = [self.start(step.format(name), self.dir) for name in "ab"]
+        with self.ended:
+            self.assertTrue(self.ended.wait_for(lambda: len(self.began) == 2, PATIENCE))
+        wide = self.start(step.format("w"), self.dir, slots=3)
+        last = self.start("echo last >> order", self.dir)
+        self.assertEqual([*self.runner.waiting.values()], [wide, last])
+        for name in "awb":
+            self.assertNotIn(last.key, self.records)
+            with open(os.path.join(self.dir, name), "w") as fifo:
+                fifo.write("\n")
+        for job in (*narrow, wide, last):
+            self.assertEqual(self.result(job).exitcode, 0)
+        with open(os.path.join(self.dir, "order")) as file:
+            self.assertEqual(file.read().split()[2:], ["w3", "last"])
+
+    def test_wide_and_narrow_commands_take_no_more_slots_than_there_are(self):
+        taken, most, guard, run = [0], [0], threading.Lock(), self.runner.run
+
+        def counted(job, slot):
+            with guard:
+                taken[0] += job.slots
+                most[0] = max(most[0], taken[0])
+            try:
+                return run(job, slot)
+            finally:
+                with guard:
+                    taken[0] -= job.slots
+        self.runner.run = counted
+        r = random.Random(1)
+        jobs = [self.start("exit $((TESTCLOUD_SLOTS > 4))", "/no" if n % 9 == 8 else "/",
+                           slots=r.choice([1, 1, 1, 2, 3, 4, 9])) for n in range(60)]
+        self.assertEqual([self.result(job).exitcode for job in jobs],
+                         [tc.NOT_RUN if n % 9 == 8 else 0 for n in range(60)])
+        self.assertEqual(most[0], 4)
+        with self.runner.lock:
+            self.assertEqual((self.runner.free, self.runner.waiting), (4, {}))
+
+    def test_all_slots_of_a_wide_command_go_on_when_it_has_ended(self):
+        fifos = {}
+        for name in "ab":
+            os.mkfifo(os.path.join(self.dir, name))
+            fifos[name] = os.open(os.path.join(self.dir, name), os.O_RDWR)
+            self.addCleanup(os.close, fifos[name])
+        for cmd, slots in (("read x < a", 4), *[("read x < b", 1)] * 4):
+            self.runner.enqueue(tc.Job(("r", next(self.ids), 1), {
+                "cmd": cmd, "cwd": self.dir, "slots": slots}))
+        jobs = [*self.runner.waiting.values()]
+        self.runner.start_jobs(math.inf)  # all threads are there, and nobody calls it again
+        for name, began in (("a", 1), ("b", 5)):
+            with self.ended:
+                self.assertTrue(self.ended.wait_for(lambda n=began: len(self.began) == n, PATIENCE))
+            os.write(fifos[name], b"\n" * 4)
+        for job in jobs:
+            self.result(job)
+
+    def test_a_wide_command_that_waits_for_slots_lets_the_loop_sleep(self):
+        runner = tc.Runner(2, mock.Mock())  # without threads: we are a slot
+        self.addCleanup(runner.close)
+        runner.enqueue(tc.Job(("r", 1, 1), {"cmd": "x", "slots": 2}))
+        runner.free = 1
+        for deadline, woken in ((math.inf, 0), (-math.inf, 1)):
+            runner.start_deadline = deadline
+            with mock.patch.object(runner.lock, "wait", side_effect=InterruptedError), \
+                    self.assertRaises(InterruptedError):
+                runner.next_job()
+            self.assertEqual(runner.wake.call_count, woken)
+
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_commands_may_be_given_less_priority_than_we_have(self):
         ours = os.getpriority(os.PRIO_PROCESS, 0)
@@ -8177,7 +8248,7 @@ class RunnerTest(unittest.TestCase):
         self.assertEqual(self.run_one("kill -XFSZ $$")[0], 128 + signal.SIGXFSZ)
 
     def test_a_command_has_its_own_variables_instead_of_ours(self):
-        with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_RUN="x",
+        with mock.patch.dict(os.environ, TESTCLOUD_SEQ="77", TESTCLOUD_SLOTS="9", TESTCLOUD_RUN="x",
                              TESTCLOUD_BROKER="b"):
             self.runner = self.new_runner(1, "w1")
         job = tc.Job(("r", 5, 2), {"cmd": "env | grep ^TESTCLOUD_ | sort"})
@@ -8185,7 +8256,7 @@ class RunnerTest(unittest.TestCase):
         output = self.result(job).output
         self.assertEqual(output.read(0, 999).split(), [
             b"TESTCLOUD_ATTEMPT=2", b"TESTCLOUD_BROKER=b", b"TESTCLOUD_RUN=r", b"TESTCLOUD_SEQ=5",
-            b"TESTCLOUD_SLOT=1", b"TESTCLOUD_WORKER=w1"])
+            b"TESTCLOUD_SLOT=1", b"TESTCLOUD_SLOTS=1", b"TESTCLOUD_WORKER=w1"])
 
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):

@@ -5201,7 +5201,7 @@ class Process:
 
 # each command has its own values of these; ours may come from a parent testcloud
 COMMAND_VARIABLES = {b"PWD", b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT",
-                     b"TESTCLOUD_SLOT", b"TESTCLOUD_WORKER"}
+                     b"TESTCLOUD_SLOT", b"TESTCLOUD_SLOTS", b"TESTCLOUD_WORKER"}
 
 
 class Spawner:
@@ -5312,8 +5312,9 @@ def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> i
 #
 # Each slot is a thread, which waits for the one command that it runs. Slots share nothing
 # with the machines. The loop fills the queue and takes events. A free slot takes its next
-# job itself. Events wake the loop when the queue runs low, or after REPORT_DELAY. Not
-# concurrent.futures: it cannot hold jobs back when a lease ends.
+# job itself. A wide job runs in one thread while the threads of its other slots wait; none
+# overtakes it in the queue. Events wake the loop when the queue runs low, or after
+# REPORT_DELAY. Not concurrent.futures: it cannot hold jobs back when a lease ends.
 
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then the command is LOST (SPAWN)
 POLL_INTERVAL: Seconds = 0.02  # between checks where there is no pidfd
@@ -5403,7 +5404,8 @@ class Launcher:
         """Return the variables that the client has set, and the command's own."""
         run, id, attempt = job.key
         own = {"TESTCLOUD_RUN": run, "TESTCLOUD_SEQ": str(id), "TESTCLOUD_ATTEMPT": str(attempt),
-               "TESTCLOUD_SLOT": str(slot), "TESTCLOUD_WORKER": self.worker,
+               "TESTCLOUD_SLOT": str(slot), "TESTCLOUD_SLOTS": str(job.slots),
+               "TESTCLOUD_WORKER": self.worker,
                "PWD": job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")}
         return {to_bytes(name): to_bytes(value) for name, value in {**job.env, **own}.items()}
 
@@ -5532,7 +5534,7 @@ class Runner:
             with contextlib.suppress(OSError):
                 os.nice(nice)
         self.wake = wake
-        self.slots = slots
+        self.slots = self.free = slots
         self.launcher = Launcher(name)
         self.children_file = become_subreaper() if subreaper else -1
         self.oom_kills, self.oom_at = oom_kills(), -math.inf  # count, and time of its last increase
@@ -5552,6 +5554,7 @@ class Runner:
 
     def enqueue(self, job: Job) -> None:
         """Put a job into the queue. Call start_jobs() after the last one of a batch."""
+        job.slots = min(job.slots, self.slots)  # more would never be free
         with self.lock:
             self.waiting[job.key] = job
 
@@ -5655,17 +5658,23 @@ class Runner:
                                     reason=f"testcloud failed to run it: {error!r}")
             with self.lock:
                 self.processes.pop(job.key, None)  # still there if the start failed
+                self.free += job.slots if slot else 0
             self.report(job, record._replace(slot=slot), urgent=not slot)
 
     def next_job(self) -> Optional[Job]:
         """Wait for a job that may be started. Return it, or None after close()."""
         with self.lock:
             while not self.closing:
-                if self.waiting and time.monotonic() < self.start_deadline:
-                    key, job = self.waiting.popitem(last=False)
-                    self.processes[key] = Process()
-                    return job
-                if self.events or self.waiting:  # jobs wait if the deadline has just passed
+                late = bool(self.waiting) and time.monotonic() >= self.start_deadline
+                first = next(iter(self.waiting.values()), None)
+                if first and not late and first.slots <= self.free:
+                    del self.waiting[first.key]
+                    self.processes[first.key] = Process()
+                    self.free -= first.slots
+                    if self.waiting and self.free:  # a wide job has ended, or held others up
+                        self.lock.notify()
+                    return first
+                if self.events or late:  # the loop waits for a new lease
                     self.wake_loop()
                 self.lock.wait()
         return None
