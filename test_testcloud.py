@@ -1038,6 +1038,16 @@ class RegistryTest(unittest.TestCase):
         with self.assertRaises(tc.ProtocolError):
             self.registry.fingerprint_of(CLIENTS, b"c")
 
+    def test_a_run_is_stopped_with_its_own_key_or_that_of_the_cloud(self):
+        client = mock.Mock(run=tc.fingerprint("alice") + "r")
+        self.assertTrue(self.registry.may_stop(client, b"anybody"))  # there are no keys
+        for peer, own, may in ((b"alice", False, True), (b"eve", False, False), (b"", True, True)):
+            self.registry.identified(CLIENTS, peer, peer.decode(), own)
+            self.assertEqual(self.registry.may_stop(client, peer), may)
+        self.registry.forget_key(CLIENTS, b"")
+        self.registry.identified(CLIENTS, b"", "eve", False)
+        self.assertFalse(self.registry.may_stop(client, b""))
+
     def test_workers_of_one_user_on_one_host_are_found(self):
         first = self.worker("w1", b"1", user="ann")
         first.host = "vm"
@@ -2565,6 +2575,50 @@ class BrokerTest(unittest.TestCase):
             self.assertIn(("DONE", ((2, 1),)), said)
             self.assertTrue(any(verb == "CANCEL" and (1, 1) in tasks for verb, tasks in said))
             self.assertFalse(d.broker.registry.clients)
+
+    def test_a_run_is_stopped_by_the_name_that_status_shows(self):
+        d = self.desk
+        for peer, run, fields in (
+                (b"c", "r1", {"pid": 7, "host": "vm"}), (b"d", "r2", {"pid": 8, "host": "vm"}),
+                (b"e", "r3", {"pid": 9, "host": "vm"}), (b"f", "r4", {"pid": 9, "host": "vm"}),
+                (b"g", "r5", {"pid": 6, "host": "vm", "stops": False}), (b"h", "r6", {})):
+            d.hello(peer, run, **{"stops": True, **fields})
+        d.client(b"p", '{"cmd":"a"}')  # a plain one has no pid
+        for pid, host, why in (
+                (7, "vn", "there is no such client"), (9, "vm", "there are 2 clients"),
+                (6, "vm", "it is too old"), (5, "?", "there is no such client")):
+            d.client(b"x", tc.encode("STOP", {"pid": pid, "host": host}))
+            self.assertIn(why, tc.decode(d.expect(b"x", "STOP", away=False)[1])[1]["why"])
+        for line in ("STOP", 'STOP {"pid":7}', 'STOP {"host":"?","pid":0}'):
+            d.client(b"y", line)
+            d.expect(b"y", "ERROR", reason="STOP needs 'pid' and 'host'")
+        d.quiet()
+        d.client(b"x", 'STOP {"pid":7,"host":"vm","by":"kim@vm1"}')
+        d.expect(b"c", "STOP", by="kim@vm1")
+        d.expect(b"x", "STOP", why="", away=False)
+        d.quiet()
+
+    def test_a_client_that_is_away_when_it_is_stopped_is_told_when_it_joins_again(self):
+        for absence in (1, 1000):  # the second is longer than its lease
+            d = self.desk = Desk()
+            d.hello(b"c", "r1", pid=7, host="vm", stops=True)
+            d.submit(b"c", 1)
+            d.gone(CLIENTS, b"c")
+            d.client(b"x", 'STOP {"pid":7,"host":"vm","by":"kim@vm1"}')
+            d.expect(b"x", "STOP", why="", away=True)
+            d.wait(absence)
+            self.assertEqual("r1" in d.broker.registry.clients, absence == 1)
+            for peer in (b"c2", b"c3"):
+                d.hello(peer, "r1", [1], pid=7, host="vm", stops=True)
+                d.expect(peer, "STOP", by="kim@vm1")
+            d.hello(b"d", "r2", pid=7, host="vm", stops=True)
+            d.quiet()
+
+    def test_so_many_stopped_runs_are_remembered(self):
+        with mock.patch.object(tc, "MAX_STOPPED", 2):
+            for run in ("r1", "r2", "r3"):
+                self.desk.broker.registry.stop(mock.Mock(run=run), "kim@vm1")
+        self.assertEqual([*self.desk.broker.registry.stopped], ["r2", "r3"])
 
     def test_cancel_is_answered_when_the_worker_has_stopped(self):
         for below in ([], ["w"]):
@@ -4118,6 +4172,12 @@ class ChainTest(unittest.TestCase):
         self.assertIn("r1", clients)
         d.wait(d.broker.times.client_lease)
         self.assertNotIn("r1", clients)
+
+    def test_a_run_from_above_is_stopped_there(self):
+        d = self.desk
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1}', "r1")
+        d.client(b"x", 'STOP {"pid":7,"host":"vm"}')
+        self.assertIn(b"clients of the broker above are stopped there", d.expect(b"x", "STOP")[1])
 
     def test_it_announces_the_sum_of_slots_and_the_highest_weight(self):
         d = self.desk
@@ -5844,7 +5904,7 @@ class World:
                                       drain=actor.drain, labels=actor.labels, max_load=3.0)
         else:
             actor.machine = tc.Client(f"{self.mark(actor)}run{actor.name}", self.times,
-                                      options=actor.options)
+                                      options=actor.options, host=actor.name, pid=1)
             for cmd in actor.commands:
                 self.after(self.r.random() * 20, lambda cmd=cmd: self.add_command(actor, cmd))
             self.at(self.now + 20, lambda: self.do(actor, actor.generation,
@@ -6015,7 +6075,22 @@ class World:
     def interrupt(self, actor):
         if actor.role == "client" and not actor.plain and not self.spared(actor):
             self.seen["interrupt"] += 1
-            self.do(actor, actor.generation, lambda m: m.cancel(130, actor.clock(self.now)))
+            if actor.wants is None or self.r.random() < 0.7:
+                self.do(actor, actor.generation, lambda m: m.cancel(130, actor.clock(self.now)))
+            else:
+                self.stop_run(actor)
+
+    def stop_run(self, actor):
+        """The owner of the cloud stops a client's run."""
+        hub, line = actor.wants[0], tc.encode("STOP", {"pid": 1, "host": actor.name})
+        self.serial += 1
+        peer = b"owner%d" % self.serial
+
+        def hear(machine):
+            if self.keyed:
+                machine.identified(CLIENTS, peer, "owner", True)
+            machine.receive(CLIENTS, peer, "", line, b"", hub.clock(self.now))
+        self.do(hub, hub.generation, hear)
 
     def break_stream(self, actor):
         """Now, or after so many bytes more."""
@@ -6085,7 +6160,8 @@ class World:
         bad = {"id": rows[0][0], "attempt": rows[0][1]}
         words = [tc.encode(verb, fields) for verb, fields in (
             ("DONE", {"tasks": rows}), ("CANCEL", {"tasks": rows}), ("CANCEL", {}),
-            ("FETCH", dict(bad, offset=0, size=1)), ("BYE", {})) if link == CLIENTS] + [
+            ("FETCH", dict(bad, offset=0, size=1)), ("BYE", {}),
+            ("STOP", {"pid": 1, "host": actor.name, "by": "thief"})) if link == CLIENTS] + [
             tc.encode(verb, fields) for verb, fields in (
                 ("RESULT", dict(bad, exitcode=0, stdout="forged")), ("BYE", {}),
                 ("LOST", {"tasks": rows, "why": "forged"})) if link == WORKERS]
@@ -6097,6 +6173,7 @@ class World:
                 machine.receive(link, peer, token, line, b"", hub.clock(self.now))
                 assert peer not in machine.registry.run_of \
                     and peer not in machine.registry.workers, "a thief got in"
+                assert "thief" not in machine.registry.stopped.values(), "a thief stopped a run"
             self.do(hub, hub.generation, hear)
         say("", hello)
         for line in words:
@@ -11175,6 +11252,36 @@ class ClientTest(unittest.TestCase):
         self.assertEqual((self.client.reported, self.client.stopped, self.client.never_ran),
                          (1, 1, 2))
 
+    def test_a_stopped_run_says_who_did_it_and_ends_as_by_sigterm(self):
+        b = self.bench
+        self.assertTrue(self.client.greeting(True)["stops"])
+        self.join()
+        self.add("a", "b")
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        b.lines.clear()
+        b.effects.clear()
+        for _ in range(2):  # again, as after a new connection
+            b.hear('STOP {"by":"kim@vm1"}')
+        b.expect("CANCEL")
+        self.assertEqual(b.effect(tc.Notice), ("stopped by kim@vm1 (testcloud.py cancel)", True))
+        b.effect(tc.RunStarted)
+        b.quiet()
+        b.hear('LOST {"tasks":[[1,1],[2,1]],"why":"cancelled"}')
+        self.assertEqual(b.effect(tc.Exit).status, 143)
+        self.assertEqual((self.client.stopped, self.client.never_ran), (1, 1))
+
+    def test_an_interrupted_run_that_is_stopped_keeps_its_status(self):
+        b = self.bench
+        self.join()
+        self.add("a")
+        self.client.cancel(130, b.now)
+        b.collect()
+        b.effects.clear()
+        b.hear('STOP {"by":"kim@vm1"}')
+        self.assertFalse(b.effects)
+        b.hear('LOST {"tasks":[[1,1]],"why":"cancelled"}')
+        self.assertEqual(b.effect(tc.Exit).status, 130)
+
     @mock.patch.object(tc, "WINDOW", 3)
     def test_a_second_interrupt_counts_nothing_again(self):
         b = self.bench
@@ -11628,6 +11735,34 @@ class StatusClientTest(unittest.TestCase):
         self.assertIn("does not answer", b.effect(tc.Notice).text)
         b.hear(tc.encode("STATUS", MessagesTest.EXAMPLES["STATUS"]))
         self.assertIn("is over", b.effects[-1].text)
+
+
+class CancellerTest(unittest.TestCase):
+    def setUp(self):
+        self.bench = Bench(tc.Canceller("tcp://b:1", 5.0, (7, "vm"), "kim@vm1"))
+        self.bench.expect("STOP", pid=7, host="vm", by="kim@vm1")
+
+    def test_each_answer_ends_it(self):
+        for line, status, said in (
+                ('STOP {"why":""}', 0, "7@vm stops now"),
+                ('STOP {"why":"","away":true}', 0, "7@vm stops when it is back"),
+                ('STOP {"why":"no\\u001b"}', 1, r"cannot stop 7@vm: no\x1b"),
+                ('ERROR {"reason":"unknown verb"}', 3, "update it, or stop 7@vm on its own")):
+            with self.subTest(line):
+                self.setUp()
+                self.bench.hear(line)
+                self.assertIn(said, self.bench.effect(tc.Notice).text)
+                self.assertEqual(self.bench.effect(tc.Exit).status, status)
+
+    def test_it_asks_again_on_a_new_connection_and_gives_up_in_the_end(self):
+        b = self.bench
+        b.machine.disconnected(BROKER, b"", b.now)
+        b.machine.connected(BROKER, b.now)
+        b.collect()
+        b.expect("STOP", pid=7)
+        b.wait(10)
+        self.assertIn("gave up", b.effects[-2].text)
+        self.assertEqual((b.effects[-1].status, b.now), (3, 5.0))
 
 
 # === Reporting ========================================================================
@@ -15088,6 +15223,23 @@ class KeysTest(unittest.TestCase):
         again.send(hello % (run, 3))
         self.assertTrue(again.recv().startswith(b"OK"))
 
+    def test_a_run_is_stopped_with_the_key_that_began_it_or_with_the_clouds_own(self):
+        cloud = tc.read_keys(self.path)
+        alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
+        self.cloud.wait_for_log(self.broker, "read the keys again: of 2 holders")
+        one, _ = self.raw(self.broker.clients, alice, cloud.broker)
+        one.send(b'HELLO {"run":"%sr","join":1,"pid":7,"host":"vm","stops":true}'
+                 % tc.fingerprint(alice.public).encode())
+        self.assertTrue(one.recv().startswith(b"OK"))
+        for who, pair, may in ((b"eve", eve, False), (b"alice", alice, True),
+                               (b"owner", cloud.pairs["client"], True)):
+            with self.subTest(who):
+                other, _ = self.raw(self.broker.clients, pair, cloud.broker)
+                other.send(b'STOP {"pid":7,"host":"vm","by":"%s"}' % who)
+                self.assertEqual(b"it has another key" in other.recv(), not may)
+                if may:
+                    self.assertEqual(one.recv(), b'STOP {"by":"%s"}' % who)
+
     def test_an_authenticated_peer_cannot_act_for_another_role_or_run(self):
         cloud = tc.read_keys(self.path)
         alice, eve = (tc.read_keys(self.holder("client", name)).pairs["client"] for name in "ae")
@@ -15101,7 +15253,7 @@ class KeysTest(unittest.TestCase):
         worker.send(b'READY {"name":"%s","slots":5,"join":1}' % name)
         self.assertTrue(worker.recv().startswith(b"OK"))
         for at_workers in (b'{"cmd":"true","id":1,"attempt":1}', b'HELLO {"run":"x","join":1}',
-                           b"CANCEL"):
+                           b"CANCEL", b'STOP {"pid":7,"host":"vm"}'):
             worker.send(at_workers)
             self.assertIn(b"is not understood on the link to workers", worker.recv())
         fetch = b'FETCH {"id":1,"attempt":1,"offset":0,"size":9%s}'
@@ -17325,16 +17477,18 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "--max-load", "0"], ["broker", "--upstream-key", "/no/such"],
                      ["broker", "--key", "/no/such", "--insecure"], ["keygen", "--name", "x"],
                      ["keygen", "--role", "client", "--revoke", "x"],
-                     ["completion", "csh"], ["client", "--fail-fast=0"]):
+                     ["completion", "csh"], ["client", "--fail-fast=0"], ["cancel"],
+                     ["cancel", "7"], ["cancel", "7@"], ["cancel", "@vm"], ["cancel", "0@vm"],
+                     ["cancel", "-7@vm"], ["cancel", "7@vm", "8@vm"]):
             status, out, err = self.main(*argv)
             self.assertEqual((status, out, err.count("\n")), (2, "", 1), (argv, err))
             self.assertTrue(err.startswith("testcloud: "), err)
             self.assertNotIn(tc.NO_COMMANDS, err)  # of an option that is taken, but should not be
 
     def test_a_broker_elsewhere_needs_a_key(self):
-        for role in ("worker", "client", "status"):
+        for role in (["worker"], ["client"], ["status"], ["cancel", "7@vm"]):
             with mock.patch.object(tc, "find_key_file", lambda given: ""):
-                status, out, err = self.main(role, "--connect", "192.0.2.1", "--wait", "0.1")
+                status, out, err = self.main(*role, "--connect", "192.0.2.1", "--wait", "0.1")
             self.assertEqual((status, out), (2, ""))
             self.assertRegex(err,
                              "^testcloud: .* is on another machine, and trusted only with a key")
@@ -18107,6 +18261,29 @@ class ProcessesTest(unittest.TestCase):
             with open(pids) as file:
                 for pid in file.read().split():
                     self.cloud.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "end")
+
+    def test_a_run_is_stopped_from_elsewhere(self):
+        broker = self.cloud.broker()
+        self.cloud.worker(broker, "-j", "2")
+        pids = os.path.join(self.cloud.dir, "pids")
+        client = self.cloud.client(broker, [f"echo $$ >> {pids}; exec sleep 1000"] * 3, "--quiet",
+                                   wait=False)
+        self.cloud.wait_for(lambda: len(tc.read_text(pids).split()) == 2, "two starts")
+        shown = self.cloud.start("status", "--connect", broker.clients, "--json")
+        row, = json.loads(shown.communicate(timeout=PATIENCE)[0])["clients"]
+        for pid, status, said in ((1, 1, "cannot stop 1@.*: there is no such client"),
+                                  (row["pid"], 0, "stops now")):
+            cancel = self.cloud.start("cancel", "--connect", broker.clients,
+                                      f"{pid}@{row['host']}")
+            self.assertEqual(cancel.wait(PATIENCE), status)
+            self.assertRegex(self.cloud.err(cancel), f"^testcloud: .*{said}.*\n$")
+        code, out = self.cloud.finish(client)
+        self.assertEqual(code, 143)
+        self.assertIn("Not all commands were executed :(\nRan 0 commands in", out)
+        self.assertRegex(self.cloud.err(client), r"^testcloud: stopped by .*@.* \(testcloud.py "
+                         r"cancel\)\n.*interrupted: 0 commands reported, 2 stopped, 1 never ran\n$")
+        for pid in tc.read_text(pids).split():
+            self.cloud.wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), "end")
 
     def test_commands_of_a_nice_worker(self):
         broker = self.cloud.broker()

@@ -11832,6 +11832,13 @@ def unique_name(keys: Optional[Keys] = None) -> str:
     return f"{name}.{fingerprint(keys.pairs[WORKER_ROLE].public)}" if keys else name
 
 
+def user_name() -> str:
+    with contextlib.suppress(ImportError, KeyError):  # a container's user may have no name
+        import pwd  # late: only cancel needs it
+        return pwd.getpwuid(os.getuid()).pw_name
+    return f"user {os.getuid()}"
+
+
 def host_identity(given: Optional[str]) -> str:
     """Return NAME/ID of this machine. Clones differ in the boot's id, containers in the name."""
     marks = read_text("/etc/machine-id") + read_text("/proc/sys/kernel/random/boot_id")
@@ -14234,8 +14241,8 @@ class StatusScreen:
 def run_cancel(settings: argparse.Namespace) -> int:
     address = broker_address(settings, CLIENT_PORT)
     keys = keys_to_connect(settings, CLIENT_ROLE, address)
-    by = f"{os.environ.get('USER') or f'user {os.getuid()}'}@{socket.gethostname()}"
-    machine = Canceller(address, settings.wait or STATUS_WAIT, settings.client, by)
+    machine = Canceller(address, settings.wait or STATUS_WAIT, settings.client,
+                        f"{user_name()}@{socket.gethostname()}")
     with contextlib.closing(EventLoop(sockets=True)) as loop:
         loop.on_signals(lambda status, now: loop.exit(status))
         connect(loop, loop.add(machine, {}), address, CLIENT_ROLE, keys, settings)
