@@ -5828,7 +5828,8 @@ class World:
                 actor.rate, actor.offset = r.uniform(0.8, 1.2), r.uniform(0, 1e6)
             if actor.role == "client" and r.random() < 0.3:
                 actor.options = tc.RunOptions(timeout=r.choice([0, 3.0]), tries=r.choice([1, 3, 4]),
-                                         needs=r.choice([(), (), ("l",)]), serial=r.random() < 0.2)
+                                         needs=r.choice([(), (), ("l",)]),
+                                         lock="" if r.random() < 0.2 else None)
             if actor.name in ("w0", "p0") or r.random() < 0.2:
                 actor.labels = ("l",)
             if actor.role == "client" and r.random() < 0.05:
@@ -10079,8 +10080,17 @@ class ClientTest(unittest.TestCase):
         self.bench = b = Bench(self.client)
         b.expect("HELLO", run="r1", join=1, unreported=[])
 
-    def join(self, number=1, slots=2, workers=1):
-        self.bench.hear(tc.encode("OK", {"join": number, "slots": slots, "workers": workers}))
+    def join(self, number=1, slots=2, workers=1, **more):
+        self.bench.hear(tc.encode("OK", {
+            "join": number, "slots": slots, "workers": workers, **more}))
+
+    def begin(self, **options):
+        """Join with these options; the broker is of this version."""
+        self.client = tc.Client("r1", address="tcp://b:1", options=tc.RunOptions(**options))
+        self.bench = Bench(self.client)
+        self.bench.expect("HELLO")
+        self.join(resources=True)
+        return self.bench
 
     def add(self, *cmds, end=False):
         for cmd in cmds:
@@ -10612,9 +10622,7 @@ class ClientTest(unittest.TestCase):
 
     @mock.patch.object(tc, "RECHECK_WAIT", 0.5)
     def test_the_next_of_one_at_a_time_does_not_wait_for_a_busy_host(self):
-        self.client = tc.Client("r1", options=tc.RunOptions(tries=3, serial=True))
-        b = self.bench = Bench(self.client)
-        self.join()
+        b = self.begin(tries=3, fail_fast=1, lock="")
         self.add("a", "b")
         self.result(1, 1, 1, host="h")
         self.result(1, 2, 0, host="i")
@@ -11008,26 +11016,93 @@ class ClientTest(unittest.TestCase):
             self.assertEqual("".join(line[2]["cmd"] for line in self.bench.lines), order)
 
     def test_longest_first_only_where_it_may_help(self):
-        for options, slots in ((tc.RunOptions(serial=True), 2), (tc.RunOptions(), 1)):
+        for options, slots in ((tc.RunOptions(lock=""), 2), (tc.RunOptions(lock="db"), 2),
+                               (tc.RunOptions(), 1)):
             self.client = tc.Client("r1", options=options)
             self.client.timings = {"a": 1, "b": 5}
             self.bench = b = Bench(self.client)
-            b.answer(broker="b", slots=slots, workers=1, patience=30)
+            b.answer(broker="b", slots=slots, workers=1, patience=30, resources=True)
             self.add(*"ab", end=True)
             commands = [line[2]["cmd"] for line in b.lines if line[1] == "{"]
-            self.assertEqual(commands, ["a", "b"][:1 if options.serial else 2])
+            self.assertEqual(commands, ["a", "b"])
 
     def test_one_at_a_time(self):
-        self.client = tc.Client("r1", options=tc.RunOptions(serial=True))
-        b = self.bench = Bench(self.client)
-        b.expect("HELLO")
-        self.join()
+        """By the run's own lock. Only a failure that stops the run must be known here first."""
+        b = self.begin(lock="")
+        self.add(*"ab")
+        for cmd in "ab":
+            b.expect("{", cmd=cmd, lock="", needs=None)
+        b = self.begin(lock="", fail_fast=2)
         self.add(*"ab", end=True)
         b.expect("{", cmd="a")
         b.effect(tc.RunStarted)
         b.quiet()
-        self.result(1)
+        self.result(1, exitcode=1)
         b.expect("{", cmd="b")
+
+    def test_fields_of_a_command_replace_those_of_the_options(self):
+        b = self.begin(slots=2, lock="db", delay=0.5, timeout=3, needs=("gpu",), env={"A": "1"})
+        for own in ({}, {"slots": 1, "lock": "", "timeout": 0, "needs": [], "env": {}},
+                    {"slots": 9, "needs": ["x"], "name": "n"}):
+            self.client.add("a", "/d", own=own)
+        self.client.settle()
+        b.collect()
+        common = {"slots": 2, "lock": "db", "delay": 0.5, "timeout": 3, "env": {"A": "1"}}
+        b.expect("{", **common, needs=["gpu", tc.RESOURCES])
+        b.expect("{", slots=1, lock="", delay=0.5, timeout=0, needs=[], env={})
+        b.expect("{", **dict(common, slots=9), needs=["x", tc.RESOURCES])
+
+    def test_a_recheck_brings_its_exit_code_only_whatever_its_own_limit(self):
+        b = self.begin(tries=3)
+        self.client.add("a", "/d", own={"limit": 7})
+        self.client.settle()
+        b.collect()
+        b.expect("{", attempt=1, limit=7)
+        self.result(1, 1, 1, host="h")
+        b.expect("{", attempt=2, limit=7)
+        self.result(1, 2, 0, host="i")
+        b.expect("{", attempt=3, limit=1)
+
+    def test_a_broker_that_knows_no_locks_gets_no_command_that_needs_one(self):
+        for options, own in (({"lock": ""}, {}), ({"slots": 2}, {}), ({"delay": 1.0}, {}),
+                             ({}, {"lock": "db"}), ({}, {"slots": 2})):
+            self.client = tc.Client("r1", address="tcp://b:1", options=tc.RunOptions(**options))
+            b = self.bench = Bench(self.client)
+            b.expect("HELLO")
+            self.join(trees=True)
+            if not options:
+                self.add("fine")
+                b.expect("{", cmd="fine")
+                self.client.add("a", "/d", own=own)
+                self.client.settle()
+                b.collect()
+            b.expect("BYE")
+            self.assertFalse(b.lines)
+            notice, end = b.effects[-2:]
+            self.assertRegex(notice.text, "^the broker at tcp://b:1, or one above it, is older "
+                             "than this program, and knows no --slots-each and --lock: update it$")
+            self.assertEqual(end, tc.Exit(3))
+
+    def test_workers_that_know_no_locks_are_told_once(self):
+        b = self.begin(lock="db")
+        self.add("a")
+        b.expect("{")
+        for _ in range(2):
+            b.answer(slots=2, workers=2, resources=True, unfit=["h/1"])
+        self.assertEqual(b.effect(tc.Notice).text, "not used: h: an older version of this program "
+                         "runs there, which knows no --slots-each and --lock")
+        b.quiet()
+
+    def test_what_commands_wait_for_is_told(self):
+        b = self.begin(lock="db")
+        self.add("a", end=True)
+        b.expect("{")
+        b.effect(tc.RunStarted)
+        b.answer(slots=2, workers=1, resources=True, waits_for="lock db, held by 47@vm2")
+        b.wait(tc.NOTICE_DELAY)
+        self.assertEqual(b.effect(tc.Notice).text, "waiting for lock db, held by 47@vm2")
+        b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
+        self.assertEqual(b.effect(tc.Notice).text, "the wait is over, going on")
 
     def test_what_a_running_command_prints_is_asked_for(self):
         self.client = tc.Client("r1", options=tc.RunOptions(live=True))
@@ -11705,7 +11780,7 @@ class ClientTreesTest(unittest.TestCase):
         b.quiet()
         b.hear('OK {"beat":1,"slots":2,"workers":1}')
         notice = b.effect(tc.Notice)
-        self.assertIn("the broker at tcp://b:1 is older than this program", notice.text)
+        self.assertIn("is older than this program, and knows no --sync: update it", notice.text)
         b.expect("BYE")
         self.assertEqual(b.effect(tc.Exit).status, 3)
 

@@ -1165,7 +1165,8 @@ UNFIT = "unfit"  # no workspace can be made on this host
 FILES, SETUP = "files", "setup"  # how a workspace is prepared, while its commands take no slot
 TREES = "(trees)"  # label of workers that know trees; no user can give it
 RESOURCES = "(resources)"  # the same, of those that know slots and locks
-KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each and --lock"}  # for people
+# what versions with these labels know, the newest last; flags of OK have the same names
+KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each and --lock"}
 
 
 class Faults:
@@ -3508,7 +3509,8 @@ class Membership(Dispatcher):
                 "slots": self.scheduler.slots, "patience": self.times.client_lease}
 
     def state_for_client(self) -> Fields:
-        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()), trees=True)
+        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()), trees=True,
+                    resources=True)
 
     def unmet_needs(self, client: ClientRecord) -> Fields:
         """Return fields of OK about the workers that the client's commands lack or cannot use."""
@@ -6900,6 +6902,9 @@ class Command:
                 **{name: value for name, value in optional.items() if value}}
 
 
+TOO_LONG = f"a command is at most {MAX_COMMAND} bytes of JSON"
+
+
 def refusal(command: Command, line: bytes) -> str:
     """Return why a command is not submitted, with this line; "" if it is."""
     if command.wrong:
@@ -6908,8 +6913,7 @@ def refusal(command: Command, line: bytes) -> str:
         if not path_below(command.cwd, path):
             return (f"--return {printable(path) or repr('')} is no file below the directory of "
                     f"--sync")
-    too_long = len(line) > MAX_COMMAND - OTHER_FIELDS
-    return f"a command is at most {MAX_COMMAND} bytes of JSON" if too_long else ""
+    return TOO_LONG if len(line) > MAX_COMMAND - OTHER_FIELDS else ""
 
 
 class RunOptions(NamedTuple):
@@ -6923,7 +6927,9 @@ class RunOptions(NamedTuple):
     needs: Tuple[str, ...] = ()  # labels that the worker must have
     split: bool = False  # keep stdout and stderr apart
     live: bool = False  # show output while the command runs
-    serial: bool = False  # one command at a time
+    slots: int = 0  # of one worker, which each command takes; 0: one
+    lock: Optional[str] = None  # that each command needs; "": the run's own (--serial)
+    delay: Seconds = 0.0  # between two starts
     fail_fast: int = 0  # failures that stop the run; 0: never stop
     fail_on_flaky: bool = False  # flaky commands count as failed
     fail_on_missing: bool = False  # so do those that did not make a file of --return
@@ -6932,9 +6938,14 @@ class RunOptions(NamedTuple):
     def fields(self) -> Fields:
         """Return the fields that each command of the run has."""
         given = {"timeout": self.timeout, "limit": self.max_output, "env": self.env,
-                 "shell": self.shell, "needs": [*self.needs, *[TREES] * self.sync],
-                 "split": self.split}
-        return {name: value for name, value in given.items() if value}
+                 "shell": self.shell, "needs": [*self.needs], "split": self.split,
+                 "slots": self.slots, "lock": self.lock, "delay": self.delay}
+        return {name: value for name, value in given.items() if value or value == ""}
+
+
+def asks_resources(fields: Fields) -> bool:
+    """Return whether a broker must know RESOURCES to carry these fields out."""
+    return fields.get("slots", 1) > 1 or "lock" in fields or fields.get("delay", 0) > 0
 
 
 class RunStarted(NamedTuple):
@@ -7258,7 +7269,11 @@ class Client(SessionMachine):
         self.transfers_shown = False  # a progress line shows them
         self.notice_at: Seconds = math.inf  # else a notice does, then
         self.unfit: Dict[str, str] = {}  # hosts without a workspace, and why
-        self.old_hosts: Set[str] = set()  # hosts that know no trees
+        self.old_hosts: Set[str] = set()  # hosts with workers that are too old for our commands
+        self.asks = {label for label, asked in (  # what the broker must know
+            (TREES, options.sync), (RESOURCES, asks_resources(self.common))) if asked}
+        self.known: Set[str] = set()  # what it knows
+        self.waits_for = ""  # a lock and who has it, in words
         self.try_room = ALL_TRY_OUTPUTS  # bytes
         self.done: List[List[int]] = []  # [id, attempt] for the next DONE
         self.done_at: Seconds = math.inf  # its deadline
@@ -7298,6 +7313,8 @@ class Client(SessionMachine):
         this reason. Call settle() after the last one of a batch."""
         self.total += 1
         self.last_id += 1
+        if asks_resources(own):
+            self.asks.add(RESOURCES)
         self.backlog.append(Command(self.last_id, cmd, cwd, returns, own, wrong))
 
     def skip(self) -> None:
@@ -7312,6 +7329,7 @@ class Client(SessionMachine):
     def settle(self) -> None:
         self.start_run()
         if self.session.joined:
+            self.check_broker()
             self.fill_window()
         if self.done_at <= self.now or len(self.done) >= MAX_DONE:
             self.send_done()
@@ -7337,9 +7355,15 @@ class Client(SessionMachine):
             if self.announce_at < math.inf:
                 self.announce()
 
+    @property
+    def window_size(self) -> int:
+        """Return how many commands the broker may have. With --serial and --fail-fast it is one:
+        after a failure the next command must not start."""
+        return 1 if self.options.lock == "" and self.options.fail_fast else WINDOW
+
     def fill_window(self) -> None:
         """Submit commands if enough of the window is free."""
-        size = 0 if self.lacks_tree() else 1 if self.options.serial else WINDOW
+        size = 0 if self.left or self.lacks_tree() else self.window_size
         count = min(size - len(self.window), len(self.backlog))
         if self.timings or count < min(REFILL_FRACTION * size, len(self.backlog)):
             return
@@ -7351,7 +7375,7 @@ class Client(SessionMachine):
     def sort_backlog(self) -> None:
         """Put unknown commands first, then long ones, if the backlog is complete."""
         timings, self.timings = self.timings, {}
-        if self.input_ended and self.slots != 1 and not self.options.serial:
+        if self.input_ended and self.slots != 1 and self.options.lock is None:
             self.backlog = deque(sorted(
                 self.backlog, key=lambda command: -timings.get(command.cmd, math.inf)))
 
@@ -7372,7 +7396,12 @@ class Client(SessionMachine):
         if self.unfit:
             constraints["never_on"] = [*{*constraints.get("never_on", ()),
                                          *map(identity, self.unfit)}]
-        line = encode(COMMAND, {**constraints, **self.common, **command.fields()})
+        given = {**self.common, **command.own}
+        wide_or_locked = given.get("slots", 1) > 1 or bool(given.get("lock"))
+        labels = [TREES] * self.options.sync + [RESOURCES] * wide_or_locked
+        if labels:
+            given["needs"] = [*given.get("needs", ()), *labels]
+        line = encode(COMMAND, {**constraints, **given, **command.fields()})
         first = command.attempt == 1 and not command.submitted
         command.submitted = True
         wrong = refusal(command, line) if first else ""
@@ -7432,11 +7461,15 @@ class Client(SessionMachine):
                 "CHUNK", {**chunk, "size": len(data)}), data))
 
     def on_ok(self, message: Message) -> None:
-        if self.options.sync:
-            self.check_trees(message.fields)
+        self.known = {label for label in KNOWN_BY_LABEL if message.fields.get(label.strip("()"))}
+        self.check_broker()
+        if self.left:
+            return
+        self.tell_old_hosts(message.fields.get("unfit", ()))
         cloud = self.workers, self.slots, self.hosts = tuple(
             message.fields.get(name, 0) for name in ("workers", "slots", "hosts"))
-        self.lacks = printable(message.fields.get("lacks", ""), 300)
+        self.lacks, self.waits_for = (
+            printable(message.fields.get(name, ""), 300) for name in ("lacks", "waits_for"))
         waiting = self.host_wait.cloud_changed(cloud)
         for command in waiting if self.session.joined else ():
             self.next_attempt(command, "")
@@ -7445,19 +7478,23 @@ class Client(SessionMachine):
             self.fetcher.restart()
             self.resubmit()
 
-    def check_trees(self, fields: Fields) -> None:
-        """Tell which hosts know no trees. Give up if their broker does not."""
-        if not fields.get("trees") and not self.left:
+    def check_broker(self) -> None:
+        """Give up if the broker is too old for our commands."""
+        if not self.asks <= self.known and not self.left:
             self.effects.append(Notice(
-                f"the broker at {self.address} is older than this program, and knows no --sync: "
-                "update it", True))
+                f"the broker at {self.address}, or one above it, is older than this program, and "
+                f"knows no {KNOWN_BY_LABEL[min(self.asks - self.known)]}: update it", True))
             self.leave(3)
-        new = {*map(self.host_names.name_of, fields.get("unfit", ()))} - self.old_hosts
+
+    def tell_old_hosts(self, hosts: Iterable[str]) -> None:
+        """Tell once which hosts have workers that are too old for our commands."""
+        new = {*map(self.host_names.name_of, hosts)} - self.old_hosts
         self.old_hosts |= new
-        if new:
+        if new and self.asks:
+            newest = [what for label, what in KNOWN_BY_LABEL.items() if label in self.asks][-1]
             self.effects.append(Notice(
                 f"not used: {printable(', '.join(sorted(new)), 300)}: an older version of this "
-                "program runs there, which knows no --sync"))
+                f"program runs there, which knows no {newest}"))
 
     def resubmit(self) -> None:
         """Submit all commands again, and repeat SHUN and CANCEL."""
@@ -7621,7 +7658,7 @@ class Client(SessionMachine):
 
     def stop_rechecking(self) -> None:
         """Report overdue rechecks as passed."""
-        rest = not self.options.serial and (self.backlog or not self.input_ended)
+        rest = len(self.window) < self.window_size and (self.backlog or not self.input_ended)
         alone = not rest and 0 < len(self.window) == len(self.rechecks.commands)
         for command in self.rechecks.overdue(alone, self.now):
             self.report(command, command.provisional)
@@ -7847,10 +7884,13 @@ def slot_wait_reason(client: Client) -> str:
     if client.expecting:
         return (f"waiting for more hosts to connect: {client.connected_hosts} of "
                 f"{client.wanted_hosts} are there, and cannot run what is left")
-    which = str(client.slots)
-    if client.options.needs:
-        which = f"of workers with {label_words(client.options.needs)}"
-    never_on = next(iter(client.window.values())).constraints.get("never_on", ())
+    if client.waits_for:
+        return f"waiting for {client.waits_for}"
+    which, first = str(client.slots), next(iter(client.window.values()))
+    needs = first.own.get("needs", client.options.needs)
+    if needs:
+        which = f"of workers with {label_words(needs)}"
+    never_on = first.constraints.get("never_on", ())
     if never_on:
         which = f"of hosts other than {printable(', '.join(never_on), 300)}"
     return f"waiting for a free slot: all {which} are busy, or the broker has just been started"
@@ -11529,7 +11569,8 @@ LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text
 # checked()'s arguments, by the option's name or else by the word for its value. No text may be
 # empty: that comes from a variable of the shell that is not set.
 VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
-    "--slots": (int, lambda n: n >= 1 and slot_count(n), "number of slots"),
+    "--slots": (int, width, "number of slots"), "--slots-each": (int, width, "number of slots"),
+    "--lock": (str, lambda text: text and lock_name(text), "name (up to 200 characters)"),
     "--nice": (int, count, "number"), "--label": LABEL, "--need": LABEL,
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
                "host name (up to 64 characters, without spaces, / and ~)"),
@@ -11599,7 +11640,7 @@ SHELLS = ("bash", "zsh", "fish")
 # or an error, or the help of a worker
 HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--cache",
           "--quiet", "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval",
-          "--missed-oks"}
+          "--missed-oks", "--serial", "--delay", "--fail-on-missing"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -11632,6 +11673,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
         ("what to run", [
             option("TEMPLATE", "command: {} is the line, {#} its number, {.} {/} {//} {/.} parts, "
                    "{1} a column; then ::: ARGS or :::: FILES", nargs=argparse.REMAINDER),
+            option("--jsonl", "lines are JSON objects: cmd, name, env, slots, lock..."),
             option("-0 --null", "NUL ends a line of stdin, not newline"),
             option("-n --max-args N", "so many lines for each command", default=1),
             option("--colsep REGEX", "what separates the columns of a line"),
@@ -11639,7 +11681,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--env NAME", "set a variable as it is here; also: NAME=VALUE",
                    action="append", default=[]),
             option("--shell PATH", "shell of the commands, path or name (default: /bin/sh)"),
-            option("--return FILE", "bring this file of each command back, to the same place",
+            option("--return FILE", "bring this file of each command back; --fail-on-missing",
                    action="append", default=[], dest="returns"),
             option("--dry-run", "only print the commands; --sync-list: what goes along"),
             option("--sync-list", "only print sizes and names of the files that go along"),
@@ -11660,7 +11702,10 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("-j --slots N", "commands at once, here or on each host (default: CPUs)",
                    default=0),
             option("--need NAME", "only on workers with this --label", action="append", default=[]),
+            option("--slots-each N", "slots that each command takes (default: 1)", default=0),
+            option("--lock NAME", "one at a time in the cloud; --serial, --delay TIME"),
             option("--serial", "one command at a time"),
+            option("--delay TIME", "at least so long between two starts", default=0.0),
             KEY, INSECURE, WAIT]),
         ("failures", [
             option("--timeout TIME", "stop a command that runs longer: 500ms, 30s, 5m, 2h, 1d",
@@ -11692,7 +11737,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
                    const=None)]),
         ("reports", [
             option("--joblog FILE", "a line for each result, as of GNU parallel"),
-            option("--resume", "skip commands in the joblog; --resume-failed: passed ones"),
+            option("--resume", "skip commands in the joblog; --resume-failed: passed"),
             option("--resume-failed", "skip commands that passed by the joblog"),
             option("--junit FILE", "JUnit XML, for Jenkins, GitLab and GitHub"),
             option("--html FILE", "a page with a picture of the run"),
@@ -13348,7 +13393,8 @@ def read_hashes(path: str) -> Dict[str, List[Any]]:
 # A client's arguments are TEMPLATE [::: ARGUMENTS]..., as in GNU parallel. Rows of arguments
 # come from stdin, from files or from the command line. Each row fills the template's
 # placeholders, quoted for the shell, and makes a command. A template that would do something
-# else than it seems to say is refused, above all one with a placeholder within quotes.
+# else than it seems to say is refused, above all one with a placeholder within quotes. With
+# --jsonl a row is an object, with fields of the protocol's command and without a template.
 
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
 SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments or files; + links to those before
@@ -13464,6 +13510,11 @@ def split_sources(words: List[str]) -> Tuple[List[str], List[Tuple[str, List[str
         (words[at], words[at + 1:end]) for at, end in zip(marks, ends)]
 
 
+def columns(sources: List[Tuple[str, List[str]]]) -> int:
+    """Return how many arguments these sources make for a command."""
+    return sum(len(files) if mark.startswith("::::") else 1 for mark, files in sources)
+
+
 def joined(rows: Iterable[Iterable[Arguments]]) -> Iterator[Arguments]:
     """Make one row of several, each time."""
     return (tuple(itertools.chain.from_iterable(row)) for row in rows)
@@ -13476,7 +13527,8 @@ def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
         lists: List[Iterable[str]] = [words]
         if mark.startswith("::::"):
             lists = [read_lines(open_input(path), settings.null) for path in words]
-            if len(settings.sources) < 2 > len(lists):  # else a blank line is an argument, too
+            # else a blank line is an argument, too, or counts in the numbers of lines
+            if len(settings.sources) < 2 > len(lists) and not settings.jsonl:
                 lists = [filter(str.strip, lists[0])]
         for lines in lists:
             split = settings.colsep.split if settings.colsep else lambda line: [line]
@@ -13490,7 +13542,8 @@ def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
     if settings.max_args > 1:
         single = found
         found = joined(iter(lambda: [*itertools.islice(single, settings.max_args)], []))
-    return (row for row in found if settings.template or "".join(row).strip())
+    all_rows = settings.template or settings.jsonl
+    return (row for row in found if all_rows or "".join(row).strip())
 
 
 def open_input(path: str) -> int:
@@ -13518,6 +13571,94 @@ def bounded_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
         rest = last[:MAX_COMMAND + 1]
     if rest:
         yield rest
+
+
+# --- commands
+
+# fields that a line of --jsonl may have; our client sets the others
+LINE_FIELDS: Dict[str, Check] = {
+    "cmd": text, "name": described("a text, and not empty", lambda value: text(value) and value),
+    **{name: MESSAGES[COMMAND].may_have[name] for name in (
+        "cwd", "env", "timeout", "needs", "slots", "lock", "delay", "shell", "limit", "return")}}
+
+
+def parse_line(line: str) -> Fields:
+    """Return the fields in a line of --jsonl. Raises ProtocolError."""
+    if len(to_bytes(line)) > MAX_COMMAND:
+        raise ProtocolError(TOO_LONG)
+    try:
+        fields = load(line)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"it is no JSON: {str(error).replace('line 1 ', '')[:80]}") from None
+    if not isinstance(fields, dict) or "cmd" not in fields:
+        raise ProtocolError('it is no JSON object with a "cmd"')
+    for name, value in fields.items():
+        if name not in LINE_FIELDS:
+            raise ProtocolError(f'unknown field "{printable(name, 50)}"; there are: '
+                                + ", ".join(LINE_FIELDS))
+        if not LINE_FIELDS[name](value):
+            raise ProtocolError(f'"{name}" must be {LINE_FIELDS[name].__doc__}')
+    return fields
+
+
+class InputCommand(NamedTuple):
+    """A command as the input and the options have it."""
+
+    cmd: str
+    line: str  # the row of the input; with --jsonl the name, or else the command
+    cwd: str
+    returns: Sequence[str]
+    own: Fields = {}  # see Command
+    wrong: str = ""  # why it cannot be run
+
+
+class CommandMaker:
+    """Makes a command of each row of the input."""
+
+    def __init__(self, settings: argparse.Namespace, options: RunOptions) -> None:
+        self.settings = settings
+        self.options = options
+        self.top = None if settings.sync is None else working_tree_top(settings.sync)
+        self.cwd = self.place(settings.cwd)
+
+    def place(self, given: Optional[str]) -> str:
+        """Return the directory of commands with this --cwd. Raises UsageError."""
+        return working_directory(given) if self.top is None else directory_within(self.top, given)
+
+    def make(self, row: Arguments, seq: int) -> Optional[InputCommand]:
+        """Return the command of this row; seq is its number. None: it is a blank line."""
+        if self.settings.jsonl:
+            if not row[0].strip():
+                return None
+            try:
+                return self.make_of_object(row[0], seq)
+            except (ProtocolError, UsageError) as error:
+                return InputCommand(row[0], row[0], self.cwd, (), wrong=f"line {seq}: {error}")
+        return InputCommand(fill_template(self.settings.template, row, seq), " ".join(row),
+                            self.cwd, self.returns(row, seq))
+
+    def make_of_object(self, line: str, seq: int) -> InputCommand:
+        own = parse_line(line)
+        cmd: str = own.pop("cmd")
+        title: str = own.get("name", cmd)
+        cwd, returns = own.pop("cwd", None), own.pop("return", None)
+        if returns and self.settings.sync is None:
+            raise ProtocolError('"return" needs --sync')
+        if "env" in own:
+            own["env"] = {**self.options.env, **own["env"]}
+        return InputCommand(cmd, title, self.cwd if cwd is None else self.place(cwd),
+                            self.returns((title,), seq) if returns is None else returns, own)
+
+    def line_of(self, command: InputCommand) -> bytes:
+        """Return a line of --jsonl that makes this command without the options."""
+        fields = {"cmd": command.cmd, "cwd": os.path.join(*filter(None, (self.top, command.cwd))),
+                  **self.options.fields(), **command.own}
+        if command.returns:
+            fields["return"] = command.returns
+        return encode(COMMAND, {name: fields[name] for name in fields if name in LINE_FIELDS})
+
+    def returns(self, row: Arguments, seq: int) -> List[str]:
+        return [fill_placeholders(file, row, seq) for file in self.settings.returns]
 
 
 class InputReader:
@@ -13575,8 +13716,7 @@ def run_client(settings: argparse.Namespace) -> int:
     check_client(settings, words)
     if settings.sync_list:
         return print_tree(settings)
-    counts = [len(files) if mark.startswith("::::") else 1 for mark, files in settings.sources]
-    most = math.inf if settings.colsep else max(settings.max_args, sum(counts))
+    most = math.inf if settings.colsep else max(settings.max_args, columns(settings.sources))
     settings.template = check_template(words, most)
     check_returns(settings.returns, most)
     if sys.stdout is None:
@@ -13584,9 +13724,8 @@ def run_client(settings: argparse.Namespace) -> int:
     if settings.dry_run:
         return print_commands(settings)
     settings.logins = logins_of(settings)
-    if settings.need and (settings.local or settings.logins):
-        where = "--local this machine runs" if settings.local else "-S all hosts run"
-        print_notice(f"with {where} everything, whatever --need says")
+    if settings.need and runs_all(settings):
+        print_notice(runs_all(settings))
         settings.need = []
     if settings.local:
         return supervise(lambda control: client_process(settings, "this machine", control))
@@ -13619,6 +13758,10 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             (any(mark.startswith("::::") and not files for mark, files in sources),
              "there is no file after ::::"),
             (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
+            (settings.jsonl and (words or several or settings.colsep or columns(sources) > 1),
+             "--jsonl reads objects from one source: without TEMPLATE, -n and --colsep"),
+            (settings.serial and settings.lock,
+             "--serial and --lock are locks, and a command has one: choose one"),
             (not words and (several or settings.colsep),
              "-n and --colsep need a TEMPLATE, for the arguments that they make"),
             (settings.fail_on_missing and not settings.returns,
@@ -13629,21 +13772,36 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
             raise UsageError(why)
 
 
+def runs_all(settings: argparse.Namespace) -> str:
+    """Return a notice if labels mean nothing, because no worker can have one; or ""."""
+    where = "--local this machine runs" if settings.local else "-S all hosts run"
+    alone = settings.local or settings.logins
+    return f"with {where} everything, whatever --need and \"needs\" say" if alone else ""
+
+
 NO_COMMANDS = ("no commands in the input: did the program fail that writes them? (if there may be "
                "none: --allow-empty)")
 
 
 def print_commands(settings: argparse.Namespace) -> int:
     """Print what would be run. Returns the exit status."""
-    earlier, seq = earlier_run(settings), 0
+    earlier, maker = earlier_run(settings), CommandMaker(settings, run_options(settings))
+    found, status = False, 0
     stdout = BlockingFile(1, "w", closefd=False)
     with file_errors("write to", "stdout"), io.BufferedWriter(stdout) as out:
-        for seq, arguments in enumerate(read_arguments(settings), 1):
-            command = fill_template(settings.template, arguments, seq)
-            if not earlier.has_done(command, earlier.next_occurrence(command)):
-                out.write(to_bytes(command + "\n"))
-    if seq or settings.allow_empty:
-        return 0
+        for seq, row in enumerate(read_arguments(settings), 1):
+            command = maker.make(row, seq)
+            found |= command is not None
+            if command is None:
+                continue
+            if command.wrong:
+                print_notice(command.wrong)
+                status = 1
+            elif not earlier.has_done(command.cmd, earlier.next_occurrence(command.cmd)):
+                out.write((maker.line_of(command) if settings.jsonl else to_bytes(command.cmd))
+                          + b"\n")
+    if found or settings.allow_empty:
+        return status
     print_notice(NO_COMMANDS)
     return 2
 
@@ -13893,26 +14051,27 @@ class ClientRun:
         self.settings = settings
         self.client = client
         self.loop = loop
-        self.top = None if settings.sync is None else working_tree_top(settings.sync)
-        self.cwd = working_directory(settings.cwd) if self.top is None \
-            else directory_within(self.top, settings.cwd)
+        self.maker = CommandMaker(settings, client.options)
+        top = self.maker.top
         self.earlier = earlier_run(settings)
         store = ResultStore(settings.raw)
         self.display = Display(settings, store, self.output_failed, client)
+        self.told_needs = False
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
-        self.files = ReturnedFiles(self.top or "", self.tell, not settings.fail_on_missing,
+        self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
-            Timings(cache_path("timings.json"))], self.files if settings.returns else None)
+            Timings(cache_path("timings.json"))], self.files if top is not None and (
+                settings.returns or settings.jsonl) else None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
             ReturnedPart: self.files.put_part, ProvisionalResult: reports.keep,
             FinalResult: reports.report,
             Notice: lambda effect: self.tell(effect.text, effect.error)})
-        if self.top is not None:
+        if top is not None:
             self.tree = TreeReader(
-                loop, client, working_tree(settings, self.top, self.cwd), self.tell)
+                loop, client, working_tree(settings, top, self.maker.cwd), self.tell)
             self.adapter.effects[AnswerFetch] = self.tree.answer
         progress = progress_of(settings, client, self.display.out)
         client.transfers_shown = progress is not None and not progress.interval
@@ -13920,15 +14079,23 @@ class ClientRun:
 
     def add(self, arguments: Arguments) -> None:
         """Add the command for a row of the input, unless an earlier run has done it."""
-        command = fill_template(self.settings.template, arguments, self.client.last_id + 1)
-        occurrence = self.earlier.next_occurrence(command) if self.settings.joblog else 0
-        if self.earlier.has_done(command, occurrence):
-            self.client.skip()
-        else:
-            returns = [fill_placeholders(file, arguments, self.client.last_id + 1)
-                       for file in self.settings.returns]
-            self.client.add(command, self.cwd, returns)
-            self.reports.expect(self.client.last_id, " ".join(arguments), occurrence)
+        settings, client = self.settings, self.client
+        command = self.maker.make(arguments, client.last_id + 1)
+        if command is None:
+            client.skip()
+            return
+        occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
+        if self.earlier.has_done(command.cmd, occurrence):
+            client.skip()
+            return
+        if command.own.get("needs") and runs_all(settings):
+            command.own["needs"] = []
+            if not self.told_needs:
+                self.tell(runs_all(settings))
+            self.told_needs = True
+        client.add(command.cmd, command.cwd, command.returns, command.own, command.wrong)
+        self.reports.expect(
+            client.last_id, command.line, occurrence, command.own.get("name", ""))
 
     def interrupt(self, status: int, now: Seconds) -> None:
         if self.client.left:  # only the display is still being written
@@ -13985,11 +14152,23 @@ class ClientRun:
         self.loop.status = None
         self.display.end(lambda: self.loop.post(lambda now: self.loop.exit(status)))
         status = self.loop.run()
-        slots = 0 if settings.serial else client.slots
+        alike = not (settings.jsonl or settings.serial or settings.lock or settings.delay)
+        slots = client.slots // (settings.slots_each or 1) if alike else 0
         self.files.tell_rest()
         for line in final_notices(summary, self.reports.times, slots):
             self.tell(line, line == summary.wrong_hash)
         return status
+
+
+def run_options(settings: argparse.Namespace) -> RunOptions:
+    """Return the options of a run. Raises UsageError."""
+    return RunOptions(
+        settings.timeout, settings.retries, settings.max_output, added_environment(settings),
+        settings.shell, tuple(settings.need), split=settings.raw, live=settings.live,
+        slots=settings.slots_each, lock="" if settings.serial else settings.lock,
+        delay=settings.delay, fail_fast=settings.fail_fast,
+        fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing,
+        sync=settings.sync is not None)
 
 
 def client_process(settings: argparse.Namespace, address: str, control: int) -> int:
@@ -13997,14 +14176,8 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     alone = settings.local or settings.logins  # no broker elsewhere
     keys = None if alone else keys_to_connect(settings, CLIENT_ROLE, address)
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
-    options = RunOptions(
-        settings.timeout, settings.retries, settings.max_output, added_environment(settings),
-        settings.shell, tuple(settings.need), split=settings.raw, live=settings.live,
-        serial=settings.serial, fail_fast=settings.fail_fast,
-        fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing,
-        sync=settings.sync is not None)
     client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
-                    options, os.getpid())
+                    run_options(settings), os.getpid())
     client.timings = known_timings(settings)
     source = read_arguments(settings)
     with contextlib.ExitStack() as stack:
@@ -14323,7 +14496,7 @@ FOREIGN_OPTIONS = {
         "--sync takes the whole directory along, and --return FILE brings files back",
     "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
     "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
-    "--sem --semaphore": "--serial",
+    "--sem --semaphore --id": "--lock NAME",
     "-M --controlmaster --sshdelay": "few logins are under way at once; see ssh_config(5)",
     "-t --silent": "--verbose", "--retry": "did you mean --retries?"}
 
@@ -14396,7 +14569,8 @@ def separate_template(argv: List[str]) -> List[str]:
 
 
 # of each group, those on the command line replace those of $TESTCLOUD
-EXCLUSIVE = (("local", "connect", "sshlogin", "sshloginfile", "via"), ("raw", "json", "live"))
+EXCLUSIVE = (("local", "connect", "sshlogin", "sshloginfile", "via"), ("raw", "json", "live"),
+             ("serial", "lock"))
 
 
 def parse_with_own(argv: List[str]) -> argparse.Namespace:
