@@ -17198,6 +17198,7 @@ class CommandLineTest(unittest.TestCase):
                 ("--pipe x", "no stdin"), ("--bar", "--progress"),
                 ("--retry 2 x", "mean --retries?"),
                 ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
+                ("--semaphore --id a x", "--lock NAME"),
                 ("--joblgo=x ls", "--joblog?"), ("-q x", "one word"), ("--group x", "never"),
                 ("--block 1k x", "no option --block (see")):
             status, out, err = self.main("client", *words.split())
@@ -17270,6 +17271,87 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.main_process("client", "--dry-run", "echo {2}{1}",
                                            "::::", log, log)[:2],
                          (0, "echo aa\necho ba\necho ab\necho bb\n"))
+
+    def test_wrong_lines_of_json_say_why(self):
+        for line, why in (
+                ("ls", "no JSON: Expecting value: column 1"), ("7", 'no JSON object with a "cmd"'),
+                ('{"name": "x"}', 'no JSON object with a "cmd"'), ("[" * 10**5, "it is no JSON"),
+                ('{"cmd": NaN}', "NaN is no JSON"), ('{"cmd": 1}', '"cmd" must be a text'),
+                ('{"cmd": "a", "id": 1}', 'unknown field "id"; there are: cmd, name, cwd'),
+                ('{"cmd": "a", "a\\nb": 1}', r'unknown field "a\nb"'),
+                ('{"cmd": "a", "name": ""}', '"name" must be a text, and not empty'),
+                ('{"cmd": "a", "slots": true}', '"slots" must be a whole number from 1'),
+                ('{"cmd": "a", "slots": 0}', '"slots" must be'),
+                ('{"cmd": "a", "lock": null}', '"lock" must be a text of at most 200'),
+                ('{"cmd": "a", "env": {"A=": ""}}', '"env" must be an object of texts'),
+                ('{"cmd": "a", "timeout": -1}', '"timeout" must be a number, 0 or more'),
+                ('{"cmd": "a", "needs": "gpu"}', '"needs" must be a list of texts'),
+                ('{"cmd": "a"' + " " * tc.MAX_COMMAND, "a command is at most")):
+            with self.assertRaises(tc.ProtocolError) as caught:
+                tc.parse_line(line)
+            self.assertIn(why, str(caught.exception))
+
+    def test_a_dry_run_of_json_prints_lines_that_need_no_options(self):
+        lines = ['{"cmd": "a", "name": "x/y", "slots": 1, "timeout": 0, "lock": ""}', "",
+                 '{"cmd": "b\u2603", "cwd": "sub", "env": {"B": "2"}}', "wrong"]
+        options = ["--slots-each=2", "--lock=db", "--delay=2s", "--env=A=1", "--timeout=3s",
+                   "--need=gpu", "--shell=bash", "--max-output=1k", "--raw"]
+        status, out, err = self.main_process("client", "--dry-run", "--jsonl", *options, ":::",
+                                             *lines)
+        self.assertEqual((status, err), (
+            1, "testcloud: line 4: it is no JSON: Expecting value: column 1 (char 0)\n"))
+        common = {"cwd": os.getcwd(), "timeout": 3, "limit": 1024, "env": {"A": "1"},
+                  "shell": "bash", "needs": ["gpu"], "slots": 2, "lock": "db", "delay": 2}
+        self.assertEqual([*map(json.loads, out.splitlines())], [
+            {**common, "cmd": "a", "name": "x/y", "slots": 1, "timeout": 0, "lock": ""},
+            {**common, "cmd": "b\u2603", "cwd": os.path.join(os.getcwd(), "sub"),
+             "env": {"A": "1", "B": "2"}}])
+        self.assertEqual(self.main_process("client", "--dry-run", "--jsonl", ":::",
+                                           *out.splitlines()), (0, out, ""))
+        self.assertEqual(self.main_process("client", "--dry-run", "--jsonl", ":::", " ")[0], 2)
+
+    def test_lines_of_json_are_run(self):
+        with tempfile.TemporaryDirectory() as folder:
+            log, lines = os.path.join(folder, "log"), (
+                {"cmd": "pwd", "cwd": folder, "name": "where"},
+                {"cmd": "echo $A$B", "env": {"B": "2"}, "needs": ["gpu"], "slots": 2, "lock": "l"},
+                {"cmd": "sleep 60", "timeout": 0.1}, {"cmd": "true", "nice": 3},
+                {"cmd": "true", "return": ["f"]})
+            argv = ["client", "--local", "-j2", "--jsonl", "--env=A=1", "--joblog", log, "--json",
+                    ":::", *map(json.dumps, lines)]
+            status, out, err = self.main_process(*argv)
+            self.assertEqual(status, 1)
+            self.assertEqual(err.count('with --local this machine runs everything, whatever '
+                                       '--need and "needs" say'), 1)
+            rows = {row["seq"]: row for row in map(json.loads, out.splitlines())}
+            self.assertEqual((rows[1]["name"], rows[1]["output"]),
+                             ("where", os.path.realpath(folder) + "\n"))
+            self.assertEqual(rows[2]["output"], "12\n")
+            self.assertEqual((rows[3]["exitcode"], rows[3]["command"]), (124, "sleep 60"))
+            self.assertEqual(rows[4]["command"], json.dumps(lines[3]))
+            self.assertIn('line 4: unknown field "nice"', rows[4]["reason"])
+            self.assertIn('line 5: "return" needs --sync', rows[5]["reason"])
+            status, out, _ = self.main_process(*argv[:-len(lines) - 1], "--resume-failed",
+                                               *argv[-len(lines) - 1:])
+            self.assertEqual((status, out.count("\n")), (1, 3))
+
+    def test_lines_of_json_in_a_tree(self):
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "sub"))
+            lines = [{"cmd": "echo 1 > sub/a.out", "name": "a"},
+                     {"cmd": "echo 2 > b", "cwd": "sub", "return": ["b"]},
+                     {"cmd": "true", "cwd": ".."}]
+            done = subprocess.run(
+                [sys.executable, SCRIPT, "client", "--local", "--sync=.", "--jsonl", "--json",
+                 "--return", "sub/{}.out", ":::", *map(json.dumps, lines)], cwd=folder,
+                stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE,
+                env={**os.environ, "XDG_CACHE_HOME": folder + "/.cache"})
+            self.assertEqual(done.returncode, 1, done.stderr)
+            rows = {row["seq"]: row for row in map(json.loads, done.stdout.splitlines())}
+            self.assertIn("line 3: --cwd .. is not in the tree of --sync", rows[3]["reason"])
+            self.assertEqual([rows[seq]["returned"] for seq in (1, 2)], [
+                [os.path.join(os.path.realpath(folder), path)] for path in ("sub/a.out", "sub/b")])
+            self.assertEqual(tc.read_text(os.path.join(folder, "sub", "b")), "2\n")
 
     def test_a_directory_after_sync_is_not_taken_for_a_template(self):
         home = os.getcwd()
@@ -17457,6 +17539,7 @@ class CommandLineTest(unittest.TestCase):
         self.given_beats("-S a -j 2 --ssh s", "--local", slots=2, ssh=None)
         self.given_beats("-S a --python p --ssh s", "--local", python=None, ssh=None)
         self.given_beats("--python p --ssh s", "-S a", python="p", ssh="s")
+        self.given_beats("--serial --delay 1s", "--lock a", serial=False, lock="a", delay=1)
         for wrong in ("'", "--nonsense", "a template", "-j 0"):
             with mock.patch.dict(os.environ, TESTCLOUD=wrong):
                 status, _, err = self.main("client")
@@ -17526,7 +17609,14 @@ class CommandLineTest(unittest.TestCase):
                      ["worker", "--weight", "heavy"], ["worker", "--weight", "1" + "0" * 12],
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],
                      ["client", "--timeout", "3x"], ["client", "--timeout", "3sm"],
-                     ["client", "--timeout", "s"], ["client", "--timeout", "0"],
+                     ["client", "--timeout", "s"],
+                     ["client", "--jsonl", "x"], ["client", "--jsonl", "::::", "a", "b"],
+                     ["client", "--jsonl", ":::", "a", ":::", "b"],
+                     ["client", "--jsonl", "-n", "2"], ["client", "--jsonl", "--colsep", ","],
+                     ["client", "--serial", "--lock", "a"], ["client", "--lock", ""],
+                     ["client", "--lock", "a" * 201], ["client", "--slots-each", "0"],
+                     ["client", "--slots-each", str(2**20 + 1)], ["client", "--delay", "0"],
+                     ["client", "--timeout", "0"],
                      ["client", "--max-output", "0"], ["client", "--retries", "0"],
                      ["worker", "--connect", "x:0"], ["broker", "--upstream", "*"],
                      ["client", "-j", "2"], ["client", "-C", ""], ["client", "--shell", ""],
