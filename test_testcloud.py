@@ -12333,6 +12333,24 @@ class ReportingTest(unittest.TestCase):
     def pieces(self, *rows):
         return b"".join(tc.PIECE_HEADER.pack(stream, len(data)) + data for stream, data in rows)
 
+    def test_live_lines_of_stdout_and_stderr_apart(self):
+        """They are the same wherever a chunk ends, and whatever was shown before the result."""
+        data = self.pieces((1, b"a\nb"), (2, b"c\n"), (1, b"d\n"))
+        with mock.patch.object(tc, "BLOCK_SIZE", 4):
+            for size, shown in itertools.product(range(1, len(data) + 1), range(len(data) + 1)):
+                out = self.text("--live", split=True)
+                command = self.command("x")
+                for end in (3, shown):  # another try came before
+                    for at in range(0, end, size):
+                        chunk = data[at:min(at + size, end)]
+                        self.reports.live(tc.LiveOutput(command, at, chunk))
+                command.shown, command.tries = shown, {1: tc.Try(0, "h")}
+                self.reports.report(tc.FinalResult(
+                    command, {"exitcode": 0, "attempt": 1, "split": True}, data))
+                self.assertEqual(out.getvalue().partition(b"OK!")[0],
+                                 b"x\ta\nx\tbc\nx\td\n")
+        self.assertFalse(self.reports.pieces)
+
     def test_raw_outputs(self):
         out, err = io.BytesIO(), io.BytesIO()
         self.text("--raw")

@@ -6822,7 +6822,7 @@ def with_last_words(one: Try, fields: Fields, room: int) -> Try:
     """Return the try with the end of its inline output, of at most `room` bytes."""
     output = inline_output(fields) or b""
     if fields.get("split"):
-        output = b"".join(piece for _, piece in unpack_pieces([output]))
+        output = b"".join(piece for _, piece in PieceReader().take(output))
     last = output[max(0, len(output) - room):]
     if len(last) < len(output):
         last = last.lstrip(bytes(range(0x80, 0xc0)))  # the rest of a character
@@ -8096,6 +8096,7 @@ class Reports:
         self.provisional: Dict[int, Tuple[StoredResult, str]] = {}  # by command, as of put()
         # of unreported commands: (name, line, occurrence)
         self.expected: Dict[int, Tuple[str, str, int]] = {}
+        self.pieces: Dict[int, PieceReader] = {}  # of split outputs that are shown live
         self.codes: Counter[str] = Counter()  # failures by kind
         self.failures: List[Outcome] = []  # the first NAMED_FAILURES
         self.passes: Counter[str] = Counter()  # passed commands by host
@@ -8116,6 +8117,10 @@ class Reports:
     def live(self, effect: LiveOutput) -> None:
         id, data = effect.command.id, bytes(effect.data)
         _, line, _ = self.expected[id]
+        if self.store.split:
+            if effect.offset == 0:
+                self.pieces[id] = PieceReader()
+            data = b"".join(piece for _, piece in self.pieces[id].take(data))
         self.tell_all(lambda reporter: reporter.live(id, line, effect.offset, data))
 
     def keep(self, effect: ProvisionalResult) -> None:
@@ -8135,6 +8140,7 @@ class Reports:
     def report(self, effect: FinalResult) -> None:
         command, result = effect.command, effect.result
         provisional = self.provisional.pop(command.id, None)
+        self.pieces.pop(command.id, None)
         stored, lost = provisional if provisional and effect.provisional else self.put(effect)
         self.store.results.append(stored)
         verdict = FAIL if stored.exitcode else command.verdict
@@ -8289,11 +8295,16 @@ class ResultStore:
 
     def streams(self, result: StoredResult, start: int = 0) -> Iterator[Tuple[int, bytes]]:
         """Yield an output in pieces of at most BLOCK_SIZE bytes, each with its stream: 1 is
-        stdout, 2 stderr. Thread-safe. A split output has no `start`."""
-        file = self.files[result.file].fileno()
-        stored = (os.pread(file, min(BLOCK_SIZE, result.size - at), result.offset + at)
-                  for at in range(start, result.size, BLOCK_SIZE))
-        return unpack_pieces(stored) if self.split else ((1, block) for block in stored)
+        stdout, 2 stderr. Leave out the first `start` bytes that are stored. Thread-safe."""
+        file, reader = self.files[result.file].fileno(), PieceReader()
+
+        def read(begin: int, end: int) -> Iterator[Tuple[int, bytes]]:
+            for at in range(begin, end, BLOCK_SIZE):
+                block = os.pread(file, min(BLOCK_SIZE, end - at), result.offset + at)
+                yield from reader.take(block) if self.split else [(1, block)]
+        if self.split:  # what is left out may end within a piece
+            deque(read(0, start), 0)
+        yield from read(start, result.size)
 
     def output(self, result: StoredResult, start: int = 0) -> Iterator[bytes]:
         return (piece for _, piece in self.streams(result, start))
@@ -8321,20 +8332,25 @@ class ResultStore:
         return total
 
 
-def unpack_pieces(blocks: Iterable[bytes]) -> Iterator[Tuple[int, bytes]]:
-    """Yield the pieces of a split output, each with its stream. A block may end anywhere."""
-    stream, left, head = 1, 0, b""
-    for block in blocks:
-        data, at = head + block, 0
-        while at < len(data) and (left or len(data) - at >= PIECE_HEADER.size):
-            if not left:
-                stream, left = PIECE_HEADER.unpack_from(data, at)
+class PieceReader:
+    """Takes a split output apart."""
+
+    def __init__(self) -> None:
+        self.stream, self.left = 1, 0  # of the present piece; bytes of it that are to come
+        self.head = b""  # a part of a PIECE_HEADER
+
+    def take(self, block: bytes) -> Iterator[Tuple[int, bytes]]:
+        """Yield the pieces in the next block, each with its stream. A block may end anywhere."""
+        data, at = self.head + block, 0
+        while at < len(data) and (self.left or len(data) - at >= PIECE_HEADER.size):
+            if not self.left:
+                self.stream, self.left = PIECE_HEADER.unpack_from(data, at)
                 at += PIECE_HEADER.size
-            piece = data[at:at + left]
-            at, left = at + len(piece), left - len(piece)
+            piece = data[at:at + self.left]
+            at, self.left = at + len(piece), self.left - len(piece)
             if piece:
-                yield stream, piece
-        head = data[at:]
+                yield self.stream, piece
+        self.head = data[at:]
 
 
 def in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
