@@ -13276,6 +13276,217 @@ class ReturnedFilesTest(unittest.TestCase):
         self.assertEqual(len(self.told), tc.NAMED_FAILURES + 1)
 
 
+class ResultsTest(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        self.top = os.path.join(folder.name, "made", "too")
+        self.store = tc.ResultStore(split=True)
+        self.addCleanup(lambda: [file.close() for file in self.store.files])
+
+    def results(self, replace=False):
+        results = tc.Results(self.top, self.store, replace)
+        self.addCleanup(results.close)
+        return results
+
+    def outcome(self, seq, out=b"", err=b"", name="", cmd="c", exitcode=0):
+        data = b"".join(tc.PIECE_HEADER.pack(stream, len(part)) + part
+                        for stream, part in ((1, out[:2]), (2, err), (1, out[2:])) if part)
+        self.store.put_part(tc.FetchedOutput(0, data))
+        stored = self.store.put(tc.to_bytes(cmd), exitcode, None if seq % 2 else data)
+        return outcome(seq, cmd, exitcode, name=name, stored=stored)
+
+    def run_of(self, *outcomes, replace=False):
+        """Write the results of a run. Return what is said of a failure."""
+        results = self.results(replace)
+        reports = tc.Reports(tc.Client("r1"), self.store, [results])
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            for one in outcomes:
+                reports.tell_all(lambda reporter, one=one: reporter.result(one))
+            reports.end(True)
+        self.assertEqual(reports.write_failed, bool(err.getvalue()))
+        results.close()
+        self.assertFalse([name for name in os.listdir(self.top) if name[0] == "."]
+                         if os.path.isdir(self.top) else [])
+        return err.getvalue()
+
+    def there(self):
+        """The contents of all files by path; None for a link."""
+        found = {}
+        for folder, folders, names in os.walk(self.top):
+            for path in (os.path.join(folder, name) for name in folders + names):
+                if os.path.islink(path):
+                    found[os.path.relpath(path, self.top)] = None
+                elif os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        found[os.path.relpath(path, self.top)] = file.read()
+        return found
+
+    def files(self, name, out=b"", err=b"", cmd=b"c", exitcode=0):
+        return {f"{name}/{file}": data for file, data in (
+            ("stdout", out), ("stderr", err), ("cmd", cmd + b"\n"),
+            ("exitcode", b"%d\n" % exitcode))}
+
+    def test_a_directory_for_each_command(self):
+        large = bytes(range(256)) * 10_000
+        self.assertEqual("", self.run_of(
+            self.outcome(3, b"out", b"err\n"), self.outcome(1, cmd="exit\n\udcff", exitcode=3),
+            self.outcome(2, large, large[::-1], "m/linux/\udcff"), self.outcome(5, name="m/2")))
+        self.assertEqual(self.there(), {
+            **self.files("3", b"out", b"err\n"), **self.files("1", cmd=b"exit\n\xff", exitcode=3),
+            **self.files("m/linux/\udcff", large, large[::-1]), **self.files("m/2")})
+        mask = os.umask(0)
+        os.umask(mask)
+        for path, mode in (("m/2", 0o777), ("m/2/cmd", 0o666)):
+            self.assertEqual(os.stat(os.path.join(self.top, path)).st_mode & 0o777, mode & ~mask)
+
+    def test_names_that_clash_or_lead_elsewhere_are_refused(self):
+        results, clash = self.results(), "is that of another command"
+        rows = [("a/b", ""), ("a/b", clash), ("a", clash), ("a/b/c", clash), ("a/c", ""),
+                ("", ""), ("6", clash), ("6/a", clash), ("9", ""), ("ab", ""), ("é", ""),
+                ("\udcc3\udca9", clash), ("14", ""), ("", clash), (" ", ""), ("A", "")]
+        rows += [(path, "is no path below") for path in (
+            "/a", "a/", "a//b", "..", "x/../y", ".", "./x", "x\0")]
+        rows += [("x" * 255, ""), ("x" * 256, "is longer"), ("\udcff" * 255, ""),
+                 ("é" * 128, "is longer"), ("x/" * 499 + "yz", ""), ("x/" * 10**6, "no path"),
+                 ("x/" * 500 + "y", "is longer"), ("...", ""), (".x", "")]
+        for seq, (name, why) in enumerate(rows, 1):
+            found = results.refusal(seq, name)
+            self.assertEqual(bool(found), bool(why), (seq, name[:20], found))
+            self.assertIn(why, found)
+            self.assertLess(len(found), 250)
+            results.result(self.outcome(seq, b"%d" % seq, name=name))
+        results.ended(None)
+        there = {path[:-len("/stdout")]: int(data) for path, data in self.there().items()
+                 if path.endswith("/stdout")}
+        self.assertEqual(there, {name or str(seq): seq for seq, (name, why) in enumerate(rows, 1)
+                                 if not why})
+
+    def test_a_directory_that_is_not_empty_is_not_written_to_unless_forced(self):
+        self.run_of(self.outcome(1, b"old"), self.outcome(2, name="a/b"), self.outcome(3))
+        with open(os.path.join(self.top, "1", "more"), "w"):
+            pass
+        before = self.there()
+        with self.assertRaisesRegex(tc.UsageError, "add --force"):
+            self.results()
+        self.assertEqual("", self.run_of(self.outcome(1, b"new"), self.outcome(4, name="a"),
+                                         replace=True))
+        del before["1/more"]
+        self.assertEqual(self.there(), {
+            **{path: data for path, data in before.items() if path[0] != "a"},
+            **self.files("1", b"new"), **self.files("a")})
+
+    def test_no_link_below_it_is_followed(self):
+        os.makedirs(self.top)
+        outside = os.path.join(self.folder, "outside")
+        os.makedirs(os.path.join(outside, "b"))
+        for link in ("a", "1"):
+            os.symlink(outside, os.path.join(self.top, link))
+        said = self.run_of(self.outcome(1), self.outcome(2, name="a/b"), self.outcome(3),
+                           replace=True)
+        self.assertEqual(said, f"testcloud: cannot write {self.top}/a/b: there is a link in its "
+                               f"path, or a file in place of a directory\n")
+        self.assertEqual(self.there(), {**self.files("1"), "a": None})
+        self.assertEqual([*os.walk(outside)], [(outside, ["b"], []),
+                                               (os.path.join(outside, "b"), [], [])])
+
+    def test_a_directory_is_there_as_a_whole_or_not_at_all(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+
+        def streams(stored, found=self.store.streams):
+            yield from found(stored)
+            self.assertFalse(os.path.exists(os.path.join(self.top, "2")))
+            if stored.cmd == b"x":
+                raise full
+        with mock.patch.object(self.store, "streams", streams):
+            said = self.run_of(*(self.outcome(seq, b"abc", cmd="cx"[seq == 2])
+                                 for seq in (1, 2, 3)))
+        self.assertEqual(said, f"testcloud: cannot write {self.top}/2: {full.strerror}\n")
+        self.assertEqual(self.there(), self.files("1", b"abc"))
+
+    def test_a_directory_that_vanishes(self):
+        results = self.results()
+        shutil.rmtree(self.top)
+        results.result(self.outcome(1))
+        with self.assertRaises(FileNotFoundError):
+            results.ended(None)
+        with self.assertRaises(FileNotFoundError):
+            results.result(self.outcome(2))
+        self.assertFalse(os.path.exists(self.top))
+
+    def test_an_error_of_the_program_is_one_in_the_loop_too(self):
+        with mock.patch.object(self.store, "streams", side_effect=ZeroDivisionError), \
+                self.assertRaises(ZeroDivisionError):
+            self.run_of(self.outcome(1))
+
+    def test_what_cannot_be_a_directory(self):
+        with open(os.path.join(self.folder, "made"), "w"):
+            pass
+        with self.assertRaises(OSError):
+            self.results()
+        with mock.patch.object(os, "access", return_value=False), \
+                self.assertRaises(PermissionError):
+            tc.Results(self.folder, self.store, True)
+
+    def test_a_huge_output_takes_little_memory(self):
+        row = self.outcome(1, b"x" * 20_000_000)
+        tracemalloc.start()
+        self.run_of(row)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.assertEqual(os.path.getsize(os.path.join(self.top, "1", "stdout")), 20_000_000)
+        self.assertLess(peak, 5e6)
+
+    def client(self, *words, input=b""):
+        """Run a client; return its exit status, stdout, stderr."""
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "client", "--local", "-j2", *words], input=input,
+            capture_output=True, timeout=PATIENCE, cwd=self.folder)
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    def test_the_reports_are_the_same_with_it(self):
+        """Also with large outputs, and with a try that was not the last one."""
+        again = os.path.join(self.folder, "again")
+        commands = (b"echo a\nseq 100000 >&2\nprintf x; exit 3\n"
+                    b"[ -e %s ] || { echo no; touch %s; exit 1; }; echo yes\n"
+                    % ((again.encode(),) * 2))
+        varying = r"⌚\S+|\d+\.\d+|[\w.-]+-\d+-[0-9a-f]{8}|\"slot\": ."
+        for words in (("-k",), ("--raw", "-k"), ("--live", "-k"), ("--json", "-k"), ("-fb",)):
+            found = []
+            for more in ([], ["--results", self.top]):
+                status, *texts = self.client(*words, "--retries=2", *more, input=commands)
+                os.unlink(again)
+                # a try that ends at once may be shown live, or not
+                found.append((status, [{re.sub(varying, "", line) for line in text.split("\n")
+                                        if not line.endswith(("\tno", "\tx"))} for text in texts]))
+            with self.subTest(words):
+                self.assertEqual(*found)
+            self.assertEqual(found[0][0], 1)
+            there = self.there()
+            self.assertEqual(sorted(there), sorted(
+                f"{n}/{file}" for n in range(1, 5)
+                for file in ("stdout", "stderr", "cmd", "exitcode")))
+            self.assertEqual([there[f"{n}/stdout"] for n in range(1, 5)],
+                             [b"a\n", b"", b"x", b"yes\n"])
+            self.assertEqual(len(there["2/stderr"]), 588895)
+            self.assertEqual([there[f"{n}/exitcode"] for n in range(1, 5)],
+                             [b"0\n", b"0\n", b"3\n", b"0\n"])
+            shutil.rmtree(self.top)
+
+    def test_a_later_run_goes_on_there(self):
+        words = ["--joblog", os.path.join(self.folder, "log"), "--results", self.top]
+        commands = "true\nexit 3\n"
+        self.assertEqual(self.client(*words, input=commands.encode())[0], 1)
+        before = self.there()
+        status, _, said = self.client(*words, input=commands.encode())
+        self.assertEqual((status, self.there()), (2, before))
+        self.assertIn("there is something in it", said)
+        commands += "echo new\n"
+        self.assertEqual(self.client(*words, "--resume", input=commands.encode())[0], 1)
+        self.assertEqual(self.there(), {**before, **self.files("3", b"new\n", cmd=b"echo new")})
+
+
 class WholeFileTest(unittest.TestCase):
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -17212,7 +17423,7 @@ class CommandLineTest(unittest.TestCase):
                 ("--halt now,fail=1 x", "--fail-fast"), ("--eta x", "--progress"),
                 ("-P 4 x", "-j N --local"),
                 ("-P4 x", "-j N --local"), ("-I {} x", "{} in the template"), ("-X x", "-n N"),
-                ("-L 2 x", "-n N"), ("--results d x", "--json"), ("--wd d x", "--cwd"),
+                ("-L 2 x", "-n N"), ("--files x", "--results"), ("--wd d x", "--cwd"),
                 ("--pipe x", "no stdin"), ("--bar", "--progress"),
                 ("--retry 2 x", "mean --retries?"),
                 ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
@@ -17572,7 +17783,8 @@ class CommandLineTest(unittest.TestCase):
             return done.stdout.split()
         self.assertEqual(bash("testcloud.py cl"), ["client"])
         self.assertEqual(bash("testcloud.py ''"), list(tc.OPTIONS))
-        self.assertEqual(bash("testcloud.py client --res"), ["--resume", "--resume-failed"])
+        self.assertEqual(bash("testcloud.py client --resu"),
+                         ["--results", "--resume", "--resume-failed"])
         self.assertEqual(bash("testcloud.py worker --res"), [])
         self.assertEqual(bash("testcloud.py client --junit ''"), [])  # then files are offered
         self.assertEqual(bash("testcloud.py client --color a"), ["auto", "always"])
@@ -17648,7 +17860,8 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "--expect", ""], ["client", "--expect", "1" * 39 + "g"],
                      ["client", "--html", "a", "--junit", "./a"], ["keygen", ""],
                      ["keygen", "--revoke", ""], ["client", "--env", ""],
-                     ["client", "--raw", "--json"],
+                     ["client", "--raw", "--json"], ["client", "--results", ""],
+                     ["client", "--force", "x"],
                      ["worker", "--host", "a/b"], ["worker", "--host", ""],
                      ["worker", "--host", "a~2"],
                      ["client", "--expect", "1" * 41],

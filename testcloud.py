@@ -8786,6 +8786,104 @@ class ReturnedFiles:
                       f"files of --return", False)
 
 
+# === Results ==========================================================================
+#
+# --results writes a directory for each command, with files as GNU parallel's. A directory is
+# made below a temporary one, and gets its name when it is whole. No link below DIR is followed.
+
+NAME_SIZE = 1000  # bytes of a command's name: with DIR it makes a path, of 1024 bytes on macOS
+PART_SIZE = 255  # bytes of each part of it, a file name
+
+
+class Results(Reporter):
+    """Writes the directories of commands in a thread: outputs are large, and disks slow."""
+
+    def __init__(self, top: str, store: ResultStore, replace: bool) -> None:
+        """Check that we can write there. `replace` what is there. Raises OSError, UsageError."""
+        os.makedirs(top, exist_ok=True)
+        if not replace and os.listdir(top):
+            raise UsageError(f"--results {printable(top, 300)}: there is something in it: name "
+                             f"another directory, or add --force, to replace old results")
+        if not os.access(top, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        self.path = self.top = top
+        self.store = store
+        self.replace = replace
+        self.places: Dict[bytes, bool] = {}  # names in use: true of a command, false of a parent
+        self.refused: Set[int] = set()  # commands without a directory
+        self.directories = Directories(os.open(top, os.O_RDONLY | os.O_DIRECTORY), make=True)
+        self.temporary = UNFINISHED + os.urandom(8).hex()
+        self.outcomes: queue.SimpleQueue[Optional[Outcome]] = queue.SimpleQueue()
+        self.failure: Optional[Exception] = None  # that ended the thread
+        self.thread = threading.Thread(target=self.work, daemon=True, name="results")
+        self.thread.start()
+
+    def refusal(self, seq: int, name: str) -> str:
+        """Reserve the directory of a command; name "": its number. Return why it gets none."""
+        path = to_bytes(name or str(seq))
+        parts, why = path.split(b"/"), ""
+        parents = [b"/".join(parts[:n]) for n in range(1, len(parts))] \
+            if len(path) <= NAME_SIZE else []
+        if b"\0" in path or not {b"", b".", b".."}.isdisjoint(parts):
+            why = "is no path below the directory of --results"
+        elif len(path) > NAME_SIZE or max(map(len, parts)) > PART_SIZE:
+            why = f"is longer than {NAME_SIZE} bytes, or than {PART_SIZE} between two /"
+        elif path in self.places or any(map(self.places.get, parents)):
+            why = "is that of another command, or a directory above or below it"
+        if why:
+            self.refused.add(seq)
+            return f"its name {printable(name) or seq} {why}"
+        self.places.update(dict.fromkeys(parents, False))
+        self.places[path] = True
+        return ""
+
+    def result(self, outcome: Outcome) -> None:
+        if self.failure:
+            raise self.failure
+        if outcome.seq not in self.refused:
+            self.outcomes.put(outcome)
+
+    def ended(self, summary: Summary) -> None:
+        self.close()
+        if self.failure:
+            raise self.failure
+
+    def close(self) -> None:
+        """Write what was reported, and remove the rest."""
+        self.outcomes.put(None)
+        self.thread.join()
+
+    def work(self) -> None:
+        try:
+            for outcome in iter(self.outcomes.get, None):
+                self.write(outcome, outcome.name or str(outcome.seq))
+        except Exception as error:  # the loop's thread raises it
+            self.failure = error
+        self.directories.close()
+        shutil.rmtree(os.path.join(self.top, self.temporary), ignore_errors=True)
+
+    def write(self, outcome: Outcome, name: str) -> None:
+        """Write the directory of a command. Raises OSError."""
+        self.path = os.path.join(self.top, name)  # for the message
+        new, top = f"{self.temporary}/{outcome.seq}", self.directories.top
+        folder = self.directories.get(new)
+        with contextlib.ExitStack() as files:
+            out, err, cmd, exitcode = (
+                files.enter_context(open(os.open(
+                    file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666, dir_fd=folder), "wb"))
+                for file in ("stdout", "stderr", "cmd", "exitcode"))
+            for stream, piece in self.store.streams(outcome.stored):
+                (err if stream == 2 else out).write(piece)
+            cmd.write(to_bytes(outcome.cmd) + b"\n")
+            exitcode.write(b"%d\n" % outcome.exitcode)
+        parent, last = self.directories.place(name)
+        if self.replace:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(last, new + "-old", src_dir_fd=parent, dst_dir_fd=top)
+                shutil.rmtree(os.path.join(self.top, new + "-old"), ignore_errors=True)
+        os.rename(new, last, src_dir_fd=top, dst_dir_fd=parent)
+
+
 # === Transcript =======================================================================
 #
 # The seed's transcript: a line for each command, its output, and at the end a summary. With
@@ -11656,7 +11754,7 @@ SHELLS = ("bash", "zsh", "fish")
 # or an error, or the help of a worker
 HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--cache",
           "--quiet", "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval",
-          "--missed-oks", "--serial", "--delay", "--fail-on-missing"}
+          "--missed-oks", "--serial", "--delay", "--fail-on-missing", "--force"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -11757,6 +11855,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--resume-failed", "skip commands that passed by the joblog"),
             option("--junit FILE", "JUnit XML, for Jenkins, GitLab and GitHub"),
             option("--html FILE", "a page with a picture of the run"),
+            option("--results DIR", "a directory for each command; --force: replace old ones"),
+            option("--force", "replace what commands left in the DIR of --results"),
             option("--timings JOBLOG", "begin with the commands that took longest there")])]),
     "status": ("show the workers and clients of a broker", [
         ("what to show", [
@@ -13771,6 +13871,8 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
              "--raw, --json and --live are three ways to show outputs: choose one"),
             (len({*reports}) < len(reports),
              "--joblog, --junit and --html need a file each"),
+            (settings.force and not settings.results,
+             "--force needs --results: it replaces the results of earlier commands"),
             (any(mark.startswith("::::") and not files for mark, files in sources),
              "there is no file after ::::"),
             (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
@@ -13892,10 +13994,12 @@ def file_reporters(settings: argparse.Namespace, store: ResultStore,
                    earlier: EarlierRun) -> List[Reporter]:
     """Return the reporters that write files. Raises SetupError if one cannot be written."""
     found: List[Reporter] = []
+    replace = settings.force or settings.resume or settings.resume_failed
     kept = [row.line for row in earlier.rows.values()]
     makers: Tuple[Tuple[str, Callable[[str], Reporter]], ...] = (
         (settings.junit, lambda path: JUnit(path, store)),
         (settings.html, lambda path: HtmlReport(path, store)),
+        (settings.results, lambda path: Results(path, store, replace)),
         (settings.joblog, lambda path: JobLog(path, kept)))  # last: it empties a file
     for path, make in makers:
         if path:
@@ -14070,7 +14174,7 @@ class ClientRun:
         self.maker = CommandMaker(settings, client.options)
         top = self.maker.top
         self.earlier = earlier_run(settings)
-        store = ResultStore(settings.raw)
+        store = ResultStore(client.options.split)
         self.display = Display(settings, store, self.output_failed, client)
         self.told_needs = False
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
@@ -14080,6 +14184,7 @@ class ClientRun:
             *self.display.reporters, *file_reporters(settings, store, self.earlier),
             Timings(cache_path("timings.json"))], self.files if top is not None and (
                 settings.returns or settings.jsonl) else None)
+        self.results = next((it for it in reports.reporters if isinstance(it, Results)), None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
             ReturnedPart: self.files.put_part, ProvisionalResult: reports.keep,
@@ -14100,6 +14205,9 @@ class ClientRun:
         if command is None:
             client.skip()
             return
+        name, clash = command.own.get("name", ""), ""
+        if self.results and settings.jsonl:  # only there commands have names, which may clash
+            clash = self.results.refusal(client.last_id + 1, name)
         occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
         if self.earlier.has_done(command.cmd, occurrence):
             client.skip()
@@ -14109,9 +14217,9 @@ class ClientRun:
             if not self.told_needs:
                 self.tell(runs_all(settings))
             self.told_needs = True
-        client.add(command.cmd, command.cwd, command.returns, command.own, command.wrong)
-        self.reports.expect(
-            client.last_id, command.line, occurrence, command.own.get("name", ""))
+        client.add(
+            command.cmd, command.cwd, command.returns, command.own, command.wrong or clash)
+        self.reports.expect(client.last_id, command.line, occurrence, name)
 
     def interrupt(self, status: int, now: Seconds) -> None:
         if self.client.left:  # only the display is still being written
@@ -14180,7 +14288,8 @@ def run_options(settings: argparse.Namespace) -> RunOptions:
     """Return the options of a run. Raises UsageError."""
     return RunOptions(
         settings.timeout, settings.retries, settings.max_output, added_environment(settings),
-        settings.shell, tuple(settings.need), split=settings.raw, live=settings.live,
+        settings.shell, tuple(settings.need),
+        split=settings.raw or settings.results is not None, live=settings.live,
         slots=settings.slots_each, lock="" if settings.serial else settings.lock,
         delay=settings.delay, fail_fast=settings.fail_fast,
         fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing,
@@ -14201,6 +14310,8 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         stack.callback(remove_progress_line)
         client_run = ClientRun(settings, client, loop)
         stack.callback(client_run.files.close)
+        if client_run.results:
+            stack.callback(client_run.results.close)
         loop.on_signals(client_run.interrupt, control)
         if not settings.sources and sys.stdin.isatty():
             client_run.tell("reading commands from the terminal, one a line; end with Ctrl-D")
@@ -14505,7 +14616,7 @@ FOREIGN_OPTIONS = {
     "-r --no-run-if-empty": "--allow-empty", "-q --quote": "write the template as one word",
     "-u --ungroup --line-buffer --lb": "--live", "--tagstring": "--tag",
     "--halt --halt-on-error -H": "--fail-fast N", "--eta --bar": "--progress",
-    "--results --files": "--json has all outputs; --joblog and --html how it went",
+    "--files": "--results DIR",
     "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
     "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
     "--transfer --transferfile --trc --basefile --cleanup":
