@@ -13474,6 +13474,20 @@ class ResultsTest(unittest.TestCase):
                              [b"0\n", b"0\n", b"3\n", b"0\n"])
             shutil.rmtree(self.top)
 
+    def test_a_command_whose_name_clashes_is_not_run(self):
+        """Not even with the name of a command that is not run again."""
+        lines = [{"cmd": "exit 1", "name": "m/a"}, {"cmd": "touch ran", "name": "m"},
+                 {"cmd": "touch ran", "name": "../x"}, {"cmd": "echo 4"}]
+        words = ["--jsonl", "--joblog", "log", "--results", self.top, "-b"]
+        for rest in ([], [{"cmd": "touch ran", "name": "4"}]):
+            status, out, _ = self.client(*words, "--resume", input="\n".join(
+                map(json.dumps, lines + rest)).encode())
+            self.assertEqual(status, 1)
+            self.assertEqual(self.there(), {**self.files("m/a", cmd=b"exit 1", exitcode=1),
+                                            **self.files("4", b"4\n", cmd=b"echo 4")})
+        self.assertIn("testcloud: its name 4 is that of another command, or a directory", out)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["log", "made"])
+
     def test_a_later_run_goes_on_there(self):
         words = ["--joblog", os.path.join(self.folder, "log"), "--results", self.top]
         commands = "true\nexit 3\n"
