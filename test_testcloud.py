@@ -6773,6 +6773,18 @@ class WorkerTest(unittest.TestCase):
         b.hear('FETCH {"id":1,"attempt":1,"offset":3,"size":9}', "r")
         self.assertEqual((b.bulk[0].data, tc.decode(b.bulk[0].body)[1]["offset"]), (b"de", 3))
 
+    def test_who_leaves_while_a_command_with_a_lock_is_alive_says_no_bye(self):
+        for lock, verbs in (({}, ["BYE"]), ({"lock": ""}, [])):
+            self.setUp()
+            self.give(1, **lock)
+            self.bench.lines.clear()
+            for _ in range(2):
+                self.worker.stop(143, 0.0)
+            self.worker.settle()
+            self.bench.collect()
+            self.assertEqual([verb for _, verb, _ in self.bench.lines if verb != "READY"], verbs)
+            self.assertEqual(self.bench.effects[-1], tc.Exit(143))
+
     def test_a_busy_machine_takes_nothing_more(self):
         self.worker.max_load = 4.0
         b = self.bench
@@ -6798,6 +6810,24 @@ class WorkerTest(unittest.TestCase):
         self.worker.set_load(3.5, b.now)
         b.collect()
         b.expect("READY", slots=2, load=3.5)
+
+    def test_a_machine_that_is_short_of_memory_takes_nothing_more(self):
+        self.worker.max_load, self.worker.memfree = 4.0, 900
+        b = self.bench
+        self.give(1)
+        b.expect("QUEUED")
+        waiting = b.effect(tc.Start).job
+        for load, free, slots in (
+                (1.0, 900, None), (1.0, 899, 0), (1.0, 999, None), (5.0, 1001, None),
+                (3.9, 1001, None), (1.0, 899, None), (1.0, 1000, 2), (4.0, 1001, 0),
+                (1.0, 999, None), (1.0, math.inf, 2)):
+            self.worker.set_load(load, b.now, free)
+            b.collect()
+            if slots is not None:
+                b.expect("READY", slots=slots, load=load)
+            if slots == 0:
+                self.assertEqual(b.effect(tc.Recall).job, waiting)
+            b.quiet()
 
     def test_a_joining_worker_lists_the_locks_that_its_commands_have_until_they_end(self):
         b = self.bench
@@ -8864,13 +8894,15 @@ class RunnerTest(unittest.TestCase):
         self.assertGreaterEqual(tc.usable_cpus(), 1)
         self.assertLessEqual(tc.usable_cpus(), os.cpu_count())
 
+    def put(self, path, text):
+        path = os.path.join(self.dir, path)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(text)
+        return path
+
     def test_cgroup_quotas(self):
-        def put(path, text):
-            path = os.path.join(self.dir, path)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w") as file:
-                file.write(text)
-            return path
+        put = self.put
         own = put("own", "0::/a/b\n1:name=systemd:/x\n4:cpu,cpuacct:/c\n5:cpuset:/c\n")
         put("fs/a/cpu.max", "250000 100000\n")
         put("fs/a/b/cpu.max", "max 100000\n")
@@ -8882,6 +8914,31 @@ class RunnerTest(unittest.TestCase):
         put("fs/cpuset/c/cpu.cfs_period_us", "100000\n")
         self.assertEqual(tc.cgroup_quotas(os.path.join(self.dir, "fs"), own), [2.5, 3.0])
         self.assertEqual(tc.cgroup_quotas("/nowhere", "/nowhere"), [])
+
+    def test_free_memory_is_the_machines_or_less_in_a_cgroup(self):
+        put, fs = self.put, os.path.join(self.dir, "fs")
+
+        def group(folder, *values, names="memory.max memory.current memory.stat"):
+            for name, value in zip(names.split(), values):
+                put(f"fs/{folder}/{name}", f"{value}\n")
+        own = put("own", "0::/a/b\n3:cpu,memory:/c\n4:cpuset:/x\n")
+        machine = put("meminfo", "MemTotal: 9 kB\nMemAvailable:     8 kB\nMemFree: 1 kB\n")
+        self.assertEqual(tc.free_memory("/no", fs, own), math.inf)
+        self.assertEqual(tc.free_memory(machine, fs, "/no"), 8192)
+        group("a", "max", 5000, "inactive_file 9")
+        group("a/b", 9000, 1000)  # no memory.stat: something is wrong
+        self.assertEqual(tc.free_memory(machine, fs, own), 8192)
+        group("a/b", 9000, 3000, "anon 7\ninactive_file 1500\nactive_file 800")
+        self.assertEqual(tc.free_memory(machine, fs, own), 7500)
+        group("a", 8000, 5000, "inactive_file 9")
+        self.assertEqual(tc.free_memory(machine, fs, own), 3009)
+        group("cpu,memory/c", 2**63 - 4096, 1, "total_inactive_file 5", names=(
+            "memory.limit_in_bytes memory.usage_in_bytes memory.stat"))
+        self.assertEqual(tc.free_memory(machine, fs, own), 3009)
+        put("fs/cpu,memory/c/memory.limit_in_bytes", "2000\n")
+        self.assertEqual(tc.free_memory(machine, fs, own), 2004)
+        group("x", 100, 99, "inactive_file 0")  # of another controller
+        self.assertEqual(tc.free_memory("/no", fs, own), 2004)
 
 
 class PortableRunnerTest(RunnerTest):
@@ -17665,17 +17722,22 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual((status, err.count("ANYBODY CAN RUN COMMANDS")), (0, 1))
         self.assertIn("warning: tcp://192.0.2.1:1 needs no key", err)
 
-    def test_a_worker_is_told_the_load_of_its_machine(self):
-        loop, worker = mock.Mock(), mock.Mock()
-        tc.watch_load(loop, worker)
-        interval, look = loop.every.call_args.args
-        self.assertEqual(interval, tc.LOAD_INTERVAL)
-        for known, told in (({"return_value": (2.5, 1.0, 0.5)}, [mock.call(2.5, 7.0)]),
-                            ({"side_effect": OSError}, [])):
-            worker.reset_mock()
-            with mock.patch.object(tc.os, "getloadavg", **known):
-                look(7.0)
-            self.assertEqual(worker.set_load.call_args_list, told)
+    def test_a_worker_is_told_the_load_and_the_memory_of_its_machine(self):
+        for memfree, free, told, said in (
+                (0, 5, math.inf, ""), (9, 5, 5, ""), (9, math.inf, math.inf, "testcloud: --memfree "
+                 "is ignored: this system does not tell how much memory is free")):
+            loop, worker, err = mock.Mock(), mock.Mock(memfree=memfree), io.StringIO()
+            with mock.patch.object(tc, "free_memory", return_value=free), \
+                    contextlib.redirect_stderr(err):
+                tc.watch_load(loop, worker)
+                interval, look = loop.every.call_args.args
+                with mock.patch.object(tc.os, "getloadavg", return_value=(2.5, 1.0, 0.5)):
+                    look(7.0)
+                with mock.patch.object(tc.os, "getloadavg", side_effect=OSError):
+                    look(8.0)
+            self.assertEqual(interval, tc.LOAD_INTERVAL)
+            self.assertEqual(worker.set_load.call_args_list, [mock.call(2.5, 7.0, told)])
+            self.assertEqual(err.getvalue().strip(), said)
 
     def test_a_reader_of_stdout_that_has_gone(self):
         ours, theirs = os.pipe()

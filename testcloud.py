@@ -4020,7 +4020,8 @@ def plain_result(task: Task, fields: Fields) -> Fields:
 
 NOT_RUN = 126  # exit code of a command that could not be started, as in sh
 TIMED_OUT = 124  # exit code of a command that ran longer than its timeout, as in timeout(1)
-LOAD_HYSTERESIS = 0.9  # of --max-load: an overloaded worker takes commands again below this
+LOAD_HYSTERESIS = 0.9  # of --max-load: an overloaded worker takes commands again below this;
+#   with --memfree it must have so much more
 WORKER_STOPPED = "its worker was stopped"
 RECALLED = "it waited for a slot"
 
@@ -4312,11 +4313,12 @@ class Worker(SessionMachine):
     def __init__(self, name: str, slots: int, weight: int = 0, host: str = "",
                  times: Times = Times(), wait: Seconds = math.inf,
                  address: Optional[str] = "", drain: Seconds = 0.0, labels: Sequence[str] = (),
-                 max_load: float = math.inf, user: str = "") -> None:
+                 max_load: float = math.inf, memfree: int = 0, user: str = "") -> None:
         super().__init__("READY", times, wait)
         self.user = user
         self.labels = sorted(labels)
-        self.max_load = max_load  # the worker takes commands while the load is lower
+        self.max_load = max_load  # the worker takes commands while the load is lower,
+        self.memfree = memfree  # and so many bytes of memory are free
         self.overloaded = False
         self.load = -1.0  # the machine's load average; -1: unknown
         self.drain = drain  # seconds for running commands when the worker is stopped
@@ -4746,15 +4748,20 @@ class Worker(SessionMachine):
     def kill_no_later(self, job: Job, when: Seconds) -> None:
         self.kill_at[job] = min(self.kill_at.get(job, math.inf), when)
 
-    def set_load(self, load: float, now: Seconds) -> None:
-        """Note the load average. At max_load, stop taking commands and hand back waiting ones."""
-        self.load, limit = load, self.max_load * (LOAD_HYSTERESIS if self.overloaded else 1)
-        if (load >= limit) == self.overloaded:
+    def set_load(self, load: float, now: Seconds, free: float = math.inf) -> None:
+        """Note the load average, and the bytes of free memory. At max_load, or with less than
+        memfree, stop taking commands and hand back waiting ones."""
+        self.load, slack = load, LOAD_HYSTERESIS if self.overloaded else 1
+        busy = load >= self.max_load * slack
+        if (busy or free * slack < self.memfree) == self.overloaded:
             return
         self.now, self.overloaded = now, not self.overloaded
         if self.overloaded:
-            self.log(logging.INFO, f"load {load:.1f}: no new commands until it is below "
-                                   f"{LOAD_HYSTERESIS * self.max_load:g}")
+            self.log(logging.INFO, (
+                f"load {load:.1f}: no new commands until it is below "
+                f"{LOAD_HYSTERESIS * self.max_load:g}" if busy else
+                f"{amount(free)} of memory free: no new commands until it is "
+                f"{amount(self.memfree / LOAD_HYSTERESIS)}"))
             for job in [*self.jobs.values()]:
                 self.recall(job)
         if self.session.joined:
@@ -4828,7 +4835,7 @@ class Worker(SessionMachine):
         self.settle()
 
     def leave(self) -> None:
-        if self.session.up:
+        if self.session.up and not self.locked_jobs():  # BYE frees locks while these are alive
             self.tell_broker("BYE")
         self.effects.append(Exit(self.exit_status or 0))
         self.has_left, self.leave_at = True, math.inf
@@ -5285,25 +5292,49 @@ def usable_cpus() -> int:
     return max(1, min([cpus] + [int(quota) for quota in cgroup_quotas()]))
 
 
-def cgroup_quotas(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> List[float]:
-    """Return the quotas, in CPUs, of our cgroup and those above it (versions 2 and 1)."""
-    quotas = []
+CGROUPS, OWN_CGROUP = "/sys/fs/cgroup", "/proc/self/cgroup"
+
+
+def cgroup_directories(controller: str, root: str, own: str) -> Iterator[Tuple[str, bool]]:
+    """Yield the directories of our cgroup and those above it; true: of version 2."""
     for line in read_text(own).splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-        names = [root, controllers, *filter(None, path.split("/"))]
-        for depth in range(2, len(names) + 1):
-            words = (word for file in files
-                     for word in read_text(os.path.join(*names[:depth], file)).split())
-            quota = [int(word) for word in words if word.isdigit()]
-            if len(quota) == 2:
-                quotas.append(quota[0] / max(1, quota[1]))
+        if not controllers or controller in controllers.split(","):
+            names = [root, controllers, *filter(None, path.split("/"))]
+            for depth in range(2, len(names) + 1):
+                yield os.path.join(*names[:depth]), not controllers
+
+
+def cgroup_quotas(root: str = CGROUPS, own: str = OWN_CGROUP) -> List[float]:
+    """Return the quotas, in CPUs, of our cgroup and those above it (versions 2 and 1)."""
+    quotas = []
+    for folder, newer in cgroup_directories("cpu", root, own):
+        files = ("cpu.max",) if newer else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        words = (word for file in files for word in read_text(os.path.join(folder, file)).split())
+        quota = [int(word) for word in words if word.isdigit()]
+        if len(quota) == 2:
+            quotas.append(quota[0] / max(1, quota[1]))
     return quotas
 
 
-def oom_kills(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int:
+def free_memory(meminfo: str = "/proc/meminfo", root: str = CGROUPS,
+                own: str = OWN_CGROUP) -> float:
+    """Return the bytes that commands can get: of the machine, or of our cgroup or one above it if
+    that has less. math.inf: the system does not tell."""
+    def value(file: str, before: str, after: str = "") -> float:
+        found = re.search(f"^{before}([0-9]+){after}$", read_text(file), re.M)
+        return int(found[1]) if found else math.nan
+    free = [1024 * value(meminfo, "MemAvailable: *", " kB")]
+    for folder, newer in cgroup_directories("memory", root, own):
+        limit, used, cache = ("max", "current", "inactive_file") if newer else (
+            "limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+        # the system drops that cache when commands need its memory
+        free.append(value(f"{folder}/memory.{limit}", "") - value(f"{folder}/memory.{used}", "")
+                    + value(f"{folder}/memory.stat", f"{cache} "))
+    return min((size for size in free if not math.isnan(size)), default=math.inf)
+
+
+def oom_kills(root: str = CGROUPS, own: str = OWN_CGROUP) -> int:
     """Return the number of processes in our cgroup (version 2) that the OOM killer has killed."""
     path = re.search("^0::(.*)$", read_text(own), re.M)
     events = read_text(f"{root}{path[1]}/memory.events") if path else ""
@@ -7870,8 +7901,8 @@ def slot_wait_reason(client: Client) -> str:
             "that is connected takes commands" if client.connected_hosts else "is connected")
     if not client.slots:
         return f"waiting: the broker at {client.address} has no worker" + (
-            " that takes new commands: each is over its --max-load, is stopping, or is a "
-            "broker without workers" if client.workers else
+            " that takes new commands: each is over its --max-load or lacks its --memfree, is "
+            "stopping, or is a broker without workers" if client.workers else
             " (yet); start one with: testcloud.py worker")
     if client.lacks:
         return f"waiting for {client.lacks}; there is none among {plural(client.workers, 'worker')}"
@@ -11778,6 +11809,7 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
                    action="append", default=[]),
             option("--host NAME", "name of this machine in reports (default: its own)"),
             option("--max-load X", "take no more at a load average from X on", default=math.inf),
+            option("--memfree SIZE", "take no more while less memory is free", default=0),
             option("--nice N", "niceness of commands (default: 0)", default=0),
             CACHE,
             option("--drain TIME", "for running commands when told to stop (default: 0)",
@@ -12132,10 +12164,13 @@ LOAD_INTERVAL: Seconds = 1.0  # the system updates its load average slowly
 
 
 def watch_load(loop: EventLoop, worker: Worker) -> None:
-    """Tell a worker its machine's load every LOAD_INTERVAL."""
+    """Tell a worker its machine's load and free memory every LOAD_INTERVAL."""
+    if worker.memfree and free_memory() == math.inf:
+        print_notice("--memfree is ignored: this system does not tell how much memory is free")
+
     def look(now: Seconds) -> None:
         with contextlib.suppress(OSError, AttributeError):  # the system does not know it
-            worker.set_load(os.getloadavg()[0], now)
+            worker.set_load(os.getloadavg()[0], now, free_memory() if worker.memfree else math.inf)
     loop.every(LOAD_INTERVAL, look)
 
 
@@ -12200,7 +12235,7 @@ def new_worker(settings: argparse.Namespace, address: Optional[str], keys: Optio
     return Worker(unique_name(keys), settings.slots or usable_cpus(), settings.weight,
                   host_identity(settings.host), times_from(settings), settings.wait, address,
                   settings.drain, [*settings.label, *KNOWN_BY_LABEL], settings.max_load,
-                  f"user {os.getuid()}" if shared else "")
+                  settings.memfree, f"user {os.getuid()}" if shared else "")
 
 
 def worker_process(settings: argparse.Namespace, worker: Worker, control: int,
@@ -12263,8 +12298,8 @@ RETRY_DELAYS: Tuple[Seconds, Seconds] = (1.0, 60.0)  # before a host is tried ag
 HEARD_NOTHING = 128 + signal.SIGHUP  # exit status of a worker whose stream has ended
 MAX_DROPPED = 6  # logins that sshd drops in a row: then it is no accident
 WORKER_SETTINGS: Fields = {  # options of a worker that reach a host; a client's has these defaults
-    "weight": 0, "label": [], "max_load": math.inf, "nice": 0, "drain": 0.0, "wait": math.inf,
-    "cache": 0, "verbose": False}
+    "weight": 0, "label": [], "max_load": math.inf, "memfree": 0, "nice": 0, "drain": 0.0,
+    "wait": math.inf, "cache": 0, "verbose": False}
 SILENT_BEATS = 4  # of a host, before the user hears of it
 SAME_INTERVAL: Seconds = 5.0  # in which workers say the same once
 HOST_INTERVAL: Seconds = 0.05  # between looks at what is due
@@ -14622,8 +14657,8 @@ FOREIGN_OPTIONS = {
     "--transfer --transferfile --trc --basefile --cleanup":
         "--sync takes the whole directory along, and --return FILE brings files back",
     "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
-    "--load --memfree": "worker --max-load X", "--nice": "worker --nice N",
-    "--sem --semaphore --id": "--lock NAME",
+    "--load": "worker --max-load X", "--memfree": "worker --memfree SIZE",
+    "--nice": "worker --nice N", "--sem --semaphore --id": "--lock NAME",
     "-M --controlmaster --sshdelay": "few logins are under way at once; see ssh_config(5)",
     "-t --silent": "--verbose", "--retry": "did you mean --retries?"}
 
