@@ -11137,7 +11137,8 @@ class ClientTest(unittest.TestCase):
             self.assertFalse(b.lines)
             notice, end = b.effects[-2:]
             self.assertRegex(notice.text, "^the broker at tcp://b:1, or one above it, is older "
-                             "than this program, and knows no --slots-each and --lock: update it$")
+                             "than this program, and knows no --slots-each, --lock, --serial "
+                             "and --delay: update it$")
             self.assertEqual(end, tc.Exit(3))
 
     def test_workers_that_know_no_locks_are_told_once(self):
@@ -11147,7 +11148,7 @@ class ClientTest(unittest.TestCase):
         for _ in range(2):
             b.answer(slots=2, workers=2, resources=True, unfit=["h/1"])
         self.assertEqual(b.effect(tc.Notice).text, "not used: h: an older version of this program "
-                         "runs there, which knows no --slots-each and --lock")
+                         "runs there, which knows no --slots-each, --lock, --serial and --delay")
         b.quiet()
 
     def test_what_commands_wait_for_is_told(self):

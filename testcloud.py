@@ -1166,7 +1166,7 @@ FILES, SETUP = "files", "setup"  # how a workspace is prepared, while its comman
 TREES = "(trees)"  # label of workers that know trees; no user can give it
 RESOURCES = "(resources)"  # the same, of those that know slots and locks
 # what versions with these labels know, the newest last; flags of OK have the same names
-KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each and --lock"}
+KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each, --lock, --serial and --delay"}
 
 
 class Faults:
