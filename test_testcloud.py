@@ -1238,7 +1238,7 @@ class BrokerTest(unittest.TestCase):
         self.desk = Desk()
 
     def test_a_retry_behind_many_kinds_that_were_cancelled_runs(self):
-        d, last = self.desk, tc.MAX_RETRY_KINDS
+        d, last = self.desk, tc.MAX_LANES
         d.join(b"w", slots=1)
         for peer in (b"b", b"c"):
             d.hello(peer, peer.decode())
@@ -1789,9 +1789,9 @@ class BrokerTest(unittest.TestCase):
         d.client(b"c", 'HELLO {"run":"r1","beat":3}')
         d.wait(tc.OK_DELAY)
         d.expect(b"c", "OK", lacks=None)
-        client = d.broker.registry.clients["r1"]
-        client.needs = frozenset(["gpu"])  # there is a slot with such, but it is busy
-        self.assertEqual(d.broker.waited_for(client), "a free slot with --label gpu")
+        d.submit(b"c", 2, needs=["gpu", "db"])
+        client = d.broker.registry.clients["r1"]  # there is a slot with these, but it is busy
+        self.assertEqual(d.broker.waited_for(client), "a free slot with --label db and --label gpu")
 
     def test_hosts_that_a_client_shuns_are_used_if_there_are_no_others(self):
         d = self.desk
@@ -1914,10 +1914,12 @@ class BrokerTest(unittest.TestCase):
         for id in range(3, 100):
             d.submit(b"c", id, attempt=2)
             d.ends(b"v", "r1", id, attempt=2)
-        self.assertLess(sum(map(len, d.broker.registry.clients["r1"].retries.values())), 5)
+        client = d.broker.registry.clients["r1"]
+        self.assertLess(sum(len(lane.tasks) for group in client.lanes.values()
+                            for lane in group.values()), 5)
         d.client(b"c", tc.encode("CANCEL", {"tasks": [[2, 2]]}))
         d.submit(b"c", 100, attempt=2)
-        self.assertFalse(d.broker.registry.clients["r1"].retries)
+        self.assertFalse(client.lanes)
 
     def test_many_that_wait_for_hosts_do_not_make_us_look_at_all(self):
         d = self.desk
@@ -1952,12 +1954,12 @@ class BrokerTest(unittest.TestCase):
         d = self.desk
         d.join(b"w", slots=1, host="h1")
         d.hello(b"c", "r1")
-        for id in range(3 * tc.MAX_RETRY_KINDS):
+        for id in range(3 * tc.MAX_LANES):
             d.submit(b"c", id, attempt=2, needs=[f"l{id}"])
-        d.submit(b"c", 3 * tc.MAX_RETRY_KINDS, attempt=2)
+        d.submit(b"c", 3 * tc.MAX_LANES, attempt=2)
         for _ in range(4):
             d.worker(b"w", 'READY {"name":"w","slots":1}')
-        d.takes(b"w", "r1", 3 * tc.MAX_RETRY_KINDS, 2)
+        d.takes(b"w", "r1", 3 * tc.MAX_LANES, 2)
 
     def test_retries_come_first_in_their_own_order(self):
         d = self.desk
@@ -4205,7 +4207,7 @@ class ChainTest(unittest.TestCase):
         d.quiet()
 
     def test_many_kinds_of_retries_that_must_wait_keep_none_from_a_free_worker(self):
-        d, many = self.desk, tc.MAX_RETRY_KINDS
+        d, many = self.desk, tc.MAX_LANES
         d.join(b"w", slots=1, host="h1", weight=5)
         d.hello(b"c", "r1")
         d.submit(b"c", 1)
@@ -4649,7 +4651,7 @@ class ChainTest(unittest.TestCase):
         d.gone(BROKER, b"")
         d.broker.connected(BROKER, d.now)
         d.collect()
-        d.expect(b"", "READY", labels=[tc.TREES])
+        d.expect(b"", "READY", labels=[tc.TREES, tc.RESOURCES])
         d.answer()
         d.tree_worker(b"w", cache=5)
         d.tree_worker(b"v", cache=7)
@@ -6441,7 +6443,7 @@ class SimulationTest(unittest.TestCase):
         ("credit is not given back", "client.owed += cost - task.cost",
          "client.owed += max(0, cost - task.cost)"),
         ("slots of the lost are counted", "            self.slots -= worker.slots\n", ""),
-        ("a choice of workers outlives them", "        self.slots_by_labels.clear()\n"
+        ("a choice of workers outlives them", "        self.widest_by_labels.clear()\n"
          "        self.places_by_host.clear()\n        self.eligible_for.clear()\n", ""),
         ("who once had no room never has", "            self.saturated = {full for full in "
          "self.saturated if worker not in full}\n", "            pass\n"),

@@ -242,11 +242,12 @@ MAX_BAD_LINES = 100  # in one body; the rest of it is ignored
 MAX_COMPLAINTS = 20  # lines in the log about different bad messages, per COMPLAINT_INTERVAL
 COMPLAINT_INTERVAL: Seconds = 10.0
 ANSWERS_PER_SECOND = 5  # of each verb to a plain or unknown peer: ends a loop of answers
+MAX_REASONS = 3  # for which a client's commands wait, in one line for people
 MAX_UNFIT = 10  # hosts that know no trees, in one OK: enough for people
 MAX_DEPTH = 8  # brokers in one chain; a longer one is taken for a mistake
 STATUS_LIMIT = 100  # characters of a name in STATUS, and labels of a worker
 MAX_PASSED_OVER = 16  # better workers that a task skips before its eligible ones are searched
-MAX_RETRY_KINDS = 64  # queues of a client's retries that one look goes through, in turns
+MAX_LANES = 64  # of a client that one look goes through, in turns if there are more
 SPAWN_LIMIT = 5  # failed starts of one command on machines that lack memory or the like
 
 # --- how much is given ahead
@@ -1169,6 +1170,9 @@ RESOURCES = "(resources)"  # the same, of those that know slots and locks
 KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each, --lock, --serial and --delay"}
 
 
+Lock = Tuple[Run, str]  # the run whose own lock it is, "" for all; its name
+
+
 class Faults:
     """Counts the losses of a command, by fault."""
 
@@ -1195,15 +1199,15 @@ class Place(NamedTuple):
 
     host: str
     labels: FrozenSet[str]
-    slots: int
+    slots: int  # of the largest worker there
     worker: WorkerSlots
 
 
 class Constraints(NamedTuple):
     """The places where a task may run.
 
-    `needs` and `never_on` are strict. The others are preferences: each holds as long as a place
-    is left, in the order of eligible()."""
+    `needs`, `never_on` and `slots` are strict. The others are preferences: each holds as long as
+    a place is left, in the order of eligible()."""
 
     needs: FrozenSet[str] = frozenset()  # labels
     excluded: FrozenSet[str] = frozenset()  # hosts
@@ -1211,11 +1215,13 @@ class Constraints(NamedTuple):
     not_on: str = ""  # a host
     avoid: str = ""  # name of a worker
     never_on: FrozenSet[str] = frozenset()  # hosts
+    slots: int = 1  # of one worker
 
     def eligible(self, places: Iterable[Place]) -> Set[WorkerSlots]:
         """Return the workers of these places that may run the task."""
         left = [it for it in places
-                if it.slots and self.needs <= it.labels and it.host not in self.never_on]
+                if it.slots >= self.slots and self.needs <= it.labels
+                and it.host not in self.never_on]
         for prefers in (lambda it: it.host not in self.excluded,
                         lambda it: not self.on or it.host == self.on,
                         lambda it: it.host != self.not_on,
@@ -1231,7 +1237,8 @@ class Task:
     """One attempt of one command."""
 
     __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "constraints",
-                 "preparing", "told_above", "had", "careful", "faults", "cost", "result", "plain")
+                 "lock", "delay", "order", "since", "reserved_at", "reserved_since", "preparing",
+                 "told_above", "had", "careful", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientRecord, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -1242,6 +1249,12 @@ class Task:
         self.worker: Optional[WorkerRecord] = None  # in ASSIGNED, RUNNING and DELIVERED
         self.avoid = ""  # name of the worker that lost the attempt before
         self.constraints = UNCONSTRAINED
+        self.lock: Optional[Lock] = None
+        self.delay: Seconds = 0.0  # from its start to the next one of its client, at least
+        self.order = 0  # its place in its client's queue
+        self.since: Seconds = 0.0  # when it began to take slots
+        self.reserved_at: Optional[WorkerSlots] = None  # a worker with a reservation for it
+        self.reserved_since: Seconds = math.inf  # time of its first reservation
         self.preparing = ""  # FILES or SETUP while BUSY: its workspace is not there yet
         self.told_above = ""  # the same, as the broker above knows it
         self.had = ""  # in RECOVERING: name of the worker that had it last
@@ -1254,6 +1267,10 @@ class Task:
     @property
     def key(self) -> TaskKey:
         return (self.client.run, self.id, self.attempt)
+
+    @property
+    def slots(self) -> int:
+        return self.constraints.slots
 
     @property
     def needs_tree(self) -> bool:
@@ -1644,67 +1661,198 @@ TreeEvent = Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, Tr
                   TreeReleased]
 
 
+# === Locks ============================================================================
+#
+# A lock has one holder at a time, among all tasks of the cloud that name it. The topmost broker
+# decides. A broker below asks it (LOCK) when a task of its own clients could start, and gives the
+# lock back (UNLOCK) after that. A task has its lock from the assignment until its worker says that
+# it has ended or never began, or is given up: the task itself may be gone before. After a broker's
+# start nobody gets a lock until each worker has joined, and said what its tasks have, or is given
+# up. Waiting tasks are in parked lanes, which nobody looks at until the lock is free.
+
+
+class Locks:
+    """Who has which lock, and who waits for it."""
+
+    def __init__(self) -> None:
+        # by task: its worker, and its client for people; several only if one was given up too soon
+        self.holders: Dict[Lock, Dict[TaskKey, Tuple[Optional[WorkerSlots], str]]] = {}
+        self.parked: Dict[Lock, Dict[Lane, None]] = {}
+        self.wanted: Dict[Lock, Dict[WorkerSlots, str]] = {}  # by brokers below, for these clients
+        self.taken: Set[Lock] = set()  # by our clients' tasks, while brokers below want them
+        self.is_open = True  # False: we have just started, and do not know all holders
+        self.above: Optional[Set[Lock]] = None  # locks from the broker above, if we are chained
+        self.asked: Dict[Lock, str] = {}  # of it; and who has them there, as it said
+        self.claims: Set[Lock] = set()  # had before we could ask it: by tasks of our predecessor
+        self.news: Set[Lock] = set()  # with another holder, and brokers below that want them
+
+    def is_closed(self, lock: Lock) -> bool:
+        """Return whether a task must wait for this lock."""
+        return lock in self.holders or not lock[0] and (
+            not self.is_open if self.above is None else bool(self.asked.get(lock)))
+
+    def may_have(self, lock: Lock) -> bool:
+        """Return whether a task may get this lock, which has no holder, without asking above."""
+        return bool(lock[0]) or (self.is_open if self.above is None else lock in self.above)
+
+    def hold(self, lock: Lock, key: TaskKey, worker: Optional[WorkerSlots], by: str) -> None:
+        self.holders.setdefault(lock, {})[key] = worker, by
+        if worker is not None:
+            worker.locks[key] = lock
+        if lock in self.wanted:
+            self.news.add(lock)
+        if not self.may_have(lock) and self.above is not None:
+            self.claims.add(lock)
+
+    def drop(self, lock: Lock, key: TaskKey) -> bool:
+        """Note that a task does not have the lock any more. Return whether that is free now."""
+        keys = self.holders.get(lock, {})
+        if keys.pop(key, None) is None or keys:
+            return False
+        del self.holders[lock]
+        return True
+
+    def words(self, lock: Lock) -> str:
+        """Return the lock and who has it, for people."""
+        if lock[0]:
+            return "its command before it (--serial)"
+        by = self.holder(lock) or self.asked.get(lock, "")
+        if by:
+            return f"lock {lock[1]}, held by {by}"
+        return f"lock {lock[1]}" + (
+            ", which the broker above gives" if self.above is not None else
+            "" if self.is_open else ": no worker of the broker before this one may have it")
+
+    def holder(self, lock: Lock) -> str:
+        """Return who has the lock, for people; "" if nobody has it."""
+        return next((by for _, by in self.holders.get(lock, {}).values()), "")
+
+
+def key_of_broker(lock: Lock) -> TaskKey:
+    """Return what stands for all tasks below a chained broker that may have this lock."""
+    return (lock[1], -1, -1)
+
+
 # === Scheduler ========================================================================
 #
 # Which waiting task goes to which worker. Clients take turns; within one client, retries go
-# first, then commands in order. Among eligible workers a free slot counts first, then weight,
-# then the number of free slots. Workers with short commands get extra tasks (prefetch); a free
-# slot elsewhere recalls them. A task that must not wait behind others reserves the next free slot
-# of a worker. The scheduler knows no messages, peers or clocks. The cost of a decision without
-# constraints does not grow with the number of workers or clients.
+# first, then wide tasks (of several slots), then in order. Among eligible workers a free slot
+# counts first, then weight, then the number of free slots. Workers with short commands get extra
+# tasks (prefetch); a free slot elsewhere recalls them. A task that must not wait behind others
+# reserves the next free slots of a worker. The scheduler knows no messages and no peers. The cost
+# of a decision without constraints does not grow with the number of workers or clients.
+#
+# The tasks of a client that differ in nothing but their order are a lane. A lane that must wait
+# does not block others. While a wide task waits for the slots that it has reserved, others may
+# use those: if the tasks that it waits for have run for longer than the others mostly take.
 #
 # A worker is prepared for a client if it has a workspace with the tree of its tasks. Another worker
 # gets one task at a time, a scout: it waits there for the workspace, and takes no slot meanwhile.
 # A chained broker gets a scout for each host. A free slot of a prepared worker recalls scouts.
 
+RETRIES, FIRSTS, ROTATED = range(3)  # ranks of lanes
+DURATION_WEIGHT = 1 / 8  # of a new duration in the mean of a client's commands
+
+
+class Lane:
+    """The waiting tasks of one client with the same constraints and lock, in order."""
+
+    __slots__ = ("client", "kind", "constraints", "lock", "rank", "tasks")
+
+    def __init__(self, client: ClientQueue, kind: Tuple[int, bool, Optional[Lock]],
+                 constraints: Constraints) -> None:
+        self.client = client
+        self.kind = kind
+        self.rank, _, self.lock = kind
+        self.constraints = constraints
+        self.tasks: Deque[Task] = deque()
+
+    def has_waiting(self) -> bool:
+        """Drop tasks from the front until one is WAITING. Return whether there is one."""
+        while self.tasks and self.tasks[0].state != WAITING:
+            self.tasks.popleft()
+        return bool(self.tasks)
+
 
 class ClientQueue:
     """The waiting tasks of one client."""
 
-    __slots__ = ("from_above", "tasks", "waiting", "retries", "in_turn", "excluded", "owed",
-                 "prepared")
+    __slots__ = ("from_above", "tasks", "lanes", "ready", "orders", "in_turn", "excluded", "owed",
+                 "prepared", "debt", "start_at", "typical")
 
     def __init__(self, from_above: bool = False) -> None:
         self.from_above = from_above  # run of the broker above: starts only with a lease
         self.tasks: Dict[int, Task] = {}  # all that are not GONE, by id
-        self.waiting: Deque[Task] = deque()  # first attempts
-        # retries, by kind: a kind that must wait does not block others
-        self.retries: OrderedDict[Tuple[Constraints, bool], Deque[Task]] = OrderedDict()
+        # lanes with waiting tasks, by constraints and kind: rank, careful, lock
+        self.lanes: Dict[Constraints, Dict[Tuple[int, bool, Optional[Lock]], Lane]] = {}
+        # heap of those that are not parked: (rank, -slots, order of the first task, lane)
+        self.ready: List[Tuple[int, int, int, Lane]] = []
+        self.orders = 0
         self.in_turn = False  # is in Scheduler.turns
         self.excluded: FrozenSet[str] = frozenset()  # hosts to use only if there are no others
         self.owed = 0  # bytes of results that the client has not confirmed (DONE)
         self.prepared: Set[WorkerSlots] = set()  # these have a workspace for it
+        self.debt = 0  # turns to pass over, if others can use them: wide tasks take several
+        self.start_at: Seconds = -math.inf  # nothing starts before (--delay)
+        self.typical: Seconds = math.inf  # mean duration of its last commands; inf: unknown
+
+    def knows_all(self) -> bool:
+        """Return whether all tasks are known that may have the run's own lock."""
+        return True
+
+    def words(self) -> str:
+        """Return the client's name for people."""
+        return ""
 
     def append(self, task: Task, retry: bool) -> None:
-        if retry:
-            self.retries.setdefault((task.constraints, task.careful), deque()).append(task)
+        self.orders += 1
+        task.order = self.orders
+        group = self.lanes.setdefault(task.constraints, {})
+        kind = RETRIES if retry else FIRSTS, task.careful, task.lock
+        if kind in group:
+            group[kind].tasks.append(task)
         else:
-            self.waiting.append(task)
+            lane = group[kind] = Lane(self, kind, task.constraints)
+            lane.tasks.append(task)
+            self.push(lane)
 
-    def next_tasks(self) -> List[Task]:
-        """Return the first task of each queue. At most MAX_RETRY_KINDS kinds of retries, round
-        robin, come before first attempts."""
-        found: List[Task] = []
-        for _ in range(len(self.retries)):
-            if len(found) == MAX_RETRY_KINDS:
-                break
-            kind, queue = self.retries.popitem(last=False)
-            if skip_not_waiting(queue):
-                self.retries[kind] = queue
-                found.append(queue[0])
-        return found + [self.waiting[0]] if skip_not_waiting(self.waiting) else found
+    def push(self, lane: Lane, last: bool = False) -> None:
+        """Put a lane among those to be looked at, behind all others if `last`. Drop an empty
+        one."""
+        if not lane.has_waiting():
+            self.drop(lane)
+            return
+        if last:
+            self.orders += 1
+        row = (ROTATED, 0, self.orders) if last else (
+            lane.rank, -lane.constraints.slots, lane.tasks[0].order)
+        heapq.heappush(self.ready, (*row, lane))
 
-    def peek(self) -> List[Task]:
-        """Return the same, but leave the turns of the kinds as they are."""
-        kinds = itertools.islice(self.retries.values(), MAX_RETRY_KINDS)
-        return [queue[0] for queue in (*kinds, self.waiting) if skip_not_waiting(queue)]
+    def pop(self) -> Optional[Lane]:
+        """Take the most urgent lane. The caller pushes it again, or parks it."""
+        while self.ready:
+            lane = heapq.heappop(self.ready)[3]
+            if lane.has_waiting():
+                return lane
+            self.drop(lane)
+        return None
 
+    def drop(self, lane: Lane) -> None:
+        group = self.lanes[lane.constraints]
+        del group[lane.kind]
+        if not group:
+            del self.lanes[lane.constraints]
 
-def skip_not_waiting(queue: Deque[Task]) -> bool:
-    """Drop tasks from the front until one is WAITING. Return whether there is one."""
-    while queue and queue[0].state != WAITING:
-        queue.popleft()
-    return bool(queue)
+    def waiting(self) -> Iterator[Lane]:
+        """Yield the lanes with waiting tasks."""
+        for group in self.lanes.values():
+            yield from filter(Lane.has_waiting, group.values())
+
+    def first_of_each(self) -> List[Task]:
+        """Return a waiting task for each set of constraints."""
+        firsts = (next(filter(Lane.has_waiting, group.values()), None)
+                  for group in self.lanes.values())
+        return [lane.tasks[0] for lane in firsts if lane is not None]
 
 
 class WorkerSlots:
@@ -1712,7 +1860,7 @@ class WorkerSlots:
 
     __slots__ = ("name", "slots", "weight", "capacity", "ready", "silent", "prefetch", "tasks",
                  "busy", "careful", "busy_with", "slots_with", "hosts_with", "prepared",
-                 "preparing", "stamp")
+                 "preparing", "widest", "locks", "stamp")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1720,17 +1868,19 @@ class WorkerSlots:
         self.weight = 0
         # slots by host and labels; several only of a chained broker
         self.capacity: Dict[Tuple[str, FrozenSet[str]], int] = {(name, frozenset()): 1}
+        self.widest = self.capacity  # the slots of the largest worker there
         self.ready = False  # connected, and may be given tasks
         self.silent = False  # a plain worker that has not said READY for long: the last choice
         self.prefetch = 0  # tasks that it may be given beyond its slots
         self.tasks: Dict[TaskKey, Task] = {}  # ASSIGNED, RUNNING and DELIVERED
-        self.busy = 0  # tasks that are BUSY, without scouts
+        self.busy = 0  # slots of its tasks that are BUSY, without scouts
         self.careful = 0  # such tasks that are careful
-        self.busy_with: Counter[FrozenSet[str]] = Counter()  # such tasks, by needed labels
+        self.busy_with: Counter[FrozenSet[str]] = Counter()  # their slots, by needed labels
         self.slots_with: Dict[FrozenSet[str], int] = {}  # cache: slots with these labels
         self.hosts_with: Dict[FrozenSet[str], int] = {}  # cache: hosts of these slots
         self.prepared: Set[ClientQueue] = set()  # the same, by worker
         self.preparing: Counter[ClientQueue] = Counter()  # scouts
+        self.locks: Dict[TaskKey, Lock] = {}  # that its tasks have, also those that are GONE
         self.stamp = 0  # of its entry in Scheduler.ranking; older entries are stale
 
     def count(self, task: Task, change: int) -> None:
@@ -1740,24 +1890,29 @@ class WorkerSlots:
             if not self.preparing[task.client]:
                 del self.preparing[task.client]
             return
-        self.busy += change
+        self.busy += change * task.slots
         if task.careful:
             self.careful += change
         needs = task.constraints.needs
         if needs and change:
-            self.busy_with[needs] += change
+            self.busy_with[needs] += change * task.slots
             if not self.busy_with[needs]:
                 del self.busy_with[needs]
 
-    def running(self) -> int:
-        """Return the number of running tasks. With 0 slots, all its BUSY tasks run."""
-        return min(self.busy, self.slots or self.busy)
+    def taking(self) -> List[Task]:
+        """Return the tasks that take its slots, the oldest first."""
+        return [task for task in self.tasks.values() if task.state in BUSY and not task.preparing]
 
-    def queued(self) -> Iterator[Task]:
-        """Return the tasks beyond its slots, and scouts; the oldest tasks run first."""
-        both = [task for task in self.tasks.values() if task.state in BUSY]
-        busy = [task for task in both if not task.preparing]
-        return itertools.chain(busy[self.running():], (task for task in both if task.preparing))
+    def running(self) -> List[Task]:
+        """Return the tasks that run: the oldest. With 0 slots, all its BUSY tasks run."""
+        used = itertools.accumulate(task.slots for task in self.taking())
+        return [task for task, sum in zip(self.taking(), used) if sum <= (self.slots or sum)]
+
+    def queued(self) -> List[Task]:
+        """Return the tasks beyond its slots, and scouts."""
+        running = {*self.running()}
+        return [task for task in self.tasks.values()
+                if task.state in BUSY and task not in running]
 
     def free(self) -> int:
         """Return the number of free slots; less than 0 if tasks wait for one."""
@@ -1772,14 +1927,14 @@ class WorkerSlots:
         return self.ready and self.busy < self.slots + (0 if self.careful else self.prefetch)
 
     def fits(self, task: Task) -> bool:
-        """Return whether a slot with the labels that the task needs is free."""
+        """Return whether slots with the labels that the task needs are free."""
         needs = task.constraints.needs
         if not needs or len(self.capacity) == 1:  # its slots are all alike
             return True
         if needs not in self.slots_with:
             self.slots_with[needs] = sum(
                 n for (_, labels), n in self.capacity.items() if needs <= labels)
-        return self.busy_with[needs] < self.slots_with[needs]
+        return self.busy_with[needs] + task.slots <= self.slots_with[needs]
 
     def set_prepared(self, client: ClientQueue, is_prepared: bool) -> None:
         """Note whether it has a workspace for this client."""
@@ -1824,10 +1979,14 @@ class Scheduler:
         self.stamps = 0  # entries of the ranking so far
         self.prefetched: Deque[Tuple[Task, Seconds]] = deque()  # (task, time) of tasks beyond slots
         self.scouts: Dict[Task, bool] = {}  # the oldest first; True: it is recalled
-        self.reservations: Dict[WorkerSlots, Task] = {}  # the task for a worker's next free slot
+        self.reservations: Dict[WorkerSlots, Task] = {}  # the task for its next free slots
+        self.locks = Locks()
+        self.delayed: Dict[ClientQueue, Seconds] = {}  # when their next task may start
+        self.now: Seconds = 0.0  # of the present decisions
+        self.waiting_news: Set[ClientQueue] = set()  # began to wait for a lock or several slots
         self.capacity_changed = False  # slots, weights or labels, since the owner last looked
         # caches, until capacity changes
-        self.slots_by_labels: Counter[FrozenSet[str]] = Counter()
+        self.widest_by_labels: Dict[FrozenSet[str], int] = {}
         self.places_by_host: Dict[str, List[Place]] = {}
         self.with_slots = 0  # how many workers have slots
         self.eligible_for: Dict[Constraints, Eligible] = {}
@@ -1847,11 +2006,13 @@ class Scheduler:
         self.note_capacity_change()
 
     def change_worker(self, worker: WorkerSlots, slots: int, weight: int,
-                      capacity: Dict[Tuple[str, FrozenSet[str]], int]) -> None:
+                      capacity: Dict[Tuple[str, FrozenSet[str]], int],
+                      widest: Optional[Dict[Tuple[str, FrozenSet[str]], int]] = None) -> None:
         """Note what a connected worker has told of itself, and make it ready."""
-        if (slots, weight, capacity) != (worker.slots, worker.weight, worker.capacity):
+        told = slots, weight, capacity, capacity if widest is None else widest
+        if told != (worker.slots, worker.weight, worker.capacity, worker.widest):
             self.slots += slots - worker.slots
-            worker.slots, worker.weight, worker.capacity = slots, weight, capacity
+            worker.slots, worker.weight, worker.capacity, worker.widest = told
             worker.slots_with, worker.hosts_with = {}, {}
             worker.prefetch = min(worker.prefetch, PREFETCH * slots)
             self.note_capacity_change()
@@ -1872,9 +2033,11 @@ class Scheduler:
             self.note_capacity_change()
 
     def remove_worker(self, worker: WorkerSlots) -> None:
-        """Remove a worker. The caller moves its tasks."""
+        """Remove a worker. The caller moves its tasks. Its locks are free."""
         self.suspend_worker(worker)
         del self.away[worker]
+        self.forget_wants(worker)
+        self.keep_locks(worker, ())
 
     def expect(self, expecting: bool) -> None:
         """Note whether more hosts are about to join. Tasks that need another host wait for them."""
@@ -1884,14 +2047,17 @@ class Scheduler:
     def note_capacity_change(self) -> None:
         """Drop the caches and reservations, which a change of capacity makes wrong."""
         self.capacity_changed = True
-        self.slots_by_labels.clear()
+        self.widest_by_labels.clear()
         self.places_by_host.clear()
         self.eligible_for.clear()
         self.saturated.clear()
         self.reservations.clear()
 
-    def learn_duration(self, worker: WorkerSlots, ms: float) -> None:
-        """Update the prefetch after a command of `ms`: each short command raises it by one."""
+    def learn_duration(self, client: ClientQueue, worker: WorkerSlots, ms: float) -> None:
+        """Update the client's typical duration after a command of `ms`, and the prefetch: each
+        short command raises it by one."""
+        mean = min(client.typical, ms / 1000) if client.typical == math.inf else client.typical
+        client.typical = mean + DURATION_WEIGHT * (ms / 1000 - mean) if ms < math.inf else mean
         each = min(PREFETCH, PREFETCH_TIME / max(ms, 1))
         worker.prefetch = min(worker.prefetch + 1, int(each * worker.slots))
 
@@ -1904,7 +2070,7 @@ class Scheduler:
 
     def take_turn(self, client: ClientQueue) -> None:
         """Add the client to the turns if it has tasks."""
-        if not client.in_turn and (client.waiting or client.retries):
+        if not client.in_turn and client.ready:
             client.in_turn = True
             self.turns.append(client)
 
@@ -1913,6 +2079,7 @@ class Scheduler:
         if client.in_turn:
             client.in_turn = False
             self.turns.remove(client)
+        self.delayed.pop(client, None)
         for worker in [*client.prepared]:
             worker.set_prepared(client, False)
 
@@ -1934,6 +2101,8 @@ class Scheduler:
             if worker is not None:
                 worker.tasks[task.key] = task
                 worker.count(task, 1 if is_busy else 0)
+                if is_busy:
+                    self.note_start(task, worker, old, now)
                 self.rank(worker)
             if old is not None and old is not worker and was_busy:
                 self.rank(old)
@@ -1941,6 +2110,19 @@ class Scheduler:
         if state == GONE:
             task.client.tasks.pop(task.id, None)
             self.charge(task, 0)
+
+    def note_start(self, task: Task, worker: WorkerSlots, old: Optional[WorkerSlots],
+                   now: Seconds) -> None:
+        """Note that a task takes slots of a worker, and has its lock there."""
+        client, task.since = task.client, now
+        if task.lock is not None and task.key not in worker.locks:
+            if old is not None:
+                old.locks.pop(task.key, None)
+            self.hold_lock(task, worker)
+        if task.state == ASSIGNED:
+            client.debt = task.slots - 1
+            if task.delay:
+                client.start_at = self.delayed[client] = now + task.delay
 
     def note_if_queued(self, task: Task, now: Seconds) -> None:
         if self.is_queued(task):
@@ -1958,6 +2140,7 @@ class Scheduler:
     def recount(self, task: Task, worker: WorkerSlots, preparing: str, now: Seconds) -> None:
         """Change whether a RUNNING task takes a slot."""
         worker.count(task, -1)
+        task.since = now
         self.set_preparing(task, preparing)
         worker.count(task, 1)
         self.rank(worker)
@@ -1985,25 +2168,26 @@ class Scheduler:
         if not self.places_by_host:
             self.with_slots = sum(worker.slots > 0 for worker in self.workers)
             for worker in self.workers:
-                for (host, labels), slots in worker.capacity.items():
+                for (host, labels), slots in worker.widest.items():
                     place = Place(host, labels, slots, worker)
                     self.places_by_host.setdefault(host, []).append(place)
         return self.places_by_host
 
     def has_labels(self, needs: FrozenSet[str], slots: int = 0) -> bool:
-        """Return whether workers with these labels are there, and have so many slots."""
-        if not self.slots_by_labels:
+        """Return whether a worker with these labels is there, and has so many slots."""
+        if not self.widest_by_labels:
             for worker in self.workers:
-                for (_, labels), n in worker.capacity.items():
-                    self.slots_by_labels[labels] += n
-        return any(needs <= labels and n >= slots for labels, n in self.slots_by_labels.items())
+                for (_, labels), n in worker.widest.items():
+                    self.widest_by_labels[labels] = max(n, self.widest_by_labels.get(labels, 0))
+        return any(needs <= labels and n >= slots for labels, n in self.widest_by_labels.items())
 
     def eligible(self, task: Task) -> Eligible:
         """Return the connected workers that may be given this task; None if all may."""
         constraints, excluded = task.constraints, task.client.excluded
         if constraints is UNCONSTRAINED and not excluded:
             return None
-        if not self.has_labels(constraints.needs):  # not cached: a client can name any label
+        slots = constraints.slots if constraints.slots > 1 else 0
+        if not self.has_labels(constraints.needs, slots):  # not cached: a client can name any
             return frozenset()
         never_on = constraints.never_on
         if self.expecting and constraints.not_on:
@@ -2056,23 +2240,53 @@ class Scheduler:
 
     def may_start(self, client: ClientQueue) -> bool:
         """Return whether tasks of this client may be assigned now."""
-        return client.owed < CREDIT and (self.has_lease or not client.from_above)
+        return client.owed < CREDIT and (self.has_lease or not client.from_above) \
+            and client.start_at <= self.now
+
+    def must_wait(self, task: Task) -> bool:
+        """Return whether another one has the task's lock. The broker above decides for its own."""
+        return task.lock is not None and not task.client.from_above \
+            and self.locks.is_closed(task.lock)
 
     def is_reserved(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
-        """Return whether the worker's next free slot is for another task."""
+        """Return whether the worker's next free slots are for another task."""
         holder = self.reservations.get(worker)
         if holder is None or holder is task:
             return False
         among = self.eligible(holder)
         if holder.state == WAITING and self.may_start(holder.client) \
-                and (among is None or worker in among):
-            return True
+                and (among is None or worker in among) and not self.must_wait(holder):
+            return task is None or not self.may_fill(worker, holder, task)
         del self.reservations[worker]
         return False
 
+    def may_fill(self, worker: WorkerSlots, holder: Task, task: Task) -> bool:
+        """Return whether a task may use slots that a wide one waits for: it mostly takes less time
+        than those ran that the wide one waits for. A command that has run for long mostly goes
+        on for as long. Tasks that began later do not count: so each of them delays it once."""
+        missing = holder.slots - worker.free()
+        if holder.slots == 1 or task.slots > worker.free() or task.client.typical == math.inf:
+            return False
+        ages = sorted((self.now - one.since if one.since <= holder.reserved_since else 0.0,
+                       one.slots) for one in worker.taking())
+        for age, slots in ages:
+            missing -= slots
+            if missing <= 0:
+                return task.client.typical < age
+        return False
+
     def may_take(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
-        return not self.is_reserved(worker, task) and (task is None or worker.fits(task) and (
-            not task.needs_tree or worker.may_prepare(task)))
+        if self.is_reserved(worker, task):
+            return False
+        if task is None:
+            return True
+        if task.needs_tree and not worker.may_prepare(task) or not worker.fits(task):
+            return False
+        return task.slots == 1 or task.slots <= worker.free() or self.is_scout(task, worker)
+
+    def is_scout(self, task: Task, worker: WorkerSlots) -> bool:
+        """Return whether the task would wait there for a workspace, and take no slot."""
+        return task.needs_tree and task.client not in worker.prepared
 
     def best_worker(self, task: Optional[Task] = None) -> Optional[WorkerSlots]:
         """Return the best worker with room for this task (None: for any task), or None. Among
@@ -2085,7 +2299,8 @@ class Scheduler:
             return self.best_with_tree(task, among, first)
         passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
-        limit = math.inf if among is None else MAX_PASSED_OVER
+        wide = task is not None and task.slots > 1
+        limit = math.inf if among is None and not wide else MAX_PASSED_OVER
         while best is None and len(passed_over) < limit and self.first_ranked() is not None:
             row = self.ranking[0]
             if among is not None and row[4] not in among or not self.may_take(row[4], task):
@@ -2097,8 +2312,10 @@ class Scheduler:
                 best = row[4]
         for row in passed_over:
             heapq.heappush(self.ranking, row)
-        if best is None and among is not None:
-            return self.best_among(among, task, avoid)
+        if best is None and task is not None and wide and self.has_reservation(task):
+            among = frozenset(filter(None, [task.reserved_at]))
+        if best is None and (among is not None or wide):
+            return self.best_among(self.workers if among is None else among, task, avoid)
         if avoided is not None and (best is None or best.order() > avoided[4].order()):
             best = avoided[4]
         return best
@@ -2136,42 +2353,174 @@ class Scheduler:
 
     # --- decisions: which task goes to which worker; reserving and recalling
 
-    def decisions(self) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
+    def decisions(self, now: Seconds) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
         """Yield tasks to be assigned, each with its worker; or with None if it is unplaceable. The
         caller must move a task before it asks for the next."""
+        self.now = now
+        for client in [client for client, when in self.delayed.items() if when <= now]:
+            del self.delayed[client]
+            self.take_turn(client)
         passed_over = 0  # clients in a row without a task for a worker with room
         while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
-            tasks = client.next_tasks() if self.may_start(client) else []
-            if not tasks:
+            if not client.ready or not self.may_start(client):
                 self.turns.popleft()
                 client.in_turn = False
                 continue
-            passed_over += 1
             self.turns.rotate(-1)
-            for task in tasks:
-                worker = self.best_worker(task)
-                if worker is None and not self.ranking:
-                    self.turns.rotate(1)  # this client keeps its turn
-                    return
-                if worker is None and not self.is_unplaceable(task):
-                    continue
-                if worker is not None and self.try_reserve(task, worker):
-                    continue
+            if client.debt and not passed_over and len(self.turns) > 1:
+                client.debt -= 1
+                continue
+            passed_over += 1
+            for task, worker in self.look_at(client):
                 yield task, worker
                 passed_over = 0
-                if worker is not None:
-                    break
+            if passed_over and not self.ranking:
+                self.turns.rotate(1)  # this client keeps its turn
+
+    def look_at(self, client: ClientQueue) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
+        """Yield the client's unplaceable tasks before the first that has a worker, and this one.
+        Look at MAX_LANES lanes, round robin, if there are more that must wait."""
+        passed_over: List[Lane] = []
+        worker: Optional[WorkerSlots] = None
+        while worker is None and len(passed_over) < MAX_LANES and self.ranking:
+            lane = client.pop()
+            if lane is None:
+                break
+            task = lane.tasks[0]
+            if self.must_wait(task):
+                self.park(lane)
+                continue
+            passed_over.append(lane)
+            if lane.lock is not None and lane.lock[0] and not client.knows_all():
+                continue
+            worker = self.best_worker(task)
+            if worker is None and not self.ranking:
+                break
+            if worker is None and self.is_unplaceable(task):
+                yield task, None
+            elif worker is None:
+                self.reserve_for_wide(task)
+            elif self.try_reserve(task, worker):
+                worker = None
+            elif self.lacks_lock(task):
+                self.park(passed_over.pop())
+                worker = None
+            else:
+                yield task, worker
+        for lane in passed_over:
+            client.push(lane, last=len(passed_over) == MAX_LANES)
 
     def try_reserve(self, task: Task, worker: WorkerSlots) -> bool:
-        """Reserve the worker's next free slot if the task must not queue there: it is careful, or
-        not all workers may run it. Return whether it was reserved. A scout needs no slot."""
-        if worker.free() > 0 or not task.careful and self.eligible(task) is None \
-                or task.needs_tree and task.client not in worker.prepared:
+        """Reserve the worker's next free slot if the task must not queue there: it is careful or
+        delays others, or not all workers may run it. Return whether it was reserved. A scout needs
+        no slot."""
+        must_not_queue = task.careful or task.delay or self.eligible(task) is not None
+        if worker.free() > 0 or not must_not_queue or self.is_scout(task, worker):
             return False
-        self.reservations[worker], worker.prefetch = task, 0  # no other task may overtake it
-        self.rank(worker)
+        self.reserve(task, worker)
         return True
+
+    def reserve_for_wide(self, task: Task) -> None:
+        """Reserve the next free slots of one worker for a wide task: of the one with most of them
+        free now."""
+        if task.slots == 1 or self.has_reservation(task):
+            return
+        among = self.eligible(task)
+        workers = [worker for worker in (self.workers if among is None else among)
+                   if worker.ready and not self.is_reserved(worker, task)
+                   and not self.is_scout(task, worker)]
+        self.waiting_news.add(task.client)
+        if workers:
+            self.reserve(task, min(workers, key=lambda it: (
+                it.silent, -it.free(), -it.weight, it.stamp)))
+
+    def reserve(self, task: Task, worker: WorkerSlots) -> None:
+        self.reservations[worker], worker.prefetch = task, 0  # no other task may overtake it
+        task.reserved_at, task.reserved_since = worker, min(task.reserved_since, self.now)
+        self.rank(worker)
+
+    def has_reservation(self, task: Task) -> bool:
+        at = task.reserved_at
+        return at is not None and self.reservations.get(at) is task
+
+    # --- locks
+
+    def park(self, lane: Lane) -> None:
+        """Look at a lane no more until its lock is free."""
+        assert lane.lock is not None
+        self.locks.parked.setdefault(lane.lock, {})[lane] = None
+        self.waiting_news.add(lane.client)
+
+    def unpark(self, lock: Lock) -> None:
+        for lane in self.locks.parked.pop(lock, ()):
+            lane.client.push(lane)
+            self.take_turn(lane.client)
+
+    def unpark_all(self) -> None:
+        """Look again at all lanes whose lock has no holder."""
+        for lock in self.locks.parked.keys() - self.locks.holders.keys():
+            self.unpark(lock)
+
+    def lacks_lock(self, task: Task) -> bool:
+        """Return whether the broker above must give the task's lock first. It will be asked."""
+        if task.lock is None or task.client.from_above or self.locks.may_have(task.lock):
+            return False
+        self.locks.asked.setdefault(task.lock, "")
+        return True
+
+    def hold_lock(self, task: Task, worker: Optional[WorkerSlots]) -> None:
+        """Note that a task has its lock. The broker above keeps account of those of its own."""
+        assert task.lock is not None
+        if task.client.from_above:
+            if worker is not None:
+                worker.locks[task.key] = task.lock
+            return
+        self.locks.hold(task.lock, task.key, worker, task.client.words())
+        if task.lock in self.locks.wanted:
+            self.locks.taken.add(task.lock)
+
+    def release_lock(self, worker: WorkerSlots, key: TaskKey) -> None:
+        """Note that a task certainly does not run on this worker (any more)."""
+        lock = worker.locks.pop(key, None)
+        if lock is not None:
+            self.drop_lock(lock, key)
+
+    def drop_lock(self, lock: Lock, key: TaskKey) -> None:
+        """Take a lock from a task. Brokers below that want it and our clients take turns."""
+        if self.locks.drop(lock, key) and not (
+                lock in self.locks.wanted and lock in self.locks.taken):
+            self.unpark(lock)
+        self.locks.taken.discard(lock)
+
+    def forget_wants(self, worker: WorkerSlots) -> None:
+        """A broker below wants no lock any more."""
+        for lock, brokers in [*self.locks.wanted.items()]:
+            brokers.pop(worker, None)
+            if not brokers:
+                del self.locks.wanted[lock]
+                if lock not in self.locks.holders:
+                    self.unpark(lock)
+
+    def keep_locks(self, worker: WorkerSlots, keys: Container[TaskKey]) -> None:
+        """Release all locks of this worker's tasks but those of these."""
+        for key in [key for key in worker.locks if key not in keys]:
+            self.release_lock(worker, key)
+
+    def locks_for_brokers(self) -> Iterator[Tuple[Lock, WorkerSlots]]:
+        """Give free locks to the brokers below that want them, and yield both."""
+        for lock, brokers in [*self.locks.wanted.items()]:
+            if lock in self.locks.holders:
+                continue
+            if brokers and not self.locks.may_have(lock):
+                if self.locks.above is not None:
+                    self.locks.asked.setdefault(lock, "")
+                continue
+            for worker in [*brokers][:1]:
+                self.locks.hold(lock, key_of_broker(lock), worker, brokers.pop(worker))
+                yield lock, worker
+            if not brokers:
+                del self.locks.wanted[lock]
 
     def unplaceable(self, clients: Iterable[ClientQueue]) -> Iterator[Task]:
         """Yield the unplaceable tasks of these clients, also while no worker has room. The caller
@@ -2180,7 +2529,7 @@ class Scheduler:
             found = True
             while found:
                 found = False
-                for task in client.peek():
+                for task in client.first_of_each():
                     if self.is_unplaceable(task):
                         found = True
                         yield task
@@ -2234,8 +2583,9 @@ class Scheduler:
             and not task.preparing
 
     def deadline(self) -> Seconds:
-        """Return the time of the next recall by RECALL_DELAY."""
-        return self.prefetched[0][1] + RECALL_DELAY if self.prefetched else math.inf
+        """Return the time of the next recall by RECALL_DELAY, or of the next start (--delay)."""
+        recall = self.prefetched[0][1] + RECALL_DELAY if self.prefetched else math.inf
+        return min([recall, *self.delayed.values()])
 
     def check(self) -> None:
         """Raise AssertionError if indexes disagree. For tests."""
@@ -2253,10 +2603,13 @@ class Scheduler:
             assert all(worker in client.prepared for client in worker.prepared)
             assert all(key == task.key and task.worker is worker
                        for key, task in worker.tasks.items())
-            assert worker.busy == len(busy), worker.name
+            assert worker.busy == sum(task.slots for task in busy), worker.name
             assert worker.careful == sum(task.careful for task in busy)
-            assert worker.busy_with == Counter(
-                task.constraints.needs for task in busy if task.constraints.needs)
+            with_labels: Counter[FrozenSet[str]] = Counter()
+            for task in busy:
+                with_labels[task.constraints.needs] += task.slots
+            del with_labels[frozenset()]
+            assert worker.busy_with == with_labels, worker.name
             ranked = [row[:3] for row in self.ranking if row[3:] == (worker.stamp, worker)]
             assert ranked == [(worker.order(), -worker.weight, -worker.free())] * worker.has_room()
             assert worker in self.workers or not worker.ready
@@ -2265,7 +2618,7 @@ class Scheduler:
         fresh.workers = self.workers
         assert self.places_by_host in ({}, fresh.places())
         fresh.has_labels(frozenset())
-        assert self.slots_by_labels in ({}, fresh.slots_by_labels)
+        assert self.widest_by_labels in ({}, fresh.widest_by_labels)
         for constraints, eligible in self.eligible_for.items():
             assert eligible == fresh.find_eligible(constraints), constraints
         assert self.reservations.keys() <= self.workers.keys()
@@ -2286,7 +2639,8 @@ class ClientRecord(ClientQueue):
     """The broker's record of a client and its tasks: of a run."""
 
     __slots__ = ("run", "peer", "claimed", "lost", "last_id", "announced", "join", "host", "pid",
-                 "stops", "backlog", "workspaces", "told_excluded", "needs", "done", "failed")
+                 "stops", "backlog", "workspaces", "told_excluded", "needs", "last_needs",
+                 "told_wait", "done", "failed")
 
     def __init__(self, run: Run, from_above: bool, peer: Optional[Peer]) -> None:
         super().__init__(from_above)
@@ -2304,7 +2658,9 @@ class ClientRecord(ClientQueue):
         self.backlog = 0  # commands that it keeps for later, as it told last
         self.workspaces: Set[str] = set()  # names of workers that may have one for it
         self.told_excluded: Dict[str, Seconds] = {}  # brokers below: when they got its SHUN
-        self.needs: FrozenSet[str] = frozenset()  # labels of its last command with constraints
+        self.needs: FrozenSet[str] = frozenset()  # TREES, RESOURCES, if its commands need them
+        self.last_needs: Tuple[FrozenSet[str], int] = (self.needs, 1)  # labels and slots
+        self.told_wait = False  # that its tasks wait for a lock or several slots
         self.done = self.failed = 0  # results passed on, and how many of these were failures
 
     @property
@@ -2318,6 +2674,12 @@ class ClientRecord(ClientQueue):
     @property
     def shown_host(self) -> str:
         return self.host[:STATUS_LIMIT] or "?"
+
+    def knows_all(self) -> bool:
+        return not self.announced
+
+    def words(self) -> str:
+        return printable(f"{self.pid or '?'}@{self.shown_host}", 200)
 
     def may_submit(self, id: int) -> bool:
         """Return whether a command that we do not know may still be submitted to us."""
@@ -2592,8 +2954,10 @@ class Upstream:
         if not chained:
             self.session.next_greeting = math.inf
         self.above: List[str] = []  # the brokers above us, nearest first
+        self.knows_locks = True  # the broker above, and all above it: as far as we know
         self.reported: Fields = {}  # capacity(), as the broker above knows it
         self.unsent: Dict[TaskKey, Fields] = {}  # LOSTs that the broker above could not hear
+        self.may_run: Set[TaskKey] = set()  # said to be LOST, and may still have their lock
 
     def wait_reason(self) -> str:
         """Return what we wait for, in words; "" if we have joined, or are not chained."""
@@ -2608,12 +2972,16 @@ class Upstream:
         """Return what the broker above must know of the workers below: fields of READY."""
         workers = self.owner.registry.workers.values()
         crew: Counter[Tuple[str, FrozenSet[str]]] = Counter()
+        widest: Dict[Tuple[str, FrozenSet[str]], int] = {}
         for worker in workers:
             crew.update(worker.capacity)
+            for place, n in worker.widest.items():
+                widest[place] = max(n, widest.get(place, 0))
         below = {name for worker in workers for name in worker.below}
         return {"slots": self.owner.scheduler.slots,
                 "weight": max((it.weight for it in workers), default=0),
-                "crew": sorted([host, n, *sorted(labels)] for (host, labels), n in crew.items()),
+                "crew": rows_of_places(crew),
+                **({"widest": rows_of_places(widest)} if widest != crew else {}),
                 "below": [self.owner.name, *sorted(below)],
                 "depth": 1 + max((worker.depth for worker in workers), default=0)}
 
@@ -2629,7 +2997,7 @@ class Upstream:
         if cache:
             fields["cache"] = min(cache, MAX_COUNT)
         if joining:
-            fields["labels"] = [TREES]  # workers below have it, too, if they know trees
+            fields["labels"] = [*KNOWN_BY_LABEL]  # workers below have them, too, if they know
             tasks = self.tasks()
             running = [task.key for task in tasks if task.state != DELIVERED]
             fields["held"] = [list(task.key) for task in tasks if task.state == DELIVERED]
@@ -2637,7 +3005,23 @@ class Upstream:
             present = {task.key for task in tasks}
             running += [key for key in self.unsent if key not in present]
             fields["running"] = [list(key) for key in running]
+            fields["locks"] = self.locks()
         return fields
+
+    def locks(self) -> List[List[Any]]:
+        """Return the locks of tasks from above, and those of our own clients: fields of READY.
+        From now on, the broker above gives us the latter."""
+        registry, locks = self.owner.registry, self.owner.scheduler.locks
+        locks.claims.clear()
+        locks.above = {lock for lock in locks.holders if not lock[0]}
+        rows: List[List[Any]] = [[lock[1]] for lock in sorted(locks.above)]
+        for worker in (*registry.workers.values(), *registry.away):
+            for (run, *numbers), lock in worker.locks.items():
+                client = registry.clients.get(run)
+                if not lock[0] and (run, *numbers) not in locks.holders.get(lock, {}) and (
+                        client is None or client.from_above):
+                    rows.append([lock[1], run, *numbers])
+        return rows
 
     def tasks(self) -> List[Task]:
         """Return the tasks that the broker above gave us, or may have given our predecessor."""
@@ -2660,8 +3044,11 @@ class Upstream:
             task.told_above = preparing
         self.send_line(tasks[0].client.run, encode("QUEUED", fields))
 
-    def report_lost(self, key: TaskKey, fields: Fields) -> None:
+    def report_lost(self, key: TaskKey, fields: Fields, may_run: bool = False) -> None:
         """Say LOST, or keep it until we have joined."""
+        if may_run:
+            self.may_run.add(key)
+            fields = dict(fields, may_run=True)
         if self.chained and not self.session.joined:
             self.unsent[key] = fields
         else:
@@ -2682,7 +3069,10 @@ class Upstream:
     # --- from the broker above
 
     def on_ok(self, fields: Fields) -> None:
+        self.knows_locks = fields.get("resources", False)
         if self.session.on_ok(fields):
+            self.owner.scheduler.locks.asked.clear()
+            self.owner.scheduler.unpark_all()
             self.owner.scheduler.capacity_changed = True  # it may have, since we announced it
             self.catch_up(self.session.announced)
             # what workers asked a client meanwhile may be lost; without a line: they may prepare
@@ -2737,16 +3127,21 @@ class Dispatcher(Machine):
         self.unconfirmed: Dict[Task, Seconds] = {}  # ASSIGNED: deadline of QUEUED, earliest first
         self.recovering: Dict[Task, Seconds] = {}  # RECOVERING: deadline
         self.recovery_at: Seconds = math.inf  # the earliest of these, or earlier still
+        self.asked: Set[Lock] = set()  # LOCKs that the broker above has heard
         self.untold: List[Task] = []  # from above, which gets QUEUED once they are assigned
+        self.scheduler.locks.above = set() if chained else None
+        self.scheduler.locks.is_open = False
 
     # --- submitting
 
-    def check_news(self, client: ClientRecord, id: int, attempt: int) -> bool:
+    def check_news(self, client: ClientRecord, fields: Fields) -> bool:
         """Return whether this attempt is new. If it is known or lost, tell the client again."""
+        id, attempt = fields["id"], fields["attempt"]
         client.announced.discard(id)
         known = client.tasks.get(id)
         if known is not None and known.attempt >= attempt:
             if known.attempt == attempt:  # else it was delayed
+                self.learn(known, fields)
                 self.remind(known)
             return False
         lost, fault = client.lost.get(id, (-1, ""))
@@ -2754,6 +3149,22 @@ class Dispatcher(Machine):
             self.say_lost(client, id, attempt, "lost before", fault if lost == attempt else "")
             return False
         return True
+
+    def learn(self, task: Task, fields: Fields) -> None:
+        """Learn what a task needs that only its worker has told us of so far."""
+        worker = task.worker
+        if task.line or worker is None or task.state not in BUSY or task.client.plain:
+            return
+        worker.count(task, -1)
+        task.constraints = constraints_of(fields)
+        worker.count(task, 1)
+        self.scheduler.rank(worker)
+        lock = lock_of(fields, task.client.run)
+        if lock != task.lock:
+            self.scheduler.release_lock(worker, task.key)
+            task.lock = lock
+            if lock is not None:
+                self.scheduler.hold_lock(task, worker)
 
     def submit(self, client: ClientRecord, message: Message) -> None:
         """Queue a new attempt. It replaces an older one of the same command."""
@@ -2768,6 +3179,11 @@ class Dispatcher(Machine):
         task.avoid = message.fields.get("avoid", "")
         task.careful = message.fields.get("careful", False)
         task.constraints = constraints_of(message.fields)
+        task.lock = lock_of(message.fields, client.run)
+        task.delay = message.fields.get("delay", 0.0)
+        if task.delay and message.fields.get("again"):  # our predecessor may have started one
+            client.start_at = max(client.start_at, self.started + task.delay)
+            self.scheduler.delayed[client] = client.start_at
         if client.from_above:
             self.upstream.session.on_command()
             if task.needs_tree:
@@ -2790,6 +3206,8 @@ class Dispatcher(Machine):
                 return
             if self.now < until:
                 task.state = RECOVERING
+                if task.lock is not None:  # it may run at a worker that has not joined yet
+                    self.scheduler.hold_lock(task, None)
                 self.recovering[task] = until
                 self.recovery_at = min(self.recovery_at, until)
                 return
@@ -2814,7 +3232,7 @@ class Dispatcher(Machine):
         if task.constraints.never_on:
             self.lose(task, "there is no other host", NOWHERE)
         else:
-            self.lose(task, "nobody here has the labels that it needs", told=True)
+            self.lose(task, "nobody here has the labels or slots that it needs", told=True)
 
     # --- assigning
 
@@ -2824,7 +3242,12 @@ class Dispatcher(Machine):
             self.unconfirmed.pop(task, None)
         elif task.state == RECOVERING:
             self.recovering.pop(task, None)
+            if task.lock is not None:
+                self.scheduler.drop_lock(task.lock, task.key)
+        old, key = task.worker, task.key
         self.scheduler.move(task, state, worker, self.now)
+        if old is not None and old.plain and state not in BUSY:  # it says nothing more
+            self.release_lock(old, key)
         if state == ASSIGNED:
             self.unconfirmed[task] = max(
                 self.now + self.times.queued_timeout, self.registry.lenient_until)
@@ -2835,7 +3258,7 @@ class Dispatcher(Machine):
         if self.upstream.chained:
             self.lose_unplaceable_of(
                 [client for client in self.scheduler.turns if client.from_above])
-        for task, worker in self.scheduler.decisions():
+        for task, worker in self.scheduler.decisions(self.now):
             if isinstance(worker, WorkerRecord):
                 self.assign(task, worker)
             else:
@@ -2847,6 +3270,53 @@ class Dispatcher(Machine):
             if task.state != GONE:
                 self.upstream.say_queued([task], FILES if waits else task.preparing)
         self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
+        self.settle_locks()
+
+    def settle_locks(self) -> None:
+        """Give locks to brokers below. Ask the broker above for those that our clients' tasks
+        need, and give back those that they do not need any more."""
+        locks, joined = self.scheduler.locks, self.upstream.session.joined
+        for lock, worker in self.scheduler.locks_for_brokers() if locks.wanted else ():
+            assert isinstance(worker, WorkerRecord)
+            self.say(WORKERS, worker.peer or b"", "", "LOCK", {"lock": lock[1]})
+        while locks.news:
+            lock = locks.news.pop()
+            for worker in locks.wanted.get(lock, ()):
+                self.tell_holder(worker, lock)
+        if locks.above is None or not joined or not self.upstream.knows_locks:
+            return
+        for lock in sorted(locks.claims & locks.holders.keys()):
+            locks.above.add(lock)
+            self.say(BROKER, b"", "", "LOCK", {
+                "lock": lock[1], "has": True, "by": locks.holder(lock)})
+        locks.claims.clear()
+        for lock in sorted(locks.asked.keys() - self.asked):
+            by = [*locks.wanted.get(lock, {}).values()] or [
+                lane.client.words() for lane in locks.parked.get(lock, ())]
+            self.say(BROKER, b"", "", "LOCK", {"lock": lock[1], "by": (by or [""])[0]})
+        self.asked = {*locks.asked}
+        for lock in sorted(locks.above - locks.holders.keys()) if locks.above else ():
+            locks.above.discard(lock)
+            self.say(BROKER, b"", "", "UNLOCK", {"lock": lock[1]})
+
+    def tell_holder(self, worker: WorkerSlots, lock: Lock) -> None:
+        """Tell a broker below that wants this lock who has it."""
+        by = self.scheduler.locks.holder(lock)
+        if by and isinstance(worker, WorkerRecord) and worker.peer is not None:
+            self.say(WORKERS, worker.peer, "", "LOCK", {"lock": lock[1], "by": by})
+
+    def release_lock(self, worker: WorkerRecord, key: TaskKey) -> None:
+        """A task certainly does not run on this worker. The broker above may wait for that."""
+        self.scheduler.release_lock(worker, key)
+        if key in self.upstream.may_run:
+            self.upstream.may_run.discard(key)
+            self.upstream.say_lost(key, "it has ended")
+
+    def open_locks(self) -> None:
+        """Give locks again: all workers of our predecessor have joined, or are given up."""
+        if not self.scheduler.locks.is_open and self.now >= self.started + self.times.worker_expiry:
+            self.scheduler.locks.is_open = True
+            self.scheduler.unpark_all()
 
     def assign(self, task: Task, worker: WorkerRecord) -> None:
         self.move(task, ASSIGNED, worker)
@@ -2886,6 +3356,9 @@ class Dispatcher(Machine):
 
     def drop(self, tasks: List[Task]) -> None:
         """Drop tasks, here and at their workers."""
+        self.upstream.may_run.update(
+            task.key for task in tasks if task.client.from_above and task.worker is not None
+            and task.key in task.worker.locks)
         self.instruct([("DONE" if task.state == DELIVERED else "CANCEL", task) for task in tasks])
         for task in tasks:
             self.move(task, GONE)
@@ -2943,7 +3416,7 @@ class Dispatcher(Machine):
                 record.done += 1
                 record.failed += fields["exitcode"] != 0
             if not worker.plain:
-                self.scheduler.learn_duration(worker, fields.get("time", math.inf))
+                self.scheduler.learn_duration(task.client, worker, fields.get("time", math.inf))
         if task.client.plain:
             self.move(task, DELIVERED, worker)
             self.tell_client(task.client, encode("RESULT", plain_result(task, fields)))
@@ -2982,15 +3455,17 @@ class Dispatcher(Machine):
             return
         if not client.from_above or not told:
             client.lost[task.id] = (task.attempt, "" if fault == UNFIT else fault)
+        may_run = worker is not None and task.key in worker.locks
         self.say_lost(client, task.id, task.attempt, why, fault, worker.name if worker else "",
-                      more)
+                      more, may_run)
         self.move(task, GONE)
 
     def say_lost(self, client: ClientRecord, id: int, attempt: int, why: str,
-                 fault: str = "", worker: str = "", more: Fields = {}) -> None:
+                 fault: str = "", worker: str = "", more: Fields = {},
+                 may_run: bool = False) -> None:
         fields = {"tasks": [[id, attempt]], "why": why, "fault": fault, "worker": worker, **more}
         if client.from_above:
-            self.upstream.report_lost((client.run, id, attempt), fields)
+            self.upstream.report_lost((client.run, id, attempt), fields, may_run)
         else:
             self.tell_client(client, encode("LOST", fields))
 
@@ -3050,6 +3525,9 @@ class Dispatcher(Machine):
         running = {tuple(row) for row in fields.get("running", ())}
         held = {tuple(row) for row in fields.get("held", ())}
         told = running | held
+        locks = self.told_locks(worker, fields)
+        for key in [key for key in worker.locks if key not in running and key not in locks]:
+            self.release_lock(worker, key)
         never_came = [task for key, task in worker.tasks.items() if key not in told]
         never_came += [task for task in self.recovering
                        if task.had == worker.name and task.key not in told]
@@ -3058,7 +3536,7 @@ class Dispatcher(Machine):
         unwanted: Dict[Run, List[List[int]]] = {}
         recall, resend = [], []
         for key in sorted(told):
-            adopted = self.adopt(worker, key)
+            adopted = self.adopt(worker, key, locks)
             if adopted is None:
                 unwanted.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
@@ -3069,7 +3547,23 @@ class Dispatcher(Machine):
             self.upstream.session.join_again(self.now)  # the broker above may look for these
         return unwanted, recall, resend
 
-    def adopt(self, worker: WorkerRecord, key: TaskKey) -> Optional[Task]:
+    def told_locks(self, worker: WorkerRecord, fields: Fields) -> Dict[TaskKey, Lock]:
+        """Return the locks of a joining worker's tasks. Note who has them."""
+        found: Dict[TaskKey, Lock] = {}
+        for text, *key in fields.get("locks", ()):
+            run = key[0] if key else ""
+            lock = (run if not text else "", text)
+            found[(run, key[1], key[2]) if key else key_of_broker(lock)] = lock
+        for key, lock in found.items():
+            client = self.registry.clients.get(key[0])
+            if key[1] >= 0 and (client.from_above if client else self.upstream.chained):
+                worker.locks[key] = lock
+            else:
+                self.scheduler.locks.hold(lock, key, worker, client.words() if client else "?")
+        return found
+
+    def adopt(self, worker: WorkerRecord, key: TaskKey,
+              locks: Dict[TaskKey, Lock]) -> Optional[Task]:
         """Take over an attempt that a worker reports. Return None if it is not wanted there."""
         run, id, attempt = key
         client = self.registry.clients.get(run)
@@ -3089,6 +3583,8 @@ class Dispatcher(Machine):
             if not client.may_submit(id):
                 return None
             task = client.tasks[id] = Task(client, id, attempt, b"")
+            # an older worker does not tell: it may have the run's own lock
+            task.lock = locks.get(key, None if RESOURCES in worker.labels else (run, ""))
         if task.attempt != attempt or not self.may_have(worker, task):
             return None
         if task.worker is worker and task.state == DELIVERED:
@@ -3136,14 +3632,19 @@ class Dispatcher(Machine):
                 else:
                     assert task.state in (RECOVERING, WAITING) or task.result, task.state
                 if task.state == WAITING:
-                    retries = client.retries.get((task.constraints, task.careful), ())
-                    assert task in client.waiting or task in retries
-                    assert client.in_turn or not self.scheduler.may_start(client)
+                    lanes = [lane for rank in (RETRIES, FIRSTS)
+                             for lane in [client.lanes[task.constraints].get(
+                                 (rank, task.careful, task.lock))]
+                             if lane and task in lane.tasks]
+                    assert len(lanes) == 1, task.key
+                    parked = lanes[0] in self.scheduler.locks.parked.get(task.lock or ("", ""), ())
+                    assert parked or any(row[3] is lanes[0] for row in client.ready), task.key
+                    assert parked or client.in_turn or not self.scheduler.may_start(client)
         for worker in (*self.scheduler.workers, *self.scheduler.away):
             assert {*worker.tasks.values()} <= tasks, worker.name
 
 
-CONSTRAINTS = {"needs", "elsewhere", "on", "not_on", "never_on"}  # fields of a command
+CONSTRAINTS = {"needs", "elsewhere", "on", "not_on", "never_on", "slots"}  # fields of a command
 
 
 def constraints_of(fields: Fields) -> Constraints:
@@ -3152,7 +3653,18 @@ def constraints_of(fields: Fields) -> Constraints:
     return Constraints(
         frozenset(fields.get("needs", ())), on=fields.get("on", ""),
         not_on=fields.get("not_on", ""), never_on=frozenset(fields.get("never_on", ())),
-        avoid=fields.get("avoid", "") if fields.get("elsewhere") else "")
+        avoid=fields.get("avoid", "") if fields.get("elsewhere") else "",
+        slots=fields.get("slots", 1))
+
+
+def lock_of(fields: Fields, run: Run) -> Optional[Lock]:
+    """Return the lock of a command: "" is its run's own."""
+    lock = fields.get("lock")
+    return None if lock is None else ("", lock) if lock else (run, "")
+
+
+def rows_of_places(slots: Dict[Tuple[str, FrozenSet[str]], int]) -> List[List[Any]]:
+    return sorted([host, n, *sorted(labels)] for (host, labels), n in slots.items())
 
 
 def token_of(task: Task) -> str:
@@ -3315,6 +3827,8 @@ class Membership(Dispatcher):
         if fields["join"] <= (before.join if before else 0):  # delayed on an older connection
             return
         client = self.registry.require_client(run, False, peer, self.now)
+        if before is not None and not before.join:
+            self.claim_locks(client)
         client.join, client.backlog = fields["join"], fields.get("backlog", 0)
         client.host, client.pid = fields.get("host", ""), fields.get("pid", 0)
         client.stops = fields.get("stops", False)
@@ -3333,6 +3847,16 @@ class Membership(Dispatcher):
         by = self.registry.stopped.get(client.run)
         if by is not None and client.peer is not None:
             self.say(CLIENTS, client.peer, "", "STOP", {"by": by})
+
+    def claim_locks(self, client: ClientRecord) -> None:
+        """A client has joined of which only workers have spoken so far. Until now its tasks counted
+        as those of the broker above."""
+        tasks = [task for task in client.tasks.values()
+                 if task.lock is not None and task.worker is not None and task.state in BUSY]
+        for task in tasks:
+            self.scheduler.hold_lock(task, task.worker)
+        if tasks:  # it gets a READY without them
+            self.upstream.session.join_again(self.now)
 
     def on_client_bye(self, message: Message) -> None:
         client = self.registry.client_at(message.peer)
@@ -3404,12 +3928,14 @@ class Membership(Dispatcher):
         worker.cache = fields.get("cache", worker.cache)
         worker.labels = frozenset(fields["labels"]) if "labels" in fields else worker.labels
         slots, weight = fields.get("slots", worker.slots), fields.get("weight", worker.weight)
-        capacity = {(worker.host, worker.labels): slots}
+        capacity = widest = {(worker.host, worker.labels): slots}
         if "crew" in fields:
-            hidden = KNOWN_BY_LABEL.keys() - worker.labels  # an older broker passes no trees on
-            capacity = {(host, frozenset(labels) - hidden): n
-                        for host, n, *labels in fields["crew"]}
-        self.scheduler.change_worker(worker, slots, weight, capacity)
+            hidden = KNOWN_BY_LABEL.keys() - worker.labels  # an older broker does not pass them on
+            crew = fields["crew"]
+            capacity, widest = (
+                {(host, frozenset(labels) - hidden): n for host, n, *labels in rows}
+                for rows in (crew, fields.get("widest") or crew))
+        self.scheduler.change_worker(worker, slots, weight, capacity, widest)
 
     def join_worker(self, message: Message) -> None:
         """A worker has told all that it has: make our records match."""
@@ -3429,6 +3955,7 @@ class Membership(Dispatcher):
         worker.join, worker.user = join, fields.get("user", "")
         self.registry.connect_worker(worker, peer, self.now)
         self.scheduler.add_worker(worker)
+        self.scheduler.forget_wants(worker)
         self.update_worker(worker, fields)
         for client in self.registry.clients.values() if worker.below else ():
             self.tell_excluded(client, [worker])
@@ -3506,19 +4033,23 @@ class Membership(Dispatcher):
 
     def state_of_cloud(self) -> Fields:
         return {"broker": self.name, "workers": len(self.registry.workers),
-                "slots": self.scheduler.slots, "patience": self.times.client_lease}
+                "slots": self.scheduler.slots, "patience": self.times.client_lease,
+                "resources": not self.upstream.chained or self.upstream.knows_locks}
 
     def state_for_client(self) -> Fields:
         return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()), trees=True,
                     resources=True)
 
     def unmet_needs(self, client: ClientRecord) -> Fields:
-        """Return fields of OK about the workers that the client's commands lack or cannot use."""
-        lacks, unfit = self.lacks(client), []
-        if TREES in client.needs:
-            unfit = [host for host, places in sorted(self.scheduler.places().items())
-                     if not all(TREES in place.labels for place in places)][:MAX_UNFIT]
-        return {name: value for name, value in (("lacks", lacks), ("unfit", unfit)) if value}
+        """Return fields of OK about what the client's commands lack, wait for, or cannot use."""
+        unfit = [host for host, places in sorted(self.scheduler.places().items())
+                 if not all(client.needs <= place.labels for place in places)
+                 ][:MAX_UNFIT] if client.needs else []
+        waits = [why for why in self.waits(client)
+                 if not why.startswith(("a free slot", "a worker", "a workspace"))]
+        return {name: value for name, value in (
+            ("lacks", self.lacks(client)), ("unfit", unfit),
+            ("waits_for", "; ".join(waits[:MAX_REASONS]))) if value}
 
     def state_for_worker(self) -> Fields:
         return dict(self.state_of_cloud(), above=[self.name] + self.upstream.above,
@@ -3545,21 +4076,41 @@ class Membership(Dispatcher):
         """Return what keeps the waiting tasks of a client from running."""
         if client.owed >= CREDIT:
             return "itself: it does not take its results"
-        labels = client.needs - {TREES}
+        waits = self.waits(client)[:MAX_REASONS] or ["a workspace with its tree"]
+        return waits[0] if waits == ["a worker"] else self.lacks(client) or "; ".join(waits)
+
+    def waits(self, client: ClientRecord) -> List[str]:
+        """Return what the client's waiting tasks wait for, each once."""
+        lanes = itertools.islice(client.waiting(), MAX_LANES)
+        return [*dict.fromkeys(self.wait_of(lane) for lane in lanes)]
+
+    def wait_of(self, lane: Lane) -> str:
+        client, needs = lane.client, lane.constraints.needs
+        labels = needs - KNOWN_BY_LABEL.keys()
+        if lane in self.scheduler.locks.parked.get(lane.lock or ("", ""), ()):
+            return self.scheduler.locks.words(lane.lock or ("", ""))
+        if client.start_at > self.now:
+            return "the time of its next start (--delay)"
+        if lane.constraints.slots > 1:
+            return f"{lane.constraints.slots} slots on one worker"
         if not self.scheduler.slots and not labels:
             return "a worker"
-        what = "a free slot" + (f" with {label_words(labels)}" if labels else "")
-        if TREES in client.needs and not client.prepared:
-            what = "a workspace with its tree"
-        return self.lacks(client) or what
+        if TREES in needs and not client.prepared:
+            return "a workspace with its tree"
+        return "a free slot" + (f" with {label_words(labels)}" if labels else "")
 
     def lacks(self, client: ClientRecord) -> str:
-        """Return the worker that the commands of a client lack, in words; "" if they lack none."""
-        if not client.needs or not client.waiting and not client.retries \
-                or self.scheduler.has_labels(client.needs, 1):
-            return ""
-        busy = " that takes something new" if self.scheduler.has_labels(client.needs) else ""
-        return f"a worker with {label_words(client.needs)}{busy}"
+        """Return the worker that tasks of a client lack, in words; "" if they lack none."""
+        for task in client.first_of_each():
+            needs, slots = task.constraints.needs, task.slots
+            if task.constraints is UNCONSTRAINED or self.scheduler.has_labels(needs, slots):
+                continue
+            what = [*([label_words(needs)] if needs - {RESOURCES} or slots == 1 else []),
+                    *([f"{slots} slots"] if slots > 1 else [])]
+            busy = " that takes something new" if slots == 1 and self.scheduler.has_labels(
+                needs) else ""
+            return f"a worker with {' and '.join(what)}{busy}" if needs or slots > 1 else ""
+        return ""
 
     # --- connections: identified, revoked, closed
 
@@ -3624,7 +4175,7 @@ def worker_status(worker: WorkerRecord, silent: Seconds) -> Fields:
     return {"name": worker.name[:STATUS_LIMIT], "host": worker.host[:STATUS_LIMIT],
             "kind": "broker" if worker.below else "plain" if worker.plain else "worker",
             "below": worker.below, "slots": worker.slots, "labels": sorted(labels)[:STATUS_LIMIT],
-            "running": worker.running(), "held": states[DELIVERED], "done": worker.done,
+            "running": len(worker.running()), "held": states[DELIVERED], "done": worker.done,
             "failed": worker.failed, "weight": worker.weight, "load": worker.load,
             "there": worker.peer is not None, "silent": round(silent, 1), "cache": worker.cache}
 
@@ -3694,11 +4245,12 @@ class Broker(Membership):
             self.queue(task)
         elif "id" not in message.fields or "attempt" not in message.fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
-        elif self.check_news(client, message.fields["id"], message.fields["attempt"]):
+        elif self.check_news(client, message.fields):
             self.submit(client, message)
-            needs = frozenset(message.fields.get("needs", ()))
-            if CONSTRAINTS & set(message.fields) and needs != client.needs:
-                client.needs = needs
+            needs = frozenset(message.fields.get("needs", ())), message.fields.get("slots", 1)
+            if CONSTRAINTS & set(message.fields) and needs != client.last_needs:
+                client.needs |= needs[0] & KNOWN_BY_LABEL.keys()
+                client.last_needs = needs
                 if not client.from_above and client.peer is not None:
                     self.answer_soon(CLIENTS, client.peer)  # OK reports missing labels
 
@@ -3733,7 +4285,8 @@ class Broker(Membership):
             if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
                 stops.append(("CANCEL", task))
             else:
-                self.say_lost(task.client, task.id, task.attempt, "cancelled")
+                self.say_lost(task.client, task.id, task.attempt, "cancelled",
+                              may_run=worker is not None and task.key in worker.locks)
                 self.drop([task])
         self.instruct(stops)
 
@@ -3853,6 +4406,9 @@ class Broker(Membership):
         if worker is None:
             return
         fields = plain_workers_fields(message) if worker.plain else message.fields
+        if worker.locks and not worker.plain:
+            self.release_lock(worker, (
+                message.token, fields.get("id", 0), fields.get("attempt", 0)))
         for task in self.tasks_at(worker, message):
             self.deliver(task, worker, fields, message.line)
             if worker.plain:  # it works, so its next READY is no storm
@@ -3884,11 +4440,46 @@ class Broker(Membership):
         if fault == UNFIT:
             more = {"host": self.host_of(worker, message),
                     "output": fields.get("output", "")[-INLINE:]}
+        for id, attempt in () if fields.get("may_run") else fields["tasks"]:
+            self.release_lock(worker, (message.token, id, attempt))
         for task in self.tasks_at(worker, message):
             elsewhere = fault == NOWHERE and self.scheduler.eligible(task) != frozenset()
             # there may be no other host below that broker, but elsewhere
             self.lose(task, printable(fields["why"], 500), "" if elsewhere else fault, True, more)
             more = {name: value for name, value in more.items() if name == "host"}
+
+    # --- locks, between brokers
+
+    def broker_below(self, message: Message) -> WorkerRecord:
+        worker = self.worker_of(message)
+        if worker is None or not worker.below or not message.fields["lock"]:
+            raise ProtocolError(f"{message.verb} needs a lock of the cloud, from a broker below")
+        return worker
+
+    def on_lock_wanted(self, message: Message) -> None:
+        """A broker below wants a lock for one of its clients, or has it already."""
+        worker, locks = self.broker_below(message), self.scheduler.locks
+        lock, by = ("", message.fields["lock"]), printable(message.fields.get("by", "?"), 200)
+        if message.fields.get("has") or key_of_broker(lock) in worker.locks:
+            locks.hold(lock, key_of_broker(lock), worker, by)
+        else:
+            locks.wanted.setdefault(lock, {})[worker] = by
+            self.tell_holder(worker, lock)
+
+    def on_unlock(self, message: Message) -> None:
+        lock = ("", message.fields["lock"])
+        self.release_lock(self.broker_below(message), key_of_broker(lock))
+
+    def on_lock(self, message: Message) -> None:
+        """The broker above has given us a lock, or says who has it."""
+        lock, locks = ("", message.fields["lock"]), self.scheduler.locks
+        by = printable(message.fields.get("by", ""), 200)
+        if by and lock in locks.asked:
+            locks.asked[lock] = by
+        elif not by and locks.above is not None:
+            locks.asked.pop(lock, None)
+            locks.above.add(lock)
+            self.scheduler.unpark(lock)
 
     # --- from the broker above
 
@@ -3929,11 +4520,23 @@ class Broker(Membership):
             for peer in self.limit.restart():
                 if peer in self.registry.workers:  # a plain one may be waiting for its OK
                     self.say(WORKERS, peer, "", "OK")
+        self.open_locks()
         self.dispatch()
+        self.tell_waiting()
         if self.scheduler.capacity_changed:
             self.scheduler.capacity_changed = False
             self.announce_capacity()
         self.report_wait(self.upstream.wait_reason())
+
+    def tell_waiting(self) -> None:
+        """Tell clients soon that their tasks wait for a lock or several slots: later OKs tell it
+        every READY interval."""
+        news, self.scheduler.waiting_news = self.scheduler.waiting_news, set()
+        for client in news:
+            if isinstance(client, ClientRecord) and not client.told_wait \
+                    and client.peer is not None and not client.from_above and not client.plain:
+                client.told_wait = True
+                self.answer_soon(CLIENTS, client.peer)
 
     def tick(self, now: Seconds) -> None:
         self.now = now
@@ -3954,6 +4557,8 @@ class Broker(Membership):
         return min(self.recovery_at, self.answer_at, self.limit.ends_at, self.partial.deadline(),
                    next(iter(self.unconfirmed.values()), math.inf), self.registry.deadline(),
                    self.scheduler.deadline(), self.wait.deadline(),
+                   math.inf if self.scheduler.locks.is_open
+                   else self.started + self.times.worker_expiry,
                    self.upstream.session.next_greeting)
 
     HANDLERS = {
@@ -3969,6 +4574,8 @@ class Broker(Membership):
         (WORKERS, "RESULT"): "on_result", (WORKERS, "LOST"): "on_lost",
         (WORKERS, "CHUNK"): "on_chunk", (WORKERS, "FETCH"): "on_tree_fetch",
         (WORKERS, "BYE"): "on_worker_bye",
+        (WORKERS, "LOCK"): "on_lock_wanted", (WORKERS, "UNLOCK"): "on_unlock",
+        (BROKER, "LOCK"): "on_lock",
         (WORKERS, "ERROR"): "on_error",
         (BROKER, "OK"): "on_ok", (BROKER, "WHO"): "on_who", (BROKER, COMMAND): "on_command",
         (BROKER, "DONE"): "on_done", (BROKER, "CANCEL"): "on_cancel",
@@ -14370,7 +14977,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
 def add_broker(loop: EventLoop, client: Client, times: Times) -> Tuple[Broker, Adapter]:
     """Put a broker into the client's process, and link them. Return it with its adapter."""
     # forever, in seconds: a stopped process stops both alike
-    broker = Broker("local", times._replace(client_lease=1e9), now=time.monotonic())
+    broker = Broker("local", times._replace(client_lease=1e9), now=-math.inf)  # it has no past
     # what it logs for an operator is of interest with --verbose only
     adapter = loop.add(broker, {Log: lambda effect: logging.info("%s", effect.text)})
     adapter.links[CLIENTS] = LocalLink(client, BROKER, b"")
