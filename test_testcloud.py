@@ -13545,7 +13545,7 @@ class ResultsTest(unittest.TestCase):
             self.assertEqual(status, 1)
             self.assertEqual(self.there(), {**self.files("m/a", cmd=b"exit 1", exitcode=1),
                                             **self.files("4", b"4\n", cmd=b"echo 4")})
-        self.assertIn("testcloud: its name 4 is that of another command, or a directory", out)
+        self.assertIn("testcloud: line 5: its name 4 is that of another command, or a directory", out)
         self.assertEqual(sorted(os.listdir(self.folder)), ["log", "made"])
 
     def test_a_later_run_goes_on_there(self):
@@ -21627,6 +21627,23 @@ class DocumentsTest(unittest.TestCase):
         rows = re.findall(r"^    ([A-Z]+) +> ([A-Z ]+[A-Z])  ", tc.__doc__, re.M)
         self.assertEqual({state: tuple(after.split()) for state, after in rows},
                          {state: after for state, after in tc.MOVES.items() if after})
+
+    def test_the_manuals_lines_of_json_run(self):
+        lines = re.findall(r"^    (\{\".*)", tc.__doc__, re.M)
+        self.assertEqual(len(lines), 5)
+        self.assertEqual({name for line in lines for name in json.loads(line)},
+                         {*tc.LINE_FIELDS} - {"delay", "limit", "return"})
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "web"))
+            for name in ("pytest", "make", "npm", "report"):
+                program = pathlib.Path(folder, name)
+                program.write_text("#!/bin/sh\n")
+                program.chmod(0o755)
+            done = subprocess.run(
+                [sys.executable, SCRIPT, "client", "--local", "-j4", "--jsonl"], cwd=folder,
+                env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}, text=True,
+                input="\n".join(lines), capture_output=True, timeout=PATIENCE)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
 
     def test_handlers_exist_for_what_comes_in(self):
         for machine in (tc.Broker, tc.Worker, tc.Client):

@@ -46,6 +46,16 @@ Promises
     worker or its client was gone or silent for too long. The broker keeps nothing on disk:
     after its restart, clients and workers tell it all that it must know.
 
+JSON Lines (client --jsonl)
+    Each line of the input is an object. Its fields replace options, for its command alone;
+    "env" adds to --env. Commands with the lock "" run one at a time, as with --serial.
+
+    {"cmd": "pytest -q tests/unit", "name": "unit"}
+    {"cmd": "make -j$TESTCLOUD_SLOTS", "slots": 4, "timeout": 600}
+    {"cmd": "pytest -q tests/db", "lock": "db", "env": {"DB": "test"}}
+    {"cmd": "npm test", "cwd": "web", "needs": ["node"]}
+    {"cmd": "./report", "lock": "", "shell": "bash"}
+
 Tasks (one attempt of one command, as its broker sees it)
     RECOVERING > RUNNING DELIVERED GONE                    resubmitted to a new broker
     WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
@@ -14847,9 +14857,10 @@ class ClientRun:
         if command is None:
             client.skip()
             return
-        name, clash = command.own.get("name", ""), ""
+        name, wrong = command.own.get("name", ""), command.wrong
         if self.results and settings.jsonl:  # only there commands have names, which may clash
             clash = self.results.refusal(client.last_id + 1, name)
+            wrong = wrong or clash and f"line {client.last_id + 1}: {clash}"
         occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
         if self.earlier.has_done(command.cmd, occurrence):
             client.skip()
@@ -14859,8 +14870,7 @@ class ClientRun:
             if not self.told_needs:
                 self.tell(runs_all(settings))
             self.told_needs = True
-        client.add(
-            command.cmd, command.cwd, command.returns, command.own, command.wrong or clash)
+        client.add(command.cmd, command.cwd, command.returns, command.own, wrong)
         self.reports.expect(client.last_id, command.line, occurrence, name)
 
     def interrupt(self, status: int, now: Seconds) -> None:
