@@ -13545,7 +13545,7 @@ class ResultsTest(unittest.TestCase):
             self.assertEqual(status, 1)
             self.assertEqual(self.there(), {**self.files("m/a", cmd=b"exit 1", exitcode=1),
                                             **self.files("4", b"4\n", cmd=b"echo 4")})
-        self.assertIn("testcloud: line 5: its name 4 is that of another command, or a directory", out)
+        self.assertIn("testcloud: line 5: its name 4 is that of another command", out)
         self.assertEqual(sorted(os.listdir(self.folder)), ["log", "made"])
 
     def test_a_later_run_goes_on_there(self):
