@@ -1241,6 +1241,7 @@ class Constraints(NamedTuple):
 
 
 UNCONSTRAINED = Constraints()
+NONE: FrozenSet[str] = frozenset()
 
 
 class Task:
@@ -1838,14 +1839,18 @@ class ClientQueue:
             lane.rank, -lane.constraints.slots, lane.tasks[0].order)
         heapq.heappush(self.ready, (*row, lane))
 
-    def pop(self) -> Optional[Lane]:
-        """Take the most urgent lane. The caller pushes it again, or parks it."""
+    def first(self) -> Optional[Lane]:
+        """Return the most urgent lane."""
         while self.ready:
-            lane = heapq.heappop(self.ready)[3]
-            if lane.has_waiting():
+            rank, _, order, lane = self.ready[0]
+            if lane.has_waiting() and (rank == ROTATED or order == lane.tasks[0].order):
                 return lane
-            self.drop(lane)
+            self.push(self.pop())  # its first task has gone
         return None
+
+    def pop(self) -> Lane:
+        """Take the first() lane. The caller pushes it again, or parks it."""
+        return heapq.heappop(self.ready)[3]
 
     def drop(self, lane: Lane) -> None:
         group = self.lanes[lane.constraints]
@@ -2196,7 +2201,8 @@ class Scheduler:
         constraints, excluded = task.constraints, task.client.excluded
         if constraints is UNCONSTRAINED and not excluded:
             return None
-        slots = constraints.slots if constraints.slots > 1 else 0
+        # if all are overloaded, nobody knows how many slots they have
+        slots = constraints.slots if constraints.slots > 1 and self.has_labels(NONE, 1) else 0
         if not self.has_labels(constraints.needs, slots):  # not cached: a client can name any
             return frozenset()
         never_on = constraints.never_on
@@ -2275,7 +2281,7 @@ class Scheduler:
         than those ran that the wide one waits for. A command that has run for long mostly goes
         on for as long. Tasks that began later do not count: so each of them delays it once."""
         missing = holder.slots - worker.free()
-        if holder.slots == 1 or task.slots > worker.free() or task.client.typical == math.inf:
+        if holder.slots == 1 or missing <= 0 or task.slots > worker.free():
             return False
         ages = sorted((self.now - one.since if one.since <= holder.reserved_since else 0.0,
                        one.slots) for one in worker.taking())
@@ -2310,7 +2316,7 @@ class Scheduler:
         passed_over: List[Tuple[int, int, int, int, WorkerSlots]] = []
         avoided = best = None
         wide = task is not None and task.slots > 1
-        limit = math.inf if among is None and not wide else MAX_PASSED_OVER
+        limit = MAX_LANES if wide else math.inf if among is None else MAX_PASSED_OVER
         while best is None and len(passed_over) < limit and self.first_ranked() is not None:
             row = self.ranking[0]
             if among is not None and row[4] not in among or not self.may_take(row[4], task):
@@ -2323,7 +2329,7 @@ class Scheduler:
         for row in passed_over:
             heapq.heappush(self.ranking, row)
         if best is None and task is not None and wide and self.has_reservation(task):
-            among = frozenset(filter(None, [task.reserved_at]))
+            among = frozenset(filter(None, [task.reserved_at, avoided and avoided[4]]))
         if best is None and (among is not None or wide):
             return self.best_among(self.workers if among is None else among, task, avoid)
         if avoided is not None and (best is None or best.order() > avoided[4].order()):
@@ -2373,7 +2379,7 @@ class Scheduler:
         passed_over = 0  # clients in a row without a task for a worker with room
         while passed_over < len(self.turns) and self.ranking:
             client = self.turns[0]
-            if not client.ready or not self.may_start(client):
+            if not self.may_start(client) or self.next_lane(client) is None:
                 self.turns.popleft()
                 client.in_turn = False
                 continue
@@ -2394,13 +2400,10 @@ class Scheduler:
         passed_over: List[Lane] = []
         worker: Optional[WorkerSlots] = None
         while worker is None and len(passed_over) < MAX_LANES and self.ranking:
-            lane = client.pop()
+            lane = self.next_lane(client)
             if lane is None:
                 break
-            task = lane.tasks[0]
-            if self.must_wait(task):
-                self.park(lane)
-                continue
+            task = client.pop().tasks[0]
             passed_over.append(lane)
             if lane.lock is not None and lane.lock[0] and not client.knows_all():
                 continue
@@ -2421,6 +2424,14 @@ class Scheduler:
         for lane in passed_over:
             client.push(lane, last=len(passed_over) == MAX_LANES)
 
+    def next_lane(self, client: ClientQueue) -> Optional[Lane]:
+        """Return the client's most urgent lane that need not wait for a lock; park others."""
+        while True:
+            lane = client.first()
+            if lane is None or not self.must_wait(lane.tasks[0]):
+                return lane
+            self.park(client.pop())
+
     def try_reserve(self, task: Task, worker: WorkerSlots) -> bool:
         """Reserve the worker's next free slot if the task must not queue there: it is careful or
         delays others, or not all workers may run it. Return whether it was reserved. A scout needs
@@ -2438,7 +2449,8 @@ class Scheduler:
             return
         among = self.eligible(task)
         workers = [worker for worker in (self.workers if among is None else among)
-                   if worker.ready and not self.is_reserved(worker, task)
+                   if worker.ready and worker.slots >= task.slots
+                   and not self.is_reserved(worker, task)
                    and not self.is_scout(task, worker)]
         self.waiting_news.add(task.client)
         if workers:
@@ -2568,9 +2580,10 @@ class Scheduler:
         """Return the scouts for which prepared workers have free slots, the latest first. Waiting
         tasks of their clients come before them."""
         found: List[Task] = []
-        under_way = sum(self.scouts.values())  # they will take slots that are still free
+        # they will take slots that are still free
+        under_way = sum(task.slots for task, is_recalled in self.scouts.items() if is_recalled)
         for client in {task.client: None for task in self.scouts}:
-            if client.in_turn or not self.may_start(client):
+            if not self.may_start(client) or self.next_lane(client):
                 continue
             free = {worker: worker.free() - worker.preparing[client] for worker in client.prepared
                     if worker.free() > worker.preparing[client] and not worker.silent}
@@ -2578,12 +2591,12 @@ class Scheduler:
             for task in [task for task in reversed(self.scouts) if task.client is client
                          and task.state == RUNNING and not self.scouts[task]] if free else ():
                 among = self.eligible(task)
-                if room > 0 and any(
+                if room >= task.slots and any(
                         worker is not task.worker and (among is None or worker in among)
                         and self.may_take(worker, task) for worker in free):
                     self.scouts[task] = True
                     found.append(task)
-                    room -= 1
+                    room -= task.slots
         return found
 
     def is_queued(self, task: Task) -> bool:
