@@ -4865,9 +4865,10 @@ class PlainWorker(tc.Machine):
     def receive(self, link, peer, token, body, data, now):
         if body.startswith(b"{"):
             run, id, attempt = token.split()
+            fields = json.loads(body)
             job = types.SimpleNamespace(key=(run, int(id), int(attempt)), token=token, line=body,
-                                        cmd=json.loads(body)["cmd"], killed=False, cancelled="",
-                                        deadline=math.inf)
+                                        cmd=fields["cmd"], killed=False, cancelled="",
+                                        deadline=math.inf, slots=1, lock=fields.get("lock"))
             self.jobs[job.key] = job
             self.effects.append(tc.Start(job))
             self.send_line(BROKER, b"", token, b"QUEUED " + body)
@@ -5344,6 +5345,13 @@ class World:
         self.answers = Counter()  # (run, id, attempt, spans) > how often they were sent
         self.full_hosts = self.failing_hosts = ()
         self.setup_times = (0.1, 3.0, 9.0)
+        # locks, several slots and delays: their part is drawn apart, too
+        self.bonds = random.Random(f"locks{seed}")
+        self.own = {}  # cmd > fields that only this command has
+        self.given_up = set()  # attempts that a broker has given up with their worker
+        self.assigned = {}  # record of a run > when its broker gave a command of it to a worker
+        self.last_start = {}  # run > when a command of it began
+        self.idle = Counter()  # (broker, lock) > how often in a row nobody had it
         # where nothing can be started
         self.bad_hosts = ("h0",) if self.wild and random.Random(f"bad{seed}").random() < 0.3 else ()
         self.adversary = adversary
@@ -5739,6 +5747,124 @@ class World:
             assert not setup or files.space.passed == setup, "it is not set up"
             self.seen["runs in a tree"] += 1
 
+    # --- locks, several slots and delays
+
+    def watch(self, broker):
+        """Keep account of what a broker gives up, and when it gives commands to workers."""
+        machine = broker.machine
+        forget, assign, open_locks = machine.forget_worker, machine.assign, machine.open_locks
+
+        def forget_worker(worker, why, fault):
+            self.give_up(worker)
+            forget(worker, why, fault)
+
+        def open_and_note():
+            """Workers of its predecessor are given up if they have not joined by now."""
+            was_open = machine.scheduler.locks.is_open
+            open_locks()
+            if machine.scheduler.locks.is_open and not was_open:
+                self.given_up.update(job.key for worker, job in self.accepted()
+                                     if self.is_below(worker, broker)
+                                     and not self.is_known(worker, broker, job.key))
+
+        def assign_and_note(task, worker):
+            assign(task, worker)
+            if task.delay and not task.client.from_above:
+                last = self.assigned.get(task.client, -math.inf)
+                assert machine.now > last + task.delay - 1e-6, f"{task.key} starts too soon"
+                self.assigned[task.client] = machine.now
+        machine.forget_worker, machine.assign = forget_worker, assign_and_note
+        machine.open_locks = open_and_note
+
+    def accepted(self):
+        """Return what runs, and what workers have in line."""
+        return [*((self.actors[name], job) for (name, _, _), (job, _) in self.live.items()),
+                *((actor, job) for actor in self.actors.values() for job in actor.line.values())]
+
+    def give_up(self, record):
+        """A broker gives up a worker, or a broker below and with it what has a lock from there."""
+        for key, lock in [*dict.fromkeys(record.tasks).items(), *record.locks.items()]:
+            if key[1] >= 0:
+                self.given_up.add(key)
+                continue
+            below = self.actors[record.name.partition(".")[0]]
+            self.given_up.update(job.key for worker, job in self.accepted() if self.is_below(
+                worker, below) and self.lock_of(job) == lock and self.is_below(
+                self.client_of(job), below))
+
+    def client_of(self, job):
+        return self.actors[job.key[0].rpartition("run")[2]]
+
+    def hub_of(self, actor):
+        """Return the broker that an actor is connected to, or None."""
+        if actor.owner is not None:
+            return actor.owner.hub if actor.owner.role == "relay" else actor.owner
+        return actor.wants[0] if actor.wants else None
+
+    def is_below(self, actor, broker):
+        while actor is not None and actor is not broker:
+            actor = self.hub_of(actor)
+        return actor is broker
+
+    def is_known(self, worker, broker, key):
+        """Return whether this broker has heard what a worker has, by all brokers between them."""
+        while worker is not broker:
+            hub = self.hub_of(worker)
+            there = hub.machine.registry.workers.values() if hub.machine is not None else ()
+            if worker.plain:
+                known = any(key in record.tasks for record in there)
+            else:
+                known = worker.machine is not None and any(
+                    record.name == worker.machine.name for record in there)
+            if not known:
+                return False
+            worker = hub
+        return True
+
+    def lock_of(self, job):
+        """Return the lock that a job has while it runs; None if it needs none."""
+        return None if job.lock is None else ("", job.lock) if job.lock else (job.key[0], "")
+
+    def check_locks(self, job):
+        """No other command has its lock, unless a broker has given up the worker of one of both."""
+        lock = self.lock_of(job)
+        if lock is None or self.adversary or job.key in self.given_up:
+            return
+        self.seen["lock"] += 1
+        for (name, _, key), (other, _) in self.live.items():
+            assert key in self.given_up or self.lock_of(other) != lock, \
+                f"{job.key} starts while {key} has its lock {lock} at {name}"
+
+    def check_slots(self, actor, job):
+        used = sum(other.slots for (name, *_), (other, _) in self.live.items()
+                   if name == actor.name) + job.slots
+        assert used <= actor.slots, f"{actor.name} has too few slots for {job.key}"
+        self.seen["wide"] += job.slots > 1
+
+    def check_delay(self, job):
+        """Without faults, all that makes starts come closer is the way to the worker."""
+        run = job.key[0]
+        delay = self.client_of(job).options.delay if not run.startswith(tc.PLAIN) else 0
+        if delay and not self.faults and not self.trees:
+            assert self.now > self.last_start.get(run, -math.inf) + delay - 1.0, "too soon"
+            self.last_start[run] = self.now
+        self.seen["delayed"] += delay > 0
+
+    def watch_locks(self):
+        """Nobody waits for a lock that nobody has."""
+        had = {self.lock_of(job) for actor in self.actors.values() if actor.role == "worker"
+               and actor.machine is not None for job in actor.machine.jobs.values()}
+        for actor in self.actors.values():
+            parked = actor.machine.scheduler.locks.parked if actor.role == "broker" else ()
+            for lock in parked:
+                self.idle[actor.name, lock] += 1
+                assert lock in had or self.idle[actor.name, lock] < 8, \
+                    f"{actor.name} waits for {lock}, which nobody has"
+            for name, lock in [*self.idle]:
+                if name == actor.name and (lock in had or lock not in parked):
+                    del self.idle[name, lock]
+        self.after(5.0, self.watch_locks)
+
     # --- commands
 
     def recall(self, actor, job):
@@ -5754,8 +5880,11 @@ class World:
         """What the threads of a Runner do, whatever its loop is doing."""
         if actor.machine is None or actor.paused_until > self.now:
             return
-        while actor.line and actor.clock(self.now) < actor.start_deadline and actor.slots > sum(
-                key[0] == actor.name for key in self.live):
+        while actor.line and actor.clock(self.now) < actor.start_deadline:
+            job = next(iter(actor.line.values()))
+            if actor.slots < job.slots + sum(other.slots for (name, *_), (other, _)
+                                             in self.live.items() if name == actor.name):
+                break
             self.start(actor, actor.line.popitem(last=False)[1])
 
     def start(self, actor, job):
@@ -5776,6 +5905,9 @@ class World:
         assert key not in self.live, f"{job.key} runs twice at one worker"
         if self.trees and not job.key[0].startswith(tc.PLAIN):
             self.check_tree(actor, job)
+        self.check_locks(job)
+        self.check_slots(actor, job)
+        self.check_delay(job)
         token = object()
         self.live[key] = (job, token)
         drawn = random.Random(cmd) if self.adversary else r  # who may have run an attempt twice
@@ -5906,6 +6038,8 @@ class World:
             self.build_oddities(brokers)
         if self.trees:
             self.build_trees()
+        if self.bonds.random() < 0.5:
+            self.build_locks()
         for actor in self.actors.values():
             self.after(actor.late + r.random() * r.choice([0.1, 5.0]),
                        lambda a=actor: self.begin(a))
@@ -5968,6 +6102,24 @@ class World:
                     "setup_for": "lock" if twin else r.choice(["lock", "lock", "other lock"]),
                     "cwd": "", "fresh": ""})
 
+    def build_locks(self):
+        """Let commands need locks, several slots and delays; most workers know of these."""
+        r, widest = self.bonds, 1
+        for actor in self.actors.values():
+            if actor.role == "worker" and not actor.plain:
+                first = actor.name[1:] == "0"  # all brokers have it below them
+                widest = actor.slots if first else widest
+                actor.labels += (tc.RESOURCES,) * (first or r.random() < 0.8)
+        for actor in self.actors.values():
+            if actor.role == "client" and not actor.plain:
+                actor.options = actor.options._replace(
+                    lock=r.choice([actor.options.lock, None, "", "x"]),
+                    delay=r.choice([0.0, 0.0, 0.1, 1.0]))
+                for cmd in actor.commands:
+                    self.own[cmd] = {
+                        **({"lock": r.choice(["", "x", "y"])} if r.random() < 0.3 else {}),
+                        **({"slots": r.randint(1, widest)} if r.random() < 0.3 else {})}
+
     def add(self, name, wants=None):
         actor = self.actors[name] = Actor(name)
         actor.wants = wants
@@ -5996,6 +6148,8 @@ class World:
                 lost_grace=0.0, worker_expiry=tc.MAX_SILENCE) if self.hosts_only else self.times
             actor.machine = tc.Broker(name, times, actor.wants is not None,
                                       actor.clock(self.now))
+            actor.machine.scheduler.locks.is_open = self.hosts_only
+            self.watch(actor)
         elif actor.role == "relay":
             self.begin_relay(actor)
         elif actor.owner is not None:
@@ -6019,6 +6173,8 @@ class World:
             self.look(actor)
         elif actor.role == "worker" and not actor.plain:
             self.hears(actor, actor.machine)
+            if tc.RESOURCES not in actor.labels:  # an older version does not tell what it has
+                actor.machine.locked_jobs = lambda: []
         self.connect(actor)
         self.settle(actor)
 
@@ -6108,7 +6264,7 @@ class World:
             if not machine.input_ended:
                 files = self.returning and not actor.plain and random.Random(cmd).random() < 0.5
                 machine.add(cmd, "" if files or actor.source is not None else "/",
-                            RETURNS if files else ())
+                            RETURNS if files else (), self.own.get(cmd, {}))
                 machine.now = actor.clock(self.now)
                 machine.settle()
         self.do(actor, actor.generation, add)
@@ -6359,6 +6515,7 @@ class World:
             if self.faults:
                 self.after(self.r.random() * 5, self.misfortune)
             self.at(SIM_HEAL, self.heal)
+            self.at(SIM_HEAL + 30, self.watch_locks)
             clients = [actor for actor in self.actors.values() if actor.role == "client"]
             steps = 0
             while self.events and not all(c.exited is not None for c in clients):
@@ -6410,11 +6567,18 @@ class World:
                 for what in (there.clients, there.run_of, there.departed, there.away,
                              there.clients_seen, machine.scheduler.turns, machine.recovering,
                              machine.scheduler.prefetched, machine.scheduler.away,
+                             machine.scheduler.delayed, *self.traces_of_locks(machine),
                              machine.unconfirmed, machine.partial.parts, machine.upstream.unsent):
                     assert not what, f"{actor.name} remembers {what}"
                 present = [m for m in members if m.wants == (actor, WORKERS) or m.owner is actor]
                 assert len(there.workers) == len(there.workers_seen) == len(present), actor.name
                 assert len(there.named) == sum(not m.plain for m in present), actor.name
+
+    def traces_of_locks(self, broker):
+        locks = broker.scheduler.locks
+        return (locks.holders, locks.parked, locks.wanted, locks.taken, locks.above, locks.asked,
+                locks.claims, locks.news, broker.asked, broker.upstream.may_run,
+                *(worker.locks for worker in broker.scheduler.workers))
 
     def run_until(self, end):
         while self.events and self.events[0][0] < end:
@@ -6502,7 +6666,7 @@ class SimulationTest(unittest.TestCase):
                 "nowhere else to start",
                 "OK taken for a command",
                 "stale result", "held results announced", "steal from a worker",
-                "steal from a client", *(set(tc.MESSAGES) - {"STATUS"}))
+                "steal from a client", "lock", "wide", "delayed", *(set(tc.MESSAGES) - {"STATUS"}))
 
     def test_a_command_that_kills_its_workers_is_given_up(self):
         for faults in ([], ["crash broker"]):
@@ -6713,9 +6877,11 @@ class SimulationTest(unittest.TestCase):
         for seed in range(self.SEEDS // 5):
             world = World(seed, ["pry"])
             world.setup_times = (10_000.0,)
+            world.own.clear()
             others = [actor for actor in world.actors.values()
                       if actor.role == "client" and not actor.source]
             for actor in world.actors.values():
+                actor.options = actor.options._replace(lock=None, delay=0.0)
                 if actor.role == "worker":
                     actor.slots = 1
                 elif actor.source is not None:
