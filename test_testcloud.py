@@ -604,10 +604,16 @@ class SmallWorld:
         """The task mostly takes less time than the wide one must still wait, we guess."""
         if holder.slots == 1 or self.free(worker) < task.slots:
             return False
-        slots = sorted(age for other in self.busy(worker) for age in [
-            self.now - other.since if other.since <= holder.reserved_since else 0] * other.slots)
+        running = [(self.now - it.since if it.since <= holder.reserved_since else 0, it.slots, it)
+                   for it in self.busy(worker)]
+        running.sort(key=lambda row: row[:2])
+        ends = [row for row in running for _ in range(row[1])]  # of each slot, in order
         missing = holder.slots - self.free(worker)
-        return 0 < missing <= len(slots) and task.client.typical < slots[missing - 1]
+        if not 0 < missing <= len(ends):
+            return False
+        more = ends[missing - 1 + task.slots:missing + task.slots]
+        return bool(more) and more[0][2] is ends[missing - 1][2] \
+            or task.client.typical < ends[missing - 1][0]
 
     def best(self, task, reserved, prefetch):
         """The workers of which each would be the best for this task."""
@@ -3464,6 +3470,453 @@ class TreesAtBrokerTest(unittest.TestCase):
         d.worker(b"w", 'QUEUED {"tasks":[[1,1]],"preparing":"lunch"}', "r1")
         d.expect(b"w", "ERROR", reason="QUEUED wants 'preparing' to be files or setup")
         d.quiet()
+
+
+class LocksAndSlotsTest(unittest.TestCase):
+    """Commands with a lock, with several slots, or with a delay between them, at one broker."""
+
+    def setUp(self, **more):
+        self.desk = Desk(**more)
+        self.desk.wait(tc.Times().worker_expiry)  # until then it gives no locks
+        self.desk.letters.clear()
+
+    def worker(self, peer, slots=2, **more):
+        self.desk.join(peer, slots=slots, **{
+            "labels": [tc.RESOURCES], "host": f"{peer.decode()}/1", **more})
+
+    def lock(self, peer, *ids, lock="db", **more):
+        self.desk.submit(peer, *ids, needs=[tc.RESOURCES], lock=lock, **more)
+
+    def one_of_two(self):
+        """A worker runs a command with the lock of b"c"; one of b"e" waits for it."""
+        d = self.desk
+        self.worker(b"w")
+        d.hello(b"c", "r1", host="vm2", pid=4711)
+        d.hello(b"e", "r2")
+        self.lock(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        self.lock(b"e", 1)
+
+    def test_of_all_commands_with_a_lock_one_runs_at_a_time(self):
+        d = self.desk
+        self.one_of_two()
+        self.lock(b"c", 2, 3)
+        self.lock(b"c", 4, lock="other")
+        d.takes(b"w", "r1", 4)
+        d.expect(b"c", "QUEUED")
+        for client, run, id, next_run, next_id in (
+                (b"c", "r1", 1, "r2", 1), (b"e", "r2", 1, "r1", 2), (b"c", "r1", 2, "r1", 3)):
+            d.quiet()
+            d.ends(b"w", run, id)
+            d.expect(client, "RESULT")
+            d.takes(b"w", next_run, next_id)
+            d.expect(b"c" if next_run == "r1" else b"e", "QUEUED")
+
+    def test_a_client_is_told_soon_which_lock_it_waits_for_and_who_has_it(self):
+        d = self.desk
+        self.one_of_two()
+        d.wait(tc.OK_DELAY)
+        d.expect(b"e", "OK", waits_for="lock db, held by 4711@vm2")
+        self.assertEqual([row["waits_for"] for row in d.broker.status()["clients"]],
+                         ["", "lock db, held by 4711@vm2"])
+        d.ends(b"w", "r1", 1)
+        d.letters.clear()
+        d.client(b"e", 'HELLO {"run":"r2","beat":1}')
+        d.wait(tc.OK_DELAY)
+        d.expect(b"e", "OK", waits_for=None)
+
+    def test_the_lock_is_free_when_the_command_has_ended_and_not_when_it_is_told_to(self):
+        for line in ("BYE", 'CANCEL {"tasks":[[1,1]]}'):
+            self.setUp()
+            d = self.desk
+            self.one_of_two()
+            d.client(b"c", line)
+            d.expect(b"w", "CANCEL", token="r1")
+            d.worker(b"w", 'READY {"name":"w","slots":2}')
+            self.assertNotIn("{", [letter[3] for letter in d.letters])
+            d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
+            d.expect(b"w", "{", token="r2")
+
+    def test_a_lock_is_free_when_its_worker_is_given_up_and_not_before(self):
+        d = self.desk
+        self.one_of_two()
+        self.worker(b"v")
+        d.gone(WORKERS, b"w")
+        d.wait(d.broker.times.lost_grace / 2)
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.wait(d.broker.times.lost_grace)
+        d.expect(b"v", "{", token="r2")
+
+    def test_a_worker_that_joins_says_which_locks_its_commands_have(self):
+        d = self.desk
+        self.one_of_two()
+        d.gone(WORKERS, b"w")
+        self.worker(b"w", running=[["r1", 1, 1]], locks=[["db", "r1", 1, 1]])
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.client(b"c", "BYE")
+        d.gone(WORKERS, b"w")
+        # it is killing the command, which is no command of ours any more
+        self.worker(b"w", locks=[["db", "r1", 1, 1]])
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.letters.clear()
+        self.worker(b"w")
+        d.expect(b"w", "{", token="r2")
+
+    def test_an_attempt_that_was_not_confirmed_keeps_its_lock_until_its_worker_speaks(self):
+        d = self.desk
+        self.worker(b"w")
+        self.worker(b"v")
+        d.hello(b"c", "r1")
+        self.lock(b"c", 1)
+        d.wait(d.broker.times.queued_timeout)
+        self.assertIn("LOST", [letter[3] for letter in d.letters])
+        (worker,) = [letter[1] for letter in d.letters if letter[3] == "CANCEL"]
+        d.letters.clear()
+        self.lock(b"c", 1, attempt=2)
+        d.wait(1)
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.worker(worker, 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
+        self.assertIn("{", [letter[3] for letter in d.letters])
+
+    def test_a_new_broker_gives_no_lock_before_all_workers_may_be_back(self):
+        self.desk = d = Desk()
+        self.worker(b"w", running=[["r1", 1, 1]], locks=[["db", "r1", 1, 1]])
+        d.hello(b"e", "r2")
+        self.lock(b"e", 1)
+        self.lock(b"e", 2, lock="x")
+        d.expect(b"w", "RECALL")  # if it has not begun, its client may want it elsewhere
+        d.quiet()
+        d.wait(1)
+        d.expect(b"e", "OK", waits_for="lock db, held by ?; lock x: a worker may come that has "
+                                       "it since before the broker's start")
+        d.hello(b"c", "r1", [1])
+        self.lock(b"c", 1, again=True, had="w")
+        d.expect(b"c", "QUEUED")
+        d.wait(d.broker.times.worker_expiry - 1.1)
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.worker(b"w", 'READY {"name":"w","slots":2}')
+        d.wait(0.2)
+        self.assertEqual(d.given(b"w"), [2])
+        d.letters.clear()
+        d.wait(1)
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.ends(b"w", "r1", 1)
+        d.takes(b"w", "r2", 1)
+
+    def test_the_runs_own_lock_needs_no_such_wait_and_stops_no_other_run(self):
+        self.desk = d = Desk()
+        d.join(b"w", slots=5)  # an older worker
+        for client, run in ((b"c", "r1"), (b"e", "r2")):
+            d.hello(client, run)
+            d.submit(client, 1, 2, lock="")
+            d.takes(b"w", run, 1)
+            d.expect(client, "QUEUED")
+        d.quiet()
+        d.ends(b"w", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.takes(b"w", "r1", 2)
+
+    def test_after_a_restart_the_runs_own_lock_waits_until_all_is_known(self):
+        for row in ([], [["", "r1", 7, 1]]):
+            self.desk = d = Desk()
+            labels = [tc.RESOURCES] * bool(row)
+            d.join(b"w", slots=5, labels=labels, running=[["r1", 7, 1]], locks=row)
+            d.wait(d.broker.times.worker_expiry - 0.5)
+            d.worker(b"w", 'READY {"name":"w","slots":5}')
+            d.hello(b"c", "r1", [5, 7, 8])
+            d.submit(b"c", 5, lock="", again=True)
+            d.letters.clear()
+            d.wait(1)
+            self.assertNotIn("{", [letter[3] for letter in d.letters])
+            d.submit(b"c", 7, lock="", again=True, had="w")
+            d.submit(b"c", 8, lock="", again=True)
+            self.assertNotIn("{", [letter[3] for letter in d.letters])
+            d.ends(b"w", "r1", 7)
+            d.letters = [letter for letter in d.letters if letter[3] == "{"]
+            d.takes(b"w", "r1", 5)
+
+    def test_a_wide_command_takes_several_slots_of_one_worker(self):
+        d = self.desk
+        self.worker(b"w", slots=3)
+        self.worker(b"v", slots=2)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3, needs=[tc.RESOURCES], slots=2)
+        d.takes(b"w", "r1", 1)
+        d.takes(b"v", "r1", 2)
+        d.letters.clear()
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", waits_for="2 slots on one worker", lacks=None)
+        d.submit(b"c", 4)  # fills what is left
+        d.takes(b"w", "r1", 4)
+        d.ends(b"v", "r1", 2)
+        d.takes(b"v", "r1", 3)
+        rows = d.broker.status()["workers"]
+        self.assertEqual([row["running"] for row in rows], [2, 1])
+
+    def test_who_asks_for_more_slots_than_a_worker_has_is_told(self):
+        d = self.desk
+        self.worker(b"w", slots=3)
+        d.join(b"m", below=["m"], slots=9, labels=[tc.RESOURCES],
+               crew=[["h", 9, tc.RESOURCES]], widest=[["h", 4, tc.RESOURCES]])
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, needs=[tc.RESOURCES], slots=5)
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", lacks="a worker with 5 slots")
+        d.submit(b"c", 2, needs=[tc.RESOURCES], slots=4)
+        d.takes(b"m", "r1", 2)
+
+    def test_older_workers_get_no_wide_commands_and_are_named(self):
+        d = self.desk
+        d.join(b"w", slots=9, host="old/1")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, needs=[tc.RESOURCES], slots=2)
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", unfit=["old/1"])
+        d.submit(b"c", 2)
+        d.takes(b"w", "r1", 2)
+
+    def test_a_stream_of_narrow_commands_does_not_starve_a_wide_one(self):
+        d = self.desk
+        self.worker(b"w", slots=4)
+        d.hello(b"c", "r1")
+        d.hello(b"e", "r2")
+        d.submit(b"c", *range(1, 30))
+        running = [(d.now, id) for id in d.given(b"w")]
+        d.submit(b"e", 1, needs=[tc.RESOURCES], slots=3)
+        ended = 0
+        while d.broker.registry.clients["r2"].tasks[1].state == tc.WAITING:
+            d.letters.clear()
+            d.now += 1
+            began, id = running.pop(0)
+            ended += 1
+            d.ends(b"w", "r1", id, time=(d.now - began) * 1000)
+            running += [(d.now, id) for id in d.given(b"w")]
+        self.assertLessEqual(ended, 8)  # those before it, and at most one more in each slot
+
+    def test_short_commands_fill_the_slots_that_a_wide_one_waits_for(self):
+        d = self.desk
+        self.worker(b"w", slots=4)
+        d.hello(b"c", "r1")
+        d.hello(b"e", "r2")
+        d.submit(b"c", 1)  # a long one
+        d.takes(b"w", "r1", 1)
+        d.now += 100
+        d.worker(b"w", 'READY {"name":"w","slots":4}')
+        d.submit(b"e", 1)
+        d.takes(b"w", "r2", 1)
+        d.ends(b"w", "r2", 1, time=10000)  # so it takes 10 seconds, mostly
+        d.letters.clear()
+        d.submit(b"c", 2, needs=[tc.RESOURCES], slots=4)
+        d.submit(b"e", 2, 3, 4, 5)
+        self.assertEqual(d.given(b"w"), [2, 3, 4])
+        d.letters.clear()
+        d.now += 5
+        d.ends(b"w", "r1", 1)  # now the wide one waits for these
+        d.ends(b"w", "r2", 2, time=5000)
+        d.ends(b"w", "r2", 3, time=5000)
+        self.assertEqual(d.given(b"w"), [])
+        d.ends(b"w", "r2", 4, time=5000)
+        d.takes(b"w", "r1", 2)
+
+    def test_wide_commands_cost_their_client_several_turns(self):
+        d = self.desk
+        self.worker(b"w", slots=4)
+        for client, run, more in ((b"c", "r1", {"needs": [tc.RESOURCES], "slots": 4}),
+                                  (b"e", "r2", {})):
+            d.hello(client, run)
+            d.submit(client, *range(1, 30), **more)
+        d.letters = [letter for letter in d.letters if letter[1] != b"w"]
+        d.worker(b"w", 'QUEUED {"tasks":[[1,1]]}', "r1")
+        order = ["r1"]
+        running = [("r1", 1)]
+        for _ in range(9):
+            d.now += 1
+            for run, id in running:
+                d.ends(b"w", run, id, time=1000)
+            running = [(token, fields["id"]) for _, peer, token, verb, fields, _ in d.letters
+                       if verb == "{"]
+            d.letters.clear()
+            for run, id in running:
+                d.worker(b"w", tc.encode("QUEUED", {"tasks": [[id, 1]]}), run)
+            order += [run for run, _ in running]
+        self.assertEqual(order[4:14], ["r1", *["r2"] * 4, "r1", *["r2"] * 4])
+
+    def test_starts_of_a_run_are_apart(self):
+        d = self.desk
+        self.worker(b"w", slots=5)
+        self.worker(b"v", slots=5)
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, 2, 3, delay=2)
+        d.hello(b"e", "r2")
+        d.submit(b"e", 1)
+        found = []
+        for _ in range(10):
+            found += [(d.now - 10, letter[2]) for letter in d.letters
+                      if letter[3] == "{"]
+            for peer in (b"w", b"v"):
+                d.given(peer)
+            d.letters.clear()
+            d.wait(0.5)
+        self.assertEqual(found, [(0.0, "r1"), (0.0, "r2"), (2.0, "r1"), (4.0, "r1")])
+
+
+class LocksInChainsTest(unittest.TestCase):
+    """The topmost broker gives the locks, to tasks and to brokers below."""
+
+    def below(self):
+        self.desk = d = Desk(chained=True)
+        d.broker.connected(BROKER, 0.0)
+        d.collect()
+        d.join(b"w", slots=5, labels=[tc.RESOURCES])
+        d.letters.clear()
+        d.answer(broker="b0", above=["b0"], resources=True)
+        d.hello(b"c", "r1", host="vm1", pid=5)
+        d.letters.clear()
+        return d
+
+    def above(self):
+        self.desk = d = Desk()
+        d.wait(d.broker.times.worker_expiry)
+        for peer in (b"m", b"n"):
+            d.join(peer, slots=2, below=[peer.decode()], labels=[tc.RESOURCES],
+                   crew=[["h", 2, tc.RESOURCES]])
+        d.hello(b"c", "r1", host="vm1", pid=5)
+        d.letters.clear()
+        return d
+
+    def lock(self, d, *ids, **more):
+        d.submit(b"c", *ids, needs=[tc.RESOURCES], lock="db", **more)
+
+    def test_a_broker_below_asks_for_each_command_that_could_start(self):
+        d = self.below()
+        self.lock(d, 1, 2)
+        d.expect(b"", "LOCK", lock="db", by="5@vm1")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db","by":"4711@vm2"}')
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", waits_for="lock db, held by 4711@vm2")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.takes(b"w", "r1", 1)
+        d.expect(b"c", "QUEUED")
+        d.quiet()
+        d.ends(b"w", "r1", 1)
+        d.letters = [letter for letter in d.letters if letter[1] != b"c"]
+        d.takes(b"w", "r1", 2)
+        d.ends(b"w", "r1", 2)
+        d.expect(b"", "UNLOCK", lock="db")
+
+    def test_a_lock_that_nobody_needs_any_more_goes_back_at_once(self):
+        d = self.below()
+        self.lock(d, 1)
+        d.expect(b"", "LOCK")
+        d.client(b"c", "BYE")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.expect(b"", "UNLOCK", lock="db")
+        d.quiet()
+
+    def test_own_locks_are_given_without_asking(self):
+        d = self.below()
+        d.submit(b"c", 1, lock="")
+        d.takes(b"w", "r1", 1)
+
+    def test_it_says_which_locks_it_has_when_it_joins(self):
+        d = self.below()
+        self.lock(d, 1)
+        d.expect(b"", "LOCK")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.takes(b"w", "r1", 1)
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1,"lock":"x","needs":["(resources)"]}',
+               "up")
+        d.answer()  # a lease
+        d.takes(b"w", "up", 1)
+        d.letters.clear()
+        d.gone(BROKER, b"")
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        self.assertCountEqual(d.letters[-1][4]["locks"], [["db"], ["x", "up", 1, 1]])
+
+    def test_it_asks_again_when_it_has_joined_again(self):
+        d = self.below()
+        self.lock(d, 1)
+        d.expect(b"", "LOCK")
+        d.gone(BROKER, b"")
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.letters.clear()
+        d.answer(broker="b9", above=["b9"], resources=True)
+        d.expect(b"", "LOCK", lock="db")
+
+    def test_without_a_broker_above_that_knows_locks_it_gives_none(self):
+        d = self.below()
+        d.answer(broker="b0", above=["b0"])
+        self.lock(d, 1)
+        d.quiet()
+        d.wait(tc.OK_DELAY)
+        d.expect(b"c", "OK", resources=False)
+
+    def test_a_command_from_above_that_is_lost_may_keep_its_lock(self):
+        d = self.below()
+        d.answer()
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1,"lock":"x","needs":["(resources)"]}',
+               "up")
+        for _ in range(3):
+            d.wait(d.broker.times.queued_timeout / 3)
+            d.answer()
+        (line,) = [letter[5] for letter in d.letters if letter[3] == "LOST"]
+        self.assertTrue(tc.decode(line)[1]["may_run"])
+        d.letters.clear()
+        d.worker(b"w", 'READY {"name":"w","slots":5}')
+        d.letters.clear()
+        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "up")
+        _, line = d.expect(b"", "LOST", token="up", tasks=[[1, 1]])
+        self.assertNotIn("may_run", tc.decode(line)[1])
+        d.quiet()
+
+    def test_brokers_below_and_own_clients_take_turns(self):
+        d = self.above()
+        d.worker(b"m", 'LOCK {"lock":"db","by":"1@a"}')
+        d.expect(b"m", "LOCK", lock="db", by=None)
+        self.lock(d, 1, 2)
+        d.worker(b"n", 'LOCK {"lock":"db","by":"2@b"}')
+        d.expect(b"n", "LOCK", lock="db", by="1@a")
+        d.worker(b"m", 'UNLOCK {"lock":"db"}')
+        (worker,) = [letter[1] for letter in d.letters if letter[3] == "{"]
+        d.takes(worker, "r1", 1)
+        d.expect(b"n", "LOCK", lock="db", by="5@vm1")
+        d.worker(b"m", 'LOCK {"lock":"db","by":"1@a"}')
+        d.ends(worker, "r1", 1)
+        d.expect(b"n", "LOCK", lock="db", by=None)
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.letters.clear()
+        d.gone(WORKERS, b"n")
+        d.wait(d.broker.times.worker_expiry - 1)
+        for peer in (b"m",):
+            d.worker(peer, f'READY {{"name":"{peer.decode()}"}}')
+        self.assertNotIn("{", [letter[3] for letter in d.letters])
+        d.wait(1)  # it is given up
+        self.assertIn("{", [letter[3] for letter in d.letters])
+
+    def test_a_lock_of_a_lost_command_is_kept_if_its_broker_says_so(self):
+        d = self.above()
+        self.lock(d, 1)
+        (worker,) = [letter[1] for letter in d.letters if letter[3] == "{"]
+        d.takes(worker, "r1", 1)
+        d.letters.clear()
+        d.worker(worker, 'LOST {"tasks":[[1,1]],"why":"x","may_run":true}', "r1")
+        d.expect(b"c", "LOST")
+        self.lock(d, 1, attempt=2)
+        d.quiet()
+        d.worker(worker, 'LOST {"tasks":[[1,1]],"why":"x"}', "r1")
+        self.assertIn("{", [letter[3] for letter in d.letters])
+
+    def test_who_is_no_broker_gets_no_lock(self):
+        d = self.above()
+        d.join(b"w", slots=1)
+        for line in ('LOCK {"lock":"db"}', 'UNLOCK {"lock":"db"}'):
+            d.worker(b"w", line)
+            d.expect(b"w", "ERROR")
+        d.worker(b"m", 'LOCK {"lock":""}')
+        d.expect(b"m", "ERROR")
 
 
 class OnlyElsewhereTest(unittest.TestCase):

@@ -1732,7 +1732,8 @@ class Locks:
             return f"lock {lock[1]}, held by {by}"
         return f"lock {lock[1]}" + (
             ", which the broker above gives" if self.above is not None else
-            "" if self.is_open else ": no worker of the broker before this one may have it")
+            "" if self.is_open else
+            ": a worker may come that has it since before the broker's start")
 
     def holder(self, lock: Lock) -> str:
         """Return who has the lock, for people; "" if nobody has it."""
@@ -2277,9 +2278,10 @@ class Scheduler:
         return False
 
     def may_fill(self, worker: WorkerSlots, holder: Task, task: Task) -> bool:
-        """Return whether a task may use slots that a wide one waits for: it mostly takes less time
-        than those ran that the wide one waits for. A command that has run for long mostly goes
-        on for as long. Tasks that began later do not count: so each of them delays it once."""
+        """Return whether a task may use slots that are reserved for a wide one: it takes none that
+        this will need, or it mostly ends earlier than what this waits for. We guess that a command
+        goes on for as long as it has run. Tasks that began after the reservation count as just
+        begun: so they delay the wide one only once."""
         missing = holder.slots - worker.free()
         if holder.slots == 1 or missing <= 0 or task.slots > worker.free():
             return False
@@ -2288,7 +2290,7 @@ class Scheduler:
         for age, slots in ages:
             missing -= slots
             if missing <= 0:
-                return task.client.typical < age
+                return -missing >= task.slots or task.client.typical < age
         return False
 
     def may_take(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
@@ -3095,6 +3097,7 @@ class Upstream:
         self.knows_locks = fields.get("resources", False)
         if self.session.on_ok(fields):
             self.owner.scheduler.locks.asked.clear()
+            self.owner.asked.clear()
             self.owner.scheduler.unpark_all()
             self.owner.scheduler.capacity_changed = True  # it may have, since we announced it
             self.catch_up(self.session.announced)
@@ -4060,8 +4063,7 @@ class Membership(Dispatcher):
                 "resources": not self.upstream.chained or self.upstream.knows_locks}
 
     def state_for_client(self) -> Fields:
-        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()), trees=True,
-                    resources=True)
+        return dict(self.state_of_cloud(), hosts=len(self.scheduler.places()), trees=True)
 
     def unmet_needs(self, client: ClientRecord) -> Fields:
         """Return fields of OK about what the client's commands lack, wait for, or cannot use."""
