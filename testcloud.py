@@ -2465,8 +2465,9 @@ class Scheduler:
         self.rank(worker)
 
     def has_reservation(self, task: Task) -> bool:
-        at = task.reserved_at
-        return at is not None and self.reservations.get(at) is task
+        at, among = task.reserved_at, self.eligible(task)
+        return at is not None and self.reservations.get(at) is task \
+            and (among is None or at in among)
 
     # --- locks
 
