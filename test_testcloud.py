@@ -5274,6 +5274,77 @@ class ChainTest(unittest.TestCase):
         d.expect(b"w2", "CANCEL", tasks=[[1, 1]])
 
 
+class LocksTest(unittest.TestCase):
+    """Locks at a broker, mostly at a chained one: the broker above it gives them."""
+
+    def setUp(self):
+        self.desk = self.new_desk(chained=True)
+
+    def new_desk(self, **more):
+        d = Desk(**more)
+        if more.get("chained"):
+            d.broker.connected(BROKER, d.now)
+            d.collect()
+            d.expect(b"", "READY")
+            d.answer(resources=True)
+        return d
+
+    def rejoin(self, d):
+        d.gone(BROKER, b"")
+        d.broker.connected(BROKER, d.now)
+        d.collect()
+        d.letters = [letter for letter in d.letters if letter[0] != BROKER]
+        d.answer(resources=True)
+
+    def worker(self, d, peer, **more):
+        d.join(peer, **{"labels": [tc.RESOURCES], **more})
+        d.letters = [letter for letter in d.letters if letter[0] != BROKER]
+
+    def test_a_broker_that_has_lost_its_link_asks_again_for_a_lock(self):
+        d = self.desk
+        self.worker(d, b"w")
+        d.hello(b"c", "r1")
+        d.submit(b"c", 1, lock="x")
+        d.expect(b"", "LOCK", lock="x", by="?@?")
+        self.rejoin(d)
+        d.expect(b"", "LOCK", lock="x", by="?@?")
+        d.tell(BROKER, b"", 'LOCK {"lock":"x"}')
+        d.takes(b"w", "r1", 1)
+
+    def test_a_new_broker_gives_the_lock_of_a_run_only_when_all_workers_are_back(self):
+        """A worker may have a command whose QUEUED has not come."""
+        for finds in (True, False):
+            d = self.new_desk()
+            d.joins = 1
+            d.hello(b"c", "r1", [1, 2])
+            d.submit(b"c", 1, lock="", again=True)
+            d.submit(b"c", 2, lock="")
+            d.wait(d.broker.times.worker_expiry - 0.1)
+            self.worker(d, b"v")
+            self.assertEqual(d.given(b"v"), [])
+            if finds:
+                self.worker(d, b"w", running=[["r1", 1, 1]], locks=[["", "r1", 1, 1]])
+                d.wait(1)
+                self.assertEqual(d.given(b"v"), [])
+                d.ends(b"w", "r1", 1)
+            d.wait(1)
+            self.assertEqual(len(d.given(b"v")), 1)
+
+    def test_a_cancelled_command_keeps_the_lock_of_a_client_that_comes_later(self):
+        """Its worker lists only its lock, and that is not from above."""
+        d = self.desk
+        self.worker(d, b"w", locks=[["x", "r1", 1, 1]])
+        d.hello(b"c", "r1")
+        ready = d.expect(b"", "READY", locks=[["x"]])
+        d.answer(resources=True)
+        self.assertNotIn(b"r1", ready[1])
+        d.wait(0.1)
+        d.submit(b"c", 2, lock="x")
+        d.letters.clear()
+        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
+        d.takes(b"w", "r1", 2)
+
+
 # === Simulation =======================================================================
 #
 # Brokers, workers and clients of the real program in one simulated world, with plain ones
@@ -6628,7 +6699,7 @@ class World:
         elif actor.role == "worker" and not actor.plain:
             self.hears(actor, actor.machine)
             if tc.RESOURCES not in actor.labels:  # an older version does not tell what it has
-                actor.machine.locked_jobs = lambda: []
+                actor.machine.locked_jobs = list
         self.connect(actor)
         self.settle(actor)
 

@@ -1687,11 +1687,12 @@ class Locks:
 
     def __init__(self) -> None:
         # by task: its worker, and its client for people; several only if one was given up too soon
-        self.holders: Dict[Lock, Dict[TaskKey, Tuple[Optional[WorkerSlots], str]]] = {}
+        self.holders: Dict[Lock, Dict[TaskKey, Tuple[WorkerSlots, str]]] = {}
         self.parked: Dict[Lock, Dict[Lane, None]] = {}
         self.wanted: Dict[Lock, Dict[WorkerSlots, str]] = {}  # by brokers below, for these clients
         self.taken: Set[Lock] = set()  # by our clients' tasks, while brokers below want them
         self.is_open = True  # False: we have just started, and do not know all holders
+        self.doubted: Set[Lock] = set()  # runs' own, which our predecessor may have given
         self.above: Optional[Set[Lock]] = None  # locks from the broker above, if we are chained
         self.asked: Dict[Lock, str] = {}  # of it; and who has them there, as it said
         self.claims: Set[Lock] = set()  # had before we could ask it: by tasks of our predecessor
@@ -1699,17 +1700,18 @@ class Locks:
 
     def is_closed(self, lock: Lock) -> bool:
         """Return whether a task must wait for this lock."""
-        return lock in self.holders or not lock[0] and (
-            not self.is_open if self.above is None else bool(self.asked.get(lock)))
+        if lock in self.holders or self.above is not None and not lock[0]:
+            return lock in self.holders or bool(self.asked.get(lock))
+        return not self.is_open and (not lock[0] or lock in self.doubted)
 
     def may_have(self, lock: Lock) -> bool:
         """Return whether a task may get this lock, which has no holder, without asking above."""
         return bool(lock[0]) or (self.is_open if self.above is None else lock in self.above)
 
-    def hold(self, lock: Lock, key: TaskKey, worker: Optional[WorkerSlots], by: str) -> None:
+    def hold(self, lock: Lock, key: TaskKey, worker: WorkerSlots, by: str) -> None:
         self.holders.setdefault(lock, {})[key] = worker, by
-        if worker is not None:
-            worker.locks[key] = lock
+        self.doubted.discard(lock)
+        worker.locks[key] = lock
         if lock in self.wanted:
             self.news.add(lock)
         if not self.may_have(lock) and self.above is not None:
@@ -1807,10 +1809,6 @@ class ClientQueue:
         self.debt = 0  # turns to pass over, if others can use them: wide tasks take several
         self.start_at: Seconds = -math.inf  # nothing starts before (--delay)
         self.typical: Seconds = math.inf  # mean duration of its last commands; inf: unknown
-
-    def knows_all(self) -> bool:
-        """Return whether all tasks are known that may have the run's own lock."""
-        return True
 
     def words(self) -> str:
         """Return the client's name for people."""
@@ -2407,8 +2405,6 @@ class Scheduler:
                 break
             task = client.pop().tasks[0]
             passed_over.append(lane)
-            if lane.lock is not None and lane.lock[0] and not client.knows_all():
-                continue
             worker = self.best_worker(task)
             if worker is None and not self.ranking:
                 break
@@ -2494,12 +2490,11 @@ class Scheduler:
         self.locks.asked.setdefault(task.lock, "")
         return True
 
-    def hold_lock(self, task: Task, worker: Optional[WorkerSlots]) -> None:
+    def hold_lock(self, task: Task, worker: WorkerSlots) -> None:
         """Note that a task has its lock. The broker above keeps account of those of its own."""
         assert task.lock is not None
         if task.client.from_above:
-            if worker is not None:
-                worker.locks[task.key] = task.lock
+            worker.locks[task.key] = task.lock
             return
         self.locks.hold(task.lock, task.key, worker, task.client.words())
         if task.lock in self.locks.wanted:
@@ -2700,9 +2695,6 @@ class ClientRecord(ClientQueue):
     @property
     def shown_host(self) -> str:
         return self.host[:STATUS_LIMIT] or "?"
-
-    def knows_all(self) -> bool:
-        return not self.announced
 
     def words(self) -> str:
         return printable(f"{self.pid or '?'}@{self.shown_host}", 200)
@@ -3233,8 +3225,6 @@ class Dispatcher(Machine):
                 return
             if self.now < until:
                 task.state = RECOVERING
-                if task.lock is not None:  # it may run at a worker that has not joined yet
-                    self.scheduler.hold_lock(task, None)
                 self.recovering[task] = until
                 self.recovery_at = min(self.recovery_at, until)
                 return
@@ -3269,8 +3259,6 @@ class Dispatcher(Machine):
             self.unconfirmed.pop(task, None)
         elif task.state == RECOVERING:
             self.recovering.pop(task, None)
-            if task.lock is not None:
-                self.scheduler.drop_lock(task.lock, task.key)
         old, key = task.worker, task.key
         self.scheduler.move(task, state, worker, self.now)
         if old is not None and old.plain and state not in BUSY:  # it says nothing more
@@ -3343,6 +3331,7 @@ class Dispatcher(Machine):
         """Give locks again: all workers of our predecessor have joined, or are given up."""
         if not self.scheduler.locks.is_open and self.now >= self.started + self.times.worker_expiry:
             self.scheduler.locks.is_open = True
+            self.scheduler.locks.doubted.clear()
             self.scheduler.unpark_all()
 
     def assign(self, task: Task, worker: WorkerRecord) -> None:
@@ -3854,10 +3843,11 @@ class Membership(Dispatcher):
         if fields["join"] <= (before.join if before else 0):  # delayed on an older connection
             return
         client = self.registry.require_client(run, False, peer, self.now)
-        if before is not None and not before.join:
-            self.claim_locks(client)
+        was_known = client.join > 0
         client.join, client.backlog = fields["join"], fields.get("backlog", 0)
         client.host, client.pid = fields.get("host", ""), fields.get("pid", 0)
+        if not was_known:
+            self.claim_locks(client)
         client.stops = fields.get("stops", False)
         self.registry.connect_client(client, peer)
         if is_new:
@@ -3876,14 +3866,17 @@ class Membership(Dispatcher):
             self.say(CLIENTS, client.peer, "", "STOP", {"by": by})
 
     def claim_locks(self, client: ClientRecord) -> None:
-        """A client has joined of which only workers have spoken so far. Until now its tasks counted
-        as those of the broker above."""
-        tasks = [task for task in client.tasks.values()
-                 if task.lock is not None and task.worker is not None and task.state in BUSY]
-        for task in tasks:
-            self.scheduler.hold_lock(task, task.worker)
-        if tasks:  # it gets a READY without them
+        """A client has joined. Workers may have spoken of it before: until now its tasks counted as
+        those of the broker above."""
+        locks, own = self.scheduler.locks, (client.run, "")
+        held = [(key, lock, worker) for worker in (*self.scheduler.workers, *self.scheduler.away)
+                for key, lock in worker.locks.items() if key[0] == client.run]
+        for key, lock, worker in held:
+            locks.hold(lock, key, worker, client.words())
+        if held:  # it gets a READY without them
             self.upstream.session.join_again(self.now)
+        if client.join > 1 and not locks.is_open and own not in locks.holders:
+            locks.doubted.add(own)  # it was the client of a broker before us
 
     def on_client_bye(self, message: Message) -> None:
         client = self.registry.client_at(message.peer)
