@@ -1197,7 +1197,8 @@ class Desk:
     def __init__(self, chained=False, **times):
         self.now = 0.0
         self.broker = tc.Broker("b1", tc.Times(**times), chained, self.now)
-        self.joins = 0  # numbers of READY and HELLO, for all peers
+        self.joins = 0  # numbers of READY, for all peers
+        self.hellos = Counter()  # numbers of HELLO, by run
         self.letters = []
         self.logs = []
 
@@ -1270,7 +1271,8 @@ class Desk:
         self.letters.remove(ok)
 
     def hello(self, peer, run, unreported=(), **fields):
-        join = self.joins = self.joins + 1
+        self.hellos[run] += 1 + bool(unreported)  # then another broker knew it before
+        join = self.hellos[run]
         self.client(peer, tc.encode("HELLO", dict(
             {"run": run, "join": join, "unreported": list(unreported)}, **fields)))
         self.expect(peer, "OK", join=join)
@@ -3637,6 +3639,23 @@ class LocksAndSlotsTest(unittest.TestCase):
             d.letters = [letter for letter in d.letters if letter[3] == "{"]
             d.takes(b"w", "r1", 5)
 
+    def test_a_command_whose_queued_has_not_come_may_have_its_runs_lock(self):
+        for is_back in (True, False):
+            self.desk = d = Desk()
+            d.hello(b"c", "r1", [1, 2])
+            d.submit(b"c", 1, lock="", again=True)
+            d.submit(b"c", 2, lock="")
+            d.wait(d.broker.times.worker_expiry - 0.1)
+            self.worker(b"v")
+            if is_back:
+                self.worker(b"w", running=[["r1", 1, 1]], locks=[["", "r1", 1, 1]])
+                d.wait(1)
+            self.assertEqual(d.given(b"v"), [])
+            if is_back:
+                d.ends(b"w", "r1", 1)
+            d.wait(1)
+            self.assertEqual(len(d.given(b"v")), 1)
+
     def test_a_wide_command_takes_several_slots_of_one_worker(self):
         d = self.desk
         self.worker(b"w", slots=3)
@@ -3846,6 +3865,14 @@ class LocksInChainsTest(unittest.TestCase):
         d.letters.clear()
         d.answer(broker="b9", above=["b9"], resources=True)
         d.expect(b"", "LOCK", lock="db")
+
+    def test_a_cancelled_command_keeps_its_lock_when_its_client_comes(self):
+        """Its worker lists only the lock. Until then it may be of a run from above."""
+        d = self.below()
+        d.join(b"v", labels=[tc.RESOURCES], locks=[["db", "r2", 1, 1]])
+        d.letters.clear()
+        d.hello(b"e", "r2")
+        d.expect(b"", "READY", locks=[["db"]])
 
     def test_without_a_broker_above_that_knows_locks_it_gives_none(self):
         d = self.below()
@@ -5272,77 +5299,6 @@ class ChainTest(unittest.TestCase):
         d.letters.clear()
         d.join(b"w2", name="w", running=[["up", 1, 1]])
         d.expect(b"w2", "CANCEL", tasks=[[1, 1]])
-
-
-class LocksTest(unittest.TestCase):
-    """Locks at a broker, mostly at a chained one: the broker above it gives them."""
-
-    def setUp(self):
-        self.desk = self.new_desk(chained=True)
-
-    def new_desk(self, **more):
-        d = Desk(**more)
-        if more.get("chained"):
-            d.broker.connected(BROKER, d.now)
-            d.collect()
-            d.expect(b"", "READY")
-            d.answer(resources=True)
-        return d
-
-    def rejoin(self, d):
-        d.gone(BROKER, b"")
-        d.broker.connected(BROKER, d.now)
-        d.collect()
-        d.letters = [letter for letter in d.letters if letter[0] != BROKER]
-        d.answer(resources=True)
-
-    def worker(self, d, peer, **more):
-        d.join(peer, **{"labels": [tc.RESOURCES], **more})
-        d.letters = [letter for letter in d.letters if letter[0] != BROKER]
-
-    def test_a_broker_that_has_lost_its_link_asks_again_for_a_lock(self):
-        d = self.desk
-        self.worker(d, b"w")
-        d.hello(b"c", "r1")
-        d.submit(b"c", 1, lock="x")
-        d.expect(b"", "LOCK", lock="x", by="?@?")
-        self.rejoin(d)
-        d.expect(b"", "LOCK", lock="x", by="?@?")
-        d.tell(BROKER, b"", 'LOCK {"lock":"x"}')
-        d.takes(b"w", "r1", 1)
-
-    def test_a_new_broker_gives_the_lock_of_a_run_only_when_all_workers_are_back(self):
-        """A worker may have a command whose QUEUED has not come."""
-        for finds in (True, False):
-            d = self.new_desk()
-            d.joins = 1
-            d.hello(b"c", "r1", [1, 2])
-            d.submit(b"c", 1, lock="", again=True)
-            d.submit(b"c", 2, lock="")
-            d.wait(d.broker.times.worker_expiry - 0.1)
-            self.worker(d, b"v")
-            self.assertEqual(d.given(b"v"), [])
-            if finds:
-                self.worker(d, b"w", running=[["r1", 1, 1]], locks=[["", "r1", 1, 1]])
-                d.wait(1)
-                self.assertEqual(d.given(b"v"), [])
-                d.ends(b"w", "r1", 1)
-            d.wait(1)
-            self.assertEqual(len(d.given(b"v")), 1)
-
-    def test_a_cancelled_command_keeps_the_lock_of_a_client_that_comes_later(self):
-        """Its worker lists only its lock, and that is not from above."""
-        d = self.desk
-        self.worker(d, b"w", locks=[["x", "r1", 1, 1]])
-        d.hello(b"c", "r1")
-        ready = d.expect(b"", "READY", locks=[["x"]])
-        d.answer(resources=True)
-        self.assertNotIn(b"r1", ready[1])
-        d.wait(0.1)
-        d.submit(b"c", 2, lock="x")
-        d.letters.clear()
-        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
-        d.takes(b"w", "r1", 2)
 
 
 # === Simulation =======================================================================
