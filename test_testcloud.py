@@ -671,7 +671,8 @@ class SmallWorld:
 
     def to_reserve(self, task, reserved):
         """The workers of which each would be the best to reserve for a wide task."""
-        if task.slots == 1 or task in reserved.values():
+        if task.slots == 1 or any(it is task and at in self.eligible(task)
+                                  for at, it in reserved.items()):
             return []
         able = [worker for worker in self.eligible(task) if worker.ready and not self.is_scout(
             task, worker) and not self.is_reserved(worker, task, reserved)]
@@ -700,6 +701,8 @@ class SmallWorld:
                     if len(reserve) > 1:  # either may be reserved: only one outcome is told apart
                         return found, True
                     (worker,) = reserve
+                    if task.slots > 1:
+                        reserved = {at: it for at, it in reserved.items() if it is not task}
                     reserved[worker], prefetch[worker] = task, 0
                 elif best or self.is_unplaceable(task):
                     found[client] = task, best

@@ -2451,6 +2451,9 @@ class Scheduler:
                    and not self.is_reserved(worker, task)
                    and not self.is_scout(task, worker)]
         self.waiting_news.add(task.client)
+        before = task.reserved_at  # which may not run it any more
+        if before is not None and self.reservations.get(before) is task:
+            del self.reservations[before]
         if workers:
             self.reserve(task, min(workers, key=lambda it: (
                 it.silent, -it.free(), -it.weight, it.stamp)))
