@@ -1904,12 +1904,12 @@ class WorkerSlots:
             if not self.preparing[task.client]:
                 del self.preparing[task.client]
             return
-        self.busy += change * task.slots
+        needs, slots = task.constraints.needs, task.constraints.slots
+        self.busy += change * slots
         if task.careful:
             self.careful += change
-        needs = task.constraints.needs
         if needs and change:
-            self.busy_with[needs] += change * task.slots
+            self.busy_with[needs] += change * slots
             if not self.busy_with[needs]:
                 del self.busy_with[needs]
 
@@ -2200,16 +2200,16 @@ class Scheduler:
         constraints, excluded = task.constraints, task.client.excluded
         if constraints is UNCONSTRAINED and not excluded:
             return None
-        # if all are overloaded, nobody knows how many slots they have
-        slots = constraints.slots if constraints.slots > 1 and self.has_labels(NONE, 1) else 0
-        if not self.has_labels(constraints.needs, slots):  # not cached: a client can name any
-            return frozenset()
         never_on = constraints.never_on
         if self.expecting and constraints.not_on:
             never_on |= {constraints.not_on}
         if excluded or never_on is not constraints.never_on:
             constraints = constraints._replace(excluded=excluded, never_on=never_on)
         if constraints not in self.eligible_for:
+            # if all are overloaded, nobody knows how many slots they have
+            is_known = constraints.slots > 1 and self.has_labels(NONE, 1)
+            if not self.has_labels(constraints.needs, constraints.slots if is_known else 0):
+                return frozenset()  # not cached: a client can name any
             if len(self.eligible_for) >= MAX_CACHED_CONSTRAINTS:
                 self.eligible_for.clear()
                 self.saturated.clear()
@@ -2373,11 +2373,10 @@ class Scheduler:
         """Yield tasks to be assigned, each with its worker; or with None if it is unplaceable. The
         caller must move a task before it asks for the next."""
         self.now = now
-        for client in [client for client, when in self.delayed.items() if when <= now]:
-            del self.delayed[client]
-            self.take_turn(client)
+        if self.delayed:
+            self.end_delays(now)
         passed_over = 0  # clients in a row without a task for a worker with room
-        while passed_over < len(self.turns) and self.ranking:
+        while passed_over < len(self.turns) and self.first_ranked() is not None:
             client = self.turns[0]
             if not self.may_start(client) or self.next_lane(client) is None:
                 self.turns.popleft()
@@ -2393,6 +2392,11 @@ class Scheduler:
                 passed_over = 0
             if passed_over and not self.ranking:
                 self.turns.rotate(1)  # this client keeps its turn
+
+    def end_delays(self, now: Seconds) -> None:
+        for client in [client for client, when in self.delayed.items() if when <= now]:
+            del self.delayed[client]
+            self.take_turn(client)
 
     def look_at(self, client: ClientQueue) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
         """Yield the client's unplaceable tasks before the first that has a worker, and this one.
@@ -3188,7 +3192,7 @@ class Dispatcher(Machine):
             if lock is not None:
                 self.scheduler.hold_lock(task, worker)
 
-    def submit(self, client: ClientRecord, message: Message) -> None:
+    def submit(self, client: ClientRecord, message: Message) -> Task:
         """Queue a new attempt. It replaces an older one of the same command."""
         id, attempt = message.fields["id"], message.fields["attempt"]
         if not client.from_above:
@@ -3213,6 +3217,7 @@ class Dispatcher(Machine):
             else:
                 self.upstream.say_queued([task], "")
         self.queue(task, message.fields)
+        return task
 
     def queue(self, task: Task, fields: Fields = {}) -> None:
         """Queue a new task. A client's task that was submitted to our predecessor waits for its
@@ -3262,10 +3267,10 @@ class Dispatcher(Machine):
             self.unconfirmed.pop(task, None)
         elif task.state == RECOVERING:
             self.recovering.pop(task, None)
-        old, key = task.worker, task.key
+        old = task.worker
         self.scheduler.move(task, state, worker, self.now)
         if old is not None and old.plain and state not in BUSY:  # it says nothing more
-            self.release_lock(old, key)
+            self.release_lock(old, task.key)
         if state == ASSIGNED:
             self.unconfirmed[task] = max(
                 self.now + self.times.queued_timeout, self.registry.lenient_until)
@@ -3287,8 +3292,11 @@ class Dispatcher(Machine):
                 worker.free() > 0 for worker in self.scheduler.workers)
             if task.state != GONE:
                 self.upstream.say_queued([task], FILES if waits else task.preparing)
-        self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
-        self.settle_locks()
+        if self.scheduler.prefetched or self.scheduler.scouts:
+            self.instruct([("RECALL", task) for task in self.scheduler.recalls(self.now)])
+        locks = self.scheduler.locks
+        if locks.wanted or locks.news or locks.above is not None:
+            self.settle_locks()
 
     def settle_locks(self) -> None:
         """Give locks to brokers below. Ask the broker above for those that our clients' tasks
@@ -3332,7 +3340,7 @@ class Dispatcher(Machine):
 
     def open_locks(self) -> None:
         """Give locks again: all workers of our predecessor have joined, or are given up."""
-        if not self.scheduler.locks.is_open and self.now >= self.started + self.times.worker_expiry:
+        if self.now >= self.started + self.times.worker_expiry:
             self.scheduler.locks.is_open = True
             self.scheduler.locks.doubted.clear()
             self.scheduler.unpark_all()
@@ -3375,9 +3383,10 @@ class Dispatcher(Machine):
 
     def drop(self, tasks: List[Task]) -> None:
         """Drop tasks, here and at their workers."""
-        self.upstream.may_run.update(
-            task.key for task in tasks if task.client.from_above and task.worker is not None
-            and task.key in task.worker.locks)
+        if self.upstream.chained:
+            self.upstream.may_run.update(
+                task.key for task in tasks if task.client.from_above and task.worker is not None
+                and task.key in task.worker.locks)
         self.instruct([("DONE" if task.state == DELIVERED else "CANCEL", task) for task in tasks])
         for task in tasks:
             self.move(task, GONE)
@@ -3667,13 +3676,18 @@ CONSTRAINTS = {"needs", "elsewhere", "on", "not_on", "never_on", "slots"}  # fie
 
 
 def constraints_of(fields: Fields) -> Constraints:
-    if not CONSTRAINTS & set(fields):
+    if CONSTRAINTS.isdisjoint(fields):
         return UNCONSTRAINED
-    return Constraints(
-        frozenset(fields.get("needs", ())), on=fields.get("on", ""),
-        not_on=fields.get("not_on", ""), never_on=frozenset(fields.get("never_on", ())),
-        avoid=fields.get("avoid", "") if fields.get("elsewhere") else "",
-        slots=fields.get("slots", 1))
+    return make_constraints(
+        tuple(fields.get("needs", ())), fields.get("on", ""), fields.get("not_on", ""),
+        fields.get("avoid", "") if fields.get("elsewhere") else "",
+        tuple(fields.get("never_on", ())), fields.get("slots", 1))
+
+
+@functools.lru_cache(16)  # most commands of a run have the same ones; each may be large
+def make_constraints(needs: Tuple[str, ...], on: str, not_on: str, avoid: str,
+                     never_on: Tuple[str, ...], slots: int) -> Constraints:
+    return Constraints(frozenset(needs), frozenset(), on, not_on, avoid, frozenset(never_on), slots)
 
 
 def lock_of(fields: Fields, run: Run) -> Optional[Lock]:
@@ -4268,13 +4282,17 @@ class Broker(Membership):
         elif "id" not in message.fields or "attempt" not in message.fields:
             raise ProtocolError("a command needs 'id' and 'attempt'")
         elif self.check_news(client, message.fields):
-            self.submit(client, message)
-            needs = frozenset(message.fields.get("needs", ())), message.fields.get("slots", 1)
-            if CONSTRAINTS & set(message.fields) and needs != client.last_needs:
-                client.needs |= needs[0] & KNOWN_BY_LABEL.keys()
-                client.last_needs = needs
-                if not client.from_above and client.peer is not None:
-                    self.answer_soon(CLIENTS, client.peer)  # OK reports missing labels
+            task = self.submit(client, message)
+            if task.constraints is not UNCONSTRAINED:
+                self.note_needs(client, task.constraints)
+
+    def note_needs(self, client: ClientRecord, constraints: Constraints) -> None:
+        needs = constraints.needs, constraints.slots
+        if needs != client.last_needs:
+            client.needs |= needs[0] & KNOWN_BY_LABEL.keys()
+            client.last_needs = needs
+            if not client.from_above and client.peer is not None:
+                self.answer_soon(CLIENTS, client.peer)  # OK reports missing labels
 
     def on_shun(self, message: Message) -> None:
         client = self.client_of(message)
@@ -4542,9 +4560,11 @@ class Broker(Membership):
             for peer in self.limit.restart():
                 if peer in self.registry.workers:  # a plain one may be waiting for its OK
                     self.say(WORKERS, peer, "", "OK")
-        self.open_locks()
+        if not self.scheduler.locks.is_open:
+            self.open_locks()
         self.dispatch()
-        self.tell_waiting()
+        if self.scheduler.waiting_news:
+            self.tell_waiting()
         if self.scheduler.capacity_changed:
             self.scheduler.capacity_changed = False
             self.announce_capacity()
