@@ -3940,6 +3940,60 @@ class LocksInChainsTest(unittest.TestCase):
         d.worker(worker, 'LOST {"tasks":[[1,1]],"why":"x"}', "r1")
         self.assertIn("{", [letter[3] for letter in d.letters])
 
+    def joins_with(self, d, peer, **fields):
+        """A broker below joins, as in join(): it may hear first who has a lock."""
+        d.joins += 1
+        d.worker(peer, tc.encode("READY", {
+            "name": peer.decode(), "join": d.joins, "slots": 2, "below": [peer.decode()],
+            "labels": [tc.RESOURCES], "crew": [["h", 2, tc.RESOURCES]], **fields}))
+        d.letters.clear()
+
+    def lose_broker(self, d, peer, others):
+        """Hear nothing of this broker until it is given up."""
+        d.gone(WORKERS, peer)
+        for _ in range(2):
+            d.wait(d.broker.times.worker_expiry / 2)
+            for other in others:
+                d.worker(other, f'READY {{"name":"{other.decode()}"}}')
+            d.client(b"c", 'HELLO {"run":"r1"}')
+        d.wait(1)
+        d.letters.clear()
+
+    def test_of_two_brokers_with_a_lock_each_gives_back_its_own(self):
+        d = self.above()
+        d.worker(b"m", 'LOCK {"lock":"db","by":"1@a"}')
+        self.lose_broker(d, b"m", [b"n"])
+        d.worker(b"n", 'LOCK {"lock":"db","by":"2@b"}')
+        self.joins_with(d, b"m", locks=[["db"]])  # m was given up too soon
+        d.worker(b"n", 'UNLOCK {"lock":"db"}')
+        self.lock(d, 1)
+        d.quiet()
+        d.worker(b"m", 'UNLOCK {"lock":"db"}')
+        self.assertIn("{", [letter[3] for letter in d.letters])
+
+    def test_a_lock_stays_with_a_task_whose_broker_was_replaced(self):
+        d = Desk()
+        d.wait(d.broker.times.worker_expiry)
+        self.joins_with(d, b"m.key")
+        d.hello(b"c", "r1")
+        self.lock(d, 1)
+        d.takes(b"m.key", "r1", 1)
+        d.gone(WORKERS, b"m.key")
+        self.joins_with(d, b"n.key", running=[["r1", 1, 1]], locks=[["db", "r1", 1, 1]])
+        self.lose_broker(d, b"m.key", [b"n.key"])
+        self.lock(d, 2)
+        d.quiet()
+        d.ends(b"n.key", "r1", 1)
+        self.assertIn("{", [letter[3] for letter in d.letters])
+
+    def test_a_worker_that_tells_another_lock_has_the_old_one_no_more(self):
+        d = self.above()
+        for lock in "old", "new":
+            d.join(b"w", running=[["r9", 1, 1]], locks=[[lock, "r9", 1, 1]])
+        self.assertEqual([*d.broker.scheduler.locks.holders], [("", "new")])
+        d.worker(b"w", "BYE")
+        self.assertEqual(d.broker.scheduler.locks.holders, {})
+
     def test_who_is_no_broker_gets_no_lock(self):
         d = self.above()
         d.join(b"w", slots=1)

@@ -1686,8 +1686,9 @@ class Locks:
     """Who has which lock, and who waits for it."""
 
     def __init__(self) -> None:
-        # by task: its worker, and its client for people; several only if one was given up too soon
-        self.holders: Dict[Lock, Dict[TaskKey, Tuple[WorkerSlots, str]]] = {}
+        # for each: its client, for people; several only if a worker was given up too soon, or
+        # tells of a task that another one has
+        self.holders: Dict[Lock, Dict[Tuple[WorkerSlots, TaskKey], str]] = {}
         self.parked: Dict[Lock, Dict[Lane, None]] = {}
         self.wanted: Dict[Lock, Dict[WorkerSlots, str]] = {}  # by brokers below, for these clients
         self.taken: Set[Lock] = set()  # by our clients' tasks, while brokers below want them
@@ -1709,7 +1710,7 @@ class Locks:
         return bool(lock[0]) or (self.is_open if self.above is None else lock in self.above)
 
     def hold(self, lock: Lock, key: TaskKey, worker: WorkerSlots, by: str) -> None:
-        self.holders.setdefault(lock, {})[key] = worker, by
+        self.holders.setdefault(lock, {})[worker, key] = by
         self.doubted.discard(lock)
         worker.locks[key] = lock
         if lock in self.wanted:
@@ -1717,10 +1718,10 @@ class Locks:
         if not self.may_have(lock) and self.above is not None:
             self.claims.add(lock)
 
-    def drop(self, lock: Lock, key: TaskKey) -> bool:
+    def drop(self, lock: Lock, key: TaskKey, worker: WorkerSlots) -> bool:
         """Note that a task does not have the lock any more. Return whether that is free now."""
-        keys = self.holders.get(lock, {})
-        if keys.pop(key, None) is None or keys:
+        tasks = self.holders.get(lock, {})
+        if tasks.pop((worker, key), None) is None or tasks:
             return False
         del self.holders[lock]
         return True
@@ -1739,7 +1740,7 @@ class Locks:
 
     def holder(self, lock: Lock) -> str:
         """Return who has the lock, for people; "" if nobody has it."""
-        return next((by for _, by in self.holders.get(lock, {}).values()), "")
+        return next(iter(self.holders.get(lock, {}).values()), "")
 
 
 def key_of_broker(lock: Lock) -> TaskKey:
@@ -2130,9 +2131,9 @@ class Scheduler:
         """Note that a task takes slots of a worker, and has its lock there."""
         client, task.since = task.client, now
         if task.lock is not None and task.key not in worker.locks:
-            if old is not None:
-                old.locks.pop(task.key, None)
             self.hold_lock(task, worker)
+        if old is not None and old is not worker:
+            self.release_lock(old, task.key)
         if task.state == ASSIGNED:
             client.debt = task.slots - 1
             if task.delay:
@@ -2510,12 +2511,10 @@ class Scheduler:
     def release_lock(self, worker: WorkerSlots, key: TaskKey) -> None:
         """Note that a task certainly does not run on this worker (any more)."""
         lock = worker.locks.pop(key, None)
-        if lock is not None:
-            self.drop_lock(lock, key)
-
-    def drop_lock(self, lock: Lock, key: TaskKey) -> None:
-        """Take a lock from a task. Brokers below that want it and our clients take turns."""
-        if self.locks.drop(lock, key) and not (
+        if lock is None:
+            return
+        # brokers below that want it and our clients take turns
+        if self.locks.drop(lock, key, worker) and not (
                 lock in self.locks.wanted and lock in self.locks.taken):
             self.unpark(lock)
         self.locks.taken.discard(lock)
@@ -3043,8 +3042,8 @@ class Upstream:
         for worker in (*registry.workers.values(), *registry.away):
             for (run, *numbers), lock in worker.locks.items():
                 client = registry.clients.get(run)
-                if not lock[0] and (run, *numbers) not in locks.holders.get(lock, {}) and (
-                        client is None or client.from_above):
+                if not lock[0] and (client is None or client.from_above) \
+                        and (worker, (run, *numbers)) not in locks.holders.get(lock, {}):
                     rows.append([lock[1], run, *numbers])
         return rows
 
@@ -3554,8 +3553,6 @@ class Dispatcher(Machine):
         held = {tuple(row) for row in fields.get("held", ())}
         told = running | held
         locks = self.told_locks(worker, fields)
-        for key in [key for key in worker.locks if key not in running and key not in locks]:
-            self.release_lock(worker, key)
         never_came = [task for key, task in worker.tasks.items() if key not in told]
         never_came += [task for task in self.recovering
                        if task.had == worker.name and task.key not in told]
@@ -3576,12 +3573,16 @@ class Dispatcher(Machine):
         return unwanted, recall, resend
 
     def told_locks(self, worker: WorkerRecord, fields: Fields) -> Dict[TaskKey, Lock]:
-        """Return the locks of a joining worker's tasks. Note who has them."""
+        """Return the locks of a joining worker's tasks. Note who has them now."""
         found: Dict[TaskKey, Lock] = {}
         for text, *key in fields.get("locks", ()):
             run = key[0] if key else ""
             lock = (run if not text else "", text)
             found[(run, key[1], key[2]) if key else key_of_broker(lock)] = lock
+        running = {tuple(row) for row in fields.get("running", ())}
+        for key, lock in [*worker.locks.items()]:
+            if found.get(key, lock if key in running else None) != lock:
+                self.release_lock(worker, key)
         for key, lock in found.items():
             client = self.registry.clients.get(key[0])
             if key[1] >= 0 and (client.from_above if client else self.upstream.chained):
