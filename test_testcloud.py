@@ -834,6 +834,8 @@ class SmallWorld:
                 self.workers.remove(worker)
                 self.lingering = [row for row in self.lingering if row[0] is not worker]
                 self.scheduler.remove_worker(worker)
+                for key in [*worker.locks]:
+                    self.scheduler.release_lock(worker, key)
                 for task in list(worker.tasks.values()):
                     self.again(task)
         elif kind == 13:
@@ -3784,6 +3786,29 @@ class LocksAndSlotsTest(unittest.TestCase):
         self.assertEqual(found, [(0.0, "r1"), (0.0, "r2"), (2.0, "r1"), (4.0, "r1")])
 
 
+    def test_a_plain_worker_has_a_lock_until_its_command_has_ended(self):
+        """It cannot be stopped, and may get a command long after it was given up."""
+        for given_up in True, False:
+            self.setUp()
+            d = self.desk
+            d.worker(b"p", "READY")
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1, lock="")
+            d.letters.clear()
+            if given_up:
+                for _ in range(2):
+                    d.wait(d.broker.times.queued_timeout / 2)
+                    d.client(b"c", 'HELLO {"run":"r1"}')
+            else:
+                d.client(b"c", 'DONE {"tasks":[[1,1]]}')
+            self.worker(b"w")
+            d.letters.clear()
+            d.submit(b"c", 2, lock="")
+            d.quiet()
+            d.worker(b"p", 'RESULT {"exitcode":0,"stdout":"","time":1}', "r1 1 1")
+            self.assertIn("{", [letter[3] for letter in d.letters], given_up)
+
+
 class LocksInChainsTest(unittest.TestCase):
     """The topmost broker gives the locks, to tasks and to brokers below."""
 
@@ -3902,6 +3927,51 @@ class LocksInChainsTest(unittest.TestCase):
         _, line = d.expect(b"", "LOST", token="up", tasks=[[1, 1]])
         self.assertNotIn("may_run", tc.decode(line)[1])
         d.quiet()
+
+    def given_from_above(self, d):
+        d.answer()  # a lease
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1,"lock":"x","needs":["(resources)"]}',
+               "up")
+
+    def test_the_broker_above_hears_that_the_worker_of_a_lost_command_is_given_up(self):
+        d = self.below()
+        self.given_from_above(d)
+        d.takes(b"w", "up", 1)
+        d.gone(WORKERS, b"w")
+        d.letters.clear()
+        d.tell(BROKER, b"", 'CANCEL {"tasks":[[1,1]]}', "up")
+        _, line = d.expect(b"", "LOST", token="up")
+        self.assertTrue(tc.decode(line)[1]["may_run"])
+        for _ in range(2):
+            d.wait(d.broker.times.lost_grace / 2)
+            d.answer()
+        _, line = d.expect(b"", "LOST", token="up", tasks=[[1, 1]])
+        self.assertNotIn("may_run", tc.decode(line)[1])
+        self.assertEqual(d.broker.upstream.may_run, set())
+
+    def test_the_broker_above_hears_late_that_a_lost_command_has_ended(self):
+        d = self.below()
+        self.given_from_above(d)
+        d.gone(BROKER, b"")
+        for _ in range(2):
+            d.wait(d.broker.times.queued_timeout / 2)
+            d.worker(b"w", 'READY {"name":"w"}')
+        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "up")
+        d.broker.connected(BROKER, d.now)
+        d.letters.clear()
+        d.answer(resources=True)
+        (line,) = [letter[5] for letter in d.letters if letter[3] == "LOST"]
+        self.assertNotIn("may_run", tc.decode(line)[1])
+
+    def test_a_broker_that_is_away_gets_no_lock(self):
+        d = self.above()
+        d.worker(b"m", 'LOCK {"lock":"db","by":"1@a"}')
+        d.worker(b"n", 'LOCK {"lock":"db","by":"2@b"}')
+        d.gone(WORKERS, b"n")
+        d.worker(b"m", 'UNLOCK {"lock":"db"}')
+        d.letters.clear()
+        self.lock(d, 1)
+        d.takes(b"m", "r1", 1)
 
     def test_brokers_below_and_own_clients_take_turns(self):
         d = self.above()

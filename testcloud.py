@@ -2044,15 +2044,14 @@ class Scheduler:
             self.slots -= worker.slots
             worker.ready = False
             worker.forget_prepared()
+            self.forget_wants(worker)
             self.rank(worker)
             self.note_capacity_change()
 
     def remove_worker(self, worker: WorkerSlots) -> None:
-        """Remove a worker. The caller moves its tasks. Its locks are free."""
+        """Remove a worker. The caller releases its locks, and moves its tasks."""
         self.suspend_worker(worker)
         del self.away[worker]
-        self.forget_wants(worker)
-        self.keep_locks(worker, ())
 
     def expect(self, expecting: bool) -> None:
         """Note whether more hosts are about to join. Tasks that need another host wait for them."""
@@ -2527,11 +2526,6 @@ class Scheduler:
                 del self.locks.wanted[lock]
                 if lock not in self.locks.holders:
                     self.unpark(lock)
-
-    def keep_locks(self, worker: WorkerSlots, keys: Container[TaskKey]) -> None:
-        """Release all locks of this worker's tasks but those of these."""
-        for key in [key for key in worker.locks if key not in keys]:
-            self.release_lock(worker, key)
 
     def locks_for_brokers(self) -> Iterator[Tuple[Lock, WorkerSlots]]:
         """Give free locks to the brokers below that want them, and yield both."""
@@ -3266,10 +3260,7 @@ class Dispatcher(Machine):
             self.unconfirmed.pop(task, None)
         elif task.state == RECOVERING:
             self.recovering.pop(task, None)
-        old = task.worker
         self.scheduler.move(task, state, worker, self.now)
-        if old is not None and old.plain and state not in BUSY:  # it says nothing more
-            self.release_lock(old, task.key)
         if state == ASSIGNED:
             self.unconfirmed[task] = max(
                 self.now + self.times.queued_timeout, self.registry.lenient_until)
@@ -3335,7 +3326,13 @@ class Dispatcher(Machine):
         self.scheduler.release_lock(worker, key)
         if key in self.upstream.may_run:
             self.upstream.may_run.discard(key)
+            self.upstream.unsent.get(key, {}).pop("may_run", None)
             self.upstream.say_lost(key, "it has ended")
+
+    def release_by_token(self, worker: WorkerRecord, token: str) -> None:
+        """Note that a plain worker has ended this command, which may be given up already."""
+        for key in [key for key in worker.locks if token_of(key) == token]:
+            self.release_lock(worker, key)
 
     def open_locks(self) -> None:
         """Give locks again: all workers of our predecessor have joined, or are given up."""
@@ -3354,7 +3351,7 @@ class Dispatcher(Machine):
             self.tell_excluded(client, [worker])
         if worker.plain:
             worker.ready = False
-            self.send_line(WORKERS, peer, token_of(task), task.line)
+            self.send_line(WORKERS, peer, token_of(task.key), task.line)
         elif client.plain:  # our workers need id and attempt
             self.say(WORKERS, peer, client.run, COMMAND, dict(
                 task.plain, id=task.id, attempt=task.attempt, cut=PLAIN_INLINE))
@@ -3701,9 +3698,9 @@ def rows_of_places(slots: Dict[Tuple[str, FrozenSet[str]], int]) -> List[List[An
     return sorted([host, n, *sorted(labels)] for (host, labels), n in slots.items())
 
 
-def token_of(task: Task) -> str:
+def token_of(key: TaskKey) -> str:
     """Return the token that names a task for a plain worker."""
-    return f"{task.client.run} {task.id} {task.attempt}"
+    return "{} {} {}".format(*key)
 
 
 def key_mark(name: str) -> str:
@@ -3819,8 +3816,10 @@ class Membership(Dispatcher):
             token = ""
         elif worker is not None and worker.plain:
             worker.no_answers |= line.startswith(TAKEN_FOR_COMMANDS)
+            if line.startswith(b"RESULT"):
+                self.release_by_token(worker, token)
             for task in list(worker.tasks.values()) if line.startswith(b"RESULT") else ():
-                if token == token_of(task):
+                if token == token_of(task.key):
                     self.deliver(task, worker, {
                         "exitcode": NOT_RUN, "time": 0.0, "ran": True,
                         "reason": f"its result cannot be read: {reason}"}, line)
@@ -3952,6 +3951,7 @@ class Membership(Dispatcher):
         worker.weight = message.fields.get("weight", worker.weight)
         worker.silent = False
         for task in [task for task in worker.tasks.values() if task.state == RUNNING]:
+            self.release_lock(worker, task.key)
             self.lose(task, f"worker {printable(worker.name)} said READY instead of its result",
                       CRASH)
         if not worker.tasks:  # else it has not seen its command yet
@@ -4030,6 +4030,8 @@ class Membership(Dispatcher):
     def forget_worker(self, worker: WorkerRecord, why: str, fault: str) -> None:
         """The worker will not come back: its tasks are lost."""
         self.scheduler.remove_worker(worker)
+        for key in [*worker.locks]:
+            self.release_lock(worker, key)
         self.registry.remove_worker(worker)
         self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
@@ -4407,7 +4409,7 @@ class Broker(Membership):
         """Return the tasks of this worker that the message is about. Tasks that it does not have
         (any more) are left out: an old attempt changes nothing."""
         if worker.plain:
-            tasks = [task for task in worker.tasks.values() if token_of(task) == message.token]
+            tasks = [task for task in worker.tasks.values() if token_of(task.key) == message.token]
             if not tasks:
                 raise ProtocolError("not the token of a command that you have")
             return tasks
@@ -4447,7 +4449,9 @@ class Broker(Membership):
         if worker is None:
             return
         fields = plain_workers_fields(message) if worker.plain else message.fields
-        if worker.locks and not worker.plain:
+        if worker.plain:
+            self.release_by_token(worker, message.token)
+        elif worker.locks:
             self.release_lock(worker, (
                 message.token, fields.get("id", 0), fields.get("attempt", 0)))
         for task in self.tasks_at(worker, message):
