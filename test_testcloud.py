@@ -4932,6 +4932,17 @@ class ChainTest(unittest.TestCase):
             given += d.given(b"v")
         self.assertEqual(len(given), 1)
 
+    def test_many_kinds_that_must_wait_cost_each_of_them_little(self):
+        d, many = self.desk, 4 * tc.MAX_LANES
+        d.join(b"w", slots=1, host="h1")
+        d.answer()
+        with mock.patch.object(d.broker.scheduler, "is_unplaceable",
+                               wraps=d.broker.scheduler.is_unplaceable) as asked:
+            for id in range(many):
+                d.tell(BROKER, b"", tc.encode(COMMAND, {
+                    "cmd": "x", "id": id, "attempt": 2, "not_on": f"x{id}"}), "up")
+        self.assertLess(asked.call_count, 2 * tc.MAX_LANES * many)
+
     def rejoin(self, meanwhile):
         """The link to the broker above breaks, and comes back; `meanwhile` happens after the
         greeting was sent and before its OK."""

@@ -1864,10 +1864,10 @@ class ClientQueue:
             yield from filter(Lane.has_waiting, group.values())
 
     def first_of_each(self) -> List[Task]:
-        """Return a waiting task for each set of constraints."""
+        """Return a waiting task for each set of constraints, of MAX_LANES at most."""
         firsts = (next(filter(Lane.has_waiting, group.values()), None)
                   for group in self.lanes.values())
-        return [lane.tasks[0] for lane in firsts if lane is not None]
+        return [*itertools.islice((lane.tasks[0] for lane in firsts if lane), MAX_LANES)]
 
 
 class WorkerSlots:
@@ -2543,16 +2543,16 @@ class Scheduler:
                 del self.locks.wanted[lock]
 
     def unplaceable(self, clients: Iterable[ClientQueue]) -> Iterator[Task]:
-        """Yield the unplaceable tasks of these clients, also while no worker has room. The caller
-        must move each before it asks for the next."""
+        """Yield the unplaceable tasks of these clients, also while no worker has room: with
+        MAX_LANES sets of constraints each. The caller must move a task before it asks for the next.
+        """
         for client in clients:
-            found = True
-            while found:
-                found = False
-                for task in client.first_of_each():
-                    if self.is_unplaceable(task):
-                        found = True
-                        yield task
+            for group in [*itertools.islice(client.lanes.values(), MAX_LANES)]:
+                for lane in filter(Lane.has_waiting, [*group.values()]):
+                    while lane.has_waiting() and self.is_unplaceable(lane.tasks[0]):
+                        yield lane.tasks[0]
+                    if lane.tasks:  # so the others of the group are placeable, too
+                        break
 
     def recalls(self, now: Seconds) -> List[Task]:
         """Return the tasks to recall from their workers: another worker has a free slot for them,
@@ -3230,8 +3230,8 @@ class Dispatcher(Machine):
                 self.recovery_at = min(self.recovery_at, until)
                 return
         self.scheduler.submit(task, again or task.attempt > 1)
-        if task.constraints.never_on:
-            self.lose_unplaceable_of([client])
+        if self.scheduler.is_unplaceable(task):
+            self.lose_unplaceable(task)
 
     def lose_unplaceable_of(self, clients: Iterable[ClientQueue]) -> None:
         """Lose those tasks of these clients that no worker here may run."""
