@@ -3902,6 +3902,61 @@ class LocksInChainsTest(unittest.TestCase):
         d.hello(b"e", "r2")
         d.expect(b"", "READY", locks=[["db"]])
 
+    def test_it_tells_the_end_of_a_lost_command_of_which_the_broker_above_hears_when_it_joins(self):
+        d = self.below()
+        for n, (run, lock) in enumerate((("up", "db"), ("up", ""))):
+            d.join(b"v", labels=[tc.RESOURCES], locks=[[lock, run, n, 1]])
+            d.letters.clear()
+            d.gone(BROKER, b"")
+            d.broker.connected(BROKER, d.now)
+            d.collect()
+            d.expect(b"", "READY", locks=[[lock, run, n, 1]])
+            d.answer(broker="b0", above=["b0"], resources=True)
+            d.worker(b"v", tc.encode("LOST", {"tasks": [[n, 1]], "why": "cancelled"}), run)
+            d.expect(b"", "LOST", token=run, tasks=[[n, 1]])
+
+    def test_it_tells_that_a_worker_was_given_up_whose_command_was_lost_before(self):
+        d = self.below()
+        d.tell(BROKER, b"", '{"cmd":"x","id":1,"attempt":1,"lock":"db"}', "up")
+        d.expect(b"", "QUEUED")
+        d.expect(b"w", "{")
+        d.wait(d.broker.times.queued_timeout)
+        d.letters = [letter for letter in d.letters if letter[3] == "LOST"]
+        d.expect(b"", "LOST", may_run=True)
+        d.worker(b"w", "BYE")
+        d.letters = [letter for letter in d.letters if letter[3] == "LOST"]
+        d.expect(b"", "LOST", tasks=[[1, 1]], may_run=None)
+
+    def test_a_command_reserves_no_slots_before_it_has_its_lock(self):
+        """Its holder may need them."""
+        d = self.below()
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        self.lock(d, 2, slots=5)
+        d.letters.clear()
+        d.tell(BROKER, b"", tc.encode(
+            "{", {"cmd": "x", "id": 1, "attempt": 1, "lock": "db", "slots": 2}), "up")
+        d.takes(b"w", "up", 1)
+        d.letters.clear()
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.tell(BROKER, b"", '{"cmd":"x","id":2,"attempt":1}', "up")
+        d.expect(b"", "QUEUED")
+        d.ends(b"w", "up", 1)
+        d.expect(b"", "RESULT")
+        d.quiet()  # the lock is needed, and the slots are reserved
+        d.ends(b"w", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.takes(b"w", "r1", 2)
+
+    def test_brokers_below_hear_from_above_who_has_a_lock(self):
+        d = self.below()
+        d.join(b"m", below=["m"], labels=[tc.RESOURCES])
+        d.letters.clear()
+        d.worker(b"m", 'LOCK {"lock":"db","by":"6@vm3"}')
+        d.expect(b"", "LOCK", lock="db", by="6@vm3")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db","by":"4711@vm2"}')
+        d.expect(b"m", "LOCK", lock="db", by="4711@vm2")
+
     def test_without_a_broker_above_that_knows_locks_it_gives_none(self):
         d = self.below()
         d.answer(broker="b0", above=["b0"])

@@ -2270,7 +2270,8 @@ class Scheduler:
             return False
         among = self.eligible(holder)
         if holder.state == WAITING and self.may_start(holder.client) \
-                and (among is None or worker in among) and not self.must_wait(holder):
+                and (among is None or worker in among) \
+                and not self.must_wait(holder) and self.may_have_lock(holder):
             return task is None or not self.may_fill(worker, holder, task)
         del self.reservations[worker]
         return False
@@ -2414,14 +2415,15 @@ class Scheduler:
                 break
             if worker is None and self.is_unplaceable(task):
                 yield task, None
-            elif worker is None:
-                self.reserve_for_wide(task)
-            elif self.try_reserve(task, worker):
-                worker = None
-            elif self.lacks_lock(task):
+                continue
+            to_reserve = self.worker_to_reserve(task, worker)
+            if (worker or to_reserve) and self.lacks_lock(task):
                 self.park(passed_over.pop())
                 worker = None
-            else:
+            elif to_reserve is not None:
+                self.reserve(task, to_reserve)
+                worker = None
+            elif worker is not None:
                 yield task, worker
         for lane in passed_over:
             client.push(lane, last=len(passed_over) == MAX_LANES)
@@ -2434,22 +2436,17 @@ class Scheduler:
                 return lane
             self.park(client.pop())
 
-    def try_reserve(self, task: Task, worker: WorkerSlots) -> bool:
-        """Reserve the worker's next free slot if the task must not queue there: it is careful or
-        delays others, or not all workers may run it. Return whether it was reserved. A scout needs
-        no slot."""
-        must_not_queue = task.careful or task.delay or self.eligible(task) is not None
-        if worker.free() > 0 or not must_not_queue or self.is_scout(task, worker):
-            return False
-        self.reserve(task, worker)
-        return True
-
-    def reserve_for_wide(self, task: Task) -> None:
-        """Reserve the next free slots of one worker for a wide task: of the one with most of them
-        free now."""
-        if task.slots == 1 or self.has_reservation(task):
-            return
+    def worker_to_reserve(self, task: Task, best: Optional[WorkerSlots]) -> Optional[WorkerSlots]:
+        """Return the worker whose next free slots the task must reserve now, or None. It must not
+        queue at the best one if it is careful or delays others, or not all workers may run it; a
+        scout needs no slot. A wide task reserves those of the worker with most of them free now."""
         among = self.eligible(task)
+        if best is not None:
+            must_not_queue = task.careful or task.delay or among is not None
+            return best if best.free() <= 0 and must_not_queue and not self.is_scout(
+                task, best) else None
+        if task.slots == 1 or self.has_reservation(task):
+            return None
         workers = [worker for worker in (self.workers if among is None else among)
                    if worker.ready and worker.slots >= task.slots
                    and not self.is_reserved(worker, task)
@@ -2458,9 +2455,8 @@ class Scheduler:
         before = task.reserved_at  # which may not run it any more
         if before is not None and self.reservations.get(before) is task:
             del self.reservations[before]
-        if workers:
-            self.reserve(task, min(workers, key=lambda it: (
-                it.silent, -it.free(), -it.weight, it.stamp)))
+        return min(workers, default=None, key=lambda it: (
+            it.silent, -it.free(), -it.weight, it.stamp))
 
     def reserve(self, task: Task, worker: WorkerSlots) -> None:
         self.reservations[worker], worker.prefetch = task, 0  # no other task may overtake it
@@ -2490,12 +2486,23 @@ class Scheduler:
         for lock in self.locks.parked.keys() - self.locks.holders.keys():
             self.unpark(lock)
 
+    def may_have_lock(self, task: Task) -> bool:
+        """Return whether a task may get its lock, which has no holder, without asking above."""
+        return task.lock is None or task.client.from_above or self.locks.may_have(task.lock)
+
     def lacks_lock(self, task: Task) -> bool:
-        """Return whether the broker above must give the task's lock first. It will be asked."""
-        if task.lock is None or task.client.from_above or self.locks.may_have(task.lock):
+        """Return whether the broker above must give the task's lock first. It will be asked. Until
+        then the task reserves nothing: the lock's holder may need those very slots."""
+        if task.lock is None or self.may_have_lock(task):
             return False
         self.locks.asked.setdefault(task.lock, "")
         return True
+
+    def needed_locks(self) -> Set[Lock]:
+        """Return the locks with holders, and those of tasks with a reservation."""
+        return {*self.locks.holders, *(
+            task.lock for worker, task in [*self.reservations.items()]
+            if task.lock is not None and self.is_reserved(worker, None))}
 
     def hold_lock(self, task: Task, worker: WorkerSlots) -> None:
         """Note that a task has its lock. The broker above keeps account of those of its own."""
@@ -3034,11 +3041,13 @@ class Upstream:
         locks.above = {lock for lock in locks.holders if not lock[0]}
         rows: List[List[Any]] = [[lock[1]] for lock in sorted(locks.above)]
         for worker in (*registry.workers.values(), *registry.away):
-            for (run, *numbers), lock in worker.locks.items():
-                client = registry.clients.get(run)
-                if not lock[0] and (client is None or client.from_above) \
-                        and (worker, (run, *numbers)) not in locks.holders.get(lock, {}):
-                    rows.append([lock[1], run, *numbers])
+            for key, lock in worker.locks.items():
+                client = registry.clients.get(key[0])
+                if (worker, key) not in locks.holders.get(lock, {}) and (
+                        client is None or client.from_above):
+                    rows.append([lock[1], *key])
+                    if key not in worker.tasks:
+                        self.may_run.add(key)
         return rows
 
     def tasks(self) -> List[Task]:
@@ -3311,13 +3320,14 @@ class Dispatcher(Machine):
                 lane.client.words() for lane in locks.parked.get(lock, ())]
             self.say(BROKER, b"", "", "LOCK", {"lock": lock[1], "by": (by or [""])[0]})
         self.asked = {*locks.asked}
-        for lock in sorted(locks.above - locks.holders.keys()) if locks.above else ():
+        for lock in sorted(locks.above - self.scheduler.needed_locks()) if locks.above else ():
             locks.above.discard(lock)
             self.say(BROKER, b"", "", "UNLOCK", {"lock": lock[1]})
 
     def tell_holder(self, worker: WorkerSlots, lock: Lock) -> None:
         """Tell a broker below that wants this lock who has it."""
-        by = self.scheduler.locks.holder(lock)
+        locks = self.scheduler.locks
+        by = locks.holder(lock) or locks.asked.get(lock, "")
         if by and isinstance(worker, WorkerRecord) and worker.peer is not None:
             self.say(WORKERS, worker.peer, "", "LOCK", {"lock": lock[1], "by": by})
 
@@ -4029,6 +4039,8 @@ class Membership(Dispatcher):
 
     def forget_worker(self, worker: WorkerRecord, why: str, fault: str) -> None:
         """The worker will not come back: its tasks are lost."""
+        for key in [*worker.locks]:
+            self.release_lock(worker, key)
         self.scheduler.remove_worker(worker)
         for key in [*worker.locks]:
             self.release_lock(worker, key)
@@ -4521,6 +4533,7 @@ class Broker(Membership):
         by = printable(message.fields.get("by", ""), 200)
         if by and lock in locks.asked:
             locks.asked[lock] = by
+            locks.news.add(lock)
         elif not by and locks.above is not None:
             locks.asked.pop(lock, None)
             locks.above.add(lock)
