@@ -2650,9 +2650,24 @@ class Scheduler:
         for constraints, eligible in self.eligible_for.items():
             assert eligible == fresh.find_eligible(constraints), constraints
         assert self.reservations.keys() <= self.workers.keys()
+        self.check_locks()
         for workers in self.saturated:
             assert workers <= self.workers.keys()
             assert not any(worker.has_room() for worker in workers)
+
+
+    def check_locks(self) -> None:
+        """Raise AssertionError if records of locks disagree, or a lane is parked for nothing."""
+        locks, there = self.locks, {*self.workers, *self.away}
+        for lock, tasks in locks.holders.items():
+            assert tasks and all(worker in there and worker.locks.get(key) == lock
+                                 for worker, key in tasks), lock
+        for lock, lanes in locks.parked.items():
+            assert locks.is_closed(lock) or lock in locks.asked or lock in locks.wanted, lock
+            assert all(lane.lock == lock and not lane.client.from_above for lane in lanes)
+        assert all({*brokers} <= {*self.workers} for brokers in locks.wanted.values())
+        assert locks.taken <= locks.holders.keys(), locks.taken
+        assert locks.above is not None or not locks.asked and not locks.claims
 
 
 # === Registry =========================================================================
@@ -4039,8 +4054,6 @@ class Membership(Dispatcher):
 
     def forget_worker(self, worker: WorkerRecord, why: str, fault: str) -> None:
         """The worker will not come back: its tasks are lost."""
-        for key in [*worker.locks]:
-            self.release_lock(worker, key)
         self.scheduler.remove_worker(worker)
         for key in [*worker.locks]:
             self.release_lock(worker, key)
