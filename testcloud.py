@@ -1688,7 +1688,7 @@ class Locks:
     def __init__(self) -> None:
         # for each: its client, for people; several only if a worker was given up too soon, or
         # tells of a task that another one has
-        self.holders: Dict[Lock, Dict[Tuple[WorkerSlots, TaskKey], str]] = {}
+        self.holders: Dict[Lock, Dict[Tuple[WorkerSlots, TaskKey], Union[ClientQueue, str]]] = {}
         self.parked: Dict[Lock, Dict[Lane, None]] = {}
         self.wanted: Dict[Lock, Dict[WorkerSlots, str]] = {}  # by brokers below, for these clients
         self.taken: Set[Lock] = set()  # by our clients' tasks, while brokers below want them
@@ -1709,7 +1709,8 @@ class Locks:
         """Return whether a task may get this lock, which has no holder, without asking above."""
         return bool(lock[0]) or (self.is_open if self.above is None else lock in self.above)
 
-    def hold(self, lock: Lock, key: TaskKey, worker: WorkerSlots, by: str) -> None:
+    def hold(self, lock: Lock, key: TaskKey, worker: WorkerSlots,
+             by: Union[ClientQueue, str]) -> None:
         self.holders.setdefault(lock, {})[worker, key] = by
         self.doubted.discard(lock)
         worker.locks[key] = lock
@@ -1740,7 +1741,8 @@ class Locks:
 
     def holder(self, lock: Lock) -> str:
         """Return who has the lock, for people; "" if nobody has it."""
-        return next(iter(self.holders.get(lock, {}).values()), "")
+        by = next(iter(self.holders.get(lock, {}).values()), "")
+        return by if isinstance(by, str) else by.words()
 
 
 def key_of_broker(lock: Lock) -> TaskKey:
@@ -2293,13 +2295,13 @@ class Scheduler:
         return False
 
     def may_take(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
-        if self.is_reserved(worker, task):
-            return False
         if task is None:
-            return True
-        if task.needs_tree and not worker.may_prepare(task) or not worker.fits(task):
+            return not self.is_reserved(worker, task)
+        slots = task.slots
+        if slots > 1 and slots > worker.free() and not self.is_scout(task, worker) \
+                or self.is_reserved(worker, task):
             return False
-        return task.slots == 1 or task.slots <= worker.free() or self.is_scout(task, worker)
+        return worker.fits(task) and (not task.needs_tree or worker.may_prepare(task))
 
     def is_scout(self, task: Task, worker: WorkerSlots) -> bool:
         """Return whether the task would wait there for a workspace, and take no slot."""
@@ -2510,7 +2512,7 @@ class Scheduler:
         if task.client.from_above:
             worker.locks[task.key] = task.lock
             return
-        self.locks.hold(task.lock, task.key, worker, task.client.words())
+        self.locks.hold(task.lock, task.key, worker, task.client)
         if task.lock in self.locks.wanted:
             self.locks.taken.add(task.lock)
 
@@ -3610,7 +3612,7 @@ class Dispatcher(Machine):
             if key[1] >= 0 and (client.from_above if client else self.upstream.chained):
                 worker.locks[key] = lock
             else:
-                self.scheduler.locks.hold(lock, key, worker, client.words() if client else "?")
+                self.scheduler.locks.hold(lock, key, worker, client or "?")
         return found
 
     def adopt(self, worker: WorkerRecord, key: TaskKey,
@@ -3914,7 +3916,7 @@ class Membership(Dispatcher):
         held = [(key, lock, worker) for worker in (*self.scheduler.workers, *self.scheduler.away)
                 for key, lock in worker.locks.items() if key[0] == client.run]
         for key, lock, worker in held:
-            locks.hold(lock, key, worker, client.words())
+            locks.hold(lock, key, worker, client)
         if held:  # it gets a READY without them
             self.upstream.session.join_again(self.now)
         if client.join > 1 and not locks.is_open and own not in locks.holders:
