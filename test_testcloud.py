@@ -3848,6 +3848,9 @@ class LocksInChainsTest(unittest.TestCase):
         d.expect(b"c", "QUEUED")
         d.quiet()
         d.ends(b"w", "r1", 1)
+        d.expect(b"", "UNLOCK", lock="db")
+        d.expect(b"", "LOCK", lock="db", by="5@vm1")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
         d.letters = [letter for letter in d.letters if letter[1] != b"c"]
         d.takes(b"w", "r1", 2)
         d.ends(b"w", "r1", 2)
@@ -3947,6 +3950,27 @@ class LocksInChainsTest(unittest.TestCase):
         d.ends(b"w", "r1", 1)
         d.expect(b"c", "RESULT")
         d.takes(b"w", "r1", 2)
+
+    def test_a_lock_from_above_is_given_only_with_a_lease(self):
+        """The broker above may have given it to others after a silence."""
+        d = self.below()
+        d.join(b"m", below=["m"], labels=[tc.RESOURCES])
+        d.answer(patience=5, resources=True)
+        self.lock(d, 1, 2)
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.letters.clear()
+        d.wait(4)
+        d.worker(b"m", 'LOCK {"lock":"x","by":"6@vm3"}')
+        d.letters.clear()
+        d.ends(b"w", "r1", 1)
+        d.expect(b"c", "RESULT")
+        d.expect(b"", "UNLOCK", lock="db")
+        d.tell(BROKER, b"", 'LOCK {"lock":"x"}')
+        d.expect(b"", "UNLOCK", lock="x")
+        d.quiet()
+        d.answer(resources=True)
+        d.expect(b"", "LOCK", lock="db")
+        d.expect(b"", "LOCK", lock="x")
 
     def test_brokers_below_hear_from_above_who_has_a_lock(self):
         d = self.below()
@@ -6034,8 +6058,8 @@ class World:
         self.shortage = self.r.choice([0, 0, 0.1, 0.9]) if self.wild else 0
         self.limits = {"INLINE": SIM_INLINE, "CHUNK_SIZE": SIM_CHUNK}
         if self.wild:
-            self.limits.update(MAX_READY_TASKS=self.r.choice([1, 3, tc.MAX_READY_TASKS]),
-                               EXCLUDE_AFTER=1)
+            rows = self.r.choice([1, 3, tc.MAX_READY_LOCKS])
+            self.limits.update(MAX_READY_TASKS=rows, MAX_READY_LOCKS=rows, EXCLUDE_AFTER=1)
             self.limits.update(WINDOW=self.r.choice([3, 10, tc.WINDOW]), SPOOL_COST=200,
                                CREDIT=self.r.choice([500, 2000, tc.CREDIT]))
         self.build()
@@ -6779,6 +6803,7 @@ class World:
     def build_locks(self):
         """Let commands need locks, several slots and delays; most workers know of these."""
         r, widest = self.bonds, 1
+        brokers = [actor for actor in self.actors.values() if actor.role == "broker"]
         for actor in self.actors.values():
             if actor.role == "worker" and not actor.plain:
                 first = actor.name[1:] == "0"  # all brokers have it below them
@@ -6786,6 +6811,7 @@ class World:
                 actor.labels += (tc.RESOURCES,) * (first or r.random() < 0.8)
         for actor in self.actors.values():
             if actor.role == "client" and not actor.plain:
+                actor.wants = (r.choice([actor.wants[0], *brokers]), CLIENTS)
                 actor.options = actor.options._replace(
                     lock=r.choice([actor.options.lock, None, "", "x"]),
                     delay=r.choice([0.0, 0.0, 0.1, 1.0]))

@@ -1675,11 +1675,12 @@ TreeEvent = Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, Tr
 # === Locks ============================================================================
 #
 # A lock has one holder at a time, among all tasks of the cloud that name it. The topmost broker
-# decides. A broker below asks it (LOCK) when a task of its own clients could start, and gives the
-# lock back (UNLOCK) after that. A task has its lock from the assignment until its worker says that
-# it has ended or never began, or is given up: the task itself may be gone before. After a broker's
-# start nobody gets a lock until each worker has joined, and said what its tasks have, or is given
-# up. Waiting tasks are in parked lanes, which nobody looks at until the lock is free.
+# decides. A broker below asks it (LOCK) for each task of its own clients that could start, and
+# gives the lock back (UNLOCK) after that: brokers take turns. A task has its lock from the
+# assignment until its worker says that it has ended or never began, or is given up: the task itself
+# may be gone before. After a broker's start nobody gets a lock until each worker has joined, and
+# said what its tasks have, or is given up. Waiting tasks are in parked lanes, which nobody looks at
+# until the lock is free.
 
 
 class Locks:
@@ -1691,11 +1692,12 @@ class Locks:
         self.holders: Dict[Lock, Dict[Tuple[WorkerSlots, TaskKey], Union[ClientQueue, str]]] = {}
         self.parked: Dict[Lock, Dict[Lane, None]] = {}
         self.wanted: Dict[Lock, Dict[WorkerSlots, str]] = {}  # by brokers below, for these clients
-        self.taken: Set[Lock] = set()  # by our clients' tasks, while brokers below want them
+        self.taken: Set[Lock] = set()  # wanted by brokers below, since our clients had them last
         self.is_open = True  # False: we have just started, and do not know all holders
         self.doubted: Set[Lock] = set()  # runs' own, which our predecessor may have given
         self.above: Optional[Set[Lock]] = None  # locks from the broker above, if we are chained
         self.asked: Dict[Lock, str] = {}  # of it; and who has them there, as it said
+        self.unlocked: Set[Lock] = set()  # go back after each task: others may wait for them there
         self.claims: Set[Lock] = set()  # had before we could ask it: by tasks of our predecessor
         self.news: Set[Lock] = set()  # with another holder, and brokers below that want them
 
@@ -1725,6 +1727,9 @@ class Locks:
         if tasks.pop((worker, key), None) is None or tasks:
             return False
         del self.holders[lock]
+        if self.above is not None and lock in self.above:
+            self.above.discard(lock)
+            self.unlocked.add(lock)
         return True
 
     def words(self, lock: Lock) -> str:
@@ -2273,7 +2278,8 @@ class Scheduler:
         among = self.eligible(holder)
         if holder.state == WAITING and self.may_start(holder.client) \
                 and (among is None or worker in among) \
-                and not self.must_wait(holder) and self.may_have_lock(holder):
+                and not self.must_wait(holder) and self.may_have_lock(holder) \
+                and not self.lacks_lease(holder):
             return task is None or not self.may_fill(worker, holder, task)
         del self.reservations[worker]
         return False
@@ -2412,6 +2418,8 @@ class Scheduler:
                 break
             task = client.pop().tasks[0]
             passed_over.append(lane)
+            if self.lacks_lease(task):
+                continue
             worker = self.best_worker(task)
             if worker is None and not self.ranking:
                 break
@@ -2492,6 +2500,11 @@ class Scheduler:
         """Return whether a task may get its lock, which has no holder, without asking above."""
         return task.lock is None or task.client.from_above or self.locks.may_have(task.lock)
 
+    def lacks_lease(self, task: Task) -> bool:
+        """Return whether the broker above may have given us up, and the task's lock to others."""
+        return task.lock is not None and not task.lock[0] and self.locks.above is not None \
+            and not self.has_lease
+
     def lacks_lock(self, task: Task) -> bool:
         """Return whether the broker above must give the task's lock first. It will be asked. Until
         then the task reserves nothing: the lock's holder may need those very slots."""
@@ -2521,11 +2534,13 @@ class Scheduler:
         lock = worker.locks.pop(key, None)
         if lock is None:
             return
-        # brokers below that want it and our clients take turns
-        if self.locks.drop(lock, key, worker) and not (
-                lock in self.locks.wanted and lock in self.locks.taken):
+        if self.locks.drop(lock, key, worker):
+            self.offer_lock(lock)
+
+    def offer_lock(self, lock: Lock) -> None:
+        """Give a free lock to a lane that waits for it, unless it is the turn of a broker below."""
+        if lock not in self.locks.taken:
             self.unpark(lock)
-        self.locks.taken.discard(lock)
 
     def forget_wants(self, worker: WorkerSlots) -> None:
         """A broker below wants no lock any more."""
@@ -2533,19 +2548,21 @@ class Scheduler:
             brokers.pop(worker, None)
             if not brokers:
                 del self.locks.wanted[lock]
+                self.locks.taken.discard(lock)
                 if lock not in self.locks.holders:
                     self.unpark(lock)
 
     def locks_for_brokers(self) -> Iterator[Tuple[Lock, WorkerSlots]]:
         """Give free locks to the brokers below that want them, and yield both."""
         for lock, brokers in [*self.locks.wanted.items()]:
-            if lock in self.locks.holders:
+            if lock in self.locks.holders or self.locks.above is not None and not self.has_lease:
                 continue
             if brokers and not self.locks.may_have(lock):
                 if self.locks.above is not None:
                     self.locks.asked.setdefault(lock, "")
                 continue
             for worker in [*brokers][:1]:
+                self.locks.taken.discard(lock)
                 self.locks.hold(lock, key_of_broker(lock), worker, brokers.pop(worker))
                 yield lock, worker
             if not brokers:
@@ -2668,7 +2685,7 @@ class Scheduler:
             assert locks.is_closed(lock) or lock in locks.asked or lock in locks.wanted, lock
             assert all(lane.lock == lock and not lane.client.from_above for lane in lanes)
         assert all({*brokers} <= {*self.workers} for brokers in locks.wanted.values())
-        assert locks.taken <= locks.holders.keys(), locks.taken
+        assert locks.taken <= locks.wanted.keys(), locks.taken
         assert locks.above is not None or not locks.asked and not locks.claims
 
 
@@ -3055,6 +3072,7 @@ class Upstream:
         From now on, the broker above gives us the latter."""
         registry, locks = self.owner.registry, self.owner.scheduler.locks
         locks.claims.clear()
+        locks.unlocked.clear()
         locks.above = {lock for lock in locks.holders if not lock[0]}
         rows: List[List[Any]] = [[lock[1]] for lock in sorted(locks.above)]
         for worker in (*registry.workers.values(), *registry.away):
@@ -3327,6 +3345,11 @@ class Dispatcher(Machine):
                 self.tell_holder(worker, lock)
         if locks.above is None or not joined or not self.upstream.knows_locks:
             return
+        for lock in sorted(locks.unlocked | (
+                locks.above - self.scheduler.needed_locks() if locks.above else set())):
+            locks.above.discard(lock)
+            self.say(BROKER, b"", "", "UNLOCK", {"lock": lock[1]})
+        locks.unlocked.clear()
         for lock in sorted(locks.claims & locks.holders.keys()):
             locks.above.add(lock)
             self.say(BROKER, b"", "", "LOCK", {
@@ -3337,9 +3360,6 @@ class Dispatcher(Machine):
                 lane.client.words() for lane in locks.parked.get(lock, ())]
             self.say(BROKER, b"", "", "LOCK", {"lock": lock[1], "by": (by or [""])[0]})
         self.asked = {*locks.asked}
-        for lock in sorted(locks.above - self.scheduler.needed_locks()) if locks.above else ():
-            locks.above.discard(lock)
-            self.say(BROKER, b"", "", "UNLOCK", {"lock": lock[1]})
 
     def tell_holder(self, worker: WorkerSlots, lock: Lock) -> None:
         """Tell a broker below that wants this lock who has it."""
@@ -4552,7 +4572,7 @@ class Broker(Membership):
         elif not by and locks.above is not None:
             locks.asked.pop(lock, None)
             locks.above.add(lock)
-            self.scheduler.unpark(lock)
+            self.scheduler.offer_lock(lock)
 
     # --- from the broker above
 
