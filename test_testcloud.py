@@ -3865,6 +3865,29 @@ class LocksInChainsTest(unittest.TestCase):
         d.expect(b"", "UNLOCK", lock="db")
         d.quiet()
 
+    def test_brokers_further_below_take_turns_with_own_clients(self):
+        d = self.below()
+        d.join(b"m", slots=0, below=["m"], labels=[tc.RESOURCES])
+        self.lock(d, 1, 2)
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.takes(b"w", "r1", 1)
+        d.worker(b"m", 'LOCK {"lock":"db","by":"1@a"}')
+        d.letters.clear()
+        for id in 1, 2:  # the broker asked while 1 had it
+            d.ends(b"w", "r1", id)
+            d.expect(b"", "UNLOCK", lock="db")
+            d.expect(b"", "LOCK", lock="db")
+            d.letters.clear()
+            d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+            if id == 1:
+                d.takes(b"w", "r1", 2)
+                self.lock(d, 3)
+        d.expect(b"m", "LOCK", lock="db", by=None)
+        d.worker(b"m", 'UNLOCK {"lock":"db"}')
+        d.expect(b"", "UNLOCK", lock="db")
+        d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+        d.takes(b"w", "r1", 3)
+
     def test_own_locks_are_given_without_asking(self):
         d = self.below()
         d.submit(b"c", 1, lock="")
@@ -3901,6 +3924,8 @@ class LocksInChainsTest(unittest.TestCase):
         """Its worker lists only the lock. Until then it may be of a run from above."""
         d = self.below()
         d.join(b"v", labels=[tc.RESOURCES], locks=[["db", "r2", 1, 1]])
+        d.expect(b"", "READY", locks=[["db", "r2", 1, 1]])
+        d.answer(resources=True)
         d.letters.clear()
         d.hello(b"e", "r2")
         d.expect(b"", "READY", locks=[["db"]])
@@ -4040,6 +4065,20 @@ class LocksInChainsTest(unittest.TestCase):
         d.letters.clear()
         d.answer(resources=True)
         (line,) = [letter[5] for letter in d.letters if letter[3] == "LOST"]
+        self.assertNotIn("may_run", tc.decode(line)[1])
+
+    def test_the_broker_above_hears_of_a_command_that_came_back_and_of_its_end(self):
+        d = self.below()
+        self.given_from_above(d)
+        d.takes(b"w", "up", 1)
+        d.worker(b"w", "BYE")
+        d.join(b"w", slots=5, labels=[tc.RESOURCES], locks=[["x", "up", 1, 1]])
+        (greeting,) = [letter[4] for letter in d.letters if letter[3] == "READY"][-1:]
+        self.assertEqual(greeting["locks"], [["x", "up", 1, 1]])
+        d.answer(resources=True)
+        d.letters.clear()
+        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "up")
+        _, line = d.expect(b"", "LOST", token="up", tasks=[[1, 1]])
         self.assertNotIn("may_run", tc.decode(line)[1])
 
     def test_a_broker_that_is_away_gets_no_lock(self):

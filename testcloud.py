@@ -2095,11 +2095,14 @@ class Scheduler:
             client.in_turn = True
             self.turns.append(client)
 
+    def leave_turn(self, client: ClientQueue) -> None:
+        client.in_turn = False
+        self.turns.remove(client)
+
     def remove_client(self, client: ClientQueue) -> None:
         """Remove a client that has no tasks any more."""
         if client.in_turn:
-            client.in_turn = False
-            self.turns.remove(client)
+            self.leave_turn(client)
         self.delayed.pop(client, None)
         for worker in [*client.prepared]:
             worker.set_prepared(client, False)
@@ -2488,8 +2491,11 @@ class Scheduler:
 
     def unpark(self, lock: Lock) -> None:
         for lane in self.locks.parked.pop(lock, ()):
-            lane.client.push(lane)
-            self.take_turn(lane.client)
+            client = lane.client
+            if client.in_turn and not client.ready:  # its turn was before the others began to wait
+                self.leave_turn(client)
+            client.push(lane)
+            self.take_turn(client)
 
     def unpark_all(self) -> None:
         """Look again at all lanes whose lock has no holder."""
@@ -3612,7 +3618,7 @@ class Dispatcher(Machine):
                 resend.append(("RESEND", adopted))
             elif not adopted.client.claimed:
                 recall.append(("RECALL", adopted))
-        if told:
+        if told or locks:
             self.upstream.session.join_again(self.now)  # the broker above may look for these
         return unwanted, recall, resend
 
