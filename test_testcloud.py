@@ -6573,6 +6573,8 @@ class World:
                 f"{job.key} starts while {key} has its lock {lock} at {name}"
 
     def check_slots(self, actor, job):
+        if actor.plain:  # nobody can stop what was given up there
+            return
         used = sum(other.slots for (name, *_), (other, _) in self.live.items()
                    if name == actor.name) + job.slots
         assert used <= actor.slots, f"{actor.name} has too few slots for {job.key}"
