@@ -3596,8 +3596,8 @@ class LocksAndSlotsTest(unittest.TestCase):
         d.expect(b"w", "RECALL")  # if it has not begun, its client may want it elsewhere
         d.quiet()
         d.wait(1)
-        d.expect(b"e", "OK", waits_for="lock db, held by ?; lock x: a worker may come that has "
-                                       "it since before the broker's start")
+        d.expect(b"e", "OK", waits_for="lock db, held by a client that is away; lock x; the "
+                                       "broker has just been started")
         d.hello(b"c", "r1", [1])
         self.lock(b"c", 1, again=True, had="w")
         d.expect(b"c", "QUEUED")
@@ -12173,6 +12173,19 @@ class ClientTest(unittest.TestCase):
         b.hear('QUEUED {"tasks":[[1,1]],"worker":"w"}')
         self.assertEqual(b.effect(tc.Notice).text, "the wait is over, going on")
 
+    def test_it_asks_what_commands_wait_for_before_it_tells(self):
+        b = self.begin(lock="db")
+        self.add("a", end=True)
+        b.expect("{")
+        b.effect(tc.RunStarted)
+        b.answer(slots=2, workers=1, resources=True)
+        b.wait(tc.ASK_DELAY)
+        b.expect("HELLO")
+        b.answer(slots=2, workers=1, resources=True, waits_for="lock db, held by 47@vm2")
+        b.wait(tc.NOTICE_DELAY)
+        self.assertEqual(b.effect(tc.Notice).text, "waiting for lock db, held by 47@vm2")
+        b.quiet()
+
     def test_what_a_running_command_prints_is_asked_for(self):
         self.client = tc.Client("r1", options=tc.RunOptions(live=True))
         b = self.bench = Bench(self.client)
@@ -12888,7 +12901,7 @@ class CancellerTest(unittest.TestCase):
 
     def test_each_answer_ends_it(self):
         for line, status, said in (
-                ('STOP {"why":""}', 0, "7@vm stops now"),
+                ('STOP {"why":""}', 0, "7@vm has been told to stop"),
                 ('STOP {"why":"","away":true}', 0, "7@vm stops when it is back"),
                 ('STOP {"why":"no\\u001b"}', 1, r"cannot stop 7@vm: no\x1b"),
                 ('ERROR {"reason":"unknown verb"}', 3, "update it, or stop 7@vm on its own")):
@@ -19756,7 +19769,7 @@ class ProcessesTest(unittest.TestCase):
         shown = self.cloud.start("status", "--connect", broker.clients, "--json")
         row, = json.loads(shown.communicate(timeout=PATIENCE)[0])["clients"]
         for pid, status, said in ((1, 1, "cannot stop 1@.*: there is no such client"),
-                                  (row["pid"], 0, "stops now")):
+                                  (row["pid"], 0, "has been told to stop")):
             cancel = self.cloud.start("cancel", "--connect", broker.clients,
                                       f"{pid}@{row['host']}")
             self.assertEqual(cancel.wait(PATIENCE), status)

@@ -276,6 +276,7 @@ MAX_DONE = CREDIT // 8 // INLINE  # tasks in one DONE, so that credit comes back
 TREE_TIMEOUT: Seconds = 60.0  # for a part of a tree: many hosts may share a slow uplink
 ANNOUNCE_DELAY: Seconds = 0.05  # for the end of the input, which tells how many commands there are
 NOTICE_DELAY: Seconds = 0.7  # a shorter wait gets no notice
+ASK_DELAY: Seconds = 0.1  # from a wait's begin until the client asks the broker what for
 OUTPUT_GRACE: Seconds = 0.1  # for output after its command's leader exited, or was killed
 FINAL_WRITE_TIME: Seconds = 1.0  # for the transcript of an interrupted client
 RECONNECT: Tuple[int, int] = (100, 1000)  # ms between attempts to connect, first and longest
@@ -1742,7 +1743,7 @@ class Locks:
         return f"lock {lock[1]}" + (
             ", which the broker above gives" if self.above is not None else
             "" if self.is_open else
-            ": a worker may come that has it since before the broker's start")
+            "; the broker has just been started")  # a worker may come that has it
 
     def holder(self, lock: Lock) -> str:
         """Return who has the lock, for people; "" if nobody has it."""
@@ -3638,7 +3639,9 @@ class Dispatcher(Machine):
             if key[1] >= 0 and (client.from_above if client else self.upstream.chained):
                 worker.locks[key] = lock
             else:
-                self.scheduler.locks.hold(lock, key, worker, client or "?")
+                self.scheduler.locks.hold(lock, key, worker, client or (
+                    "a client that is away" if key[1] >= 0 else
+                    f"a client of {printable(worker.name)}"))
         return found
 
     def adopt(self, worker: WorkerRecord, key: TaskKey,
@@ -8080,9 +8083,18 @@ class Client(SessionMachine):
         self.stop_rechecking()
         if self.status is None:
             self.stop_early()
-            self.report_wait(self.wait_reason())
+            self.check_wait(self.wait_reason())
         if self.input_ended and not self.backlog and not self.window and not self.left:
             self.leave(1 if self.failures else 0)
+
+    def check_wait(self, reason: str) -> None:
+        """Tell what we wait for; but first ask the broker for the reason, if it may know more."""
+        if not reason:
+            self.waits_for = ""  # it would be out of date in the next wait
+        elif reason != self.wait.cause and not self.waits_for and self.session.joined \
+                and RESOURCES in self.asks:
+            self.session.next_greeting = min(self.session.next_greeting, self.now + ASK_DELAY)
+        self.report_wait(reason)
 
     def start_run(self) -> None:
         """Sort and announce the commands when the input has ended, or takes too long."""
@@ -8710,7 +8722,7 @@ class Canceller(StatusClient):
         self.joined = True
         why = printable(message.fields.get("why", ""), 300)
         stops = "stops when it is back: its connection is broken" \
-            if message.fields.get("away") else "stops now"
+            if message.fields.get("away") else "has been told to stop"
         self.effects += [Notice(f"cannot stop {self.client}: {why}" if why else
                                 f"{self.client} {stops}", bool(why)), Exit(1 if why else 0)]
 
