@@ -18641,7 +18641,7 @@ class CommandLineTest(unittest.TestCase):
                 {"cmd": "pwd", "cwd": folder, "name": "where"},
                 {"cmd": "echo $A$B", "env": {"B": "2"}, "needs": ["gpu"], "slots": 2, "lock": "l"},
                 {"cmd": "sleep 60", "timeout": 0.1}, {"cmd": "true", "nice": 3},
-                {"cmd": "true", "return": ["f"]})
+                {"cmd": "true", "return": ["f"]}, {"cmd": "true", "slots": 3})
             argv = ["client", "--local", "-j2", "--jsonl", "--env=A=1", "--joblog", log, "--json",
                     ":::", *map(json.dumps, lines)]
             status, out, err = self.main_process(*argv)
@@ -18656,9 +18656,10 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(rows[4]["command"], json.dumps(lines[3]))
             self.assertIn('line 4: unknown field "nice"', rows[4]["reason"])
             self.assertIn('line 5: "return" needs --sync', rows[5]["reason"])
+            self.assertEqual(rows[6]["reason"], "it takes 3 slots, and this machine has 2 (-j)")
             status, out, _ = self.main_process(*argv[:-len(lines) - 1], "--resume-failed",
                                                *argv[-len(lines) - 1:])
-            self.assertEqual((status, out.count("\n")), (1, 3))
+            self.assertEqual((status, out.count("\n")), (1, 4))
 
     def test_lines_of_json_in_a_tree(self):
         with tempfile.TemporaryDirectory() as folder:

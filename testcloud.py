@@ -14932,6 +14932,8 @@ class ClientRun:
         store = ResultStore(client.options.split)
         self.display = Display(settings, store, self.output_failed, client)
         self.told_needs = False
+        # no other worker will come with --local; elsewhere one may
+        self.most_slots = (settings.slots or usable_cpus()) if settings.local else sys.maxsize
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
         self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
@@ -14964,6 +14966,9 @@ class ClientRun:
         if self.results and settings.jsonl:  # only there commands have names, which may clash
             clash = self.results.refusal(client.last_id + 1, name)
             wrong = wrong or clash and f"line {client.last_id + 1}: {clash}"
+        slots = command.own.get("slots", client.options.slots)
+        if slots > self.most_slots:
+            wrong = wrong or f"it takes {slots} slots, and this machine has {self.most_slots} (-j)"
         occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
         if self.earlier.has_done(command.cmd, occurrence):
             client.skip()
