@@ -613,7 +613,9 @@ class SmallWorld:
             return False
         more = ends[missing - 1 + task.slots:missing + task.slots]
         return bool(more) and more[0][2] is ends[missing - 1][2] \
-            or task.client.typical < ends[missing - 1][0]
+            or task.client.typical < ends[missing - 1][0] \
+            or task.client.typical == math.inf and ends[missing - 1][0] > 0 and not any(
+                it.state in tc.BUSY for it in task.client.tasks.values())
 
     def best(self, task, reserved, prefetch):
         """The workers of which each would be the best for this task."""
@@ -3743,6 +3745,22 @@ class LocksAndSlotsTest(unittest.TestCase):
         self.assertEqual(d.given(b"w"), [])
         d.ends(b"w", "r2", 4, time=5000)
         d.takes(b"w", "r1", 2)
+
+    def test_one_command_of_a_new_client_may_fill_the_slots_that_a_wide_one_waits_for(self):
+        d = self.desk
+        self.worker(b"w", slots=4)
+        d.hello(b"c", "r1")
+        d.hello(b"e", "r2")
+        d.submit(b"c", 1)
+        d.takes(b"w", "r1", 1)
+        d.now += 4
+        d.worker(b"w", 'READY {"name":"w","slots":4}')
+        d.submit(b"c", 2, needs=[tc.RESOURCES], slots=4)
+        d.submit(b"e", 1, 2, 3)
+        self.assertEqual(d.given(b"w"), [1])
+        d.now += 1
+        d.ends(b"w", "r2", 1, time=1000)  # so these are short
+        self.assertEqual(d.given(b"w"), [2, 3])
 
     def test_wide_commands_cost_their_client_several_turns(self):
         d = self.desk
@@ -13540,7 +13558,8 @@ class ReportingTest(unittest.TestCase):
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 self.report("a")
                 self.end()
-            said = f"testcloud: cannot write {one}: No such file or directory\n"
+            said = (f"testcloud: cannot write {one}: No such file or directory; this report is "
+                    "given up\n")
             self.assertEqual(err.getvalue(), said)
             self.assertTrue(self.reports.write_failed)
             self.assertIn("1 command, all passed", tc.read_text(two))
@@ -13557,7 +13576,8 @@ class ReportingTest(unittest.TestCase):
                 self.report("a")
                 self.report("b")
                 self.end()
-            said = f"testcloud: cannot write {log}: No space left on device\n"
+            said = (f"testcloud: cannot write {log}: No space left on device; this report is "
+                    "given up\n")
             self.assertEqual(err.getvalue(), said)
             self.assertIn("2 commands, all passed", tc.read_text(page))
 
@@ -14468,7 +14488,7 @@ class ResultsTest(unittest.TestCase):
         said = self.run_of(self.outcome(1), self.outcome(2, name="a/b"), self.outcome(3),
                            replace=True)
         self.assertEqual(said, f"testcloud: cannot write {self.top}/a/b: there is a link in its "
-                               f"path, or a file in place of a directory\n")
+                               f"path, or a file in place of a directory; this report is given up\n")
         self.assertEqual(self.there(), {**self.files("1"), "a": None})
         self.assertEqual([*os.walk(outside)], [(outside, ["b"], []),
                                                (os.path.join(outside, "b"), [], [])])
@@ -14484,7 +14504,8 @@ class ResultsTest(unittest.TestCase):
         with mock.patch.object(self.store, "streams", streams):
             said = self.run_of(*(self.outcome(seq, b"abc", cmd="cx"[seq == 2])
                                  for seq in (1, 2, 3)))
-        self.assertEqual(said, f"testcloud: cannot write {self.top}/2: {full.strerror}\n")
+        self.assertEqual(said, f"testcloud: cannot write {self.top}/2: {full.strerror}; this report "
+                               "is given up\n")
         self.assertEqual(self.there(), self.files("1", b"abc"))
 
     def test_a_directory_that_vanishes(self):
@@ -18609,7 +18630,7 @@ class CommandLineTest(unittest.TestCase):
                 ('{"cmd": "a", "slots": 0}', '"slots" must be'),
                 ('{"cmd": "a", "lock": null}', '"lock" must be a text of at most 200'),
                 ('{"cmd": "a", "env": {"A=": ""}}', '"env" must be an object of texts'),
-                ('{"cmd": "a", "timeout": -1}', '"timeout" must be a number, 0 or more'),
+                ('{"cmd": "a", "timeout": -1}', '"timeout" must be a number from 0 to 10**18'),
                 ('{"cmd": "a", "needs": "gpu"}', '"needs" must be a list of texts'),
                 ('{"cmd": "a"' + " " * tc.MAX_COMMAND, "a command is at most")):
             with self.assertRaises(tc.ProtocolError) as caught:

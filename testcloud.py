@@ -367,7 +367,7 @@ count = described("a whole number from 0 to 2**53",
                   lambda value: type(value) is int and 0 <= value <= MAX_COUNT)
 integer = described("a whole number of 32 bits",
                     lambda value: type(value) is int and -(2**31) <= value < 2**31)
-number = described("a number, 0 or more",
+number = described("a number from 0 to 10**18",
                    lambda value: type(value) in (int, float) and 0 <= value < 1e18)
 slot_count = described("a whole number up to 2**20",  # the sum over many workers is a count
                        lambda value: count(value) and value <= 2**20)
@@ -1741,7 +1741,7 @@ class Locks:
         if by:
             return f"lock {lock[1]}, held by {by}"
         return f"lock {lock[1]}" + (
-            ", which the broker above gives" if self.above is not None else
+            ", which the broker above has not given yet" if self.above is not None else
             "" if self.is_open else
             "; the broker has just been started")  # a worker may come that has it
 
@@ -1801,7 +1801,7 @@ class ClientQueue:
     """The waiting tasks of one client."""
 
     __slots__ = ("from_above", "tasks", "lanes", "ready", "orders", "in_turn", "excluded", "owed",
-                 "prepared", "debt", "start_at", "typical")
+                 "prepared", "busy", "debt", "start_at", "typical")
 
     def __init__(self, from_above: bool = False) -> None:
         self.from_above = from_above  # run of the broker above: starts only with a lease
@@ -1815,6 +1815,7 @@ class ClientQueue:
         self.excluded: FrozenSet[str] = frozenset()  # hosts to use only if there are no others
         self.owed = 0  # bytes of results that the client has not confirmed (DONE)
         self.prepared: Set[WorkerSlots] = set()  # these have a workspace for it
+        self.busy = 0  # BUSY tasks
         self.debt = 0  # turns to pass over, if others can use them: wide tasks take several
         self.start_at: Seconds = -math.inf  # nothing starts before (--delay)
         self.typical: Seconds = math.inf  # mean duration of its last commands; inf: unknown
@@ -2114,6 +2115,7 @@ class Scheduler:
         assert state in MOVES[task.state], (task.key, task.state, state)
         old, was_busy, is_busy = task.worker, task.state in BUSY, state in BUSY
         task.state, task.worker = state, worker
+        task.client.busy += is_busy - was_busy
         if old is not worker or was_busy != is_busy:
             if old is not None:
                 old.tasks.pop(task.key, None)
@@ -2292,7 +2294,8 @@ class Scheduler:
         """Return whether a task may use slots that are reserved for a wide one: it takes none that
         this will need, or it mostly ends earlier than what this waits for. We guess that a command
         goes on for as long as it has run. Tasks that began after the reservation count as just
-        begun: so they delay the wide one only once."""
+        begun: so they delay the wide one only once. Of a client whose commands nobody knows, one
+        may try."""
         missing = holder.slots - worker.free()
         if holder.slots == 1 or missing <= 0 or task.slots > worker.free():
             return False
@@ -2301,7 +2304,9 @@ class Scheduler:
         for age, slots in ages:
             missing -= slots
             if missing <= 0:
-                return -missing >= task.slots or task.client.typical < age
+                client = task.client
+                return -missing >= task.slots or client.typical < age or (
+                    age > 0 and client.typical == math.inf and not client.busy)
         return False
 
     def may_take(self, worker: WorkerSlots, task: Optional[Task]) -> bool:
@@ -3707,6 +3712,7 @@ class Dispatcher(Machine):
         assert self.unconfirmed.keys() == {task for task in tasks if task.state == ASSIGNED}
         for client in self.registry.clients.values():
             assert client.owed == sum(task.cost for task in client.tasks.values())
+            assert client.busy == sum(task.state in BUSY for task in client.tasks.values())
             for id, task in client.tasks.items():
                 assert task.client is client and task.id == id and task.state != GONE
                 if task.worker is not None:
@@ -8927,7 +8933,8 @@ class Reports:
             except OSError as error:
                 self.reporters.remove(reporter)
                 self.write_failed = True
-                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}")
+                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}; this report "
+                             "is given up")
 
     def bad_hosts(self) -> str:
         """Return advice about hosts where all failed, while some passed elsewhere; or ""."""
@@ -14469,6 +14476,8 @@ def parse_line(line: str) -> Fields:
                                 + ", ".join(LINE_FIELDS))
         if not LINE_FIELDS[name](value):
             raise ProtocolError(f'"{name}" must be {LINE_FIELDS[name].__doc__}')
+    if not fields["cmd"].strip():
+        raise ProtocolError('"cmd" is empty')
     return fields
 
 
