@@ -6861,13 +6861,12 @@ class World:
 
     def build_locks(self):
         """Let commands need locks, several slots and delays; most workers know of these."""
-        r, widest = self.bonds, 1
+        r, first = self.bonds, self.actors.get("w0") or self.actors["p0"]
+        widest = first.slots  # all brokers have it below them
         brokers = [actor for actor in self.actors.values() if actor.role == "broker"]
         for actor in self.actors.values():
             if actor.role == "worker" and not actor.plain:
-                first = actor.name[1:] == "0"  # all brokers have it below them
-                widest = actor.slots if first else widest
-                actor.labels += (tc.RESOURCES,) * (first or r.random() < 0.8)
+                actor.labels += (tc.RESOURCES,) * (actor is first or r.random() < 0.8)
         for actor in self.actors.values():
             if actor.role == "client" and not actor.plain:
                 actor.wants = (r.choice([actor.wants[0], *brokers]), CLIENTS)
