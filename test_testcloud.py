@@ -14487,7 +14487,8 @@ class ResultsTest(unittest.TestCase):
         said = self.run_of(self.outcome(1), self.outcome(2, name="a/b"), self.outcome(3),
                            replace=True)
         self.assertEqual(said, f"testcloud: cannot write {self.top}/a/b: there is a link in its "
-                               f"path, or a file in place of a directory; this report is given up\n")
+                               "path, or a file in place of a directory; this report is given "
+                               "up\n")
         self.assertEqual(self.there(), {**self.files("1"), "a": None})
         self.assertEqual([*os.walk(outside)], [(outside, ["b"], []),
                                                (os.path.join(outside, "b"), [], [])])
@@ -14503,8 +14504,8 @@ class ResultsTest(unittest.TestCase):
         with mock.patch.object(self.store, "streams", streams):
             said = self.run_of(*(self.outcome(seq, b"abc", cmd="cx"[seq == 2])
                                  for seq in (1, 2, 3)))
-        self.assertEqual(said, f"testcloud: cannot write {self.top}/2: {full.strerror}; this report "
-                               "is given up\n")
+        self.assertEqual(said, f"testcloud: cannot write {self.top}/2: {full.strerror}; this "
+                               "report is given up\n")
         self.assertEqual(self.there(), self.files("1", b"abc"))
 
     def test_a_directory_that_vanishes(self):

@@ -8933,8 +8933,8 @@ class Reports:
             except OSError as error:
                 self.reporters.remove(reporter)
                 self.write_failed = True
-                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}; this report "
-                             "is given up")
+                print_notice(f"cannot write {printable(reporter.path)}: {error.strerror}; this "
+                             "report is given up")
 
     def bad_hosts(self) -> str:
         """Return advice about hosts where all failed, while some passed elsewhere; or ""."""
