@@ -3548,6 +3548,14 @@ class LocksAndSlotsTest(unittest.TestCase):
             d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
             d.expect(b"w", "{", token="r2")
 
+    def test_a_client_that_left_gets_no_turn_when_the_lock_is_free(self):
+        d = self.desk
+        self.one_of_two()
+        d.submit(b"e", 2, 3, 4)
+        d.client(b"e", "BYE")
+        d.ends(b"w", "r1", 1)
+        self.assertFalse(d.broker.scheduler.turns)
+
     def test_a_lock_is_free_when_its_worker_is_given_up_and_not_before(self):
         d = self.desk
         self.one_of_two()
@@ -6102,6 +6110,8 @@ class World:
         self.setup_times = (0.1, 3.0, 9.0)
         # locks, several slots and delays: their part is drawn apart, too
         self.bonds = random.Random(f"locks{seed}")
+        self.contended = "lock" in self.faults  # most commands have locks, and some for long
+        self.faults = tuple(kind for kind in self.faults if kind != "lock")
         self.own = {}  # cmd > fields that only this command has
         self.given_up = set()  # attempts that a broker has given up with their worker
         self.assigned = {}  # record of a run > when its broker gave a command of it to a worker
@@ -6506,7 +6516,7 @@ class World:
 
     def watch(self, broker):
         """Keep account of what a broker gives up, and when it gives commands to workers."""
-        machine = broker.machine
+        machine, began = broker.machine, broker.clock(self.now)
         forget, assign, open_locks = machine.forget_worker, machine.assign, machine.open_locks
 
         def forget_worker(worker, why, fault):
@@ -6518,6 +6528,7 @@ class World:
             was_open = machine.scheduler.locks.is_open
             open_locks()
             if machine.scheduler.locks.is_open and not was_open:
+                assert machine.now >= began + self.times.worker_expiry, "they may come back"
                 self.given_up.update(job.key for worker, job in self.accepted()
                                      if self.is_below(worker, broker)
                                      and not self.is_known(worker, broker, job.key))
@@ -6704,7 +6715,8 @@ class World:
                     self.after(r.choice([0, tc.REPORT_DELAY]),
                                lambda: self.finish(actor, generation, job, ended))
                     self.run_line(actor)
-        self.after(r.choice([0.01, 0.3, 2.0, 8.0]) * r.random(), end)
+        longest = [0.01, 0.3, 2.0, 20.0 if self.contended else 8.0]
+        self.after(r.choice(longest) * r.random(), end)
 
     def made(self, cmd, attempt):
         """The files that an attempt makes: rows of its RESULT, and the contents."""
@@ -6795,7 +6807,7 @@ class World:
             self.build_oddities(brokers)
         if self.trees:
             self.build_trees()
-        if self.bonds.random() < 0.5:
+        if self.bonds.random() < 0.5 or self.contended:
             self.build_locks()
         for actor in self.actors.values():
             self.after(actor.late + r.random() * r.choice([0.1, 5.0]),
@@ -6863,6 +6875,7 @@ class World:
         """Let commands need locks, several slots and delays; most workers know of these."""
         r, first = self.bonds, self.actors.get("w0") or self.actors["p0"]
         widest = first.slots  # all brokers have it below them
+        often = 0.8 if self.contended else 0.3
         brokers = [actor for actor in self.actors.values() if actor.role == "broker"]
         for actor in self.actors.values():
             if actor.role == "worker" and not actor.plain:
@@ -6873,9 +6886,10 @@ class World:
                 actor.options = actor.options._replace(
                     lock=r.choice([actor.options.lock, None, "", "x"]),
                     delay=r.choice([0.0, 0.0, 0.1, 1.0]))
+                del actor.commands[8 if self.contended else 25:]
                 for cmd in actor.commands:
                     self.own[cmd] = {
-                        **({"lock": r.choice(["", "x", "y"])} if r.random() < 0.3 else {}),
+                        **({"lock": r.choice(["", "x", "y"])} if r.random() < often else {}),
                         **({"slots": r.randint(1, widest)} if r.random() < 0.3 else {})}
 
     def add(self, name, wants=None):
@@ -7349,9 +7363,11 @@ class SimulationTest(unittest.TestCase):
     FAILED_ONCE = [833129633]  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
     TREE_FAULTS = (*ADVERSITY, "swallow", "terminate", "interrupt", "edit", "edit", "pry")
+    LOCK_FAULTS = (*ADVERSITY, "swallow", "terminate", "interrupt", "load")
     KINDS = ((None, False), (ADVERSITY, True), (("crash broker",), False),
              (("crash broker", "pause broker"), False), (("freeze", "pause"), False),
              (("interrupt", "crash", "cut_wire", "pause"), False),
+             (("lock", *LOCK_FAULTS), False), (("lock", "crash broker", "freeze"), False),
              (TREE_FAULTS, False), ((*ADVERSITY, "edit"), True), (("pry",), False),
              (("edit", "crash broker", "pause broker"), False),
              (("edit", "break_stream", "freeze_stream"), False))  # of worlds
@@ -7649,6 +7665,43 @@ class SimulationTest(unittest.TestCase):
             self.assertLessEqual({actor.exited for actor in others}, {0, 1}, seed)
             seen.update(world.seen, worlds=bool(world.setups) and bool(others))
         self.assert_all_seen(seen, "worlds")
+
+    LOCK_MUTANTS = (
+        ("a lock has several holders", "            and self.locks.is_closed(task.lock)\n",
+         "            and False\n"),
+        ("a new broker gives all locks at once",
+         "        if self.now >= self.started + self.times.worker_expiry:\n", "        if True:\n"),
+        ("a new broker gives the lock of a run at once",
+         "            locks.doubted.add(own)", "            pass"),
+        ("a lost command has its lock for ever",
+         '() if fields.get("may_run") else fields["tasks"]:', "():"),
+        ("a lost command below a broker has no lock",
+         '() if fields.get("may_run") else fields["tasks"]:', 'fields["tasks"]:'),
+        ("a command has its lock for ever",
+         "        elif worker.locks:\n", "        elif False:\n"),
+        ("a cancelled command has no lock", "in self.locked_jobs()]",
+         "in self.locked_jobs() if not job.cancelled]"),
+        ("a worker that was given up has its locks for ever",
+         "        for key in [*worker.locks]:\n", "        for key in ():\n"),
+        ("a broker below does not ask",
+         "bool(lock[0]) or (self.is_open if self.above is None else lock in self.above)", "True"),
+        ("a broker below asks once", "            self.owner.asked.clear()\n", ""),
+        ("a broker below has a lock for ever", "locks.unlocked | (", "("),
+        ("a broker below does not tell which locks it has",
+         "[[lock[1]] for lock in sorted(locks.above)]", "[]"),
+        ("a broker that has been given up gives locks", "            if self.lacks_lease(task):\n",
+         "            if False:\n"),
+        ("slots are reserved before there is a lock", "if (worker or to_reserve) and",
+         "if worker and not to_reserve and"),
+        ("who waits for a lock never gets it", "        if self.locks.drop(lock, key, worker):\n",
+         "        if not self.locks.drop(lock, key, worker):\n"),
+        ("a worker gets commands that are too wide", "if it.slots >= self.slots and ", "if "),
+        ("there is no delay", "            and client.start_at <= self.now\n", "\n"),
+    )
+
+    def test_the_simulation_finds_what_is_broken_in_locks(self):
+        self.check_mutants(self.LOCK_MUTANTS, functools.partial(
+            self.fails_with, (["lock", *self.LOCK_FAULTS], ["lock", "crash broker", "freeze"])))
 
     def test_interrupted_clients(self):
         seen = self.worlds(["interrupt", "crash", "cut_wire", "pause"], range(self.SEEDS // 3))

@@ -2501,7 +2501,8 @@ class Scheduler:
             if client.in_turn and not client.ready:  # its turn was before the others began to wait
                 self.leave_turn(client)
             client.push(lane)
-            self.take_turn(client)
+            if lane.tasks:  # else its client may have left
+                self.take_turn(client)
 
     def unpark_all(self) -> None:
         """Look again at all lanes whose lock has no holder."""
