@@ -3550,10 +3550,15 @@ class LocksAndSlotsTest(unittest.TestCase):
 
     def test_a_client_that_left_gets_no_turn_when_the_lock_is_free(self):
         d = self.desk
-        self.one_of_two()
-        d.submit(b"e", 2, 3, 4)
+        self.worker(b"w")
+        d.hello(b"c", "r1")
+        d.hello(b"e", "r2")
+        self.lock(b"c", 1)
+        self.lock(b"e", 1)
+        d.submit(b"e", 2, 3)
+        d.wait(d.broker.times.queued_timeout)  # the worker gets nothing until it speaks
         d.client(b"e", "BYE")
-        d.ends(b"w", "r1", 1)
+        d.worker(b"w", 'LOST {"tasks":[[1,1]],"why":"cancelled"}', "r1")
         self.assertFalse(d.broker.scheduler.turns)
 
     def test_a_lock_is_free_when_its_worker_is_given_up_and_not_before(self):
