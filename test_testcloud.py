@@ -3919,6 +3919,26 @@ class LocksInChainsTest(unittest.TestCase):
         d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
         d.takes(b"w", "r1", 3)
 
+    def test_a_lock_that_comes_when_no_slot_is_free_any_more_waits_for_the_next_one(self):
+        for slots in (1, 2):
+            d = self.below()
+            d.submit(b"c", *range(10, 15))
+            busy = d.given(b"w")
+            self.lock(d, 1, slots=slots)
+            d.submit(b"c", *range(20, 60))
+            for _ in range(8):
+                d.ends(b"w", "r1", busy.pop(0), time=10000)
+                busy += d.given(b"w")
+                asked = [letter for letter in d.letters if letter[3] == "LOCK"]
+                d.letters.clear()
+                if asked:
+                    d.tell(BROKER, b"", 'LOCK {"lock":"db"}')
+                    busy += d.given(b"w")
+                    self.assertNotIn("UNLOCK", [letter[3] for letter in d.letters])
+                if 1 in busy:
+                    break
+            self.assertIn(1, busy)
+
     def test_own_locks_are_given_without_asking(self):
         d = self.below()
         d.submit(b"c", 1, lock="")
@@ -18688,6 +18708,8 @@ class CommandLineTest(unittest.TestCase):
                 ('{"cmd": "a", "slots": 0}', '"slots" must be'),
                 ('{"cmd": "a", "lock": null}', '"lock" must be a text of at most 200'),
                 ('{"cmd": "a", "env": {"A=": ""}}', '"env" must be an object of texts'),
+                ('{"cmd": " "}', '"cmd" is empty'),
+                ('{"cmd": "a", "needs": ["(trees)"]}', '"needs" must be a list of labels'),
                 ('{"cmd": "a", "timeout": -1}', '"timeout" must be a number from 0 to 10**18'),
                 ('{"cmd": "a", "needs": "gpu"}', '"needs" must be a list of texts'),
                 ('{"cmd": "a"' + " " * tc.MAX_COMMAND, "a command is at most")):

@@ -2458,13 +2458,15 @@ class Scheduler:
     def worker_to_reserve(self, task: Task, best: Optional[WorkerSlots]) -> Optional[WorkerSlots]:
         """Return the worker whose next free slots the task must reserve now, or None. It must not
         queue at the best one if it is careful or delays others, or not all workers may run it; a
-        scout needs no slot. A wide task reserves those of the worker with most of them free now."""
+        scout needs no slot. A wide task, or one for which we have got a lock, reserves those of
+        the worker with most of them free now."""
         among = self.eligible(task)
+        has_lock = task.lock in (self.locks.above or ()) and not task.client.from_above
         if best is not None:
-            must_not_queue = task.careful or task.delay or among is not None
+            must_not_queue = task.careful or task.delay or among is not None or has_lock
             return best if best.free() <= 0 and must_not_queue and not self.is_scout(
                 task, best) else None
-        if task.slots == 1 or self.has_reservation(task):
+        if task.slots == 1 and not has_lock or self.has_reservation(task):
             return None
         workers = [worker for worker in (self.workers if among is None else among)
                    if worker.ready and worker.slots >= task.slots
@@ -2554,6 +2556,17 @@ class Scheduler:
         """Give a free lock to a lane that waits for it, unless it is the turn of a broker below."""
         if lock not in self.locks.taken:
             self.unpark(lock)
+
+    def take_lock(self, lock: Lock) -> None:
+        """The broker above has given us a lock. Its task gets the next free slot, if none is free:
+        else the lock would go back, again and again, while other tasks run."""
+        lanes = [*filter(Lane.has_waiting, self.locks.parked.get(lock, ()))]
+        self.offer_lock(lock)
+        for lane in lanes[:1]:
+            task = lane.tasks[0]
+            to_reserve = self.worker_to_reserve(task, self.best_worker(task))
+            if to_reserve is not None:
+                self.reserve(task, to_reserve)
 
     def forget_wants(self, worker: WorkerSlots) -> None:
         """A broker below wants no lock any more."""
@@ -4588,7 +4601,7 @@ class Broker(Membership):
         elif not by and locks.above is not None:
             locks.asked.pop(lock, None)
             locks.above.add(lock)
-            self.scheduler.offer_lock(lock)
+            self.scheduler.take_lock(lock)
 
     # --- from the broker above
 
@@ -14458,7 +14471,8 @@ def bounded_lines(file: IO[bytes], end: bytes) -> Iterator[bytes]:
 LINE_FIELDS: Dict[str, Check] = {
     "cmd": text, "name": described("a text, and not empty", lambda value: text(value) and value),
     **{name: MESSAGES[COMMAND].may_have[name] for name in (
-        "cwd", "env", "timeout", "needs", "slots", "lock", "delay", "shell", "limit", "return")}}
+        "cwd", "env", "timeout", "slots", "lock", "delay", "shell", "limit", "return")},
+    "needs": list_of("labels (of ASCII characters, without spaces)", LABEL[1])}
 
 
 def parse_line(line: str) -> Fields:
