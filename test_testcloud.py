@@ -18711,7 +18711,7 @@ class CommandLineTest(unittest.TestCase):
                 ('{"cmd": " "}', '"cmd" is empty'),
                 ('{"cmd": "a", "needs": ["(trees)"]}', '"needs" must be a list of labels'),
                 ('{"cmd": "a", "timeout": -1}', '"timeout" must be a number from 0 to 10**18'),
-                ('{"cmd": "a", "needs": "gpu"}', '"needs" must be a list of texts'),
+                ('{"cmd": "a", "needs": "gpu"}', '"needs" must be a list of labels'),
                 ('{"cmd": "a"' + " " * tc.MAX_COMMAND, "a command is at most")):
             with self.assertRaises(tc.ProtocolError) as caught:
                 tc.parse_line(line)
