@@ -5112,15 +5112,16 @@ class Worker(SessionMachine):
     def report_state(self, key: TaskKey) -> None:
         """Report QUEUED, RESULT, or LOST for a command that the worker does not have."""
         job = self.jobs.get(key)
-        if job is None or job.cancelled:
-            self.report_lost(key, "unknown to the worker")
+        if job is None or job.cancelled:  # this one says LOST again when it has ended
+            more: Fields = {"may_run": True} if job and job.lock is not None else {}
+            self.report_lost(key, "unknown to the worker", **more)
         elif job.state == DELIVERED:
             self.report_result(job)
         else:
             self.accepted.setdefault((key[0], job.preparing), []).append([key[1], key[2]])
             self.report_at = min(self.report_at, self.now + REPORT_DELAY)
 
-    def report_lost(self, key: TaskKey, why: str, fault: str = "", **more: str) -> None:
+    def report_lost(self, key: TaskKey, why: str, fault: str = "", **more: Any) -> None:
         if self.session.joined:
             self.say(BROKER, b"", key[0], "LOST", {
                 "tasks": [[key[1], key[2]]], "why": why, "fault": fault, "worker": self.name,
