@@ -4002,6 +4002,8 @@ class LocksInChainsTest(unittest.TestCase):
         d.wait(d.broker.times.queued_timeout)
         d.letters = [letter for letter in d.letters if letter[3] == "LOST"]
         d.expect(b"", "LOST", may_run=True)
+        d.tell(BROKER, b"", 'RESEND {"tasks":[[1,1]]}', "up")
+        d.expect(b"", "LOST", may_run=True)
         d.worker(b"w", "BYE")
         d.letters = [letter for letter in d.letters if letter[3] == "LOST"]
         d.expect(b"", "LOST", tasks=[[1, 1]], may_run=None)

@@ -3152,7 +3152,8 @@ class Upstream:
     def say_lost(self, key: TaskKey, why: str) -> None:
         run, id, attempt = key
         self.owner.say(BROKER, b"", run, "LOST", self.unsent.get(
-            key, {"tasks": [[id, attempt]], "why": why}))
+            key, {"tasks": [[id, attempt]], "why": why,
+                  **({"may_run": True} if key in self.may_run else {})}))
 
     # --- from the broker above
 
