@@ -22134,7 +22134,8 @@ class Chaos:
     kept it or the chained broker above it silent for LONG. Nothing else is an excuse, neither what
     happens to broker and client nor a SHORT silence of the worker. How many commands go with a
     worker is not bounded by its slots: those whose results it held, as the client was away, go as
-    well."""
+    well. Only the command of a lost worker may still have a lock that another command gets; a
+    client of the chained broker wants one as well. No worker may run more than it has slots."""
 
     EXPIRY = 4.0
     BROKER = ("--worker-expiry", str(EXPIRY), "--lost-grace", "2", "--ready-interval", "2.5")
@@ -22149,6 +22150,17 @@ class Chaos:
     WORKERS = 4
     SECONDS = 300  # of trouble, at most
     PEAK = 150 * 1024  # KiB of memory that no process may exceed
+    LOCKS = ("db", "own")  # of the cloud, and of the run
+    # what commands begin with: the kernel's locks end with their process, whatever ends that
+    GUARD = """echo $N $PPID >> ledger
+exec 8>>slots-$PPID
+flock -n $HOW 8 || echo full $N $PPID >> ledger
+if test "$LOCK"; then
+    exec 9>>lock-$LOCK
+    flock -n 9 || { echo held $N $PPID `cat has-$LOCK` >> ledger; flock 9; }
+    echo $N $PPID > has-$LOCK
+fi
+"""
 
     def __init__(self, test, commands, seed, keyed):
         self.test = test
@@ -22159,6 +22171,9 @@ class Chaos:
             self.key = ("--key", os.path.join(self.cloud.dir, "cloud.key"))
             test.assertEqual(self.cloud.start("keygen", self.key[1]).wait(PATIENCE), 0)
         self.ledger = os.path.join(self.cloud.dir, "ledger")
+        with open(os.path.join(self.cloud.dir, "guard"), "w") as file:
+            file.write(self.GUARD if shutil.which("flock") else self.GUARD.split("\n", 1)[0])
+        self.own = {}  # command > fields of its line of JSON
         self.commands = dict(self.command(n) for n in range(1, commands + 1))
         self.due = []  # heap of (time, number, function): what ends the troubles there are
         self.number = itertools.count()
@@ -22171,6 +22186,7 @@ class Chaos:
         self.chained = Place("chained", self.broker)
         self.start(self.chained)
         self.client = Place("client", self.broker)
+        self.rivals = [self.guarded(-n, "-x", "db") for n in range(1, commands // 20 + 1)]
         self.workers = [Place("worker", (self.broker, self.chained)[n % 2])
                         for n in range(self.WORKERS)]
         self.places = (self.broker, self.chained, self.client, *self.workers)
@@ -22180,9 +22196,11 @@ class Chaos:
 
     def command(self, n):
         """A command, with its exit code and output: most are short, some have their habits."""
-        parts, code, output = [f"echo {n} $PPID >> ledger"], 0, b""
+        lock, wide = self.r.choice([*self.LOCKS, *[""] * 6]), self.r.random() < 0.1
+        parts, code, output = [self.guarded(n, "-x" if wide else "-s", lock)], 0, b""
         if self.r.random() < 0.5:  # if it is killed in its sleep, so must be what it has started
-            parts += ["(setsid sleep 1000 &)", f"sleep {self.r.uniform(0, 0.3):.3f}"]
+            parts += ["(setsid sleep 1000 8>&- 9>&- &)",
+                      f"sleep {self.r.uniform(0, 0.1 if lock else 0.3):.3f} 8>&- 9>&-"]
         if self.r.random() < 0.03:  # so much has to be fetched, in one part or in three
             last = self.r.choice((20_000, 100_000))
             parts.append(f"seq {last}")
@@ -22190,7 +22208,18 @@ class Chaos:
         if self.r.random() < 0.1:
             code = self.r.randint(1, 9)
             parts.append(f"exit {code}")
-        return "; ".join(parts), (code, output)
+        cmd = "; ".join(parts)
+        self.own[cmd] = {**({"lock": lock.replace("own", "")} if lock else {}),
+                         **({"slots": 2} if wide else {})}
+        return cmd, (code, output)
+
+    def guarded(self, n, how, lock):
+        """Return the begin of a command that notes its start, and whether another one of its worker
+        or with its lock runs that must not; `how` the worker's slots are shared."""
+        return f"N={n} HOW={how} LOCK={lock}; . ./guard"
+
+    def lines(self):
+        return [json.dumps({"cmd": cmd, **self.own[cmd]}) for cmd in self.commands]
 
     # --- the run
 
@@ -22198,8 +22227,11 @@ class Chaos:
         for place in self.workers:
             self.start(place)
         self.client.process = client = self.cloud.client(
-            self.client.proxy.address, self.commands, "-b", "--crash-limit", "1000", *self.MEMBER,
-            *self.key, wait=False)
+            self.client.proxy.address, self.lines(), "-b", "--jsonl", "--crash-limit", "1000",
+            *self.MEMBER, *self.key, wait=False)
+        rival = self.cloud.client(
+            self.chained.process, self.rivals, "--lock", "db", "--crash-limit", "1000",
+            *self.MEMBER, *self.key, wait=False)
         reader = threading.Thread(target=self.read, args=(client.stdout,))
         reader.start()
         end = time.monotonic() + self.SECONDS
@@ -22212,6 +22244,7 @@ class Chaos:
         self.heal()
         self.cloud.wait_for(lambda: self.sample() or client.poll() is not None, "the client's end")
         reader.join()
+        self.test.assertEqual(self.cloud.finish(rival)[0], 0, "of the other client")
         self.cloud.wait_for(lambda: not self.strays(), "the end of all that the commands started")
 
     def read(self, file):
@@ -22355,9 +22388,14 @@ class Chaos:
         command may start again only if the worker that started it last has been lost."""
         times, wrong, last, lost = Counter(), [], {}, set()
         for line in tc.read_text(self.ledger).splitlines():
-            what, pid = line.split()
+            what, pid, *more = line.split()
             if what == "lost":
                 lost.add(pid)
+                continue
+            if more:
+                self.faults[what] += 1
+                if what == "full" or not {more[0], *more[2:]} & lost:
+                    wrong.append(line)
                 continue
             times[what] += 1
             if last.get(what, pid) not in lost and times[what] > 1:
