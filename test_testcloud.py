@@ -609,7 +609,12 @@ class SmallWorld:
         running.sort(key=lambda row: row[:2])
         ends = [row for row in running for _ in range(row[1])]  # of each slot, in order
         missing = holder.slots - self.free(worker)
-        if not 0 < missing <= len(ends):
+        if missing <= 0:
+            return False
+        if task.client is holder.client \
+                and self.now - holder.reserved_since < task.client.typical:
+            return True
+        if missing > len(ends):
             return False
         more = ends[missing - 1 + task.slots:missing + task.slots]
         return bool(more) and more[0][2] is ends[missing - 1][2] \
@@ -651,14 +656,17 @@ class SmallWorld:
             for _, labels in worker.capacity)
 
     def next_tasks(self, client):
-        """Those to be looked at: of each kind the first, of these retries first, then wide ones."""
+        """Those to be looked at: of each kind the first, of these retries first, then wide ones if
+        much waits."""
         heads = {}
+        waiting = sum(task.slots for task in client.tasks.values() if task.state == tc.WAITING)
+        much = waiting > tc.WIDE_FIRST * sum(worker.slots for worker in self.scheduler.workers)
         for task in sorted(client.tasks.values(), key=lambda task: task.order):
             if task.state == tc.WAITING and not self.is_locked_out(task):
                 heads.setdefault((task.constraints, task.attempt > 1, task.careful, task.lock),
                                  task)
-        return sorted(heads.values(), key=lambda task: (task.attempt == 1, -task.slots, task.order)
-                      ) if self.may_start(client) else []
+        return sorted(heads.values(), key=lambda task: (
+            task.attempt == 1, -task.slots * much, task.order)) if self.may_start(client) else []
 
     def clients_by_turn(self):
         """The clients in turns, without those that owe others this one."""

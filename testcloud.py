@@ -1759,15 +1759,15 @@ def key_of_broker(lock: Lock) -> TaskKey:
 # === Scheduler ========================================================================
 #
 # Which waiting task goes to which worker. Clients take turns; within one client, retries go
-# first, then wide tasks (of several slots), then in order. Among eligible workers a free slot
-# counts first, then weight, then the number of free slots. Workers with short commands get extra
-# tasks (prefetch); a free slot elsewhere recalls them. A task that must not wait behind others
-# reserves the next free slots of a worker. The scheduler knows no messages and no peers. The cost
-# of a decision without constraints does not grow with the number of workers or clients.
+# first, then wide tasks (of several slots) while much waits, then in order. Among eligible workers
+# a free slot counts first, then weight, then the number of free slots. Workers with short commands
+# get extra tasks (prefetch); a free slot elsewhere recalls them. A task that must not wait behind
+# others reserves the next free slots of a worker. The scheduler knows no messages and no peers. The
+# cost of a decision without constraints does not grow with the number of workers or clients.
 #
 # The tasks of a client that differ in nothing but their order are a lane. A lane that must wait
 # does not block others. While a wide task waits for the slots that it has reserved, others may
-# use those: if the tasks that it waits for have run for longer than the others mostly take.
+# use those: at first, and while what it waits for has run for longer than the others mostly take.
 #
 # A worker is prepared for a client if it has a workspace with the tree of its tasks. Another worker
 # gets one task at a time, a scout: it waits there for the workspace, and takes no slot meanwhile.
@@ -1775,6 +1775,9 @@ def key_of_broker(lock: Lock) -> TaskKey:
 
 RETRIES, FIRSTS, ROTATED = range(3)  # ranks of lanes
 DURATION_WEIGHT = 1 / 8  # of a new duration in the mean of a client's commands
+# Wide tasks go first if more waits than all slots take in so many rounds: no slots must be emptied
+# for them then, and narrow ones fill the rest. At the end narrow ones alone would leave slots idle.
+WIDE_FIRST = 2
 
 
 class Lane:
@@ -1801,14 +1804,14 @@ class ClientQueue:
     """The waiting tasks of one client."""
 
     __slots__ = ("from_above", "tasks", "lanes", "ready", "orders", "in_turn", "excluded", "owed",
-                 "prepared", "busy", "debt", "start_at", "typical")
+                 "prepared", "busy", "debt", "start_at", "typical", "waiting_slots", "wide_first")
 
     def __init__(self, from_above: bool = False) -> None:
         self.from_above = from_above  # run of the broker above: starts only with a lease
         self.tasks: Dict[int, Task] = {}  # all that are not GONE, by id
         # lanes with waiting tasks, by constraints and kind: rank, careful, lock
         self.lanes: Dict[Constraints, Dict[Tuple[int, bool, Optional[Lock]], Lane]] = {}
-        # heap of those that are not parked: (rank, -slots, order of the first task, lane)
+        # heap of those that are not parked: (rank, width(), order of the first task, lane)
         self.ready: List[Tuple[int, int, int, Lane]] = []
         self.orders = 0
         self.in_turn = False  # is in Scheduler.turns
@@ -1819,6 +1822,8 @@ class ClientQueue:
         self.debt = 0  # turns to pass over, if others can use them: wide tasks take several
         self.start_at: Seconds = -math.inf  # nothing starts before (--delay)
         self.typical: Seconds = math.inf  # mean duration of its last commands; inf: unknown
+        self.waiting_slots = 0  # that its waiting tasks need
+        self.wide_first = False  # its wide tasks go first
 
     def words(self) -> str:
         """Return the client's name for people."""
@@ -1827,6 +1832,7 @@ class ClientQueue:
     def append(self, task: Task, retry: bool) -> None:
         self.orders += 1
         task.order = self.orders
+        self.waiting_slots += task.slots
         group = self.lanes.setdefault(task.constraints, {})
         kind = RETRIES if retry else FIRSTS, task.careful, task.lock
         if kind in group:
@@ -1845,8 +1851,19 @@ class ClientQueue:
         if last:
             self.orders += 1
         row = (ROTATED, 0, self.orders) if last else (
-            lane.rank, -lane.constraints.slots, lane.tasks[0].order)
+            lane.rank, self.width(lane), lane.tasks[0].order)
         heapq.heappush(self.ready, (*row, lane))
+
+    def width(self, lane: Lane) -> int:
+        """Return what its width counts among lanes: those with less go first."""
+        return 1 - lane.constraints.slots if self.wide_first else 0
+
+    def let_wide_first(self, wide_first: bool) -> None:
+        self.wide_first = wide_first
+        if any(constraints.slots > 1 for constraints in self.lanes):
+            self.ready = [(rank, self.width(lane) if rank != ROTATED else 0, order, lane)
+                          for rank, _, order, lane in self.ready]
+            heapq.heapify(self.ready)
 
     def first(self) -> Optional[Lane]:
         """Return the most urgent lane."""
@@ -2114,6 +2131,8 @@ class Scheduler:
         ASSIGNED and RUNNING, and in DELIVERED unless the worker is plain."""
         assert state in MOVES[task.state], (task.key, task.state, state)
         old, was_busy, is_busy = task.worker, task.state in BUSY, state in BUSY
+        if task.state == WAITING and task.order:
+            task.client.waiting_slots -= task.slots
         task.state, task.worker = state, worker
         task.client.busy += is_busy - was_busy
         if old is not worker or was_busy != is_busy:
@@ -2295,10 +2314,14 @@ class Scheduler:
         this will need, or it mostly ends earlier than what this waits for. We guess that a command
         goes on for as long as it has run. Tasks that began after the reservation count as just
         begun: so they delay the wide one only once. Of a client whose commands nobody knows, one
-        may try."""
+        may try. Tasks of the same client also may until the wide one has waited for as long as
+        they mostly take: perhaps it finds free slots meanwhile."""
         missing = holder.slots - worker.free()
         if holder.slots == 1 or missing <= 0 or task.slots > worker.free():
             return False
+        if task.client is holder.client \
+                and self.now - holder.reserved_since < task.client.typical:
+            return True
         ages = sorted((self.now - one.since if one.since <= holder.reserved_since else 0.0,
                        one.slots) for one in worker.taking())
         for age, slots in ages:
@@ -2449,6 +2472,8 @@ class Scheduler:
 
     def next_lane(self, client: ClientQueue) -> Optional[Lane]:
         """Return the client's most urgent lane that need not wait for a lock; park others."""
+        if client.wide_first != (client.waiting_slots > WIDE_FIRST * self.slots):
+            client.let_wide_first(not client.wide_first)
         while True:
             lane = client.first()
             if lane is None or not self.must_wait(lane.tasks[0]):
@@ -3728,6 +3753,8 @@ class Dispatcher(Machine):
         for client in self.registry.clients.values():
             assert client.owed == sum(task.cost for task in client.tasks.values())
             assert client.busy == sum(task.state in BUSY for task in client.tasks.values())
+            assert client.waiting_slots == sum(
+                task.slots for task in client.tasks.values() if task.state == WAITING)
             for id, task in client.tasks.items():
                 assert task.client is client and task.id == id and task.state != GONE
                 if task.worker is not None:
