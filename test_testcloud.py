@@ -56,6 +56,7 @@ import unittest
 import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
+from typing import NamedTuple
 from unittest import mock
 
 import testcloud as tc
@@ -1025,6 +1026,133 @@ class SmallWorld:
                 assert not self.eligible(task), f"{task.key} starves"
 
 
+class Piece(NamedTuple):
+    """A command in virtual time."""
+
+    at: float  # second of its submission
+    slots: int
+    seconds: float
+    client: str = "a"
+
+
+def starts_in_virtual_time(workers, pieces, until=math.inf):
+    """The second at which the scheduler starts each of these commands, on workers of so many
+    slots; None if not before `until`."""
+    scheduler, clients, starts, tasks = tc.Scheduler(), {}, [None] * len(pieces), {}
+    for n, slots in enumerate(workers):
+        worker = tc.WorkerRecord(b"", f"w{n}", False)
+        scheduler.add_worker(worker)
+        scheduler.change_worker(worker, slots, 0, {(f"h{n}", frozenset()): slots})
+    events = [(piece.at, 0, n, None) for n, piece in enumerate(pieces)]
+    heapq.heapify(events)
+    while events and events[0][0] < until:
+        now = events[0][0]
+        while events and events[0][0] == now:
+            _, _, n, task = heapq.heappop(events)
+            piece = pieces[n]
+            if task is None:
+                client = clients.setdefault(piece.client, tc.ClientRecord(piece.client, False, b""))
+                task = client.tasks[n] = tc.Task(client, n, 1, b"{}")
+                task.constraints = tc.Constraints(slots=piece.slots)
+                tasks[task] = n
+                scheduler.submit(task, False)
+            else:
+                scheduler.learn_duration(task.client, task.worker, piece.seconds * 1000)
+                scheduler.move(task, tc.GONE, None, now)
+        for task, worker in scheduler.decisions(now):
+            n = tasks[task]
+            starts[n] = now
+            scheduler.move(task, tc.ASSIGNED, worker, now)
+            heapq.heappush(events, (now + pieces[n].seconds, 1, n, task))
+    return starts
+
+
+def packed(workers, pieces):
+    """When all these commands end, if each in turn starts as early as it fits beside those before
+    it."""
+    placed, last = [[] for _ in workers], 0.0
+    for piece in pieces:
+        start, there = min(((earliest(rows, slots, piece), rows) for rows, slots
+                            in zip(placed, workers) if piece.slots <= slots), key=lambda it: it[0])
+        there.append((start, start + piece.seconds, piece.slots))
+        last = max(last, start + piece.seconds)
+    return last
+
+
+def earliest(rows, slots, piece):
+    """The first second when a command fits among these (start, end, slots) for its duration."""
+    for start in sorted({piece.at, *(end for _, end, _ in rows if end > piece.at)}):
+        beside = [row for row in rows if row[0] < start + piece.seconds and row[1] > start]
+        times = [start, *(begin for begin, _, _ in beside if begin > start)]
+        if all(piece.slots + sum(taken for begin, end, taken in beside if begin <= now < end)
+               <= slots for now in times):
+            return start
+    raise ValueError("it fits nowhere")
+
+
+def best_end(workers, pieces, r, known):
+    """When these commands end in the best order that hill climbing finds; `known` is reached."""
+    area = max(at + sum(it.slots * it.seconds for it in pieces if it.at >= at) / sum(workers)
+               for at in {it.at for it in pieces})
+    limit = max(area, *(it.at + it.seconds for it in pieces)) + 1e-9  # none can end before
+    best = known
+    for key in (lambda it: -it.slots * it.seconds, lambda it: (-it.slots, -it.seconds),
+                lambda it: -it.seconds, lambda it: r.random()):
+        order = sorted(pieces, key=key)
+        here, better = packed(workers, order), True
+        while better and here > limit:
+            better = False
+            for i, j in r.sample([*itertools.permutations(range(len(order)), 2)], len(order) ** 2
+                                 - len(order)):
+                tried = [*order]
+                tried.insert(j, tried.pop(i))
+                end = packed(workers, tried)
+                if end < here - 1e-9:
+                    order, here, better = tried, end, True
+                    break
+        best = min(best, here)
+    return best
+
+
+class Mix:
+    """Small mixes of wide and narrow commands, by seed."""
+
+    KINDS = ("any", "few", "later")
+    WIDTHS = ((1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8))
+
+    def __init__(self, seed):
+        self.r = r = random.Random(seed)
+        self.widths = r.choice(self.WIDTHS)
+        self.duration = r.choice((lambda: r.uniform(1, 10), lambda: 1 + r.expovariate(1 / 4)))
+        self.count = r.randint(8, 14)
+
+    def any(self):
+        return [Piece(0.0, self.r.choice(self.widths), self.duration()) for _ in range(self.count)]
+
+    def few(self):
+        """A few wide ones among narrow ones."""
+        wide = self.r.sample(range(self.count), self.r.randint(2, 4))
+        return [Piece(0.0, self.r.choice(self.widths[1:]) if n in wide else 1, self.duration())
+                for n in range(self.count)]
+
+    def later(self):
+        """The wide ones, of two clients, come while narrow ones run."""
+        return [it if it.slots == 1 else it._replace(
+            at=self.r.uniform(0, 6), client=self.r.choice("ab")) for it in self.few()]
+
+
+def against_best(kind, seed, workers=(8,)):
+    """How much later a mix ends than in the best order: as scheduled, and with the longest
+    commands first (--longest)."""
+    mix = Mix(seed)
+    pieces = [piece for _ in workers for piece in getattr(mix, kind)()]
+    longest = sorted(pieces, key=lambda it: -it.seconds)
+    ends = [max(start + it.seconds for start, it in zip(starts_in_virtual_time(workers, order),
+                                                        order)) for order in (pieces, longest)]
+    best = best_end(workers, pieces, mix.r, min(ends))
+    return [end / best for end in ends]
+
+
 class SchedulerTest(unittest.TestCase):
     WORLDS = 4000  # and 100 for each seed of `make soak`
     # a client with constraints never got its turn; a reservation outlived its host's exclusion
@@ -1050,6 +1178,33 @@ class SchedulerTest(unittest.TestCase):
             self.assertGreater(seen[kind], self.WORLDS // 50, seen)
         self.assertGreater(seen["recalled scout"], self.WORLDS // 100)
         self.assertLess(seen["either"], self.WORLDS)
+
+    def test_wide_among_narrow_ones_end_nearly_as_early_as_in_the_best_order(self):
+        found = [against_best(kind, seed)[0] for seed in range(10) for kind in Mix.KINDS]
+        self.assertLess(statistics.mean(found), 1.15)
+
+    def test_a_wide_one_starts_in_time_whatever_narrow_ones_come(self):
+        for seed in range(60):
+            r = random.Random(seed)
+            workers, longest = r.choice(((8,), (8, 8), (8, 2))), r.choice((2, 5, 20))
+            stream = [Piece(0.0, r.choice((1, 1, 1, 2, 4)) if seed % 2 else 1,
+                            r.uniform(1, longest), "a") for _ in range(1000)]
+            wide = Piece(r.uniform(0, 20), r.randint(5, 8), 1.0, r.choice("ab"))
+            starts = starts_in_virtual_time(workers, [*stream, wide], until=80.0)
+            # what runs, once more what may fill its slots, and as long before they are kept free
+            self.assertIsNotNone(starts[-1], seed)
+            self.assertLess(starts[-1] - wide.at, 3 * longest, seed)
+            self.assertTrue(None in starts, seed)  # the stream has no end
+
+    def test_narrow_ones_fill_the_slots_that_a_wide_one_waits_for(self):
+        for client in "ab":
+            pieces = [Piece(0.0, 1, 200.0, client), *(Piece(0.0, 1, 1.0) for _ in range(2000)),
+                      Piece(50.0, 8, 1.0, client)]
+            starts = starts_in_virtual_time([8], pieces)
+            for begin, end in ((50, 60), (60, 199)):
+                self.assertEqual(sum(begin < start < end for start in starts),
+                                 7 * (end - begin - 1), client)  # in all the other slots
+            self.assertLess(starts[-1], 203)
 
 
 # === Registry =========================================================================
