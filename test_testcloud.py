@@ -5995,6 +5995,7 @@ class Stream:
             return
         self.open = False
         self.world.say(self.actors[1].name, "has lost its stream")
+        self.world.endanger(self.actors[1])  # it may end only after the run
         for way in (0, 1):
             items = self.flying[way]
             keep = total = sum(len(item[0]) for item in items)
@@ -7237,10 +7238,14 @@ class World:
                 machine.settle()
         self.do(actor, actor.generation, add)
 
-    def stop(self, actor):
-        """An actor's process is gone, and with a worker what it ran."""
+    def endanger(self, actor):
+        """A worker with a stream may lose what it has."""
         if actor.owner is not None and actor.machine is not None:
             self.endangered.update(job.cmd for job in actor.machine.jobs.values())
+
+    def stop(self, actor):
+        """An actor's process is gone, and with a worker what it ran."""
+        self.endanger(actor)
         for other in self.actors.values():
             if other.stream is not None and (other is actor or other.owner is actor):
                 other.stream.break_off(whole=self.r.random() < 0.5)
