@@ -31,6 +31,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import queue
@@ -23322,12 +23323,55 @@ class Speed:
             found = self.cost(**{"workers": 10, "clients": 1, "queued": 100, **size})
             yield f"    with {number} {name}", "<= 1.5 x", f"{found / base:.2f} x"
 
-    def cost(self, workers, clients, queued):
+    KINDS = {  # of commands: more fields of the one with this id, by what is special in them
+        "nothing": lambda id: b"",
+        "1000 locks": lambda id: b',"needs":["%s"],"lock":"l%d"' % (
+            tc.RESOURCES.encode(), 7919 * id % 1000),
+        "4 slots for each fourth": lambda id: b',"needs":["%s"],"slots":4' % (
+            tc.RESOURCES.encode()) if id % 4 == 0 else b""}
+
+    def locks(self):
+        """What locks and wide commands cost a broker, against as many commands without any."""
+        count, found = 20 * self.commands, {kind: [] for kind in self.KINDS}
+        for _ in range(self.runs):
+            for kind in self.KINDS:
+                found[kind].append(self.cost(10, 1, tc.WINDOW, count, 8, kind))
+        yield from self.against_nothing(f"machine: {count} commands", found)
+        broker, found = self.cloud.broker(), {"nothing": [], "1000 locks": []}
+        dummies = Dummies(self.cloud, broker, 10)
+        ready_at = time.monotonic() + tc.Times().worker_expiry + 1  # a new broker gives no locks
+        while time.monotonic() < ready_at:
+            dummies.serve()
+        for _ in range(self.runs):
+            for kind, costs in found.items():
+                before = cpu_ticks(broker.pid)
+                dummies.run(count, self.KINDS[kind])
+                costs.append((cpu_ticks(broker.pid) - before) / os.sysconf("SC_CLK_TCK")
+                             / count * 1e6)
+        yield from self.against_nothing(f"broker: {count} commands, its processor time", found)
+
+    def against_nothing(self, what, found):
+        yield what, "", f"{statistics.median(found['nothing']):.1f} us"
+        for kind in [*found][1:]:
+            ratio = statistics.median(map(operator.truediv, found[kind], found["nothing"]))
+            yield f"    with {kind}", "<= 1.3 x" if "locks" in kind else "", f"{ratio:.2f} x"
+
+    def wide_among_narrow(self):
+        """Makespans of small mixes in virtual time, against the best order found by search."""
+        for workers, goal, mixes in (((8,), "<= 1.15 x", 20), ((8, 8), "", 4)):
+            for kind in Mix.KINDS:
+                found = [against_best(kind, seed, workers) for seed in range(mixes * self.runs)]
+                for how, ratios in zip(("", "    --longest"), map(sorted, zip(*found))):
+                    yield (how or f"{kind} wide among narrow on {len(workers)} x 8 slots", goal,
+                           f"{statistics.mean(ratios):.2f} x "
+                           f"(90 %: {ratios[len(ratios) * 9 // 10]:.2f}, worst {ratios[-1]:.2f})")
+
+    def cost(self, workers, clients, queued, count=2000, slots=1, kind="nothing"):
         """Microseconds a command from submission to DONE, with so many others waiting."""
-        broker, count = tc.Broker("b"), 2000
+        broker, more = tc.Broker("b", now=-math.inf), self.KINDS[kind]
         for n in range(workers):
             broker.receive(WORKERS, b"w%d" % n, "", tc.encode("READY", {
-                "name": f"w{n}", "join": 1, "slots": 1}), b"", 0.0)
+                "name": f"w{n}", "join": 1, "slots": slots, "labels": [tc.RESOURCES]}), b"", 0.0)
         for n in range(clients):
             broker.receive(CLIENTS, b"c%d" % n, "", tc.encode("HELLO", {
                 "run": f"r{n}", "join": 1}), b"", 0.0)
@@ -23336,11 +23380,11 @@ class Speed:
         broker.take()
 
         def submit(number):
-            for _ in range(number):
-                broker.receive(CLIENTS, next(peers), "", b'{"cmd":"true","id":%d,"attempt":1}'
-                               % next(ids), b"", 0.0)
+            for id in itertools.islice(ids, number):
+                broker.receive(CLIENTS, next(peers), "", b'{"cmd":"true","id":%d,"attempt":1%s}'
+                               % (id, more(id)), b"", 0.0)
         submit(queued)
-        began, done = time.perf_counter(), 0
+        began, done = time.process_time(), 0
         while done < count:
             frames, _ = broker.take()
             for frame in frames:
@@ -23357,7 +23401,7 @@ class Speed:
                 if done == count:
                     break
             submit(len(frames))
-        return (time.perf_counter() - began) / count * 1e6
+        return (time.process_time() - began) / count * 1e6
 
     def by_ssh(self):
         """Commands on a host by ssh: all processes are on this machine."""
@@ -23495,9 +23539,9 @@ class Speed:
                 lambda how=how: wall(self.client(*how), lines, env=env))
             yield f"true with --sync {where}, against without", ">= 1 x", f"{found:.2f} x"
 
-    FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, growth,
-               latency, long_among_short, bulk, encryption, by_ssh, many_hosts, trees,
-               memory_of_trees, commands_with_tree)
+    FIGURES = (cloud_against_others, local_against_others, dispatch, idle_workers, machine, locks,
+               growth, latency, long_among_short, wide_among_narrow, bulk, encryption, by_ssh,
+               many_hosts, trees, memory_of_trees, commands_with_tree)
 
 
 class Dummies:
@@ -23513,22 +23557,25 @@ class Dummies:
             self.poller.register(sock, zmq.POLLIN)
         for n, sock in enumerate(self.workers):
             sock.send_multipart([b"", b"", tc.encode("READY", {
-                "name": f"w{n}", "join": 1, "slots": max(1, 200 // workers)})])
+                "name": f"w{n}", "join": 1, "slots": max(1, 200 // workers),
+                "labels": [tc.RESOURCES]})])
             sock.recv_multipart()
         self.client.send(tc.encode("HELLO", {"run": "r1", "join": 1}))
         self.client.recv()
         self.greet_at = time.monotonic() + 2
+        self.sent = self.done = 0
 
-    def run(self, count):
-        """Seconds for so many commands."""
-        began, sent, done = time.monotonic(), 0, 0
-        while done < count:
-            while sent < min(count, done + 2000):
-                last = min(sent + 500, count)
-                self.client.send(b"\n".join(b'{"cmd":"true","cwd":"/","id":%d,"attempt":1}' % n
-                                            for n in range(sent + 1, last + 1)))
-                sent = last
-            done += self.serve()
+    def run(self, count, more=lambda id: b""):
+        """Seconds for so many commands, with more fields."""
+        began, end = time.monotonic(), self.sent + count
+        while self.done < end:
+            while self.sent < min(end, self.done + 2000):
+                last = min(self.sent + 500, end)
+                self.client.send(b"\n".join(
+                    b'{"cmd":"true","cwd":"/","id":%d,"attempt":1%s}' % (n, more(n))
+                    for n in range(self.sent + 1, last + 1)))
+                self.sent = last
+            self.done += self.serve()
         return time.monotonic() - began
 
     def serve(self):
