@@ -5227,6 +5227,16 @@ class ChainTest(unittest.TestCase):
         d.client(b"x", 'STOP {"pid":7,"host":"vm"}')
         self.assertIn(b"clients of the broker above are stopped there", d.expect(b"x", "STOP")[1])
 
+    def test_a_worker_hands_back_what_our_predecessor_may_have_given_up(self):
+        """The broker above may have given it to others, also if it has told us of the run."""
+        d = self.desk
+        d.tell(BROKER, b"", '{"cmd":"x","id":2,"attempt":1}', "up")
+        d.join(b"w", slots=1, running=[["up", 1, 1]])
+        d.letters = [letter for letter in d.letters if letter[1] == b"w"]
+        d.expect(b"w", "RECALL", token="up", tasks=[[1, 1]])
+        d.join(b"w", slots=1, running=[["up", 1, 1]])
+        self.assertNotIn("RECALL", [letter[3] for letter in d.letters if letter[1] == b"w"])
+
     def test_it_announces_the_sum_of_slots_and_the_highest_weight(self):
         d = self.desk
         d.join(b"w", slots=2, weight=1)

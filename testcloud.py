@@ -3643,8 +3643,9 @@ class Dispatcher(Machine):
     def reconcile(self, worker: WorkerRecord, fields: Fields) -> Tuple[
             Dict[Run, List[List[int]]], List[Tuple[str, Task]], List[Tuple[str, Task]]]:
         """Make our records match the worker's READY. Return three things: the [id, attempt] that
-        it must stop, by run; orders to hand back tasks whose client has not joined (our
-        predecessor may have given them to others); and orders to send held results again."""
+        it must stop, by run; orders to hand back tasks of our predecessor, if their client has
+        not joined or is above (it may have given them to others); and orders to send held results
+        again."""
         running = {tuple(row) for row in fields.get("running", ())}
         held = {tuple(row) for row in fields.get("held", ())}
         told = running | held
@@ -3656,13 +3657,15 @@ class Dispatcher(Machine):
             self.lose(task, "was never started")
         unwanted: Dict[Run, List[List[int]]] = {}
         recall, resend = [], []
+        known = {*worker.tasks}
         for key in sorted(told):
             adopted = self.adopt(worker, key, locks)
             if adopted is None:
                 unwanted.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
                 resend.append(("RESEND", adopted))
-            elif not adopted.client.claimed:
+            elif not adopted.client.claimed or (
+                    adopted.client.from_above and not adopted.line and key not in known):
                 recall.append(("RECALL", adopted))
         if told or locks:
             self.upstream.session.join_again(self.now)  # the broker above may look for these
