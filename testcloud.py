@@ -1248,14 +1248,15 @@ NONE: FrozenSet[str] = frozenset()
 class Task:
     """One attempt of one command."""
 
-    __slots__ = ("client", "id", "attempt", "state", "line", "worker", "avoid", "constraints",
-                 "lock", "delay", "order", "since", "reserved_at", "reserved_since", "preparing",
-                 "told_above", "had", "careful", "faults", "cost", "result", "plain")
+    __slots__ = ("client", "id", "attempt", "key", "state", "line", "worker", "avoid",
+                 "constraints", "lock", "delay", "order", "since", "reserved_at", "reserved_since",
+                 "preparing", "told_above", "had", "careful", "faults", "cost", "result", "plain")
 
     def __init__(self, client: ClientRecord, id: int, attempt: int, line: bytes) -> None:
         self.client = client
         self.id = id
         self.attempt = attempt
+        self.key: TaskKey = (client.run, id, attempt)
         self.state = WAITING
         self.line = line  # as the client sent it; b"" if only its worker reported it
         self.worker: Optional[WorkerRecord] = None  # in ASSIGNED, RUNNING and DELIVERED
@@ -1275,10 +1276,6 @@ class Task:
         self.cost = 0  # in DELIVERED: bytes that wait for its client
         self.result = b""  # RESULT of a plain worker, which does not keep it
         self.plain: Fields = {}  # cmd and cwd of a plain client's command
-
-    @property
-    def key(self) -> TaskKey:
-        return (self.client.run, self.id, self.attempt)
 
     @property
     def slots(self) -> int:
@@ -1704,8 +1701,10 @@ class Locks:
 
     def is_closed(self, lock: Lock) -> bool:
         """Return whether a task must wait for this lock."""
-        if lock in self.holders or self.above is not None and not lock[0]:
-            return lock in self.holders or bool(self.asked.get(lock))
+        if lock in self.holders:
+            return True
+        if self.above is not None and not lock[0]:
+            return bool(self.asked.get(lock))
         return not self.is_open and (not lock[0] or lock in self.doubted)
 
     def may_have(self, lock: Lock) -> bool:
@@ -1715,17 +1714,18 @@ class Locks:
     def hold(self, lock: Lock, key: TaskKey, worker: WorkerSlots,
              by: Union[ClientQueue, str]) -> None:
         self.holders.setdefault(lock, {})[worker, key] = by
-        self.doubted.discard(lock)
         worker.locks[key] = lock
-        if lock in self.wanted:
+        if self.doubted:
+            self.doubted.discard(lock)
+        if self.wanted and lock in self.wanted:
             self.news.add(lock)
-        if not self.may_have(lock) and self.above is not None:
+        if self.above is not None and not self.may_have(lock):
             self.claims.add(lock)
 
     def drop(self, lock: Lock, key: TaskKey, worker: WorkerSlots) -> bool:
         """Note that a task does not have the lock any more. Return whether that is free now."""
-        tasks = self.holders.get(lock, {})
-        if tasks.pop((worker, key), None) is None or tasks:
+        tasks = self.holders.get(lock)
+        if tasks is None or tasks.pop((worker, key), None) is None or tasks:
             return False
         del self.holders[lock]
         if self.above is not None and lock in self.above:
@@ -1832,11 +1832,12 @@ class ClientQueue:
     def append(self, task: Task, retry: bool) -> None:
         self.orders += 1
         task.order = self.orders
-        self.waiting_slots += task.slots
+        self.waiting_slots += task.constraints.slots
         group = self.lanes.setdefault(task.constraints, {})
         kind = RETRIES if retry else FIRSTS, task.careful, task.lock
-        if kind in group:
-            group[kind].tasks.append(task)
+        lane = group.get(kind)
+        if lane is not None:
+            lane.tasks.append(task)
         else:
             lane = group[kind] = Lane(self, kind, task.constraints)
             lane.tasks.append(task)
@@ -1850,9 +1851,10 @@ class ClientQueue:
             return
         if last:
             self.orders += 1
-        row = (ROTATED, 0, self.orders) if last else (
-            lane.rank, self.width(lane), lane.tasks[0].order)
-        heapq.heappush(self.ready, (*row, lane))
+            heapq.heappush(self.ready, (ROTATED, 0, self.orders, lane))
+        else:
+            width = self.width(lane) if self.wide_first else 0
+            heapq.heappush(self.ready, (lane.rank, width, lane.tasks[0].order, lane))
 
     def width(self, lane: Lane) -> int:
         """Return what its width counts among lanes: those with less go first."""
@@ -2096,8 +2098,9 @@ class Scheduler:
     def learn_duration(self, client: ClientQueue, worker: WorkerSlots, ms: float) -> None:
         """Update the client's typical duration after a command of `ms`, and the prefetch: each
         short command raises it by one."""
-        mean = min(client.typical, ms / 1000) if client.typical == math.inf else client.typical
-        client.typical = mean + DURATION_WEIGHT * (ms / 1000 - mean) if ms < math.inf else mean
+        if ms < math.inf:
+            mean = client.typical if client.typical < math.inf else ms / 1000
+            client.typical = mean + DURATION_WEIGHT * (ms / 1000 - mean)
         each = min(PREFETCH, PREFETCH_TIME / max(ms, 1))
         worker.prefetch = min(worker.prefetch + 1, int(each * worker.slots))
 
@@ -2132,9 +2135,10 @@ class Scheduler:
         assert state in MOVES[task.state], (task.key, task.state, state)
         old, was_busy, is_busy = task.worker, task.state in BUSY, state in BUSY
         if task.state == WAITING and task.order:
-            task.client.waiting_slots -= task.slots
+            task.client.waiting_slots -= task.constraints.slots
         task.state, task.worker = state, worker
-        task.client.busy += is_busy - was_busy
+        if was_busy != is_busy:
+            task.client.busy += 1 if is_busy else -1
         if old is not worker or was_busy != is_busy:
             if old is not None:
                 old.tasks.pop(task.key, None)
@@ -2337,7 +2341,7 @@ class Scheduler:
             return not self.is_reserved(worker, task)
         slots = task.slots
         if slots > 1 and slots > worker.free() and not self.is_scout(task, worker) \
-                or self.is_reserved(worker, task):
+                or self.reservations and self.is_reserved(worker, task):
             return False
         return worker.fits(task) and (not task.needs_tree or worker.may_prepare(task))
 
@@ -2419,7 +2423,8 @@ class Scheduler:
         passed_over = 0  # clients in a row without a task for a worker with room
         while passed_over < len(self.turns) and self.first_ranked() is not None:
             client = self.turns[0]
-            if not self.may_start(client) or self.next_lane(client) is None:
+            lane = self.next_lane(client) if self.may_start(client) else None
+            if lane is None:
                 self.turns.popleft()
                 client.in_turn = False
                 continue
@@ -2428,7 +2433,7 @@ class Scheduler:
                 client.debt -= 1
                 continue
             passed_over += 1
-            for task, worker in self.look_at(client):
+            for task, worker in self.look_at(client, lane):
                 yield task, worker
                 passed_over = 0
             if passed_over and not self.ranking:
@@ -2439,18 +2444,21 @@ class Scheduler:
             del self.delayed[client]
             self.take_turn(client)
 
-    def look_at(self, client: ClientQueue) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
+    def look_at(self, client: ClientQueue,
+                next: Optional[Lane]) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
         """Yield the client's unplaceable tasks before the first that has a worker, and this one.
-        Look at MAX_LANES lanes, round robin, if there are more that must wait."""
+        Look at MAX_LANES lanes, round robin, if there are more that must wait. `next`: its
+        next_lane()."""
         passed_over: List[Lane] = []
         worker: Optional[WorkerSlots] = None
+        chained = self.locks.above is not None
         while worker is None and len(passed_over) < MAX_LANES and self.ranking:
-            lane = self.next_lane(client)
+            lane, next = next or self.next_lane(client), None
             if lane is None:
                 break
             task = client.pop().tasks[0]
             passed_over.append(lane)
-            if self.lacks_lease(task):
+            if chained and self.lacks_lease(task):
                 continue
             worker = self.best_worker(task)
             if worker is None and not self.ranking:
@@ -2459,7 +2467,7 @@ class Scheduler:
                 yield task, None
                 continue
             to_reserve = self.worker_to_reserve(task, worker)
-            if (worker or to_reserve) and self.lacks_lock(task):
+            if lane.lock is not None and (worker or to_reserve) and self.lacks_lock(task):
                 self.park(passed_over.pop())
                 worker = None
             elif to_reserve is not None:
@@ -2467,6 +2475,8 @@ class Scheduler:
                 worker = None
             elif worker is not None:
                 yield task, worker
+                if lane.lock is not None and lane.has_waiting() and self.must_wait(lane.tasks[0]):
+                    self.park(passed_over.pop())
         for lane in passed_over:
             client.push(lane, last=len(passed_over) == MAX_LANES)
 
@@ -2476,7 +2486,7 @@ class Scheduler:
             client.let_wide_first(not client.wide_first)
         while True:
             lane = client.first()
-            if lane is None or not self.must_wait(lane.tasks[0]):
+            if lane is None or lane.lock is None or not self.must_wait(lane.tasks[0]):
                 return lane
             self.park(client.pop())
 
@@ -2485,12 +2495,14 @@ class Scheduler:
         queue at the best one if it is careful or delays others, or not all workers may run it; a
         scout needs no slot. A wide task, or one for which we have got a lock, reserves those of
         the worker with most of them free now."""
+        if best is not None and best.free() > 0:
+            return None
         among = self.eligible(task)
-        has_lock = task.lock in (self.locks.above or ()) and not task.client.from_above
+        has_lock = task.lock is not None and self.locks.above is not None \
+            and task.lock in self.locks.above and not task.client.from_above
         if best is not None:
             must_not_queue = task.careful or task.delay or among is not None or has_lock
-            return best if best.free() <= 0 and must_not_queue and not self.is_scout(
-                task, best) else None
+            return best if must_not_queue and not self.is_scout(task, best) else None
         if task.slots == 1 and not has_lock or self.has_reservation(task):
             return None
         workers = [worker for worker in (self.workers if among is None else among)
@@ -3603,6 +3615,7 @@ class Dispatcher(Machine):
             return
         self.move(task, WAITING)
         task.attempt += 1
+        task.key = (task.client.run, task.id, task.attempt)
         task.avoid = worker.name if worker else ""
         task.careful = task.faults.crashes > 0
         self.scheduler.submit(task, True)
