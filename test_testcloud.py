@@ -7825,8 +7825,7 @@ class SimulationTest(unittest.TestCase):
          "                    WORKERS, worker.peer, client.run, message.line, message.data))",
          "self.bulk += [Outgoing(WORKERS, peer, client.run, message.line, message.data)\n"
          "                              for peer in self.registry.workers]"),
-        ("old workers get commands with trees", "[*self.needs, *[TREES] * self.sync]",
-         "[*self.needs]"),
+        ("old workers get commands with trees", "[TREES] * self.options.sync + ", ""),
     )
 
     def test_the_simulation_finds_what_is_broken_in_trees(self):
