@@ -23348,7 +23348,7 @@ class Speed:
                 found[kind].append(self.cost(10, 1, tc.WINDOW, count, 8, kind))
         yield from self.against_nothing(f"machine: {count} commands", found)
         broker, found = self.cloud.broker(), {"nothing": [], "1000 locks": []}
-        dummies = Dummies(self.cloud, broker, 10)
+        dummies = Dummies(self.cloud, broker, 10, slots=8, ms=1000)  # no prefetch: commands wait
         ready_at = time.monotonic() + tc.Times().worker_expiry + 1  # a new broker gives no locks
         while time.monotonic() < ready_at:
             dummies.serve()
@@ -23367,14 +23367,15 @@ class Speed:
             yield f"    with {kind}", "<= 1.3 x" if "locks" in kind else "", f"{ratio:.2f} x"
 
     def wide_among_narrow(self):
-        """Makespans of small mixes in virtual time, against the best order found by search."""
+        """When small mixes end in virtual time, against the best order found by search: means. With
+        two workers most of the rest is that nobody knows which are long: see --longest."""
         for workers, goal, mixes in (((8,), "<= 1.15 x", 20), ((8, 8), "", 4)):
             for kind in Mix.KINDS:
                 found = [against_best(kind, seed, workers) for seed in range(mixes * self.runs)]
                 for how, ratios in zip(("", "    --longest"), map(sorted, zip(*found))):
                     yield (how or f"{kind} wide among narrow on {len(workers)} x 8 slots", goal,
                            f"{statistics.mean(ratios):.2f} x "
-                           f"(90 %: {ratios[len(ratios) * 9 // 10]:.2f}, worst {ratios[-1]:.2f})")
+                           f"(p90 {ratios[len(ratios) * 9 // 10]:.2f}, max {ratios[-1]:.2f})")
 
     def cost(self, workers, clients, queued, count=2000, slots=1, kind="nothing"):
         """Microseconds a command from submission to DONE, with so many others waiting."""
@@ -23557,9 +23558,10 @@ class Speed:
 class Dummies:
     """A client and workers that run nothing: they answer each command at once."""
 
-    def __init__(self, cloud, broker, workers):
+    def __init__(self, cloud, broker, workers, slots=0, ms=1):
         import zmq
         self.zmq = zmq
+        self.ms = ms  # that each command took, they say
         self.poller = zmq.Poller()
         self.client = cloud.dealer(broker.clients)
         self.workers = [cloud.dealer(broker.workers) for _ in range(workers)]
@@ -23567,7 +23569,7 @@ class Dummies:
             self.poller.register(sock, zmq.POLLIN)
         for n, sock in enumerate(self.workers):
             sock.send_multipart([b"", b"", tc.encode("READY", {
-                "name": f"w{n}", "join": 1, "slots": max(1, 200 // workers),
+                "name": f"w{n}", "join": 1, "slots": slots or max(1, 200 // workers),
                 "labels": [tc.RESOURCES]})])
             sock.recv_multipart()
         self.client.send(tc.encode("HELLO", {"run": "r1", "join": 1}))
@@ -23630,8 +23632,8 @@ class Dummies:
         ids = re.findall(rb'(?m)^{.*"id":(\d+)', parts[-1])
         if ids:
             queued = b'QUEUED {"tasks":[%s]}' % b",".join(b"[%s,1]" % id for id in ids)
-            results = [b'RESULT {"id":%s,"attempt":1,"exitcode":0,"time":1,"started":1,"size":0,'
-                       b'"worker":"w","host":"h","stdout":""}' % id for id in ids]
+            results = [b'RESULT {"id":%s,"attempt":1,"exitcode":0,"time":%d,"started":1,"size":0,'
+                       b'"worker":"w","host":"h","stdout":""}' % (id, self.ms) for id in ids]
             sock.send_multipart([b"", parts[1], b"\n".join([queued, *results])])
 
 
