@@ -1144,7 +1144,7 @@ class Mix:
 
 def against_best(kind, seed, workers=(8,)):
     """How much later a mix ends than in the best order: as scheduled, and with the longest
-    commands first (--longest)."""
+    commands first (--timings)."""
     mix = Mix(seed)
     pieces = [piece for _ in workers for piece in getattr(mix, kind)()]
     longest = sorted(pieces, key=lambda it: -it.seconds)
@@ -23368,11 +23368,11 @@ class Speed:
 
     def wide_among_narrow(self):
         """When small mixes end in virtual time, against the best order found by search: means. With
-        two workers most of the rest is that nobody knows which are long: see --longest."""
+        two workers most of the rest is that nobody knows which are long: see --timings."""
         for workers, goal, mixes in (((8,), "<= 1.15 x", 20), ((8, 8), "", 4)):
             for kind in Mix.KINDS:
                 found = [against_best(kind, seed, workers) for seed in range(mixes * self.runs)]
-                for how, ratios in zip(("", "    --longest"), map(sorted, zip(*found))):
+                for how, ratios in zip(("", "    the same with --timings"), map(sorted, zip(*found))):
                     yield (how or f"{kind} wide among narrow on {len(workers)} x 8 slots", goal,
                            f"{statistics.mean(ratios):.2f} x "
                            f"(p90 {ratios[len(ratios) * 9 // 10]:.2f}, max {ratios[-1]:.2f})")
