@@ -23372,7 +23372,7 @@ class Speed:
         for workers, goal, mixes in (((8,), "<= 1.15 x", 20), ((8, 8), "", 4)):
             for kind in Mix.KINDS:
                 found = [against_best(kind, seed, workers) for seed in range(mixes * self.runs)]
-                for how, ratios in zip(("", "    the same with --timings"), map(sorted, zip(*found))):
+                for how, ratios in zip(("", "    with --timings"), map(sorted, zip(*found))):
                     yield (how or f"{kind} wide among narrow on {len(workers)} x 8 slots", goal,
                            f"{statistics.mean(ratios):.2f} x "
                            f"(p90 {ratios[len(ratios) * 9 // 10]:.2f}, max {ratios[-1]:.2f})")
