@@ -10248,6 +10248,108 @@ class PortableRunnerTest(RunnerTest):
         super().setUp()
 
 
+@unittest.skipUnless(shutil.which("bash"), "needs bash, as a sh that replaces itself by a program")
+class WithoutShellTest(unittest.TestCase):
+    """Commands of plain words, with a shell and without one."""
+
+    def setUp(self):
+        self.dir = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.dir)
+        os.symlink(shutil.which("bash"), os.path.join(self.dir, "sh"))
+        for patch in (mock.patch.object(tc, "SH", os.path.join(self.dir, "sh")),
+                      mock.patch.object(tc, "TRY_SH_AFTER", 0)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        for name, text, mode in (
+                ("shows", '#!/bin/sh\necho "$0|$#|$*|$_|$PPID|$V|$PWD"; env -0 | sort -z', 0o755),
+                ("bare", "echo no mark: $0", 0o755), ("closed", "#!/bin/sh\n", 0o644),
+                ("lost", "#!/no/such/interpreter\n", 0o755),
+                ("fails", "#!/bin/sh\nexit ${1:-3}", 0o755),
+                ("dies", '#!/bin/sh\nkill -"$1" $$', 0o755)):
+            os.makedirs(os.path.join(self.dir, "bin", "directory"), exist_ok=True)
+            path = os.path.join(self.dir, "bin", name)
+            with open(path, "w") as file:
+                file.write(text)
+            os.chmod(path, mode)
+        self.path = os.path.join(self.dir, "bin") + ":" + os.environ["PATH"]
+        self.launcher = tc.Launcher("w")
+        if self.launcher.spawner is None:
+            self.skipTest("libc has no posix_spawn() that we can use")
+
+    def run_one(self, cmd, directly, **more):
+        """The exit status, and the outputs, of a command."""
+        self.launcher.sh_is_known = directly and self.launcher.try_sh()
+        fields = {"cmd": cmd, "cwd": os.path.join(self.dir, "bin"),
+                  "env": {"PATH": self.path, "V": "v"}, "split": True, **more}
+        pid, pipes = self.launcher.start(tc.Job(("r", 1, 1), fields), 1)
+        outputs = []
+        for pipe in pipes:
+            with open(pipe, "rb") as stream:
+                outputs.append(stream.read())
+        return (os.waitpid(pid, 0)[1], *outputs)
+
+    def started(self, cmd, **more):
+        """The programs that are started without a shell."""
+        found = []
+        spawn = self.launcher.spawner.spawn
+
+        def note(argv, *others, **named):
+            found.extend(others[4:])
+            return spawn(argv, *others, **named)
+        with mock.patch.object(self.launcher.spawner, "spawn", note):
+            self.run_one(cmd, True, **more)
+        return [program.decode() for program in found if program]
+
+    def test_only_plain_commands_of_known_programs_need_no_shell(self):
+        here = os.path.join(self.dir, "bin")
+        for cmd in ("shows", "  shows a-b x=1 ", "./shows", f"{here}/shows", "shows\t1,2:3@4%5+6"):
+            self.assertEqual([os.path.realpath(os.path.join(here, it)) for it in self.started(cmd)],
+                             [os.path.realpath(f"{here}/shows")], cmd)
+        for cmd in ("echo a", "true", "A=b shows", "shows 'a'", "shows $V", "shows *", "shows ~",
+                    "", "shows;", "shows &", "shows | cat", "shows > x", "shows # a", "shows {a,b}",
+                    "shows\nshows", "shows \\a", "shows ?", "shows [a]", "! shows", "shows a\u00e9",
+                    "nosuch", "closed", "directory", "./nosuch", "-shows", "+shows", "if",
+                    ". shows"):
+            self.assertEqual(self.started(cmd), [], cmd)
+        self.assertEqual(self.started("lost"), [f"{here}/lost"])  # and then the shell says why
+        for more in ({"shell": "/bin/sh"}, {"cwd": None}, {"cwd": f"{here}/../bin"},
+                     {"env": {"PATH": self.path, "SHELLOPTS": "xtrace"}},
+                     {"env": {"PATH": self.path, "a.b": "c"}},
+                     {"env": {"PATH": "bin:" + self.path}}, {"env": {"PATH": ""}}):
+            self.assertEqual(self.started("shows", **more), [], more)
+
+    def test_a_sh_that_changes_what_programs_get_is_used(self):
+        for how in ("exec env X=1 bash", "bash", ""):  # the second is not replaced
+            sh = os.path.join(self.dir, "other")
+            with open(sh, "w") as file:
+                file.write(f'#!/bin/bash\n{how} "$@"; exit $?\n')
+            os.chmod(sh, 0o755)
+            with mock.patch.object(tc, "SH", sh):
+                self.assertFalse(tc.Launcher("w").knows_sh(), how)
+        with mock.patch.dict(os.environ, {"BASH_FUNC_shows%%": "() { echo; }"}):
+            self.assertFalse(tc.Launcher("w").knows_sh())
+        self.assertTrue(tc.Launcher("w").knows_sh())
+
+    def test_nobody_can_tell_whether_there_was_a_shell(self):  # but by the order of variables
+        r = random.Random(5)
+        words = ["shows", "bare", "closed", "lost", "fails", "dies", "./shows", "./bare", "nosuch",
+                 "directory", "echo", "printf", "uname", "cat", "expr", "true", "test", "[", "if",
+                 "A=b", "a", "-n", "x=1", "1", "+", "0", "9", "15", "200", "a.b", "/", "%s", ":",
+                 "a:b@c", "'a b'", "$V", ";", "*", "~", "|", "&&", "#", "\u00e9", "\udcff", "--",
+                 "\t"]
+        direct = Counter()
+        for _ in range(200):
+            first = r.choice(words[:20]) if r.random() < 0.8 else r.choice(words)
+            cmd = " ".join([first, *r.choices(words[18:], k=r.choice((0, 0, 1, 1, 2, 3)))])
+            if first == "cat" or "kill" in cmd:
+                cmd += " /dev/null"
+            direct[bool(self.started(cmd))] += 1
+            if self.started(cmd):
+                seen = [self.run_one(cmd, directly) for directly in (False, True)]
+                self.assertEqual(*seen, cmd)
+        self.assertGreater(min(direct.values()), 40, direct)
+
+
 # === Workspaces =======================================================================
 
 
