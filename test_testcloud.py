@@ -7895,8 +7895,8 @@ class SimulationTest(unittest.TestCase):
          "bool(lock[0]) or (self.is_open if self.above is None else lock in self.above)", "True"),
         ("a broker below asks once", "            self.owner.asked.clear()\n", ""),
         ("a broker below has a lock for ever", "locks.unlocked | (", "("),
-        ("who waits for a lock never gets it", "        if self.locks.drop(lock, key, worker):\n",
-         "        if not self.locks.drop(lock, key, worker):\n"),
+        ("who waits for a lock never gets it", "None and self.locks.drop(lock, key, worker):\n",
+         "None and not self.locks.drop(lock, key, worker):\n"),
         ("there is no delay", "            and client.start_at <= self.now\n", "\n"),
     )
 

@@ -1853,8 +1853,8 @@ class ClientQueue:
             self.orders += 1
             heapq.heappush(self.ready, (ROTATED, 0, self.orders, lane))
         else:
-            width = self.width(lane) if self.wide_first else 0
-            heapq.heappush(self.ready, (lane.rank, width, lane.tasks[0].order, lane))
+            heapq.heappush(self.ready, (
+                lane.rank, self.width(lane), lane.tasks[0].order, lane))
 
     def width(self, lane: Lane) -> int:
         """Return what its width counts among lanes: those with less go first."""
@@ -1948,8 +1948,9 @@ class WorkerSlots:
 
     def running(self) -> List[Task]:
         """Return the tasks that run: the oldest. With 0 slots, all its BUSY tasks run."""
-        used = itertools.accumulate(task.slots for task in self.taking())
-        return [task for task, sum in zip(self.taking(), used) if sum <= (self.slots or sum)]
+        tasks = self.taking()
+        used = itertools.accumulate(task.slots for task in tasks)
+        return [task for task, n in zip(tasks, used) if n <= (self.slots or n)]
 
     def queued(self) -> List[Task]:
         """Return the tasks beyond its slots, and scouts."""
@@ -2145,8 +2146,7 @@ class Scheduler:
                 old.count(task, -1 if was_busy else 0)
             if task.preparing:
                 self.set_preparing(task, "")
-            if state == ASSIGNED and task.needs_tree and worker is not None \
-                    and task.client not in worker.prepared:
+            if state == ASSIGNED and worker is not None and self.is_scout(task, worker):
                 self.set_preparing(task, FILES)
             if worker is not None:
                 worker.tasks[task.key] = task
@@ -2445,15 +2445,15 @@ class Scheduler:
             self.take_turn(client)
 
     def look_at(self, client: ClientQueue,
-                next: Optional[Lane]) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
+                first: Optional[Lane]) -> Iterator[Tuple[Task, Optional[WorkerSlots]]]:
         """Yield the client's unplaceable tasks before the first that has a worker, and this one.
-        Look at MAX_LANES lanes, round robin, if there are more that must wait. `next`: its
+        Look at MAX_LANES lanes, round robin, if there are more that must wait. `first`: its
         next_lane()."""
         passed_over: List[Lane] = []
         worker: Optional[WorkerSlots] = None
         chained = self.locks.above is not None
         while worker is None and len(passed_over) < MAX_LANES and self.ranking:
-            lane, next = next or self.next_lane(client), None
+            lane, first = first or self.next_lane(client), None
             if lane is None:
                 break
             task = client.pop().tasks[0]
@@ -2584,9 +2584,7 @@ class Scheduler:
     def release_lock(self, worker: WorkerSlots, key: TaskKey) -> None:
         """Note that a task certainly does not run on this worker (any more)."""
         lock = worker.locks.pop(key, None)
-        if lock is None:
-            return
-        if self.locks.drop(lock, key, worker):
+        if lock is not None and self.locks.drop(lock, key, worker):
             self.offer_lock(lock)
 
     def offer_lock(self, lock: Lock) -> None:
@@ -2620,14 +2618,14 @@ class Scheduler:
         for lock, brokers in [*self.locks.wanted.items()]:
             if lock in self.locks.holders or self.locks.above is not None and not self.has_lease:
                 continue
-            if brokers and not self.locks.may_have(lock):
+            if not self.locks.may_have(lock):
                 if self.locks.above is not None:
                     self.locks.asked.setdefault(lock, "")
                 continue
-            for worker in [*brokers][:1]:
-                self.locks.taken.discard(lock)
-                self.locks.hold(lock, key_of_broker(lock), worker, brokers.pop(worker))
-                yield lock, worker
+            worker = next(iter(brokers))
+            self.locks.taken.discard(lock)
+            self.locks.hold(lock, key_of_broker(lock), worker, brokers.pop(worker))
+            yield lock, worker
             if not brokers:
                 del self.locks.wanted[lock]
 
@@ -2736,7 +2734,6 @@ class Scheduler:
         for workers in self.saturated:
             assert workers <= self.workers.keys()
             assert not any(worker.has_room() for worker in workers)
-
 
     def check_locks(self) -> None:
         """Raise AssertionError if records of locks disagree, or a lane is parked for nothing."""
@@ -4244,10 +4241,10 @@ class Membership(Dispatcher):
         return [*dict.fromkeys(self.wait_of(lane) for lane in lanes)]
 
     def wait_of(self, lane: Lane) -> str:
-        client, needs = lane.client, lane.constraints.needs
+        client, needs, locks = lane.client, lane.constraints.needs, self.scheduler.locks
         labels = needs - KNOWN_BY_LABEL.keys()
-        if lane in self.scheduler.locks.parked.get(lane.lock or ("", ""), ()):
-            return self.scheduler.locks.words(lane.lock or ("", ""))
+        if lane.lock is not None and lane in locks.parked.get(lane.lock, ()):
+            return locks.words(lane.lock)
         if client.start_at > self.now:
             return "the time of its next start (--delay)"
         if lane.constraints.slots > 1:
@@ -6265,7 +6262,7 @@ class Launcher:
         """Start a command's program if it needs no shell, which would be started with so many
         words. Return its pid, or 0."""
         cmd = to_bytes(job.cmd)
-        if self.spawner is None or words != 3 or job.shell != SH \
+        if self.spawner is None or self.sh_is_known is False or words != 3 or job.shell != SH \
                 or not PLAIN_WORDS.fullmatch(cmd) or not all(map(PASSED_ON.fullmatch, job.env)) \
                 or cwd is None or cwd != os.path.normpath(cwd) or cwd[:1] != b"/":
             return 0
