@@ -10250,21 +10250,27 @@ class PortableRunnerTest(RunnerTest):
 
 @unittest.skipUnless(shutil.which("bash"), "needs bash, as a sh that replaces itself by a program")
 class WithoutShellTest(unittest.TestCase):
-    """Commands of plain words, with a shell and without one."""
+    """Commands of plain words, with a shell that replaces itself by the program, and without."""
+
+    WAY = tc.EXECS
+    DASH = False
 
     def setUp(self):
         self.dir = tempfile.mkdtemp()
         self.addCleanup(shutil.rmtree, self.dir)
-        os.symlink(shutil.which("bash"), os.path.join(self.dir, "sh"))
+        os.symlink(shutil.which("dash" if self.DASH else "bash") or self.skipTest("no dash"),
+                   os.path.join(self.dir, "sh"))
         for patch in (mock.patch.object(tc, "SH", os.path.join(self.dir, "sh")),
                       mock.patch.object(tc, "TRY_SH_AFTER", 0)):
             patch.start()
             self.addCleanup(patch.stop)
         for name, text, mode in (
-                ("shows", '#!/bin/sh\necho "$0|$#|$*|$_|$PPID|$V|$PWD"; env -0 | sort -z', 0o755),
+                ("shows", '#!/bin/sh\necho "$0|$#|$*|$_|$V|$PWD"; env -0 | sort -z', 0o755),
+                ("leader", "#!/bin/sh\ncut -d ' ' -f 1,5 /proc/$$/stat", 0o755),
                 ("bare", "echo no mark: $0", 0o755), ("closed", "#!/bin/sh\n", 0o644),
                 ("lost", "#!/no/such/interpreter\n", 0o755),
                 ("fails", "#!/bin/sh\nexit ${1:-3}", 0o755),
+                ("waits", "#!/bin/sh\necho ready; sleep 1000 & wait", 0o755),
                 ("dies", '#!/bin/sh\nkill -"$1" $$', 0o755)):
             os.makedirs(os.path.join(self.dir, "bin", "directory"), exist_ok=True)
             path = os.path.join(self.dir, "bin", name)
@@ -10272,21 +10278,29 @@ class WithoutShellTest(unittest.TestCase):
                 file.write(text)
             os.chmod(path, mode)
         self.path = os.path.join(self.dir, "bin") + ":" + os.environ["PATH"]
-        self.launcher = tc.Launcher("w")
+        self.runner = tc.Runner(1, lambda: None, "w")
+        self.addCleanup(self.runner.close)
+        self.launcher = self.runner.launcher
         if self.launcher.spawner is None:
             self.skipTest("libc has no posix_spawn() that we can use")
+        if self.launcher.way_of_sh() != self.WAY:
+            self.skipTest("this shell works otherwise")
 
     def run_one(self, cmd, directly, **more):
-        """The exit status, and the outputs, of a command."""
-        self.launcher.sh_is_known = directly and self.launcher.try_sh()
-        fields = {"cmd": cmd, "cwd": os.path.join(self.dir, "bin"),
-                  "env": {"PATH": self.path, "V": "v"}, "split": True, **more}
-        pid, pipes = self.launcher.start(tc.Job(("r", 1, 1), fields), 1)
-        outputs = []
-        for pipe in pipes:
-            with open(pipe, "rb") as stream:
-                outputs.append(stream.read())
-        return (os.waitpid(pid, 0)[1], *outputs)
+        """How a command ended, and what it wrote to stdout and to stderr."""
+        self.launcher.sh_way = self.WAY if directly else ""
+        job = tc.Job(("r", 1, 1), {
+            "cmd": cmd, "cwd": os.path.join(self.dir, "bin"),
+            "env": {"PATH": self.path, "V": "v"}, "split": True, **more})
+        self.runner.processes[job.key] = tc.Process()
+        record = self.runner.run(job, 1)
+        outputs, data = {1: b"", 2: b""}, record.output.read(0, record.output.size)
+        while data:
+            stream, size = tc.PIECE_HEADER.unpack_from(data)
+            end = tc.PIECE_HEADER.size + size
+            outputs[stream] += data[tc.PIECE_HEADER.size:end]
+            data = data[end:]
+        return record.exitcode, record.signal, record.reason, outputs
 
     def started(self, cmd, **more):
         """The programs that are started without a shell."""
@@ -10294,7 +10308,7 @@ class WithoutShellTest(unittest.TestCase):
         spawn = self.launcher.spawner.spawn
 
         def note(argv, *others, **named):
-            found.extend(others[4:])
+            found.extend(others[4:5])
             return spawn(argv, *others, **named)
         with mock.patch.object(self.launcher.spawner, "spawn", note):
             self.run_one(cmd, True, **more)
@@ -10325,12 +10339,38 @@ class WithoutShellTest(unittest.TestCase):
                 file.write(f'#!/bin/bash\n{how} "$@"; exit $?\n')
             os.chmod(sh, 0o755)
             with mock.patch.object(tc, "SH", sh):
-                self.assertFalse(tc.Launcher("w").knows_sh(), how)
+                self.assertEqual(tc.Launcher("w").way_of_sh(), "", how)
         with mock.patch.dict(os.environ, {"BASH_FUNC_shows%%": "() { echo; }"}):
-            self.assertFalse(tc.Launcher("w").knows_sh())
-        self.assertTrue(tc.Launcher("w").knows_sh())
+            self.assertEqual(tc.Launcher("w").way_of_sh(), "")
+        self.assertEqual(tc.Launcher("w").way_of_sh(), self.WAY)
 
-    def test_nobody_can_tell_whether_there_was_a_shell(self):  # but by the order of variables
+    def test_a_program_leads_its_process_group_as_with_a_shell(self):
+        for directly in (False, True):
+            _, _, _, outputs = self.run_one("leader", directly)
+            pid, group = outputs[1].split()
+            self.assertEqual(pid == group, self.WAY == tc.EXECS, directly)
+
+    def test_who_is_killed_by_us_is_reported_as_with_a_shell(self):
+        read, runner = tc.OutputReader.read, self.runner
+
+        def kill_and_read(reader, pipe):
+            if reader.output.size == 0:
+                runner.kill(reader.job, hard)
+            read(reader, pipe)
+        self.assertTrue(self.started("shows"))
+        with mock.patch.object(tc.OutputReader, "read", kill_and_read):
+            for hard in (False, True):
+                shell, direct = (self.run_one("waits", directly) for directly in (False, True))
+                self.assertEqual(shell, direct)
+                self.assertEqual(direct[1], signal.SIGKILL if hard else signal.SIGTERM)
+
+    def test_who_is_killed_by_a_signal_is_reported_as_with_a_shell(self):
+        self.assertTrue(self.started("dies 9"))
+        for number in sorted(signal.valid_signals() - {17, 18, 19, 20, 21, 22, 23, 28, 32, 33}):
+            shell, direct = (self.run_one(f"dies {number}", directly) for directly in (False, True))
+            self.assertEqual(shell, direct, number)
+
+    def test_nobody_can_tell_whether_there_was_a_shell(self):  # but by pids, order of variables
         r = random.Random(5)
         words = ["shows", "bare", "closed", "lost", "fails", "dies", "./shows", "./bare", "nosuch",
                  "directory", "echo", "printf", "uname", "cat", "expr", "true", "test", "[", "if",
@@ -10348,6 +10388,13 @@ class WithoutShellTest(unittest.TestCase):
                 seen = [self.run_one(cmd, directly) for directly in (False, True)]
                 self.assertEqual(*seen, cmd)
         self.assertGreater(min(direct.values()), 40, direct)
+
+
+class WithoutWaitingShellTest(WithoutShellTest):
+    """The same with a shell that waits for the program."""
+
+    WAY = tc.WAITS
+    DASH = True
 
 
 # === Workspaces =======================================================================

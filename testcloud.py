@@ -5944,10 +5944,10 @@ def supervise(run: Callable[[int], int]) -> int:
 
 
 class Process:
-    """A command's first process, the leader of its process group."""
+    """A command's first process. A shell is the leader of its process group."""
 
     def __init__(self, pid: int = 0) -> None:
-        self.pid = pid  # 0 while it is being started
+        self.pid = self.group = pid  # 0 while it is being started
         self.pipes: Tuple[int, ...] = ()  # of its output; two if stdout and stderr are split
         self.signalled = 0  # the last signal sent, SIGTERM or SIGKILL
         self.status: Optional[int] = None  # once it is reaped
@@ -5974,12 +5974,12 @@ class Process:
         if self.pid == 0:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(self.pid) != self.pid:  # the leader joined another group
+            if os.getpgid(self.pid) != self.group:  # it joined another group
                 os.kill(self.pid, number)
                 os.kill(self.pid, signal.SIGCONT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-            os.killpg(self.pid, signal.SIGCONT)  # a stopped group handles SIGTERM only then
+            os.killpg(self.group, number)
+            os.killpg(self.group, signal.SIGCONT)  # a stopped group handles SIGTERM only then
 
 
 # each command has its own values of these; ours may come from a parent testcloud
@@ -6003,18 +6003,26 @@ class Spawner:
         self.array = self.texts(inherited)
         self.libc = libc = ctypes.CDLL(None)
         self.set_directory = libc.posix_spawn_file_actions_addchdir_np
-        self.attributes = ctypes.create_string_buffer(self.STRUCT)
-        # not sigfillset(): it leaves out libc's own signals, which may be ignored
-        default = ctypes.create_string_buffer(b"\xff" * self.STRUCT)
-        libc.posix_spawnattr_init(self.attributes)
-        libc.posix_spawnattr_setflags(self.attributes,
-                                      POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
-        libc.posix_spawnattr_setsigdefault(self.attributes, default)
+        self.attributes: Dict[int, Any] = {}  # by process group; 0: of its own
+
+    def attributes_of(self, group: int) -> Any:
+        if group not in self.attributes:
+            attributes = self.ctypes.create_string_buffer(self.STRUCT)
+            # not sigfillset(): it leaves out libc's own signals, which may be ignored
+            default = self.ctypes.create_string_buffer(b"\xff" * self.STRUCT)
+            self.libc.posix_spawnattr_init(attributes)
+            self.libc.posix_spawnattr_setflags(attributes,
+                                               POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF)
+            self.libc.posix_spawnattr_setsigdefault(attributes, default)
+            self.libc.posix_spawnattr_setpgroup(attributes, group)
+            self.attributes[group] = attributes
+        return self.attributes[group]
 
     def spawn(self, argv: List[bytes], changed: Dict[bytes, bytes], cwd: Optional[bytes],
-              stdout: int, stderr: int, program: bytes = b"") -> int:
-        """Start a program with these variables and the inherited ones. Return its pid. Without its
-        path it is that of the first word. No text may contain a NUL. Raises OSError."""
+              stdout: int, stderr: int, program: bytes = b"", group: int = 0) -> int:
+        """Start a program with these variables and the inherited ones, in a process group. Return
+        its pid. Without its path it is that of the first word. No text may contain a NUL. Raises
+        OSError."""
         variables = self.environment(changed)
         libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
         libc.posix_spawn_file_actions_init(actions)
@@ -6027,7 +6035,7 @@ class Spawner:
             pid = self.ctypes.c_int()
             words = (self.ctypes.c_char_p * (len(argv) + 1))(*argv)
             error = libc.posix_spawn(self.ctypes.byref(pid), program or argv[0], actions,
-                                     self.attributes, words, variables)
+                                     self.attributes_of(group), words, variables)
         finally:
             libc.posix_spawn_file_actions_destroy(actions)
         if error:
@@ -6164,9 +6172,9 @@ def reason_not_started(job: Job, error: Exception) -> str:
 
 # --- commands that need no shell
 #
-# With a command of plain words, sh only looks for the program and replaces itself by it. We do that
-# instead: it takes half of a short command's time. As GNU make, we leave to sh what it may know
-# better. A command line needs no shell if all of this is true:
+# With a command of plain words, sh only looks for the program and runs it. We do that instead: sh
+# takes half of a short command's time. As GNU make, we leave to sh what it may know better. A
+# command line needs no shell if all of this is true:
 
 # it has only words of characters without a meaning to any shell, and begins with no assignment,
 PLAIN_WORDS = re.compile(rb"[ \t]*[\w./][\w./:,@%+-]*(?:[ \t]+[\w./:,@%+=-]+)*[ \t]*", re.ASCII)
@@ -6183,9 +6191,18 @@ SHELL_WORDS = frozenset(b"""
 # --env sets no variable that a shell would drop or change;
 PASSED_ON = re.compile(r"(?!(?:(?:OLD)?PWD|SHLVL|(?:BASH_)?ENV|SHELLOPTS|BASHOPTS|POSIXLY_CORRECT"
                        r"|_)$)[A-Za-z_]\w*", re.ASCII)
-# the first file of the program's name in PATH is executable; and sh replaces itself by it, and
-# passes on what it got: dash, for one, is mostly built to start another process (see try_sh())
+# the first file of the program's name in PATH is executable; and sh passes on what it got, and
+EXECS = "execs"  # replaces itself by the program: bash and others; or
+WAITS = "waits"  # starts it in another process, and tells which signal killed it: most dashes
 TRY_SH_AFTER = 20  # commands without a need for a shell: the trial takes as long as some of these
+
+
+def told_by_sh(status: int) -> str:
+    """Return what a sh that WAITS says when a signal has ended its program, with this status."""
+    if os.WTERMSIG(status) in (signal.SIGINT, signal.SIGPIPE):
+        return ""
+    dumped = " (core dumped)" if os.WCOREDUMP(status) else ""
+    return f"{signal.strsignal(os.WTERMSIG(status))}{dumped}\n"
 
 
 def find_program(word: bytes, path: bytes, cwd: bytes) -> bytes:
@@ -6212,8 +6229,9 @@ class Launcher:
     def __init__(self, worker: str) -> None:
         self.worker = worker  # its name
         self.plain_commands = 0  # that need no shell
-        self.sh_is_known: Optional[bool] = None  # None: not tried yet
+        self.sh_way: Optional[str] = None  # EXECS, WAITS, or "" for another; None: not tried yet
         self.sets_underscore = False  # sh sets $_ to the program's path
+        self.groups: Dict[int, int] = {}  # by slot: see group_of()
         self.inherited = {name: value for name, value in os.environb.items()
                           if name not in COMMAND_VARIABLES}
         self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
@@ -6223,8 +6241,9 @@ class Launcher:
                 self.spawner = Spawner(self.inherited)
                 set_close_on_exec()
 
-    def start(self, job: Job, slot: int) -> Tuple[int, Tuple[int, ...]]:
-        """Start a job's command. Return its pid and output pipes. Raises OSError, ValueError."""
+    def start(self, job: Job, slot: int) -> Tuple[int, int, Tuple[int, ...]]:
+        """Start a job's command. Return its pid, its process group and its output pipes. Another
+        group than its own means: it has no shell that WAITS for it. Raises OSError, ValueError."""
         apart = b" " if job.cmd[:1] in ("-", "+") else b""  # else the shell reads an option
         argv = [to_bytes(shell_path(job.shell)), b"-c", apart + to_bytes(job.cmd)]
         if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit:  # we have raised ours
@@ -6237,10 +6256,13 @@ class Launcher:
                 pipes.append(os.pipe())
             cwd = None if job.cwd is None else to_bytes(job.cwd)
             variables, ends = self.variables(job, slot), (pipes[0][1], pipes[-1][1])
-            pid = self.spawn_without_shell(job, len(argv), variables, cwd, *ends) \
-                or self.spawn(argv, variables, cwd, *ends)
+            pid, group = 0, 0
+            if len(argv) == 3 and slot and self.spawner:
+                pid, group = self.spawn_without_shell(job, slot, variables, cwd, *ends)
+            if not pid:
+                pid = group = self.spawn(argv, variables, cwd, *ends)
             ours = tuple(pipe for pipe, _ in pipes)
-            return pid, ours
+            return pid, group, ours
         finally:
             for end in set(itertools.chain(*pipes)).difference(ours):
                 os.close(end)
@@ -6257,61 +6279,88 @@ class Launcher:
         process.returncode = 0  # Process reaps it, not Popen
         return process.pid
 
-    def spawn_without_shell(self, job: Job, words: int, changed: Dict[bytes, bytes],
-                            cwd: Optional[bytes], stdout: int, stderr: int) -> int:
-        """Start a command's program if it needs no shell, which would be started with so many
-        words. Return its pid, or 0."""
+    def spawn_without_shell(self, job: Job, slot: int, changed: Dict[bytes, bytes],
+                            cwd: Optional[bytes], stdout: int, stderr: int) -> Tuple[int, int]:
+        """Start a command's program if it needs no shell. Return its pid and process group, or
+        zeros."""
         cmd = to_bytes(job.cmd)
-        if self.spawner is None or self.sh_is_known is False or words != 3 or job.shell != SH \
-                or not PLAIN_WORDS.fullmatch(cmd) or not all(map(PASSED_ON.fullmatch, job.env)) \
+        if self.sh_way == "" or job.shell != SH or not PLAIN_WORDS.fullmatch(cmd) \
                 or cwd is None or cwd != os.path.normpath(cwd) or cwd[:1] != b"/":
-            return 0
+            return 0, 0
         argv = cmd.split()
+        if argv[0] in SHELL_WORDS or not all(map(PASSED_ON.fullmatch, job.env)):
+            return 0, 0
         path = changed.get(b"PATH", self.inherited.get(b"PATH", b""))
-        program = b"" if argv[0] in SHELL_WORDS else find_program(argv[0], path, cwd)
+        program = find_program(argv[0], path, cwd)
         self.plain_commands += bool(program)
-        if not program or self.plain_commands < TRY_SH_AFTER or not self.knows_sh():
-            return 0
+        if not program or self.plain_commands < TRY_SH_AFTER or not self.way_of_sh():
+            return 0, 0
         if self.sets_underscore:
             changed = {**changed, b"_": program}
         try:
-            return self.spawner.spawn(argv, changed, cwd, stdout, stderr, program)
+            assert self.spawner is not None
+            group = self.group_of(slot) if self.sh_way == WAITS else 0
+            pid = self.spawner.spawn(argv, changed, cwd, stdout, stderr, program, group)
+            return pid, group or pid
         except OSError:  # the shell says why, or interprets a script without #!
-            return 0
+            return 0, 0
 
-    def knows_sh(self) -> bool:
-        """Return whether sh does with plain words what we do. Try it at the first call."""
-        if self.sh_is_known is None:
+    def group_of(self, slot: int) -> int:
+        """Return a process group whose leader is a zombie. Raises OSError.
+
+        Without a shell that WAITS, a program must not lead its group: setsid(1) and others do
+        different things then. Only one that leads none can join it."""
+        if slot not in self.groups:
+            assert self.spawner is not None
+            self.groups[slot] = self.spawner.spawn([SH.encode(), b"-c", b":"], {}, None, 2, 2)
+        return self.groups[slot]
+
+    def close(self) -> None:
+        """Reap the zombies."""
+        for leader in self.groups.values():
+            os.waitpid(leader, 0)
+        self.groups.clear()
+
+    def way_of_sh(self) -> str:
+        """Return what sh does with plain words, "" if that is unknown. Try it at the first call."""
+        if self.sh_way is None:
             try:
-                self.sh_is_known = self.try_sh()
+                self.sh_way = self.try_sh()
             except (OSError, ValueError):
-                self.sh_is_known = False
-        return self.sh_is_known
+                self.sh_way = ""
+        return self.sh_way
 
-    def try_sh(self) -> bool:
+    def try_sh(self) -> str:
         """Compare what programs get from us and through sh. Raises OSError, ValueError."""
         if any(name.startswith(b"BASH_FUNC_") for name in self.inherited):
-            return False  # a function may have the name of any program
+            return ""  # a function may have the name of any program
         _, direct = self.output_of([b"/usr/bin/env"])
         _, through_sh = self.output_of([SH.encode(), b"-c", b"/usr/bin/env"])
-        pid, leader = self.output_of([SH.encode(), b"-c", b"/usr/bin/readlink /proc/self"])
+        process, leader = self.output_of([SH.encode(), b"-c", b"/usr/bin/readlink /proc/self"])
         added = {*through_sh.split(b"\n")} ^ {*direct.split(b"\n")}
         self.sets_underscore = b"_=/usr/bin/env" in added
-        return int(leader) == pid and all(line.startswith(b"_=") for line in added) \
-            and len(added) <= 2 * self.sets_underscore
+        if not all(line.startswith(b"_=") for line in added) \
+                or len(added) > 2 * self.sets_underscore:
+            return ""
+        if int(leader) == process.pid:
+            return EXECS
+        process, told = self.output_of([SH.encode(), b"-c", b"/bin/sh -c 'kill -USR1 $$'"])
+        waits = process.wait() == 128 + signal.SIGUSR1 and told.decode() == told_by_sh(
+            signal.SIGUSR1)
+        return WAITS if waits else ""
 
-    def output_of(self, argv: List[bytes]) -> Tuple[int, bytes]:
-        """Return the pid and the outputs of a program."""
+    def output_of(self, argv: List[bytes]) -> Tuple[Process, bytes]:
+        """Return the ended process of a program, and its outputs."""
         assert self.spawner is not None
         ours, theirs = os.pipe()
         with open(ours, "rb") as stream:
             try:
-                pid = self.spawner.spawn(argv, {b"PWD": b"/"}, b"/", theirs, theirs)
+                process = Process(self.spawner.spawn(argv, {b"PWD": b"/"}, b"/", theirs, theirs))
             finally:
                 os.close(theirs)
             output = stream.read()
-        os.waitpid(pid, 0)
-        return pid, output
+        process.wait()
+        return process, output
 
     def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
         """Return the variables that the client has set, and the command's own."""
@@ -6347,7 +6396,7 @@ class OutputReader:
         """Read until the leader ends, then OUTPUT_GRACE longer. After SIGTERM, read until the
         group is dead: its other members have until SIGKILL."""
         self.wait_for_leader()
-        while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.pid):
+        while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.group):
             self.poll(time.monotonic() + POLL_INTERVAL)
         deadline = time.monotonic() + OUTPUT_GRACE  # e.g. tee may still write
         while self.sizes and time.monotonic() < deadline:
@@ -6535,6 +6584,7 @@ class Runner:
             self.lock.notify_all()
         for thread in self.threads:
             thread.join(1.0)
+        self.launcher.close()
         if self.children_file >= 0:
             kill_descendants(self.children_file)
             os.close(self.children_file)
@@ -6611,6 +6661,10 @@ class Runner:
             self.kill_leftovers(job, process)
             code = process.wait()
             reader.read_rest()
+        if code < 0 and process.group != process.pid and not process.signalled:
+            assert process.status is not None
+            output.write(told_by_sh(process.status).encode(), 2)
+            code = 128 - code
         output.end()
         record = self.exit_record(code, output, wall, began)
         return returns.append_to(record) if job.returns and not job.cancelled else record
@@ -6630,7 +6684,7 @@ class Runner:
         """Start a job's command; retry if the machine lacks a resource. Raises as start()."""
         for delay in (*SPAWN_DELAYS, 0.0):
             try:
-                pid, pipes = self.launcher.start(job, slot)
+                pid, group, pipes = self.launcher.start(job, slot)
                 break
             except OSError as error:
                 if not delay or not is_transient(error):
@@ -6642,7 +6696,7 @@ class Runner:
                 if time.monotonic() >= self.start_deadline or process.signalled:
                     raise
         with self.lock:
-            process.pid, process.pipes = pid, pipes
+            process.pid, process.group, process.pipes = pid, group, pipes
             if process.signalled:
                 process.signal(process.signalled)
 
@@ -6660,7 +6714,7 @@ class Runner:
         with self.lock:
             self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.group, signal.SIGKILL)
         deadline = time.monotonic() + REAP_TIMEOUT
         for killed in iter(self.kill_orphans, []):
             if time.monotonic() >= deadline:
