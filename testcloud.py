@@ -540,8 +540,17 @@ def refuse_constant(name: str) -> None:
     raise ValueError(name + " is no JSON")
 
 
-dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+encoder: Any = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+encode_parts: Callable[[Any, int], Iterable[str]] = encoder.iterencode
+with contextlib.suppress(AttributeError, TypeError):  # its encode() makes one of these each time
+    encode_parts = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+        None, encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, True)
 decoder: Any = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def dump(value: Any) -> str:
+    """Return the JSON text of a value."""
+    return "".join(encode_parts(value, 0))
 
 
 def load(text: str) -> Any:
@@ -6002,8 +6011,9 @@ class Spawner:
         self.ctypes = ctypes
         self.inherited = inherited
         self.array = self.texts(inherited)
-        self.libc = libc = ctypes.CDLL(None)
-        self.set_directory = libc.posix_spawn_file_actions_addchdir_np
+        self.libc = ctypes.CDLL(None)
+        self.quick = ctypes.PyDLL(None)  # for calls that take less time than to share the GIL
+        self.set_directory = self.quick.posix_spawn_file_actions_addchdir_np
         self.attributes: Dict[int, Any] = {}  # by process group; 0: of its own
 
     def attributes_of(self, group: int) -> Any:
@@ -6025,20 +6035,20 @@ class Spawner:
         its pid. Without its path it is that of the first word. No text may contain a NUL. Raises
         OSError."""
         variables = self.environment(changed)
-        libc, actions = self.libc, self.ctypes.create_string_buffer(self.STRUCT)
-        libc.posix_spawn_file_actions_init(actions)
+        quick, actions = self.quick, self.ctypes.create_string_buffer(self.STRUCT)
+        quick.posix_spawn_file_actions_init(actions)
         try:
-            libc.posix_spawn_file_actions_addopen(actions, 0, os.devnull.encode(), os.O_RDWR, 0)
-            libc.posix_spawn_file_actions_adddup2(actions, stdout, 1)
-            libc.posix_spawn_file_actions_adddup2(actions, stderr, 2)
+            quick.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDWR, 0)
+            quick.posix_spawn_file_actions_adddup2(actions, stdout, 1)
+            quick.posix_spawn_file_actions_adddup2(actions, stderr, 2)
             if cwd is not None:
                 self.set_directory(actions, cwd)
             pid = self.ctypes.c_int()
             words = (self.ctypes.c_char_p * (len(argv) + 1))(*argv)
-            error = libc.posix_spawn(self.ctypes.byref(pid), program or argv[0], actions,
-                                     self.attributes_of(group), words, variables)
+            error = self.libc.posix_spawn(self.ctypes.byref(pid), program or argv[0], actions,
+                                          self.attributes_of(group), words, variables)
         finally:
-            libc.posix_spawn_file_actions_destroy(actions)
+            quick.posix_spawn_file_actions_destroy(actions)
         if error:
             raise OSError(error, os.strerror(error))
         return pid.value
@@ -6050,7 +6060,7 @@ class Spawner:
 
     def environment(self, changed: Dict[bytes, bytes]) -> Any:
         """Return the inherited variables and these as a C array."""
-        if self.inherited.keys() & changed.keys():
+        if not changed.keys().isdisjoint(self.inherited):
             return self.texts({**self.inherited, **changed})
         variables = self.texts({}, len(self.inherited) + len(changed))
         self.ctypes.memmove(variables, self.array, self.ctypes.sizeof(self.array))
@@ -6366,11 +6376,12 @@ class Launcher:
     def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
         """Return the variables that the client has set, and the command's own."""
         run, id, attempt = job.key
-        own = {"TESTCLOUD_RUN": run, "TESTCLOUD_SEQ": str(id), "TESTCLOUD_ATTEMPT": str(attempt),
-               "TESTCLOUD_SLOT": str(slot), "TESTCLOUD_SLOTS": str(job.slots),
-               "TESTCLOUD_WORKER": self.worker,
-               "PWD": job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")}
-        return {to_bytes(name): to_bytes(value) for name, value in {**job.env, **own}.items()}
+        pwd = job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")
+        return {**{to_bytes(name): to_bytes(value) for name, value in job.env.items()},
+                b"TESTCLOUD_RUN": to_bytes(run), b"TESTCLOUD_SEQ": b"%d" % id,
+                b"TESTCLOUD_ATTEMPT": b"%d" % attempt, b"TESTCLOUD_SLOT": b"%d" % slot,
+                b"TESTCLOUD_SLOTS": b"%d" % job.slots, b"TESTCLOUD_WORKER": to_bytes(self.worker),
+                b"PWD": to_bytes(pwd)}
 
 
 def enlarge_pipe(pipe: int) -> None:
@@ -6414,16 +6425,18 @@ class OutputReader:
 
     def wait_for_leader(self) -> None:
         leader = pidfd(self.process.pid)
-        if leader >= 0:
-            self.poller.register(leader, select.POLLIN)
-        while not self.process.has_ended():
-            self.poll(math.inf if leader >= 0 else time.monotonic() + POLL_INTERVAL)
-        if leader >= 0:
-            self.poller.unregister(leader)
-            os.close(leader)
+        if leader < 0:
+            while not self.process.has_ended():
+                self.poll(time.monotonic() + POLL_INTERVAL)
+            return
+        self.poller.register(leader, select.POLLIN)
+        while leader not in self.poll(math.inf):
+            pass
+        self.poller.unregister(leader)
+        os.close(leader)
 
-    def poll(self, until: Seconds) -> bool:
-        """Read what arrives before `until`. Return whether something did."""
+    def poll(self, until: Seconds) -> List[int]:
+        """Read what arrives before `until`. Return the descriptors that were ready."""
         now = time.monotonic()
         if now >= self.report_at:
             self.report_at = math.inf
@@ -6436,7 +6449,7 @@ class OutputReader:
         ready = [file for file, _ in self.poller.poll(patience)]
         for pipe in self.sizes.keys() & ready:
             self.read(pipe)
-        return bool(ready)
+        return ready
 
     def read(self, pipe: int) -> None:
         data = os.read(pipe, self.sizes[pipe])
