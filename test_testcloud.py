@@ -29,6 +29,7 @@ import html.parser
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -1619,7 +1620,7 @@ class BrokerTest(unittest.TestCase):
             self.assertEqual(ready(peer, **more), "")
         told = ready(b"b")
         self.assertIn("user 1 runs 1 other worker on h already, with 2 slots (v)", told)
-        warnings = [log.text for log in d.logs if log.level == tc.WARNING]
+        warnings = [log.text for log in d.logs if log.level == logging.WARNING]
         self.assertEqual(warnings, [f"worker b: {told}"])
         for peer in (b"v", b"b"):  # they come back, as to a new broker
             self.assertEqual(ready(peer, join=2), "")
@@ -3133,7 +3134,7 @@ class SessionTest(unittest.TestCase):
                      'ERROR {"reason":"y"}'):
             self.worker.receive(BROKER, b"", "", line.encode(), b"", 0.0)
             levels.append([log.level for log in self.worker.take()[1] if isinstance(log, tc.Log)])
-        info, warning, debug = [tc.INFO], [tc.WARNING], [tc.DEBUG]
+        info, warning, debug = [logging.INFO], [logging.WARNING], [logging.DEBUG]
         self.assertEqual(levels, [[], info, warning, debug, warning])
 
     def test_without_a_connection_it_takes_a_new_socket_in_the_end(self):
@@ -9717,15 +9718,14 @@ class RunnerTest(unittest.TestCase):
                     mock.patch.object(tc, "reaped", lambda pid: False), \
                     mock.patch.object(runner, "command_has_ended", lambda pid: True), \
                     mock.patch.object(tc.os, "kill") as kill, \
-                    mock.patch.object(tc, "REAP_TIMEOUT", 0.05), \
-                    mock.patch.object(tc.LOGGER, "write") as log:
+                    mock.patch.object(tc, "REAP_TIMEOUT", 0.05), self.assertLogs() as logs:
                 self.run_one("true 1")
                 self.run_one("true 2")
         finally:
             os.close(runner.children_file)
             runner.children_file = -1
         kill.assert_called_with(77, signal.SIGKILL)
-        log.assert_called_once_with(tc.WARNING, "processes that cannot be killed: [77]")
+        self.assertEqual(logs.output, ["WARNING:root:processes that cannot be killed: [77]"])
 
     def test_orphans_that_cannot_be_killed_are_remembered_until_they_end(self):
         """There may be several, from different times. Another process may get the pid of one."""
@@ -9739,11 +9739,10 @@ class RunnerTest(unittest.TestCase):
             for orphans, waited_for in (([11], [11]), ([11, 22], [22]), ([11, 22], []), ([22], []),
                                         ([11, 22], [11]), ([], []), ([22, 11], [22, 11])):
                 children.return_value = orphans
-                with mock.patch.object(tc.LOGGER, "write") as write:
+                with mock.patch.object(tc.logging, "warning") as warning:
                     runner.kill_leftovers(tc.Job(("r", 1, 1), {"cmd": "true"}), ended)
-                self.assertEqual([call.args for call in write.call_args_list], [
-                    (tc.WARNING, f"processes that cannot be killed: {waited_for}")
-                ] if waited_for else [], orphans)
+                self.assertEqual([call[0][-1] for call in warning.call_args_list],
+                                 [waited_for] if waited_for else [], orphans)
 
     def test_each_command_has_its_directory_and_we_keep_ours(self):
         before = os.getcwd()
@@ -16756,9 +16755,9 @@ class KeyFilesTest(unittest.TestCase):
                  "the key of another cloud. The old key stays; restart", [True, False]),
                 (self.KEYS._replace(holders=()), "read the keys again: of 0 holders", [False] * 2)]:
             self.replace(keys)
-            with mock.patch.object(tc.LOGGER, "write") as log:
+            with self.assertLogs(level="INFO") as logs:
                 authenticator.reload_keys(0.0)
-            self.assertIn(said, log.call_args_list[0].args[1])
+            self.assertIn(said, logs.output[0])
             self.assertEqual([authenticator.allows("client", key * 40) for key in "ae"], allowed)
 
     def test_a_key_file_that_is_damaged_or_missing_changes_nothing(self):
@@ -16767,7 +16766,7 @@ class KeyFilesTest(unittest.TestCase):
         for change, warnings in ((lambda: os.truncate(self.path, 100), 1),
                                  (lambda: os.remove(self.path), 0)):
             change()
-            with mock.patch.object(tc.LOGGER, "write") as log:
+            with mock.patch.object(tc.logging, "warning") as log:
                 for _ in range(2):
                     authenticator.reload_keys(0.0)
             self.assertEqual(log.call_count, warnings)
@@ -16794,7 +16793,7 @@ class RefusalsTest(unittest.TestCase):
     def said(self, *texts, after=0.0, unless=""):
         """What is logged when these are told, and so much later."""
         with mock.patch.object(tc.time, "monotonic", lambda: self.now), \
-                mock.patch.object(tc.LOGGER, "write") as log:
+                mock.patch.object(tc.logging, "warning") as log:
             for text in texts:
                 self.refusals.add(self.now, text, unless)
             self.now += after
@@ -16831,7 +16830,7 @@ class RefusalsTest(unittest.TestCase):
             for place in ("h", ""):
                 self.setUp()
                 link = types.SimpleNamespace(address="tcp://a:1", keyed=keyed)
-                with mock.patch.object(tc.LOGGER, "write") as log:
+                with mock.patch.object(tc.logging, "warning") as log:
                     self.refusals.closed(link, place, event, detail, self.now)
                 said = [call.args[1] for call in log.call_args_list]
                 start = f"connection{' from h' * bool(place)} to tcp://a:1 failed: "
@@ -16939,15 +16938,14 @@ class AuthenticationTest(unittest.TestCase):
 
             def connected(self, link, now):
                 test.events.append("connected")
-        with mock.patch.object(tc, "REFUSED_RETRY", 0.0), \
-                mock.patch.object(tc.LOGGER, "write") as log:
+        with mock.patch.object(tc, "REFUSED_RETRY", 0.0), self.assertLogs(level="WARNING") as logs:
             tc.DealerLink(self.loop, self.loop.add(Probe(), {}), BROKER, self.link.address,
                           "client", keys.pop(), renew=lambda: keys.pop() if keys else None)
             self.wait_until(lambda: "connected" in self.events)
         self.assertEqual([event for event in self.events if event != "reached"],
                          ["not our key", tc.fingerprint(self.pairs[1].public), "connected"])
-        log.assert_called_once_with(
-            tc.WARNING, "refused a client at 127.0.0.1: its key is revoked, or unknown")
+        self.assertEqual([line.split(":root:")[1] for line in logs.output],
+                         ["refused a client at 127.0.0.1: its key is revoked, or unknown"])
 
     def test_no_peer_takes_over_the_routing_id_of_another(self):
         self.start(self.path)
@@ -19218,13 +19216,13 @@ class CommandLineTest(unittest.TestCase):
 
     def test_how_much_is_logged(self):
         with mock.patch.dict(tc.RUN, dict.fromkeys(tc.RUN, lambda settings: 0)), \
-                mock.patch.object(tc.LOGGER, "level"):
+                mock.patch.object(tc.logging, "basicConfig") as configure:
             for argv, level in (("client", "WARNING"), ("client --quiet", "ERROR"),
                                 ("client -v", "DEBUG"), ("client --quiet -v", "DEBUG"),
                                 ("worker", "INFO"), ("worker -v", "DEBUG"),
                                 ("completion zsh", "INFO")):
                 self.assertEqual(self.main(*argv.split())[0], 0)
-                self.assertEqual(tc.LOGGER.level, getattr(tc, level), argv)
+                self.assertEqual(configure.call_args.kwargs["level"], getattr(logging, level), argv)
 
     def test_exit_status_of_a_client(self):
         fine = {"empty": False, "codes": {}, "skipped_failed": 0, "wrong_hash": ""}
@@ -21101,15 +21099,11 @@ class TerminalTest(unittest.TestCase):
             with bar.hidden():
                 pass
             self.assertEqual(err.getvalue(), "")
-            logger = tc.Logger()
-            logger.dated = False
-            logger.write(tc.INFO, "below its level")
-            logger.write(tc.ERROR, "logged")
-            self.assertEqual(err.getvalue(), "\ntestcloud: logged\n" + bar.text[:79])
-            logger.write(tc.ERROR, "more")
+            tc.LogHandler().emit(logging.makeLogRecord({"msg": "logged"}))
+            self.assertEqual(err.getvalue(), "\nlogged\n" + bar.text[:79])
+            tc.LogHandler().emit(logging.makeLogRecord({"msg": "more"}))
         self.assertEqual(err.getvalue(),
-                         "\ntestcloud: logged\n" + bar.text[:79] +
-                         "\r\x1b[Ktestcloud: more\n" + bar.text[:79])
+                         "\nlogged\n" + bar.text[:79] + "\r\x1b[Kmore\n" + bar.text[:79])
 
     def test_a_bar_is_wiped_when_the_terminal_has_become_narrower(self):
         bar = tc.ProgressLine()

@@ -146,6 +146,7 @@ import heapq
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -695,8 +696,6 @@ def natural_order(names: Sequence[object]) -> List[object]:
 # lines into its outbox and orders into its effects; the loop takes both. Lines to the same
 # receiver leave in one body: this batching makes the program fast.
 
-DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # levels of the log
-
 
 class Outgoing(NamedTuple):
     """A body to be sent: on which link, to which peer, for which run."""
@@ -828,7 +827,7 @@ class Machine:
     def complain(self, link: str, peer: Peer, token: Run, line: bytes, reason: str) -> None:
         """Answer a bad message with ERROR, and log it. A bad ERROR gets no answer."""
         if self.complaints.is_new(reason, self.now, MAX_COMPLAINTS):
-            self.log(WARNING, f"bad message on {link}: {reason}: {printable(line)}")
+            self.log(logging.WARNING, f"bad message on {link}: {reason}: {printable(line)}")
         if not line.startswith(b"ERROR"):
             self.say(link, peer, token, "ERROR", {"message": printable(line), "reason": reason})
 
@@ -841,7 +840,7 @@ class Machine:
     def on_error(self, message: Message) -> None:
         reason = printable(message.fields.get("reason", ""), 200)
         about = printable(message.fields.get("message", ""))
-        level = DEBUG if reason == self.last_complaint else WARNING
+        level = logging.DEBUG if reason == self.last_complaint else logging.WARNING
         self.last_complaint = reason  # one warning, not one per heartbeat
         self.log(level, f"peer on {message.link} complains: {reason}: {about}")
 
@@ -3633,7 +3632,7 @@ class Dispatcher(Machine):
         assert worker is not None
         worker.ready = False
         why = f"worker {printable(worker.name)} did not confirm it"
-        self.log(WARNING, f"{why}: command {task.id} of run "
+        self.log(logging.WARNING, f"{why}: command {task.id} of run "
                                   f"{printable(task.client.run, 8)}")
         self.instruct([("CANCEL", task)])
         self.lose(task, why)
@@ -3995,7 +3994,7 @@ class Membership(Dispatcher):
         client.stops = fields.get("stops", False)
         self.registry.connect_client(client, peer)
         if is_new:
-            self.log(INFO, f"client {printable(client.host)} joined")
+            self.log(logging.INFO, f"client {printable(client.host)} joined")
         wanted = set(fields.get("unreported", ()))
         self.drop([task for id, task in client.tasks.items() if id not in wanted])
         client.announced = wanted.difference(client.tasks)
@@ -4034,7 +4033,7 @@ class Membership(Dispatcher):
         self.scheduler.remove_client(client)
         self.registry.remove_client(client, self.now)
         if not client.from_above:
-            self.log(INFO, f"client {why}")
+            self.log(logging.INFO, f"client {why}")
 
     def release_workspaces(self, client: ClientRecord) -> None:
         """Let workers release their workspaces of this run (CANCEL without tasks)."""
@@ -4072,7 +4071,7 @@ class Membership(Dispatcher):
         if worker is None:
             worker = self.registry.add_plain_worker(message.peer, self.now)
             self.scheduler.add_worker(worker)
-            self.log(INFO, f"plain worker {worker.name} joined")
+            self.log(logging.INFO, f"plain worker {worker.name} joined")
         elif not worker.plain:
             raise ProtocolError("READY needs the name given before")
         worker.weight = message.fields.get("weight", worker.weight)
@@ -4116,7 +4115,7 @@ class Membership(Dispatcher):
         fields = self.partial.whole(peer, message.fields)
         if worker is None:
             worker = self.registry.add_worker(name, fields.get("host") or name)
-            self.log(INFO, f"worker {printable(name)} joined")
+            self.log(logging.INFO, f"worker {printable(name)} joined")
         worker.join, worker.user = join, fields.get("user", "")
         self.registry.connect_worker(worker, peer, self.now)
         self.scheduler.add_worker(worker)
@@ -4146,7 +4145,7 @@ class Membership(Dispatcher):
         note = (f"{printable(worker.user)} runs {plural(len(others), 'other worker')} on {host} "
                 f"already, with {slots} ({printable(others[0].name)}): stop what is not wanted, or "
                 f"they share its CPUs")
-        self.log(WARNING, f"worker {printable(worker.name)}: {note}")
+        self.log(logging.WARNING, f"worker {printable(worker.name)}: {note}")
         return note
 
     def on_worker_bye(self, message: Message) -> None:
@@ -4160,7 +4159,7 @@ class Membership(Dispatcher):
         for key in [*worker.locks]:
             self.release_lock(worker, key)
         self.registry.remove_worker(worker)
-        self.log(INFO, f"worker {printable(worker.name)} {why}")
+        self.log(logging.INFO, f"worker {printable(worker.name)} {why}")
         for task in list(worker.tasks.values()):
             self.lose(task, f"worker {printable(worker.name)} {why}",
                       fault if task.state in BUSY else "")  # it may have died before QUEUED
@@ -4398,7 +4397,7 @@ class Broker(Membership):
                 self.say(CLIENTS, message.peer, "", "WHO")
                 return
             self.registry.add_plain_client(message.peer, self.name, self.now)
-            self.log(INFO, f"plain client {printable(message.peer)} joined")
+            self.log(logging.INFO, f"plain client {printable(message.peer)} joined")
         client = self.client_of(message)
         if client is None:
             return
@@ -4472,7 +4471,7 @@ class Broker(Membership):
         why, away = self.why_not_stopped(found, allowed), False
         if not why:
             client = allowed[0]
-            self.log(INFO, f"client {pid}@{printable(host)} is stopped by {printable(by)}")
+            self.log(logging.INFO, f"client {pid}@{printable(host)} is stopped by {printable(by)}")
             registry.stop(client, by[:STATUS_LIMIT])
             self.tell_stop(client)
             away = client.peer is None
@@ -4662,7 +4661,7 @@ class Broker(Membership):
     def on_ok(self, message: Message) -> None:
         self.upstream.above = message.fields.get("above", [])
         if self.name in self.upstream.above:
-            self.log(ERROR, "this broker is chained to itself in a loop of brokers: "
+            self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
                                     "correct --upstream")
             self.effects.append(Exit(2))
             return
@@ -5221,7 +5220,7 @@ class Worker(SessionMachine):
 
     def on_ok(self, message: Message) -> None:
         if self.session.on_ok(message.fields):
-            self.log(INFO, "joined the broker")
+            self.log(logging.INFO, "joined the broker")
             self.host = message.fields.get("host", self.host)
             if message.fields.get("note"):
                 self.effects.append(Notice(f"notice: {printable(message.fields['note'], 500)}"))
@@ -5541,7 +5540,7 @@ class Worker(SessionMachine):
             return
         self.now, self.overloaded = now, not self.overloaded
         if self.overloaded:
-            self.log(INFO, (
+            self.log(logging.INFO, (
                 f"load {load:.1f}: no new commands until it is below "
                 f"{LOAD_HYSTERESIS * self.max_load:g}" if busy else
                 f"{amount(free)} of memory free: no new commands until it is "
@@ -6733,7 +6732,7 @@ class Runner:
         for killed in iter(self.kill_orphans, []):
             if time.monotonic() >= deadline:
                 self.stuck.update(killed)
-                LOGGER.write(WARNING, f"processes that cannot be killed: {killed}")
+                logging.warning("processes that cannot be killed: %s", killed)
                 return
             time.sleep(0.001)
 
@@ -9450,25 +9449,12 @@ def print_notice(text: str) -> None:
             print(f"testcloud: {text}", file=sys.stderr, flush=True)
 
 
-class Logger:
-    """Writes the log to stderr, and not over the progress line. Python's logging would take 5 ms
-    of each start."""
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes the log to stderr, and not over the progress line."""
 
-    level = WARNING  # the lowest that is written
-    dated = True
-
-    def write(self, level: int, text: str) -> None:
-        if level < self.level or sys.stderr is None:
-            return
-        now = time.time()
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        head = f"{date},{int(now % 1 * 1000):03}" if self.dated else "testcloud:"
-        with contextlib.suppress(OSError), PROGRESS_LINE.at_line_start():
-            sys.stderr.write(f"{head} {text}\n")
-            sys.stderr.flush()
-
-
-LOGGER = Logger()
+    def emit(self, record: logging.LogRecord) -> None:
+        with PROGRESS_LINE.at_line_start():
+            super().emit(record)
 
 
 class Writer:
@@ -11311,7 +11297,7 @@ class EventLoop:
     def add(self, machine: Machine, effects: Dict[type, Callable[[Any], object]]) -> Adapter:
         """Return a new adapter for this machine, without links."""
         adapter = Adapter(machine, {}, {
-            Log: lambda effect: LOGGER.write(effect.level, effect.text),
+            Log: lambda effect: logging.log(effect.level, "%s", effect.text),
             Notice: lambda effect: print_notice(effect.text),
             Reconnect: lambda effect: adapter.links[effect.link].reconnect(),
             Exit: lambda effect: self.exit(effect.status), **effects})
@@ -11868,7 +11854,7 @@ class SocketLink(Link):
             backlog.append(outgoing)
             size = sum(len(one.body) + len(one.data) for one in backlog)
             if len(backlog) > MAX_BACKLOG or size > MAX_BACKLOG_BYTES:
-                LOGGER.write(INFO, f"a peer on {self.name} does not read: connection closed")
+                logging.info("a peer on %s does not read: connection closed", self.name)
                 self.disconnect(outgoing.peer)
                 self.forget(outgoing.peer, time.monotonic())
         elif not self.send_now(outgoing):
@@ -12565,14 +12551,14 @@ class Authenticator:
         try:
             keys = read_keys(self.path)
         except SetupError as error:
-            LOGGER.write(WARNING, f"{error}; the broker keeps the old keys. Repair the file.")
+            logging.warning("%s; the broker keeps the old keys. Repair the file.", error)
             return
         if keys.secret != self.keys.secret:
-            LOGGER.write(WARNING, f"{self.path} holds the key of another cloud. The old key stays; "
-                         f"restart the broker to use the new one.")
+            logging.warning("%s holds the key of another cloud. The old key stays; restart the "
+                            "broker to use the new one.", self.path)
             return
         self.use(keys)
-        LOGGER.write(INFO, f"read the keys again: of {len(keys.holders)} holders")
+        logging.info("read the keys again: of %d holders", len(keys.holders))
         for link in self.links:
             link.disconnect_revoked(now)
 
@@ -12595,7 +12581,7 @@ class RefusalLog:
             if self.logged[0] + REFUSAL_INTERVAL > now:
                 return
             self.logged.append(now)
-            LOGGER.write(WARNING, reason)
+            logging.warning("%s", reason)
         self.seen[reason] = now
 
     def flush(self) -> None:
@@ -13094,10 +13080,9 @@ def run_broker(settings: argparse.Namespace) -> int:
         print_line(f"Listening for clients on {clients.address}")
         print_line(f"Listening for workers on {workers.address}")
         if keys is not None:
-            LOGGER.write(INFO, "encrypted, and only for those with a key: "
-                         f"{printable(path, 1000)}")
+            logging.info("encrypted, and only for those with a key: %s", printable(path, 1000))
         elif not settings.insecure:
-            LOGGER.write(INFO, "for this machine only, as there is no key (testcloud.py keygen)")
+            logging.info("for this machine only, as there is no key (testcloud.py keygen)")
         for link in (clients, workers):
             if keys is None and not is_loopback(link.address):
                 print_notice(f"warning: {link.address} needs no key, and can be reached from the "
@@ -13467,7 +13452,8 @@ def run_from_memory(text: str) -> None:
         os.dup2(null.fileno(), 0)
     os.dup2(2, 1)  # the stream is ours alone: what anything prints goes to stderr
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    LOGGER.dated, LOGGER.level = False, DEBUG if settings.verbose else WARNING
+    logging.basicConfig(level=logging.DEBUG if settings.verbose else logging.WARNING,
+                        handlers=[LogHandler()], format="testcloud: %(message)s")
 
     def join(loop: EventLoop, adapter: Adapter, worker: Worker) -> None:
         link = PipeLink(loop, worker, BROKER, b"", incoming, outgoing, worker_controls(worker),
@@ -15351,7 +15337,7 @@ def add_broker(loop: EventLoop, client: Client, times: Times) -> Tuple[Broker, A
     # forever, in seconds: a stopped process stops both alike
     broker = Broker("local", times._replace(client_lease=1e9), now=-math.inf)  # it has no past
     # what it logs for an operator is of interest with --verbose only
-    adapter = loop.add(broker, {Log: lambda effect: LOGGER.write(INFO, effect.text)})
+    adapter = loop.add(broker, {Log: lambda effect: logging.info("%s", effect.text)})
     adapter.links[CLIENTS] = LocalLink(client, BROKER, b"")
     loop.adapters[0].links[BROKER] = LocalLink(broker, CLIENTS, b"client")
     loop.post(lambda now: client.connected(BROKER, now))
@@ -15754,9 +15740,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         settings = parse_with_own(given)
         settings.argv = given
         verbose = getattr(settings, "verbose", False)  # None: --quiet
-        LOGGER.level = DEBUG if verbose else INFO
+        level = logging.DEBUG if verbose else logging.INFO
         if settings.subcommand == CLIENT_ROLE and not verbose:
-            LOGGER.level = ERROR if verbose is None else WARNING
+            level = logging.ERROR if verbose is None else logging.WARNING
+        logging.basicConfig(level=level, handlers=[LogHandler()], format="%(asctime)s %(message)s")
         alone = settings.subcommand == CLIENT_ROLE and (settings.local or names_hosts(settings))
         if argv is None and settings.subcommand != "completion" and not alone:
             use_venv_python()
