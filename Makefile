@@ -55,10 +55,10 @@ MESSAGES ?= 1000000
 fuzz: setup
 	$(RUN) test_testcloud.py fuzz --messages $(MESSAGES) $(if $(SEED),--seed $(SEED))
 
-# speed, compared with the alternatives that are installed: make bench ONLY=latency
+# speed beside what is installed, as a Markdown table: make bench ONLY=latency MARKDOWN=1
 ONLY ?=
 bench: setup
-	$(RUN) test_testcloud.py bench --only "$(ONLY)"
+	$(RUN) test_testcloud.py bench --only "$(ONLY)" $(if $(MARKDOWN),--markdown)
 
 # a broker, two workers and a client that computes pi, as real processes
 demo: setup
