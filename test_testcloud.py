@@ -16586,6 +16586,9 @@ class WorkerProgramTest(unittest.TestCase):
         # in memory there is no file, and nobody calls run_broker() or makes a Writer or a socket
         self.assertEqual(lacks, {"__file__", "Broker", "BlockingFile", "zmq"})
 
+    def test_has_no_manual(self):
+        self.assertEqual(self.names["MANUAL"], {})
+
     def test_lines_keep_their_numbers(self):
         for name in ("to_text", "run_from_memory"):
             self.assertEqual(self.names[name].__code__.co_firstlineno,
@@ -19334,12 +19337,14 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(bash("testcloud.py client --color a"), ["auto", "always"])
         self.assertEqual(bash("testcloud.py keygen --role ''"), ["client", "worker"])
         self.assertEqual(bash("testcloud.py completion ''"), list(tc.SHELLS))
+        self.assertEqual(bash("testcloud.py help tre"), ["trees"])
         self.assertEqual(bash("testcloud.py status --h"), ["--help"])
         self.assertEqual(bash("testcloud.py client -- --ju"), [])
         fish = self.main("completion", "fish")[1]
         for line in (" -s s -l slow -r -d ", " -l color -x -a 'auto always never' -d ",
                      " -s k -l keep-order -d ",
-                     "'__fish_seen_subcommand_from completion' -x -a 'bash zsh fish' -d "):
+                     "'__fish_seen_subcommand_from completion' -x -a 'bash zsh fish' -d ",
+                     "'__fish_seen_subcommand_from help' -f -a trees -d "):
             self.assertEqual(fish.count(line), 1, line)
         for shell in tc.SHELLS:
             status, text, _ = self.main("completion", shell)
@@ -19442,10 +19447,38 @@ class CommandLineTest(unittest.TestCase):
             status, out, _ = self.main(role, "--help")
             self.assertEqual(status, 0)
             rows = out.splitlines()
+            named = re.sub(r"\s+", " ", out.partition("topics (testcloud.py help TOPIC): ")[2])
+            self.assertEqual(named.strip().split(", "),
+                             [topic for topic, row in tc.TOPICS.items() if role in row.roles])
             self.assertTrue(len(rows) <= 64 and max(map(len, rows)) <= 80, role)  # a large screen
             if role == "client":
                 begins = ["testcloud.py client" in row for row in rows[:4]]
                 self.assertEqual(begins, [True] * 3 + [False])
+
+    def test_help_shows_topics_and_roles(self):
+        status, out, _ = self.main("help")
+        self.assertEqual(status, 0)
+        self.assertEqual(re.findall(r"(?m)^    (\w+) +\S", out), list(tc.TOPICS))
+        self.assertEqual(self.main("help", "status")[1], tc.topic_text("status") + "\n")
+        self.assertEqual(self.main("help", "client"), self.main("client", "--help"))
+
+    def test_help_knows_what_a_misspelt_topic_means(self):
+        for topic, near in (("tree", "trees"), ("joblogs", "joblog"), ("cleint", "client")):
+            self.assertEqual(self.main("help", topic), (2, "", (
+                f"testcloud: no topic '{topic}': did you mean {near}? (see: testcloud.py help)\n")))
+        self.assertEqual(self.main("help", "\x1b7")[2],
+                         "testcloud: no topic '\\x1b7' (see: testcloud.py help)\n")
+
+    def test_help_uses_the_pager_of_a_terminal(self):
+        master, ours = os.openpty()
+        self.addCleanup(os.close, master)
+        with contextlib.closing(os.fdopen(ours)) as terminal:
+            done = subprocess.run([sys.executable, SCRIPT, "help", "status"], stdin=terminal,
+                                  stdout=terminal, stderr=subprocess.PIPE, timeout=PATIENCE,
+                                  env={**os.environ, "PAGER": "head -1", "TERM": "xterm"})
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertEqual(os.read(master, 1000).decode().splitlines(),
+                         tc.topic_text("status").splitlines()[:1])
 
     def test_colour(self):
         with mock.patch.object(sys, "stdout", mock.Mock(isatty=lambda: True)):

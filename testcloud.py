@@ -233,6 +233,8 @@ CLIENT_PORT = 2224
 WORKER_PORT = 2225
 PLAIN = "plain."  # prefix of a plain client's run, which ends with its broker
 
+MANUAL: Dict[str, str] = {}  # texts for `testcloud.py help`, each in the section that it is about
+
 # --- sizes on the wire, in bytes
 MAX_FRAME = 4 * 1024 * 1024  # libzmq closes a connection that sends a larger frame
 BATCH_BYTES = MAX_FRAME // 16  # a body is closed past this size
@@ -414,9 +416,10 @@ machines = list_of("[host, slots, label, label...]", lambda row: type(row) is li
 
 
 class Spec(NamedTuple):
-    """A row of MESSAGES: a verb's way through the cloud, and its fields."""
+    """A row of MESSAGES: a verb's way through the cloud, what it says, and its fields."""
 
     way: str
+    means: str
     needs: Dict[str, Check]
     may_have: Dict[str, Check]
 
@@ -434,7 +437,8 @@ CLIENT_ROWS = rows_of({
     "there": flag, "queued": count, **COUNTS, "waits_for": text}, {"pid": count})  # 0 if unknown
 
 MESSAGES: Dict[str, Spec] = {
-    COMMAND: Spec("client > broker > worker", {"cmd": text}, {
+    COMMAND: Spec("client > broker > worker",
+        "run this command: cmd, cwd; id and attempt", {"cmd": text}, {
         "cwd": text, "id": count, "attempt": count,
         "again": flag,  # submitted before: a worker may run it already
         "had": text,  # the worker that had it, by name
@@ -457,11 +461,12 @@ MESSAGES: Dict[str, Spec] = {
         "manifest": count,  # bytes of the tree's manifest
         "return": texts,  # files to send with the output: paths from cwd
         "cut": count}),  # bytes of output to send at most, inline
-    "HELLO": Spec("client > broker", {"run": name}, {
+    "HELLO": Spec("client > broker",
+        "my run; when joining: my unreported commands", {"run": name}, {
         "join": count, "beat": count, "unreported": counts, "version": text, "host": text,
         "pid": count, "backlog": count,  # commands that the client has not submitted yet
         "stops": flag}),  # it understands STOP
-    "READY": Spec("worker > broker", {}, {
+    "READY": Spec("worker > broker", "my name and slots; when joining: my tasks", {}, {
         "name": name, "join": count, "beat": count, "slots": slot_count, "weight": integer,
         "running": triples, "held": triples, "version": text, "user": text,
         "host": text,  # NAME/ID
@@ -475,7 +480,7 @@ MESSAGES: Dict[str, Spec] = {
         "widest": machines,  # the same as crew, with the slots of the largest worker there,
         "depth": count,  # and the brokers in its longest chain
         "locks": lock_rows}),  # that its tasks have; without a task: for its own clients
-    "OK": Spec("broker > client, worker", {}, {
+    "OK": Spec("broker > client, worker", "answer to HELLO or READY: workers, slots", {}, {
         "join": count, "beat": count,  # the number of the greeting that it answers
         "broker": text, "workers": count, "slots": count, "hosts": count, "above": texts,
         "lacks": text,  # labels of the client's commands that no worker has now
@@ -486,50 +491,59 @@ MESSAGES: Dict[str, Spec] = {
         "unfit": texts,  # hosts with workers that are too old for the client's commands
         "host": text,  # the name that the broker shows for the worker's host
         "patience": number}),  # seconds of silence before the broker gives up a peer
-    "WHO": Spec("broker > client, worker", {}, {}),
-    "QUEUED": Spec("worker > broker > client", {}, {
+    "WHO": Spec("broker > client, worker", "I do not know you (any more): join again", {}, {}),
+    "QUEUED": Spec("worker > broker > client", "the worker has accepted the command", {}, {
         "cmd": text, "tasks": pairs, "worker": text, "host": text,
         "preparing": text}),  # takes no slot yet: FILES or SETUP of its workspace come first
-    "RESULT": Spec("worker > broker > client", {"exitcode": integer}, {
+    "RESULT": Spec("worker > broker > client",
+        "the command has ended: exitcode, stdout, time (ms)", {"exitcode": integer}, {
         "id": count, "attempt": count, "cmd": text, "stdout": text, "time": number,
         "started": number, "size": count, "worker": text, "host": text, "signal": count,
         "slot": count, "reason": text,
         "ran": flag,  # it did run, although exit code 126 has a reason
         "returned": returned,  # of its "return"; the contents follow the output in its stream
         "split": flag}),  # the output is in PIECES
-    "LOST": Spec("worker > broker > client", {"tasks": pairs, "why": text}, {
+    "LOST": Spec("worker > broker > client",
+        "this attempt will bring no result", {"tasks": pairs, "why": text}, {
         "fault": text,  # CRASH, SPAWN, NOWHERE, UNFIT or ""
         "may_run": flag,  # it keeps its lock: LOST comes again when it certainly does not run
         "worker": text, "host": text, "output": text}),  # output: of a failed setup
-    "DONE": Spec("client > broker > worker", {"tasks": pairs}, {}),
-    "CANCEL": Spec("client > broker > worker", {}, {"tasks": pairs}),
-    "FETCH": Spec("client < broker > worker", {
+    "DONE": Spec("client > broker > worker", "I have the result, forget it", {"tasks": pairs}, {}),
+    "CANCEL": Spec("client > broker > worker",
+        "stop and forget; without tasks: all of the run", {}, {"tasks": pairs}),
+    "FETCH": Spec("client < broker > worker",
+        "send me a part of this large output, or of this tree", {
         "id": count, "attempt": count, "offset": count, "size": count}, {
         "tree": tree_name,  # of its stream, not of the command's output
         "spans": spans,  # several, with `size` bytes together; the first is at `offset`
         "anew": flag,  # earlier requests, or their answers, may be lost: forget them
         "again": flag,  # what came had the wrong hash
         "got": count, "of": count, "host": text}),  # bytes that this host has, and lacked
-    "CHUNK": Spec("client < broker > worker", {
+    "CHUNK": Spec("client < broker > worker", "a part of a large output, or of a tree", {
         "id": count, "attempt": count, "offset": count}, {
         "tree": tree_name, "size": count,  # as in the FETCH
         "why": text}),  # instead of data: this tree is not there any more
-    "RESEND": Spec("broker > worker", {"tasks": pairs}, {}),
-    "RECALL": Spec("client > broker > worker", {"tasks": pairs}, {}),
-    "BYE": Spec("client, worker > broker", {}, {}),
-    "SHUN": Spec("client > broker > broker", {"hosts": texts}, {}),
-    "LOCK": Spec("broker < > broker", {"lock": lock_name}, {
+    "RESEND": Spec("broker > worker",
+        "send your last message about this task again", {"tasks": pairs}, {}),
+    "RECALL": Spec("client > broker > worker",
+        "hand this task back, unless you have started it", {"tasks": pairs}, {}),
+    "BYE": Spec("client, worker > broker", "I am leaving", {}, {}),
+    "SHUN": Spec("client > broker > broker",
+        "use these hosts only if there are no others", {"hosts": texts}, {}),
+    "LOCK": Spec("broker < > broker",
+        "may a command of my clients have this lock? / it may", {"lock": lock_name}, {
         "has": flag,  # a command below has it already, from a broker that is gone
         "by": text}),  # who wants it, or from above: who has it; without: you have it
-    "UNLOCK": Spec("broker > broker", {"lock": lock_name}, {}),
-    "STOP": Spec("client > broker > client", {}, {
+    "UNLOCK": Spec("broker > broker", "my clients need this lock no more", {"lock": lock_name}, {}),
+    "STOP": Spec("client > broker > client", "stop the run of this client, if it is yours", {}, {
         "pid": count, "host": text,  # of the client, as in STATUS
         "by": text,  # who wants it
         "why": text,  # in the answer: why not, or ""
         "away": flag}),  # in the answer: the client is told when it joins again
-    "STATUS": Spec("client > broker > client", {}, {
+    "STATUS": Spec("client > broker > client", "the workers and clients, and their work", {}, {
         "broker": text, "above": texts, "workers": WORKER_ROWS, "clients": CLIENT_ROWS}),
-    "ERROR": Spec("any > any", {}, {"message": text, "reason": text}),
+    "ERROR": Spec("any > any",
+        "the fault in your message, which changed nothing", {}, {"message": text, "reason": text}),
 }
 
 
@@ -1189,6 +1203,9 @@ MOVES: Dict[str, Tuple[str, ...]] = {
     DELIVERED: (DELIVERED, GONE),
     GONE: (),
 }
+STATES = {RECOVERING: "resubmitted to a new broker", WAITING: "in its client's queue",
+          ASSIGNED: "sent to a worker", RUNNING: "accepted by the worker (QUEUED)",
+          DELIVERED: "RESULT passed on, no DONE yet", GONE: "no task of the broker any more"}
 BUSY = (ASSIGNED, RUNNING)  # the states in which a task takes a slot, unless it is preparing
 
 CRASH, SPAWN = "crash", "spawn"  # faults: the worker was lost; it could not start a process;
@@ -6003,9 +6020,30 @@ class Process:
             os.killpg(self.group, signal.SIGCONT)  # a stopped group handles SIGTERM only then
 
 
+COMMANDS = "commands"
+# whose environment has the variable, and its meaning
+VARIABLES: Dict[str, Tuple[str, str]] = {
+    "TESTCLOUD": (CLIENT_ROLE, "options for each client; those on the command line beat them"),
+    "TESTCLOUD_BROKER": ("client, worker, status, cancel",
+                         "the broker, for want of --connect: best a host without a port"),
+    "TESTCLOUD_KEY_FILE": ("all roles", "the key file, for want of --key"),
+    "TESTCLOUD_SSH": ("client, worker", "the ssh command, for want of --ssh"),
+    "XDG_CONFIG_HOME": ("all roles", "directory of the key file and of sshloginfile (~/.config)"),
+    "XDG_CACHE_HOME": ("client, worker", "directory of workspaces and timings (~/.cache)"),
+    "TMPDIR": ("client, worker", "directory of unlinked files for outputs (/tmp)"),
+    "NO_COLOR": (CLIENT_ROLE, "no colours with --color auto, whatever the value"),
+    "TERM": (CLIENT_ROLE, "dumb: no colours and no line at the bottom"),
+    "PAGER": ("help", "shows a topic on a terminal (less)"),
+    "PWD": (COMMANDS, "the command's directory"),
+    "TESTCLOUD_RUN": (COMMANDS, "the name of the client's run"),
+    "TESTCLOUD_SEQ": (COMMANDS, "which command of the run it is, from 1"),
+    "TESTCLOUD_ATTEMPT": (COMMANDS, "which attempt of it, from 1"),
+    "TESTCLOUD_SLOT": (COMMANDS, "its slot on this worker, from 1"),
+    "TESTCLOUD_SLOTS": (COMMANDS, "how many slots it takes"),
+    "TESTCLOUD_WORKER": (COMMANDS, "the name of its worker"),
+}
 # each command has its own values of these; ours may come from a parent testcloud
-COMMAND_VARIABLES = {b"PWD", b"TESTCLOUD_RUN", b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT",
-                     b"TESTCLOUD_SLOT", b"TESTCLOUD_SLOTS", b"TESTCLOUD_WORKER"}
+COMMAND_VARIABLES = {name.encode() for name, (whose, _) in VARIABLES.items() if whose == COMMANDS}
 
 
 class Spawner:
@@ -11070,6 +11108,10 @@ def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
 # The answer to STATUS for people: lines about the whole cloud, then a table of workers and
 # one of clients. A table is a list of lines.
 
+MANUAL["status"] = """\
+    $ testcloud.py status --watch
+"""
+
 
 def status_tables(fields: Fields, broker: str, columns: int = 0) -> List[List[str]]:
     """Return the tables. To fit into the columns (0: any number), long names are cut."""
@@ -12754,7 +12796,7 @@ SHELLS = ("bash", "zsh", "fish")
 # or an error, or the help of a worker
 HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--cache",
           "--quiet", "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval",
-          "--missed-oks", "--serial", "--delay", "--fail-on-missing", "--force"}
+          "--missed-oks", "--crash-limit", "--serial", "--delay", "--fail-on-missing", "--force"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -12786,8 +12828,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
         ("times", [READY_INTERVAL, MISSED_OKS, KILL_GRACE])]),
     "client": ("run commands, one a line from stdin, and report their results", [
         ("what to run", [
-            option("TEMPLATE", "command: {} is the line, {#} its number, {.} {/} {//} {/.} parts, "
-                   "{1} a column; then ::: ARGS or :::: FILES", nargs=argparse.REMAINDER),
+            option("TEMPLATE", "{} is the line, {1} a column; then ::: ARGS or :::: FILE",
+                   nargs=argparse.REMAINDER),
             option("--jsonl", "lines are JSON objects: cmd, name, env, slots, lock..."),
             option("-0 --null", "NUL ends a line of stdin, not newline"),
             option("-n --max-args N", "so many lines for each command", default=1),
@@ -12883,6 +12925,9 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             KEY, VERBOSE])]),
     "completion": ("print a script with which a shell completes our options", [
         ("for which", [option("SHELL", f"one of {', '.join(SHELLS)}", choices=SHELLS)])]),
+    "help": ("show the manual", [
+        ("what to show", [option("TOPIC", "one topic, or a role (default: the list of topics)",
+                                 nargs="?")])]),
 }
 EXAMPLES = {CLIENT_ROLE: """\
 ls tests/test_*.py | testcloud.py client pytest -q {}   each file on some worker
@@ -12891,7 +12936,7 @@ testcloud.py client -S alpha,beta --sync < file         on hosts, with our files
 
 """}
 USAGE = {CLIENT_ROLE: " [TEMPLATE ...]  < commands", "cancel": " PID@HOST", "keygen": " [FILE]",
-         "completion": " SHELL"}
+         "completion": " SHELL", "help": " [TOPIC]"}
 
 
 def options_of(role: str) -> List[Option]:
@@ -12917,7 +12962,7 @@ def option_names(row: Option) -> List[str]:
 def bash_completion() -> str:
     """Return a script for bash. zsh understands it after bashcompinit."""
     # by pattern: number of the word, word before it, role, word
-    words: Dict[str, Iterable[str]] = {'"1 "*': OPTIONS, '*" -- "*': ()}
+    words: Dict[str, Iterable[str]] = {'"1 "*': OPTIONS, '*" -- "*': (), '"2 help "*': TOPICS}
     for role in OPTIONS:
         rows = options_of(role)
         words[f'*" {role} -"*'] = sorted(name for row in rows for name in option_names(row))
@@ -12940,8 +12985,10 @@ complete -o default -F _testcloud testcloud testcloud.py"""
 def fish_completion() -> Iterator[str]:
     """Yield the lines of a script for fish, which shows help, too."""
     yield "complete -c testcloud -w testcloud.py"
+    start = "complete -c testcloud.py -n"
+    for topic, (summary, _) in TOPICS.items():
+        yield f"{start} '__fish_seen_subcommand_from help' -f -a {topic} -d {shlex.quote(summary)}"
     for role, (purpose, _) in OPTIONS.items():
-        start = "complete -c testcloud.py -n"
         yield f"{start} __fish_use_subcommand -f -a {role} -d {shlex.quote(purpose)}"
         for row in options_of(role):
             words = [f"-{'s' if len(name) == 2 else 'l'} {name.lstrip('-')}"
@@ -13437,7 +13484,9 @@ WORKER_SECTIONS = frozenset((
 
 
 def worker_program(source: str) -> str:
-    """Return the imports and WORKER_SECTIONS of this file. Each line keeps its number."""
+    """Return the imports and WORKER_SECTIONS of this file, without the manual. Each line keeps
+    its number."""
+    source = re.sub(r'(?ms)^MANUAL\[.*?^"""$', lambda text: "\n" * text[0].count("\n"), source)
     start, *rest = re.split(r"(?m)^# === (.+?) =+$", source)
     return start + "".join(text if title in WORKER_SECTIONS else "\n" * text.count("\n")
                            for title, text in zip(rest[::2], rest[1::2]))
@@ -15562,6 +15611,142 @@ def run_cancel(settings: argparse.Namespace) -> int:
         return loop.run()
 
 
+# === Manual ===========================================================================
+#
+# `testcloud.py help TOPIC` prints a text of MANUAL. In it a line that begins with @ stands for
+# rows of a table that the program uses: TABLES says which.
+
+MANUAL["start"] = """\
+"""
+
+
+class Topic(NamedTuple):
+    """A row of TOPICS: its line in the list of topics, and the roles whose --help names it."""
+
+    summary: str
+    roles: Tuple[str, ...]
+
+
+ALL_ROLES = tuple(OPTIONS)
+NET_ROLES = ("broker", "worker", "client", "status", "cancel")  # they have a link
+TOPICS: Dict[str, Topic] = {  # in the order in which a new user needs them
+    "start": Topic("this machine, several hosts, a standing cloud; how to stop it", ALL_ROLES),
+    "commands": Topic("what runs: lines, templates, JSON, slots, locks", ("client",)),
+    "hosts": Topic("run on hosts that you reach by ssh, or another way", ("client", "worker")),
+    "trees": Topic("take the files of your working tree along (--sync)", ("client",)),
+    "keys": Topic("who may take part, and how a worker is confined", (*NET_ROLES, "keygen")),
+    "failures": Topic("retries, timeouts, flaky commands, bad hosts, exit statuses", ("client",)),
+    "reports": Topic("what to show, JUnit, the HTML page, outputs in files", ("client",)),
+    "joblog": Topic("a line for each result; resume, and longest first", ("client",)),
+    "json": Topic("an object for each result, on stdout", ("client",)),
+    "status": Topic("who is in the cloud; stop a run", ("status", "cancel")),
+    "times": Topic("heartbeats, deadlines and leases", ("broker", "worker", "client")),
+    "promises": Topic("what holds when machines and connections are lost", NET_ROLES),
+    "protocol": Topic("the messages, for peers in other languages", ("broker", "worker")),
+    "limits": Topic("how much of what: sizes, counts, memory", ("broker", "worker", "client")),
+    "environment": Topic("variables, and what a command finds when it starts",
+                         ("client", "worker")),
+}
+MANUAL_WIDTH = 92  # columns of a topic: two windows fit beside each other on a large screen
+
+
+# --- tables
+
+EXIT_STATUSES: Tuple[Tuple[str, str, str], ...] = (
+    ("client", "0", "every command was run and exited with 0, in the end (--retries)"),
+    ("", "1", "a command failed, was flaky (--fail-on-flaky) or made no file (--fail-on-missing); "
+     "or the result hash differs (--expect)"),
+    ("", "2", "wrong usage, or no commands at all (--allow-empty)"),
+    ("", "3", "not everything could be run or written: no broker, worker, host or pyzmq; a full "
+     "disk"),
+    ("", "128 + N", "signal N ended it: 130 by Ctrl-C, 143 by SIGTERM or `cancel`, 129 when its "
+     "terminal closed"),
+    ("all roles", "141", "the reader of its stdout closed it (SIGPIPE)"),
+    ("broker, worker", "2", "wrong usage, or a loop of brokers"),
+    ("", "3", "it cannot listen, has no usable key, or (--wait) found no broker"),
+    ("", "128 + N", "signal N ended it"),
+    ("status", "3", "there is no broker, or no usable key"),
+    ("cancel", "1", "there is no such client, or it may not be stopped"),
+    ("keygen", "3", "it cannot read or write a key"),
+)
+LIMITS: Tuple[Tuple[str, str], ...] = ()
+
+
+def option_rows(roles: str, *names: str) -> Iterator[Tuple[str, str]]:
+    """Yield rows for options of these roles ("client,worker"), which they share."""
+    role = roles.partition(",")[0]
+    rows = {name: row for row in options_of(role)
+            for name in (*row.names, row.settings.get("metavar"))}
+    for name in names:
+        row = rows[name]
+        value = row.settings.get("metavar", "")
+        if row.settings.get("nargs") == "?":
+            value = f"[{value}]"
+        yield f"{', '.join(option_names(row))} {value}".strip(), row.settings["help"]
+
+
+def time_rows() -> Iterator[Tuple[str, str, str]]:
+    """Yield rows for the fields of Times: option, roles, meaning with the default."""
+    for field in Times._fields:
+        name = f"--{field.replace('_', '-')}"
+        having = {role: row for role in OPTIONS for row in options_of(role) if name in row.names}
+        yield name, ", ".join(having), next(iter(having.values())).settings["help"]
+
+
+TABLES: Dict[str, Callable[..., Iterable[Sequence[str]]]] = {
+    "@messages": lambda: ((verb, spec.way, spec.means) for verb, spec in MESSAGES.items()),
+    "@moves": lambda: ((state, "> " + " ".join(after), STATES[state])
+                       for state, after in MOVES.items() if after),
+    "@statuses": lambda: EXIT_STATUSES, "@limits": lambda: LIMITS,
+    "@variables": lambda: ((name, *row) for name, row in VARIABLES.items()),
+    "@options": option_rows, "@times": time_rows}
+
+
+def fill_topic(text: str) -> Iterator[str]:
+    """Yield the lines of a topic, with rows in place of lines with @. Several of these, one after
+    the other, make one table."""
+    import textwrap  # late: it is rarely needed
+    for is_table, lines in itertools.groupby(text.splitlines(), lambda line: line[:1] == "@"):
+        if not is_table:
+            yield from lines
+            continue
+        rows = [row for name, *words in map(str.split, lines) for row in TABLES[name](*words)]
+        widths = [max(map(len, column)) + 2 for column in zip(*rows)][:-1]
+        for *cells, last in rows:
+            start = "    " + "".join(cell.ljust(width) for cell, width in zip(cells, widths))
+            yield from textwrap.wrap(last, MANUAL_WIDTH, initial_indent=start,
+                                     subsequent_indent=" " * len(start), break_on_hyphens=False)
+
+
+def topic_text(name: str) -> str:
+    return "\n".join([f"{name}: {TOPICS[name].summary}", "", *fill_topic(MANUAL[name])])
+
+
+def run_help(settings: argparse.Namespace) -> int:
+    """Show a topic, the help of a role, or the topics."""
+    topic = settings.topic
+    if topic is None:
+        print_line("\n".join(["testcloud.py help TOPIC shows one of", "", *(
+            f"    {name:13}{summary}" for name, (summary, _) in TOPICS.items()), "",
+            "testcloud.py ROLE --help shows the options of a role: " + ", ".join(OPTIONS)]))
+    elif topic not in TOPICS:
+        if topic in OPTIONS:
+            parse([topic, "--help"])  # it exits
+        import difflib  # late: it is rarely needed
+        near = difflib.get_close_matches(topic, [*TOPICS, *OPTIONS], 1, 0.5)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no topic '{printable(topic)}'{hint} (see: testcloud.py help)")
+    elif not sys.stdout.isatty():
+        print_line(topic_text(topic))
+    else:
+        import pydoc  # late: it is slow to import
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is for the pager
+        with contextlib.suppress(KeyboardInterrupt):
+            pydoc.pager(topic_text(topic) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
 # === Command line =====================================================================
 #
 # main() parses the command line and runs a role. Each error that a user can cause becomes one
@@ -15615,6 +15800,8 @@ def build_parser() -> argparse.ArgumentParser:
             for row in rows:
                 group.add_argument(*row.names, **row.settings)
         group.add_argument(*HELP.names, **HELP.settings)
+        topics = [topic for topic, (_, roles) in TOPICS.items() if role in roles]
+        part.epilog = f"topics (testcloud.py help TOPIC): {', '.join(topics)}"
     return parser
 
 
@@ -15736,7 +15923,7 @@ def parse_with_own(argv: List[str]) -> argparse.Namespace:
 
 
 RUN = {"broker": run_broker, "worker": run_worker, "client": run_client, "status": run_status,
-       "cancel": run_cancel, "keygen": run_keygen, "completion": run_completion}
+       "cancel": run_cancel, "keygen": run_keygen, "completion": run_completion, "help": run_help}
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -15757,7 +15944,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             level = logging.ERROR if verbose is None else logging.WARNING
         logging.basicConfig(level=level, handlers=[LogHandler()], format="%(asctime)s %(message)s")
         alone = settings.subcommand == CLIENT_ROLE and (settings.local or names_hosts(settings))
-        if argv is None and settings.subcommand != "completion" and not alone:
+        if argv is None and settings.subcommand not in ("completion", "help") and not alone:
             use_venv_python()
         return RUN[settings.subcommand](settings)
     except UsageError as error:
