@@ -16584,7 +16584,7 @@ class WorkerProgramTest(unittest.TestCase):
         lacks = {name for name in globals_of(self.code)
                  if name not in self.names and not hasattr(builtins, name)}
         # in memory there is no file, and nobody calls run_broker() or makes a Writer or a socket
-        self.assertEqual(lacks, {"__file__", "Broker", "BlockingFile", "zmq"})
+        self.assertEqual(lacks, {"__file__", "Broker", "BlockingFile", "socket", "zmq"})
 
     def test_has_no_manual(self):
         self.assertEqual(self.names["MANUAL"], {})
@@ -17715,7 +17715,7 @@ class HostTest(unittest.TestCase):
         self.loop.clock = lambda: self.now
         self.addCleanup(self.loop.close)
         self.loop.add(tc.Machine(), {})
-        patches = [mock.patch.object(tc.subprocess, "Popen", self.popen),
+        patches = [mock.patch.object(subprocess, "Popen", self.popen),
                    mock.patch.object(tc.os, "killpg")]
         for patch in patches:
             patch.start()
@@ -17914,7 +17914,7 @@ class HostTest(unittest.TestCase):
 
     def test_what_cannot_be_started(self):
         for error in (FileNotFoundError(2, "No such file"), ValueError("embedded null byte")):
-            with mock.patch.object(tc.subprocess, "Popen", side_effect=error):
+            with mock.patch.object(subprocess, "Popen", side_effect=error):
                 self.hosts_of("alpha", ssh="myssh -v")
                 before = os.listdir("/dev/fd")
                 told = self.at(0.0)
@@ -17982,7 +17982,7 @@ class HostTest(unittest.TestCase):
         self.open(self.started[-1], 0.0)
         self.die(self.started[-1], 255, now=1.0)
         error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        with mock.patch.object(tc.subprocess, "Popen", side_effect=error):
+        with mock.patch.object(subprocess, "Popen", side_effect=error):
             self.assertEqual(self.at(2.0), [
                 f"alpha: cannot run ssh here: {error.strerror} (see --ssh and --via); trying again "
                 f"in 2 s"])
@@ -19217,6 +19217,20 @@ class CommandLineTest(unittest.TestCase):
         done = subprocess.run([sys.executable, SCRIPT, "completion", "bash"], stdout=theirs,
                               stderr=subprocess.PIPE, timeout=PATIENCE)
         self.assertEqual((done.returncode, done.stderr), (141, b""))
+
+    def test_a_local_client_imports_no_more_than_it_needs(self):
+        """Each module takes time at every start."""
+        code = f"""if True:
+            import sys
+            sys.path.append({HERE!r})
+            import testcloud as tc
+            tc.supervise = lambda run: run(-1)
+            assert tc.main(["client", "--local", "--raw"]) == 0
+            print(*{{"difflib", "html", "socket", "subprocess", "typing", "uuid", "xml", "zmq"}}
+                  .intersection(sys.modules))"""
+        done = subprocess.run([sys.executable, "-IBS", "-c", code], input="exit 0", text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        self.assertEqual(done.stdout, "\n")
 
     def test_how_much_is_logged(self):
         with mock.patch.dict(tc.RUN, dict.fromkeys(tc.RUN, lambda settings: 0)), \
@@ -20790,7 +20804,7 @@ class HostsTest(unittest.TestCase):
                               ({"/proc/sys/kernel/random/boot_id": "c"}, (None,)),
                               (dict.fromkeys(facts, ""), (None,))):  # the last: no Linux
             with mock.patch.object(tc, "read_text", {**facts, **change}.get), \
-                    mock.patch.object(tc.socket, "gethostname", lambda: "vm"):
+                    mock.patch.object(tc, "host_name", lambda: "vm"):
                 for name in names:
                     self.assertRegex(tc.host_identity(name), f"^{name or 'vm'}/[0-9a-f]{{12}}$")
                     found.add(tc.host_identity(name))

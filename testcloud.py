@@ -154,10 +154,8 @@ import re
 import select
 import shlex
 import shutil
-import socket
 import stat
 import struct
-import subprocess
 import tempfile
 import threading
 import time
@@ -172,6 +170,8 @@ with contextlib.suppress(ImportError):  # on Windows, which main() refuses with 
 
 TYPE_CHECKING = False  # true for mypy: importing typing would take 2 ms of each start
 if TYPE_CHECKING:
+    import socket
+    import subprocess
     import xml.etree.ElementTree as ET
     from typing import (
         IO,
@@ -6334,6 +6334,7 @@ class Launcher:
         if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
             with contextlib.suppress(OSError):
                 return self.spawner.spawn(argv, changed, cwd, stdout, stderr)
+        import subprocess
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
             env={**self.inherited, **changed}, start_new_session=True)
@@ -11216,8 +11217,9 @@ class SetupError(Exception):
 
 
 def require_zmq() -> None:
-    """Import zmq late: --help and --local do not need it. Raises SetupError."""
-    global zmq
+    """Import zmq and socket late: --help and --local do not need them. Raises SetupError."""
+    global socket, zmq
+    import socket
     try:
         import zmq
     except ImportError:
@@ -11282,6 +11284,7 @@ def resolve(address: str) -> str:
     """Return the endpoint with its host name resolved. Raises SetupError."""
     if address.startswith(("ipc://", "tcp://*:")):
         return address
+    import socket
     host, port = split_tcp(address)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -13038,9 +13041,14 @@ def file_errors(doing: str, path: str) -> Iterator[None]:
 # --- names, addresses and keys of a role
 
 
+def host_name() -> str:
+    """Return what socket.gethostname() does. The import of socket would take 2 ms."""
+    return os.uname().nodename
+
+
 def unique_name(keys: Optional[Keys] = None) -> str:
     """Return a name for this process, HOST-PID-RANDOM. With keys, it shows that it is ours."""
-    host = "".join(c if c.isalnum() or c in "-_" else "-" for c in socket.gethostname())
+    host = "".join(c if c.isalnum() or c in "-_" else "-" for c in host_name())
     name = f"{host[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
     return f"{name}.{fingerprint(keys.pairs[WORKER_ROLE].public)}" if keys else name
 
@@ -13058,7 +13066,7 @@ def host_identity(given: Optional[str]) -> str:
     if not marks:  # no Linux
         import uuid
         marks = str(uuid.getnode())
-    return f"{given or socket.gethostname()[:64]}/{hashlib.sha256(marks.encode()).hexdigest()[:12]}"
+    return f"{given or host_name()[:64]}/{hashlib.sha256(marks.encode()).hexdigest()[:12]}"
 
 
 def broker_address(settings: argparse.Namespace, port: int) -> str:
@@ -13262,6 +13270,7 @@ def worker_process(settings: argparse.Namespace, worker: Worker, control: int,
                    join: Callable[[EventLoop, Adapter, Worker], None], sockets: bool) -> int:
     """Run a worker; control is the descriptor of its supervisor, or -1 without one. join() gives
     it the link to its broker."""
+    import subprocess  # noqa: F401  # now: later its file may be that of another Python
     ssh_watch = watch_ssh(worker)  # while we still have our terminal
     if control >= 0:
         detach_terminal()
@@ -13649,6 +13658,7 @@ class Host:
             for _ in range(3):
                 pipes.append(os.pipe())
             stdin, stdout, stderr = pipes
+            import subprocess
             self.process = subprocess.Popen(
                 self.login.command, stdin=stdin[0], stdout=stdout[1], stderr=stderr[1],
                 start_new_session=True)  # Ctrl-C in our terminal is for us alone
@@ -13759,6 +13769,7 @@ class Host:
     def kill(self) -> Optional[int]:
         """Kill what is left of the process group. Return the exit status of ssh, None if it ran."""
         assert self.process is not None
+        import subprocess
         status = self.process.poll()
         self.signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # of another user, as that of sudo
@@ -14154,7 +14165,7 @@ def hashes_path(top: str) -> str:
 
 def origin_of(top: str) -> Fields:
     """Return the fields of a tree's head that tell whose directory it is."""
-    machine = read_text("/etc/machine-id").strip() or socket.gethostname()
+    machine = read_text("/etc/machine-id").strip() or host_name()
     name = re.sub("[^A-Za-z0-9._-]", "_", os.path.basename(top))[:40]
     return {"origin": hashlib.sha256(to_bytes(f"{os.getuid()}\n{machine}\n{top}")).hexdigest(),
             "name": name if name.strip(".") else "tree"}
@@ -14383,6 +14394,7 @@ class WorkingTree:
         words = ["git", "-c", "core.fsmonitor=false", "--literal-pathspecs", "status", "-z",
                  "--porcelain", "--ignored=matching", "-uall", "--no-renames",
                  "--ignore-submodules=all", *(["--", inside] if inside else [])]
+        import subprocess
         try:
             done = subprocess.run(words, cwd=root, env=environ,
                                   stdin=subprocess.DEVNULL, capture_output=True)
@@ -15366,7 +15378,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     alone = settings.local or settings.logins  # no broker elsewhere
     keys = None if alone else keys_to_connect(settings, CLIENT_ROLE, address)
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
-    client = Client(run, times_from(settings), settings.wait, address, socket.gethostname(),
+    client = Client(run, times_from(settings), settings.wait, address, host_name(),
                     run_options(settings), os.getpid())
     client.timings = known_timings(settings)
     source = read_arguments(settings)
@@ -15416,7 +15428,7 @@ def run_locally(loop: EventLoop, client: Client, slots: int, times: Times,
     forever = 1e9  # seconds: a stopped process stops all three alike
     broker, broker_adapter = add_broker(
         loop, client, times._replace(queued_timeout=forever, worker_expiry=forever))
-    worker = Worker(unique_name(), slots, host=socket.gethostname(), times=times,
+    worker = Worker(unique_name(), slots, host=host_name(), times=times,
                     labels=[*KNOWN_BY_LABEL])
     adapter, close = attach_runner(loop, worker, subreaper, cache=cache)
     adapter.links[BROKER] = LocalLink(broker, WORKERS, b"worker")
@@ -15607,7 +15619,7 @@ def run_cancel(settings: argparse.Namespace) -> int:
     address = broker_address(settings, CLIENT_PORT)
     keys = keys_to_connect(settings, CLIENT_ROLE, address)
     machine = Canceller(address, settings.wait or STATUS_WAIT, settings.client,
-                        f"{user_name()}@{socket.gethostname()}")
+                        f"{user_name()}@{host_name()}")
     with contextlib.closing(EventLoop(sockets=True)) as loop:
         loop.on_signals(lambda status, now: loop.exit(status))
         connect(loop, loop.add(machine, {}), address, CLIENT_ROLE, keys, settings)
@@ -15788,24 +15800,30 @@ class HelpFormatter(argparse.HelpFormatter):
         return text if len(text) <= 21 else action.option_strings[0] + value
 
 
+def role_parser(role: str, make: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Return the parser of a role, which make() makes."""
+    purpose, groups = OPTIONS[role]
+    parser = make(prog=f"testcloud.py {role}", description=purpose.capitalize() + ".",
+                  usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
+                  add_help=False, allow_abbrev=False, formatter_class=HelpFormatter)
+    for title, rows in groups:
+        group = parser.add_argument_group(title)
+        for row in rows:
+            group.add_argument(*row.names, **row.settings)
+    group.add_argument(*HELP.names, **HELP.settings)
+    topics = [topic for topic, (_, roles) in TOPICS.items() if role in roles]
+    parser.epilog = f"topics (testcloud.py help TOPIC): {', '.join(topics)}"
+    return parser
+
+
 def build_parser() -> argparse.ArgumentParser:
     start, heading, rest = (__doc__ or "").partition("Exit status")
     parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
     roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE")
-    for role, (purpose, groups) in OPTIONS.items():
-        part = roles.add_parser(role, help=purpose, description=purpose.capitalize() + ".",
-                                usage=f"testcloud.py {role} [OPTIONS]{USAGE.get(role, '')}",
-                                add_help=False, allow_abbrev=False,
-                                formatter_class=HelpFormatter)
-        for title, rows in groups:
-            group = part.add_argument_group(title)
-            for row in rows:
-                group.add_argument(*row.names, **row.settings)
-        group.add_argument(*HELP.names, **HELP.settings)
-        topics = [topic for topic, (_, roles) in TOPICS.items() if role in roles]
-        part.epilog = f"topics (testcloud.py help TOPIC): {', '.join(topics)}"
+    for role, (purpose, _) in OPTIONS.items():
+        role_parser(role, functools.partial(roles.add_parser, role, help=purpose))
     return parser
 
 
@@ -15849,7 +15867,11 @@ def unknown_argument(role: str, word: str) -> UsageError:
 
 def parse(argv: List[str]) -> argparse.Namespace:
     """Return the settings of a command line. Raises UsageError."""
-    settings, rest = build_parser().parse_known_args(argv)
+    if argv and argv[0] in OPTIONS:  # the parser of one role is made in less time
+        settings = argparse.Namespace(subcommand=argv[0])
+        settings, rest = role_parser(argv[0], Parser).parse_known_args(argv[1:], settings)
+    else:
+        settings, rest = build_parser().parse_known_args(argv)
     if rest:
         raise unknown_argument(settings.subcommand, rest[0])
     return settings
