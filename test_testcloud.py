@@ -20772,6 +20772,7 @@ tc.print_notice = print_notice"""
     @unittest.skipIf(subprocess.run([sys.executable, "-S", "-c", "import zmq"],
                                     stderr=subprocess.DEVNULL).returncode == 0, "zmq is everywhere")
     def test_pyzmq_of_a_venv_beside_the_script(self):
+        import zmq
         run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=PATIENCE)
         argv, python = self.lone("")
         done = run(argv)
@@ -20788,6 +20789,14 @@ tc.print_notice = print_notice"""
         done = run([sys.executable, "-S", "-c", code])  # it is another user's
         self.assertEqual((done.returncode, "borrowed" in done.stderr), (3, False))
         self.assertIn(f"run this with {python}", done.stderr)
+        os.remove(python)
+        os.symlink(sys.executable, python)  # the same interpreter: it does not restart
+        library = os.path.join(self.dir, ".venv", "lib")
+        packages = os.path.join(library, "python{}.{}".format(*sys.version_info), "site-packages")
+        os.makedirs(os.path.dirname(packages))
+        os.symlink(os.path.dirname(os.path.dirname(zmq.__file__)), packages)
+        done = run([*argv[:-1], f"{argv[-1]}-2"])
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
         shutil.rmtree(os.path.join(self.dir, ".venv"))
         self.assertRegex(run(argv).stderr,
                          "pyzmq is missing: apt install python3-zmq .*-m venv .venv")
