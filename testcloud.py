@@ -161,51 +161,39 @@ import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter, OrderedDict, deque, namedtuple
+from collections import Counter, OrderedDict, deque
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Collection,
+    Container,
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 with contextlib.suppress(ImportError):  # on Windows, which main() refuses with a plain message
     import fcntl
     import resource
     import termios
 
-TYPE_CHECKING = False  # true for mypy: importing typing would take 2 ms of each start
 if TYPE_CHECKING:
     import socket
     import subprocess
     import xml.etree.ElementTree as ET
-    from typing import (
-        IO,
-        Any,
-        Callable,
-        Collection,
-        Container,
-        Deque,
-        Dict,
-        FrozenSet,
-        Iterable,
-        Iterator,
-        List,
-        NamedTuple,
-        Optional,
-        Sequence,
-        Set,
-        Tuple,
-        Union,
-    )
 
     import zmq
-    from typing_extensions import TypeAlias
-else:
-    class NamedTupleMeta(type):
-        """Makes classes as typing.NamedTuple does, and 3 ms faster: it checks no types."""
-
-        def __new__(cls, name, bases, body):
-            fields = body.get("__annotations__", {})
-            defaults = [body.pop(field) for field in fields if field in body]
-            base = namedtuple(name, fields, defaults=defaults)
-            return type(name, (base,), {"__slots__": (), **body})
-
-    NamedTuple = type.__new__(NamedTupleMeta, "NamedTuple", (), {})
 
 __version__ = "0.1.0"
 
@@ -219,8 +207,8 @@ __version__ = "0.1.0"
 Seconds = float
 Peer = bytes  # a connection's routing id at a ROUTER; b"" on a DEALER
 Run = str  # names one client's run for all brokers and workers: the token on the wire
-TaskKey: TypeAlias = "Tuple[Run, int, int]"  # (run, id, attempt): one attempt of one command
-Fields: TypeAlias = "Dict[str, Any]"  # the decoded JSON of a line
+TaskKey = Tuple[Run, int, int]  # (run, id, attempt): one attempt of one command
+Fields = Dict[str, Any]  # the decoded JSON of a line
 
 CLIENTS = "clients"  # a broker's link to its clients
 WORKERS = "workers"  # a broker's link to its workers
@@ -354,7 +342,7 @@ def in_utf8(text: str) -> str:
 
 # --- checks of fields
 
-Check: TypeAlias = "Callable[[Any], bool]"
+Check = Callable[[Any], bool]
 
 
 def described(what: str, check: Check) -> Check:
@@ -1219,7 +1207,7 @@ RESOURCES = "(resources)"  # the same, of those that know slots and locks
 KNOWN_BY_LABEL = {TREES: "--sync", RESOURCES: "--slots-each, --lock, --serial and --delay"}
 
 
-Lock: TypeAlias = "Tuple[Run, str]"  # the run whose own lock it is, "" for all; its name
+Lock = Tuple[Run, str]  # the run whose own lock it is, "" for all; its name
 
 
 class Faults:
@@ -1348,7 +1336,7 @@ OFFERED_AHEAD = 16 * CHUNK_SIZE  # to all workers: bounds our memory, and the wa
 SETUP_OUTPUT = INLINE // 2  # bytes: the end of what a failed setup has printed
 TRANSFER_NOTICE: Seconds = 1.0  # a transfer or setup that takes longer is told,
 TRANSFER_INTERVAL: Seconds = 10.0  # and told again
-Span: TypeAlias = "Tuple[int, int]"  # offset in a stream, size
+Span = Tuple[int, int]  # offset in a stream, size
 
 
 class TreeError(Exception):
@@ -1704,8 +1692,8 @@ class TreeReleased(NamedTuple):
     """Event: the run's workspace is free. The last event before its next FindTree."""
 
 
-TreeEvent: TypeAlias = ("Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, "
-                        "TreeFailed, TreeReleased]")
+TreeEvent = Union[TreeUnknown, TreePlanned, TreeStored, TreeWrong, TreeReady, TreeFailed,
+                  TreeReleased]
 
 
 # === Locks ============================================================================
@@ -2044,7 +2032,7 @@ class WorkerSlots:
         return scouts < self.hosts_with[needs]
 
 
-Eligible: TypeAlias = "Optional[FrozenSet[WorkerSlots]]"  # workers that may run a task; None: all
+Eligible = Optional[FrozenSet[WorkerSlots]]  # workers that may run a task; None: all
 
 
 class Scheduler:
@@ -4897,7 +4885,7 @@ class ReleaseTree(NamedTuple):
     run: Run
 
 
-TreeStep: TypeAlias = "Union[FindTree, FillTree, PutTree, EndSetup]"
+TreeStep = Union[FindTree, FillTree, PutTree, EndSetup]
 
 
 PIECE_HEADER = struct.Struct("!BI")  # before each piece of a split output: stream, size
@@ -6202,7 +6190,7 @@ OUT_OF_MEMORY = ("killed while its machine (or cgroup) was out of memory: give t
                  "slots (-j), or more memory")
 
 # start of a command (by time.monotonic()), new output, or end
-Event: TypeAlias = "Tuple[Job, Union[Seconds, Output, ExitRecord]]"
+Event = Tuple[Job, Union[Seconds, Output, ExitRecord]]
 
 
 def shell_path(shell: str) -> str:
@@ -6850,8 +6838,8 @@ SIGNATURE = 4  # numbers in a file's signature
 SECOND = 10**9  # ns
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 CTIME = 2  # place in a signature
-Signature: TypeAlias = "Tuple[int, ...]"
-Content: TypeAlias = "Tuple[str, int]"  # hash, size
+Signature = Tuple[int, ...]
+Content = Tuple[str, int]  # hash, size
 
 
 class Stopped(Exception):
@@ -9031,8 +9019,8 @@ class Canceller(StatusClient):
 # format has its section. The seed is the first testcloud, in PHP: the transcript keeps its
 # format, and the result hash is the same.
 
-Put: TypeAlias = "Callable[[Iterable[bytes]], None]"  # queues the pieces of a text to be written
-OutputOf: TypeAlias = "Callable[[Outcome], Iterator[bytes]]"  # reads an output in pieces
+Put = Callable[[Iterable[bytes]], None]  # queues the pieces of a text to be written
+OutputOf = Callable[["Outcome"], Iterator[bytes]]  # reads an output in pieces
 NAMED_FAILURES = 10  # in the summary: they fit on a screen
 
 
@@ -14066,8 +14054,8 @@ MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
                         "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE")
-Listed: TypeAlias = "Tuple[bytes, int, bool, bool]"  # directory: path, mode, ignored, returned
-Stamp: TypeAlias = "Tuple[int, int, int, int, int]"  # mode, size, mtime and ctime in ns, inode
+Listed = Tuple[bytes, int, bool, bool]  # a directory: path, mode, ignored, brought back
+Stamp = Tuple[int, int, int, int, int]  # of a file: mode, size, mtime and ctime in ns, inode
 
 
 class StaleFiles(Exception):
@@ -14589,7 +14577,7 @@ def read_hashes(path: str) -> Dict[str, List[Any]]:
 # else than it seems to say is refused, above all one with a placeholder within quotes. With
 # --jsonl a row is an object, with fields of the protocol's command and without a template.
 
-Arguments: TypeAlias = "Tuple[str, ...]"  # of one command: a line, its columns, or several lines
+Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
 SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments or files; + links to those before
 # "#", or the number of an argument (none: all) and a modifier; not after an unescaped $
 PLACEHOLDER = re.compile(r"(?<!(?<!\$)\$)\{(?:#|([1-9]\d*)?(\.|//?|/\.)?)\}")
