@@ -121,6 +121,7 @@ import sys
 if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
     sys.path.append(sys.path.pop(0))  # a types.py beside this script must not hide Python's own
 
+import gc
 import signal
 
 PYTHON: tuple[int, int] = (3, 9)  # testcloud needs Python 3.9 or newer
@@ -131,6 +132,8 @@ if sys.version_info < PYTHON:
     sys.exit(3)
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports
+# new objects before Python looks for cycles: the imports make few, and a large tree none
+gc.set_threshold(50_000)
 
 # ruff: noqa: E402
 import argparse
@@ -140,7 +143,6 @@ import codecs
 import contextlib
 import errno
 import functools
-import gc
 import hashlib
 import heapq
 import io
@@ -11456,7 +11458,6 @@ def call_libc(function: str, argument: int) -> None:
 
 MAX_POLL_TIME: Seconds = 0.25  # the loop notices each stop longer than this + MIN_PAUSE
 MIN_PAUSE: Seconds = 0.25  # a round this late was not slow: the process was stopped
-GC_THRESHOLD = 50_000  # new objects before Python looks for cycles: a large tree has none
 
 
 class Adapter(NamedTuple):
@@ -11471,7 +11472,6 @@ class EventLoop:
     """Waits for messages, timers and threads, and calls the machines, until one of them exits."""
 
     def __init__(self, sockets: bool) -> None:
-        gc.set_threshold(GC_THRESHOLD)
         if sockets:
             require_zmq()
             # ROUTERs number their peers from rand() on, which libzmq does not seed. It aborts if
