@@ -23648,7 +23648,6 @@ class Speed:
                                % (id, more(id)), b"", 0.0)
         submit(queued)
         gc.collect()
-        gc.set_threshold(tc.GC_THRESHOLD)  # as in the program
         began, done = time.process_time(), 0
         while done < count:
             frames, _ = broker.take()
