@@ -13867,7 +13867,7 @@ def worker_program(source: str) -> str:
     """Return the imports and WORKER_SECTIONS of this file, without the manual. Each line keeps
     its number."""
     # with ^ for \n, these would take four times as long
-    source = re.sub(r'(?s)\nMANUAL\[.*?\n"""(?=\n)', lambda text: "\n" * text[0].count("\n"), source)
+    source = re.sub(r'(?s)\nMANUAL\[.*?\n"""(?=\n)', lambda one: "\n" * one[0].count("\n"), source)
     start, *rest = re.split(r"\n# === (.+?) =+(?=\n)", source)
     return start + "".join("\n" + (text if title in WORKER_SECTIONS else "\n" * text.count("\n"))
                            for title, text in zip(rest[::2], rest[1::2]))
