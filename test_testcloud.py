@@ -20755,6 +20755,21 @@ tc.print_notice = print_notice"""
                                   text=True, env={**os.environ, "PWD": pwd, "PYTHONPATH": HERE})
             self.assertEqual(done.stdout, sent + "\n", (pwd, given, done.stderr))
 
+    def test_a_directory_that_is_run(self):
+        """Python keeps the compiled program beside __main__.py, so that it starts sooner."""
+        folder = os.path.join(self.dir, "testcloud")
+        os.mkdir(folder)
+        os.symlink(SCRIPT, os.path.join(folder, "__main__.py"))
+        environ = {name: value for name, value in os.environ.items()
+                   if name not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+        for _ in range(2):  # the second from the cache
+            done = subprocess.run(
+                [sys.executable, folder, "client", "-S", ":", "--joblog", "log"], cwd=self.dir,
+                env=environ, input="exit 1", capture_output=True, text=True, timeout=PATIENCE)
+            self.assertEqual((done.returncode, done.stderr), (1, ""))
+            self.assertIn(f"python3 {folder} client --resume-failed -S : --joblog log", done.stdout)
+            self.assertEqual(len(os.listdir(os.path.join(folder, "__pycache__"))), 1)
+
     def lone(self, which):
         """A script of its own, whose python3 lacks pyzmq, beside a .venv with that interpreter."""
         script = shutil.copy(SCRIPT, self.dir)
