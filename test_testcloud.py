@@ -23193,21 +23193,74 @@ class RunnerOfTestsTest(unittest.TestCase):
 
 
 class DocumentsTest(unittest.TestCase):
-    def test_the_manual_lists_every_message_with_its_way(self):
-        rows = re.findall(r"^    ([A-Z]+|\{) +(\S.*?)  +\S", tc.__doc__, re.M)
-        table = {verb: way for verb, way in rows if verb in tc.MESSAGES}
-        self.assertEqual(table, {verb: spec.way for verb, spec in tc.MESSAGES.items()})
+    """The manual and the README: whether they name all, and whether their commands run."""
 
-    def test_the_manual_draws_every_move_of_a_task(self):
-        rows = re.findall(r"^    ([A-Z]+) +> ([A-Z ]+[A-Z])  ", tc.__doc__, re.M)
-        self.assertEqual({state: tuple(after.split()) for state, after in rows},
-                         {state: after for state, after in tc.MOVES.items() if after})
+    def words_of(self, topic):
+        return re.sub(r"\s+", " ", tc.topic_text(topic))
+
+    def test_the_manual_has_each_topic(self):
+        self.assertEqual(sorted(tc.MANUAL), sorted(tc.TOPICS))
+        for topic in tc.TOPICS:
+            for line in tc.topic_text(topic).splitlines():
+                self.assertLessEqual(len(line), tc.MANUAL_WIDTH, line)
+            for other in re.findall(r"see: help (\w+)", self.words_of(topic)):
+                self.assertIn(other, tc.TOPICS, topic)
+
+    def test_the_manual_has_every_option_in_one_place(self):
+        rows = {(role, name): row for role in tc.OPTIONS for row in tc.options_of(role)
+                for name in tc.option_names(row) or [row.settings["metavar"]]}
+        found = []
+        for line in "\n".join(tc.MANUAL.values()).splitlines():
+            if line.startswith("@options "):
+                roles, *names = line.split()[1:]
+                for name in names:
+                    same = [rows[role, name] for role in roles.split(",")]
+                    self.assertTrue(all(row == same[0] for row in same), line)
+                    found += ((role, rows[role, name].names) for role in roles.split(","))
+            elif line == "@times":
+                names = [f"--{field.replace('_', '-')}" for field in tc.Times._fields]
+                found += ((role, row.names) for (role, name), row in rows.items() if name in names)
+        self.assertEqual(Counter(found), {
+            (role, row.names): 1 for (role, _), row in rows.items() if row is not tc.HELP})
+        self.assertIn(" --kill-grace 2 s worker, client from SIGTERM ", self.words_of("times"))
+        self.assertIn(" -n, --max-args N so many lines for each ", self.words_of("commands"))
+        self.assertIn(" --sync [DIR] take this along ", self.words_of("trees"))
+        self.assertIn(" cancel PID@HOST the client, as ", self.words_of("status"))
+
+    def test_the_manual_has_every_exit_status(self):
+        text, source = self.words_of("failures"), tc.read_text(SCRIPT)
+        for row in tc.EXIT_STATUSES:
+            self.assertIn(" ".join(filter(None, row)), text)
+        documented = " ".join(status for _, status, _ in tc.EXIT_STATUSES)
+        used = (re.findall(r"\b(?:exit|Exit|cancel)\((\d+)\b", source)
+                + re.findall(r"\breturn (\d+)$", source[source.index("\ndef main("):], re.M))
+        self.assertGreater(len(used), 10)
+        for status in used:
+            self.assertIn("128 + N" if status == "128" else status, documented)
+
+    def test_the_manual_has_every_variable(self):
+        source = tc.read_text(SCRIPT)
+        read = (set(re.findall(r'environ(?:\.get|\.pop)?[\[(]"(\w+)"', source))
+                | set(re.findall(r'"(\w+)" (?:not )?in os\.environ', source))
+                | set(re.findall(r'"(TESTCLOUD_\w+)"', source)))
+        self.assertEqual(read - {"TESTCLOUD_VENV_TRIED"} | {"TMPDIR", "PAGER"}, {*tc.VARIABLES})
+        for name, row in tc.VARIABLES.items():
+            self.assertIn(" ".join([name, *row]), self.words_of("environment"))
+
+    def test_the_manual_has_every_message_and_every_move_of_a_task(self):
+        for verb, spec in tc.MESSAGES.items():
+            self.assertIn(f" {verb} {spec.way} {spec.means}", self.words_of("protocol"))
+        for state, after in tc.MOVES.items():
+            self.assertIn(f" {state} > {' '.join(after)} {tc.STATES[state]}" if after else state,
+                          self.words_of("protocol") + tc.GONE)
 
     def test_the_manuals_lines_of_json_run(self):
-        lines = re.findall(r"^    (\{\".*)", tc.__doc__, re.M)
+        lines = re.findall(r"^    (\{\".*)", tc.MANUAL["commands"], re.M)
         self.assertEqual(len(lines), 5)
         self.assertEqual({name for line in lines for name in json.loads(line)},
                          {*tc.LINE_FIELDS} - {"delay", "limit", "return"})
+        for name in tc.LINE_FIELDS:
+            self.assertRegex(tc.MANUAL["commands"], f"(?m)^    {name}  +\\S")
         with tempfile.TemporaryDirectory() as folder:
             os.mkdir(os.path.join(folder, "web"))
             for name in ("pytest", "make", "npm", "report"):
@@ -23226,10 +23279,6 @@ class DocumentsTest(unittest.TestCase):
                 self.assertIn(verb, tc.MESSAGES)
                 self.assertTrue(callable(getattr(machine, name)))
 
-    def test_the_manual_fits_a_terminal(self):
-        for line in tc.__doc__.splitlines():
-            self.assertLessEqual(len(line), 92, line)
-
     @unittest.skipUnless(shutil.which("make") and shutil.which("awk"), "make or awk is missing")
     def test_the_table_of_contents_has_every_section_and_class(self):
         done = subprocess.run(["make", "-C", HERE, "--no-print-directory", "toc"], text=True,
@@ -23245,32 +23294,43 @@ class DocumentsTest(unittest.TestCase):
         self.assertIn("     Times: The times of the protocol, in seconds, and two limits: "
                       "options of the command line.\n", done.stdout)
 
-    def test_every_option_is_in_the_readme(self):
-        readme = self.readme()
-        for role in tc.OPTIONS:
-            for row in tc.options_of(role):
-                if row.names[-1].startswith("--"):
-                    self.assertIn(row.names[-1], readme)
-
-    # what the README's commands need that is not here, by how these begin
-    NEEDS = {"make ": "this is run by it", "scp ": "another host", "ssh ": "another host",
-             "hub$": "another host", "mine$": "another host", "sudo ": "root", "docker ": "docker",
-             "sudo useradd": "root", "uv ": "uv"}
+    # what commands of README and manual need that is not here, by what they have in them
+    NEEDS = {r"^make |^hub\$|^mine\$|^scp |^ssh |@host ": "another host, or a checkout",
+             r"^sudo ": "root", "docker ": "docker", "^uv ": "uv", "fish": "fish",
+             r"testcloud\.py (worker|broker)|--watch": "they run until somebody stops them",
+             r"cancel \d": "a client that runs"}
 
     def readme(self):
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
             return file.read()
 
-    def test_every_command_of_the_readme_runs_or_needs_what_is_not_here(self):
+    def commands(self):
+        """Return the commands of README and manual that need nothing that is not here. Blocks with
+        & have a test of their own. Those that make keys come last: our broker has none."""
+        blocks = re.findall(r"^```sh\n(.*?)^```", self.readme(), re.M | re.S)
+        for text in tc.MANUAL.values():
+            for block in re.findall(r"(?:^    \$ .*\n(?:^ {6}.*\n)*)+", text, re.M):
+                blocks.append(re.sub("(?m)^ {4}(\\$ )?", "", block))
+        lines = [line for block in blocks if "&\n" not in block
+                 for line in block.replace("\\\n", " ").splitlines()]
+        for needed in self.NEEDS:
+            self.assertTrue([line for line in lines if re.search(needed, line)], needed)
+            lines = [line for line in lines if not re.search(needed, line)]
+        ours = f"{sys.executable} testcloud.py"
+        lines = [re.sub(r"(python3 )?\btestcloud\.py", ours, line) for line in lines]
+        return sorted(dict.fromkeys(lines), key=lambda line: "keygen" in line)
+
+    def test_every_command_of_readme_and_manual_runs_or_needs_what_is_not_here(self):
         """In a directory with scripts in place of the programs that they run, and our broker."""
         cloud = Cloud(self)
         broker = cloud.broker()
         folder = os.path.join(cloud.dir, "here")
         for name in ("tests/test_a.py", "tests/test_b.py", "tests/ATest.php", "test/a.test.js",
-                     "a.png", "x y.png", "run.sh", "pyproject.toml", "package-lock.json", "bin/"):
+                     "a.png", "x y.png", "run.sh", "pyproject.toml", "package-lock.json", "bin/",
+                     "a.log", "commands"):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             if not name.endswith("/"):
-                pathlib.Path(folder, name).touch()
+                pathlib.Path(folder, name).write_text("true\n" if name == "commands" else "")
         shutil.copy(SCRIPT, folder)
         for name in ("bin/pytest", "bin/convert", "bin/make", "bin/gzip", "bin/phpunit", "bin/go",
                      "bin/git", "bin/shellcheck", "bin/pip", "bin/npm", "bin/node",
@@ -23285,17 +23345,12 @@ class DocumentsTest(unittest.TestCase):
                    XDG_CACHE_HOME=cloud.dir + "/cache",
                    TESTCLOUD_SSH="false")  # no such hosts: only this machine
         cloud.worker(broker, "-j", "2", env=env)
-        blocks = re.findall(r"^```sh\n(.*?)^```", self.readme().replace("\\\n", " "), re.M | re.S)
-        lines = [line for block in blocks if "&\n" not in block for line in block.splitlines()]
-        self.assertGreater(len(lines), 15)
-        ran = 0
-        for line in filter(lambda line: not line.startswith(tuple(self.NEEDS)), lines):
-            line = line.replace("python3 testcloud", f"{sys.executable} testcloud")
-            done = subprocess.run(["sh", "-c", line], env=env, cwd=folder, timeout=PATIENCE,
+        lines = self.commands()
+        self.assertGreater(len(lines), 30)
+        for line in lines:
+            done = subprocess.run(["bash", "-c", line], env=env, cwd=folder, timeout=PATIENCE,
                                   capture_output=True, text=True)
             self.assertEqual(done.returncode, 0, (line, done.stdout, done.stderr))
-            ran += 1
-        self.assertGreater(ran, 8)
         called = tc.read_text(os.path.join(cloud.dir, "called"))
         for words in ("pytest -q tests/test_a.py", "convert x y.png x y.jpg",
                       "make release CC=clang",
@@ -23304,23 +23359,27 @@ class DocumentsTest(unittest.TestCase):
                       "node --test test/a.test.js"):
             self.assertIn("/" + words, called)
 
-    def test_the_first_example_of_the_readme_runs(self):
+    def test_the_first_examples_of_readme_and_manual_run(self):
         """Typed into a shell in a directory with only the two scripts."""
-        readme = self.readme()
-        block = re.search(r"```sh\n(python3 testcloud\.py broker &\n.*?)```", readme, re.S).group(1)
+        blocks = re.findall(r"```sh\n(python3 testcloud\.py broker &\n.*?)```", self.readme(), re.S)
+        blocks += re.findall(r"(?:^    \$ .*\n)*^    \$ .*broker &\n(?:^    \$ .*\n)*",
+                             tc.MANUAL["start"], re.M)
+        self.assertEqual(len(blocks), 2)
         cloud = Cloud(self)
         for name in ("testcloud.py", "pi.py"):
             shutil.copy(os.path.join(HERE, name), cloud.dir)
         ipc = {"broker": f"broker --clients ipc://{cloud.dir}/c --workers ipc://{cloud.dir}/w",
                "worker": f"worker --connect ipc://{cloud.dir}/w",
                "client": f"client --connect ipc://{cloud.dir}/c"}
-        for role, call in ipc.items():  # the default ports may be in use
-            block = block.replace(f"testcloud.py {role}", f"testcloud.py {call}")
-        block = block.replace("python3", sys.executable) + "\nkill %1 %2; wait\n"
-        done = subprocess.run(["bash", "-mc", block], cwd=cloud.dir, timeout=PATIENCE,
-                              capture_output=True, text=True)
-        self.assertIn("Ran 5 commands", done.stdout)
-        self.assertIn("OK! ./pi.py 5", done.stdout)
+        for block in blocks:
+            block = re.sub("(?m)^    \\$ |^kill.*", "", block)
+            for role, call in ipc.items():  # the default ports may be in use
+                block = re.sub(rf"(python3 )?\btestcloud\.py {role}\b",
+                               f"{sys.executable} testcloud.py {call}", block)
+            done = subprocess.run(["bash", "-mc", block + "\nkill %1 %2; wait\n"], cwd=cloud.dir,
+                                  timeout=PATIENCE, capture_output=True, text=True)
+            self.assertIn("Ran 5 commands", done.stdout)
+            self.assertIn("OK! ./pi.py 5", done.stdout)
 
 
 # === Speed ============================================================================

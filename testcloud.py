@@ -5,12 +5,16 @@
 # ///
 """testcloud: run a pile of shell commands on many machines, bring every result back.
 
-On hosts that you reach by ssh, and on this one (:), with nothing to install there; the
-files of your working tree go along (--sync):
+On this machine, as many commands at once as it has CPUs:
+
+    ls *.log | python testcloud.py client --local gzip -k {}
+
+On hosts that you reach by ssh, and on this one (:). Nothing must be installed there, and
+the files of your working tree go along (--sync):
 
     ls tests/*.py | python testcloud.py client -S alpha,4/beta,: --sync pytest -q {}
 
-Three commands make a standing cloud; each may run on a machine of its own:
+In a standing cloud. Each of its three commands may run on a machine of its own:
 
     python testcloud.py broker                             one, in the middle
     python testcloud.py worker --connect HOST              one on each machine that helps
@@ -18,100 +22,19 @@ Three commands make a standing cloud; each may run on a machine of its own:
 
 The client sends its commands, one a line, to the broker. The broker gives them to workers
 with a free slot. Results go back the same way. Without --connect everything happens on
-this machine. `client --local` needs neither broker nor worker. `status` shows who is there
-and what they do, and `cancel` stops a client's run. Each role explains its options:
-testcloud.py ROLE --help.
-
-Between machines it needs a key, which broker, workers and clients find beside the script:
+this machine. Between machines it needs a key, which broker, workers and clients find
+beside the script:
 
     python testcloud.py keygen                             once, then copy testcloud.key
 
-Exit status of the client
-    0  every command was run and exited with 0, in the end (--retries)
-    1  a command failed, was flaky (--fail-on-flaky) or made no file (--fail-on-missing), or
-       --expect differs
-    2  wrong usage, or no commands at all (--allow-empty)
-    3  not everything could be run or written: no broker, worker, host or pyzmq; a full disk
-    128 + N  ended by signal N: 130 by Ctrl-C, 143 by SIGTERM or `cancel`, 129 when its
-       terminal closed
-    141  the reader of its stdout closed it (SIGPIPE)
-A broker or worker exits with 128 + N when signal N stops it, with 2 on wrong usage or in a
-loop of brokers. It exits with 3 when it cannot listen, has no usable key, or (with --wait)
-finds no broker. cancel exits with 1 when there is no such client, or it may not be stopped.
-keygen exits with 0, with 2, or with 3 when it cannot read or write a key.
+`status` shows who is there and what they do, and `cancel` stops a client's run.
 
-Promises
-    A client reports every command exactly once. Without --retries a command is started
-    again only if it could not be started (exit code 126 or 127 within a second), or if its
-    worker or its client was gone or silent for too long. The broker keeps nothing on disk:
-    after its restart, clients and workers tell it all that it must know.
+The client reports every command exactly once, whatever is lost meanwhile. It exits with 0
+if all commands passed, with 1 if one failed, with 2 on wrong usage, and with 3 if not
+everything could be run or written.
 
-JSON Lines (client --jsonl)
-    Each line of the input is an object. Its fields replace options, for its command alone;
-    "env" adds to --env. Commands with the lock "" run one at a time, as with --serial.
-
-    {"cmd": "pytest -q tests/unit", "name": "unit"}
-    {"cmd": "make -j$TESTCLOUD_SLOTS", "slots": 4, "timeout": 600}
-    {"cmd": "pytest -q tests/db", "lock": "db", "env": {"DB": "test"}}
-    {"cmd": "npm test", "cwd": "web", "needs": ["node"]}
-    {"cmd": "./report", "lock": "", "shell": "bash"}
-
-Tasks (one attempt of one command, as its broker sees it)
-    RECOVERING > RUNNING DELIVERED GONE                    resubmitted to a new broker
-    WAITING    > ASSIGNED RUNNING DELIVERED GONE           in its client's queue
-    ASSIGNED   > WAITING RUNNING DELIVERED GONE            sent to a worker
-    RUNNING    > WAITING RUNNING DELIVERED GONE            accepted by the worker (QUEUED)
-    DELIVERED  > DELIVERED GONE                            RESULT passed on, no DONE yet
-
-Slots and locks
-    A command may need several slots of one worker (wide), and a lock. A lock has one holder
-    in the cloud: the topmost broker gives it to a task with a worker, or to a broker below,
-    for one of its clients. The worker has it until it says RESULT or LOST, is given up, or
-    joins without the task. The lock "" is the run's own (--serial): its broker gives it.
-
-Trees (--sync)
-    A command may name a tree: directories, links, and files with their hashes. Its worker
-    has a workspace for each run of a client. It fetches from the client what its host
-    lacks, and runs the setup. Until then the command takes no slot: it is a scout, one
-    for a host. The client's other commands go to workers that are prepared. A host is
-    unfit for a run if it cannot make the workspace, or its setup fails. Workspaces stay
-    for later runs.
-
-Protocol
-    ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds a ROUTER for
-    clients (port 2224) and one for workers (port 2225); these connect a DEALER. A body is
-    UTF-8 text of one or more lines `VERB {json}`; a line that begins with { is a command.
-    Frames between client and broker are [body]. Frames between broker and worker are
-    ["", token, body]: the token names the client's run. A CHUNK is alone in its body, and
-    its bytes are in the frame after it.
-    In JSON, bytes that are not UTF-8 are lone surrogates U+DC80 to U+DCFF (PEP 383). Plain
-    clients get U+FFFD for them.
-
-    {        client > broker > worker   run this command: cmd, cwd; id and attempt
-    HELLO    client > broker            my run; when joining: my unreported commands
-    READY    worker > broker            my name and slots; when joining: my tasks
-    OK       broker > client, worker    answer to HELLO or READY: workers, slots
-    WHO      broker > client, worker    I do not know you (any more): join again
-    QUEUED   worker > broker > client   the worker has accepted the command
-    RESULT   worker > broker > client   the command has ended: exitcode, stdout, time (ms)
-    LOST     worker > broker > client   this attempt will bring no result
-    DONE     client > broker > worker   I have the result, forget it
-    CANCEL   client > broker > worker   stop and forget; without tasks: all of the run
-    FETCH    client < broker > worker   send me a part of this large output, or of this tree
-    CHUNK    client < broker > worker   a part of a large output, or of a tree
-    RESEND   broker > worker            send your last message about this task again
-    RECALL   client > broker > worker   hand this task back, unless you have started it
-    BYE      client, worker > broker    I am leaving
-    SHUN     client > broker > broker   use these hosts only if there are no others
-    LOCK     broker < > broker          may a command of my clients have this lock? / it may
-    UNLOCK   broker > broker            my clients need this lock no more
-    STOP     client > broker > client   stop the run of this client, if it is yours
-    STATUS   client > broker > client   the workers and clients, and their work
-    ERROR    any > any                  the fault in your message, which changed nothing
-
-    A plain client only sends {"cmd": ...} (and cwd) and is answered with QUEUED and RESULT.
-    A plain worker says READY, takes one command, and answers QUEUED, RESULT and READY with
-    the token it was given. READY without RESULT: the command is lost. They need no more.
+    python testcloud.py help                               the manual, by topic
+    python testcloud.py ROLE --help                        the options of a role
 """
 # SPDX-License-Identifier: MIT
 from __future__ import annotations  # testcloud needs Python 3.9 or newer
@@ -205,6 +128,48 @@ __version__ = "0.1.0"
 # program, each with its reason. Times are in seconds. Those in Times are options of the
 # roles that use them. A number that only one section needs is at the head of that section.
 
+MANUAL: Dict[str, str] = {}  # texts for `testcloud.py help`, each in the section that it is about
+
+MANUAL["limits"] = """\
+@limits
+
+Short commands are sent ahead, so that a slot need not wait for the network. The broker
+takes back those that wait for a slot while another worker has a free one, or for longer
+than 0.1 s.
+
+Until the end, the client keeps all outputs in unlinked files in $TMPDIR, for the result
+hash. --brief changes nothing in that.
+
+Machines that somebody works at
+    $ testcloud.py worker --nice 10 --max-load 4 --memfree 2G
+
+@options worker --max-load --memfree --nice
+
+    Past --max-load or --memfree a worker takes no new commands, and hands back those that
+    have not started. It goes on below 0.9 of that load, or above SIZE / 0.9 of free
+    memory. In a container the memory of its cgroup counts, too. A system that does not
+    tell its free memory gets a notice.
+
+    A SIZE may end with k, M or G.
+"""
+
+MANUAL["times"] = """\
+@times
+
+    --ready-interval  It is shorter if the broker's deadlines are. After a broker's start,
+                      older commands wait so long, and at least 2 s, for the worker that
+                      may still run them.
+    --queued-timeout  Then the command goes to another worker.
+    --client-lease    The broker then stops the client's commands.
+    --lost-grace      A chained broker has --worker-expiry instead. With less than 1 s, a
+                      worker that is stopped just then may start commands that were given
+                      to others.
+    --crash-limit     It counts workers that ran the command or had just got it.
+    --kill-grace      It is for the process group of a command.
+
+A TIME may have a unit: 500ms, 30s, 5m, 2h, 1d. Without one it is in seconds.
+"""
+
 # --- names
 Seconds = float
 Peer = bytes  # a connection's routing id at a ROUTER; b"" on a DEALER
@@ -222,8 +187,6 @@ ROLE_OF = {CLIENTS: CLIENT_ROLE, WORKERS: WORKER_ROLE}  # of the peers on a brok
 CLIENT_PORT = 2224
 WORKER_PORT = 2225
 PLAIN = "plain."  # prefix of a plain client's run, which ends with its broker
-
-MANUAL: Dict[str, str] = {}  # texts for `testcloud.py help`, each in the section that it is about
 
 # --- sizes on the wire, in bytes
 MAX_FRAME = 4 * 1024 * 1024  # libzmq closes a connection that sends a larger frame
@@ -6164,24 +6127,24 @@ class Process:
             os.killpg(self.group, signal.SIGCONT)  # a stopped group handles SIGTERM only then
 
 
-COMMANDS = "commands"
+ALL, COMMANDS = "all roles", "commands"
 # whose environment has the variable, and its meaning
 VARIABLES: Dict[str, Tuple[str, str]] = {
-    "TESTCLOUD": (CLIENT_ROLE, "options for each client; those on the command line beat them"),
-    "TESTCLOUD_BROKER": ("client, worker, status, cancel",
-                         "the broker, for want of --connect: best a host without a port"),
-    "TESTCLOUD_KEY_FILE": ("all roles", "the key file, for want of --key"),
-    "TESTCLOUD_SSH": ("client, worker", "the ssh command, for want of --ssh"),
-    "XDG_CONFIG_HOME": ("all roles", "directory of the key file and of sshloginfile (~/.config)"),
-    "XDG_CACHE_HOME": ("client, worker", "directory of workspaces and timings (~/.cache)"),
-    "TMPDIR": ("client, worker", "directory of unlinked files for outputs (/tmp)"),
-    "NO_COLOR": (CLIENT_ROLE, "no colours with --color auto, whatever the value"),
-    "TERM": (CLIENT_ROLE, "dumb: no colours and no line at the bottom"),
-    "PAGER": ("help", "shows a topic on a terminal (less)"),
-    "PWD": (COMMANDS, "the command's directory"),
+    "TESTCLOUD": (CLIENT_ROLE, "options of your own; those on the command line beat them"),
+    "TESTCLOUD_BROKER": (ALL, "the broker, for want of --connect: best a host without a port"),
+    "TESTCLOUD_KEY_FILE": (ALL, "the key file, for want of --key"),
+    "TESTCLOUD_SSH": (ALL, "the ssh command, for want of --ssh"),
+    "XDG_CONFIG_HOME": (ALL, "where keys and files of hosts are (default: ~/.config)"),
+    "XDG_CACHE_HOME": (ALL, "where workspaces and times of commands are (default: ~/.cache)"),
+    "TMPDIR": (ALL, "where unlinked files for outputs are (default: /tmp)"),
+    "NO_COLOR": (CLIENT_ROLE, "with any value: no colours with --color auto"),
+    "TERM": (CLIENT_ROLE, "dumb: no colours, and no line at the bottom"),
+    "PAGER": ("help", "shows a topic on a terminal (default: less)"),
+    "SSH_CONNECTION": (WORKER_ROLE, "from sshd: the worker ends with that connection"),
+    "PWD": (COMMANDS, "its directory"),
     "TESTCLOUD_RUN": (COMMANDS, "the name of the client's run"),
-    "TESTCLOUD_SEQ": (COMMANDS, "which command of the run it is, from 1"),
-    "TESTCLOUD_ATTEMPT": (COMMANDS, "which attempt of it, from 1"),
+    "TESTCLOUD_SEQ": (COMMANDS, "its number in the run, from 1"),
+    "TESTCLOUD_ATTEMPT": (COMMANDS, "the number of this attempt, from 1"),
     "TESTCLOUD_SLOT": (COMMANDS, "its slot on this worker, from 1"),
     "TESTCLOUD_SLOTS": (COMMANDS, "how many slots it takes"),
     "TESTCLOUD_WORKER": (COMMANDS, "the name of its worker"),
@@ -6335,6 +6298,44 @@ def oom_kills(root: str = CGROUPS, own: str = OWN_CGROUP) -> int:
 # job itself. A wide job runs in one thread while the threads of its other slots wait; none
 # overtakes it in the queue. Events wake the loop when the queue runs low, or after
 # REPORT_DELAY. Not concurrent.futures: it cannot hold jobs back when a lease ends.
+
+MANUAL["environment"] = """\
+@variables
+
+What a command finds
+@options client --cwd --env --shell
+
+    Directory: that of the client, which must exist on the worker. -C DIR is relative to
+    it ($PWD, with its links), and ~ is the home on the worker. With --sync it is in the
+    workspace.
+
+    Variables: those of the worker, those of --env, and those above. --env may be
+    repeated.
+
+    Shell: /bin/sh. `--shell bash` is for <(...), arrays and pipefail. A name is looked up
+    in the worker's PATH. A relative path counts from the command's directory. ~ is not
+    expanded, and $SHELL changes nothing. Plain workers use their own shell.
+
+    Input and signals: stdin is /dev/null. There is no terminal, and no signal is ignored
+    or blocked.
+
+    A command of plain words (`pytest -q tests/a.py`) starts without the shell, in half
+    the time. This is so where /bin/sh is known to do nothing but start it (bash, dash).
+    It shows in nothing but process numbers and the order of variables.
+
+How a command ends
+    Each command runs in a process group of its own. It ends when its first process ends.
+    What it left behind may go on writing to its output for 0.1 s (`exec > >(tee log)`),
+    while its slot is taken. Then this is killed: processes in the background, and on
+    Linux also those in a session of their own (setsid, double fork).
+
+    A process may wipe the variables above and lose its parent. It is killed when all
+    commands have ended that ran when it was started.
+
+    A worker is two processes: a supervisor, and its child that does the work. When either
+    is killed, even with `kill -9`, the other one kills all commands. `client --local` is
+    built likewise.
+"""
 
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then the command is LOST (SPAWN)
 POLL_INTERVAL: Seconds = 0.02  # between checks where there is no pidfd
@@ -7937,6 +7938,65 @@ class Workspaces:
 #
 # These four send nothing and read no clock. The Client calls them.
 
+MANUAL["failures"] = """\
+    $ ls tests/*.py | testcloud.py client --retries 3 --timeout 5m pytest -q {}
+
+The client tries a command that fails up to three times, and stops one that runs for more
+than five minutes.
+
+@options client --timeout --retries --fail-fast --fail-on-flaky --allow-empty
+
+Exit codes of a command
+    124        it ran longer than --timeout
+    126        it could not be started, or here is no room for its output: a line says why
+    127        the shell did not find the program
+    128 + N    signal N killed it, as in a shell
+
+Retries
+    FAIL            it failed each time
+    FLAKY           it failed, and passed in the end
+    ONLY ON host    it failed twice on this host, and passed elsewhere
+
+    --retries 3 tells whether a command or a host is at fault. The second try is on
+    another host, if there is one. The third is on the first host again. N counts all
+    tries, as in GNU parallel. When nothing else is left to do, a retry waits at most 10 s
+    for a slot on the first host: then it is FLAKY.
+
+    FLAKY and ONLY ON count as passed, but not with --fail-on-flaky. The transcript, the
+    summary, the joblog and the reports name them (FAILED ONLY ON host). --json, --junit
+    and --html have the last 4 KiB that a failed try printed. They have nothing of outputs
+    over 64 KiB, nor of a failure after a pass.
+
+    If three commands fail on one host and nowhere else, this host is excluded for the
+    rest of the run. A notice says so. On an excluded host one failure is enough for ONLY
+    ON.
+
+Commands that cannot be started
+    An end with 126 or 127 within a second means: the worker lacks a program, a directory
+    or a shell. The command is tried on other hosts, at most 8, until one can start it. If
+    it passes there, it has passed. With --retries 1 nothing is tried again.
+
+    If a host cannot start three commands in a row that others can, it is excluded. If a
+    host that could start others is gone, the command waits for it, at most 10 s.
+
+    If a machine only lacked processes, memory or descriptors for a moment, the command is
+    tried again there and then elsewhere, five times in all.
+
+    If a worker is lost, its commands run elsewhere (see: help promises).
+
+The end of a run
+    --fail-fast stops everything after N failures. Ctrl-C stops the run's commands on all
+    workers. A second Ctrl-C leaves at once. `testcloud.py cancel` stops a run from
+    elsewhere (see: help status).
+
+    If not everything could be run, the summary says so. An input without commands is an
+    error, but not with --allow-empty: mostly the program that should write them has
+    failed.
+
+Exit statuses
+@statuses
+"""
+
 
 OK, FAIL = "OK", "FAIL"  # verdicts: passed; failed on each try
 FLAKY, ONLY = "FLAKY", "ONLY"  # failed, passed later; failed on one host only
@@ -9174,6 +9234,68 @@ class Canceller(StatusClient):
 # format has its section. The seed is the first testcloud, in PHP: the transcript keeps its
 # format, and the result hash is the same.
 
+MANUAL["reports"] = """\
+    $ ls tests/*.py | testcloud.py client --junit a.xml --html a.html pytest -q {}
+    $ git ls-files '*.sh' | testcloud.py client --raw -f --quiet shellcheck {}
+
+The first line writes two reports beside the usual output. The second one prints the
+outputs of failures, and nothing else.
+
+What to show
+@options client --progress --keep-order --tag --live --raw --brief --fail-only --slow
+@options client --color --max-output --verbose --quiet
+
+    Results come on stdout as commands end. All that concerns the run itself goes to
+    stderr. An output has stdout and stderr in their order, and is passed on as it is. In
+    the line with the command, characters that would steer the terminal are escapes
+    (\\x1b).
+
+    --progress shows how many commands are done, failed and running, the rate, the time
+    left and the workers. It is on if stderr is a terminal, but not if stdout is a pipe or
+    TERM is dumb. Where stderr is no terminal, it prints a line every 10 s, with the
+    command that takes longest. Without -p it prints that line only after a minute without
+    other output.
+
+    --tag puts the line of the input and a tab before each line of output, but not with
+    --raw and --json. --live does so while the commands run. Then -k, -b and -f count only
+    for the lines of the results.
+
+    --raw keeps stdout and stderr apart, and prints nothing else on stdout. --max-output
+    puts a mark that says how much was cut off. --slow is seen with colours only.
+    --verbose says which host ran what.
+
+    A slow reader of stdout (`client | less`) holds up nothing but itself.
+
+Reports in files
+@options client --junit --html --results --force
+
+    Each of them is written whole or not at all, also after Ctrl-C. The page of --html has
+    a picture of the run, its failures and a filter, in one file.
+
+    --results makes a directory in DIR for each command, when it is reported. It has the
+    files stdout, stderr, cmd and exitcode. It is named by the command's name (--jsonl) or
+    number, and a / makes subdirectories. A name that clashes, or leads out of DIR, fails
+    its command before it runs.
+
+    DIR must be empty, but with --resume or --force. --force replaces what commands left
+    there, and keeps the rest.
+
+    If a report cannot be written any more (a full disk), the client names it. The run
+    goes on, and ends with status 3.
+
+Result hash
+@options client --expect
+
+    The hash tells whether two runs gave the same results, whoever ran what when. It takes
+    the commands in byte order, equal ones by exit code and then output. It starts from
+    the text Array. Each step is sha1(previous + command + exitcode + output), in
+    lower-case hex. --expect counts for --junit and --html, too.
+
+    With --results and --raw, stdout and stderr come apart. So the hash of commands that
+    write to both may differ from that of other runs, and so may their order in the
+    transcript.
+"""
+
 Put = Callable[[Iterable[bytes]], None]  # queues the pieces of a text to be written
 OutputOf = Callable[["Outcome"], Iterator[bytes]]  # reads an output in pieces
 NAMED_FAILURES = 10  # in the summary: they fit on a screen
@@ -10281,6 +10403,37 @@ def tag_lines(tag: str, pieces: Iterable[bytes]) -> Iterator[bytes]:
 # One JSON object a line for each result, in ASCII. Bytes that are not UTF-8 are U+FFFD; then
 # another field NAME_base64 has the exact bytes.
 
+MANUAL["json"] = """\
+    $ testcloud.py client --local --json 'echo {}' ::: a
+
+@options client --json
+
+Each result is an object on a line of stdout. Nothing else is there. (See: help commands,
+for JSON as input.)
+
+    seq          place in the input, from 1
+    command      its text
+    name         what reports call it, if it has a name
+    exitcode     of the command (see: help failures)
+    verdict      OK, FAIL, FLAKY or ONLY
+    only_on      the host of ONLY, else ""
+    host         where it ran
+    worker       the name of its worker
+    slot         the worker's slot, from 1
+    started      seconds since 1970
+    time         milliseconds
+    signal       the signal that killed it, or 0
+    reason       why it could not be run, or ""
+    tries        the other tries: exitcode, host, worker, slot, started, time, reason,
+                 output
+    returned     with --return: paths of the files that came back
+    output       its output; not with --brief
+
+The output of a try is its last 4 KiB, if it failed and is at most 64 KiB long. Bytes that
+are not UTF-8 are U+FFFD. Only then there is output_base64 (command_base64), with the
+exact bytes.
+"""
+
 
 class JsonLines(Reporter):
     """--json: a line for each result."""
@@ -10348,6 +10501,43 @@ def in_base64(data: bytes) -> str:
 #
 # The joblog of GNU parallel: a line of columns for each result. It is written at once, to
 # survive a crash. --resume reads it and skips the commands that an earlier run has done.
+
+MANUAL["joblog"] = """\
+    $ ls tests/*.py | testcloud.py client --joblog log pytest -q {}
+    $ ls tests/*.py | testcloud.py client --joblog log --resume-failed pytest -q {}
+
+The second line runs only what failed in the first run, or did not run.
+
+@options client --joblog --resume --resume-failed --timings
+
+The joblog
+    Seq Host Starttime JobRuntime Send Receive Exitval Signal Command
+
+    It has a line for each result, with these nine columns of GNU parallel. The client
+    writes it as results come. One client at a time writes a joblog. FLAKY and ONLY ON
+    stand behind the host.
+
+Resume
+    --resume runs only the commands that are not in the joblog. The input may have more
+    commands than before, in any order. A command is known by its text, and by how often
+    that text came before it in the input. (This number is in the column Send, as a
+    negative one. GNU parallel has bytes there.)
+
+    --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON
+    are failures. Summary, hash and reports are of what ran this time.
+
+    After a `kill -9` of the client, only what was under way is lost. With -k the joblog
+    may have results that were not shown yet. --resume-failed shows failures again.
+
+Longest first
+    The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME).
+    It begins with those that it does not know, and then takes the longest. --timings
+    takes the times of a joblog instead. If the input is slow to come, commands run in its
+    order.
+
+    After a run of more than two seconds, the client says how many slots would have been
+    of use, if slots were the bottleneck.
+"""
 
 JOBLOG_HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
 
@@ -11254,7 +11444,45 @@ def progress_notice(client: Client, spent: Seconds, now: Seconds) -> str:
 # one of clients. A table is a list of lines.
 
 MANUAL["status"] = """\
+    $ testcloud.py status
     $ testcloud.py status --watch
+    $ testcloud.py cancel 4711@vm
+
+@options status,cancel --connect
+@options status --watch --json --wait
+@options cancel PID@HOST --wait
+
+Status
+    It shows the workers: their slots, what runs, what is done and how much of that
+    failed, the load of the machine, and when the broker last heard them. It shows the
+    clients: what they still have to be run, and what they wait for. It shows the brokers
+    below. It needs a client's key, and shows no commands.
+
+    --watch goes on until q, also while there is no broker.
+
+    What is done counts from the start of the broker. A client with more than 4,096
+    commands, or with --serial --fail-fast, keeps some for later. It tells the broker
+    every two seconds how many.
+
+Cancel
+    It stops the run of a client, by PID and host as status shows them. The client says
+    who stopped it, stops its commands and exits with 143. A client whose connection is
+    broken is told when it is back.
+
+    cancel needs the key of that client, or the cloud's own. Clients with --local or -S
+    have no broker that it could ask.
+
+JSON
+    status --json prints an object on a line:
+
+    broker    its name
+    above     names of the brokers above it
+    workers   for each: name, host, kind (worker, broker, plain), below (names of
+              brokers), labels, slots, running, done, failed (of those done), held
+              (results that were not taken yet), weight, load, there (connected), silent
+              (for seconds), and cache (bytes of workspaces), if it is known
+    clients   for each: host, pid, kind (client, plain, above: the broker above), there,
+              queued, running, held, done, failed, waits_for
 """
 
 
@@ -13050,8 +13278,8 @@ def option(usage: str, help: str, **settings: Any) -> Option:
 def time_option(name: str, help: str) -> Option:
     """Return the row of a field of Times, with its default."""
     default = Times._field_defaults[name]
-    value = "N" if isinstance(default, int) else "TIME"
-    return option(f"--{name.replace('_', '-')} {value}", f"{help} (default: {default})",
+    value, unit = ("N", "") if isinstance(default, int) else ("TIME", " s")
+    return option(f"--{name.replace('_', '-')} {value}", f"{help} (default: {default:g}{unit})",
                   default=default)
 
 
@@ -15050,6 +15278,107 @@ def read_hashes(path: str) -> Dict[str, List[Any]]:
 # else than it seems to say is refused, above all one with a placeholder within quotes. With
 # --jsonl a row is an object, with fields of the protocol's command and without a template.
 
+MANUAL["commands"] = """\
+    $ testcloud.py client --local < commands
+    $ ls tests/*.py | testcloud.py client pytest -q {}
+    $ testcloud.py client 'convert {} {.}.jpg && rm {}' ::: *.png
+    $ testcloud.py client --env A=1 make {1} CC={2} ::: debug release ::: gcc clang
+    $ find . -type f -print0 | testcloud.py client -0 gzip
+    $ pytest --collect-only -q | grep :: | testcloud.py client -n 50 pytest -q
+
+In the first line each line of the input is a command. The others have a template, which
+makes a command of each line (see: help environment, for what a command finds).
+
+Input and template
+@options client TEMPLATE --null --max-args --colsep --dry-run
+
+    Blank lines are skipped, and so is a byte order mark. The first command starts before
+    the last line has arrived. Templates are those of GNU parallel:
+
+    {}          the line, quoted for the shell; with -n all lines of the command
+    {.}         without extension
+    {/}         without directory
+    {//}        its directory
+    {/.}        without directory and extension
+    {1}, {2/}   one column (--colsep), one line (-n) or one source
+    {#}         the number of the command, from 1
+    {''1}       {1} as it is; in double quotes: {""1}
+    ::: A B     these arguments, instead of the input
+    :::: F G    the lines of these files; - is the input
+    :::+ A B    linked to the arguments before, one to one; files: ::::+
+
+    A template without a placeholder gets the line appended. Several sources are combined
+    in all ways, but for linked ones.
+
+    The words of a template are joined with spaces, and the shell reads the result. So a
+    word with a space in it is refused beside others. So is {} in quotes, because the line
+    is quoted already. The message says how to write it. Options of testcloud stand before
+    the template.
+
+    A command should take some tenths of a second at least, because each one starts its
+    program anew. So take whole files of tests, or some dozens of single tests with -n.
+
+JSON
+@options client --jsonl
+
+    {"cmd": "pytest -q tests/unit", "name": "unit"}
+    {"cmd": "make -j$TESTCLOUD_SLOTS", "slots": 4, "timeout": 600}
+    {"cmd": "pytest -q tests/db", "lock": "db", "env": {"DB": "test"}}
+    {"cmd": "npm test", "cwd": "web", "needs": ["node"]}
+    {"cmd": "./report", "lock": "", "shell": "bash"}
+
+    Each line of the input is an object. Its fields replace options, for its command
+    alone:
+
+    cmd       the command
+    name      what reports call it; the joblog keeps the text of the command
+    slots     --slots-each
+    lock      --lock; "" is the run's own lock (--serial)
+    needs     --need: a list of labels
+    cwd       --cwd
+    env       --env: an object; it adds to the option
+    shell     --shell
+    timeout   --timeout, in seconds
+    delay     --delay, in seconds
+    limit     --max-output, in bytes
+    return    --return: a list of files
+
+    A line with an unknown field or a wrong type is a failed command, with the number of
+    the line. The others run. --dry-run prints objects that have what the options say,
+    too.
+
+Slots
+@options client --slots-each
+
+    A command may take several slots of one worker (it is wide). A worker with fewer slots
+    never gets it. If no worker has enough slots, the client says so within a second. With
+    --local the command fails at once.
+
+    A wide command goes before the narrow ones of its client. If too few slots are free,
+    it reserves the next free slots of one worker. Others use these meanwhile only if they
+    will probably end before the commands that it waits for. The guess is that those go on
+    for as long as they have run. So a wide command waits for what ran there before it,
+    and for one more command in each slot.
+
+Locks
+@options client --lock --serial --delay
+
+    Of all commands in the cloud with a lock, one runs at a time, whosever it is. --serial
+    is a lock of this run alone: other clients' commands go on.
+
+    A lock is free when its command has ended, not when it is only told to stop. It is
+    also free when its worker is given up. If that worker is only cut off, the command may
+    still run for a while.
+
+    A broker that has just started gives no lock for 10 s (--worker-expiry), because
+    workers that have it may come back. For --serial that counts only if the broker
+    restarted during the run. In a chain the topmost broker gives the locks.
+
+    Brokers and workers of an older version know no slots, locks and delays. Such a broker
+    ends the run with status 3. Such a worker gets no wide command and no command with a
+    lock of the cloud. The client names it.
+"""
+
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
 SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments or files; + links to those before
 # "#", or the number of an argument (none: all) and a modifier; not after an unescaped $
@@ -16102,6 +16431,108 @@ def run_cancel(settings: argparse.Namespace) -> int:
 # rows of a table that the program uses: TABLES says which.
 
 MANUAL["start"] = """\
+    $ ls *.log | testcloud.py client --local gzip -k {}
+
+The client runs a command for each line of its input, here on this machine. As many run at
+once as there are CPUs. `testcloud.py` stands for `python3 testcloud.py`, or for the
+script in a directory of your PATH. It needs Python 3.9 or newer (2.7 to 3.6 say so in a
+SyntaxError), on Linux, macOS or another POSIX system. On Windows, use it inside WSL.
+
+Hosts
+    $ ls tests/test_*.py | testcloud.py client -S alpha,beta,: --sync pytest -q {}
+
+    This client runs the commands on two hosts by ssh, and here (:). Your files go along.
+    Nothing must be installed on the hosts, and nothing stays running there (see: help
+    hosts).
+
+A standing cloud on this machine
+    $ testcloud.py broker &
+    $ testcloud.py worker &
+    $ seq 5 | awk '{print "./pi.py " $1}' | testcloud.py client
+    $ kill %1 %2
+
+    A standing cloud has one broker, and serves many clients. A client sends its commands
+    to the broker. The broker gives them to workers with a free slot. Results go back the
+    same way. The last line stops the cloud: Ctrl-C and SIGTERM stop every role.
+
+    A standing cloud needs pyzmq 24 or newer. Many systems refuse a plain `pip install`
+    ("externally managed"). Take one of these:
+
+    $ sudo apt install python3-zmq
+    $ python3 -m venv .venv && .venv/bin/pip install -q pyzmq
+    $ uv run testcloud.py status
+
+    The first one is for Debian and Ubuntu. If python3 has no pyzmq, the program takes
+    that of a .venv beside the script: both must belong to you. uv needs no installation,
+    as the file says what it needs (PEP 723).
+
+A standing cloud on several machines
+    hub$    testcloud.py keygen; testcloud.py broker &
+    hub$    scp testcloud.py testcloud.key other:
+    other$  python3 testcloud.py worker --connect hub
+    mine$   scp hub:testcloud.py hub:testcloud.key .
+    mine$   ls tests/*.py | python3 testcloud.py client --connect hub pytest -q {}
+
+    Each machine needs the script, pyzmq and a key (see: help keys). A broker that was
+    started before keygen has no key: stop it first. Firewalls must let TCP through to the
+    broker's machine. Clients connect to port 2224, and workers to port 2225.
+
+The broker
+@options broker --clients --workers --upstream --upstream-key
+@options broker,worker,status,cancel,keygen --verbose
+
+    The broker prints a line for each address on which it listens. ADDR is
+    tcp://HOST:PORT, HOST:PORT, HOST, or ipc://PATH. The host * is all interfaces, and
+    port 0 is a free port, which the line names. An IPv6 address stands in brackets.
+
+    Clients share the slots fairly, in turns of one command. A command of four slots costs
+    its client four turns.
+
+    With --upstream the broker joins another broker as a worker, with the slots of all its
+    workers and the highest of their weights. It may have clients of its own. To join a
+    cloud of other people it needs a worker's key of theirs (--upstream-key). In a loop of
+    brokers, one of them ends with status 2.
+
+The worker
+@options worker --slots --weight --label --host --drain
+@options worker,client --connect --wait
+
+    A worker runs as many commands at once as it has slots. By default these are the CPUs
+    that it may use, by affinity and cgroup quota. The workers with the highest --weight
+    are used first. Among equals, the one with the most free slots is next.
+
+    Start it before or after the broker. It waits for the broker, and joins it again after
+    each restart. What it runs goes on. Each start gives the worker a new name.
+
+    Ctrl-C, SIGTERM and other signals that end a process stop a worker. It takes no more
+    commands, and hands back those that have not started. The others have --drain to end.
+    Then it stops them, and they run elsewhere. A second signal ends the worker
+    immediately. The locks of its commands are then free when the broker has missed it for
+    --lost-grace.
+
+    A worker that was started by `ssh HOST`, without a terminal and without nohup, stops
+    when that connection ends. To keep it, redirect its outputs.
+
+    A second worker of the same user on a host gets a notice, and the broker logs it.
+    Hosts are told apart by machine id and boot id. The broker calls a second host of one
+    name vm~2. --host gives a better name. Two names on one machine count as two hosts.
+
+The client, and where its commands run
+@options client --local --slots --need
+
+    --local and -S need no broker. Without them the client connects to --connect, else to
+    $TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait the
+    client waits for ever, and says what for.
+
+Other roles
+@options completion SHELL
+@options help TOPIC
+
+    $ eval "$(testcloud.py completion bash)"
+    $ testcloud.py completion fish | source
+
+    For zsh write `completion zsh` in the first line. Then the shell completes roles,
+    options and topics of a testcloud.py in the PATH.
 """
 
 
@@ -16137,24 +16568,43 @@ MANUAL_WIDTH = 92  # columns of a topic: two windows fit beside each other on a 
 
 # --- tables
 
-EXIT_STATUSES: Tuple[Tuple[str, str, str], ...] = (
+EXIT_STATUSES: Tuple[Tuple[str, str, str], ...] = (  # role, status, meaning
+    ("all roles", "2", "wrong usage"),
+    ("", "128 + N", "signal N ended it: 130 by Ctrl-C, 143 by SIGTERM"),
+    ("", "141", "the reader of its stdout closed it (SIGPIPE)"),
     ("client", "0", "every command was run and exited with 0, in the end (--retries)"),
     ("", "1", "a command failed, was flaky (--fail-on-flaky) or made no file (--fail-on-missing); "
      "or the result hash differs (--expect)"),
-    ("", "2", "wrong usage, or no commands at all (--allow-empty)"),
+    ("", "2", "no commands at all (--allow-empty)"),
     ("", "3", "not everything could be run or written: no broker, worker, host or pyzmq; a full "
      "disk"),
-    ("", "128 + N", "signal N ended it: 130 by Ctrl-C, 143 by SIGTERM or `cancel`, 129 when its "
-     "terminal closed"),
-    ("all roles", "141", "the reader of its stdout closed it (SIGPIPE)"),
-    ("broker, worker", "2", "wrong usage, or a loop of brokers"),
+    ("", "129, 143", "its terminal was closed; `cancel` stopped it"),
+    ("broker, worker", "2", "a loop of brokers"),
     ("", "3", "it cannot listen, has no usable key, or (--wait) found no broker"),
-    ("", "128 + N", "signal N ended it"),
-    ("status", "3", "there is no broker, or no usable key"),
+    ("status", "3", "it found no broker (--wait), or has no usable key"),
     ("cancel", "1", "there is no such client, or it may not be stopped"),
+    ("", "3", "as with status"),
     ("keygen", "3", "it cannot read or write a key"),
 )
-LIMITS: Tuple[Tuple[str, str], ...] = ()
+LIMITS: Tuple[Tuple[str, str], ...] = (
+    ("a command", f"{MAX_COMMAND // 1024} KiB of JSON; Linux takes 128 KiB of shell text"),
+    ("an output within its result", f"{INLINE // 1024} KiB; a larger one waits on its worker's "
+     "disk until it is fetched"),
+    ("commands of a client at its broker", f"{WINDOW:,}; the client keeps the others"),
+    ("results that wait for a client", f"{CREDIT // 2**20} MiB, or {CREDIT // SPOOL_COST} outputs "
+     f"over {INLINE // 1024} KiB"),
+    ("commands sent ahead", f"{PREFETCH} for each slot, and {PREFETCH_TIME:.0f} ms of work"),
+    ("slots of a worker", f"{2**20:,}"),
+    ("the name of a lock", "200 characters"),
+    ("the name of a command (--results)", f"{NAME_SIZE} bytes, {PART_SIZE} for each part"),
+    ("brokers in a chain", str(MAX_DEPTH)),
+    ("logins by ssh under way", str(MAX_LOGINS)),
+    ("a tree (--sync)", f"{MAX_ENTRIES:,} files and directories; --sync-max"),
+    ("an output in --junit", f"its first {JUNIT_HEAD // 1024} and last {JUNIT_TAIL // 1024} KiB; "
+     f"all outputs {JUNIT_SIZE // 2**20} MiB"),
+    ("an output in --html", f"its first and last {HTML_OUTPUT // 1024} KiB; all outputs "
+     f"{HTML_OUTPUTS // 2**20} MiB, of {HTML_ENTRIES:,} failures"),
+)
 
 
 def option_rows(roles: str, *names: str) -> Iterator[Tuple[str, str]]:
@@ -16167,15 +16617,16 @@ def option_rows(roles: str, *names: str) -> Iterator[Tuple[str, str]]:
         value = row.settings.get("metavar", "")
         if row.settings.get("nargs") == "?":
             value = f"[{value}]"
-        yield f"{', '.join(option_names(row))} {value}".strip(), row.settings["help"]
+        yield f"{', '.join(option_names(row)) or role} {value}".rstrip(), row.settings["help"]
 
 
-def time_rows() -> Iterator[Tuple[str, str, str]]:
-    """Yield rows for the fields of Times: option, roles, meaning with the default."""
+def time_rows() -> Iterator[Tuple[str, ...]]:
+    """Yield rows for the fields of Times: option, default, roles, meaning."""
     for field in Times._fields:
         name = f"--{field.replace('_', '-')}"
-        having = {role: row for role in OPTIONS for row in options_of(role) if name in row.names}
-        yield name, ", ".join(having), next(iter(having.values())).settings["help"]
+        rows = {role: row for role in OPTIONS for row in options_of(role) if name in row.names}
+        meaning, _, default = next(iter(rows.values())).settings["help"].partition(" (default: ")
+        yield name, default.rstrip(")"), ", ".join(rows), meaning
 
 
 TABLES: Dict[str, Callable[..., Iterable[Sequence[str]]]] = {
@@ -16286,8 +16737,7 @@ def role_parser(role: str, make: Callable[..., argparse.ArgumentParser]) -> argp
 
 
 def build_parser() -> argparse.ArgumentParser:
-    start, heading, rest = (__doc__ or "").partition("Exit status")
-    parser = Parser(prog="testcloud.py", description=start, epilog=heading + rest,
+    parser = Parser(prog="testcloud.py", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"testcloud {__version__}")
     roles = parser.add_subparsers(title="roles", dest="subcommand", required=True, metavar="ROLE")
