@@ -23203,7 +23203,7 @@ class DocumentsTest(unittest.TestCase):
         for topic in tc.TOPICS:
             for line in tc.topic_text(topic).splitlines():
                 self.assertLessEqual(len(line), tc.MANUAL_WIDTH, line)
-            for other in re.findall(r"see: help (\w+)", self.words_of(topic)):
+            for other in re.findall(r"`help (\w+)`", self.words_of(topic)):
                 self.assertIn(other, tc.TOPICS, topic)
 
     def test_the_manual_has_every_option_in_one_place(self):

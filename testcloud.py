@@ -141,16 +141,17 @@ Until the end, the client keeps all outputs in unlinked files in $TMPDIR, for th
 hash. --brief changes nothing in that.
 
 Machines that somebody works at
+
     $ testcloud.py worker --nice 10 --max-load 4 --memfree 2G
 
 @options worker --max-load --memfree --nice
 
-    Past --max-load or --memfree a worker takes no new commands, and hands back those that
-    have not started. It goes on below 0.9 of that load, or above SIZE / 0.9 of free
-    memory. In a container the memory of its cgroup counts, too. A system that does not
-    tell its free memory gets a notice.
+Past --max-load or --memfree a worker takes no new commands, and hands back those that
+have not started. It goes on below 0.9 of that load, or above SIZE / 0.9 of free memory.
+In a container the memory of its cgroup counts, too. A system that does not tell its free
+memory gets a notice.
 
-    A SIZE may end with k, M or G.
+A SIZE may end with k, M or G.
 """
 
 MANUAL["times"] = """\
@@ -6303,38 +6304,39 @@ MANUAL["environment"] = """\
 @variables
 
 What a command finds
+
 @options client --cwd --env --shell
 
-    Directory: that of the client, which must exist on the worker. -C DIR is relative to
-    it ($PWD, with its links), and ~ is the home on the worker. With --sync it is in the
-    workspace.
+Directory: that of the client, which must exist on the worker. -C DIR is relative to it
+($PWD, with its links), and ~ is the home on the worker. With --sync it is in the
+workspace.
 
-    Variables: those of the worker, those of --env, and those above. --env may be
-    repeated.
+Variables: those of the worker, those of --env, and those above. --env may be repeated.
 
-    Shell: /bin/sh. `--shell bash` is for <(...), arrays and pipefail. A name is looked up
-    in the worker's PATH. A relative path counts from the command's directory. ~ is not
-    expanded, and $SHELL changes nothing. Plain workers use their own shell.
+Shell: /bin/sh. `--shell bash` is for <(...), arrays and pipefail. A name is looked up in
+the worker's PATH. A relative path counts from the command's directory. ~ is not expanded,
+and $SHELL changes nothing. Plain workers use their own shell.
 
-    Input and signals: stdin is /dev/null. There is no terminal, and no signal is ignored
-    or blocked.
+Input and signals: stdin is /dev/null. There is no terminal, and no signal is ignored or
+blocked.
 
-    A command of plain words (`pytest -q tests/a.py`) starts without the shell, in half
-    the time. This is so where /bin/sh is known to do nothing but start it (bash, dash).
-    It shows in nothing but process numbers and the order of variables.
+A command of plain words (`pytest -q tests/a.py`) starts without the shell, in half the
+time. This is so where /bin/sh is known to do nothing but start it (bash, dash). It shows
+in nothing but process numbers and the order of variables.
 
 How a command ends
-    Each command runs in a process group of its own. It ends when its first process ends.
-    What it left behind may go on writing to its output for 0.1 s (`exec > >(tee log)`),
-    while its slot is taken. Then this is killed: processes in the background, and on
-    Linux also those in a session of their own (setsid, double fork).
 
-    A process may wipe the variables above and lose its parent. It is killed when all
-    commands have ended that ran when it was started.
+Each command runs in a process group of its own. It ends when its first process ends. What
+it left behind may go on writing to its output for 0.1 s (`exec > >(tee log)`), while its
+slot is taken. Then this is killed: processes in the background, and on Linux also those
+in a session of their own (setsid, double fork).
 
-    A worker is two processes: a supervisor, and its child that does the work. When either
-    is killed, even with `kill -9`, the other one kills all commands. `client --local` is
-    built likewise.
+A process may wipe the variables above and lose its parent. It is killed when all commands
+have ended that ran when it was started.
+
+A worker is two processes: a supervisor, and its child that does the work. When either is
+killed, even with `kill -9`, the other one kills all commands. `client --local` is built
+likewise.
 """
 
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then the command is LOST (SPAWN)
@@ -7947,53 +7949,56 @@ than five minutes.
 @options client --timeout --retries --fail-fast --fail-on-flaky --allow-empty
 
 Exit codes of a command
+
     124        it ran longer than --timeout
     126        it could not be started, or here is no room for its output: a line says why
     127        the shell did not find the program
     128 + N    signal N killed it, as in a shell
 
 Retries
+
     FAIL            it failed each time
     FLAKY           it failed, and passed in the end
     ONLY ON host    it failed twice on this host, and passed elsewhere
 
-    --retries 3 tells whether a command or a host is at fault. The second try is on
-    another host, if there is one. The third is on the first host again. N counts all
-    tries, as in GNU parallel. When nothing else is left to do, a retry waits at most 10 s
-    for a slot on the first host: then it is FLAKY.
+--retries 3 tells whether a command or a host is at fault. The second try is on another
+host, if there is one. The third is on the first host again. N counts all tries, as in GNU
+parallel. When nothing else is left to do, a retry waits at most 10 s for a slot on the
+first host: then it is FLAKY.
 
-    FLAKY and ONLY ON count as passed, but not with --fail-on-flaky. The transcript, the
-    summary, the joblog and the reports name them (FAILED ONLY ON host). --json, --junit
-    and --html have the last 4 KiB that a failed try printed. They have nothing of outputs
-    over 64 KiB, nor of a failure after a pass.
+FLAKY and ONLY ON count as passed, but not with --fail-on-flaky. The transcript, the
+summary, the joblog and the reports name them (FAILED ONLY ON host). --json, --junit and
+--html have the last 4 KiB that a failed try printed. They have nothing of outputs over 64
+KiB, nor of a failure after a pass.
 
-    If three commands fail on one host and nowhere else, this host is excluded for the
-    rest of the run. A notice says so. On an excluded host one failure is enough for ONLY
-    ON.
+If three commands fail on one host and nowhere else, this host is excluded for the rest of
+the run. A notice says so. On an excluded host one failure is enough for ONLY ON.
 
 Commands that cannot be started
-    An end with 126 or 127 within a second means: the worker lacks a program, a directory
-    or a shell. The command is tried on other hosts, at most 8, until one can start it. If
-    it passes there, it has passed. With --retries 1 nothing is tried again.
 
-    If a host cannot start three commands in a row that others can, it is excluded. If a
-    host that could start others is gone, the command waits for it, at most 10 s.
+An end with 126 or 127 within a second means: the worker lacks a program, a directory or a
+shell. The command is tried on other hosts, at most 8, until one can start it. If it
+passes there, it has passed. With --retries 1 nothing is tried again.
 
-    If a machine only lacked processes, memory or descriptors for a moment, the command is
-    tried again there and then elsewhere, five times in all.
+If a host cannot start three commands in a row that others can, it is excluded. If a host
+that could start others is gone, the command waits for it, at most 10 s.
 
-    If a worker is lost, its commands run elsewhere (see: help promises).
+If a machine only lacked processes, memory or descriptors for a moment, the command is
+tried again there and then elsewhere, five times in all.
+
+If a worker is lost, its commands run elsewhere (see `help promises`).
 
 The end of a run
-    --fail-fast stops everything after N failures. Ctrl-C stops the run's commands on all
-    workers. A second Ctrl-C leaves at once. `testcloud.py cancel` stops a run from
-    elsewhere (see: help status).
 
-    If not everything could be run, the summary says so. An input without commands is an
-    error, but not with --allow-empty: mostly the program that should write them has
-    failed.
+--fail-fast stops everything after N failures. Ctrl-C stops the run's commands on all
+workers. A second Ctrl-C leaves at once. `testcloud.py cancel` stops a run from elsewhere
+(see `help status`).
+
+If not everything could be run, the summary says so. An input without commands is an
+error, but not with --allow-empty: mostly the program that should write them has failed.
 
 Exit statuses
+
 @statuses
 """
 
@@ -9242,58 +9247,58 @@ The first line writes two reports beside the usual output. The second one prints
 outputs of failures, and nothing else.
 
 What to show
+
 @options client --progress --keep-order --tag --live --raw --brief --fail-only --slow
 @options client --color --max-output --verbose --quiet
 
-    Results come on stdout as commands end. All that concerns the run itself goes to
-    stderr. An output has stdout and stderr in their order, and is passed on as it is. In
-    the line with the command, characters that would steer the terminal are escapes
-    (\\x1b).
+Results come on stdout as commands end. All that concerns the run itself goes to stderr.
+An output has stdout and stderr in their order, and is passed on as it is. In the line
+with the command, characters that would steer the terminal are escapes (\\x1b).
 
-    --progress shows how many commands are done, failed and running, the rate, the time
-    left and the workers. It is on if stderr is a terminal, but not if stdout is a pipe or
-    TERM is dumb. Where stderr is no terminal, it prints a line every 10 s, with the
-    command that takes longest. Without -p it prints that line only after a minute without
-    other output.
+--progress shows how many commands are done, failed and running, the rate, the time left
+and the workers. It is on if stderr is a terminal, but not if stdout is a pipe or TERM is
+dumb. Where stderr is no terminal, it prints a line every 10 s, with the command that
+takes longest. Without -p it prints that line only after a minute without other output.
 
-    --tag puts the line of the input and a tab before each line of output, but not with
-    --raw and --json. --live does so while the commands run. Then -k, -b and -f count only
-    for the lines of the results.
+--tag puts the line of the input and a tab before each line of output, but not with --raw
+and --json. --live does so while the commands run. Then -k, -b and -f count only for the
+lines of the results.
 
-    --raw keeps stdout and stderr apart, and prints nothing else on stdout. --max-output
-    puts a mark that says how much was cut off. --slow is seen with colours only.
-    --verbose says which host ran what.
+--raw keeps stdout and stderr apart, and prints nothing else on stdout. --max-output puts
+a mark that says how much was cut off. --slow is seen with colours only. --verbose says
+which host ran what.
 
-    A slow reader of stdout (`client | less`) holds up nothing but itself.
+A slow reader of stdout (`client | less`) holds up nothing but itself.
 
 Reports in files
+
 @options client --junit --html --results --force
 
-    Each of them is written whole or not at all, also after Ctrl-C. The page of --html has
-    a picture of the run, its failures and a filter, in one file.
+Each of them is written whole or not at all, also after Ctrl-C. The page of --html has a
+picture of the run, its failures and a filter, in one file.
 
-    --results makes a directory in DIR for each command, when it is reported. It has the
-    files stdout, stderr, cmd and exitcode. It is named by the command's name (--jsonl) or
-    number, and a / makes subdirectories. A name that clashes, or leads out of DIR, fails
-    its command before it runs.
+--results makes a directory in DIR for each command, when it is reported. It has the files
+stdout, stderr, cmd and exitcode. It is named by the command's name (--jsonl) or number,
+and a / makes subdirectories. A name that clashes, or leads out of DIR, fails its command
+before it runs.
 
-    DIR must be empty, but with --resume or --force. --force replaces what commands left
-    there, and keeps the rest.
+DIR must be empty, but with --resume or --force. --force replaces what commands left
+there, and keeps the rest.
 
-    If a report cannot be written any more (a full disk), the client names it. The run
-    goes on, and ends with status 3.
+If a report cannot be written any more (a full disk), the client names it. The run goes
+on, and ends with status 3.
 
 Result hash
+
 @options client --expect
 
-    The hash tells whether two runs gave the same results, whoever ran what when. It takes
-    the commands in byte order, equal ones by exit code and then output. It starts from
-    the text Array. Each step is sha1(previous + command + exitcode + output), in
-    lower-case hex. --expect counts for --junit and --html, too.
+The hash tells whether two runs gave the same results, whoever ran what when. It takes the
+commands in byte order, equal ones by exit code and then output. It starts from the text
+Array. Each step is sha1(previous + command + exitcode + output), in lower-case hex.
+--expect counts for --junit and --html, too.
 
-    With --results and --raw, stdout and stderr come apart. So the hash of commands that
-    write to both may differ from that of other runs, and so may their order in the
-    transcript.
+With --results and --raw, stdout and stderr come apart. So the hash of commands that write
+to both may differ from that of other runs, and so may their order in the transcript.
 """
 
 Put = Callable[[Iterable[bytes]], None]  # queues the pieces of a text to be written
@@ -10408,13 +10413,13 @@ MANUAL["json"] = """\
 
 @options client --json
 
-Each result is an object on a line of stdout. Nothing else is there. (See: help commands,
-for JSON as input.)
+Each result is an object on a line of stdout. Nothing else is there. `help commands` has
+the JSON of the input.
 
     seq          place in the input, from 1
     command      its text
     name         what reports call it, if it has a name
-    exitcode     of the command (see: help failures)
+    exitcode     of the command (see `help failures`)
     verdict      OK, FAIL, FLAKY or ONLY
     only_on      the host of ONLY, else ""
     host         where it ran
@@ -10511,32 +10516,34 @@ The second line runs only what failed in the first run, or did not run.
 @options client --joblog --resume --resume-failed --timings
 
 The joblog
+
     Seq Host Starttime JobRuntime Send Receive Exitval Signal Command
 
-    It has a line for each result, with these nine columns of GNU parallel. The client
-    writes it as results come. One client at a time writes a joblog. FLAKY and ONLY ON
-    stand behind the host.
+It has a line for each result, with these nine columns of GNU parallel. The client writes
+it as results come. One client at a time writes a joblog. FLAKY and ONLY ON stand behind
+the host.
 
 Resume
-    --resume runs only the commands that are not in the joblog. The input may have more
-    commands than before, in any order. A command is known by its text, and by how often
-    that text came before it in the input. (This number is in the column Send, as a
-    negative one. GNU parallel has bytes there.)
 
-    --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON
-    are failures. Summary, hash and reports are of what ran this time.
+--resume runs only the commands that are not in the joblog. The input may have more
+commands than before, in any order. A command is known by its text, and by how often that
+text came before it in the input. (This number is in the column Send, as a negative one.
+GNU parallel has bytes there.)
 
-    After a `kill -9` of the client, only what was under way is lost. With -k the joblog
-    may have results that were not shown yet. --resume-failed shows failures again.
+--resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON are
+failures. Summary, hash and reports are of what ran this time.
+
+After a `kill -9` of the client, only what was under way is lost. With -k the joblog may
+have results that were not shown yet. --resume-failed shows failures again.
 
 Longest first
-    The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME).
-    It begins with those that it does not know, and then takes the longest. --timings
-    takes the times of a joblog instead. If the input is slow to come, commands run in its
-    order.
 
-    After a run of more than two seconds, the client says how many slots would have been
-    of use, if slots were the bottleneck.
+The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME). It
+begins with those that it does not know, and then takes the longest. --timings takes the
+times of a joblog instead. If the input is slow to come, commands run in its order.
+
+After a run of more than two seconds, the client says how many slots would have been of
+use, if slots were the bottleneck.
 """
 
 JOBLOG_HEADER = "Seq\tHost\tStarttime\tJobRuntime\tSend\tReceive\tExitval\tSignal\tCommand\n"
@@ -11453,27 +11460,30 @@ MANUAL["status"] = """\
 @options cancel PID@HOST --wait
 
 Status
-    It shows the workers: their slots, what runs, what is done and how much of that
-    failed, the load of the machine, and when the broker last heard them. It shows the
-    clients: what they still have to be run, and what they wait for. It shows the brokers
-    below. It needs a client's key, and shows no commands.
 
-    --watch goes on until q, also while there is no broker.
+It shows the workers: their slots, what runs, what is done and how much of that failed,
+the load of the machine, and when the broker last heard them. It shows the clients: what
+they still have to be run, and what they wait for. It shows the brokers below. It needs a
+client's key, and shows no commands.
 
-    What is done counts from the start of the broker. A client with more than 4,096
-    commands, or with --serial --fail-fast, keeps some for later. It tells the broker
-    every two seconds how many.
+--watch goes on until q, also while there is no broker.
+
+What is done counts from the start of the broker. A client with more than 4,096 commands,
+or with --serial --fail-fast, keeps some for later. It tells the broker every two seconds
+how many.
 
 Cancel
-    It stops the run of a client, by PID and host as status shows them. The client says
-    who stopped it, stops its commands and exits with 143. A client whose connection is
-    broken is told when it is back.
 
-    cancel needs the key of that client, or the cloud's own. Clients with --local or -S
-    have no broker that it could ask.
+It stops the run of a client, by PID and host as status shows them. The client says who
+stopped it, stops its commands and exits with 143. A client whose connection is broken is
+told when it is back.
+
+cancel needs the key of that client, or the cloud's own. Clients with --local or -S have
+no broker that it could ask.
 
 JSON
-    status --json prints an object on a line:
+
+status --json prints an object on a line:
 
     broker    its name
     above     names of the brokers above it
@@ -15287,13 +15297,14 @@ MANUAL["commands"] = """\
     $ pytest --collect-only -q | grep :: | testcloud.py client -n 50 pytest -q
 
 In the first line each line of the input is a command. The others have a template, which
-makes a command of each line (see: help environment, for what a command finds).
+makes a command of each line (see `help environment` for what a command finds).
 
 Input and template
+
 @options client TEMPLATE --null --max-args --colsep --dry-run
 
-    Blank lines are skipped, and so is a byte order mark. The first command starts before
-    the last line has arrived. Templates are those of GNU parallel:
+Blank lines are skipped, and so is a byte order mark. The first command starts before the
+last line has arrived. Templates are those of GNU parallel:
 
     {}          the line, quoted for the shell; with -n all lines of the command
     {.}         without extension
@@ -15307,18 +15318,19 @@ Input and template
     :::: F G    the lines of these files; - is the input
     :::+ A B    linked to the arguments before, one to one; files: ::::+
 
-    A template without a placeholder gets the line appended. Several sources are combined
-    in all ways, but for linked ones.
+A template without a placeholder gets the line appended. Several sources are combined in
+all ways, but for linked ones.
 
-    The words of a template are joined with spaces, and the shell reads the result. So a
-    word with a space in it is refused beside others. So is {} in quotes, because the line
-    is quoted already. The message says how to write it. Options of testcloud stand before
-    the template.
+The words of a template are joined with spaces, and the shell reads the result. So a word
+with a space in it is refused beside others. So is {} in quotes, because the line is
+quoted already. The message says how to write it. Options of testcloud stand before the
+template.
 
-    A command should take some tenths of a second at least, because each one starts its
-    program anew. So take whole files of tests, or some dozens of single tests with -n.
+A command should take some tenths of a second at least, because each one starts its
+program anew. So take whole files of tests, or some dozens of single tests with -n.
 
 JSON
+
 @options client --jsonl
 
     {"cmd": "pytest -q tests/unit", "name": "unit"}
@@ -15327,8 +15339,7 @@ JSON
     {"cmd": "npm test", "cwd": "web", "needs": ["node"]}
     {"cmd": "./report", "lock": "", "shell": "bash"}
 
-    Each line of the input is an object. Its fields replace options, for its command
-    alone:
+Each line of the input is an object. Its fields replace options, for its command alone:
 
     cmd       the command
     name      what reports call it; the joblog keeps the text of the command
@@ -15343,40 +15354,41 @@ JSON
     limit     --max-output, in bytes
     return    --return: a list of files
 
-    A line with an unknown field or a wrong type is a failed command, with the number of
-    the line. The others run. --dry-run prints objects that have what the options say,
-    too.
+A line with an unknown field or a wrong type is a failed command, with the number of the
+line. The others run. --dry-run prints objects that have what the options say, too.
 
 Slots
+
 @options client --slots-each
 
-    A command may take several slots of one worker (it is wide). A worker with fewer slots
-    never gets it. If no worker has enough slots, the client says so within a second. With
-    --local the command fails at once.
+A command may take several slots of one worker (it is wide). A worker with fewer slots
+never gets it. If no worker has enough slots, the client says so within a second. With
+--local the command fails at once.
 
-    A wide command goes before the narrow ones of its client. If too few slots are free,
-    it reserves the next free slots of one worker. Others use these meanwhile only if they
-    will probably end before the commands that it waits for. The guess is that those go on
-    for as long as they have run. So a wide command waits for what ran there before it,
-    and for one more command in each slot.
+A wide command goes before the narrow ones of its client. If too few slots are free, it
+reserves the next free slots of one worker. Others use these meanwhile only if they will
+probably end before the commands that it waits for. The guess is that those go on for as
+long as they have run. So a wide command waits for what ran there before it, and for one
+more command in each slot.
 
 Locks
+
 @options client --lock --serial --delay
 
-    Of all commands in the cloud with a lock, one runs at a time, whosever it is. --serial
-    is a lock of this run alone: other clients' commands go on.
+Of all commands in the cloud with a lock, one runs at a time, whosever it is. --serial is
+a lock of this run alone: other clients' commands go on.
 
-    A lock is free when its command has ended, not when it is only told to stop. It is
-    also free when its worker is given up. If that worker is only cut off, the command may
-    still run for a while.
+A lock is free when its command has ended, not when it is only told to stop. It is also
+free when its worker is given up. If that worker is only cut off, the command may still
+run for a while.
 
-    A broker that has just started gives no lock for 10 s (--worker-expiry), because
-    workers that have it may come back. For --serial that counts only if the broker
-    restarted during the run. In a chain the topmost broker gives the locks.
+A broker that has just started gives no lock for 10 s (--worker-expiry), because workers
+that have it may come back. For --serial that counts only if the broker restarted during
+the run. In a chain the topmost broker gives the locks.
 
-    Brokers and workers of an older version know no slots, locks and delays. Such a broker
-    ends the run with status 3. Such a worker gets no wide command and no command with a
-    lock of the cloud. The client names it.
+Brokers and workers of an older version know no slots, locks and delays. Such a broker
+ends the run with status 3. Such a worker gets no wide command and no command with a lock
+of the cloud. The client names it.
 """
 
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
@@ -16439,100 +16451,105 @@ script in a directory of your PATH. It needs Python 3.9 or newer (2.7 to 3.6 say
 SyntaxError), on Linux, macOS or another POSIX system. On Windows, use it inside WSL.
 
 Hosts
+
     $ ls tests/test_*.py | testcloud.py client -S alpha,beta,: --sync pytest -q {}
 
-    This client runs the commands on two hosts by ssh, and here (:). Your files go along.
-    Nothing must be installed on the hosts, and nothing stays running there (see: help
-    hosts).
+This client runs the commands on two hosts by ssh, and here (:). Your files go along.
+Nothing must be installed on the hosts, and nothing stays running there (see `help hosts`).
 
 A standing cloud on this machine
+
     $ testcloud.py broker &
     $ testcloud.py worker &
     $ seq 5 | awk '{print "./pi.py " $1}' | testcloud.py client
     $ kill %1 %2
 
-    A standing cloud has one broker, and serves many clients. A client sends its commands
-    to the broker. The broker gives them to workers with a free slot. Results go back the
-    same way. The last line stops the cloud: Ctrl-C and SIGTERM stop every role.
+A standing cloud has one broker, and serves many clients. A client sends its commands to
+the broker. The broker gives them to workers with a free slot. Results go back the same
+way. The last line stops the cloud: Ctrl-C and SIGTERM stop every role.
 
-    A standing cloud needs pyzmq 24 or newer. Many systems refuse a plain `pip install`
-    ("externally managed"). Take one of these:
+A standing cloud needs pyzmq 24 or newer. Many systems refuse a plain `pip install`
+("externally managed"). Take one of these:
 
     $ sudo apt install python3-zmq
     $ python3 -m venv .venv && .venv/bin/pip install -q pyzmq
     $ uv run testcloud.py status
 
-    The first one is for Debian and Ubuntu. If python3 has no pyzmq, the program takes
-    that of a .venv beside the script: both must belong to you. uv needs no installation,
-    as the file says what it needs (PEP 723).
+The first one is for Debian and Ubuntu. If python3 has no pyzmq, the program takes that of
+a .venv beside the script: both must belong to you. uv installs nothing, because the file
+says itself what it needs (PEP 723).
 
 A standing cloud on several machines
+
     hub$    testcloud.py keygen; testcloud.py broker &
     hub$    scp testcloud.py testcloud.key other:
     other$  python3 testcloud.py worker --connect hub
     mine$   scp hub:testcloud.py hub:testcloud.key .
     mine$   ls tests/*.py | python3 testcloud.py client --connect hub pytest -q {}
 
-    Each machine needs the script, pyzmq and a key (see: help keys). A broker that was
-    started before keygen has no key: stop it first. Firewalls must let TCP through to the
-    broker's machine. Clients connect to port 2224, and workers to port 2225.
+Each machine needs the script, pyzmq and a key (see `help keys`). A broker that was started
+before keygen has no key: stop it first. Firewalls must let TCP through to the broker's
+machine. Clients connect to port 2224, and workers to port 2225.
 
 The broker
+
 @options broker --clients --workers --upstream --upstream-key
 @options broker,worker,status,cancel,keygen --verbose
 
-    The broker prints a line for each address on which it listens. ADDR is
-    tcp://HOST:PORT, HOST:PORT, HOST, or ipc://PATH. The host * is all interfaces, and
-    port 0 is a free port, which the line names. An IPv6 address stands in brackets.
+The broker prints a line for each address on which it listens. ADDR is tcp://HOST:PORT,
+HOST:PORT, HOST, or ipc://PATH. The host * is all interfaces, and port 0 is a free port,
+which the line names. An IPv6 address stands in brackets.
 
-    Clients share the slots fairly, in turns of one command. A command of four slots costs
-    its client four turns.
+Clients share the slots fairly, in turns of one command. A command of four slots costs its
+client four turns.
 
-    With --upstream the broker joins another broker as a worker, with the slots of all its
-    workers and the highest of their weights. It may have clients of its own. To join a
-    cloud of other people it needs a worker's key of theirs (--upstream-key). In a loop of
-    brokers, one of them ends with status 2.
+With --upstream the broker joins another broker as a worker, with the slots of all its
+workers and the highest of their weights. It may have clients of its own. To join a cloud
+of other people it needs a worker's key of theirs (--upstream-key). In a loop of brokers,
+one of them ends with status 2.
 
 The worker
+
 @options worker --slots --weight --label --host --drain
 @options worker,client --connect --wait
 
-    A worker runs as many commands at once as it has slots. By default these are the CPUs
-    that it may use, by affinity and cgroup quota. The workers with the highest --weight
-    are used first. Among equals, the one with the most free slots is next.
+A worker runs as many commands at once as it has slots. By default these are the CPUs that
+it may use, by affinity and cgroup quota. The workers with the highest --weight are used
+first. Among equals, the one with the most free slots is next.
 
-    Start it before or after the broker. It waits for the broker, and joins it again after
-    each restart. What it runs goes on. Each start gives the worker a new name.
+Start it before or after the broker. It waits for the broker, and joins it again after
+each restart. What it runs goes on. Each start gives the worker a new name.
 
-    Ctrl-C, SIGTERM and other signals that end a process stop a worker. It takes no more
-    commands, and hands back those that have not started. The others have --drain to end.
-    Then it stops them, and they run elsewhere. A second signal ends the worker
-    immediately. The locks of its commands are then free when the broker has missed it for
-    --lost-grace.
+Ctrl-C, SIGTERM and other signals that end a process stop a worker. It takes no more
+commands, and hands back those that have not started. The others have --drain to end. Then
+it stops them, and they run elsewhere. A second signal ends the worker immediately. The
+locks of its commands are then free when the broker has missed it for --lost-grace.
 
-    A worker that was started by `ssh HOST`, without a terminal and without nohup, stops
-    when that connection ends. To keep it, redirect its outputs.
+A worker that was started by `ssh HOST`, without a terminal and without nohup, stops when
+that connection ends. To keep it, redirect its outputs.
 
-    A second worker of the same user on a host gets a notice, and the broker logs it.
-    Hosts are told apart by machine id and boot id. The broker calls a second host of one
-    name vm~2. --host gives a better name. Two names on one machine count as two hosts.
+A second worker of the same user on a host gets a notice, and the broker logs it. Hosts
+are told apart by machine id and boot id. The broker calls a second host of one name vm~2.
+--host gives a better name. Two names on one machine count as two hosts.
 
 The client, and where its commands run
+
 @options client --local --slots --need
 
-    --local and -S need no broker. Without them the client connects to --connect, else to
-    $TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait the
-    client waits for ever, and says what for.
+--local and -S need no broker. Without them the client connects to --connect, else to
+$TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait the client
+waits for ever, and says what for.
 
 Other roles
+
 @options completion SHELL
 @options help TOPIC
 
     $ eval "$(testcloud.py completion bash)"
     $ testcloud.py completion fish | source
 
-    For zsh write `completion zsh` in the first line. Then the shell completes roles,
-    options and topics of a testcloud.py in the PATH.
+For zsh write `completion zsh` in the first line. Then the shell completes roles, options
+and topics of a testcloud.py in the PATH.
 """
 
 
