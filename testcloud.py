@@ -16212,7 +16212,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
             if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
                 detach_terminal()
             stack.callback(run_locally(
-                loop, client, settings.slots or usable_cpus(), times_from(settings), control >= 0,
+                loop, client, client_run.most_slots, times_from(settings), control >= 0,
                 settings.cache))
         else:
             connect(loop, client_run.adapter, address, CLIENT_ROLE, keys, settings)
