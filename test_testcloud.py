@@ -19227,7 +19227,7 @@ class CommandLineTest(unittest.TestCase):
             import testcloud as tc
             tc.supervise = lambda run: run(-1)
             assert tc.main(["client", "--local", "--raw"]) == 0
-            print(*{{"difflib", "html", "socket", "subprocess", "typing", "uuid", "xml", "zmq"}}
+            print(*{{"difflib", "html", "socket", "subprocess", "uuid", "xml", "zmq"}}
                   .intersection(sys.modules))"""
         done = subprocess.run([sys.executable, "-IBS", "-c", code], input="exit 0", text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
