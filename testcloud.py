@@ -294,69 +294,76 @@ A client or worker in another language needs no more than this. Such a peer is c
 plain. testcloud's own brokers, workers and clients say more: see the messages below.
 
 Frames and text
-    The transport is ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker
-    binds a ROUTER for clients (port 2224) and a ROUTER for workers (port 2225). A peer
-    connects a DEALER.
 
-    The frames of a message are [body]. Commands between broker and worker, and the
-    answers to them, have the frames ["", token, body]. The token names a client's run or
-    command. A worker does not read it, and sends it back with each answer.
+The transport is ZeroMQ over TCP, encrypted with CURVE if there is a key. The broker binds
+a ROUTER for clients (port 2224) and a ROUTER for workers (port 2225). A peer connects a
+DEALER.
 
-    A body is UTF-8 text of one line or more, `VERB {json}`. A line that begins with { is
-    a command. In JSON, bytes that are not UTF-8 are lone surrogates U+DC80 to U+DCFF (PEP
-    383), as in Python's surrogateescape. A CHUNK is alone in its body, and its bytes are
-    in the frame after it.
+The frames of a message are [body]. Commands between broker and worker, and the answers to
+them, have the frames ["", token, body]. The token names a client's run or command. A
+worker does not read it, and sends it back with each answer.
+
+A body is UTF-8 text of one line or more, `VERB {json}`. A line that begins with { is a
+command. In JSON, bytes that are not UTF-8 are lone surrogates U+DC80 to U+DCFF (PEP 383),
+as in Python's surrogateescape. A CHUNK is alone in its body, and its bytes are in the
+frame after it.
 
 Plain clients
-    A plain client sends {"cmd": ...}, with "cwd" if it likes. Its JSON is at most 512
-    KiB. It gets QUEUED and RESULT, each in a message of its own. In a RESULT, time is in
-    milliseconds.
 
-    It gets the first 256 KiB of an output, to the end of a character, and a mark. Bytes
-    that are not UTF-8 become U+FFFD. If testcloud has a reason for a failure, that is the
-    last line of stdout.
+A plain client sends {"cmd": ...}, with "cwd" if it likes. Its JSON is at most 512 KiB. It
+gets QUEUED and RESULT, each in a message of its own. In a RESULT, time is in
+milliseconds.
+
+It gets the first 256 KiB of an output, to the end of a character, and a mark. Bytes that
+are not UTF-8 become U+FFFD. If testcloud has a reason for a failure, that is the last
+line of stdout.
 
 Plain workers
-    A plain worker has one slot, and is free when it says READY. With READY {"weight": 5}
-    it is preferred. It takes one command, and answers QUEUED, RESULT and READY again.
 
-    While idle it should repeat READY every few seconds. After 10 s of silence it gets a
-    command only if no other worker has room. If it does not answer QUEUED in 5 s, it gets
-    nothing more until it says READY. After a restart of the broker it must say READY
-    again.
+A plain worker has one slot, and is free when it says READY. With READY {"weight": 5} it
+is preferred. It takes one command, and answers QUEUED, RESULT and READY again.
 
-    READY after QUEUED, without a RESULT between them, says that the command is lost, as
-    if the worker had crashed. To break off a command, the worker says READY or closes its
-    connection. A RESULT that cannot be read is a failure with exit code 126.
+While idle it should repeat READY every few seconds. After 10 s of silence it gets a
+command only if no other worker has room. If it does not answer QUEUED in 5 s, it gets
+nothing more until it says READY. After a restart of the broker it must say READY again.
+
+READY after QUEUED, without a RESULT between them, says that the command is lost, as if
+the worker had crashed. To break off a command, the worker says READY or closes its
+connection. A RESULT that cannot be read is a failure with exit code 126.
 
 Errors
-    A message that nobody understands changes nothing. The answer is ERROR {"message":
-    ..., "reason": ...}. A plain peer gets at most five ERRORs a second. It gets as many
-    OKs for a READY without a RESULT before it; one OK more comes late. A worker that
-    takes OK for a command answers QUEUED OK. From then on it gets neither OK nor ERROR.
+
+A message that nobody understands changes nothing. The answer is ERROR {"message": ...,
+"reason": ...}. A plain peer gets at most five ERRORs a second. It gets as many OKs for a
+READY without a RESULT before it; one OK more comes late. A worker that takes OK for a
+command answers QUEUED OK. From then on it gets neither OK nor ERROR.
 
 All messages
+
 @messages
 
 Tasks
-    A task is one attempt of one command, as its broker sees it. The table has each state,
-    and the states that may follow it.
+
+A task is one attempt of one command, as its broker sees it. The table has each state, and
+the states that may follow it.
 
 @moves
 
 Slots and locks
-    A command may need several slots of one worker (it is wide), and a lock. A lock has
-    one holder in the cloud. The topmost broker gives it to a task with a worker, or to a
-    broker below for one of its clients. The worker has it until it says RESULT or LOST,
-    is given up, or joins without the task. The lock "" is the run's own (--serial): its
-    own broker gives it.
+
+A command may need several slots of one worker (it is wide), and a lock. A lock has one
+holder in the cloud. The topmost broker gives it to a task with a worker, or to a broker
+below for one of its clients. The worker has it until it says RESULT or LOST, is given up,
+or joins without the task. The lock "" is the run's own (--serial): its own broker gives
+it.
 
 Trees
-    A command may name a tree (--sync): directories, links, and files with their hashes.
-    Its worker has a workspace for each run of a client. It fetches from the client what
-    its host lacks, and then runs the setup. Until then the command takes no slot: it is a
-    scout, one for each host. The client's other commands go to workers that are prepared.
-    A host is unfit for a run if it cannot make the workspace, or if its setup fails.
+
+A command may name a tree (--sync): directories, links, and files with their hashes. Its
+worker has a workspace for each run of a client. It fetches from the client what its host
+lacks, and then runs the setup. Until then the command takes no slot: it is a scout, one
+for each host. The client's other commands go to workers that are prepared. A host is
+unfit for a run if it cannot make the workspace, or if its setup fails.
 """
 
 
@@ -757,65 +764,68 @@ def natural_order(names: Sequence[object]) -> List[object]:
 
 MANUAL["promises"] = """\
 Every command is reported exactly once
-    A client reports every command once, whichever broker, worker or connection is killed,
-    paused, cut or restarted meanwhile.
+
+A client reports every command once, whichever broker, worker or connection is killed,
+paused, cut or restarted meanwhile.
 
 A command starts again only for a reason
-    Failures are tried again with --retries. Otherwise testcloud starts a command again
-    only in three cases:
 
-    - It could not be started on its host: exit code 126 or 127 within a second.
-    - Its worker is gone, or silent past its deadline.
-    - Its client was silent for longer than --client-lease, because it was stopped or
-      asleep. The broker stops the commands of such a client. They run again when the
-      client is back, which it then says.
+Failures are tried again with --retries. Otherwise testcloud starts a command again only
+in three cases:
 
-    So a command may run more than once: a worker that was cut off may have run it, too.
-    Such a worker starts nothing more when it has not heard from its broker for two thirds
-    of the deadline. While the broker itself is stopped or too busy, no deadline of others
-    passes.
+- It could not be started on its host: exit code 126 or 127 within a second.
+- Its worker is gone, or silent past its deadline.
+- Its client was silent for longer than --client-lease, because it was stopped or asleep.
+  The broker stops the commands of such a client. They run again when the client is back,
+  which it then says.
 
-    A broker keeps nothing on disk. After its restart, clients and workers tell it all
-    that it must know, and no command runs twice. There are four exceptions:
+So a command may run more than once: a worker that was cut off may have run it, too. Such
+a worker starts nothing more when it has not heard from its broker for two thirds of the
+deadline. While the broker itself is stopped or too busy, no deadline of others passes.
 
-    - A worker takes longer than 10 s (--worker-expiry) to find the new broker. If the
-      client had not heard yet that the worker has the command, 2 s are too long.
-    - The worker is a plain one, which does not tell what it runs (see: help protocol).
-    - The broker has got a key meanwhile.
-    - Below a chained broker, a worker may start what is already lost for the broker
-      above, until these deadlines are over.
+A broker keeps nothing on disk. After its restart, clients and workers tell it all that it
+must know, and no command runs twice. There are four exceptions:
 
-    A command may be what brings workers down. It has failed when --crash-limit workers
-    (3) were lost that ran it or had just got it. The client keeps this count, also when
-    the broker restarts. Only a broker that dies in the same moment as the worker takes
-    its knowledge with it.
+- A worker takes longer than 10 s (--worker-expiry) to find the new broker. If the client
+  had not heard yet that the worker has the command, 2 s are too long.
+- The worker is a plain one, which does not tell what it runs (see `help protocol`).
+- The broker has got a key meanwhile.
+- Below a chained broker, a worker may start what is already lost for the broker above,
+  until these deadlines are over.
+
+A command may be what brings workers down. It has failed when --crash-limit workers (3)
+were lost that ran it or had just got it. The client keeps this count, also when the
+broker restarts. Only a broker that dies in the same moment as the worker takes its
+knowledge with it.
 
 Nothing is left behind
-    When a command ends, is cancelled, or loses its worker, its processes are gone within
-    seconds. That includes processes in sessions of their own (setsid). The commands of a
-    client that leaves are gone as fast. If the client cannot say goodbye (kill -9, or no
-    broker), they are gone after --client-lease. There are three limits:
 
-    - Commands survive if a worker and its supervisor are killed at once.
-    - A process that hangs in the kernel cannot be killed. The worker's log names it.
-    - Without Linux, only the process group of a command is killed.
+When a command ends, is cancelled, or loses its worker, its processes are gone within
+seconds. That includes processes in sessions of their own (setsid). The commands of a
+client that leaves are gone as fast. If the client cannot say goodbye (kill -9, or no
+broker), they are gone after --client-lease. There are three limits:
+
+- Commands survive if a worker and its supervisor are killed at once.
+- A process that hangs in the kernel cannot be killed. The worker's log names it.
+- Without Linux, only the process group of a command is killed.
 
 Memory is bounded
-    If too many results wait for a client, no more of its commands start (see: help
-    limits). Other clients go on. Large outputs wait on the worker's disk until they are
-    fetched.
+
+If too many results wait for a client, no more of its commands start (see `help limits`).
+Other clients go on. Large outputs wait on the worker's disk until they are fetched.
 
 No silent wait
-    If testcloud waits for something, it says for what, within a second.
+
+If testcloud waits for something, it says for what, within a second.
 
 How this is tested
-    - `make test` simulates worlds with crashes, pauses, cut and silent connections, and
-      chains of three brokers. `make soak MINUTES=60` simulates more.
-    - `make chaos` kills, stops and cuts off real processes by a schedule. Each command
-      must be reported once, start again only where a worker was lost, and leave no
-      process.
-    - `make fuzz` sends a million messages, from true ones to noise, to every socket of
-      the program while it works.
+
+- `make test` simulates worlds with crashes, pauses, cut and silent connections, and
+  chains of three brokers. `make soak MINUTES=60` simulates more.
+- `make chaos` kills, stops and cuts off real processes by a schedule. Each command must
+  be reported once, start again only where a worker was lost, and leave no process.
+- `make fuzz` sends a million messages, from true ones to noise, to every socket of the
+  program while it works.
 """
 
 
@@ -12743,17 +12753,19 @@ Run these on the broker's machine: the broker reads the file that they change.
 @options keygen FILE --role --name --revoke --key
 
 Without a key
-    A broker runs whatever it is sent. So without a key only its own machine, with all of
-    its users, can reach it: it listens on loopback. Another address needs --insecure, and
-    you must name it: --insecure --clients '*' --workers '*' Workers and clients without a
-    key trust no broker on another machine.
+
+A broker runs whatever it is sent. So without a key only its own machine, with all of its
+users, can reach it: it listens on loopback. Another address needs --insecure, and you
+must name it, as in `--insecure --clients '*' --workers '*'`. Workers and clients without
+a key trust no broker on another machine.
 
 With a key
-    The broker listens on all interfaces. Each connection is encrypted with CURVE, of
-    ZeroMQ. Nobody connects without a key.
 
-    A machine with the cloud's own file can be broker, worker or client. Give machines
-    that you trust less a key for one role:
+The broker listens on all interfaces. Each connection is encrypted with CURVE, of ZeroMQ.
+Nobody connects without a key.
+
+A machine with the cloud's own file can be broker, worker or client. Give machines that
+you trust less a key for one role:
 
     holding                    at the clients' port             at the workers' port
     the cloud's own file       as a client, but `cancel`        as a worker
@@ -12766,52 +12778,55 @@ With a key
     no key, or one of another  refused                          refused
     cloud
 
-    A worker gets the tree of a run only while it has a command of that run. A broker
-    below another one has a worker's file: it asks for locks, and may keep them. A client
-    sees how many commands others have (status), and nothing else of them.
+A worker gets the tree of a run only while it has a command of that run. A broker below
+another one has a worker's file: it asks for locks, and may keep them. A client sees how
+many commands others have (status), and nothing else of them.
 
-    The broker cannot tell apart those that share a file. Give each person a file of their
-    own to keep their runs apart.
+The broker cannot tell apart those that share a file. Give each person a file of their own
+to keep their runs apart.
 
-    Workers and clients check the broker, too: only the cloud's own file has its secret.
-    Others can neither read the messages nor send them again.
+Workers and clients check the broker, too: only the cloud's own file has its secret.
+Others can neither read the messages nor send them again.
 
 Which key is taken
+
 @options broker,worker,client,status,cancel --key --insecure
 
-    The key file is that of --key, else of $TESTCLOUD_KEY_FILE, else testcloud.key beside
-    the script. The last place is ~/.config/testcloud/testcloud.key ($XDG_CONFIG_HOME).
-    --insecure takes none, even if there is one. `client --local` and `client -S` need
-    none. A file is refused if other users can read it, or if it belongs to another user.
+The key file is that of --key, else of $TESTCLOUD_KEY_FILE, else testcloud.key beside the
+script. The last place is ~/.config/testcloud/testcloud.key ($XDG_CONFIG_HOME). --insecure
+takes none, even if there is one. `client --local` and `client -S` need none. A file is
+refused if other users can read it, or if it belongs to another user.
 
 New and revoked keys
-    The broker looks at its file every second. It accepts a new key at the next connection
-    of its holder. It closes the connection of a revoked key, and stops a revoked client's
-    commands.
 
-    If the cloud's own file has leaked, remove it, make another, copy that everywhere, and
-    start everything again.
+The broker looks at its file every second. It accepts a new key at the next connection of
+its holder. It closes the connection of a revoked key, and stops a revoked client's
+commands.
+
+If the cloud's own file has leaked, remove it, make another, copy that everywhere, and
+start everything again.
 
 What a key does not do
-    A key does not protect a worker from its commands. It does not protect the commands'
-    results and trees from their worker. Commands run as the user that started the worker.
-    They can read its key, and the workspaces of others there. So start the worker as a
-    user of its own:
+
+A key does not protect a worker from its commands. It does not protect the commands'
+results and trees from their worker. Commands run as the user that started the worker.
+They can read its key, and the workspaces of others there. So start the worker as a user
+of its own:
 
     $ sudo useradd --system --create-home testcloud
     $ sudo install -D -m 644 testcloud.py /opt/testcloud/testcloud.py
     $ sudo install -o testcloud -m 600 testcloud-lab.key /opt/testcloud/testcloud.key
     $ sudo -u testcloud python3 /opt/testcloud/testcloud.py worker --connect hub
 
-    Or start it in a container that is given nothing else:
+Or start it in a container that is given nothing else:
 
     $ docker run --rm --init --user "$(id -u)" --cap-drop ALL \\
           --security-opt no-new-privileges -v "$PWD":/work -w /work python:3 \\
           sh -c 'pip install -qt /tmp/p pyzmq &&
                  PYTHONPATH=/tmp/p python testcloud.py worker --connect hub'
 
-    Or start it under systemd. The broker likewise, with `broker` instead of `worker
-    --connect hub`:
+Or start it under systemd. The broker likewise, with `broker` instead of `worker --connect
+hub`:
 
     [Unit]
     Description=testcloud worker
@@ -12846,13 +12861,14 @@ What a key does not do
     WantedBy=multi-user.target
 
 Attacks on a broker
-    Connections that are not authenticated are cheap. The broker closes those that do not
-    finish the handshake in 5 s. On Linux, when memory is short, it also closes those that
-    send a message without end. Its log says which connections it refused, and why.
 
-    The holder of a valid key can do more. It can give the broker so much to do that
-    others wait, or stop it through a bug of libzmq. So let systemd start the broker again
-    (Restart=always): it loses nothing.
+Connections that are not authenticated are cheap. The broker closes those that do not
+finish the handshake in 5 s. On Linux, when memory is short, it also closes those that
+send a message without end. Its log says which connections it refused, and why.
+
+The holder of a valid key can do more. It can give the broker so much to do that others
+wait, or stop it through a bug of libzmq. So let systemd start the broker again
+(Restart=always): it loses nothing.
 """
 
 KEY_FILE = "testcloud.key"
@@ -13809,7 +13825,7 @@ MANUAL["hosts"] = """\
     $ testcloud.py worker -S alpha,beta --connect hub
 
 The first command runs each file on alpha, on beta (four at once) or here (:). --sync
-takes your files along (see: help trees). The second one runs two commands at once in a
+takes your files along (see `help trees`). The second one runs two commands at once in a
 container. The third one lets two hosts work for a standing cloud, until you stop it.
 
 The client starts a worker on each host, and is the broker of these workers. They end with
@@ -13820,70 +13836,75 @@ pyzmq.
 each of its hosts. Only the machine on which it runs needs pyzmq and the key.
 
 Name the hosts
+
 @options client,worker --sshlogin --sshloginfile --ssh --via --python
 
-    N is the number of slots of a host, as in GNU parallel. The default is -j, else the
-    number of CPUs that a process may use there. -S, --sshloginfile and --via may be
-    repeated. A host that you name twice gets two workers. In a file of hosts, # begins a
-    comment. The file .. is ~/.config/testcloud/sshloginfile ($XDG_CONFIG_HOME).
+N is the number of slots of a host, as in GNU parallel. The default is -j, else the number
+of CPUs that a process may use there. -S, --sshloginfile and --via may be repeated. A host
+that you name twice gets two workers. In a file of hosts, # begins a comment. The file ..
+is ~/.config/testcloud/sshloginfile ($XDG_CONFIG_HOME).
 
-    --via takes a command that passes stdin and stdout on. testcloud appends /bin/sh -c
-    TEXT to it. More examples: '2/kubectl exec -i pod --' and 'sudo -n -u ci'.
+--via takes a command that passes stdin and stdout on. testcloud appends /bin/sh -c TEXT
+to it. More examples: '2/kubectl exec -i pod --' and 'sudo -n -u ci'.
 
-    Without --python the first new enough Python in the PATH of the login is taken:
-    python3, or python3.13 down to python3.9.
+Without --python the first new enough Python in the PATH of the login is taken: python3,
+or python3.13 down to python3.9.
 
 ssh
-    Your ssh configuration counts: aliases, ports, ProxyJump, agents, ControlMaster. Some
-    settings do not: ConnectTimeout, ServerAliveInterval, ServerAliveCountMax,
-    RemoteCommand and forwardings.
 
-    --ssh sets the times: --ssh 'ssh -o ConnectTimeout=60'. For large outputs it can
-    choose a fast cipher: --ssh 'ssh -c aes128-gcm@openssh.com'. Its command must
-    understand the options of OpenSSH.
+Your ssh configuration counts: aliases, ports, ProxyJump, agents, ControlMaster. Some
+settings do not: ConnectTimeout, ServerAliveInterval, ServerAliveCountMax, RemoteCommand
+and forwardings.
 
-    ssh never asks for a password (BatchMode). `ssh-copy-id HOST` puts your key there. A
-    key with a passphrase must be in an agent (ssh-add). At most eight logins are under
-    way at once. sshd drops logins if there are more than ten (MaxStartups).
+--ssh sets the times: --ssh 'ssh -o ConnectTimeout=60'. For large outputs it can choose a
+fast cipher: --ssh 'ssh -c aes128-gcm@openssh.com'. Its command must understand the
+options of OpenSSH.
+
+ssh never asks for a password (BatchMode). `ssh-copy-id HOST` puts your key there. A key
+with a passphrase must be in an agent (ssh-add). At most eight logins are under way at
+once. sshd drops logins if there are more than ten (MaxStartups).
 
 What a host needs
-    It needs /bin/sh, and Python 3.9 or newer, but no pyzmq. The program comes through ssh
-    and runs from memory. It opens no port. Without --sync it writes no file, but for an
-    unlinked one in $TMPDIR for each output over 64 KiB.
+
+It needs /bin/sh, and Python 3.9 or newer, but no pyzmq. The program comes through ssh and
+runs from memory. It opens no port. Without --sync it writes no file, but for an unlinked
+one in $TMPDIR for each output over 64 KiB.
 
 What commands find there
-    With --sync, commands run in a copy of your tree. Without it they run in the same path
-    as here, which must exist there. --cwd names another one.
 
-    Their environment is that of a login without a terminal: `ssh HOST env` shows it. It
-    often lacks what .bashrc or .profile add to the PATH. So name a program by its path,
-    as in `.venv/bin/pytest -q {}`. Or set the variable:
-    --env PATH=$PWD/.venv/bin:/usr/bin:/bin
+With --sync, commands run in a copy of your tree. Without it they run in the same path as
+here, which must exist there. --cwd names another one.
+
+Their environment is that of a login without a terminal: `ssh HOST env` shows it. It often
+lacks what .bashrc or .profile add to the PATH. So name a program by its path, as in
+`.venv/bin/pytest -q {}`. Or set the variable: --env PATH=$PWD/.venv/bin:/usr/bin:/bin
 
 A host that cannot be used
-    Commands start as soon as the first host is there. A command that this host cannot run
-    waits for the other hosts, for up to 10 s.
 
-    If testcloud cannot reach or use a host, it says the cause and the fix on stderr. It
-    does not try this host again; the others go on. With no host left the exit status is
-    3.
+Commands start as soon as the first host is there. A command that this host cannot run
+waits for the other hosts, for up to 10 s.
+
+If testcloud cannot reach or use a host, it says the cause and the fix on stderr. It does
+not try this host again; the others go on. With no host left the exit status is 3.
 
 A host that is lost
-    Its commands run elsewhere at once. So do those that had ended, if their large outputs
-    (over 64 KiB) were not fetched yet. testcloud tries the host again after 1, 2, 4 ...
-    60 s. These times begin again with 1 s if the host was there for a minute.
 
-    If a host does not answer, a notice says so after 8 s. The host is lost after about 15
-    s, when ssh notices that the network is cut, or else after 30 s.
+Its commands run elsewhere at once. So do those that had ended, if their large outputs
+(over 64 KiB) were not fetched yet. testcloud tries the host again after 1, 2, 4 ... 60 s.
+These times begin again with 1 s if the host was there for a minute.
 
-    When ssh ends, for whatever reason, all that it started on the host ends at once. If
-    the network is cut and the host cannot notice, that takes 30 s. So a client that is
-    stopped for longer (Ctrl-Z) loses its hosts, and what ran there runs again.
+If a host does not answer, a notice says so after 8 s. The host is lost after about 15 s,
+when ssh notices that the network is cut, or else after 30 s.
+
+When ssh ends, for whatever reason, all that it started on the host ends at once. If the
+network is cut and the host cannot notice, that takes 30 s. So a client that is stopped
+for longer (Ctrl-Z) loses its hosts, and what ran there runs again.
 
 Names of hosts in results
-    Results name a host as -S does, without the user. With --via, with : and with worker
-    -S, it has the name that `hostname` prints there. With client -S all hosts run
-    everything: labels (--need) are for a standing cloud.
+
+Results name a host as -S does, without the user. With --via, with : and with worker -S,
+it has the name that `hostname` prints there. With client -S all hosts run everything:
+labels (--need) are for a standing cloud.
 """
 
 # A login shell may be csh or fish, which read quotes, ! and \ in their own ways. So what it sees
@@ -14654,99 +14675,103 @@ runs nothing: it prints the size and path of all that would go along.
 keeps the run apart from your editor.
 
 The tree
+
 @options client --sync --sync-list --sync-max --exclude --include
 
-    The tree is DIR, else the git work tree around the current directory, else the current
-    directory. If the word after --sync could be DIR or a command, write --sync=DIR or
-    --sync -- COMMAND.
+The tree is DIR, else the git work tree around the current directory, else the current
+directory. If the word after --sync could be DIR or a command, write --sync=DIR or --sync
+-- COMMAND.
 
-    Commands run in the same place of the workspace as you are in the tree. If you are
-    outside of DIR, they run at its top. --cwd is relative to that place. What is not in
-    the tree must be on the host: programs, a home, a database.
+Commands run in the same place of the workspace as you are in the tree. If you are outside
+of DIR, they run at its top. --cwd is relative to that place. What is not in the tree must
+be on the host: programs, a home, a database.
 
-    In a git work tree, all goes along that git does not ignore, also submodules and empty
-    directories. .git stays here: say --include .git for tools that ask git for a version.
-    Elsewhere all files go along. Then leave out a .venv, which belongs to this machine:
-    --exclude .venv
+In a git work tree, all goes along that git does not ignore, also submodules and empty
+directories. .git stays here: say --include .git for tools that ask git for a version.
+Elsewhere all files go along. Then leave out a .venv, which belongs to this machine:
+--exclude .venv
 
-    --exclude has the meaning of a line of .gitignore in the top directory, --include that
-    of a line with !. Both may be repeated. The last one that matches a path decides.
+--exclude has the meaning of a line of .gitignore in the top directory, --include that of
+a line with !. Both may be repeated. The last one that matches a path decides.
 
-    Modes and links are kept. Times are not, but their order is, so that make sees the
-    same. A link that leads out of the tree, a socket, and what you cannot read stay here,
-    with a notice.
+Modes and links are kept. Times are not, but their order is, so that make sees the same. A
+link that leads out of the tree, a socket, and what you cannot read stay here, with a
+notice.
 
-    If a file changes while it is sent, it goes as it was at one moment. Commands that
-    begin later run with that.
+If a file changes while it is sent, it goes as it was at one moment. Commands that begin
+later run with that.
 
-    A larger tree than --sync-max is mostly a mistake, and refused.
+A larger tree than --sync-max is mostly a mistake, and refused.
 
 Setup
+
 @options client --setup --setup-once-for --fresh
 
-    The setup runs once in each workspace, before any other command. It runs in the
-    directory of the commands, with their --env and --shell. --timeout does not count for
-    it.
+The setup runs once in each workspace, before any other command. It runs in the directory
+of the commands, with their --env and --shell. --timeout does not count for it.
 
-    It runs again when its text, that directory or the tree has changed. With
-    --setup-once-for it runs again when one of these files has changed, such as a lock
-    file. Their paths are relative to that directory, and the option may be repeated.
+It runs again when its text, that directory or the tree has changed. With --setup-once-for
+it runs again when one of these files has changed, such as a lock file. Their paths are
+relative to that directory, and the option may be repeated.
 
-    If the setup fails, its output is shown, and the host is out of this run. With no host
-    left the exit status is 3.
+If the setup fails, its output is shown, and the host is out of this run. With no host
+left the exit status is 3.
 
 Files that come back
+
 @options client --return --fail-on-missing
 
-    --return brings a file back to the same place here, also if the command failed. {},
-    {#} and the like stand for the command's arguments, as in a template. The option may
-    be repeated. The path is relative to the directory of the command. If it leads out of
-    the tree, the command fails with exit code 126, and does not run.
+--return brings a file back to the same place here, also if the command failed. {}, {#}
+and the like stand for the command's arguments, as in a template. The option may be
+repeated. The path is relative to the directory of the command. If it leads out of the
+tree, the command fails with exit code 126, and does not run.
 
-    A file comes back whole or not at all, with its permissions. It must be a regular
-    file, and no link is followed. --max-output does not limit it, and the result hash
-    does not cover it. With --retries it is the file of the try that is reported. If
-    several commands bring the same file, the last one stays.
+A file comes back whole or not at all, with its permissions. It must be a regular file,
+and no link is followed. --max-output does not limit it, and the result hash does not
+cover it. With --retries it is the file of the try that is reported. If several commands
+bring the same file, the last one stays.
 
-    A missing file is a notice. With --fail-on-missing it is a failure with exit code 1.
-    After a failure, a file that the command did not write counts as missing. If a file
-    cannot be written here, the run goes on and ends with exit status 3.
+A missing file is a notice. With --fail-on-missing it is a failure with exit code 1. After
+a failure, a file that the command did not write counts as missing. If a file cannot be
+written here, the run goes on and ends with exit status 3.
 
-    Files that come back do not change the tree of this run. But they would belong to the
-    next tree, for which the setup runs again: let git ignore them, or --exclude them.
+Files that come back do not change the tree of this run. But they would belong to the next
+tree, for which the setup runs again: let git ignore them, or --exclude them.
 
-    A client that is killed (kill -9) may leave a file .testcloud-... in the tree. It
-    never goes along: remove it.
+A client that is killed (kill -9) may leave a file .testcloud-... in the tree. It never
+goes along: remove it.
 
 What crosses the network
-    Only what a host lacks is sent, once for each host. After a change of one file, that
-    is this file and the list of all files.
 
-    On each host, one command waits for the workspace, and takes no slot. The others start
-    on hosts that are ready; in the end this one starts, too.
+Only what a host lacks is sent, once for each host. After a change of one file, that is
+this file and the list of all files.
 
-    If a step takes longer than a second, a notice says so: sending 12.3 of 80 MB to beta
+On each host, one command waits for the workspace, and takes no slot. The others start on
+hosts that are ready; in the end this one starts, too.
 
-    A host may be unable to make a workspace: no room, a file name that it cannot have, a
-    setup that fails. testcloud names it with the reason, and it is out of this run. So
-    are workers of a version without --sync.
+If a step takes longer than a second, a notice says so: sending 12.3 of 80 MB to beta
+
+A host may be unable to make a workspace: no room, a file name that it cannot have, a
+setup that fails. testcloud names it with the reason, and it is out of this run. So are
+workers of a version without --sync.
 
 Workspaces stay on their hosts
+
 @options client,worker --cache
 
-    They are in ~/.cache/testcloud/trees ($XDG_CACHE_HOME) of the host's user.
+They are in ~/.cache/testcloud/trees ($XDG_CACHE_HOME) of the host's user.
 
-    The next run brings its workspace up to date exactly. Files that are gone here go
-    there, and files that commands changed are as here again. What commands made stays:
-    .venv, node_modules, build outputs.
+The next run brings its workspace up to date exactly. Files that are gone here go there,
+and files that commands changed are as here again. What commands made stays: .venv,
+node_modules, build outputs.
 
-    The commands of one run share a workspace, and runs at the same time get one each. The
-    run of a killed client counts until its lease is over (--client-lease). A killed run
-    leaves nothing that the next run takes for whole.
+The commands of one run share a workspace, and runs at the same time get one each. The run
+of a killed client counts until its lease is over (--client-lease). A killed run leaves
+nothing that the next run takes for whole.
 
-    When all workspaces together are larger than --cache, or the disk is full, the oldest
-    go. One that is in use stays, and so does the last one. `testcloud.py status` shows
-    how much they take.
+When all workspaces together are larger than --cache, or the disk is full, the oldest go.
+One that is in use stays, and so does the last one. `testcloud.py status` shows how much
+they take.
 """
 
 SYNC_MAX = 2 * 1024**3  # bytes of a tree; a larger one is mostly a forgotten build or data set
