@@ -14770,8 +14770,8 @@ of a killed client counts until its lease is over (--client-lease). A killed run
 nothing that the next run takes for whole.
 
 When all workspaces together are larger than --cache, or the disk is full, the oldest go.
-One that is in use stays, and so does the last one. `testcloud.py status` shows how much
-they take.
+One that is in use stays, and so does the last one. In a standing cloud, --cache is an
+option of its workers. `testcloud.py status` shows how much they take.
 """
 
 SYNC_MAX = 2 * 1024**3  # bytes of a tree; a larger one is mostly a forgotten build or data set
