@@ -12797,6 +12797,8 @@ script. The last place is ~/.config/testcloud/testcloud.key ($XDG_CONFIG_HOME). 
 takes none, even if there is one. `client --local` and `client -S` need none. A file is
 refused if other users can read it, or if it belongs to another user.
 
+--sync takes a key file along that is in your tree: let git ignore it, or --exclude it.
+
 New and revoked keys
 
 The broker looks at its file every second. It accepts a new key at the next connection of
