@@ -19484,16 +19484,26 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.main("help", "\x1b7")[2],
                          "testcloud: no topic '\\x1b7' (see: testcloud.py help)\n")
 
-    def test_help_uses_the_pager_of_a_terminal(self):
+    def help_on_a_terminal(self, pager, term):
+        """Return what `help status` shows."""
         master, ours = os.openpty()
         self.addCleanup(os.close, master)
         with contextlib.closing(os.fdopen(ours)) as terminal:
             done = subprocess.run([sys.executable, SCRIPT, "help", "status"], stdin=terminal,
                                   stdout=terminal, stderr=subprocess.PIPE, timeout=PATIENCE,
-                                  env={**os.environ, "PAGER": "head -1", "TERM": "xterm"})
+                                  env={**os.environ, "MANPAGER": "", "PAGER": pager, "TERM": term})
             self.assertEqual((done.returncode, done.stderr), (0, b""))
-        self.assertEqual(os.read(master, 1000).decode().splitlines(),
-                         tc.topic_text("status").splitlines()[:1])
+            shown, end = b"", b"(end of what it shows)"
+            os.write(terminal.fileno(), end)
+            while not shown.endswith(end):
+                shown += os.read(master, 10000)
+        return shown[:-len(end)].decode().replace("\r", "")
+
+    def test_help_uses_the_pager_of_a_terminal(self):
+        text = tc.topic_text("status") + "\n"
+        self.assertEqual(self.help_on_a_terminal("head -1", "xterm"), text.splitlines(True)[0])
+        self.assertEqual(self.help_on_a_terminal("", "dumb"), text)
+        self.help_on_a_terminal("read line; kill -INT $PPID", "xterm")  # as by Ctrl-C
 
     def test_colour(self):
         with mock.patch.object(sys, "stdout", mock.Mock(isatty=lambda: True)):

@@ -16716,7 +16716,6 @@ def run_help(settings: argparse.Namespace) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is for the pager
         with contextlib.suppress(KeyboardInterrupt):
             pydoc.pager(topic_text(topic) + "\n")
-        sys.stdout.flush()
     return 0
 
 
