@@ -696,6 +696,11 @@ def plural(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def grouped(number: int, what: str) -> str:
+    """The same with 1,234."""
+    return f"{number:,} {plural(number, what).partition(' ')[2]}"
+
+
 def duration(seconds: Seconds, whole: bool = False) -> str:
     """For people: 8.14 ms, 1.23 s, 63.1 s, 2 min 3 s, 2 h 3 min; in whole seconds: 0 s, 63 s."""
     minutes, rest = divmod(round(seconds), 60)
@@ -6665,12 +6670,13 @@ class Returns:
     def __init__(self, job: Job) -> None:
         """Look at the files before the command is started."""
         self.job = job
-        cwd = os.path.relpath(job.cwd or "/", job.top) if job.top else ".."
+        self.top = job.top or job.cwd or "."  # without a tree, files are below the directory
+        cwd = os.path.relpath(job.cwd or "/", job.top) if job.top else ""
         self.paths = [path_below(cwd, path) for path in job.returns]
         self.before = [self.signature(path) for path in self.paths]
 
     def signature(self, path: str) -> Signature:
-        with contextlib.suppress(OSError), directory_below(self.job.top, path) as (folder, name):
+        with contextlib.suppress(OSError), directory_below(self.top, path) as (folder, name):
             return signature_of(os.stat(name, dir_fd=folder, follow_symlinks=False))
         return ()
 
@@ -6682,7 +6688,7 @@ class Returns:
         for given, path, before in zip(self.job.returns, self.paths, self.before):
             returned.append([])
             try:
-                with directory_below(self.job.top, path) as (folder, name), \
+                with directory_below(self.top, path) as (folder, name), \
                         open_regular(name, folder) as (file, status):
                     # an old report must not look like that of a command that crashed
                     if not record.exitcode or signature_of(status) != before:
@@ -8146,10 +8152,12 @@ def refusal(command: Command, line: bytes) -> str:
     """Return why a command is not submitted, with this line; "" if it is."""
     if command.wrong:
         return command.wrong
+    in_tree = not command.cwd or command.cwd.split("/")[0] not in ("", "~")
     for path in command.returns:
-        if not path_below(command.cwd, path):
-            return (f"--return {printable(path) or repr('')} is no file below the directory of "
-                    f"--sync")
+        if not path_below(command.cwd if in_tree else "", path):
+            option, owner = ("return", "--sync") if in_tree else ("junit-from", "its command")
+            return (f"--{option} {printable(path) or repr('')} is no file below the directory of "
+                    f"{owner}")
     return TOO_LONG if len(line) > MAX_COMMAND - OTHER_FIELDS else ""
 
 
@@ -8171,6 +8179,7 @@ class RunOptions(NamedTuple):
     fail_on_flaky: bool = False  # flaky commands count as failed
     fail_on_missing: bool = False  # so do those that did not make a file of --return
     sync: bool = False  # run in workspaces with our tree
+    read_tests: bool = False  # the last file of each command is its JUnit file (--junit-from)
 
     def fields(self) -> Fields:
         """Return the fields that each command of the run has."""
@@ -8212,6 +8221,23 @@ class ReturnedPart(NamedTuple):
     rows: List[List[int]]  # of its files: [mode, size], or [] for a missing one
     offset: int
     data: Any
+
+    def pieces(self) -> Iterator[Tuple[int, int, Any]]:
+        """Yield what it has of each file: the file's index, the offset there, and the data."""
+        at, data = 0, memoryview(self.data)
+        for index, row in enumerate(self.rows):
+            end = at + (row[1] if row else 0)
+            piece = data[max(0, at - self.offset):max(0, end - self.offset)]
+            if piece:
+                yield index, max(0, self.offset - at), piece
+            at = end
+
+
+class ReadTests(NamedTuple):
+    """Effect: read the JUnit file of a try, which has come, and call tests_read()."""
+
+    command: Command
+    result: Fields
 
 
 class LiveOutput(NamedTuple):
@@ -8813,19 +8839,41 @@ class Client(SessionMachine):
         constraints = self.next_constraints(command)
         retried = this.exitcode and not command.rechecking and constraints
         if retried:
-            kept = with_last_words(this, fields, min(TRY_OUTPUT, self.try_room))
-            command.tries[command.attempt] = kept
-            self.try_room -= len(kept.output)
+            self.keep_words(command, fields)
         output = to_bytes(fields.get("stdout", ""))
         # with never_on it is reported after all if no other host can start the command
-        needed = not command.rechecking and (not retried or "never_on" in retried)
+        needed = not command.rechecking and (
+            not retried or "never_on" in retried or self.options.read_tests)
         if needed and len(output) < stream_size(fields):
             self.fetcher.add(command, fields, self.now)
             return
         if needed and fields.get("returned"):
             self.effects.append(ReturnedPart(
                 command, command.attempt, fields["returned"], 0, output[fields.get("size", 0):]))
-        self.conclude(command, fields, inline_output(fields), constraints)
+        self.complete(command, fields)
+
+    def keep_words(self, command: Command, fields: Fields) -> None:
+        """Keep the end of a failed try's output."""
+        kept = with_last_words(try_of(fields), fields, min(TRY_OUTPUT, self.try_room))
+        command.tries[command.attempt] = kept
+        self.try_room -= len(kept.output)
+
+    def complete(self, command: Command, fields: Fields) -> None:
+        """Conclude a try whose output and files are here, once its tests have been read."""
+        if self.options.read_tests and not command.rechecking:
+            self.effects.append(ReadTests(command, fields))
+        else:
+            self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
+
+    def tests_read(self, command: Command, fields: Fields, fault: str) -> None:
+        """Conclude a try. With a fault of its JUnit file it has failed."""
+        if self.left or self.command_of(command.id, fields["attempt"]) is not command:
+            return  # the command was cancelled, or the try was lost or concluded meanwhile
+        if fault and not fields["exitcode"]:
+            fields.update(exitcode=1, reason=fields.get("reason") or fault)
+            self.keep_words(command, fields)
+        self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
+        self.settle()
 
     def next_constraints(self, command: Command) -> Optional[Fields]:
         return self.retry_policy.next_constraints(command) if self.status is None else None
@@ -8999,8 +9047,7 @@ class Client(SessionMachine):
                 if rows and offset >= output else FetchedOutput(offset, message.data))
             if self.fetcher.stored >= stream_size(result):
                 self.fetcher.remove(command, self.now)
-                self.conclude(
-                    command, result, inline_output(result), self.next_constraints(command))
+                self.complete(command, result)
         elif self.options.live and not command.result and offset == command.shown:
             self.effects.append(LiveOutput(command, offset, message.data))
             command.shown += size
@@ -9287,6 +9334,43 @@ there, and keeps the rest.
 If a report cannot be written any more (a full disk), the client names it. The run goes
 on, and ends with status 3.
 
+Tests
+
+    $ ls tests/*.py | testcloud.py client --junit out.xml --junit-from 'reports/{#}.xml' \\
+        pytest -q --junitxml=reports/{#}.xml {}
+
+@options client --junit-from
+
+Most test tools can write a JUnit file: pytest, PHPUnit, gotestsum, Jest. Each command
+writes one of its own, below its directory. {#} and the like stand for the command's
+arguments, as in a template. The client reads these files, from all hosts. Then --junit
+has a case for each test, and --html and the summary count tests:
+
+    2 of 64,204 tests failed in 1 of 18 commands
+
+Each suite of a file is a suite of the report. Its hostname is the host, and it has the
+command as a property. Suites within a suite are put after it, on the same level.
+
+If the file says that tests failed, the command has failed: with exit code 1, if its own
+is 0. The same holds for a file that cannot be used:
+
+    it is missing, or it was there before and the command failed
+    it is no JUnit, or no whole XML
+    it has a DOCTYPE, or more than 32 MiB
+    another command has the same file: then the second command does not run
+
+A command is one more test case, with its output, if no test shows how it ended. Its file
+cannot be used, or it failed after its tests (a crash, a coverage threshold). It is in the
+suite testcloud.
+
+With --retries the file of the reported try counts. A test that failed in an earlier try
+gets the elements flakyFailure or flakyError, if it passed in the end. Otherwise it gets
+rerunFailure or rerunError. Maven's surefire does the same.
+
+With --sync the files come back into the tree, as those of --return. Without --sync the
+client writes them nowhere. Long texts lose their middle. When all texts have 16 MiB, each
+further one is cut to 100 characters.
+
 Result hash
 
 @options client --expect
@@ -9328,11 +9412,19 @@ class Outcome(NamedTuple):
     occurrence: int  # number of equal commands before it in the input; 0 without a joblog
     returned: Optional[List[str]] = None  # files that were written; None without --return
     name: str = ""  # of the command, instead of its text
+    tests: Optional[Tests] = None  # that its JUnit file has; None: no file was to come
 
     @property
     def title(self) -> str:
         """Return what reports call it."""
         return self.name or self.cmd
+
+    @property
+    def cause(self) -> str:
+        """Return why it failed or was stopped, as far as we know; or ""."""
+        if self.failed and not self.reason and self.tests is not None:
+            return self.tests.describe()
+        return self.reason
 
 
 class Summary(NamedTuple):
@@ -9353,6 +9445,7 @@ class Summary(NamedTuple):
     bad_hosts: str = ""  # advice about hosts where everything failed
     rerun: str = ""  # command line that runs the failures again, if any
     empty: bool = False  # the input had no commands, and that is an error
+    tests: Counter[str] = Counter()  # test cases by kind, with --junit-from
 
     def all_passed(self) -> bool:
         return self.complete and not (self.codes or self.skipped_failed or self.empty)
@@ -9396,16 +9489,19 @@ class Reports:
     """Turns the client's effects into outcomes for all reporters, and counts for the summary."""
 
     def __init__(self, client: Client, store: ResultStore, reporters: Sequence[Reporter],
-                 files: Optional[ReturnedFiles] = None) -> None:
+                 files: Optional[ReturnedFiles] = None,
+                 tests: Optional[TestFiles] = None) -> None:
         self.client = client
         self.store = store
         self.files = files  # with --return
+        self.tests = tests  # with --junit-from
         self.reporters = list(reporters)
         self.provisional: Dict[int, Tuple[StoredResult, str]] = {}  # by command, as of put()
         # of unreported commands: (name, line, occurrence)
         self.expected: Dict[int, Tuple[str, str, int]] = {}
         self.pieces: Dict[int, PieceReader] = {}  # of split outputs that are shown live
         self.codes: Counter[str] = Counter()  # failures by kind
+        self.test_counts: Counter[str] = Counter()
         self.failures: List[Outcome] = []  # the first NAMED_FAILURES
         self.passes: Counter[str] = Counter()  # passed commands by host
         self.fails: Counter[str] = Counter()  # failed commands by host
@@ -9463,7 +9559,8 @@ class Reports:
             started=result.get("started", 0.0), spent=result.get("time", 0.0),
             signal=result.get("signal", 0), reason=lost or result.get("reason", ""),
             tries=tuple(tries), shown=command.shown, stored=stored, line=line,
-            occurrence=occurrence, returned=returned, name=name)
+            occurrence=occurrence, returned=returned, name=name,
+            tests=self.tests.finish(command.id, result.get("attempt", 0)) if self.tests else None)
         self.count(outcome, try_of(result).did_start)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
@@ -9475,6 +9572,8 @@ class Reports:
         if did_start:
             (self.fails if outcome.verdict == FAIL else self.passes)[outcome.host] += 1
         self.times.append(outcome.spent)
+        if self.tests:
+            self.test_counts += case_counts(outcome)
 
     def tell_all(self, tell: Callable[[Reporter], None]) -> None:
         """Tell all reporters. Drop a reporter that cannot write its file."""
@@ -9508,7 +9607,8 @@ class Reports:
             hash=found, wrong_hash=wrong if expected and expected != found else "",
             codes=dict(self.codes), failures=self.failures, rerun=rerun,
             bad_hosts="" if client.options.tries > 1 else self.bad_hosts(),
-            empty=complete and not may_be_empty and not ran and not skipped)
+            empty=complete and not may_be_empty and not ran and not skipped,
+            tests=self.test_counts)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
@@ -10008,17 +10108,15 @@ class ReturnedFiles:
         if part.offset == 0 and part.attempt in attempts:  # they begin anew
             self.drop(part.command, part.attempt)
         attempts.add(part.attempt)
-        at, data = 0, memoryview(part.data)
-        for (_, new), row in zip(self.files_of(part.command, part.attempt), part.rows):
-            end = at + (row[1] if row else 0)
-            piece = data[max(0, at - part.offset):max(0, end - part.offset)]
-            if piece and new not in self.faults:
+        names = [new for _, new in self.files_of(part.command, part.attempt)]
+        for index, offset, piece in part.pieces():
+            new = names[index]
+            if new not in self.faults:
                 try:
                     with self.opened(new) as (file, _):
-                        write_all(file, piece, max(0, part.offset - at))
+                        write_all(file, piece, offset)
                 except OSError as error:
                     self.faults[new] = error.strerror or "error"
-            at = end
 
     @contextlib.contextmanager
     def opened(self, new: str) -> Iterator[Tuple[IO[bytes], int]]:
@@ -10250,7 +10348,7 @@ class Transcript(Reporter):
         took = "⌚" + seed_duration(outcome.spent / 1000, ms=True)
         self.line(self.headline(outcome)
                   + self.paint("slow" if outcome.spent > self.slow else "time", took))
-        for why in filter(None, (describe_signal(outcome), printable(outcome.reason, 1000))):
+        for why in filter(None, (describe_signal(outcome), printable(outcome.cause, 1000))):
             self.line(f"testcloud: {why}")
         if outcome.tries and outcome.verdict != OK:
             self.line(f"testcloud: {describe_tries(outcome, printable)}")
@@ -10288,6 +10386,8 @@ class Transcript(Reporter):
             yield f"To run just these again: {summary.rerun}"
 
     def totals(self, summary: Summary) -> Iterator[str]:
+        if summary.tests:
+            yield describe_tests(summary.tests, sum(summary.codes.values()), summary.ran)
         if summary.flaky:
             hosts = ", ".join(f"{n} FAILED ONLY ON {printable(host)}"
                               for host, n in summary.only_on.items())
@@ -10431,6 +10531,8 @@ the JSON of the input.
     tries        the other tries: exitcode, host, worker, slot, started, time, reason,
                  output
     returned     with --return: paths of the files that came back
+    tests        with --junit-from: its tests, failures, errors, skipped and flaky, and a
+                 fault if its file cannot be used
     output       its output; not with --brief
 
 The output of a try is its last 4 KiB, if it failed and is at most 64 KiB long. Bytes that
@@ -10451,9 +10553,14 @@ class JsonLines(Reporter):
         fields = outcome._asdict()
         for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence"):
             del fields[name]
-        for name, there in (("returned", outcome.returned is not None), ("name", outcome.name)):
+        for name, there in (("returned", outcome.returned is not None), ("name", outcome.name),
+                            ("tests", outcome.tests)):
             if not there:
                 del fields[name]
+        if outcome.tests:
+            fault = {"fault": outcome.tests.fault} if outcome.tests.fault else {}
+            fields["tests"] = {**{name: outcome.tests.counts[name] for name in TEST_COUNTS},
+                               **fault}
         fields.update(time=outcome.spent, tries=[*map(self.try_fields, outcome.tries)],
                       **text_fields("command", to_bytes(outcome.cmd)))
         self.put(self.line(dump_utf8(fields), outcome))
@@ -10694,6 +10801,7 @@ class EarlierRun:
 JUNIT_NAME = 240  # characters of a command in a name: GitLab keeps 255, Jenkins makes a URL
 JUNIT_HEAD = 16 * 1024  # first bytes of an output
 JUNIT_TAIL = 32 * 1024  # last bytes of it: GitHub takes 64 KiB with an annotation
+JUNIT_SHORT = 100  # characters of each text past this size of a report:
 JUNIT_SIZE = 16 * 1024 * 1024  # characters with outputs: GitLab reads up to 30 MB
 WHOLE_RUN = "(the whole run)"  # test case of Summary.trouble()
 # terminal colours, and the characters that XML 1.0 forbids
@@ -10704,30 +10812,53 @@ NOT_XML = "\x1b\\[[0-9;:]*[mK]|[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010fff
 class JUnit(FinalReport):
     """Report for Jenkins, GitLab and GitHub."""
 
+    def __init__(self, path: str, store: ResultStore, tests: Optional[TestFiles] = None) -> None:
+        super().__init__(path, store)
+        self.tests = tests
+
     def content(self, summary: Summary) -> Iterator[str]:
         return junit_xml("testcloud", self.outcomes, self.output_of, summary.trouble(),
-                         summary.spent * 1000)
+                         summary.spent * 1000, self.tests)
 
 
-# --- the report: one <testcase> for each command
+# --- the report: one <testcase> for each command without tests of its own
 
 def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, trouble: str,
-              spent: float) -> Iterator[str]:
+              spent: float, tests: Optional[TestFiles] = None) -> Iterator[str]:
     """Yield the report of a run of `spent` ms. An output is read when its piece is made. `trouble`
     becomes a test case: otherwise a run with missing commands looks like a success."""
-    outcomes = sorted(outcomes)
-    totals = {"name": name, "time": in_seconds(spent), **junit_counts(outcomes, trouble)}
-    suite = xml_element("testsuite", "\n", skipped="0", **totals)
+    ran = sorted(outcomes)
+    outcomes = [outcome for outcome in ran if has_own_case(outcome)]
+    suites = [(suite, outcome) for outcome in ran if outcome.tests
+              for suite in outcome.tests.suites]
+    counts: Counter[str] = sum(map(own_counts, outcomes), Counter())
+    counts.update(dict.fromkeys(("tests", "errors"), int(bool(trouble))))
+    if tests:  # the times of all suites add up
+        spent = sum(map(own_time, outcomes))
+    suite = xml_element("testsuite", "\n", name=name, **suite_numbers(counts, spent))
+    for each, _ in suites:
+        counts.update(each.counts)
+        spent += each.spent
     began = min(filter(None, (iso_time(outcome.started) for outcome in outcomes)), default="")
     if began:
         suite.set("timestamp", began)
-    frame = xml_text(xml_element("testsuites", "\n", suite, **totals))
+    numbers = suite_numbers(counts, spent)
+    del numbers["skipped"]  # the schema has none
+    frame = xml_text(xml_element("testsuites", "\n", suite, name=name, **numbers))
     head, end, tail = frame.rpartition("</testsuite>")
-    yield '<?xml version="1.0" encoding="UTF-8"?>\n' + head
+    top, start, head = head.partition("<testsuite ")
+    yield '<?xml version="1.0" encoding="UTF-8"?>\n' + top
+    for each, outcome in suites:
+        yield from tests.suite_xml(each, outcome) if tests else ()
+    if suites and not (outcomes or trouble):
+        yield tail + "\n"
+        return
+    yield start + head
     names = unique_names([*(outcome.title for outcome in outcomes), WHOLE_RUN])
-    room = JUNIT_SIZE
+    room = tests.room if tests else JUNIT_SIZE
     for outcome, shown in zip(outcomes, names):
-        case = xml_element("testcase", name=shown, classname=name, time=in_seconds(outcome.spent))
+        case = xml_element("testcase", name=shown, classname=name,
+                           time=in_seconds(own_time(outcome)))
         case.extend(junit_parts(outcome, shown, output_of if room > 0 else None))
         piece = xml_text(case)
         room -= len(piece) if outcome.verdict != OK else 0
@@ -10739,12 +10870,30 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, troub
     yield f"{end}\n{tail}\n"
 
 
-def junit_counts(outcomes: Sequence[Outcome], trouble: str) -> Dict[str, str]:
-    """Return the attributes of a suite that count its test cases."""
-    errors = sum(map(could_not_run, outcomes))
-    failures = sum(outcome.failed for outcome in outcomes) - errors
-    return {"tests": str(len(outcomes) + bool(trouble)), "failures": str(failures),
-            "errors": str(errors + bool(trouble))}
+def suite_numbers(counts: Counter[str], spent: float) -> Dict[str, str]:
+    """Return the attributes of a suite that count its test cases, and their time in ms."""
+    return {"time": in_seconds(spent), **{name: str(counts[name]) for name in TEST_COUNTS[:4]}}
+
+
+def has_own_case(outcome: Outcome) -> bool:
+    """Return whether a command is a test case: no test of its own tells how it ended."""
+    tests = outcome.tests
+    if tests is None or tests.fault:
+        return True
+    return not tests.failed if outcome.failed else (
+        outcome.verdict != OK and not tests.counts["flaky"])
+
+
+def own_counts(outcome: Outcome) -> Counter[str]:
+    """Return what a command adds to a report as a test case."""
+    kind = "errors" if could_not_run(outcome) else "failures"
+    return Counter({"tests": 1, kind: int(outcome.failed)})
+
+
+def own_time(outcome: Outcome) -> float:
+    """Return the ms that a command took besides its tests."""
+    tests = sum(suite.spent for suite in outcome.tests.suites) if outcome.tests else 0.0
+    return max(0.0, outcome.spent - tests)
 
 
 # --- inside a <testcase>
@@ -10800,7 +10949,7 @@ def how_failed(outcome: Outcome) -> Tuple[str, str]:
         kind, what = "NotRun", "could not be run"
     where = f" on {truncate(outcome.host)}" if outcome.host else ""
     killed = f", signal {outcome.signal}" if outcome.signal else ""
-    return kind, what + where + killed + (f": {truncate(outcome.reason)}" if outcome.reason else "")
+    return kind, what + where + killed + (f": {truncate(outcome.cause)}" if outcome.cause else "")
 
 
 def story_of(outcome: Outcome) -> Iterator[str]:
@@ -10866,6 +11015,325 @@ def xml_text(element: ET.Element) -> str:
     return tostring(element, "unicode")
 
 
+# --- files of commands (--junit-from)
+#
+# Each command writes a JUnit file. Their test cases are copied to a spool when they come, and
+# from there to the report. A suite of the report is a suite of a file with test cases of its
+# own: most readers know no suites within suites.
+
+JUNIT_FILE_SIZE = 32 * 1024 * 1024  # bytes of a file: no reader takes a longer report
+JUNIT_DEPTH = 50  # elements within each other
+JUNIT_PARTS = 10_000  # elements in a test case: they are in memory
+JUNIT_BLOCK = 256 * 1024  # bytes read at once
+NAMED_TESTS = 20  # failed tests of a command in a page
+TEST_COUNTS = ("tests", "failures", "errors", "skipped", "flaky")
+CASE_PARTS = ("properties", "skipped", "failure", "rerunFailure", "rerunError", "flakyFailure",
+              "flakyError", "error", "system-out", "system-err")  # in surefire's order
+FLAKY_PARTS = ("flakyFailure", "flakyError")
+INNER_PARTS = ("property", "stackTrace", "system-out", "system-err")
+PART_ATTRIBUTES = ("message", "type", "name", "value")
+SUITE_PARTS = ("testcase", "properties", "system-out", "system-err")
+
+
+class FailedTest(NamedTuple):
+    """A failed test case of a try."""
+
+    classname: str
+    name: str
+    kind: str  # Failure or Error
+    type: str
+    message: str
+    text: str
+
+    @property
+    def title(self) -> str:
+        return self.name if self.name.startswith(self.classname) else \
+            f"{self.classname} {self.name}"
+
+    @property
+    def first_line(self) -> str:
+        return truncate((self.message or self.text).strip().partition("\n")[0])
+
+
+class Suite:
+    """A suite of a command's JUnit file."""
+
+    def __init__(self, attributes: Dict[str, str]) -> None:
+        self.name = attributes.get("name", "")
+        self.attributes = {name: attributes[name] for name in ("timestamp", "package", "file")
+                           if attributes.get(name)}
+        self.counts: Counter[str] = Counter()
+        self.spent = 0.0  # ms
+        # where its XML is in the spool: (offset, size)
+        self.properties: List[Tuple[int, int]] = []
+        self.parts: List[Tuple[int, int]] = []
+
+
+class Tests:
+    """The tests of a try, as its JUnit file has them."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault  # why the file is of no use
+        self.suites: List[Suite] = []
+        self.counts: Counter[str] = Counter()
+        self.failed: List[FailedTest] = []
+
+    def describe(self) -> str:
+        """Return in words what failed."""
+        total = grouped(self.counts["tests"], "test")
+        return self.fault or (
+            f"{len(self.failed):,} of {total} failed" if self.failed else
+            f"its {total} did not fail" if self.counts["tests"] else "it ran no tests")
+
+
+def case_counts(outcome: Outcome) -> Counter[str]:
+    """Return the test cases that a report has of a command."""
+    counts = own_counts(outcome) if has_own_case(outcome) else Counter()
+    counts.update(outcome.tests.counts if outcome.tests else {})
+    return counts
+
+
+def describe_tests(counts: Counter[str], failed_commands: int, commands: int) -> str:
+    """Return the test cases of a run in words."""
+    failed, among = counts["failures"] + counts["errors"], grouped(commands, "command")
+    words = grouped(counts["tests"], "test")
+    words = (f"{failed:,} of {words} failed in {failed_commands:,} of {among}" if failed else
+             f"{words} in {among}: none failed")
+    return words + "".join(f", {counts[kind]:,} {kind}" for kind in TEST_COUNTS[3:] if counts[kind])
+
+
+class JUnitParser:
+    """Target of an XMLParser. `take(suite, element)` gets the parts of each suite. Raises
+    ValueError if the file is not JUnit."""
+
+    def __init__(self, take: Callable[[Suite, ET.Element], None]) -> None:
+        self.take = take
+        self.open: List[Suite] = []
+        self.path: List[str] = []  # tags of open elements
+        self.builder: Optional[ET.TreeBuilder] = None  # of a part
+        self.level = self.size = 0  # of the part: its depth in the path, its elements
+
+    def doctype(self, *_: object) -> None:
+        raise ValueError("has a DOCTYPE, which may make it endless")
+
+    def start(self, tag: str, attributes: Dict[str, str]) -> None:
+        from xml.etree.ElementTree import TreeBuilder
+        tag = tag.rpartition("}")[2]  # without a namespace
+        if not self.path and tag not in ("testsuites", "testsuite"):
+            raise ValueError(f"is not JUnit: it begins with <{printable(tag)}>")
+        self.path.append(tag)
+        if len(self.path) > JUNIT_DEPTH:
+            raise ValueError(f"has more than {JUNIT_DEPTH} elements within each other")
+        if self.builder is not None:
+            self.size += 1
+            if self.size > JUNIT_PARTS:
+                raise ValueError(f"has a test case with more than {JUNIT_PARTS:,} elements")
+        elif tag in ("testsuites", "testsuite"):
+            self.open.append(Suite(attributes))
+            return
+        elif tag in SUITE_PARTS:
+            self.builder, self.level, self.size = TreeBuilder(), len(self.path), 1
+        if self.builder is not None:
+            self.builder.start(tag, attributes)
+
+    def data(self, text: str) -> None:
+        if self.builder is not None:
+            self.builder.data(text)
+
+    def end(self, tag: str) -> None:
+        tag = self.path.pop()
+        if self.builder is None:
+            if tag in ("testsuites", "testsuite"):
+                self.open.pop()
+            return
+        self.builder.end(tag)
+        if len(self.path) < self.level:
+            self.take(self.open[-1], self.builder.close())
+            self.builder = None
+
+
+class TestFiles:
+    """Reads the JUnit files of commands, and keeps their test cases for the report."""
+
+    def __init__(self) -> None:
+        self.incoming, self.spool = open_spool(), open_spool()
+        # of files that have begun to come, by (command, attempt): their place, or the error
+        self.places: Dict[Tuple[int, int], Union[int, OSError]] = {}
+        self.incoming_end = self.spool_end = 0  # bytes
+        self.room = JUNIT_SIZE  # characters
+        self.tries: Dict[int, Dict[int, Tests]] = {}  # by command and attempt, until finish()
+        self.owners: Dict[str, int] = {}  # commands by file
+
+    def clash(self, seq: int, command: InputCommand) -> str:
+        """Return why a command cannot have its file; "" if it can."""
+        path = command.returns[-1]
+        owner = self.owners.setdefault(os.path.normpath(os.path.join(command.cwd, path)), seq)
+        return "" if owner == seq else (
+            f"its --junit-from {printable(path)} is that of command {owner}, too: name it by "
+            f"{{#}}, the number of the command")
+
+    def put_part(self, part: ReturnedPart) -> None:
+        """Store the next part of a file. An error is told by read()."""
+        key = part.command.id, part.attempt
+        for index, offset, piece in part.pieces():
+            size = part.rows[index][1]
+            if index < len(part.rows) - 1 or size > JUNIT_FILE_SIZE:
+                continue
+            if key not in self.places:
+                self.places[key] = self.incoming_end
+                self.incoming_end += size
+            place = self.places[key]
+            try:
+                if isinstance(place, int):
+                    write_all(self.incoming, piece, place + offset)
+            except OSError as error:
+                self.places[key] = error
+
+    def read(self, command: Command, result: Fields) -> str:
+        """Read the file of a try. Return why the try has failed, if its exit code is 0."""
+        path = f"its {printable(command.returns[-1], 200)}"
+        attempt, rows = result["attempt"], result.get("returned") or [[]]
+        earlier = self.tries.setdefault(command.id, {})
+        earlier.pop(attempt, None)
+        tests = Tests()
+        try:
+            if not rows[-1]:
+                raise ValueError("is not there")
+            self.parse(tests, self.places.pop((command.id, attempt), 0), rows[-1][1], [
+                (command.tries[number].host, test) for number, old in earlier.items()
+                for test in old.failed])
+        except (OSError, SyntaxError, ValueError, LookupError) as error:
+            why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            if isinstance(error, SyntaxError):  # of XML
+                why = f"is no whole XML: {error}"
+            tests = Tests(f"{path} {why} (--junit-from)")
+        if not self.places:
+            self.incoming_end = 0
+        earlier[attempt] = tests
+        return tests.fault or tests.failed and f"{tests.describe()}, by {path} (--junit-from)" or ""
+
+    def parse(self, tests: Tests, place: Union[int, OSError], size: int,
+              earlier: Sequence[Tuple[str, FailedTest]]) -> None:
+        """Read a file. `earlier` has the failed tests of earlier tries, each with its host."""
+        from xml.etree.ElementTree import XMLParser  # late
+        if isinstance(place, OSError):
+            raise place
+        if not size or size > JUNIT_FILE_SIZE:
+            raise ValueError("is empty" if not size else
+                             f"has {amount(size)}, more than {amount(JUNIT_FILE_SIZE)}")
+        known: Dict[Tuple[str, str], List[Tuple[str, FailedTest]]] = {}
+        for host, test in earlier:
+            known.setdefault((test.classname, test.name), []).append((host, test))
+
+        def take(suite: Suite, part: ET.Element) -> None:
+            if part.tag == "testcase":
+                self.put(suite.parts, self.test_case(tests, suite, part, known))
+            elif part.tag == "properties":
+                for each in part.iter("property"):
+                    self.put(suite.properties, self.copy(each))
+            else:
+                self.put(suite.parts, self.copy(part))
+        parser = XMLParser(target=JUnitParser(take))
+        for at in range(place, place + size, JUNIT_BLOCK):
+            parser.feed(os.pread(self.incoming.fileno(), min(JUNIT_BLOCK, place + size - at), at))
+        parser.close()
+
+    def test_case(self, tests: Tests, suite: Suite, case: ET.Element,
+                  earlier: Dict[Tuple[str, str], List[Tuple[str, FailedTest]]]) -> ET.Element:
+        """Return the test case for the report, and count it."""
+        given = case.attrib
+        name, classname = given.get("name", ""), given.get("classname") or given.get("class", "")
+        parts = [self.copy(part) for part in case if part.tag in CASE_PARTS]
+        bad = next((part for part in parts if part.tag in ("failure", "error")), None)
+        for host, test in earlier.get((classname, name), ()):
+            where = f"on {truncate(host)}"
+            parts.append(xml_element(
+                ("flaky" if bad is None else "rerun") + test.kind, "",
+                xml_element("stackTrace", f"{where}:\n{test.text or test.message}"),
+                type=test.type, message=f"{where}: {test.message}"))
+        if bad is not None:
+            tests.failed.append(FailedTest(
+                classname, name, bad.tag.title(), bad.attrib.get("type") or bad.tag.title(),
+                bad.attrib.get("message", ""), bad.text or ""))
+        tags = {part.tag for part in parts}
+        kind = (bad.tag + "s").replace("ss", "s") if bad is not None else (
+            "skipped" if "skipped" in tags else "flaky" if tags & {*FLAKY_PARTS} else "")
+        spent = parse_seconds(given.get("time", ""))
+        if not suite.counts["tests"]:
+            tests.suites.append(suite)
+        for counts in (tests.counts, suite.counts):
+            counts["tests"] += 1
+            counts[kind] += 1
+        suite.spent += spent * 1000
+        parts.sort(key=lambda part: CASE_PARTS.index(part.tag))
+        places = {key: given[key] for key in ("file", "line") if key in given}
+        return xml_element("testcase", "", *parts, name=name, classname=classname, **places,
+                           time=f"{spent:.3f}")
+
+    def copy(self, part: ET.Element) -> ET.Element:
+        """Return a copy for the report: only what readers know, with texts of bounded length."""
+        texts = {key: self.shorten(part.attrib[key]) for key in PART_ATTRIBUTES
+                 if key in part.attrib}
+        children = [self.copy(child) for child in part if child.tag in INNER_PARTS]
+        return xml_element(part.tag, self.shorten(part.text or ""), *children, **texts)
+
+    def shorten(self, text: str) -> str:
+        if self.room <= 0:
+            return truncate(text, JUNIT_SHORT)
+        cut = len(text) - JUNIT_HEAD - JUNIT_TAIL
+        if cut > 0:
+            text = (f"{text[:JUNIT_HEAD]}\n[... {cut} characters left out ...]\n"
+                    f"{text[-JUNIT_TAIL:]}")
+        self.room -= len(text)
+        return text
+
+    def put(self, places: List[Tuple[int, int]], element: ET.Element) -> None:
+        """Append an element to the spool, and its place to these. Raises OSError."""
+        data = xml_text(element).encode() + b"\n"
+        write_all(self.spool, data, self.spool_end)
+        offset, size = places.pop() if places and sum(places[-1]) == self.spool_end else (
+            self.spool_end, 0)
+        places.append((offset, size + len(data)))
+        self.spool_end += len(data)
+
+    def finish(self, id: int, attempt: int) -> Optional[Tests]:
+        """Return the tests of the reported try of a command, and forget its others."""
+        for key in [key for key in self.places if key[0] == id]:
+            del self.places[key]
+        tests = self.tries.pop(id, {}).get(attempt)
+        if tests is not None:  # no more is shown
+            tests.failed = [test._replace(text="", message=test.first_line)
+                            for test in tests.failed]
+        return tests
+
+    def suite_xml(self, suite: Suite, outcome: Outcome) -> Iterator[str]:
+        """Yield a suite of the report. Raises OSError."""
+        command = xml_element("property", name="command", value=truncate(outcome.cmd, JUNIT_NAME))
+        head, properties, end = xml_text(xml_element(
+            "testsuite", "\n", xml_element("properties", "\n", command),
+            name=suite.name or truncate(outcome.title, JUNIT_NAME), hostname=outcome.host,
+            **suite.attributes, **suite_numbers(suite.counts, suite.spent),
+        )).partition("</properties>")
+        yield head
+        yield from self.text(suite.properties)
+        yield properties + "\n"
+        yield from self.text(suite.parts)
+        yield end + "\n"
+
+    def text(self, places: Iterable[Tuple[int, int]]) -> Iterator[str]:
+        blocks = (os.pread(self.spool.fileno(), min(JUNIT_BLOCK, offset + size - at), at)
+                  for offset, size in places for at in range(offset, offset + size, JUNIT_BLOCK))
+        return codecs.iterdecode(blocks, "utf-8")
+
+
+def parse_seconds(text: str) -> Seconds:
+    """Return the time of a test case; surefire may write 1,234.5. What is no time counts as 0."""
+    with contextlib.suppress(ValueError):
+        seconds = float(text.replace(",", ""))
+        return seconds if 0 <= seconds < 1e9 else 0.0
+    return 0.0
+
+
 # === HTML report ======================================================================
 #
 # One file that shows a whole run and needs neither network nor server. Failures and flaky
@@ -10907,7 +11375,7 @@ def html_page(title: str, outcomes: Iterable[Outcome], output_of: OutputOf,
         "hash": [in_base64(hashlib.sha256(HTML_SCRIPT.encode()).digest())],
         "title": [html_line(title)],
         "state": [FAIL if failures or trouble else OK],
-        "headline": [html_line(html_headline(len(outcomes), failures, trouble))],
+        "headline": [html_line(html_headline(outcomes, failures, trouble))],
         "counts": (f'<a href="#verdict={verdict}">{html_badge(verdict)} {counts[verdict]:,}</a>\n'
                    for verdict in VERDICT_LABELS if counts[verdict]),
         "facts": (f"<div><dt>{html_line(name)}<dd>{html_line(fact)}</div>\n"
@@ -10923,8 +11391,12 @@ def html_page(title: str, outcomes: Iterable[Outcome], output_of: OutputOf,
         yield from pieces[part] if at % 2 else [part]
 
 
-def html_headline(total: int, failed: int, trouble: str) -> str:
-    words = f"{total:,} command{'' if total == 1 else 's'}" if total else "No commands"
+def html_headline(outcomes: Sequence[Outcome], failed: int, trouble: str) -> str:
+    total = len(outcomes)
+    if any(outcome.tests for outcome in outcomes):
+        counts: Counter[str] = sum(map(case_counts, outcomes), Counter())
+        return describe_tests(counts, failed, total) + (trouble and f"; {trouble}")
+    words = grouped(total, "command") if total else "No commands"
     if failed:
         words = f"{failed:,} of {words} failed"
     elif total and not trouble:
@@ -10943,7 +11415,8 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
                        f"{duration(outcome.spent / 1000)}")
         yield (f'<article id="c{seq}"><h3><a href="#seq={seq}">{seq}</a> '
                f"<code>{html_line(outcome.title)}</code></h3>\n"
-               f"<p>{html_badge(outcome.verdict)} {html_line(ending)}</p>\n{output(outcome)}")
+               f"<p>{html_badge(outcome.verdict)} {html_line(ending)}</p>\n"
+               f"{html_tests(outcome.tests)}{output(outcome)}")
         for one in outcome.tries:
             if one.output:
                 excerpt = html_output([one.last_words().encode()], HTML_OUTPUT)
@@ -10954,6 +11427,16 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
         yield f"<p>The list of all commands has {len(outcomes) - HTML_ENTRIES:,} more.</p>\n"
     if not outcomes:
         yield "<p>None.</p>\n"
+
+
+def html_tests(tests: Optional[Tests]) -> str:
+    """Return a list of the first failed tests."""
+    failed = tests.failed[:NAMED_TESTS] if tests else []
+    lines = [f"<code>{html_line(test.title)}</code> {html_line(test.first_line)}\n"
+             for test in failed]
+    if tests and len(tests.failed) > len(failed):
+        lines.append(f"and {len(tests.failed) - len(failed):,} more")
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>\n" if lines else ""
 
 
 def html_output(parts: Iterable[bytes], end: int) -> str:
@@ -10992,8 +11475,8 @@ def describe_ending(outcome: Outcome) -> str:
         words.append("timed out")
     if outcome.signal:
         words.append(describe_signal(outcome))
-    if outcome.reason:
-        words.append(outcome.reason)
+    if outcome.cause:
+        words.append(outcome.cause)
     if outcome.only_on:
         words.append(f"failed only on {outcome.only_on}")
     if outcome.tries:
@@ -13325,7 +13808,8 @@ SHELLS = ("bash", "zsh", "fish")
 # or an error, or the help of a worker
 HIDDEN = {"--sync-list", "--sync-max", "--include", "--setup-once-for", "--fresh", "--cache",
           "--quiet", "--resume-failed", "--allow-empty", "--kill-grace", "--ready-interval",
-          "--missed-oks", "--crash-limit", "--serial", "--delay", "--fail-on-missing", "--force"}
+          "--missed-oks", "--crash-limit", "--serial", "--delay", "--fail-on-missing", "--force",
+          "--junit-from"}
 OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: purpose, groups
     "broker": ("take commands from clients and give them to workers", [
         ("where", [
@@ -13425,7 +13909,8 @@ OPTIONS: Dict[str, Tuple[str, List[Tuple[str, List[Option]]]]] = {  # by role: p
             option("--joblog FILE", "a line for each result, as of GNU parallel"),
             option("--resume", "skip commands in the joblog; --resume-failed: passed"),
             option("--resume-failed", "skip commands that passed by the joblog"),
-            option("--junit FILE", "JUnit XML, for Jenkins, GitLab and GitHub"),
+            option("--junit FILE", "JUnit XML for CI; --junit-from FILE: of what tests wrote"),
+            option("--junit-from FILE", "count the tests in a JUnit file of each command"),
             option("--html FILE", "a page with a picture of the run"),
             option("--results DIR", "a directory for each command; --force: replace old ones"),
             option("--force", "replace what commands left in the DIR of --results"),
@@ -15463,12 +15948,12 @@ def check_template(words: List[str], most: float) -> str:
     return template
 
 
-def check_returns(files: List[str], most: float) -> None:
-    """Raise UsageError if a file of --return has a placeholder that commands cannot fill."""
+def check_returns(option: str, files: List[str], most: float) -> None:
+    """Raise UsageError if a file of this option has a placeholder that commands cannot fill."""
     for place in re.finditer(f"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}", "\n".join(files)):
         wrong = misuse(place[0], "", most)
         if wrong:
-            raise UsageError(f"--return: {place[0]} {wrong}")
+            raise UsageError(f"{option}: {place[0]} {wrong}")
 
 
 def misuse(place: str, context: str, most: float) -> str:
@@ -15665,18 +16150,22 @@ class CommandMaker:
         if "env" in own:
             own["env"] = {**self.options.env, **own["env"]}
         return InputCommand(cmd, title, self.cwd if cwd is None else self.place(cwd),
-                            self.returns((title,), seq) if returns is None else returns, own)
+                            self.returns((title,), seq, returns), own)
 
     def line_of(self, command: InputCommand) -> bytes:
         """Return a line of --jsonl that makes this command without the options."""
         fields = {"cmd": command.cmd, "cwd": os.path.join(*filter(None, (self.top, command.cwd))),
                   **self.options.fields(), **command.own}
-        if command.returns:
-            fields["return"] = command.returns
+        returns = command.returns[:-1] if self.settings.junit_from else command.returns
+        if returns:
+            fields["return"] = returns
         return encode(COMMAND, {name: fields[name] for name in fields if name in LINE_FIELDS})
 
-    def returns(self, row: Arguments, seq: int) -> List[str]:
-        return [fill_placeholders(file, row, seq) for file in self.settings.returns]
+    def returns(self, row: Arguments, seq: int, own: Optional[List[str]] = None) -> List[str]:
+        """Return the files that come back: its own or those of --return; last its JUnit file."""
+        patterns = [*(self.settings.returns if own is None else ()),
+                    *filter(None, (self.settings.junit_from,))]
+        return [*(own or ()), *(fill_placeholders(file, row, seq) for file in patterns)]
 
 
 class InputReader:
@@ -15736,7 +16225,8 @@ def run_client(settings: argparse.Namespace) -> int:
         return print_tree(settings)
     most = math.inf if settings.colsep else max(settings.max_args, columns(settings.sources))
     settings.template = check_template(words, most)
-    check_returns(settings.returns, most)
+    check_returns("--return", settings.returns, most)
+    check_returns("--junit-from", [settings.junit_from or ""], most)
     if sys.stdout is None:
         raise SetupError("stdout is closed: there is nowhere to report to")
     if settings.dry_run:
@@ -15892,14 +16382,14 @@ def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
 # --- display and reports
 
 
-def file_reporters(settings: argparse.Namespace, store: ResultStore,
-                   earlier: EarlierRun) -> List[Reporter]:
+def file_reporters(settings: argparse.Namespace, store: ResultStore, earlier: EarlierRun,
+                   tests: Optional[TestFiles]) -> List[Reporter]:
     """Return the reporters that write files. Raises SetupError if one cannot be written."""
     found: List[Reporter] = []
     replace = settings.force or settings.resume or settings.resume_failed
     kept = [row.line for row in earlier.rows.values()]
     makers: Tuple[Tuple[str, Callable[[str], Reporter]], ...] = (
-        (settings.junit, lambda path: JUnit(path, store)),
+        (settings.junit, lambda path: JUnit(path, store, tests)),
         (settings.html, lambda path: HtmlReport(path, store)),
         (settings.results, lambda path: Results(path, store, replace)),
         (settings.joblog, lambda path: JobLog(path, kept)))  # last: it empties a file
@@ -16084,15 +16574,18 @@ class ClientRun:
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
         self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
+        self.tests = TestFiles() if settings.junit_from else None
+        self.writes_files = top is not None and bool(
+            settings.returns or settings.jsonl or settings.junit_from)
         self.reports = reports = Reports(client, store, [
-            *self.display.reporters, *file_reporters(settings, store, self.earlier),
-            Timings(cache_path("timings.json"))], self.files if top is not None and (
-                settings.returns or settings.jsonl) else None)
+            *self.display.reporters, *file_reporters(settings, store, self.earlier, self.tests),
+            Timings(cache_path("timings.json"))], self.files if self.writes_files else None,
+            self.tests)
         self.results = next((it for it in reports.reporters if isinstance(it, Results)), None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
-            ReturnedPart: self.files.put_part, ProvisionalResult: reports.keep,
-            FinalResult: reports.report,
+            ReturnedPart: self.put_part, ReadTests: self.read_tests,
+            ProvisionalResult: reports.keep, FinalResult: reports.report,
             Notice: lambda effect: self.tell(effect.text, effect.error)})
         if top is not None:
             self.tree = TreeReader(
@@ -16113,6 +16606,8 @@ class ClientRun:
         if self.results and settings.jsonl:  # only there commands have names, which may clash
             clash = self.results.refusal(client.last_id + 1, name)
             wrong = wrong or clash and f"line {client.last_id + 1}: {clash}"
+        if self.tests and not wrong:
+            wrong = self.tests.clash(client.last_id + 1, command)
         slots = command.own.get("slots", client.options.slots)
         if slots > self.most_slots:
             wrong = wrong or f"it takes {slots} slots, and this machine has {self.most_slots} (-j)"
@@ -16127,6 +16622,17 @@ class ClientRun:
             self.told_needs = True
         client.add(command.cmd, command.cwd, command.returns, command.own, wrong)
         self.reports.expect(client.last_id, command.line, occurrence, name)
+
+    def put_part(self, part: ReturnedPart) -> None:
+        if self.writes_files:
+            self.files.put_part(part)
+        if self.tests:
+            self.tests.put_part(part)
+
+    def read_tests(self, effect: ReadTests) -> None:
+        assert self.tests is not None
+        fault = self.tests.read(effect.command, effect.result)
+        self.client.tests_read(effect.command, effect.result, fault)
 
     def interrupt(self, status: int, now: Seconds) -> None:
         if self.client.left:  # only the display is still being written
@@ -16200,7 +16706,7 @@ def run_options(settings: argparse.Namespace) -> RunOptions:
         slots=settings.slots_each, lock="" if settings.serial else settings.lock,
         delay=settings.delay, fail_fast=settings.fail_fast,
         fail_on_flaky=settings.fail_on_flaky, fail_on_missing=settings.fail_on_missing,
-        sync=settings.sync is not None)
+        sync=settings.sync is not None, read_tests=settings.junit_from is not None)
 
 
 def client_process(settings: argparse.Namespace, address: str, control: int) -> int:
