@@ -10633,8 +10633,8 @@ Resume
 
 --resume runs only the commands that are not in the joblog. The input may have more
 commands than before, in any order. A command is known by its text, and by how often that
-text came before it in the input. (This number is in the column Send, as a negative one.
-GNU parallel has bytes there.)
+text came before it in the input. The column Send has this number, as a negative one. GNU
+parallel has bytes there.
 
 --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON are
 failures. Summary, hash and reports are of what ran this time.
@@ -11943,10 +11943,10 @@ MANUAL["status"] = """\
 
 Status
 
-It shows the workers: their slots, what runs, what is done and how much of that failed,
-the load of the machine, and when the broker last heard them. It shows the clients: what
-they still have to be run, and what they wait for. It shows the brokers below. It needs a
-client's key, and shows no commands.
+It shows the workers: their slots, what runs, what is done and how much of that failed. It
+shows the load of their machines, and when the broker last heard them. It shows the
+clients: what they still have to be run, and what they wait for. It shows the brokers
+below. It needs a client's key, and shows no commands.
 
 --watch goes on until q, also while there is no broker.
 
@@ -17002,8 +17002,8 @@ A standing cloud needs pyzmq 24 or newer. Many systems refuse a plain `pip insta
     $ uv run testcloud.py status
 
 The first one is for Debian and Ubuntu. If python3 has no pyzmq, the program takes that of
-a .venv beside the script: both must belong to you. uv installs nothing, because the file
-says itself what it needs (PEP 723).
+a .venv beside the script: both must belong to you. uv fetches what the file says that it
+needs (PEP 723).
 
 A standing cloud on several machines
 
@@ -17062,9 +17062,9 @@ The client, and where its commands run
 
 @options client --local --slots --need
 
---local and -S need no broker. Without them the client connects to --connect, else to
-$TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait the client
-waits for ever, and says what for.
+--local and -S need no broker and no pyzmq. Without them the client connects to --connect,
+else to $TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait
+the client waits for ever, and says what for.
 
 Other roles
 
@@ -17087,22 +17087,23 @@ class Topic(NamedTuple):
 
 
 ALL_ROLES = tuple(OPTIONS)
-NET_ROLES = ("broker", "worker", "client", "status", "cancel")  # they have a link
+CLOUD = ("broker", "worker", "client")  # what a standing cloud has
 TOPICS: Dict[str, Topic] = {  # in the order in which a new user needs them
     "start": Topic("this machine, several hosts, a standing cloud; how to stop it", ALL_ROLES),
     "commands": Topic("what runs: lines, templates, JSON, slots, locks", ("client",)),
     "hosts": Topic("run on hosts that you reach by ssh, or another way", ("client", "worker")),
     "trees": Topic("take the files of your working tree along (--sync)", ("client",)),
-    "keys": Topic("who may take part, and how a worker is confined", (*NET_ROLES, "keygen")),
+    "keys": Topic("who may take part, and how a worker is confined",
+                  (*CLOUD, "status", "cancel", "keygen")),
     "failures": Topic("retries, timeouts, flaky commands, bad hosts, exit statuses", ("client",)),
     "reports": Topic("what to show, JUnit, the HTML page, outputs in files", ("client",)),
     "joblog": Topic("a line for each result; resume, and longest first", ("client",)),
     "json": Topic("an object for each result, on stdout", ("client",)),
     "status": Topic("who is in the cloud; stop a run", ("status", "cancel")),
-    "times": Topic("heartbeats, deadlines and leases", ("broker", "worker", "client")),
-    "promises": Topic("what holds when machines and connections are lost", NET_ROLES),
+    "times": Topic("heartbeats, deadlines and leases", CLOUD),
+    "promises": Topic("what holds when machines and connections are lost", CLOUD),
     "protocol": Topic("the messages, for peers in other languages", ("broker", "worker")),
-    "limits": Topic("how much of what: sizes, counts, memory", ("broker", "worker", "client")),
+    "limits": Topic("how much of what: sizes, counts, memory", CLOUD),
     "environment": Topic("variables, and what a command finds when it starts",
                          ("client", "worker")),
 }
