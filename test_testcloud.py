@@ -14209,6 +14209,21 @@ class ReportingTest(unittest.TestCase):
         many = [(n, "a", 0, False) for n in range(100_000)]
         self.assertEqual(left(many, False, "a" * 100_001), ("a100000", 100_000, 0))
 
+    def test_lines_of_batches_that_an_earlier_run_has_done(self):
+        """Whatever lines the batches of this run have. The numbers of all batches differ."""
+        def left(lines, *rows, failures_too=False):
+            done = tc.EarlierRun([tc.JobLogRow(*row, 1.0, "") for row in rows], failures_too,
+                                 lambda command: command.split()[1:])
+            ran = "".join(line for line in lines if not done.has_line(line))
+            return ran, done.skipped, done.skipped_failed, done.first_seq
+        rows = [(1, "x a b", 0, False), (2, "x c d", 0, True), (4, "x a", 0, False), (3, "y", 0, 1)]
+        self.assertEqual(left("abcde", *rows), ("e", 2, 1, 5))
+        self.assertEqual(left("eaaadcb", *rows), ("ea", 3, 1, 5))
+        self.assertEqual(left("aabcd", *rows, failures_too=True), ("cd", 2, 0, 5))
+        self.assertEqual(left("ab", *rows, (2, "x c d", 0, False), failures_too=True),
+                         ("", 1, 0, 5))
+        self.assertEqual(left("ab"), ("ab", 0, 0, 1))
+
     def test_what_is_no_joblog_is_left_alone(self):
         def refused():
             return self.assertRaisesRegex(tc.SetupError, "is no joblog")
@@ -14262,6 +14277,50 @@ class ReportingTest(unittest.TestCase):
                 with open(path, "w") as file:
                     file.write(text)
                 self.assertEqual(tc.read_timings(path), {})
+
+    def test_times_of_lines_are_remembered(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "lines.json")
+
+            def run(*batches):
+                self.text()
+                self.reports.reporters = [tc.LineTimings(path, str.split, 2)]
+                for cmd, seconds, code in batches:
+                    self.report(cmd, code, time=seconds * 1000)
+                self.end()
+                return tc.read_timings(path)
+            self.assertEqual(run(("a b", 2.0, 1), ("c", 3.0, 0)), {"a": 1, "b": 1, "c": 3})
+            self.assertEqual(run(("b c", 8.0, 0)), {"a": 1, "b": 1.5, "c": 4.5})
+            self.assertEqual(run(("b c", 0.1, 1)), {"a": 1, "b": 1.5, "c": 4.5})  # it gave up
+            self.assertEqual([*run(("a d", 6.0, 1))], ["b", "c", "a", "d"])  # the latest last
+            self.assertEqual(run(("", 6.0, 0)).keys(), {*"abcd"})
+            with mock.patch.object(tc.LineTimings, "MAX_COMMANDS", 2):
+                self.assertEqual(run(("e", 6.0, 0)).keys(), {*"de"})
+                self.assertEqual(run(("f", 6.0, 0), ("g", 6.0, 0)).keys(), {*"eg"})
+
+    def test_the_times_of_lines_become_true_when_batches_change(self):
+        r = random.Random(1)
+        true = {str(n): r.choice([0.01, 0.1, 1.0]) for n in range(60)}
+
+        def error():
+            return sum(abs(known.get(line, 0) - true[line]) for line in true) / sum(true.values())
+        known, errors = {}, []
+        for _ in range(40):
+            lines = r.sample([*true], len(true))
+            batches = [lines[start:start + 6] for start in range(0, 60, 6)]
+            known.update(tc.shared_times(known, [
+                (batch, sum(map(true.get, batch)), False) for batch in batches]))
+            errors.append(error())
+        self.assertLess(errors[-1], 0.3 * errors[0])
+        changed = min(true, key=true.get)
+        true[changed] = 20.0
+        batches = [[changed, *r.sample([*true], 5)] for _ in range(6)]
+        for batch in batches:
+            known.update(tc.shared_times(known, [(batch, sum(map(true.get, batch)), False)]))
+        self.assertGreater(known[changed], 10.0)
+        self.assertEqual(tc.shared_times({"a": 0.0, "b": 0.0}, [(["a", "b"], 2.0, False)]),
+                         {"a": 0.5, "b": 0.5})
+        self.assertGreater(tc.shared_times({"a": 0.0, "b": 1.0}, [("ab", 9.0, False)])["a"], 0.2)
 
     def test_advice(self):
         for times, slots, words in (
@@ -19205,20 +19264,22 @@ class WorkingTreeTest(unittest.TestCase):
         self.write("a")
         directory = os.path.dirname(self.hashes)
         os.mkdir(directory)
-        for number in range(tc.MAX_HASHES + 3):
+        for number in range(tc.MAX_CACHED + 3):
             path = os.path.join(directory, f"{number}.json")
             pathlib.Path(path).touch()
             os.utime(path, (number, number))
         self.look_later()
         self.assertEqual({*os.listdir(directory)}, {"tree.json", *(
-            f"{number}.json" for number in range(4, tc.MAX_HASHES + 3))})
+            f"{number}.json" for number in range(4, tc.MAX_CACHED + 3))})
 
     def test_where_hashes_are(self):
         with mock.patch.dict(os.environ, XDG_CACHE_HOME="/cache"):
-            self.assertRegex(tc.hashes_path("/a"), "^/cache/testcloud/hashes/[0-9a-f]{16}.json$")
-            self.assertNotEqual(tc.hashes_path("/a"), tc.hashes_path("/b"))
+            self.assertRegex(tc.cache_path("hashes", "/a"),
+                             "^/cache/testcloud/hashes/[0-9a-f]{16}.json$")
+            self.assertNotEqual(tc.cache_path("hashes", "/a"), tc.cache_path("hashes", "/b"))
+            self.assertEqual(tc.cache_path("x.json"), "/cache/testcloud/x.json")
         with mock.patch.dict(os.environ, XDG_CACHE_HOME="", HOME="nowhere"):
-            self.assertEqual(tc.hashes_path("/a"), "")
+            self.assertEqual(tc.cache_path("hashes", "/a"), "")
 
     def test_a_look_that_takes_long_is_told(self):
         told, looking = [], threading.Event()
@@ -19409,7 +19470,126 @@ class CommandLineTest(unittest.TestCase):
             file.write(stdin)
             file.seek(0)
             with mock.patch.object(tc, "open_input", lambda path: os.dup(file.fileno())):
-                return [*tc.read_arguments(settings)]
+                return self.batches(tc.read_arguments(settings), settings.max_args)
+
+    def batches(self, rows, size, template="x", times={}, now=itertools.repeat(0.0), earlier=()):
+        batches = tc.Batches(size, template)
+        batches.times = dict(times)
+        done = tc.EarlierRun(earlier, False, batches.lines_of)
+        return [made for row in [*rows, None] for made in batches.take(row, done, next(now))]
+
+    def test_batches_take_equally_long(self):
+        """Neighbours stay together, whatever takes long."""
+        rows = [(line,) for line in "abcdefgh"]
+        times = dict.fromkeys("abcdefgh", 1.0)
+        for change, wanted in (
+                ({}, "abc def gh"), ({"a": 9.0}, "a bcde fgh"), ({"d": 9.0}, "abc d efgh"),
+                ({"g": 9.0}, "abcdef g h"),
+                ({"a": 0.0, "b": 0.0, "c": 0.0}, "abcd ef gh"),
+                ({"a": 9.0, "h": 9.0}, "a bcdefg h"),
+                (dict.fromkeys("abcdefgh", 0.0), "abc def gh")):
+            with self.subTest(change):
+                found = self.batches(rows, 3, times={**times, **change})
+                self.assertEqual(" ".join(map("".join, found)), wanted)
+        # unknown lines take as long as others in the mean
+        self.assertEqual(self.batches(rows, 4, times={"a": 9.0, "b": 9.0}),
+                         [("a", "b", "c", "d"), ("e", "f", "g", "h")])
+        self.assertEqual(self.batches(rows, 5, times={"z": 9.0}), [tuple("abcde"), tuple("fgh")])
+        self.assertEqual(self.batches([], 5, times={"z": 9.0}), [])
+        self.assertEqual(self.batches(rows[:1], 5, times=times), [("a",)])
+
+    def test_batches_fit_into_a_command(self):
+        lines = ["x" * 1000 + str(n % 7) for n in range(1000)]
+        for template in ("echo", "echo {} > {}"):
+            found = self.batches([(line,) for line in lines], 500, template, {lines[0]: 1.0})
+            self.assertEqual([line for row in found for line in row], lines)
+            longest = max(len(tc.fill_template(template, row, 1)) for row in found)
+            self.assertLessEqual(longest, tc.SHELL_TEXT)
+            self.assertGreater(longest, tc.SHELL_TEXT - 3000)
+        self.assertEqual(len(self.batches([("x" * tc.SHELL_TEXT,)] * 2, 2, "echo", {"": 1.0})), 1)
+        found = self.batches([("x" * tc.SHELL_TEXT,)] * 2, 2, "echo", {"x" * tc.SHELL_TEXT: 1.0})
+        self.assertEqual(len(found), 2)
+
+    def test_batches_of_a_slow_or_endless_input_have_the_same_number_of_lines(self):
+        rows = [(line,) for line in "abcdefg"]
+        batches, done = tc.Batches(2, "x"), tc.EarlierRun([], False)
+        batches.times = {"a": 9.0}
+        for row in rows[:5]:
+            self.assertEqual(batches.take(row, done, 10.0), [])
+        self.assertEqual(batches.check(9.9 + tc.PACK_WAIT), [])
+        self.assertEqual(batches.check(10.0 + tc.PACK_WAIT), [("a", "b"), ("c", "d")])
+        self.assertEqual(batches.check(99.0), [])
+        self.assertEqual(batches.take(rows[5], done, 99.0), [("e", "f")])
+        self.assertEqual(batches.take(rows[6], done, 99.0) + batches.take(None, done, 99.0),
+                         [("g",)])
+        self.assertFalse(batches.packed)
+        with mock.patch.object(tc.LineTimings, "MAX_COMMANDS", 4):
+            self.assertEqual(self.batches(rows, 2, times={"a": 1.0, "d": 99.0}),
+                             [("a", "b"), ("c", "d"), ("e", "f"), ("g",)])
+
+    def test_lines_that_an_earlier_run_has_done_are_in_no_batch(self):
+        row = tc.JobLogRow(3, "x a 'b c'", 0, False, 1.0, "")
+        for earlier, wanted in (([row], [("d", "e"), ("a",)]), ([], [("a", "b c"), ("d", "e"),
+                                                                    ("a",)])):
+            self.assertEqual(self.batches([("a",), ("b c",), ("d",), ("e",), ("a",)], 2,
+                                          earlier=earlier), wanted)
+
+    def test_the_lines_of_a_batch_are_found_in_its_command(self):
+        lines = ("a", "it's", "x[1-'\"']", "a b", "", "\\", "\n#", "ä{}", "--x=$y", "~")
+        for template in ("pytest -q", "cd {#} && pytest {} > log{#}1", "{} {}1", "x {} +[a] {#}",
+                         "a\nb {}"):
+            batches = tc.Batches(9, template)
+            for row in (lines, ("a",)):
+                self.assertEqual(batches.lines_of(tc.fill_template(template, row, 17)), [*row],
+                                 template)
+            self.assertEqual(batches.lines_of("something else"), [])
+        for template in ("x {/}", "x {1} {2}", "x {} {.}", "x {#}"):
+            self.assertIsNone(tc.Batches(9, template).pattern)
+        self.assertEqual(tc.split_quoted("a\\ b\\'c d\"e f\"g"), ["a b'c", "de fg"])  # GNU parallel
+        self.assertEqual(tc.Batches(9, "x").lines_of("x 'a b"), ["a", "b"])  # of another shell
+
+    def test_packed_batches_end_sooner(self):
+        """Than those with the same number of lines. In the best case, all slots end at once."""
+        def modules(r):
+            speed = [r.choice([0.001, 0.01, 0.1, 1.0]) for _ in range(40)]
+            return [speed[n // 25] * r.uniform(0.5, 2) for n in range(1000)]
+
+        def makespan(times):
+            return tc.makespan(times, 8)
+        for kind, make, most in (
+                ("equal", lambda r: [1.0] * 1000, 1.05), ("modules", modules, 1.15),
+                ("exponential", lambda r: [r.expovariate(1) for _ in range(1000)], 1.15),
+                ("heavy tail", lambda r: [min(r.paretovariate(1.1), 99) for _ in range(1000)], 1.3),
+                ("one long", lambda r: [*[0.01] * 500, 20.0, *[0.01] * 499], 1.001)):
+            ratios = []
+            for seed in range(10):
+                times = make(random.Random(seed))
+                best = max(max(times), sum(times) / 8)
+                ends = tc.partition(times, [1] * 1000, 40, 1000)
+                packed = [sum(times[a:b]) for a, b in zip([0, *ends], ends)]
+                equal = [sum(times[a:a + 25]) for a in range(0, 1000, 25)]
+                self.assertAlmostEqual(sum(packed), sum(times))
+                self.assertLessEqual(len(packed), 40)
+                self.assertLessEqual(max(packed), max(equal) + 1e-9)
+                ratios.append((makespan(packed) / best, makespan(equal) / best))
+            mean, before = (sum(column) / 10 for column in zip(*ratios))
+            self.assertLess(mean, most, kind)
+            self.assertLess(mean, before + 0.05, kind)
+
+    def test_batches_of_later_runs_are_more_alike(self):
+        """Though only the time of whole batches is known, and each starts a program."""
+        r = random.Random(2)
+        speed = [r.choice([0.001, 0.01, 0.1, 1.0]) for _ in range(40)]
+        true = {str(n): speed[n // 25] * r.uniform(0.5, 2) for n in range(1000)}
+        known, spread = {}, []
+        for _ in range(8):
+            rows = self.batches([(line,) for line in true], 25, "x", known)
+            times = [0.3 + sum(map(true.get, row)) for row in rows]
+            spread.append(max(times) / (sum(times) / len(times)))
+            known.update(tc.shared_times(known, [
+                (row, spent, False) for row, spent in zip(rows, times)]))
+        self.assertGreater(spread[0], 3.0)
+        self.assertLess(max(spread[4:]), 1.6)
 
     def test_a_byte_order_mark_counts_before_the_first_line_only(self):
         mark = "\ufeff"
@@ -20425,6 +20605,46 @@ class ProcessesTest(unittest.TestCase):
         process.stdin.close()
         process.stdin = None
         return process
+
+    def test_batches_of_a_later_run_are_packed(self):
+        """What took long is in smaller batches, which begin first."""
+        log = os.path.join(self.cloud.dir, "log")
+        lines = [f"0.00{n:02}" for n in range(1, 25)]
+        lines[4] = "0.3"
+        env = {**os.environ, "XDG_CACHE_HOME": os.path.join(self.cloud.dir, "cache")}
+
+        def run(*options, code=0):
+            status, out = self.cloud.finish(self.local(
+                lines, "-j", "2", "-n", "4", "--joblog", log, *options, "sleep", env=env))
+            self.assertEqual(status, code, out)
+            return tc.read_joblog(log), out
+        rows, _ = run()
+        self.assertEqual([len(row.command.split()) for row in rows], [5] * 6)
+        for options in (("--timings", log), ()):
+            rows, _ = run(*options)
+            self.assertTrue(any(row.command.endswith(" 0.3") for row in rows), rows)
+            self.assertEqual([word for row in sorted(rows) for word in row.command.split()[1:]],
+                             lines)
+            self.assertLessEqual(len(rows), 6)
+        lines += ["0", "x"]
+        rows, out = run("--resume", code=1)
+        self.assertIn(f"Skipped {len(rows) - 1} that an earlier run has done\n", out)
+        self.assertEqual((rows[-1].seq, rows[-1].command), (len(rows), "sleep 0 x"))
+        lines[-1] = "0"
+        rows, out = run("--resume-failed")
+        self.assertEqual((rows[-1].seq, rows[-1].command), (len(rows) + 1, "sleep 0 0"))
+        _, out = run("--resume-failed", "--dry-run")
+        self.assertEqual(out, "")
+        lines, old = ["0.05", "0.06", "0.07", "0.08", "0.09", "0.1"], log
+        log += "2"
+        with open(old, "w") as file:
+            file.write(tc.JOBLOG_HEADER + "".join(
+                f"1\t:\t0\t{seconds}\t0\t0\t0\t0\tsleep {words}\n"
+                for seconds, words in ((5, " ".join(lines[:5])), (5, "0.1"))))
+        run("--timings", old, "-n", "2")
+        with open(log) as file:
+            started = sorted(line.split("\t")[2:9:6] for line in [*file][1:])
+        self.assertEqual(started[-1][1], "sleep 0.08 0.09\n")  # 2 s; the others 3 s and 5 s
 
     def test_local_mode_needs_no_pyzmq(self):
         env = dict(os.environ, PYTHONPATH=self.cloud.dir)

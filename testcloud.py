@@ -7016,10 +7016,28 @@ class NoWorkspace(Exception):
 # --- the directory of all workspaces
 
 
-def cache_path(name: str) -> str:
-    """Return a path in our directory of what can be made anew; "" if the user has no home."""
+MAX_CACHED = 20  # files of one kind in our cache; the oldest go
+
+
+def cache_path(name: str, about: str = "") -> str:
+    """Return a path in our directory of what can be made anew; "" if the user has no home. There
+    may be a file for each text that it is `about`."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(cache, "testcloud", name) if os.path.isabs(cache) else ""
+    if not os.path.isabs(cache):
+        return ""
+    file = hashlib.sha256(to_bytes(about)).hexdigest()[:16] + ".json"
+    return os.path.join(cache, "testcloud", name, *[file] * bool(about))
+
+
+def write_cache(path: str, text: str) -> None:
+    """Write a file of cache_path(). Remove the oldest files beside it. It may fail."""
+    directory = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, 0o700, exist_ok=True)
+        write_atomically(path, [text], durable=False)
+        files = [file for file in os.scandir(directory) if file.is_file()]
+        for old in sorted(files, key=lambda file: file.stat().st_mtime)[:-MAX_CACHED]:
+            os.unlink(old.path)
 
 
 def cache_limit(given: int = 0, directory: str = "") -> int:
@@ -10639,6 +10657,10 @@ parallel has bytes there.
 --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON are
 failures. Summary, hash and reports are of what ran this time.
 
+With -n, --resume runs the lines of the input that no command in the joblog had. With
+--resume-failed it also runs all lines of failed commands. A smaller N than before shows
+which of them fail. The template must be the same. New commands get new numbers.
+
 After a `kill -9` of the client, only what was under way is lost. With -k the joblog may
 have results that were not shown yet. --resume-failed shows failures again.
 
@@ -10646,7 +10668,8 @@ Longest first
 
 The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME). It
 begins with those that it does not know, and then takes the longest. --timings takes the
-times of a joblog instead. If the input is slow to come, commands run in its order.
+times of a joblog instead. If the input is slow to come, commands run in its order. With
+-n the times are those of lines, and a line that it does not know has their mean.
 
 After a run of more than two seconds, the client says how many slots would have been of
 use, if slots were the bottleneck.
@@ -10750,8 +10773,10 @@ def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
 class EarlierRun:
     """Joblog of an earlier run. Commands match by text and occurrence, not by position."""
 
-    def __init__(self, rows: Sequence[JobLogRow], failures_too: bool) -> None:
-        """Keep the last row of each command; no failures if `failures_too` shall run again."""
+    def __init__(self, rows: Sequence[JobLogRow], failures_too: bool,
+                 lines_of: Optional[Callable[[str], Sequence[str]]] = None) -> None:
+        """Keep the last row of each command; no failures if `failures_too` shall run again. With
+        `lines_of`, which returns the lines in a batch's command, has_done() is about lines."""
         self.rows: Dict[Tuple[str, int], JobLogRow] = {}
         moved: Dict[Tuple[int, str, int], int] = {}  # true occurrences of GNU parallel's rows
         free: Counter[str] = Counter()
@@ -10766,7 +10791,17 @@ class EarlierRun:
             self.rows[row.command, occurrence] = row
         if failures_too:
             self.rows = {key: row for key, row in self.rows.items() if not row.failed}
-        self.seen: Counter[str] = Counter()  # commands of the input
+        self.done, self.first_seq = self.rows, 1
+        if lines_of:  # lines of other batches than ours
+            self.done, occurrences = {}, Counter[str]()
+            for row in self.rows.values():
+                for line in lines_of(row.command):
+                    self.done[line, occurrences[line]] = row
+                    occurrences[line] += 1
+            # not the number of an earlier batch: its files may be named by it
+            self.first_seq += max((row.seq for row in rows), default=0)
+        self.seen: Counter[str] = Counter()  # commands or lines of the input
+        self.counted: Set[int] = set()  # the rows in these counts, by id()
         self.skipped = self.skipped_failed = 0
 
     def next_occurrence(self, command: str) -> int:
@@ -10774,9 +10809,14 @@ class EarlierRun:
         self.seen[command] += 1
         return self.seen[command] - 1
 
+    def has_line(self, line: str) -> bool:
+        """Return whether a batch had the next line of the input."""
+        return bool(self.done) and self.has_done(line, self.next_occurrence(line))
+
     def has_done(self, command: str, occurrence: int) -> bool:
-        row = self.rows.get((command, occurrence))
-        if row:
+        row = self.done.get((command, occurrence))
+        if row and id(row) not in self.counted:
+            self.counted.add(id(row))
             self.skipped += 1
             self.skipped_failed += row.failed
         return row is not None
@@ -11801,12 +11841,70 @@ class Timings(Reporter):
         if max(self.fresh.values(), default=0) < self.MIN_LONGEST:
             return
         known = read_timings(self.path)  # again: other clients may have ended
-        for command in self.fresh:
-            known.pop(command, None)
-        rows = [*known.items(), *self.fresh.items()][-self.MAX_COMMANDS:]
-        with contextlib.suppress(OSError):  # it is only a cache
-            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-            write_atomically(self.path, [json.dumps(dict(rows))], durable=False)
+        fresh = self.learned(known)
+        for text in fresh:
+            known.pop(text, None)
+        rows = [*known.items(), *fresh.items()][-self.MAX_COMMANDS:]
+        write_cache(self.path, json.dumps(dict(rows)))
+
+    def learned(self, known: Dict[str, float]) -> Dict[str, float]:
+        """Return the new times, in seconds. `known` are those of earlier runs."""
+        return self.fresh
+
+
+class LineTimings(Timings):
+    """Keeps the times of lines of the input, of which commands have several (-n)."""
+
+    MAX_COMMANDS = 100_000  # lines, about 8 MB; nothing but a run with -n reads them
+
+    def __init__(self, path: str, lines_of: Callable[[str], List[str]], size: int) -> None:
+        """`lines_of` returns the lines in a command, `size` of them in the mean."""
+        super().__init__(path)
+        self.lines_of = lines_of
+        self.most = math.ceil(self.MAX_COMMANDS / size)
+        self.failed: Set[str] = set()  # commands
+
+    def result(self, outcome: Outcome) -> None:
+        super().result(outcome)
+        if outcome.exitcode:
+            self.failed.add(outcome.cmd)
+
+    def learned(self, known: Dict[str, float]) -> Dict[str, float]:
+        # a command's own report may have the times of its lines: these would be better than shares
+        return shared_times(known, [(self.lines_of(cmd), spent, cmd in self.failed)
+                                    for cmd, spent in [*self.fresh.items()][-self.most:]])
+
+
+SMOOTHING = 0.5  # weight of a batch's latest time; hosts differ
+LEAST_SHARE = 0.1  # of a batch's mean, for a line that was short: it may have changed
+
+
+def shared_times(known: Dict[str, float],
+                 batches: Sequence[Tuple[Sequence[str], Seconds, bool]]) -> Dict[str, float]:
+    """Return the times of the lines in batches: rows of lines, seconds, whether it failed.
+
+    Only a batch's sum is measured. Its lines share it in proportion to their `known` times. Over
+    runs with different batches these come near the true ones (multiplicative algebraic
+    reconstruction; R. Gordon, R. Bender, G. T. Herman, 1970)."""
+    ran = [batch for batch in batches if batch[0]]
+    mean = mean_of([known[line] for lines, *_ in ran for line in lines if line in known])
+    found: Dict[str, float] = {}
+    for lines, spent, failed in ran:
+        if failed and spent < sum(known.get(line, 0.0) for line in lines):
+            continue  # it may have ended before its last line
+        expected = [known.get(line, mean) for line in lines]
+        least = max(1e-6, LEAST_SHARE * sum(expected) / len(lines))
+        shares = [max(seconds, least) for seconds in expected]
+        total = sum(shares)
+        for line, share in zip(lines, shares):
+            share *= spent / total
+            found[line] = known.get(line, share) * (1 - SMOOTHING) + share * SMOOTHING
+    return found
+
+
+def mean_of(times: Sequence[float]) -> Seconds:
+    """Return the mean; 1 s without times, which makes all equal."""
+    return max(sum(times) / len(times), 1e-6) if times else 1.0
 
 
 def read_timings(path: str) -> Dict[str, float]:
@@ -15265,7 +15363,6 @@ SYNC_MAX = 2 * 1024**3  # bytes of a tree; a larger one is mostly a forgotten bu
 READ_BLOCK = 1024 * 1024  # bytes read at once; hashing needs no more memory
 HASHERS = 4  # threads at most: hashlib lets others run, and one disk has not much more to give
 RACY: int = 2 * 10**9  # ns; a younger file may change again within the resolution of its times
-MAX_HASHES = 20  # files of hashes, one for each top; the oldest go
 MAX_LEFT_OUT = 5  # files left out that are named; the others are counted
 MAX_LINKS = 40  # that one link may lead through, as in Linux
 REPOSITORY_VARIABLES = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX",
@@ -15366,13 +15463,6 @@ def git_top(path: str) -> str:
             return ""
         path = os.path.dirname(path)
     return path
-
-
-def hashes_path(top: str) -> str:
-    """Return the file that remembers the hashes of a tree; "" if we have no home."""
-    directory = cache_path("hashes")
-    name = hashlib.sha256(to_bytes(os.path.realpath(top))).hexdigest()[:16]
-    return directory and os.path.join(directory, f"{name}.json")
 
 
 def origin_of(top: str) -> Fields:
@@ -15684,15 +15774,7 @@ class WorkingTree:
         """Remember the hashes of files that were old enough at this time."""
         rows = {path: [*stamp, self.entries[path].content] for path, stamp in self.stamps.items()
                 if max(stamp[2:4]) < now - RACY}
-        if not self.cache_path:
-            return
-        directory = os.path.dirname(self.cache_path)
-        with contextlib.suppress(OSError):  # it is only a cache
-            os.makedirs(directory, 0o700, exist_ok=True)
-            write_atomically(self.cache_path, [dump(rows)], durable=False)
-            files = sorted(os.scandir(directory), key=lambda file: file.stat().st_mtime)
-            for old in files[:-MAX_HASHES]:
-                os.unlink(old.path)
+        write_cache(self.cache_path, dump(rows))
 
     # --- reading
 
@@ -15809,7 +15891,8 @@ Input and template
 @options client TEMPLATE --null --max-args --colsep --dry-run
 
 Blank lines are skipped, and so is a byte order mark. The first command starts before the
-last line has arrived. Templates are those of GNU parallel:
+last line has arrived; with -n that may be different, as told below. Templates are those
+of GNU parallel:
 
     {}          the line, quoted for the shell; with -n all lines of the command
     {.}         without extension
@@ -15833,6 +15916,21 @@ template.
 
 A command should take some tenths of a second at least, because each one starts its
 program anew. So take whole files of tests, or some dozens of single tests with -n.
+
+Several lines for each command
+
+In the first run with -n N, each command has N lines. The client divides the time of a
+command among its lines, and remembers that. In later runs with the same template, N is a
+mean: a command has few slow lines or many fast ones. So each command takes about as long
+as the others. The longest start first. After some runs the times of lines are better.
+
+The lines of a command are neighbours in the input, because they may need the same
+fixtures. A line that takes longer than the other commands has a command of its own.
+Choose N so that there are several commands for each slot.
+
+The client must know all lines for this. It waits up to 5 s for the end of the input. If
+there are more lines to come then, each command has N lines. The same holds with --serial
+and --lock, and with placeholders other than {} and {#}.
 
 JSON
 
@@ -16039,9 +16137,6 @@ def read_arguments(settings: argparse.Namespace) -> Iterator[Arguments]:
                 groups.append([rows])
     linked = [joined(zip(*group)) for group in groups]
     found = linked[0] if len(linked) == 1 else joined(itertools.product(*linked))
-    if settings.max_args > 1:
-        single = found
-        found = joined(iter(lambda: [*itertools.islice(single, settings.max_args)], []))
     all_rows = settings.template or settings.jsonl
     return (row for row in found if all_rows or "".join(row).strip())
 
@@ -16168,14 +16263,134 @@ class CommandMaker:
         return [*(own or ()), *(fill_placeholders(file, row, seq) for file in patterns)]
 
 
+# --- batches: commands with several lines of the input (-n)
+
+SHELL_TEXT = 120 * 1024  # bytes of a command: Linux takes 128 KiB of shell text
+PACK_WAIT: Seconds = 5.0  # for the end of the input: a program may have to find its tests
+
+
+class Batches:
+    """Puts `size` lines of the input into each row of arguments.
+
+    If times of lines are known, it waits for the whole input. Then `size` is a mean, and each row
+    should take as long as the others. A row has neighbours, in order: they may share what is set
+    up for a file."""
+
+    def __init__(self, size: int, template: str) -> None:
+        self.size = size
+        self.template = template
+        self.pattern = batch_pattern(template) if size > 1 else None
+        self.times: Dict[str, float] = {}  # seconds by line
+        self.mean: Seconds = 1.0  # of unknown lines
+        self.packed = False
+        self.held: List[str] = []
+        self.give_up_at: Seconds = math.inf
+
+    def lines_of(self, command: str) -> List[str]:
+        """Return the lines in a command; none if another template has made it."""
+        found = self.pattern.fullmatch(command) if self.pattern else None
+        return split_quoted(found["lines"]) if found else []
+
+    def seconds(self, row: Arguments) -> Seconds:
+        """Return how long a row should take."""
+        return sum(self.times.get(line, self.mean) for line in row)
+
+    def take(self, row: Optional[Arguments], earlier: EarlierRun, now: Seconds) -> List[Arguments]:
+        """Take a row of the input, None at its end. Return the rows that are complete."""
+        if row is None:
+            return self.end()
+        if self.size == 1:
+            return [row]
+        if self.pattern and earlier.has_line(row[0]):
+            return []
+        if not self.held:
+            self.give_up_at = now + PACK_WAIT
+        self.held += row
+        if self.times:
+            return self.check(now)
+        return self.cut(range(self.size, len(self.held) + 1, self.size))
+
+    def check(self, now: Seconds) -> List[Arguments]:
+        """Return rows of `size` lines if the input is too long, or takes too long."""
+        if now < self.give_up_at and len(self.held) <= LineTimings.MAX_COMMANDS:
+            return []
+        self.times, self.give_up_at = {}, math.inf
+        return self.cut(range(self.size, len(self.held) + 1, self.size))
+
+    def end(self) -> List[Arguments]:
+        """Return the last rows."""
+        known = [self.times[line] for line in self.held if line in self.times]
+        if not known:
+            return self.cut([*range(self.size, len(self.held), self.size), len(self.held)])
+        self.mean, self.packed = mean_of(known), True
+        places = max(1, len(PLACEHOLDER.findall(self.template)))
+        return self.cut(partition(
+            [self.seconds((line,)) for line in self.held],
+            [places * len(to_bytes(shlex.quote(line) + " ")) for line in self.held],
+            math.ceil(len(self.held) / self.size), SHELL_TEXT - len(to_bytes(self.template))))
+
+    def cut(self, ends: Iterable[int]) -> List[Arguments]:
+        """Return rows of the lines up to each of these ends. Hold the rest."""
+        bounds = [0, *ends]
+        rows = [tuple(self.held[start:end]) for start, end in zip(bounds, bounds[1:])]
+        del self.held[:bounds[-1]]
+        return [row for row in rows if row]
+
+
+def batch_pattern(template: str) -> Optional[re.Pattern[str]]:
+    """Return what finds the lines in a template's commands; None if not all of them are there."""
+    if not PLACEHOLDER.search(template):
+        template += " {}"
+    places = [place[0] for place in PLACEHOLDER.finditer(template)]
+    if {*places} - {"{#}"} != {"{}"}:
+        return None
+    found = {"{#}": "[0-9]+", "{}": "(?P=lines)"}
+    patterns = [found[place] for place in places]
+    patterns[places.index("{}")] = "(?P<lines>.*)"
+    texts = map(re.escape, PLACEHOLDER.split(template)[::PLACEHOLDER.groups + 1])
+    return re.compile("".join(itertools.chain.from_iterable(zip(texts, [*patterns, ""]))), re.S)
+
+
+def split_quoted(text: str) -> List[str]:
+    """Return the words of a text, as shlex.split() does. That takes a second for 1 MB."""
+    words = re.findall(r"""(?:[^\s'"\\]+|'[^']*'|"[^"]*"|\\.)+""", text, re.S)
+    return [re.sub(r"""'([^']*)'|"([^"]*)"|\\(.)""", r"\1\2\3", word, flags=re.S)
+            for word in words]
+
+
+def partition(times: Sequence[Seconds], sizes: Sequence[int], count: int, most: int) -> List[int]:
+    """Return the ends of up to `count` parts of a sequence, of which the longest is short.
+
+    A part of several lines takes no longer than a limit, the lowest that suffices. A part has
+    `most` bytes at most, though there are more parts then."""
+    # integers: their sums are exact
+    time_sums = [0, *itertools.accumulate(max(1, round(seconds * 1e6)) for seconds in times)]
+    size_sums = [0, *itertools.accumulate(sizes)]
+
+    def ends(limit: int) -> List[int]:
+        found = [0]
+        while found[-1] < len(times):
+            start = found[-1]
+            found.append(max(start + 1, -1 + min(
+                bisect.bisect_right(time_sums, time_sums[start] + limit),
+                bisect.bisect_right(size_sums, size_sums[start] + most))))
+        return found[1:]
+    low, high = 0, time_sums[-1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(ends(middle)) <= count else (middle, high)
+    return ends(high)
+
+
 class InputReader:
     """Reads rows of arguments in a thread, until READ_AHEAD wait to be submitted."""
 
-    def __init__(self, loop: EventLoop, client: Client, add: Callable[[Arguments], None],
+    def __init__(self, loop: EventLoop, client: Client,
+                 take: Callable[[Optional[Arguments], Seconds], None],
                  source: Iterator[Arguments]) -> None:
         self.loop = loop
         self.client = client
-        self.add = add  # called in the loop's thread
+        self.take = take  # called in the loop's thread
         self.source = source
         self.rows: Deque[Optional[Arguments]] = deque()  # read, not delivered; None is the end
         self.posted = False  # the loop will call deliver()
@@ -16201,11 +16416,7 @@ class InputReader:
     def deliver(self, now: Seconds) -> None:
         self.posted = False
         while self.rows:
-            row = self.rows.popleft()
-            if row is None:
-                self.client.end_input(now)
-            elif not self.client.input_ended:  # unless interrupted
-                self.add(row)
+            self.take(self.rows.popleft(), now)
         self.client.now = now
         self.client.settle()
 
@@ -16295,11 +16506,14 @@ NO_COMMANDS = ("no commands in the input: did the program fail that writes them?
 
 def print_commands(settings: argparse.Namespace) -> int:
     """Print what would be run. Returns the exit status."""
-    earlier, maker = earlier_run(settings), CommandMaker(settings, run_options(settings))
+    maker, batches = CommandMaker(settings, run_options(settings)), batches_of(settings)
+    earlier = earlier_run(settings, batches)
     found, status = False, 0
     stdout = BlockingFile(1, "w", closefd=False)
     with file_errors("write to", "stdout"), io.BufferedWriter(stdout) as out:
-        for seq, row in enumerate(read_arguments(settings), 1):
+        rows = itertools.chain(read_arguments(settings), [None])
+        made = (made for row in rows for made in batches.take(row, earlier, time.monotonic()))
+        for seq, row in enumerate(made, earlier.first_seq):
             command = maker.make(row, seq)
             found |= command is not None
             if command is None:
@@ -16310,7 +16524,7 @@ def print_commands(settings: argparse.Namespace) -> int:
             elif not earlier.has_done(command.cmd, earlier.next_occurrence(command.cmd)):
                 out.write((maker.line_of(command) if settings.jsonl else to_bytes(command.cmd))
                           + b"\n")
-    if found or settings.allow_empty:
+    if found or earlier.skipped or settings.allow_empty:
         return status
     print_notice(NO_COMMANDS)
     return 2
@@ -16362,21 +16576,38 @@ def working_directory(given: Optional[str]) -> str:
         raise UsageError("the current directory is gone: name another one with --cwd") from None
 
 
-def earlier_run(settings: argparse.Namespace) -> EarlierRun:
+def earlier_run(settings: argparse.Namespace, batches: Batches) -> EarlierRun:
     """Return what the joblog has of an earlier run; nothing without --resume. Raises SetupError."""
     rows: List[JobLogRow] = []
     if settings.resume or settings.resume_failed:
         with file_errors("read", settings.joblog), contextlib.suppress(FileNotFoundError):
             rows = read_joblog(settings.joblog, settings.fail_on_flaky)
-    return EarlierRun(rows, settings.resume_failed)
+    return EarlierRun(rows, settings.resume_failed, batches.lines_of if batches.pattern else None)
 
 
-def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
-    """Return the seconds that commands took, as far as is known. Raises SetupError."""
+def batches_of(settings: argparse.Namespace) -> Batches:
+    """Return what makes batches of the input. Raises SetupError."""
+    batches = Batches(settings.max_args, settings.template)
+    if batches.pattern and not (settings.serial or settings.lock):  # there, order is all
+        batches.times = known_timings(settings, batches)
+    return batches
+
+
+def timings_path(batches: Batches) -> str:
+    """Return the file that remembers times: of commands, or of a template's lines."""
+    return cache_path("lines", batches.template) if batches.pattern else cache_path("timings.json")
+
+
+def known_timings(settings: argparse.Namespace, batches: Batches) -> Dict[str, float]:
+    """Return the seconds that commands, or lines of batches, took. Raises SetupError."""
     if not settings.timings:
-        return read_timings(cache_path("timings.json"))
+        return read_timings(timings_path(batches))
     with file_errors("read", settings.timings):
-        return {row.command: row.seconds for row in read_joblog(settings.timings)}
+        rows = read_joblog(settings.timings)
+    if batches.pattern:
+        return shared_times({}, [
+            (batches.lines_of(row.command), row.seconds, row.failed) for row in rows])
+    return {row.command: row.seconds for row in rows}
 
 
 # --- display and reports
@@ -16484,7 +16715,8 @@ def working_tree(settings: argparse.Namespace, top: str, cwd: str) -> WorkingTre
     head = {"setup": settings.setup or "", "cwd": cwd,
             "fresh": os.urandom(8).hex() if settings.fresh else ""}
     return WorkingTree(top, settings.filters, head, settings.sync_max or SYNC_MAX,
-                       hashes_path(top), [os.path.normpath(os.path.join(cwd, path))
+                       cache_path("hashes", os.path.realpath(top)),
+                       [os.path.normpath(os.path.join(cwd, path))
                         for path in settings.setup_once_for])
 
 
@@ -16565,7 +16797,12 @@ class ClientRun:
         self.loop = loop
         self.maker = CommandMaker(settings, client.options)
         top = self.maker.top
-        self.earlier = earlier_run(settings)
+        self.batches = batches_of(settings)
+        self.earlier = earlier_run(settings, self.batches)
+        client.last_id = self.earlier.first_seq - 1
+        if not self.batches.pattern:
+            client.timings = known_timings(settings, self.batches)
+        times = timings_path(self.batches)
         store = ResultStore(client.options.split)
         self.display = Display(settings, store, self.output_failed, client)
         self.told_needs = False
@@ -16579,8 +16816,9 @@ class ClientRun:
             settings.returns or settings.jsonl or settings.junit_from)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier, self.tests),
-            Timings(cache_path("timings.json"))], self.files if self.writes_files else None,
-            self.tests)
+            LineTimings(times, self.batches.lines_of, settings.max_args)
+            if self.batches.pattern else Timings(times)],
+            self.files if self.writes_files else None, self.tests)
         self.results = next((it for it in reports.reporters if isinstance(it, Results)), None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
@@ -16594,6 +16832,25 @@ class ClientRun:
         progress = progress_of(settings, client, self.display.out)
         client.transfers_shown = progress is not None and not progress.interval
         loop.each_round += [self.display.flush, *([progress.update] if progress else [])]
+        if self.batches.times:
+            loop.every(MAX_POLL_TIME, self.check_batches)
+
+    def take(self, row: Optional[Arguments], now: Seconds) -> None:
+        """Take a row of the input. None is its end."""
+        if not self.client.input_ended:  # else it was interrupted
+            for made in self.batches.take(row, self.earlier, now):
+                self.add(made)
+        if row is None:
+            self.client.end_input(now)
+
+    def check_batches(self, now: Seconds) -> None:
+        """Add the batches that waited too long for the rest of the input."""
+        rows = [] if self.client.input_ended else self.batches.check(now)
+        for row in rows:
+            self.add(row)
+        if rows:
+            self.client.now = now
+            self.client.settle()
 
     def add(self, arguments: Arguments) -> None:
         """Add the command for a row of the input, unless an earlier run has done it."""
@@ -16620,6 +16877,8 @@ class ClientRun:
             if not self.told_needs:
                 self.tell(runs_all(settings))
             self.told_needs = True
+        if self.batches.packed:
+            client.timings[command.cmd] = self.batches.seconds(arguments)
         client.add(command.cmd, command.cwd, command.returns, command.own, wrong)
         self.reports.expect(client.last_id, command.line, occurrence, name)
 
@@ -16716,7 +16975,6 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
     run = fingerprint(keys.pairs[CLIENT_ROLE].public if keys else "") + os.urandom(16).hex()
     client = Client(run, times_from(settings), settings.wait, address, host_name(),
                     run_options(settings), os.getpid())
-    client.timings = known_timings(settings)
     source = read_arguments(settings)
     with contextlib.ExitStack() as stack:
         loop = stack.enter_context(contextlib.closing(EventLoop(sockets=not alone)))
@@ -16728,7 +16986,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
         loop.on_signals(client_run.interrupt, control)
         if not settings.sources and sys.stdin.isatty():
             client_run.tell("reading commands from the terminal, one a line; end with Ctrl-D")
-        InputReader(loop, client, client_run.add, source)
+        InputReader(loop, client, client_run.take, source)
         if not settings.json and not client_run.display.quiet:
             client_run.display.transcript.line(f"Connecting to {address}")
         if settings.logins:
@@ -17135,6 +17393,8 @@ LIMITS: Tuple[Tuple[str, str], ...] = (
     ("an output within its result", f"{INLINE // 1024} KiB; a larger one waits on its worker's "
      "disk until it is fetched"),
     ("commands of a client at its broker", f"{WINDOW:,}; the client keeps the others"),
+    ("lines for -n by their times", f"{LineTimings.MAX_COMMANDS:,} within {PACK_WAIT:g} s; "
+     f"{SHELL_TEXT // 1024} KiB for a command"),
     ("results that wait for a client", f"{CREDIT // 2**20} MiB, or {CREDIT // SPOOL_COST} outputs "
      f"over {INLINE // 1024} KiB"),
     ("commands sent ahead", f"{PREFETCH} for each slot, and {PREFETCH_TIME:.0f} ms of work"),
