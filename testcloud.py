@@ -14499,8 +14499,9 @@ BOOTSTRAP = 'read -r line; eval "$line"'
 PROBE = ("import sys; sys.version_info >= (3, 9) or "
          "sys.exit(', %s is %s' % (sys.executable, sys.version.split()[0]))")
 # read() may take more than the program: nothing follows before the mark
-BOOT = ("import sys, zlib; code = zlib.decompress(sys.stdin.buffer.read({size})); "
-        "names = {{'__name__': 'testcloud'}}; exec(compile(code, 'testcloud.py', 'exec'), names); "
+BOOT = ("from __future__ import annotations; import sys, zlib; "
+        "names = {{'__name__': 'testcloud'}}; [exec(compile(part, 'testcloud.py', 'exec'), names) "
+        "for part in zlib.decompress(sys.stdin.buffer.read({size})).split(bytes(1))]; "
         "names['run_from_memory'](sys.argv[1])")
 PYTHONS = ("python3", *(f"python3.{minor}" for minor in range(13, PYTHON[1] - 1, -1)))
 NONE_LEFT = "none of the hosts can be used: giving up"
@@ -14689,14 +14690,25 @@ WORKER_SECTIONS = frozenset((
     "Authentication and revoked keys", "Options", "Broker and worker", "Hosts"))
 
 
-def worker_program(source: str) -> str:
-    """Return the imports and WORKER_SECTIONS of this file, without the manual. Each line keeps
-    its number."""
+PART_SIZE = 25_000  # characters of the program that are compiled at once: in the cache of a CPU
+
+
+def worker_program(source: str) -> List[str]:
+    """Return the imports and WORKER_SECTIONS of this file, without the manual, in parts. Each
+    line keeps its number."""
     # with ^ for \n, these would take four times as long
     source = re.sub(r'(?s)\nMANUAL\[.*?\n"""(?=\n)', lambda one: "\n" * one[0].count("\n"), source)
     start, *rest = re.split(r"\n# === (.+?) =+(?=\n)", source)
-    return start + "".join("\n" + (text if title in WORKER_SECTIONS else "\n" * text.count("\n"))
-                           for title, text in zip(rest[::2], rest[1::2]))
+    parts, size, line = [start], 0, start.count("\n")
+    for title, text in zip(rest[::2], rest[1::2]):
+        if size > PART_SIZE:
+            parts.append("\n" * line)
+            size = 0
+        taken = title in WORKER_SECTIONS
+        parts[-1] += "\n" + (text if taken else "\n" * text.count("\n"))
+        size += len(text) * taken
+        line += 1 + text.count("\n")
+    return parts
 
 
 # --- on the host
@@ -15072,7 +15084,7 @@ class Hosts:
     @functools.cached_property
     def program(self) -> bytes:
         """The program for the hosts, compressed: while the first login is under way."""
-        return zlib.compress(worker_program(self.source).encode())
+        return zlib.compress("\0".join(worker_program(self.source)).encode())
 
     def script(self, login: Login, mark: str) -> bytes:
         """Return the line that starts the worker of a host."""
