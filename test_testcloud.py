@@ -20647,6 +20647,28 @@ class ProcessesTest(unittest.TestCase):
             started = sorted(line.split("\t")[2:9:6] for line in [*file][1:])
         self.assertEqual(started[-1][1], "sleep 0.08 0.09\n")  # 2 s; the others 3 s and 5 s
 
+    def test_batches_of_an_input_that_goes_on_start(self):
+        log, (script, wait) = os.path.join(self.cloud.dir, "log"), (
+            os.path.join(self.cloud.dir, "testcloud.py"), f"PACK_WAIT: Seconds = {tc.PACK_WAIT}")
+        with open(SCRIPT) as file, open(script, "w") as copy:
+            text = file.read()
+            self.assertEqual(text.count(wait), 1)
+            copy.write(text.replace(wait, "PACK_WAIT: Seconds = 0.3"))
+        with open(log, "w") as file:
+            file.write(tc.JOBLOG_HEADER + "1\t:\t0\t9\t0\t0\t0\t0\ttouch a b\n")
+        self.cloud.script = script
+        client = self.cloud.start("client", "--local", "-n", "2", "--timings", log, "touch",
+                                  stdin=subprocess.PIPE)
+        client.stdin.write(b"a\nb\nc\n")
+        client.stdin.flush()
+        b, c = (os.path.join(self.cloud.dir, name) for name in "bc")
+        self.cloud.wait_for(lambda: os.path.exists(b), "the first command")
+        self.assertFalse(os.path.exists(c))
+        client.stdin.close()
+        client.stdin = None
+        self.assertEqual(self.cloud.finish(client)[0], 0)
+        self.assertTrue(os.path.exists(c))
+
     def test_local_mode_needs_no_pyzmq(self):
         env = dict(os.environ, PYTHONPATH=self.cloud.dir)
         with open(os.path.join(self.cloud.dir, "zmq.py"), "w") as file:
