@@ -24143,6 +24143,7 @@ class DocumentsTest(unittest.TestCase):
     # what commands of README and manual need that is not here, by what they have in them
     NEEDS = {r"^make |^hub\$|^mine\$|^scp |^ssh |@host ": "another host, or a checkout",
              r"^sudo ": "root", "docker ": "docker", "^uv ": "uv", "fish": "fish",
+             "^srun |^kubectl ": "a cluster",
              r"testcloud\.py (worker|broker)|--watch": "they run until somebody stops them",
              r"cancel \d": "a client that runs"}
 
@@ -24154,6 +24155,10 @@ class DocumentsTest(unittest.TestCase):
         """Return the commands of README and manual that need nothing that is not here. Blocks with
         & have a test of their own. Those that make keys come last: our broker has none."""
         blocks = re.findall(r"^```sh\n(.*?)^```", self.readme(), re.M | re.S)
+        ours = re.findall(r"^\|.*\| `((?:[^`]*\W)?tc .*)` \|$", self.readme(), re.M)
+        self.assertGreater(len(ours), 18)
+        blocks += [re.sub(r"\btc ", "testcloud.py client ", line.replace(r"\|", "|"))
+                   for line in ours]
         for text in tc.MANUAL.values():
             for block in re.findall(r"(?:^    \$ .*\n(?:^ {6}.*\n)*)+", text, re.M):
                 blocks.append(re.sub("(?m)^ {4}(\\$ )?", "", block))
@@ -24163,7 +24168,7 @@ class DocumentsTest(unittest.TestCase):
             self.assertTrue([line for line in lines if re.search(needed, line)], needed)
             lines = [line for line in lines if not re.search(needed, line)]
         ours = f"{sys.executable} testcloud.py"
-        lines = [re.sub(r"(python3 )?\btestcloud\.py", ours, line) for line in lines]
+        lines = [re.sub(r"(python3 )?\btestcloud\.py(?= [a-z])", ours, line) for line in lines]
         return sorted(dict.fromkeys(lines), key=lambda line: "keygen" in line)
 
     def test_every_command_of_readme_and_manual_runs_or_needs_what_is_not_here(self):
@@ -24173,14 +24178,15 @@ class DocumentsTest(unittest.TestCase):
         folder = os.path.join(cloud.dir, "here")
         for name in ("tests/test_a.py", "tests/test_b.py", "tests/ATest.php", "test/a.test.js",
                      "a.png", "x y.png", "run.sh", "pyproject.toml", "package-lock.json", "bin/",
-                     "a.log", "commands"):
+                     "a.log", "commands", "files", "table.csv", "a.c"):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             if not name.endswith("/"):
-                pathlib.Path(folder, name).write_text("true\n" if name == "commands" else "")
+                pathlib.Path(folder, name).write_text(
+                    {"commands": "true\n", "files": "a.log\n", "table.csv": "a,b\n"}.get(name, ""))
         shutil.copy(SCRIPT, folder)
         for name in ("bin/pytest", "bin/convert", "bin/make", "bin/gzip", "bin/phpunit", "bin/go",
                      "bin/git", "bin/shellcheck", "bin/pip", "bin/npm", "bin/node",
-                     "bin/python3"):
+                     "bin/python3", "bin/coverage", "bin/cc", "migrate"):
             program = pathlib.Path(folder, name)
             program.write_text(f'#!/bin/sh\necho "$0 $*" | tee -a {cloud.dir}/called\n'
                                f'case "$*" in *.png) : > "$2";; *collect*) echo a.py::b;; '
@@ -24206,6 +24212,11 @@ class DocumentsTest(unittest.TestCase):
                       "python3 -m venv .venv", "pip install -q pytest -e .", "npm ci --silent",
                       "node --test test/a.test.js"):
             self.assertIn("/" + words, called)
+
+    def test_the_readme_can_be_read_in_five_minutes(self):
+        self.assertLessEqual(self.readme().count("\n"), 200)
+        for topic in re.findall(r"`help (\w+)`", self.readme()):
+            self.assertIn(topic, tc.TOPICS)
 
     def test_the_first_examples_of_readme_and_manual_run(self):
         """Typed into a shell in a directory with only the two scripts."""
@@ -24358,6 +24369,15 @@ class Speed:
         yield self.ratio("one true with --local, against import zmq",
                          lambda: wall([sys.executable, "-c", "import zmq"]),
                          lambda: wall(self.client("--local"), ["true"]), "<= 2.2")
+        folder = os.path.join(self.cloud.dir, "folder")  # where Python keeps it compiled
+        os.mkdir(folder)
+        os.symlink(SCRIPT, os.path.join(folder, "__main__.py"))
+        kept = [sys.executable, folder, "client", "-b", "--local"]
+        env = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+        wall(kept, ["true"], env=env)
+        yield self.ratio("    the same, compiled beside __main__.py",
+                         lambda: wall([sys.executable, "-c", "import zmq"]),
+                         lambda: wall(kept, ["true"], env=env), "<= 2.2")
 
     def latency(self):
         sock = self.cloud.dealer(self.warm_cloud().clients)
