@@ -11741,6 +11741,7 @@ class ClientTest(unittest.TestCase):
             effect = b.effect(tc.ReadTests)
             self.assertEqual(b.effects, [])
             self.client.tests_read(*effect, fault)
+            self.assertTrue(self.client.left)
             b.collect()
             self.client.tests_read(*effect, fault)  # the same RESULT came twice
             b.collect()
@@ -11766,6 +11767,19 @@ class ClientTest(unittest.TestCase):
         self.result(1, 3, 0, host="h1")
         end = b.effect(tc.FinalResult)
         self.assertEqual((end.result["attempt"], end.command.verdict), (2, "FLAKY"))
+
+    def test_a_large_file_of_tests_of_a_try_that_is_not_reported(self):
+        b = self.add_returning("f", tries=2, read_tests=True)
+        b.lines.clear()
+        self.result(1, 1, 1, stdout="why", size=3, returned=[[6, 5]], host="h1")
+        b.expect("FETCH", attempt=1, offset=3, size=5)
+        b.quiet()
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":3}', data=b"FFFFF")
+        b.effect(tc.ReturnedPart)
+        self.client.tests_read(*b.effect(tc.ReadTests), "x")
+        b.collect()
+        b.expect("{", attempt=2)
+        self.assertEqual(self.client.window[1].tries[1].output, b"why")
 
     def test_a_try_that_is_lost_while_its_tests_are_read(self):
         b = self.add_returning("f", read_tests=True)
@@ -15029,16 +15043,22 @@ failures="0">
     def test_a_file_comes_in_any_parts_beside_others(self):
         for step in (1, 7, 100):
             data = self.PYTEST.encode()
-            commands = [tc.Command(id, "c", "/d", ["f", "r.xml"]) for id in (1, 2)]
+            commands = [tc.Command(id, "c", "/d", ["f", "r.xml"]) for id in (1, 2, 3)]
             rows = [[0o644, 3], [0o644, len(data)]]
-            for at in range(0, len(data) + 3, step):
-                for command in commands:
+            whole = b"abc" + data
+            for at in range(0, len(whole), step):
+                for command in commands[at + step >= len(whole):2]:
                     self.files.put_part(tc.ReturnedPart(
-                        command, 1, rows, at, (b"abc" + data)[at:at + step]))
+                        command, 1, rows, at, whole[at:at + step]))
             for command in commands:
                 command.tries[1] = tc.Try(1, "h")
-                self.assertIn("2 of 4 tests failed", self.files.read(
-                    command, {"attempt": 1, "returned": rows}))
+            self.assertIn("2 of 4 tests failed", self.files.read(
+                commands[1], {"attempt": 1, "returned": rows}))
+            self.put(commands[2], 1, b" " * len(data))
+            at = (len(whole) - 1) // step * step  # of the last part
+            self.files.put_part(tc.ReturnedPart(commands[0], 1, rows, at, whole[at:]))
+            for command, why in zip(commands[::2], ("2 of 4 tests failed", "no whole XML")):
+                self.assertIn(why, self.files.read(command, {"attempt": 1, "returned": rows}))
             self.assertEqual((self.files.places, self.files.incoming_end), ({}, 0))
         self.put(commands[0], 2, b"x")  # a try that is lost
         self.files.finish(1, 1)
@@ -15073,8 +15093,21 @@ failures="0">
             self.assertEqual(self.files.read(self.commands[1], {"attempt": 1, "returned": rows}),
                              "its r.xml is not there (--junit-from)")
         with mock.patch.object(tc, "write_all", side_effect=OSError(28, "No space left")):
-            self.assertEqual(self.read(self.PYTEST),
+            self.assertEqual(self.read(self.PYTEST, step=50),
                              "its r.xml cannot be read: No space left (--junit-from)")
+
+    def test_times_namespaces_and_files_that_come_twice(self):
+        for text, seconds in (("1,234.5", 1234.5), ("", 0), ("x", 0), ("-1", 0), ("nan", 0),
+                              ("inf", 0), ("1e3", 1000)):
+            self.assertEqual(tc.parse_seconds(text), seconds)
+        for _ in range(2):
+            self.read("<testsuite xmlns='urn:x' name='s'><testcase name='t'><failure/>"
+                      "<system-out>o</system-out></testcase></testsuite>")
+        root = self.report(self.outcome(exitcode=1), trouble="not all")
+        self.assertEqual([(case.get("name"), [part.tag for part in case])
+                          for case in root.iter("testcase")],
+                         [("t", ["failure", "system-out"]), (tc.WHOLE_RUN, ["error"])])
+        self.check(root)
 
     def test_half_a_file_leaves_no_tests(self):
         self.read(self.PYTEST[:-30])
@@ -15113,11 +15146,12 @@ failures="0">
                 f"<testcase classname='c' name='{name}'>{inside}</testcase>"
                 for name, inside in tests.items()) + "</testsuite>"
         fail, error = "<failure message='no'>why</failure>", "<error type='E'>trace</error>"
+        out = "<system-out>o</system-out>"
         self.read(suite(a=fail, b=fail, c="", d=error), host="h1")
         self.read("broken", attempt=2, host="h2")
         self.assertEqual(self.read(suite(a=fail, b="", c=fail, d=""), attempt=4, host="h2"),
                          "2 of 4 tests failed, by its r.xml (--junit-from)")
-        self.assertEqual(self.read(suite(a=fail, b="", c="", d="<skipped/>"), attempt=5), (
+        self.assertEqual(self.read(suite(a=fail, b=out, c="", d="<skipped/>"), attempt=5), (
             "1 of 4 tests failed, by its r.xml (--junit-from)"))
         row = self.outcome(1, 5, exitcode=1)
         found = {case.get("name"): [(part.tag, part.get("message"), part.get("type"),
@@ -15127,7 +15161,8 @@ failures="0">
             "a": [("failure", "no", None, None),
                   ("rerunFailure", "on h1: no", "Failure", "on h1:\nwhy"),
                   ("rerunFailure", "on h2: no", "Failure", "on h2:\nwhy")],
-            "b": [("flakyFailure", "on h1: no", "Failure", "on h1:\nwhy")],
+            "b": [("flakyFailure", "on h1: no", "Failure", "on h1:\nwhy"),
+                  ("system-out", None, None, None)],
             "c": [("flakyFailure", "on h2: no", "Failure", "on h2:\nwhy")],
             "d": [("skipped", None, None, None),
                   ("flakyError", "on h1: ", "E", "on h1:\ntrace")]})
@@ -15149,6 +15184,8 @@ failures="0">
         root = self.report(*rows)
         self.assertEqual(sum(len(part.text) > 200 for part in root.iter("system-out")), 3)
         self.assertEqual(int(root.get("tests")), 10)
+        self.assertIn("left out: the report is long", ET.tostring(self.report(outcome(
+            99, exitcode=1)), "unicode"))
 
     def test_many_tests_take_little_memory(self):
         text = "<testsuite name='s'>" + "".join(
@@ -21499,6 +21536,13 @@ exit $status
                 self.assertEqual((row["exitcode"], row["reason"]), (
                     (0, "") if made else (1, wrong)))
         self.assertIn("4 tests in 2 commands: none failed", out)
+
+    def test_a_dry_run_prints_lines_without_the_file(self):
+        line = json.dumps({"cmd": "true", "cwd": str(self.top), "env": {
+            "MARK": f"{self.cloud.dir}/mark"}})
+        status, out = self.run_client("--local", "--jsonl", "--dry-run", template="--",
+                                      tests=[line])
+        self.assertEqual((status, json.loads(out)), (0, json.loads(line)))
 
     def test_names_that_cannot_be(self):
         for file, why in (("{3}", "{3} is an argument that no command has"),

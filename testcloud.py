@@ -16824,13 +16824,12 @@ class ClientRun:
         self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
         self.tests = TestFiles() if settings.junit_from else None
-        self.writes_files = top is not None and bool(
-            settings.returns or settings.jsonl or settings.junit_from)
+        returns = top is not None and (settings.returns or settings.jsonl or self.tests)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier, self.tests),
             LineTimings(times, self.batches.lines_of, settings.max_args)
             if self.batches.pattern else Timings(times)],
-            self.files if self.writes_files else None, self.tests)
+            self.files if returns else None, self.tests)
         self.results = next((it for it in reports.reporters if isinstance(it, Results)), None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
@@ -16895,8 +16894,8 @@ class ClientRun:
         self.reports.expect(client.last_id, command.line, occurrence, name)
 
     def put_part(self, part: ReturnedPart) -> None:
-        if self.writes_files:
-            self.files.put_part(part)
+        if self.reports.files:
+            self.reports.files.put_part(part)
         if self.tests:
             self.tests.put_part(part)
 
