@@ -15089,12 +15089,32 @@ failures="0">
             self.assertIn("\ncrashed", case.find("failure").text)
         large = self.read(b"", size=tc.JUNIT_FILE_SIZE + 1)
         self.assertEqual(large, "its r.xml has 34 MB, more than 34 MB (--junit-from)")
-        for rows in ((), [[], []], [[0o644, 3], []]):
+        for rows in ([], [[0o644, 9]], [[], []], [[0o644, 3], []], [[], [], [0o644, 9]]):
             self.assertEqual(self.files.read(self.commands[1], {"attempt": 1, "returned": rows}),
                              "its r.xml is not there (--junit-from)")
         with mock.patch.object(tc, "write_all", side_effect=OSError(28, "No space left")):
             self.assertEqual(self.read(self.PYTEST, step=50),
                              "its r.xml cannot be read: No space left (--junit-from)")
+
+    def test_odd_files_of_a_worker_do_no_harm(self):
+        text = b"<testsuite><testcase/></testsuite>"
+        command = self.commands.setdefault(1, tc.Command(1, "c", "/d", ["f", "r.xml"]))
+        for rows, why in (
+                ([[1, 0], [1, len(text)], [1, 5]], ""), ([[1, len(text)]], "is not there"),
+                ([[1, 2**53], [1, 5]], "is no whole XML"), ([[1, 0], [1, 2**53]], "has 90"),
+                ([[1, 0], [1, 5]], "is no whole XML")):
+            for files in (self.files, tc.ReturnedFiles(tempfile.mkdtemp(), None)):
+                files.put_part(tc.ReturnedPart(command, 1, rows, 0, text + b"x" * 99))
+                if files is not self.files:
+                    shutil.rmtree(files.top)
+            command.tries[1] = tc.Try(0, "h")
+            self.assertIn(why, self.files.read(command, {"attempt": 1, "returned": rows}))
+
+    def test_no_more_failed_tests_are_kept_than_are_shown(self):
+        self.read("<testsuite>" + "<testcase><failure/></testcase>" * 99 + "</testsuite>")
+        row = self.outcome(exitcode=1)
+        self.assertEqual((len(row.tests.failed), row.tests.describe()),
+                         (tc.NAMED_TESTS, "99 of 99 tests failed"))
 
     def test_times_namespaces_and_files_that_come_twice(self):
         for text, seconds in (("1,234.5", 1234.5), ("", 0), ("x", 0), ("-1", 0), ("nan", 0),
@@ -15841,7 +15861,7 @@ class PageTest(unittest.TestCase):
         tests = tc.Tests()
         tests.counts.update(tests=64_203, failures=25, skipped=3, flaky=1)
         tests.failed = [tc.FailedTest("c", f"{n}{HOSTILE[n % len(HOSTILE)]}", "Failure", "", "",
-                                      "\nfirst\nsecond") for n in range(25)]
+                                      "\nfirst\nsecond") for n in range(tc.NAMED_TESTS)]
         passed = tc.Tests()
         passed.counts["tests"] = 1
         page = Parsed(rendered([paged(1, "FAIL", tests=tests), paged(2, tests=passed),

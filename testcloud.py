@@ -8243,7 +8243,7 @@ class ReturnedPart(NamedTuple):
     def pieces(self) -> Iterator[Tuple[int, int, Any]]:
         """Yield what it has of each file: the file's index, the offset there, and the data."""
         at, data = 0, memoryview(self.data)
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows[:len(self.command.returns)]):
             end = at + (row[1] if row else 0)
             piece = data[max(0, at - self.offset):max(0, end - self.offset)]
             if piece:
@@ -10920,7 +10920,7 @@ def has_own_case(outcome: Outcome) -> bool:
     tests = outcome.tests
     if tests is None or tests.fault:
         return True
-    return not tests.failed if outcome.failed else (
+    return not tests.failures if outcome.failed else (
         outcome.verdict != OK and not tests.counts["flaky"])
 
 
@@ -11061,7 +11061,8 @@ def xml_text(element: ET.Element) -> str:
 # from there to the report. A suite of the report is a suite of a file with test cases of its
 # own: most readers know no suites within suites.
 
-JUNIT_FILE_SIZE = 32 * 1024 * 1024  # bytes of a file: no reader takes a longer report
+JUNIT_FILE_SIZE = 32 * 1024 * 1024  # bytes of a file: no reader takes a longer report, and it
+#   holds up the loop for 10 s if it is all test cases: less than a lease
 JUNIT_DEPTH = 50  # elements within each other
 JUNIT_PARTS = 10_000  # elements in a test case: they are in memory
 JUNIT_BLOCK = 256 * 1024  # bytes read at once
@@ -11116,13 +11117,17 @@ class Tests:
         self.fault = fault  # why the file is of no use
         self.suites: List[Suite] = []
         self.counts: Counter[str] = Counter()
-        self.failed: List[FailedTest] = []
+        self.failed: List[FailedTest] = []  # the first NAMED_TESTS, when it is reported
+
+    @property
+    def failures(self) -> int:
+        return self.counts["failures"] + self.counts["errors"]
 
     def describe(self) -> str:
         """Return in words what failed."""
         total = grouped(self.counts["tests"], "test")
         return self.fault or (
-            f"{len(self.failed):,} of {total} failed" if self.failed else
+            f"{self.failures:,} of {total} failed" if self.failures else
             f"its {total} did not fail" if self.counts["tests"] else "it ran no tests")
 
 
@@ -11217,7 +11222,7 @@ class TestFiles:
         key = part.command.id, part.attempt
         for index, offset, piece in part.pieces():
             size = part.rows[index][1]
-            if index < len(part.rows) - 1 or size > JUNIT_FILE_SIZE:
+            if index < len(part.command.returns) - 1 or size > JUNIT_FILE_SIZE:
                 continue
             if key not in self.places:
                 self.places[key] = self.incoming_end
@@ -11232,14 +11237,15 @@ class TestFiles:
     def read(self, command: Command, result: Fields) -> str:
         """Read the file of a try. Return why the try has failed, if its exit code is 0."""
         path = f"its {printable(command.returns[-1], 200)}"
-        attempt, rows = result["attempt"], result.get("returned") or [[]]
+        attempt, last = result["attempt"], len(command.returns) - 1
+        row = (result.get("returned", [])[last:] or [[]])[0]
         earlier = self.tries.setdefault(command.id, {})
         earlier.pop(attempt, None)
         tests = Tests()
         try:
-            if not rows[-1]:
+            if not row:
                 raise ValueError("is not there")
-            self.parse(tests, self.places.pop((command.id, attempt), 0), rows[-1][1], [
+            self.parse(tests, self.places.pop((command.id, attempt), 0), row[1], [
                 (command.tries[number].host, test) for number, old in earlier.items()
                 for test in old.failed])
         except (OSError, SyntaxError, ValueError, LookupError) as error:
@@ -11250,7 +11256,8 @@ class TestFiles:
         if not self.places:
             self.incoming_end = 0
         earlier[attempt] = tests
-        return tests.fault or tests.failed and f"{tests.describe()}, by {path} (--junit-from)" or ""
+        return tests.fault or (
+            f"{tests.describe()}, by {path} (--junit-from)" if tests.failures else "")
 
     def parse(self, tests: Tests, place: Union[int, OSError], size: int,
               earlier: Sequence[Tuple[str, FailedTest]]) -> None:
@@ -11343,7 +11350,7 @@ class TestFiles:
         tests = self.tries.pop(id, {}).get(attempt)
         if tests is not None:  # no more is shown
             tests.failed = [test._replace(text="", message=test.first_line)
-                            for test in tests.failed]
+                            for test in tests.failed[:NAMED_TESTS]]
         return tests
 
     def suite_xml(self, suite: Suite, outcome: Outcome) -> Iterator[str]:
@@ -11471,11 +11478,10 @@ def html_entries(outcomes: Sequence[Outcome], output: Callable[[Outcome], str]) 
 
 def html_tests(tests: Optional[Tests]) -> str:
     """Return a list of the first failed tests."""
-    failed = tests.failed[:NAMED_TESTS] if tests else []
     lines = [f"<code>{html_line(test.title)}</code> {html_line(test.first_line)}\n"
-             for test in failed]
-    if tests and len(tests.failed) > len(failed):
-        lines.append(f"and {len(tests.failed) - len(failed):,} more")
+             for test in (tests.failed if tests else ())]
+    if tests and tests.failures > len(lines):
+        lines.append(f"and {tests.failures - len(lines):,} more")
     return "<ul>" + "".join(f"<li>{line}</li>" for line in lines) + "</ul>\n" if lines else ""
 
 
