@@ -8182,7 +8182,7 @@ class WorkerTest(unittest.TestCase):
         b.quiet()
         self.worker.finished(jobs[0], exit_record(), b.now)
         b.collect()
-        b.expect("QUEUED", tasks=[[1, 1], [2, 1]])
+        b.expect("QUEUED", tasks=[[2, 1]])  # the other one's RESULT says enough
         b.expect("RESULT", id=1)
         b.hear('{"id":3,"attempt":1,"cmd":"c"}', "r")
         b.quiet_until_start()
@@ -8196,6 +8196,17 @@ class WorkerTest(unittest.TestCase):
         b.expect("READY", running=[["r", 2, 1], ["r", 3, 1], ["r", 4, 1]], held=[["r", 1, 1]])
         b.wait(tc.REPORT_DELAY)
         b.quiet()
+
+    def test_a_plain_client_gets_queued_however_short_its_command_is(self):
+        b = self.bench
+        for more, verbs in ((b"", ["RESULT"]), (b',"cut":9', ["QUEUED", "RESULT"])):
+            b.hear(b'{"id":%d,"attempt":1,"cmd":"c"%s}' % (len(verbs), more), "r")
+            self.worker.finished(b.effect(tc.Start).job, exit_record(), b.now)
+            b.collect()
+            for verb in verbs:
+                b.expect(verb)
+            b.wait(tc.REPORT_DELAY)
+            b.quiet()
 
     def test_without_an_answer_of_the_broker_in_time_nothing_is_started(self):
         b = self.bench
@@ -24906,10 +24917,11 @@ class Dummies:
     def work(self, sock, parts):
         ids = re.findall(rb'(?m)^{.*"id":(\d+)', parts[-1])
         if ids:
-            queued = b'QUEUED {"tasks":[%s]}' % b",".join(b"[%s,1]" % id for id in ids)
+            rows = b",".join(b"[%s,1]" % id for id in ids[1:])  # the first RESULT says enough
+            queued = [b'QUEUED {"tasks":[%s]}' % rows] if rows else []
             results = [b'RESULT {"id":%s,"attempt":1,"exitcode":0,"time":%d,"started":1,"size":0,'
                        b'"worker":"w","host":"h","stdout":""}' % (id, self.ms) for id in ids]
-            sock.send_multipart([b"", parts[1], b"\n".join([queued, *results])])
+            sock.send_multipart([b"", parts[1], b"\n".join([*queued, *results])])
 
 
 # === Long runs ========================================================================

@@ -532,7 +532,7 @@ MESSAGES: Dict[str, Spec] = {
         "host": text,  # the name that the broker shows for the worker's host
         "patience": number}),  # seconds of silence before the broker gives up a peer
     "WHO": Spec("broker > client, worker", "I do not know you (any more): join again", {}, {}),
-    "QUEUED": Spec("worker > broker > client", "the worker has accepted the command", {}, {
+    "QUEUED": Spec("worker > broker > client", "the worker has it, and it has not ended", {}, {
         "cmd": text, "tasks": pairs, "worker": text, "host": text,
         "preparing": text}),  # takes no slot yet: FILES or SETUP of its workspace come first
     "RESULT": Spec("worker > broker > client",
@@ -5297,9 +5297,17 @@ class Worker(SessionMachine):
     def report_accepted(self) -> None:
         """Report QUEUED. Not joined: the next READY lists these commands."""
         accepted, self.accepted, self.report_at = self.accepted, {}, math.inf
-        for (run, what), tasks in accepted.items() if self.session.joined else ():
+        for (run, what), rows in accepted.items() if self.session.joined else ():
+            tasks = [row for row in rows if not self.says_enough((run, row[0], row[1]))]
             more = {"preparing": what, "host": self.host} if what else {}
-            self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks, **more})
+            if tasks:
+                self.say(BROKER, b"", run, "QUEUED", {"tasks": tasks, **more})
+
+    def says_enough(self, key: TaskKey) -> bool:
+        """Return whether this command's RESULT needs no QUEUED before it. A plain client wants
+        both, and QUEUED also tells that a workspace is there."""
+        job = self.jobs.get(key)
+        return job is not None and job.state == DELIVERED and not job.tree and not job.cut
 
     def report_state(self, key: TaskKey) -> None:
         """Report QUEUED, RESULT, or LOST for a command that the worker does not have."""
