@@ -6608,6 +6608,9 @@ class World:
             assert effect.offset <= len(known), f"{key}: a part of its files is missing"
             self.files[key] = known[:effect.offset] + effect.data
             self.seen["fetched files"] += effect.offset > 0
+        elif kind is tc.ReadTests:
+            self.seen["tests read"] += 1
+            actor.machine.tests_read(*effect, "")
         elif kind is tc.ProvisionalResult:
             self.seen["looked into"] += 1
             self.kept[effect.command] = effect.output if effect.output is not None \
@@ -7048,6 +7051,7 @@ class World:
                 actor.options = tc.RunOptions(timeout=r.choice([0, 3.0]), tries=r.choice([1, 3, 4]),
                                          needs=r.choice([(), (), ("l",)]),
                                          lock="" if r.random() < 0.2 else None)
+            actor.options = actor.options._replace(read_tests=len(actor.commands) % 2 == 0)
             if actor.name in ("w0", "p0") or r.random() < 0.2:
                 actor.labels = ("l",)
             if actor.role == "client" and r.random() < 0.05:
@@ -7651,8 +7655,8 @@ class SimulationTest(unittest.TestCase):
                 "pause worker", "pause client", "paused", "cut",
                 "swallow", "swallowed", "freeze", "late", "terminate", "interrupt", "reconnect",
                 "restarted", "fetched", "timeout", "tried elsewhere", "not started", "poison",
-                "looked into", "files", "fetched files", "load", "forgotten", "started elsewhere",
-                "nowhere else to start",
+                "looked into", "tests read", "files", "fetched files", "load", "forgotten",
+                "started elsewhere", "nowhere else to start",
                 "OK taken for a command",
                 "stale result", "held results announced", "steal from a worker",
                 "steal from a client", "lock", "wide", "delayed", *(set(tc.MESSAGES) - {"STATUS"}))
@@ -11791,6 +11795,27 @@ class ClientTest(unittest.TestCase):
         b.collect()
         b.expect("{", attempt=2)
         self.assertEqual(self.client.window[1].tries[1].output, b"why")
+
+    def test_no_other_output_is_fetched_while_tests_are_read(self):
+        b = self.begin(read_tests=True)
+        for cmd in ("a", "b"):
+            self.client.add(cmd, "/d", ["f"])
+        self.client.end_input(0.0)
+        b.collect()
+        b.lines.clear()
+        b.effects.clear()
+        for id in (1, 2):
+            self.result(id, size=7, returned=[[6, 0]], host="h")
+        b.expect("FETCH", id=1)
+        b.quiet()
+        b.hear('CHUNK {"id":1,"attempt":1,"offset":0}', data=b"1234567")
+        self.result(1, size=7, returned=[[6, 0]], host="h")  # it comes twice
+        self.assertEqual(b.lines, [])
+        b.effect(tc.FetchedOutput)
+        self.client.tests_read(*b.effect(tc.ReadTests), "")
+        b.collect()
+        b.expect("FETCH", id=2)
+        self.assertEqual(b.effect(tc.FinalResult).command.id, 1)
 
     def test_a_try_that_is_lost_while_its_tests_are_read(self):
         b = self.add_returning("f", read_tests=True)

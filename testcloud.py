@@ -8147,6 +8147,7 @@ class Command:
         self.since: Seconds = 0.0  # time of that QUEUED
         self.avoid = ""  # worker that failed or lost the last attempt
         self.result: Fields = {}  # RESULT whose output is being fetched
+        self.reading: Fields = {}  # RESULT whose tests are being read
         self.shown = 0  # bytes of this attempt's output that were shown live
         self.verdict = OK  # valid when reported
 
@@ -8885,19 +8886,23 @@ class Client(SessionMachine):
         self.try_room -= len(kept.output)
 
     def complete(self, command: Command, fields: Fields) -> None:
-        """Conclude a try whose output and files are here, once its tests have been read."""
+        """Conclude a try whose output and files are here, once its tests have been read. Until
+        then no other output is fetched: it would replace this one."""
         if self.options.read_tests and not command.rechecking:
+            command.reading = fields
             self.effects.append(ReadTests(command, fields))
         else:
+            self.fetcher.remove(command, self.now)
             self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
 
     def tests_read(self, command: Command, fields: Fields, fault: str) -> None:
         """Conclude a try. With a fault of its JUnit file it has failed."""
-        if self.left or self.command_of(command.id, fields["attempt"]) is not command:
-            return  # the command was cancelled, or the try was lost or concluded meanwhile
+        if self.left or command.reading is not fields:  # it was cancelled, or lost meanwhile
+            return
         if fault and not fields["exitcode"]:
             fields.update(exitcode=1, reason=fields.get("reason") or fault)
             self.keep_words(command, fields)
+        self.fetcher.remove(command, self.now)
         self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
         self.settle()
 
@@ -8938,6 +8943,7 @@ class Client(SessionMachine):
         self.host_wait.commands.pop(command.id, None)
         self.offer.forget(command.id)
         command.put_off = command.preparing = False
+        command.reading = {}
         self.set_worker(command, "")
 
     def forget(self, command: Command) -> None:
@@ -9072,7 +9078,6 @@ class Client(SessionMachine):
                 ReturnedPart(command, command.attempt, rows, offset - output, message.data)
                 if rows and offset >= output else FetchedOutput(offset, message.data))
             if self.fetcher.stored >= stream_size(result):
-                self.fetcher.remove(command, self.now)
                 self.complete(command, result)
         elif self.options.live and not command.result and offset == command.shown:
             self.effects.append(LiveOutput(command, offset, message.data))
