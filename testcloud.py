@@ -9390,9 +9390,13 @@ is 0. The same holds for a file that cannot be used:
     it has a DOCTYPE, or more than 32 MiB
     another command has the same file: then the second command does not run
 
-A command is one more test case, with its output, if no test shows how it ended. Its file
-cannot be used, or it failed after its tests (a crash, a coverage threshold). It is in the
-suite testcloud.
+A command is one more test case, in the suite testcloud, if no test shows how it ended:
+
+    its file cannot be used
+    it failed, and no test did (a crash after the tests, a coverage threshold)
+    it is FLAKY or ONLY ON, and no test is flaky
+
+This case has the output of the command.
 
 With --retries the file of the reported try counts. A test that failed in an earlier try
 gets the elements flakyFailure or flakyError, if it passed in the end. Otherwise it gets
