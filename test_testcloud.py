@@ -19508,7 +19508,9 @@ class CommandLineTest(unittest.TestCase):
                 tc.fill_placeholders(template, tuple(arguments.split(";")), 7), path)
         tc.check_returns("--return", ["a'{}'", '"{#}', "{2}"], 2)
         for file, why in (("{3}", "{3} is an argument that no command has"),
-                          ("x{%}", "{%} is known only where it runs"), ("{##}", "no meaning")):
+                          ("x{%}", "{%} is known only where it runs"), ("{##}", "no meaning"),
+                          (".cov.*", ".cov.* would be a pattern: name one file for each command, "
+                           "with {#} for its number, as in .cov.{#}")):
             with self.assertRaisesRegex(tc.UsageError, "^--return: .*" + re.escape(why)):
                 tc.check_returns("--return", ["{}", file], 2)
 

@@ -15343,8 +15343,9 @@ Files that come back
 
 --return brings a file back to the same place here, also if the command failed. {}, {#}
 and the like stand for the command's arguments, as in a template. The option may be
-repeated. The path is relative to the directory of the command. If it leads out of the
-tree, the command fails with exit code 126, and does not run.
+repeated. It takes no pattern (*), because commands share a workspace: a pattern would
+match files of others. The path is relative to the directory of the command. If it leads
+out of the tree, the command fails with exit code 126, and does not run.
 
 A file comes back whole or not at all, with its permissions. It must be a regular file,
 and no link is followed. --max-output does not limit it, and the result hash does not
@@ -16082,7 +16083,12 @@ def check_template(words: List[str], most: float) -> str:
 
 
 def check_returns(option: str, files: List[str], most: float) -> None:
-    """Raise UsageError if a file of this option has a placeholder that commands cannot fill."""
+    """Raise UsageError if an option's file is a pattern, or commands cannot fill a placeholder."""
+    for file in files:
+        if "*" in file:  # commands of a host share a workspace: it may match files of others
+            raise UsageError(f"{option}: {printable(file, 300)} would be a pattern: name one file "
+                             f"for each command, with {{#}} for its number, as in "
+                             f"{printable(file.replace('*', '{#}'), 300)}")
     for place in re.finditer(f"{PARALLEL_ONLY}|{PLACEHOLDER.pattern}", "\n".join(files)):
         wrong = misuse(place[0], "", most)
         if wrong:
