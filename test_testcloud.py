@@ -10377,6 +10377,11 @@ class WithoutShellTest(unittest.TestCase):
             pid, group = outputs[1].split()
             self.assertEqual(pid == group, self.WAY == tc.EXECS, directly)
 
+    def test_close_does_not_need_the_zombies(self):
+        os.waitpid(self.launcher.group_of(1), 0)  # as another slot does once our thread has ended
+        self.runner.close()
+        self.assertEqual(self.launcher.groups, {})
+
     def test_who_is_killed_by_us_is_reported_as_with_a_shell(self):
         read, runner = tc.OutputReader.read, self.runner
 

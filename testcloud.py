@@ -6536,9 +6536,11 @@ class Launcher:
         return self.groups[slot]
 
     def close(self) -> None:
-        """Reap the zombies."""
+        """Reap the zombies. Those of threads that have ended may be gone: they became children of
+        the main thread, where kill_orphans() reaps them."""
         for leader in self.groups.values():
-            os.waitpid(leader, 0)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(leader, 0)
         self.groups.clear()
 
     def way_of_sh(self) -> str:
