@@ -14191,10 +14191,11 @@ class ReportingTest(unittest.TestCase):
                              [(1, "a\tb\nc", 0, True, 0.008), (2, "b", 0, False, 0.008)])
             self.assertTrue(all(row.failed for row in tc.read_joblog(path, True)))
             with open(path, "ab") as file:  # its writer was killed in the middle of a line
-                file.write(b"noise\n3\th\t1.0\t2.0\t0\t2\t0\t0\tech")
+                file.write(b"noise\n3\th\t1.0\tnan\t0\t2\t0\t0\techo\n"
+                           b"3\th\t1.0\t2.0\t0\t2\t0\t0\tech")
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 self.assertEqual(tc.read_joblog(path), rows)
-            self.assertIn("log: passing over 1 damaged line\n", err.getvalue())
+            self.assertIn("log: passing over 2 damaged lines\n", err.getvalue())
             of_others = tc.JOBLOG_HEADER + "1\th\t5.250\t0.008\t12345\t2\t0\t0\tof GNU parallel\n"
             with open(path, "w") as file:
                 row = outcome(stored=tc.StoredResult(b"", 0, 0, 0, 3), occurrence=2)
@@ -14328,7 +14329,8 @@ class ReportingTest(unittest.TestCase):
             self.report("short", time=49.0)
             self.end()
             self.assertEqual(tc.read_timings(path), {"b": 0.07})
-            for text in ("", "[]", '{"a":"b"}', "[" * 100_000):
+            for text in ("", "[]", '{"a":"b"}', "[" * 100_000, '{"a":NaN,"b":1.0}',
+                         '{"a":-Infinity}', '{"a":1' + "0" * 400 + "}"):
                 with open(path, "w") as file:
                     file.write(text)
                 self.assertEqual(tc.read_timings(path), {})
@@ -17227,6 +17229,11 @@ class WorkerProgramTest(unittest.TestCase):
 
     def test_has_no_manual(self):
         self.assertEqual(self.names["MANUAL"], {})
+
+    def test_no_constant_replaces_another(self):
+        steps = dis.get_instructions(compile(tc.read_text(SCRIPT), SCRIPT, "exec"))
+        stored = Counter(step.argval for step in steps if step.opname == "STORE_NAME")
+        self.assertEqual([name for name in stored if name.isupper() and stored[name] > 1], [])
 
     def test_lines_keep_their_numbers(self):
         for name in ("to_text", "run_from_memory"):

@@ -7026,9 +7026,6 @@ class NoWorkspace(Exception):
 # --- the directory of all workspaces
 
 
-MAX_CACHED = 20  # files of one kind in our cache; the oldest go
-
-
 def cache_path(name: str, about: str = "") -> str:
     """Return a path in our directory of what can be made anew; "" if the user has no home. There
     may be a file for each text that it is `about`."""
@@ -7037,17 +7034,6 @@ def cache_path(name: str, about: str = "") -> str:
         return ""
     file = hashlib.sha256(to_bytes(about)).hexdigest()[:16] + ".json"
     return os.path.join(cache, "testcloud", name, *[file] * bool(about))
-
-
-def write_cache(path: str, text: str) -> None:
-    """Write a file of cache_path(). Remove the oldest files beside it. It may fail."""
-    directory = os.path.dirname(path)
-    with contextlib.suppress(OSError):
-        os.makedirs(directory, 0o700, exist_ok=True)
-        write_atomically(path, [text], durable=False)
-        files = [file for file in os.scandir(directory) if file.is_file()]
-        for old in sorted(files, key=lambda file: file.stat().st_mtime)[:-MAX_CACHED]:
-            os.unlink(old.path)
 
 
 def cache_limit(given: int = 0, directory: str = "") -> int:
@@ -10035,6 +10021,20 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
         raise
 
 
+MAX_CACHED = 20  # files of one kind in our cache; the oldest go
+
+
+def write_cache(path: str, text: str) -> None:
+    """Write a file of cache_path(). Remove the oldest files beside it. It may fail."""
+    directory = os.path.dirname(path)
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, 0o700, exist_ok=True)
+        write_atomically(path, [text], durable=False)
+        files = [file for file in os.scandir(directory) if file.is_file()]
+        for old in sorted(files, key=lambda file: file.stat().st_mtime)[:-MAX_CACHED]:
+            os.unlink(old.path)
+
+
 class BlockingFile(io.FileIO):
     """File that blocks even if ssh, say, has set our shared terminal or pipe to O_NONBLOCK."""
 
@@ -10750,6 +10750,11 @@ def joblog_line(outcome: Outcome) -> str:
             + outcome.cmd.replace("\n", "\0") + "\n")
 
 
+def is_time(seconds: Seconds) -> bool:
+    """Return whether we can reckon with this: it is finite and no mistake."""
+    return abs(seconds) < 1e9  # NaN is not; a clock may have been set back
+
+
 class JobLogRow(NamedTuple):
     """A command of an earlier run."""
 
@@ -10785,6 +10790,8 @@ def joblog_row(line: str, flaky_fails: bool) -> JobLogRow:
     seq, host, _, seconds, send, _, exitcode, signal, command = line.rstrip("\n").split("\t", 8)
     flaky = re.search(r" \((flaky|only on .*)\)$", host) is not None
     failed = int(exitcode) != 0 or int(signal) != 0 or flaky and flaky_fails
+    if not is_time(float(seconds)):
+        raise ValueError("no time")
     return JobLogRow(int(seq), command.replace("\0", "\n"), max(0, -int(send)), failed,
                      float(seconds), line)
 
@@ -11937,7 +11944,8 @@ def read_timings(path: str) -> Dict[str, float]:
     try:
         with open(path, encoding="utf-8") as file:
             found: Dict[str, float] = json.load(file)
-        return found if {*map(type, found.values())} <= {int, float} else {}
+        times = found.values()
+        return found if {*map(type, times)} <= {int, float} and all(map(is_time, times)) else {}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
 
@@ -14715,7 +14723,7 @@ WORKER_SECTIONS = frozenset((
     "Authentication and revoked keys", "Options", "Broker and worker", "Hosts"))
 
 
-PART_SIZE = 25_000  # characters of the program that are compiled at once: in the cache of a CPU
+COMPILED_SIZE = 25_000  # characters of the program that are compiled at once: in the cache of a CPU
 
 
 def worker_program(source: str) -> List[str]:
@@ -14726,7 +14734,7 @@ def worker_program(source: str) -> List[str]:
     start, *rest = re.split(r"\n# === (.+?) =+(?=\n)", source)
     parts, size, line = [start], 0, start.count("\n")
     for title, text in zip(rest[::2], rest[1::2]):
-        if size > PART_SIZE:
+        if size > COMPILED_SIZE:
             parts.append("\n" * line)
             size = 0
         taken = title in WORKER_SECTIONS
