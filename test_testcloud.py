@@ -18924,7 +18924,7 @@ class WorkingTreeTest(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.top)
         other = tempfile.mkdtemp(prefix="testcloud-hashes-")
         self.addCleanup(shutil.rmtree, other)
-        self.hashes = os.path.join(other, "sub", "tree.json")
+        self.hashes = os.path.join(other, "sub", "feed.json")
 
     def path(self, name):
         return os.path.join(self.top, name)
@@ -19374,8 +19374,12 @@ class WorkingTreeTest(unittest.TestCase):
             path = os.path.join(directory, f"{number}.json")
             pathlib.Path(path).touch()
             os.utime(path, (number, number))
+        for number in range(2 * tc.MAX_CACHED):
+            pathlib.Path(directory, f"mine{number}").touch()
         self.look_later()
-        self.assertEqual({*os.listdir(directory)}, {"tree.json", *(
+        found = {name for name in os.listdir(directory) if not name.startswith("mine")}
+        self.assertEqual(len(os.listdir(directory)) - len(found), 2 * tc.MAX_CACHED)
+        self.assertEqual(found, {"feed.json", *(
             f"{number}.json" for number in range(4, tc.MAX_CACHED + 3))})
 
     def test_where_hashes_are(self):

@@ -10022,6 +10022,8 @@ def write_atomically(path: str, pieces: Iterable[str], durable: bool = True) -> 
 
 
 MAX_CACHED = 20  # files of one kind in our cache; the oldest go
+# names of these files; others may be there if somebody calls a directory testcloud
+CACHED_FILE = re.compile(rf"[0-9a-f]+\.json|{re.escape(UNFINISHED)}.*")
 
 
 def write_cache(path: str, text: str) -> None:
@@ -10030,7 +10032,7 @@ def write_cache(path: str, text: str) -> None:
     with contextlib.suppress(OSError):
         os.makedirs(directory, 0o700, exist_ok=True)
         write_atomically(path, [text], durable=False)
-        files = [file for file in os.scandir(directory) if file.is_file()]
+        files = [file for file in os.scandir(directory) if CACHED_FILE.fullmatch(file.name)]
         for old in sorted(files, key=lambda file: file.stat().st_mtime)[:-MAX_CACHED]:
             os.unlink(old.path)
 
