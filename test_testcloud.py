@@ -13112,6 +13112,21 @@ class ClientTest(unittest.TestCase):
         self.assertTrue(b.effects[-2].error)
         self.assertRegex(b.effects[-2].text, "^gave up waiting: no broker at tcp://b:1")
 
+    def test_results_without_queued_end_a_wait(self):
+        """With --serial a run may have nothing but short commands, one after the other."""
+        self.client = tc.Client("r1", wait=1.0)
+        b = self.bench = Bench(self.client)
+        self.join()
+        self.add("a", "b", "c", "d", end=True)
+        for id in (1, 2, 3):
+            b.wait(0.9)
+            self.result(id)
+        self.assertNotIn(tc.Exit(3), b.effects)
+        told = [effect.text for effect in b.effects if type(effect) is tc.Notice]
+        self.assertEqual(told[1::2], ["the wait is over, going on"] * 3, told)
+        b.wait(1.1)
+        self.assertEqual(b.effects[-1], tc.Exit(3))
+
     def test_who_has_left_hears_nothing_more(self):
         self.join()
         self.add("a")
