@@ -10189,6 +10189,14 @@ class RunnerTest(unittest.TestCase):
             self.assertEqual((record.exitcode, record.reason), (exitcode, ""))
             self.assertEqual(files[0] is not None, there, make)
 
+    def test_the_report_of_a_command_is_never_an_older_file(self):
+        self.put("old", "x")
+        self.put("r.xml", "x")
+        for make, old, report in (("true", True, False), ("echo > r.xml", True, True),
+                                  ("false", False, False)):
+            _, _, files = self.bring(make, "r.xml", "old", "r.xml", report=True)
+            self.assertEqual([file is not None for file in files], [old, old, report], make)
+
     def test_a_command_that_did_not_start_has_no_files(self):
         with open(os.path.join(self.dir, "old"), "w") as file:
             file.write("x")
@@ -21588,9 +21596,10 @@ exit $status
         self.check(*self.run_client("--local"))
         self.assertEqual(sorted(path.name for path in (self.top / "reports").iterdir()),
                          [f"{n}.xml" for n in (1, 2, 3, 4, 5, 7)])
-        # an old file does not count for a command that has failed
-        status, out = self.run_client("--local", tests=["crash"])
-        self.assertIn("its reports/1.xml is not there", out)
+        for test, template in (("crash", "sh tool {} reports/{#}.xml"), ("passes", "true {}")):
+            status, out = self.run_client("--local", tests=[test], template=template)
+            self.assertEqual(status, 1)
+            self.assertIn("its reports/1.xml is not there", out)  # the old one does not count
 
     def test_on_hosts(self):
         self.check(*self.run_client("-S", "2/:"))

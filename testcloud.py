@@ -500,6 +500,7 @@ MESSAGES: Dict[str, Spec] = {
         "tree": tree_name,  # run in a workspace with this tree; then cwd is below its top
         "manifest": count,  # bytes of the tree's manifest
         "return": texts,  # files to send with the output: paths from cwd
+        "report": flag,  # the last one is of this run only: an older file counts as missing
         "cut": count}),  # bytes of output to send at most, inline
     "HELLO": Spec("client > broker",
         "my run; when joining: my unreported commands", {"run": name}, {
@@ -5161,6 +5162,7 @@ class Job:
         self.tree: str = fields.get("tree", "")  # id, "" for none
         self.manifest = min(fields.get("manifest", 0), MAX_MANIFEST)  # bytes of the tree's
         self.returns: List[str] = fields.get("return", [])  # files to send: paths from cwd
+        self.report: bool = fields.get("report", False)  # the last one must not be an older file
         self.slots: int = fields.get("slots", 1)  # of the worker, which it takes while it runs
         self.lock: Optional[str] = fields.get("lock")  # "" is its run's own; None: none
         self.top = ""  # the workspace, once it has the tree
@@ -6701,7 +6703,8 @@ class Returns:
                 with directory_below(self.top, path) as (folder, name), \
                         open_regular(name, folder) as (file, status):
                     # an old report must not look like that of a command that crashed
-                    if not record.exitcode or signature_of(status) != before:
+                    report = self.job.report and len(returned) == len(self.paths)
+                    if not (record.exitcode or report) or signature_of(status) != before:
                         returned[-1] = [status.st_mode & 0o777, record.output.append_file(
                             file, status.st_size, lambda: not self.job.cancelled)]
             except FileNotFoundError:
@@ -8200,7 +8203,8 @@ class RunOptions(NamedTuple):
         """Return the fields that each command of the run has."""
         given = {"timeout": self.timeout, "limit": self.max_output, "env": self.env,
                  "shell": self.shell, "needs": [*self.needs], "split": self.split,
-                 "slots": self.slots, "lock": self.lock, "delay": self.delay}
+                 "report": self.read_tests, "slots": self.slots, "lock": self.lock,
+                 "delay": self.delay}
         return {name: value for name, value in given.items() if value or value == ""}
 
 
@@ -9375,7 +9379,7 @@ command as a property. Suites within a suite are put after it, on the same level
 If the file says that tests failed, the command has failed: with exit code 1, if its own
 is 0. The same holds for a file that cannot be used:
 
-    it is missing, or it was there before and the command failed
+    it is missing, or the command did not write it
     it is no JUnit, or no whole XML
     it has a DOCTYPE, or more than 32 MiB
     another command has the same file: then the second command does not run
