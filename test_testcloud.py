@@ -19669,6 +19669,25 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(self.batches([("a",), ("b c",), ("d",), ("e",), ("a",)], 2,
                                           earlier=earlier), wanted)
 
+    def test_after_batches_a_run_without_n_resumes_their_lines(self):
+        with tempfile.TemporaryDirectory() as folder:
+            log = os.path.join(folder, "log")
+            for command, words, left in (
+                    ("x a 'b c'", "-n1 x", "de"), ("x a 'b c'", "x", "de"), ("x a", "x", None),
+                    ("x a 'b c'", "y", None), ("x a b", "--colsep , x", None),
+                    ("x a b", "x :::: f g", None), ("x a b", "", None)):
+                with open(log, "w") as file:
+                    file.write(f"{tc.JOBLOG_HEADER}7\th\t1.0\t2.0\t0\t2\t0\t0\t{command}\n")
+                settings = self.parse("client", "--joblog", log, "--resume", *words.split())
+                words, settings.sources = tc.split_sources(settings.template)
+                settings.template = " ".join(words)
+                batches = tc.batches_of(settings)
+                earlier = tc.earlier_run(settings, batches)
+                rows = [("a",), ("b c",), ("d",), ("e",)]
+                self.assertEqual([made for row in rows for made in batches.take(row, earlier, 0.0)],
+                                 [(line,) for line in left] if left else rows, (command, words))
+                self.assertEqual(earlier.first_seq, 8 if left else 1)
+
     def test_the_lines_of_a_batch_are_found_in_its_command(self):
         lines = ("a", "it's", "x[1-'\"']", "a b", "", "\\", "\n#", "ä{}", "--x=$y", "~")
         for template in ("pytest -q", "cd {#} && pytest {} > log{#}1", "{} {}1", "x {} +[a] {#}",
@@ -20194,6 +20213,7 @@ class CommandLineTest(unittest.TestCase):
                      ["client", "-n", "2", ":::", "a"], ["client", "--colsep", "x", ":::", "a"],
                      ["client", "-n", "2", "--colsep", ",", "x"], ["client", "--colsep", "[", "x"],
                      ["client", "-n", "2", "x", ":::", "a", ":::", "b"], ["client", "echo", "{2}"],
+                     ["client", "-n", "2", "x", "::::", "/dev/null", "/dev/null"],
                      ["client", "x", "::::"], ["client", "--colsep", "|", "x"],
                      ["worker", "--weight", "heavy"], ["worker", "--weight", "1" + "0" * 12],
                      ["worker", "--missed-oks", "0"], ["client", "--slow", "nan"],

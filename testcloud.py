@@ -10684,9 +10684,10 @@ parallel has bytes there.
 --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON are
 failures. Summary, hash and reports are of what ran this time.
 
-With -n, --resume runs the lines of the input that no command in the joblog had. With
---resume-failed it also runs all lines of failed commands. A smaller N than before shows
-which of them fail. The template must be the same. New commands get new numbers.
+After a run with -n, --resume runs the lines of the input that no command in the joblog
+had. With --resume-failed it also runs all lines of failed commands. A smaller N than
+before, or none, shows which of them fail. The template must be the same. New commands get
+new numbers.
 
 After a `kill -9` of the client, only what was under way is lost. With -k the joblog may
 have results that were not shown yet. --resume-failed shows failures again.
@@ -10826,6 +10827,7 @@ class EarlierRun:
         if failures_too:
             self.rows = {key: row for key, row in self.rows.items() if not row.failed}
         self.done, self.first_seq = self.rows, 1
+        self.by_line = bool(lines_of and rows)
         if lines_of:  # lines of other batches than ours
             self.done, occurrences = {}, Counter[str]()
             for row in self.rows.values():
@@ -10844,8 +10846,8 @@ class EarlierRun:
         return self.seen[command] - 1
 
     def has_line(self, line: str) -> bool:
-        """Return whether a batch had the next line of the input."""
-        return bool(self.done) and self.has_done(line, self.next_occurrence(line))
+        """Return whether a batch had the next line of the input; false without `lines_of`."""
+        return self.by_line and self.has_done(line, self.next_occurrence(line))
 
     def has_done(self, command: str, occurrence: int) -> bool:
         row = self.done.get((command, occurrence))
@@ -16358,10 +16360,10 @@ class Batches:
         """Take a row of the input, None at its end. Return the rows that are complete."""
         if row is None:
             return self.end()
+        if earlier.has_line(row[0]):
+            return []
         if self.size == 1:
             return [row]
-        if self.pattern and earlier.has_line(row[0]):
-            return []
         if not self.held:
             self.give_up_at = now + PACK_WAIT
         self.held += row
@@ -16546,7 +16548,7 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
              "-n and --colsep need a TEMPLATE, for the arguments that they make"),
             (settings.fail_on_missing and not settings.returns,
              "--fail-on-missing needs --return: the files that each command makes"),
-            (several and (settings.colsep or len(sources) > 1),
+            (several and (settings.colsep or columns(sources) > 1),
              "-n goes with one source of arguments, and without --colsep")):
         if wrong:
             raise UsageError(why)
@@ -16641,7 +16643,13 @@ def earlier_run(settings: argparse.Namespace, batches: Batches) -> EarlierRun:
     if settings.resume or settings.resume_failed:
         with file_errors("read", settings.joblog), contextlib.suppress(FileNotFoundError):
             rows = read_joblog(settings.joblog, settings.fail_on_flaky)
-    return EarlierRun(rows, settings.resume_failed, batches.lines_of if batches.pattern else None)
+    lines_of = batches.lines_of if batches.pattern else None
+    if rows and settings.template and not settings.colsep and columns(settings.sources) < 2 \
+            and batches.size == 1:  # if that run had -n, its lines count, too
+        batched = Batches(2, settings.template)
+        if any(len(batched.lines_of(row.command)) > 1 for row in rows):
+            lines_of = batched.lines_of
+    return EarlierRun(rows, settings.resume_failed, lines_of)
 
 
 def batches_of(settings: argparse.Namespace) -> Batches:
