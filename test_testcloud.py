@@ -13739,6 +13739,16 @@ class ReportingTest(unittest.TestCase):
             "To run just these again: do it again",
             "1 command could not be started on h, and ran elsewhere"])
 
+    def test_a_program_that_no_host_has_gets_advice(self):
+        for codes, advised in (((127, 127), True), ((127, 0), True), ((127, 1), False),
+                               ((126,), False), ((0,), False)):
+            out = self.text("-b")
+            for exitcode in codes:
+                self.report("c", exitcode, host="h")
+            self.end()
+            self.assertEqual(b"\n127: the shell did not find the program: " in out.getvalue(),
+                             advised, codes)
+
     def test_only_a_host_where_nothing_passed_is_suspected(self):
         for results, retries, suspected in (
                 ([("h", 1)] * 3 + [("i", 0)], 0, True), ([("h", 1)] * 3 + [("i", 0)], 2, False),

@@ -8030,7 +8030,8 @@ FLAKY, ONLY = "FLAKY", "ONLY"  # failed, passed later; failed on one host only
 TRY_OUTPUT = 4 * 1024  # bytes to keep of a failed try's inline output
 ALL_TRY_OUTPUTS = 16 * 1024 * 1024  # bytes to keep of all of these in a run
 EXCLUDE_AFTER = 3  # commands that fail only on one host: then it is excluded
-CANNOT_START = (126, 127)  # exit codes of sh: cannot execute, not found
+NOT_FOUND = 127
+CANNOT_START = (126, NOT_FOUND)  # exit codes of sh: cannot execute, not found
 START_TIME = 1000.0  # ms; a command that took so long was started
 START_HOSTS = 8  # hosts to try for a command that cannot be started
 HOST_WAIT: Seconds = 10.0  # for a host to come back
@@ -10427,6 +10428,9 @@ class Transcript(Reporter):
             yield f"  and {failed - len(summary.failures)} more"
         if summary.bad_hosts:
             yield summary.bad_hosts
+        if summary.codes.keys() == {f"exit code {NOT_FOUND}"}:
+            yield (f"{NOT_FOUND}: the shell did not find the program: name it by its path, or see "
+                   f"--env PATH=... and --setup (testcloud.py help hosts)")
         if summary.rerun and (failed or summary.skipped_failed):
             yield f"To run just these again: {summary.rerun}"
 
