@@ -24385,6 +24385,15 @@ class DocumentsTest(unittest.TestCase):
                       "node --test test/a.test.js"):
             self.assertIn("/" + words, called)
 
+    def test_sentences_are_short(self):
+        """At most 25 words. Blocks, tables and headings are none."""
+        readme = re.sub(r"(?s)```.*?```", "", self.readme())
+        for text in (*tc.MANUAL.values(), readme, tc.__doc__):
+            for part in re.split(r"\n\s*\n|\n(?=- )", text):
+                for sentence in re.split(r"(?<=[.?!])[*`)]*\s+", " ".join(part.split())):
+                    if not re.match(r" {4}|[|@#]", part):
+                        self.assertLessEqual(len(re.findall(r"\S*\w\S*", sentence)), 25, sentence)
+
     def test_the_readme_can_be_read_in_five_minutes(self):
         self.assertLessEqual(self.readme().count("\n"), 200)
         for topic in re.findall(r"`help (\w+)`", self.readme()):

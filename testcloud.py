@@ -30,8 +30,8 @@ beside the script:
 `status` shows who is there and what they do, and `cancel` stops a client's run.
 
 The client reports every command exactly once, whatever is lost meanwhile. It exits with 0
-if all commands passed, with 1 if one failed, with 2 on wrong usage, and with 3 if not
-everything could be run or written.
+if all commands passed, and with 1 if one failed. Wrong usage is 2. If not everything
+could be run or written, it is 3.
 
     python testcloud.py help                               the manual, by topic
     python testcloud.py ROLE --help                        the options of a role
@@ -6335,8 +6335,10 @@ Input and signals: stdin is /dev/null. There is no terminal, and no signal is ig
 blocked.
 
 A command of plain words (`pytest -q tests/a.py`) starts without the shell, in half the
-time. This is so where /bin/sh is known to do nothing but start it (bash, dash). It shows
-in nothing but process numbers and the order of variables.
+time. This is so where /bin/sh is known to do nothing but start it (bash, dash). A command
+sees that in nothing but process numbers and the order of variables. `ps` shows a defunct
+sh for each slot of such a worker, if /bin/sh is dash: it leads the process groups of
+these commands.
 
 How a command ends
 
@@ -6348,9 +6350,9 @@ in a session of their own (setsid, double fork).
 A process may wipe the variables above and lose its parent. It is killed when all commands
 have ended that ran when it was started.
 
-A worker is two processes: a supervisor, and its child that does the work. When either is
-killed, even with `kill -9`, the other one kills all commands. `client --local` is built
-likewise.
+On Linux a worker is two processes: a supervisor, and its child that does the work. When
+either is killed, even with `kill -9`, the other one kills all commands. `client --local`
+is built likewise.
 """
 
 SPAWN_DELAYS: Tuple[Seconds, ...] = (0.05, 0.1, 0.2, 0.4)  # then the command is LOST (SPAWN)
@@ -17339,8 +17341,8 @@ Many short runs
 
 Python compiles the script at each start, which takes most of a short run. In a directory
 with such a link it keeps the compiled program in __pycache__, if it can write there. Name
-the directory in place of the script: then a start takes a third of the time, and a broker
-or worker less than half of the memory.
+the directory in place of the script. Then a start takes less than half of the time, and a
+broker or worker less than half of the memory.
 
 A standing cloud on several machines
 
