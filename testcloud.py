@@ -16056,6 +16056,66 @@ ends the run with status 3. Such a worker gets no wide command and no command wi
 of the cloud. The client names it.
 """
 
+MANUAL["pytest"] = """\
+    $ find tests -name 'test_*.py' | testcloud.py client -S alpha,: --sync \\
+          'pytest -q {}; exit $(($? == 5 ? 0 : $?))'
+    $ pytest --collect-only -q --disable-warnings > tests.txt && \\
+          grep :: tests.txt | testcloud.py client -S alpha,: --sync -n 50 pytest -q
+
+The first command runs each file. pytest ends with 5 if it finds no test in a file, or if
+a file skips itself: here that is a pass. The second command runs batches of 50 tests. See
+`help reports` for one JUnit report of all.
+
+Files or batches
+
+Each command starts pytest and imports your code anew. So let it take some ten seconds:
+choose the N of -n by that. From the second run on, batches take equally long.
+
+Make the list of tests in pytest's rootdir, for their names begin there. If pytest cannot
+import a file, it lists none of its tests: with && nothing runs then. --disable-warnings
+keeps names in warnings out of the list. If your addopts have -v or -q, write
+--verbosity=-1 instead of -q.
+
+Each command is a process of its own. A test that needs what earlier tests did may fail
+there. `pytest FILE` fails in the same way.
+
+What a host needs
+
+It needs pytest and what your code imports. --setup installs them in a .venv (see `help
+trees`). Without it, name where they are: --env PATH=/opt/venv/bin:/usr/bin:/bin
+
+If your code is in src, and not installed from the workspace, say --env PYTHONPATH=src.
+
+Tests that disturb each other
+
+If tests use the same port, give each host one slot: -S 1/alpha,1/beta. If they use the
+same database, give them a lock. Here those that have the word db:
+
+    $ { grep -L db tests/*.py | sed 's/.*/{"cmd": "pytest -q &"}/'; \\
+        grep -l db tests/*.py | sed 's/.*/{"cmd": "pytest -q &", "lock": "db"}/'; } | \\
+        testcloud.py client --local --jsonl
+
+Coverage
+
+    $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
+          'COVERAGE_FILE=.coverage.{#} coverage run -m pytest -q {}'
+    $ coverage combine && coverage report
+
+Set relative_files = true for coverage, because each workspace has another path. Do not
+set parallel = true: it changes the names of the files. With pytest-cov:
+
+    $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
+          'COVERAGE_FILE=.coverage.{#} pytest -q --cov --cov-report= {}'
+
+If tests start processes that are measured, too, combine their files in the command:
+
+    $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
+          'export COVERAGE_FILE=.coverage.{#}; coverage run -p -m pytest -q {}; \\
+          s=$?; coverage combine -q; exit $s'
+
+Let git ignore .coverage and .coverage.*, but not .coveragerc.
+"""
+
 Arguments = Tuple[str, ...]  # of one command: a line of input, its columns, or several lines
 SOURCE_MARKS = (":::", ":::+", "::::", "::::+")  # arguments or files; + links to those before
 # "#", or the number of an argument (none: all) and a modifier; not after an unescaped $
@@ -17436,6 +17496,7 @@ TOPICS: Dict[str, Topic] = {  # in the order in which a new user needs them
                   (*CLOUD, "status", "cancel", "keygen")),
     "failures": Topic("retries, timeouts, flaky commands, bad hosts, exit statuses", ("client",)),
     "reports": Topic("what to show, JUnit, the HTML page, outputs in files", ("client",)),
+    "pytest": Topic("files or batches of tests, hosts, locks, coverage", ("client",)),
     "joblog": Topic("a line for each result; resume, and longest first", ("client",)),
     "json": Topic("an object for each result, on stdout", ("client",)),
     "status": Topic("who is in the cloud; stop a run", ("status", "cancel")),
