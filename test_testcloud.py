@@ -8638,7 +8638,7 @@ class WorkerTest(unittest.TestCase):
         self.worker.finished(job, exit_record(137, b"so far", signal=9, time=31_999), b.now)
         b.collect()
         got = b.expect("RESULT", id=1, exitcode=tc.TIMED_OUT, signal=None, stdout="so far")
-        self.assertIn("after 30 seconds", got["reason"])
+        self.assertIn("after 30 seconds (see", got["reason"])
 
     def test_a_command_that_ended_just_before_its_timeout_has_not_timed_out(self):
         """Although we hear of it after that."""
@@ -13709,10 +13709,10 @@ class ReportingTest(unittest.TestCase):
         self.client.flaky, self.client.retry_policy.failed_only_on = 2, {"i": 1}
         self.end()
         self.assertEqual(out.getvalue().decode().split("\n")[:-2], [
-            "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 2 on h",
+            "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 2 on h, 0 on h",
             "FAILED ONLY ON i! b ⌚8.14ms",
-            "testcloud: tried 3 times; other exit codes: 1 on i (2 times)",
-            "FAIL(3) c ⌚8.14ms", "testcloud: tried 3 times; other exit codes: 1 on i, 1 on j",
+            "testcloud: tried 3 times: 1 on i (2 times), 0 on h",
+            "FAIL(3) c ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 1 on j, 3 on h",
             "Some commands failed :(",
             "1 of 3 commands failed: 1 with exit code 3", "  FAIL(3) c",
             "Flaky: 2 of 3 failed at first, and passed elsewhere or later: 1 FAILED ONLY ON i"])
@@ -13881,6 +13881,9 @@ class ReportingTest(unittest.TestCase):
             self.report("a")
             self.end(complete)
             self.assertEqual("result hash of these is" in out.getvalue().decode(), not complete)
+        out = self.text("-b")
+        self.end(False)
+        self.assertRegex(out.getvalue().decode(), r"\nRan 0 commands in ⌚0\.00s\n$")
 
     def test_tags(self):
         out = self.text("--tag")
@@ -14415,13 +14418,14 @@ class ReportingTest(unittest.TestCase):
     def test_advice(self):
         for times, slots, words in (
                 ([38.0] + [9.0] * 40, 4,
-                 "longest command 38.0 s; 11 slots would reach 38.0 s; more"),
+                 "longest command 38.0 s; with 11 slots this run would take 38.0 s; more"),
                 ([38.0] + [9.0] * 40, 12, "longest command 38.0 s: more slots than 11 do not help"),
-                ([0.17] + [0.0015] * 100_000, 2, "; 28 slots would reach 5.36 s;"),  # for a broker
+                ([0.17] + [0.0015] * 100_000, 2, " 28 slots this run would take 5.36 s;"),  # broker
                 ([1.0], 1, "more slots than 1"), ([0.0, 0.0], 3, "more slots than 1")):
             self.assertIn(words, tc.advice_on_slots(times, slots))
         with mock.patch.object(tc, "makespan", wraps=tc.makespan) as tried:
-            self.assertIn("; 500 slots would reach 1.00 s", tc.advice_on_slots([1.0] * 500, 8))
+            self.assertIn(" 500 slots this run would take 1.00 s",
+                          tc.advice_on_slots([1.0] * 500, 8))
         self.assertLess(tried.call_count, 20)
         self.assertEqual(tc.makespan([1.0, 1.0, 2.0], 2), 2.0)
         r = random.Random(3)
@@ -14639,7 +14643,8 @@ ODD = ("\0\a\b\t\x0b\x1b\x7f\x85 \udc80\udcff\ud800 \ufffe\uffff\U0001f40d ☃ "
 def outcome(seq=1, cmd="pi 2", exitcode=0, **more):
     known = {"verdict": "FAIL" if exitcode else "OK", "only_on": "", "host": "h1", "worker": "w1",
              "slot": 2, "started": 1700000000.5, "spent": 1500.0, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0}
+             "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0,
+             "nth": len(more.get("tries", ()))}
     return tc.Outcome(seq, cmd, exitcode, **{"failed": exitcode != 0, **known, **more})
 
 
@@ -14712,13 +14717,13 @@ class JUnitTest(unittest.TestCase):
             ["failure", "rerunFailure", "system-out"],
             ["failure", "rerunFailure", "rerunFailure", "system-out"]])
         self.assertEqual([case.find("failure").attrib for case in found], [
-            {"type": "Flaky", "message": "tried 3 times; other exit codes: 3 on h1, 0 on h1"},
-            {"type": "Only", "message": "tried 3 times; other exit codes: 3 on h1 (2 times)"}])
+            {"type": "Flaky", "message": "tried 3 times: 3 on h1, 0 on h1 (2 times)"},
+            {"type": "Only", "message": "tried 3 times: 3 on h1 (2 times), 0 on h3"}])
         row = outcome(verdict="FLAKY", tries=(
             tc.Try(2, "h0"), tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
         case, = cases(*flaky_counts([row]), output=b"passed")
         self.assertTrue(case.findtext("failure").endswith(
-            "2 on h0, 3 on h1, 0 on h\n\non h1:\nwhy"))
+            "2 on h0, 3 on h1, 0 on h, 0 on h1\n\non h1:\nwhy"))
 
     def test_outputs_of_tries_are_bounded_too(self):
         one = tc.Try(1, "h1", size=4096, output=b"\0" * 4096)
@@ -14760,11 +14765,11 @@ class JUnitTest(unittest.TestCase):
         found = cases(*EVERY_VERDICT[1:4], never(9))
         self.assertEqual([case.findtext("system-out") for case in found], [
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "FAIL: tried 3 times; other exit codes: 3 on h1, 1 on h2",
+            "FAIL: tried 3 times: 3 on h1, 1 on h2, 1 on h1",
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "FLAKY: tried 3 times; other exit codes: 3 on h1, 0 on h1",
+            "FLAKY: tried 3 times: 3 on h1, 0 on h1 (2 times)",
             "ran on h3 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "ONLY: tried 3 times; other exit codes: 3 on h1 (2 times)\nfailed on h1 only", None])
+            "ONLY: tried 3 times: 3 on h1 (2 times), 0 on h3\nfailed on h1 only", None])
 
     def test_cases_are_in_order_of_input_under_names_of_their_own(self):
         found = cases(outcome(3), outcome(1), outcome(4, "pi 2 [2]"), outcome(2),
@@ -15434,14 +15439,14 @@ class ReturnedFilesTest(unittest.TestCase):
         self.finish(self.command("a"), [[]], exitcode=124, reason="stopped")  # which says enough
         self.finish(self.command("a"), [])  # it was not started
         self.assertEqual(
-            self.told, [(False, "make it brought no a, c from h")] * tc.NAMED_FAILURES)
+            self.told, [(False, "make it brought no files a, c from h")] * tc.NAMED_FAILURES)
         self.files.tell_rest()
         self.assertEqual(self.told[-1], (
             False, "2 other commands brought not all files of --return"))
         self.files.lacking = 0
         self.finish(self.command("a"), [[]], reason="a does not come back: No space left")
         self.assertEqual(self.told.pop()[1],
-                         "make it brought no a from h: a does not come back: No space left")
+                         "make it brought no file a from h: a does not come back: No space left")
         self.files.tell_missing = False  # with --fail-on-missing
         self.finish(self.command("a"), [[]])
         self.assertEqual(len(self.told), tc.NAMED_FAILURES + 1)
@@ -15845,7 +15850,8 @@ def paged(seq, verdict="OK", **fields):
     known = {"cmd": f"./run --case {seq}", "exitcode": int(verdict == "FAIL"), "only_on": "",
              "host": f"host{seq % 3}", "worker": f"host{seq % 3}-7-ab", "slot": seq % 2 + 1,
              "started": 1764080000.0 + seq, "spent": 10.0 * seq, "signal": 0, "reason": "",
-             "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0}
+             "tries": (), "shown": 0, "stored": None, "line": "", "occurrence": 0,
+             "nth": len(fields.get("tries", ()))}
     found = tc.Outcome(seq=seq, verdict=verdict, failed=False, **{**known, **fields})
     return found._replace(failed=found.exitcode != 0)
 
@@ -16010,14 +16016,13 @@ class PageTest(unittest.TestCase):
 
     def test_failures_and_flaky_need_no_script(self):
         text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]
-        self.assertIn("exit code 137; killed by SIGKILL; tried 2 times; other exit codes: "
-                      "1 on host2; "
+        self.assertIn("exit code 137; killed by SIGKILL; tried 2 times: 1 on host2, 137 on host2; "
                       "host2, slot 2 of host2-7-ab, 410.00 ms",
                       text)
         self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
-        self.assertIn("failed only on host7; tried 3 times; other exit codes: 1 on host7 (2 times)",
+        self.assertIn("failed only on host7; tried 3 times: 1 on host7 (2 times), 0 on ",
                       text)
-        self.assertIn("other exit codes: 124 on host&lt;b&gt;", text)
+        self.assertIn(": 124 on host&lt;b&gt;", text)
         self.assertEqual(text.count("an output"), 7)
 
     def test_only_outputs_of_failures_are_read(self):
@@ -18186,6 +18191,11 @@ class LoginsTest(unittest.TestCase):
                 self.login(text)
             self.assertLess(len(str(caught.exception)), 300)
 
+    def test_a_space_after_a_comma(self):
+        for text in ("alpha,", "alpha, "):
+            with self.assertRaisesRegex(tc.UsageError, "hosts without spaces, as in -S alpha,beta"):
+                tc.logins_of(host_settings(sshlogin=["beta", text]))
+
     def test_slots_of_all_hosts(self):
         logins = tc.logins_of(host_settings(sshlogin=["alpha,2/beta", ":"], via=["1/box run"],
                                             slots=8))
@@ -18218,7 +18228,7 @@ class LoginsTest(unittest.TestCase):
         for more, why in (
                 ({"python": "python3"}, "--python and --ssh go with hosts"),
                 ({"ssh": "ssh"}, "--python and --ssh go with hosts"),
-                ({"sshlogin": [","]}, "there is no host"), ({"sshlogin": [" , "]}, "no host"),
+                ({"sshlogin": [" "]}, "there is no host"), ({"sshlogin": [" , "]}, "no host"),
                 ({"sshlogin": ["a"], "local": True}, "no --local"),
                 ({"via": ["a"], "connect": "hub"}, "need no broker"),
                 ({"sshlogin": ["a"], "subcommand": "worker", "host": "h"}, "its own name"),
@@ -19575,9 +19585,9 @@ class CommandLineTest(unittest.TestCase):
     def test_templates_that_would_not_do_what_they_say_are_refused(self):
         for words, hint in (
                 (["rm", "-rf", "old stuff/{}"], "quote the whole template"),
-                (["a", "", "{}"], "be empty"),
+                (["a", "", "{}"], "is empty"),
                 (["gzip -k {}", "-b"], "; options of ours stand before it: -b"),
-                (["sh", "-c", "echo {}; date"], "may be empty or have one"),
+                (["sh", "-c", "echo {}; date"], "has a space in it or is empty"),
                 (['wc -c "{}"'], "{} stands in quotes"), (["wc", "'{}'"], "{} stands in quotes"),
                 (["""curl -d '{"a": {}}'"""], "write {''}"),
                 (['"$(echo "{.}")"'], "{.} stands in q"),
@@ -19782,6 +19792,23 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.arguments(":::", "", "a"), [("a",)])
         self.assertEqual(self.arguments("x", ":::", "", "a"), [("",), ("a",)])
 
+    def test_arguments_that_a_shell_made_may_be_missing(self):
+        for mark in (":::", ":::+"):
+            argv = ["client", "--local", "--brief", "echo", ":::", *(["1", mark] * (mark != ":::"))]
+            self.assertEqual(self.main(*argv), (
+                2, "", "testcloud: there is no argument after ::: (if there may be none: "
+                "--allow-empty)\n"))
+            argv.insert(1, "--allow-empty")
+            status, out, _ = self.main_process(*argv)
+            self.assertEqual((status, out.splitlines()[-1]), (0, "No commands to execute"))
+
+    def test_a_lock_of_one_run(self):
+        for words, told in (("--lock a", 1), ("--quiet --lock a", 0), ("--serial", 0)):
+            status, _, err = self.main_process(
+                "client", "--local", "--brief", *words.split(), "true", ":::", "1", "2")
+            self.assertEqual((status, err.count("testcloud: --lock counts in this run only: ")),
+                             (0, told))
+
     def test_a_client_without_an_option_says_how_to_have_it_here(self):
         for words, hint in (
                 ("--halt now,fail=1 x", "--fail-fast"), ("--eta x", "--progress"),
@@ -19790,15 +19817,27 @@ class CommandLineTest(unittest.TestCase):
                 ("-L 2 x", "-n N"), ("--files x", "--results"), ("--wd d x", "--cwd"),
                 ("--pipe x", "no stdin"), ("--bar", "--progress"),
                 ("--retry 2 x", "mean --retries?"),
+                ("-X x", "has no option -X: use -n N (see"), ("--silent x", "use --quiet"),
+                ("--sshdelay 1 x", "not needed: at most 8 logins"), ("-x x", "first failure"),
+                ("-n auto x", "invalid positive number (pytest-xdist's -n is -j here)"),
+                ("--maxfail=3 x", "--fail-fast N"), ("--dist load x", "loadfile"),
+                ("--lf x", "--joblog FILE --resume-failed"), ("--nonall x", "-S HOST"),
                 ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
                 ("--semaphore --id a x", "--lock NAME"),
-                ("--joblgo=x ls", "--joblog?"), ("-q x", "one word"), ("--group x", "never"),
+                ("--joblgo=x ls", "--joblog?"), ("-q x", "one word"), ("--group x", "not needed"),
                 ("--block 1k x", "no option --block (see")):
             status, out, err = self.main("client", *words.split())
             self.assertEqual((status, out, err.count("\n")), (2, "", 1))
             self.assertIn(hint, err)
             self.assertIn("testcloud.py client --help", err)
         self.assertIn("did you mean --slots?", self.main("worker", "--slot", "3")[2])
+        for words, hint in (
+                ("clinet --local", "no role clinet: did you mean client? (see"),
+                ("--local echo", "the role is missing: testcloud.py client --local ... (see"),
+                ("echo", "the role is missing: testcloud.py client echo ... (see")):
+            status, out, err = self.main(*words.split())
+            self.assertEqual((status, out, err.count("\n")), (2, "", 1))
+            self.assertIn(hint, err)
         self.assertIn("worker has no argument ls", self.main("worker", "ls")[2])
         self.assertNotIn("--local", self.main("worker", "-P", "4")[2])
         names = {name for row in tc.options_of("client") for name in row.names}
@@ -21498,7 +21537,7 @@ class ReturnTest(unittest.TestCase):
     def test_missing_files_are_named_and_may_fail_their_commands(self):
         status, out, err = self.local(["a", "b"], "--return", "{}", "touch a; :")
         self.assertEqual(status, 0)
-        self.assertIn("testcloud: touch a; : b brought no b from ", err)
+        self.assertIn("testcloud: touch a; : b brought no file b from ", err)
         os.unlink(self.top / "a")
         status, out, err = self.local(
             ["a", "b"], "--return", "{}", "--fail-on-missing", "touch a; :")
@@ -21903,11 +21942,9 @@ class LimitsTest(unittest.TestCase):
         one, two, three = tc.read_text(path).split()
         self.assertEqual(one, three)
         self.assertNotEqual(one, two)
-        self.assertRegex(out,
-                         r"FLAKY! echo .*\ntestcloud: tried 3 times; other exit codes: 1 on \S+ "
-                              r"\(2 times\)\n")
-        self.assertRegex(out,
-                         r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times; other exit codes: 7 on ")
+        self.assertRegex(out, r"FLAKY! echo .*\ntestcloud: tried 3 times: 1 on (\S+) "
+                              r"\(2 times\), 0 on \1\n")
+        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times: 7 on ")
         self.assertRegex(out, r"OK! true ⌚[0-9.]+ms\n\n")
 
     def test_max_output(self):

@@ -5648,7 +5648,7 @@ class Worker(SessionMachine):
             return
         if job.killed and record.time >= job.timeout * 1000:  # else it ended just before
             job.record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
-                f"stopped after {job.timeout:g} seconds (see --timeout)"))
+                f"stopped after {job.timeout:g} second{'s' * (job.timeout != 1)} (see --timeout)"))
         job.state = DELIVERED
         if self.session.joined:  # else the next READY lists it
             self.report_result(job)
@@ -9325,7 +9325,8 @@ What to show
 @options client --progress --keep-order --tag --live --raw --brief --fail-only --slow
 @options client --color --max-output --verbose --quiet
 
-Results come on stdout as commands end. All that concerns the run itself goes to stderr.
+Results come on stdout as commands end, between a first line and the summary with the
+result hash. Notices, warnings, advice and progress go to stderr.
 An output has stdout and stderr in their order, and is passed on as it is. In the line
 with the command, characters that would steer the terminal are escapes (\\x1b).
 
@@ -9444,6 +9445,8 @@ class Outcome(NamedTuple):
     occurrence: int  # number of equal commands before it in the input; 0 without a joblog
     returned: Optional[List[str]] = None  # files that were written; None without --return
     name: str = ""  # of the command, instead of its text
+    nth: int = 0  # number of tries before the reported one
+    did_start: bool = True  # in the reported try
     tests: Optional[Tests] = None  # that its JUnit file has; None: no file was to come
 
     @property
@@ -9490,10 +9493,14 @@ class Summary(NamedTuple):
 
 
 def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
-    others = Counter(f"{one.exitcode} on {escape(one.host)}"
-                     + ("" if one.did_start else " (not started)") for one in outcome.tries)
-    words = (how if n == 1 else f"{how} ({n} times)" for how, n in others.items())
-    return f"tried {len(outcome.tries) + 1} times; other exit codes: {', '.join(words)}"
+    """Return the exit codes and hosts of all tries, in order."""
+    tries: List[Union[Outcome, Try]] = [
+        *outcome.tries[:outcome.nth], outcome, *outcome.tries[outcome.nth:]]
+    words = (f"{one.exitcode} on {escape(one.host or '?')}"
+             + ("" if one.did_start else " (not started)") for one in tries)
+    runs = ((how, len([*equal])) for how, equal in itertools.groupby(words))
+    shown = ", ".join(how if n == 1 else f"{how} ({n} times)" for how, n in runs)
+    return f"tried {len(tries)} times: {truncate_middle(shown)}"
 
 
 class Reporter:
@@ -9581,6 +9588,7 @@ class Reports:
         self.store.results.append(stored)
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
+        nth = sum(attempt < result.get("attempt", math.inf) for attempt in command.tries)
         name, line, occurrence = self.expected.pop(command.id)
         returned = self.files.finish(effect) if self.files else None
         outcome = Outcome(
@@ -9592,16 +9600,17 @@ class Reports:
             signal=result.get("signal", 0), reason=lost or result.get("reason", ""),
             tries=tuple(tries), shown=command.shown, stored=stored, line=line,
             occurrence=occurrence, returned=returned, name=name,
+            nth=nth, did_start=try_of(result).did_start,
             tests=self.tests.finish(command.id, result.get("attempt", 0)) if self.tests else None)
-        self.count(outcome, try_of(result).did_start)
+        self.count(outcome)
         self.tell_all(lambda reporter: reporter.result(outcome))
 
-    def count(self, outcome: Outcome, did_start: bool) -> None:
+    def count(self, outcome: Outcome) -> None:
         if outcome.failed:
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             if len(self.failures) < NAMED_FAILURES:
                 self.failures.append(outcome)
-        if did_start:
+        if outcome.did_start:
             (self.fails if outcome.verdict == FAIL else self.passes)[outcome.host] += 1
         self.times.append(outcome.spent)
         if self.tests:
@@ -10199,7 +10208,8 @@ class ReturnedFiles:
             self.lacking += 1
             if self.lacking <= NAMED_FAILURES:
                 names, host = printable(", ".join(missing), 300), printable(result.get("host", "?"))
-                self.tell(f"{printable(command.title)} brought no {names} from {host}"
+                self.tell(f"{printable(command.title)} brought no "
+                          f"file{'s' * (len(missing) > 1)} {names} from {host}"
                           + (f": {printable(reason, 300)}" if reason else ""), False)
         return written
 
@@ -10450,8 +10460,9 @@ class Transcript(Reporter):
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
             yield f"Skipped {summary.skipped} that an earlier run has done{failed}"
-        yield (f"Ran {plural(summary.ran, 'command')} in ⌚{seed_duration(summary.spent)}, result "
-               f"hash {'' if summary.complete else 'of these '}is {summary.hash}")
+        of_these = "" if summary.complete else "of these "
+        yield (f"Ran {plural(summary.ran, 'command')} in ⌚{seed_duration(summary.spent)}"
+               + (f", result hash {of_these}is {summary.hash}" if summary.ran else ""))
 
 
 def seed_duration(seconds: Seconds, ms: bool = False) -> str:
@@ -10602,7 +10613,8 @@ class JsonLines(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         fields = outcome._asdict()
-        for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence"):
+        for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence", "nth",
+                     "did_start"):
             del fields[name]
         for name, there in (("returned", outcome.returned is not None), ("name", outcome.name),
                             ("tests", outcome.tests)):
@@ -11983,8 +11995,8 @@ def advice_on_slots(times: Sequence[float], slots: int) -> str:
     if enough <= slots:
         return (f"longest command {duration(longest)}: more slots than {enough} do not help, only "
                 f"shorter commands")
-    return (f"longest command {duration(longest)}; {enough} slots would reach "
-            f"{duration(max(best, makespan(times, enough)))}; more will not help")
+    return (f"longest command {duration(longest)}; with {enough} slots this run would take "
+            f"{duration(max(best, makespan(times, enough)))}; more slots would not help")
 
 
 def makespan(times: Sequence[float], slots: int) -> float:
@@ -13899,6 +13911,7 @@ VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] =
     "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
     "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
     "PATH": (str, lambda path: path and "\0" not in path, "path"),
+    "--max-args": (int, lambda n: n >= 1, "positive number (pytest-xdist's -n is -j here)"),
     "NAME": (str, bool, "name"), "N": (int, lambda n: n >= 1, "positive number"),
     "TIME": (parse_duration, lambda span: span > 0 and number(span), "number of seconds"),
     "W": (int, integer, "weight"), "X": (float, lambda load: load > 0, "number"),
@@ -14630,6 +14643,10 @@ def logins_of(settings: argparse.Namespace) -> List[Login]:
                          "standing cloud: worker -S LOGIN --connect ADDR)")
     if settings.subcommand == WORKER_ROLE and settings.host:
         raise UsageError("--host names this machine; with -S and --via each host has its own name")
+    for text in settings.sshlogin:
+        if text.rstrip()[-1:] == ",":
+            raise UsageError(f"-S {printable(text)}: no host follows the last comma: write hosts "
+                             f"without spaces, as in -S alpha,beta")
     words = [word for text in settings.sshlogin for word in text.split(",")]
     for path in settings.sshloginfile:
         words += read_logins(path)
@@ -16041,7 +16058,8 @@ Locks
 @options client --lock --serial --delay
 
 Of all commands in the cloud with a lock, one runs at a time, whosever it is. --serial is
-a lock of this run alone: other clients' commands go on.
+a lock of this run alone: other clients' commands go on. With --local and -S each run has
+its own broker, so --lock counts in this run only.
 
 A lock is free when its command has ended, not when it is only told to stop. It is also
 free when its worker is given up. If that worker is only cut off, the command may still
@@ -16154,9 +16172,9 @@ def check_template(words: List[str], most: float) -> str:
     template = " ".join(words)
     if len(words) > 1 and any(not word or re.search(r"\s", word) for word in words):
         late = [word for word in words if word[:1] == "-" and re.search(r"\s", words[0])]
-        raise UsageError("the words of a template are joined with spaces, so none may be empty or "
-                         "have one: quote the whole template, with {} outside of its inner "
-                         "quotes, as in: 'rm -rf \"a b\"/{}'"
+        raise UsageError("a word of the template has a space in it or is empty: quote the whole "
+                         "template, with {} outside of its inner quotes, as in: "
+                         "'rm -rf \"a b\"/{}'"
                          + (f"; options of ours stand before it: {late[0]}" if late else ""))
     for place, context in placeholders(template if PLACEHOLDER.search(template)
                                        else template + " {}"):
@@ -16573,6 +16591,9 @@ def run_client(settings: argparse.Namespace) -> int:
     if settings.need and runs_all(settings):
         print_notice(runs_all(settings))
         settings.need = []
+    if settings.lock and (settings.local or settings.logins) and settings.verbose is not None:
+        print_notice("--lock counts in this run only: other runs have other brokers (see "
+                     "--connect)")
     if settings.local:
         return supervise(lambda control: client_process(settings, "this machine", control))
     if settings.logins:
@@ -16605,6 +16626,9 @@ def check_client(settings: argparse.Namespace, words: List[str]) -> None:
              "--force needs --results: it replaces the results of earlier commands"),
             (any(mark.startswith("::::") and not files for mark, files in sources),
              "there is no file after ::::"),
+            (any(mark in (":::", ":::+") and not row for mark, row in sources)
+             and not settings.allow_empty,
+             "there is no argument after ::: (if there may be none: --allow-empty)"),
             (not sources and sys.stdin is None, "stdin is closed: there are no commands to read"),
             (settings.jsonl and (words or several or settings.colsep or columns(sources) > 1),
              "--jsonl reads objects from one source: without TEMPLATE, -n and --colsep"),
@@ -17691,26 +17715,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# options of xargs and GNU parallel, and what does the same here
+# options of xargs, GNU parallel and pytest, and what to do here instead
 FOREIGN_OPTIONS = {
-    "-P --max-procs --jobs": "-j N --local, or -S N/HOST; in a cloud each worker has its slots",
-    "-a --arg-file": "end the template with :::: FILE", "--link --xapply": "end it with :::+",
-    "-I --replace -i": "{} in the template is where the line goes",
-    "-d --delimiter": "let NULs end the arguments (tr , '\\0'), and say -0",
-    "-L --max-lines -N --max-replace-args -X -m --xargs -l": "-n N",
-    "-r --no-run-if-empty": "--allow-empty", "-q --quote": "write the template as one word",
-    "-u --ungroup --line-buffer --lb": "--live", "--tagstring": "--tag",
-    "--halt --halt-on-error -H": "--fail-fast N", "--eta --bar": "--progress",
-    "--files": "--results DIR",
-    "--wd --workdir": "--cwd DIR", "--retry-failed": "--resume-failed", "--dryrun": "--dry-run",
+    "-P --max-procs --jobs": "use -j N --local, or -S N/HOST; in a cloud each worker has its slots",
+    "--numprocesses": "use -j N --local, or -S N/HOST",
+    "-a --arg-file": "end the template with :::: FILE",
+    "--link --xapply": "put :::+ before the second source",
+    "-I --replace -i": "write {} in the template where the line goes",
+    "-d --delimiter": "end each argument with a NUL (tr , '\\0'), and use -0",
+    "-L --max-lines -N --max-replace-args -X -m --xargs -l": "use -n N",
+    "-r --no-run-if-empty": "use --allow-empty", "-q --quote": "write the template as one word",
+    "-u --ungroup --line-buffer --linebuffer --lb": "use --live", "--tagstring": "use --tag",
+    "--halt --halt-on-error -H --maxfail": "use --fail-fast N",
+    "-x --exitfirst": "use --fail-fast, which stops at the first failure",
+    "--eta --bar": "use --progress", "--files": "use --results DIR",
+    "--wd --workdir": "use --cwd DIR", "--dryrun": "use --dry-run",
+    "--retry-failed": "use --resume-failed", "--reruns": "use --retries N",
+    "--lf --last-failed": "use --joblog FILE --resume-failed",
+    "--dist": "not needed: each command goes to a free slot, and one for each file is loadfile",
     "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
     "--transfer --transferfile --trc --basefile --cleanup":
         "--sync takes the whole directory along, and --return FILE brings files back",
-    "--shuf": "pipe the input through shuf", "--group": "outputs never mix, but with --live",
-    "--load": "worker --max-load X", "--memfree": "worker --memfree SIZE",
-    "--nice": "worker --nice N", "--sem --semaphore --id": "--lock NAME",
-    "-M --controlmaster --sshdelay": "few logins are under way at once; see ssh_config(5)",
-    "-t --silent": "--verbose", "--retry": "did you mean --retries?"}
+    "--nonall --onall": "each command runs once: start a client for each host (-S HOST)",
+    "--csv": "use --colsep ,", "--header": "take that line off (tail -n +2), and use {1}",
+    "--plus": "of its placeholders only {.}, {/}, {//} and {/.} are known",
+    "--shuf": "pipe the input through shuf", "--group": "not needed: only --live mixes outputs",
+    "--load": "use --max-load X of the worker", "--memfree": "use --memfree SIZE of the worker",
+    "--nice": "use --nice N of the worker", "--sem --semaphore --id": "use --lock NAME",
+    "-M --controlmaster": "not needed; see ControlMaster in ssh_config(5)",
+    "--sshdelay": f"not needed: at most {MAX_LOGINS} logins are under way at once",
+    "-t": "use --verbose", "--silent": "use --quiet", "--retry": "did you mean --retries?"}
 
 
 def unknown_argument(role: str, word: str) -> UsageError:
@@ -17731,6 +17765,13 @@ def unknown_argument(role: str, word: str) -> UsageError:
 
 def parse(argv: List[str]) -> argparse.Namespace:
     """Return the settings of a command line. Raises UsageError."""
+    role = argv[0] if argv else "--help"
+    if role not in (*OPTIONS, "-h", "--help", "--version"):
+        import difflib  # late: it is rarely needed
+        near = difflib.get_close_matches(role, OPTIONS, 1, 0.66)
+        raise UsageError((f"no role {printable(role)}: did you mean {near[0]}?" if near else
+                          f"the role is missing: testcloud.py client {printable(role)} ...")
+                         + " (see: testcloud.py --help)")
     if argv and argv[0] in OPTIONS:  # the parser of one role is made in less time
         settings = argparse.Namespace(subcommand=argv[0])
         settings, rest = role_parser(argv[0], Parser).parse_known_args(argv[1:], settings)
