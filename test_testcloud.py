@@ -19717,7 +19717,8 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual(batches.lines_of(tc.fill_template(template, row, 17)), [*row],
                                  template)
             self.assertEqual(batches.lines_of("something else"), [])
-        for template in ("x {/}", "x {1} {2}", "x {} {.}", "x {#}"):
+        for template in ("x {/}", "x {1} {2}", "x {} {.}", "x {#}", "x {}{#}", "x {#}{}",
+                         "x {} {#}1{}"):
             self.assertIsNone(tc.Batches(9, template).pattern)
         self.assertEqual(tc.split_quoted("a\\ b\\'c d\"e f\"g"), ["a b'c", "de fg"])  # GNU parallel
         self.assertEqual(tc.Batches(9, "x").lines_of("x 'a b"), ["a", "b"])  # of another shell

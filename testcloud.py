@@ -16009,7 +16009,7 @@ Choose N so that there are several commands for each slot.
 
 The client must know all lines for this. It waits up to 5 s for the end of the input. If
 there are more lines to come then, each command has N lines. The same holds with --serial
-and --lock, and with placeholders other than {} and {#}.
+and --lock, with placeholders other than {} and {#}, and if these touch each other.
 
 JSON
 
@@ -16489,11 +16489,14 @@ def batch_pattern(template: str) -> Optional[re.Pattern[str]]:
     places = [place[0] for place in PLACEHOLDER.finditer(template)]
     if {*places} - {"{#}"} != {"{}"}:
         return None
+    texts = PLACEHOLDER.split(template)[::PLACEHOLDER.groups + 1]
+    if not all(re.search("[^0-9]", text) for text in texts[1:-1]):
+        return None  # in {}{#} nobody knows where the number begins
     found = {"{#}": "[0-9]+", "{}": "(?P=lines)"}
     patterns = [found[place] for place in places]
     patterns[places.index("{}")] = "(?P<lines>.*)"
-    texts = map(re.escape, PLACEHOLDER.split(template)[::PLACEHOLDER.groups + 1])
-    return re.compile("".join(itertools.chain.from_iterable(zip(texts, [*patterns, ""]))), re.S)
+    return re.compile("".join(itertools.chain.from_iterable(
+        zip(map(re.escape, texts), [*patterns, ""]))), re.S)
 
 
 def split_quoted(text: str) -> List[str]:
