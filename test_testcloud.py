@@ -13135,16 +13135,6 @@ class ClientTest(unittest.TestCase):
         b.wait(1.1)
         self.assertEqual(b.effects[-1], tc.Exit(3))
 
-    def test_nothing_goes_on_in_a_run_that_is_stopped(self):
-        self.join()
-        self.add("a", "b")
-        self.bench.wait(0.9)
-        self.client.cancel(130, self.bench.now)
-        self.result(1)
-        told = [effect.text for effect in self.bench.effects if type(effect) is tc.Notice]
-        self.assertNotIn("the wait is over, going on", told)
-        self.assertRegex(told[0], "^waiting for a free slot")
-
     def test_who_has_left_hears_nothing_more(self):
         self.join()
         self.add("a")

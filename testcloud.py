@@ -8856,7 +8856,7 @@ class Client(SessionMachine):
         """Conclude a try. Fetch its large output first, if it is needed."""
         command.tries[command.attempt] = this = try_of(fields)
         if this.did_start:
-            if self.wait.cause and self.status is None:  # it is over, though no QUEUED said so
+            if self.wait.cause:  # none does wait, though no QUEUED has said so
                 self.report_wait("")
             self.retry_policy.failed_starts.pop(this.host, None)
             self.host_wait.can_start.add(this.host)
