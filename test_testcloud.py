@@ -13715,7 +13715,8 @@ class ReportingTest(unittest.TestCase):
             "FAIL(3) c ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 1 on j, 3 on h",
             "Some commands failed :(",
             "1 of 3 commands failed: 1 with exit code 3", "  FAIL(3) c",
-            "Flaky: 2 of 3 failed at first, and passed elsewhere or later: 1 FAILED ONLY ON i"])
+            "Flaky: 2 of 3 failed at first, and passed elsewhere or later: 1 FAILED ONLY ON i",
+            "  FLAKY! a", "  FAILED ONLY ON i! b"])
 
     def test_the_end_says_what_failed_and_where(self):
         out = self.text("-b")
@@ -13738,6 +13739,46 @@ class ReportingTest(unittest.TestCase):
             "12 of 13 failures were on h, where nothing passed; try --retries 3",
             "To run just these again: do it again",
             "1 command could not be started on h, and ran elsewhere"])
+
+    def test_the_end_names_tests(self):
+        def tests(failed, flaky):
+            found = tc.Tests()
+            found.counts.update(failures=failed, flaky=flaky)
+            found.failed, found.flaky = ([
+                tc.FailedTest("C", f"{name}{n}\x1b", "", "", "why\nmore", "") for n in range(number)
+            ] for name, number in (("f", min(failed, 8)), ("g", flaky)))
+            return found
+        self.text("-b")
+        rows = [outcome(1, "a", 1, tests=tests(9, 1)), outcome(2, "b", verdict="FLAKY",
+                tests=tests(0, 1)), outcome(3, "c", 1, tests=tests(2, 0)), outcome(4, "d", 1)]
+        transcript = tc.Transcript(self.client, None)
+        self.assertEqual(list(transcript.named(rows, 9)), [
+            "  FAIL(1) a", *(f"    C f{n}\\x1b: why" for n in range(8)),
+            "    and 1 more failed test", "  FLAKY! b", "    C g0\\x1b: why",
+            "  FAIL(1) c", "    C f0\\x1b: why", "    and 1 more failed test", "  FAIL(1) d",
+            "  and 5 more"])
+        self.assertEqual(list(transcript.named(rows[:1] + rows[2:3] * 2, 3))[-2:],
+                         ["  FAIL(1) c", "    2 more failed tests"])
+
+    def test_a_batch_has_a_short_title(self):
+        self.text("-b")
+        transcript = tc.Transcript(self.client, None)
+        for cmd, lines, shown in (
+                ("x" * 201, 50, "x" * 200 + "... (50 lines)"), ("x" * 200, 50, "x" * 200),
+                ("x" * 201, 1, "x" * 201)):
+            title = transcript.headline(outcome(cmd=cmd, lines=lines))
+            self.assertEqual(title, f"OK! {shown} ")
+
+    def test_the_joblog_is_advised_after_failures_of_many_commands(self):
+        for words, failed, rerun, advised in (
+                ("-b", 1, "", True), ("-b", 0, "", False), ("-b", 1, "do it again", False),
+                ("--raw --quiet", 1, "", False)):
+            out = self.text(*words.split())
+            for n in range(tc.RERUN_WORTH):
+                self.report("c", int(n < failed))
+            self.end(rerun=rerun)
+            self.assertEqual(b"\nUse --joblog FILE, and a later run with " in out.getvalue(),
+                             advised, words)
 
     def test_a_program_that_no_host_has_gets_advice(self):
         for codes, advised in (((127, 127), True), ((127, 0), True), ((127, 1), False),
@@ -21645,6 +21686,8 @@ exit $status
         words = "4 of 14 tests failed in 4 of 7 commands, 1 skipped, 1 flaky"
         self.assertIn(f"\n{words}\n", out)
         self.assertIn("1 of 2 tests failed, by its reports/4.xml (--junit-from)\n", out)
+        self.assertRegex(out, r"\n  FAIL\(1\).* sh tool fails reports/2.xml\n    c fails: no\n")
+        self.assertRegex(out, r"\n  FLAKY! sh tool flaky reports/3.xml\n    c flaky: on .*: no\n")
         self.assertIn("its reports/6.xml is not there (--junit-from)\n", out)
         self.assertIn(f"<h1>{words}</h1>", tc.read_text(f"{self.cloud.dir}/out.html"))
         root = ET.parse(os.path.join(self.cloud.dir, "out.xml")).getroot()
@@ -21873,7 +21916,8 @@ tc.print_notice = print_notice"""
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         shutil.rmtree(os.path.join(self.dir, ".venv"))
         self.assertRegex(run(argv).stderr,
-                         "pyzmq is missing: apt install python3-zmq .*-m venv .venv")
+                         "pyzmq is missing: apt install python3-zmq .*-m venv .venv .*; or use "
+                         "client --local or client -S HOSTS\n$")
 
 
 class HostsTest(unittest.TestCase):

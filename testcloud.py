@@ -9328,7 +9328,8 @@ What to show
 Results come on stdout as commands end, between a first line and the summary with the
 result hash. Notices, warnings, advice and progress go to stderr.
 An output has stdout and stderr in their order, and is passed on as it is. In the line
-with the command, characters that would steer the terminal are escapes (\\x1b).
+with the command, characters that would steer the terminal are escapes (\\x1b). A command
+with many lines of the input (-n) is cut there. Reports, joblog and --json have all of it.
 
 --progress shows how many commands are done, failed and running, the rate, the time left
 and the workers. It is on if stderr is a terminal, but not if stdout is a pipe or TERM is
@@ -9376,6 +9377,8 @@ arguments, as in a template. The client reads these files, from all hosts. Then 
 has a case for each test, and --html and the summary count tests:
 
     2 of 64,204 tests failed in 1 of 18 commands
+
+The summary also names the first 10 failed tests and the first 10 flaky ones.
 
 Each suite of a file is a suite of the report. Its hostname is the host, and it has the
 command as a property. Suites within a suite are put after it, on the same level.
@@ -9445,6 +9448,7 @@ class Outcome(NamedTuple):
     occurrence: int  # number of equal commands before it in the input; 0 without a joblog
     returned: Optional[List[str]] = None  # files that were written; None without --return
     name: str = ""  # of the command, instead of its text
+    lines: int = 1  # of the input, in a batch (-n)
     nth: int = 0  # number of tries before the reported one
     did_start: bool = True  # in the reported try
     tests: Optional[Tests] = None  # that its JUnit file has; None: no file was to come
@@ -9477,6 +9481,7 @@ class Summary(NamedTuple):
     started_elsewhere: Dict[str, int] = {}  # commands that only others could start, by host
     codes: Dict[str, int] = {}  # failed commands by kind
     failures: Sequence[Outcome] = ()  # the first NAMED_FAILURES
+    flaky_ones: Sequence[Outcome] = ()  # of those that did not fail; as many
     bad_hosts: str = ""  # advice about hosts where everything failed
     rerun: str = ""  # command line that runs the failures again, if any
     empty: bool = False  # the input had no commands, and that is an error
@@ -9536,21 +9541,23 @@ class Reports:
         self.tests = tests  # with --junit-from
         self.reporters = list(reporters)
         self.provisional: Dict[int, Tuple[StoredResult, str]] = {}  # by command, as of put()
-        # of unreported commands: (name, line, occurrence)
-        self.expected: Dict[int, Tuple[str, str, int]] = {}
+        # of unreported commands: (name, line, occurrence, lines)
+        self.expected: Dict[int, Tuple[str, str, int, int]] = {}
         self.pieces: Dict[int, PieceReader] = {}  # of split outputs that are shown live
         self.codes: Counter[str] = Counter()  # failures by kind
         self.test_counts: Counter[str] = Counter()
         self.failures: List[Outcome] = []  # the first NAMED_FAILURES
+        self.flaky_ones: List[Outcome] = []  # of those that did not fail; as many
         self.passes: Counter[str] = Counter()  # passed commands by host
         self.fails: Counter[str] = Counter()  # failed commands by host
         self.write_failed = False  # a report could not be written
         self.times: List[float] = []  # ms
         self.began = time.monotonic()
 
-    def expect(self, seq: int, line: str, occurrence: int = 0, name: str = "") -> None:
+    def expect(self, seq: int, line: str, occurrence: int = 0, name: str = "",
+               lines: int = 1) -> None:
         """Note a command of this input line. Reports call it by its name, if it has one."""
-        self.expected[seq] = name, name or line, occurrence
+        self.expected[seq] = name, name or line, occurrence, lines
         for reporter in self.reporters:
             reporter.expect(seq)
 
@@ -9559,7 +9566,7 @@ class Reports:
 
     def live(self, effect: LiveOutput) -> None:
         id, data = effect.command.id, bytes(effect.data)
-        _, line, _ = self.expected[id]
+        line = self.expected[id][1]
         if self.store.split:
             if effect.offset == 0:
                 self.pieces[id] = PieceReader()
@@ -9589,7 +9596,7 @@ class Reports:
         verdict = FAIL if stored.exitcode else command.verdict
         tries = [row for attempt, row in command.tries.items() if attempt != result.get("attempt")]
         nth = sum(attempt < result.get("attempt", math.inf) for attempt in command.tries)
-        name, line, occurrence = self.expected.pop(command.id)
+        name, line, occurrence, lines = self.expected.pop(command.id)
         returned = self.files.finish(effect) if self.files else None
         outcome = Outcome(
             command.id, command.cmd, stored.exitcode, verdict,
@@ -9599,7 +9606,7 @@ class Reports:
             started=result.get("started", 0.0), spent=result.get("time", 0.0),
             signal=result.get("signal", 0), reason=lost or result.get("reason", ""),
             tries=tuple(tries), shown=command.shown, stored=stored, line=line,
-            occurrence=occurrence, returned=returned, name=name,
+            occurrence=occurrence, returned=returned, name=name, lines=lines,
             nth=nth, did_start=try_of(result).did_start,
             tests=self.tests.finish(command.id, result.get("attempt", 0)) if self.tests else None)
         self.count(outcome)
@@ -9610,6 +9617,8 @@ class Reports:
             self.codes["flaky" if not outcome.exitcode else f"exit code {outcome.exitcode}"] += 1
             if len(self.failures) < NAMED_FAILURES:
                 self.failures.append(outcome)
+        elif outcome.verdict != OK and len(self.flaky_ones) < NAMED_FAILURES:
+            self.flaky_ones.append(outcome)
         if outcome.did_start:
             (self.fails if outcome.verdict == FAIL else self.passes)[outcome.host] += 1
         self.times.append(outcome.spent)
@@ -9647,6 +9656,7 @@ class Reports:
             skipped=skipped, skipped_failed=skipped_failed, spent=time.monotonic() - self.began,
             hash=found, wrong_hash=wrong if expected and expected != found else "",
             codes=dict(self.codes), failures=self.failures, rerun=rerun,
+            flaky_ones=self.flaky_ones,
             bad_hosts="" if client.options.tries > 1 else self.bad_hosts(),
             empty=complete and not may_be_empty and not ran and not skipped,
             tests=self.test_counts)
@@ -10361,6 +10371,10 @@ STYLES = {  # SGR codes of the seed's colours
 }
 
 
+RERUN_WORTH = 6  # commands; to run fewer all again is simple
+BATCH_TITLE = 200  # characters of a command with many lines of the input: they are alike
+
+
 class Transcript(Reporter):
     """Writes the transcript without the outputs."""
 
@@ -10391,8 +10405,10 @@ class Transcript(Reporter):
         else:
             only = f"FAILED ONLY ON {printable(outcome.only_on)}"
             style, words = "flaky", f"{only if outcome.only_on else 'FLAKY'}! "
-        return self.paint(style, words) + self.paint(
-            style + " cmd", truncate_middle(escape_command(outcome.title)) + " ")
+        title = escape_command(outcome.title)
+        if outcome.lines > 1 and len(title) > BATCH_TITLE:
+            title = f"{title[:BATCH_TITLE]}... ({outcome.lines} lines)"
+        return self.paint(style, words) + self.paint(style + " cmd", truncate_middle(title) + " ")
 
     def started(self, commands: Optional[int]) -> None:
         if not self.brief and not self.quiet:
@@ -10434,10 +10450,7 @@ class Transcript(Reporter):
             codes = ", ".join(f"{n} {'' if how == 'flaky' else 'with '}{how}"
                               for how, n in sorted(summary.codes.items(), key=natural_order))
             yield f"{failed} of {plural(summary.ran, 'command')} failed: {codes}"
-        for outcome in summary.failures:
-            yield "  " + self.headline(outcome).rstrip()
-        if failed > len(summary.failures):
-            yield f"  and {failed - len(summary.failures)} more"
+        yield from self.named(summary.failures, failed)
         if summary.bad_hosts:
             yield summary.bad_hosts
         if summary.codes.keys() == {f"exit code {NOT_FOUND}"}:
@@ -10445,6 +10458,25 @@ class Transcript(Reporter):
                    f"--env PATH=... and --setup (testcloud.py help hosts)")
         if summary.rerun and (failed or summary.skipped_failed):
             yield f"To run just these again: {summary.rerun}"
+        elif failed and summary.ran >= RERUN_WORTH and not (summary.rerun or self.quiet):
+            yield ("Use --joblog FILE, and a later run with --resume-failed runs only the failures "
+                   "again")
+
+    def named(self, outcomes: Sequence[Outcome], total: int) -> Iterator[str]:
+        """Yield these commands, of so many. Below them: the first NAMED_FAILURES tests of all."""
+        room = NAMED_FAILURES
+        for outcome in outcomes:
+            yield "  " + self.headline(outcome).rstrip()
+            kind, tests = "failed" if outcome.verdict == FAIL else "flaky", outcome.tests or Tests()
+            found = (tests.failed if kind == "failed" else tests.flaky)[:room]
+            room -= len(found)
+            for test in found:
+                yield f"    {printable(test.title, 200)}: {printable(test.first_line, 200)}"
+            more = (tests.failures if kind == "failed" else tests.counts["flaky"]) - len(found)
+            if more > 0:
+                yield f"    {'and ' if found else ''}{plural(more, f'more {kind} test')}"
+        if total > len(outcomes):
+            yield f"  and {total - len(outcomes)} more"
 
     def totals(self, summary: Summary) -> Iterator[str]:
         if summary.tests:
@@ -10454,6 +10486,8 @@ class Transcript(Reporter):
                               for host, n in summary.only_on.items())
             yield (f"Flaky: {summary.flaky} of {summary.ran} failed at first, and passed elsewhere "
                    f"or later" + (f": {hosts}" if hosts else ""))
+            if summary.flaky_ones:
+                yield from self.named(summary.flaky_ones, summary.flaky)
         for host, n in summary.started_elsewhere.items():
             yield (f"{plural(n, 'command')} could not be started on {printable(host)}, and ran "
                    f"elsewhere")
@@ -10613,8 +10647,8 @@ class JsonLines(Reporter):
 
     def result(self, outcome: Outcome) -> None:
         fields = outcome._asdict()
-        for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence", "nth",
-                     "did_start"):
+        for name in ("stored", "shown", "failed", "cmd", "spent", "line", "occurrence", "lines",
+                     "nth", "did_start"):
             del fields[name]
         for name, there in (("returned", outcome.returned is not None), ("name", outcome.name),
                             ("tests", outcome.tests)):
@@ -11172,6 +11206,7 @@ class Tests:
         self.suites: List[Suite] = []
         self.counts: Counter[str] = Counter()
         self.failed: List[FailedTest] = []  # the first NAMED_TESTS, when it is reported
+        self.flaky: List[FailedTest] = []  # the first NAMED_FAILURES; without text
 
     @property
     def failures(self) -> int:
@@ -11359,6 +11394,11 @@ class TestFiles:
         tags = {part.tag for part in parts}
         kind = (bad.tag + "s").replace("ss", "s") if bad is not None else (
             "skipped" if "skipped" in tags else "flaky" if tags & {*FLAKY_PARTS} else "")
+        if kind == "flaky" and len(tests.flaky) < NAMED_FAILURES:
+            first = next(part for part in parts if part.tag in FLAKY_PARTS)
+            test = FailedTest(classname, name, "", "", first.attrib.get("message", ""),
+                              first.text or "")
+            tests.flaky.append(test._replace(text="", message=test.first_line))
         spent = parse_seconds(given.get("time", ""))
         if not suite.counts["tests"]:
             tests.suites.append(suite)
@@ -12249,7 +12289,7 @@ def require_zmq() -> None:
         raise SetupError("Python's package pyzmq is missing: " + (
             f"run this with {printable(python, 1000)}, which has it" if python else
             "apt install python3-zmq (or, beside this script: python3 -m venv .venv && "
-            ".venv/bin/pip install pyzmq)")) from None
+            ".venv/bin/pip install pyzmq); or use client --local or client -S HOSTS")) from None
 
 
 def venv_python() -> str:
@@ -17039,7 +17079,8 @@ class ClientRun:
         if self.batches.packed:
             client.timings[command.cmd] = self.batches.seconds(arguments)
         client.add(command.cmd, command.cwd, command.returns, command.own, wrong)
-        self.reports.expect(client.last_id, command.line, occurrence, name)
+        self.reports.expect(client.last_id, command.line, occurrence, name,
+                            len(arguments) if settings.max_args > 1 else 1)
 
     def put_part(self, part: ReturnedPart) -> None:
         if self.reports.files:
