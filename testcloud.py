@@ -17776,7 +17776,7 @@ FOREIGN_OPTIONS = {
     "--wd --workdir": "use --cwd DIR", "--dryrun": "use --dry-run",
     "--retry-failed": "use --resume-failed", "--reruns": "use --retries N",
     "--lf --last-failed": "use --joblog FILE --resume-failed",
-    "--dist": "not needed: each command goes to a free slot, and one for each file is loadfile",
+    "--dist": "not needed: a command for each file does what loadfile does",
     "--pipe --pipepart --spreadstdin": "commands have no stdin: give them names of files",
     "--transfer --transferfile --trc --basefile --cleanup":
         "--sync takes the whole directory along, and --return FILE brings files back",
