@@ -24397,7 +24397,7 @@ class DocumentsTest(unittest.TestCase):
     # what commands of README and manual need that is not here, by what they have in them
     NEEDS = {r"^make |^hub\$|^mine\$|^scp |^ssh |@host ": "another host, or a checkout",
              r"^sudo ": "root", "docker ": "docker", "^uv ": "uv", "fish": "fish",
-             "^srun |^kubectl ": "a cluster",
+             "^srun |^kubectl ": "a cluster", "unshare ": "user namespaces",
              r"testcloud\.py (worker|broker)|--watch": "they run until somebody stops them",
              r"cancel \d": "a client that runs"}
 

@@ -16153,6 +16153,11 @@ same database, give them a lock. Here those that have the word db:
         grep -l db tests/*.py | sed 's/.*/{"cmd": "pytest -q &", "lock": "db"}/'; } | \\
         testcloud.py client --local --jsonl
 
+On Linux, each command can have a network of its own, with only localhost in it:
+
+    $ ls tests/*.py | testcloud.py client --local \\
+          "unshare -rn sh -c 'ip link set lo up; pytest -q \\$0' {}"
+
 Coverage
 
     $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
