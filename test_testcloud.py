@@ -14422,39 +14422,75 @@ class ReportingTest(unittest.TestCase):
                 for cmd, seconds, code in batches:
                     self.report(cmd, code, time=seconds * 1000)
                 self.end()
-                return tc.read_timings(path)
-            self.assertEqual(run(("a b", 2.0, 1), ("c", 3.0, 0)), {"a": 1, "b": 1, "c": 3})
-            self.assertEqual(run(("b c", 8.0, 0)), {"a": 1, "b": 1.5, "c": 4.5})
-            self.assertEqual(run(("b c", 0.1, 1)), {"a": 1, "b": 1.5, "c": 4.5})  # it gave up
-            self.assertEqual([*run(("a d", 6.0, 1))], ["b", "c", "a", "d"])  # the latest last
-            self.assertEqual(run(("", 6.0, 0)).keys(), {*"abcd"})
+                return tc.read_line_times(path)
+            times = run(("a b", 2.0, 1), ("c", 3.0, 0))
+            self.assertEqual(times.lines, {"a": 1, "b": 1, "c": 3})
+            self.assertEqual(times.batches, [(2.0, ["a", "b"]), (3.0, ["c"])])
+            times = run(("b c", 8.0, 0))
+            self.assertEqual(times.batches, [(8.0, ["b", "c"])])
+            self.assertLess(times.lines["a"], times.lines["b"])
+            self.assertAlmostEqual(times.lines["b"] + times.lines["c"], 8.0, delta=2.0)
+            self.assertEqual(run(("b c", 0.1, 1)).lines, times.lines)  # it gave up
+            times = run(("a d", 6.0, 1), ("d e", 0.0, 0))
+            self.assertEqual([*times.lines], [*"bcade"])  # the latest last
+            self.assertEqual(times.batches, [(8.0, ["b", "c"]), (6.0, ["a", "d"]), (1e-6, ["e"])])
+            self.assertEqual(run(("", 6.0, 0)).lines, times.lines)
             with mock.patch.object(tc.LineTimings, "MAX_COMMANDS", 2):
-                self.assertEqual(run(("e", 6.0, 0)).keys(), {*"de"})
-                self.assertEqual(run(("f", 6.0, 0), ("g", 6.0, 0)).keys(), {*"eg"})
+                self.assertEqual(run(("f", 6.0, 0)).lines.keys(), {*"ef"})
+                times = run(("g", 6.0, 0), ("h::1", 6.0, 0))
+                self.assertEqual(times.lines.keys(), {"f", "h::1"})
+                self.assertEqual(times.batches, [(6.0, ["f"]), (6.0, ["h::1"])])
+            with open(path) as file:
+                good = file.read()
+            self.assertEqual(tc.read_line_times(path).files.keys(), {"h"})
+            for old, new in (("{", "["), ("6.0", "NaN"), ("6.0", '"6"'), ("lines", "line"),
+                             ("[[", "[[[1]], ["), ("[[", "[1, ["), ("[[", "[[1], ["),
+                             ("1]]", "1.5]]"), ("6.0", "-6.0")):
+                with open(path, "w") as file:
+                    file.write(good.replace(old, new, 1))
+                times = tc.read_line_times(path)
+                self.assertEqual((times.lines, times.batches), ({}, []), (old, new))
+            with open(path, "w") as file:  # the longest batches that fit
+                file.write('{"lines": {"a": 1, "b::1": 2}, "files": {},'
+                           ' "batches": [[1, 1], [2, 1], [3, 0], [4, 9], [5, 1]]}')
+            times = tc.read_line_times(path)
+            self.assertEqual(times.batches, [(2, ["a"]), (5, ["b::1"])])
+            times.learn([(["b::1", "a"], 9.0, False)])
+            self.assertAlmostEqual(times.seconds(["a", "b::1"], 0.0), 9.0, delta=2.0)
 
     def test_the_times_of_lines_become_true_when_batches_change(self):
         r = random.Random(1)
         true = {str(n): r.choice([0.01, 0.1, 1.0]) for n in range(60)}
 
         def error():
-            return sum(abs(known.get(line, 0) - true[line]) for line in true) / sum(true.values())
-        known, errors = {}, []
+            return sum(abs(known.lines[line] - true[line]) for line in true) / sum(true.values())
+        known, errors = tc.LineTimes(), []
         for _ in range(40):
             lines = r.sample([*true], len(true))
             batches = [lines[start:start + 6] for start in range(0, 60, 6)]
-            known.update(tc.shared_times(known, [
-                (batch, sum(map(true.get, batch)), False) for batch in batches]))
+            known.learn([(batch, sum(map(true.get, batch)), False) for batch in batches])
             errors.append(error())
         self.assertLess(errors[-1], 0.3 * errors[0])
         changed = min(true, key=true.get)
         true[changed] = 20.0
         batches = [[changed, *r.sample([*true], 5)] for _ in range(6)]
         for batch in batches:
-            known.update(tc.shared_times(known, [(batch, sum(map(true.get, batch)), False)]))
-        self.assertGreater(known[changed], 10.0)
-        self.assertEqual(tc.shared_times({"a": 0.0, "b": 0.0}, [(["a", "b"], 2.0, False)]),
-                         {"a": 0.5, "b": 0.5})
-        self.assertGreater(tc.shared_times({"a": 0.0, "b": 1.0}, [("ab", 9.0, False)])["a"], 0.2)
+            known.learn([(batch, sum(map(true.get, batch)), False)])
+        self.assertGreater(known.lines[changed], 10.0)
+        known = tc.LineTimes()
+        known.lines = {"a": 0.0, "b": 1.0, "c": 0.0}
+        known.learn([(["a", "b"], 9.0, False), (["c"], 2.0, False)])
+        self.assertGreater(known.lines["a"], 0.2)
+        self.assertAlmostEqual(known.lines["c"], 2.0, delta=0.1)
+
+    def test_the_batches_of_lines_that_did_not_run_are_kept(self):
+        """Else a run of what has failed would forget how often its files were cut."""
+        lines = [f"f::{n}" for n in range(40)]
+        known = tc.LineTimes()
+        known.learn([(lines[at:at + 10], 9.0, False) for at in range(0, 40, 10)])
+        known.learn([(lines[:1], 1.0, False), (lines[:1], 1.0, False)])
+        self.assertEqual(known.batches, [*((9.0, lines[at:at + 10]) for at in range(10, 40, 10)),
+                                         (1.0, lines[:1])])
 
     def test_advice(self):
         for times, slots, words in (
@@ -19670,9 +19706,14 @@ class CommandLineTest(unittest.TestCase):
 
     def batches(self, rows, size, template="x", times={}, now=itertools.repeat(0.0), earlier=()):
         batches = tc.Batches(size, template)
-        batches.times = dict(times)
+        batches.times = times if isinstance(times, tc.LineTimes) else self.line_times(times)
         done = tc.EarlierRun(earlier, False, batches.lines_of)
         return [made for row in [*rows, None] for made in batches.take(row, done, next(now))]
+
+    def line_times(self, lines):
+        times = tc.LineTimes()
+        times.lines = dict(lines)
+        return times
 
     def test_batches_take_equally_long(self):
         """Neighbours stay together, whatever takes long."""
@@ -19709,7 +19750,7 @@ class CommandLineTest(unittest.TestCase):
     def test_batches_of_a_slow_or_endless_input_have_the_same_number_of_lines(self):
         rows = [(line,) for line in "abcdefg"]
         batches, done = tc.Batches(2, "x"), tc.EarlierRun([], False)
-        batches.times = {"a": 9.0}
+        batches.times = self.line_times({"a": 9.0})
         for row in rows[:5]:
             self.assertEqual(batches.take(row, done, 10.0), [])
         self.assertEqual(batches.check(9.9 + tc.PACK_WAIT), [])
@@ -19781,7 +19822,7 @@ class CommandLineTest(unittest.TestCase):
             for seed in range(10):
                 times = make(random.Random(seed))
                 best = max(max(times), sum(times) / 8)
-                ends = tc.partition(times, [1] * 1000, 40, 1000)
+                ends = tc.partition(times, [1] * 1000, 40, 1000, [""] * 1000, tc.LineTimes())
                 packed = [sum(times[a:b]) for a, b in zip([0, *ends], ends)]
                 equal = [sum(times[a:a + 25]) for a in range(0, 1000, 25)]
                 self.assertAlmostEqual(sum(packed), sum(times))
@@ -19797,15 +19838,74 @@ class CommandLineTest(unittest.TestCase):
         r = random.Random(2)
         speed = [r.choice([0.001, 0.01, 0.1, 1.0]) for _ in range(40)]
         true = {str(n): speed[n // 25] * r.uniform(0.5, 2) for n in range(1000)}
-        known, spread = {}, []
-        for _ in range(8):
-            rows = self.batches([(line,) for line in true], 25, "x", known)
-            times = [0.3 + sum(map(true.get, row)) for row in rows]
-            spread.append(max(times) / (sum(times) / len(times)))
-            known.update(tc.shared_times(known, [
-                (row, spent, False) for row, spent in zip(rows, times)]))
+        spread = [max(times) / (sum(times) / len(times))
+                  for _, times in self.runs(8, 25, true, {}, 0.3)]
         self.assertGreater(spread[0], 3.0)
         self.assertLess(max(spread[4:]), 1.6)
+
+    def runs(self, count, size, lines, files, start=0.3, noise=0.0):
+        """Yield the batches of each run and their times. Each run learns from those before."""
+        known, r = tc.LineTimes(), random.Random(3)
+        for _ in range(count):
+            rows = self.batches([(line,) for line in lines], size, "x", known)
+            times = [(start + sum(lines[line] for line in row)
+                      + sum(files.get(file, 0.0) for file in {*map(tc.file_of, row)}))
+                     * r.uniform(1 - noise, 1 + noise) for row in rows]
+            yield rows, times
+            known.learn([(row, spent, False) for row, spent in zip(rows, times)])
+
+    def batches_with(self, file, rows):
+        return sum(any(tc.file_of(line) == file for line in row) for row in rows)
+
+    def suite(self, file, count, seconds):
+        """Return the times of 2,400 fast tests in 60 files, with those of this file amid them."""
+        names = [(f"f{n}", 40, 0.01) for n in range(60)]
+        names.insert(30, (file, count, seconds))
+        return {f"{name}::{n}": time for name, many, time in names for n in range(many)}
+
+    def test_a_file_that_takes_long_itself_stays_whole(self):
+        """Each of its batches would pay for its imports and fixtures again."""
+        lines = self.suite("slow", 24, 0.01)
+        for noise in (0.0, 0.2):
+            runs = [*self.runs(20, 50, lines, {"slow": 5.0}, noise=noise)]
+            parts = [self.batches_with("slow", rows) for rows, _ in runs]
+            self.assertLessEqual(max(parts), parts[0] + 1)
+            self.assertEqual(parts[2:8], [1] * 6)  # one more cut has shown that it does not pay
+            self.assertLessEqual(sum(parts[8:]), 14)
+            if not noise:
+                total = [sum(times) for _, times in runs]
+                self.assertLess(max(total), total[0] + 5.0 + 0.1)
+                self.assertLess(max(total[2:]), total[0] + 0.1)
+
+    def test_each_part_of_a_file_takes_the_time_of_the_file(self):
+        lines = [*"abcd", *(f"f::{n}" for n in range(12)), *"efghij"]
+        known = self.line_times(dict.fromkeys(lines, 1.0))
+        known.batches = [(9.0, [line]) for line in lines]
+        for cost, wanted in ((0.0, [6, 6, 6, 4]), (2.0, [6, 6, 6, 4]), (4.0, [4, 8, 4, 6]),
+                             (20.0, [4, 12, 4, 2])):
+            known.files = {"f": cost}
+            rows = self.batches([(line,) for line in lines], 6, "x", known)
+            self.assertEqual([*map(len, rows)], wanted, cost)
+
+    def test_a_file_of_slow_tests_is_cut(self):
+        for count, most in ((1000, 50), (24, 24)):
+            lines = self.suite("slow", count, 1.0)
+            for noise in (0.0, 0.2):
+                runs = [*self.runs(20, 50, lines, {}, 0.0, noise)]
+                best = sum(lines.values()) / len(runs[0][0])
+                for rows, times in runs[6:]:
+                    self.assertGreater(self.batches_with("slow", rows), 0.7 * most)
+                    self.assertLess(max(times), max(1.7 * best * (1 + noise), 3.0))
+
+    def test_batches_follow_a_test_that_becomes_slow(self):
+        lines = {f"f{n // 20}::{n}": 0.5 for n in range(1000)}
+        sizes = []
+        for run, (rows, _) in enumerate(self.runs(8, 25, lines, {})):
+            sizes.append(next(len(row) for row in rows if "f16::333" in row))
+            if run == 3:
+                lines["f16::333"] = 50.0
+        self.assertGreater(min(sizes[:5]), 20)
+        self.assertLess(max(sizes[7:]), 5)
 
     def test_a_byte_order_mark_counts_before_the_first_line_only(self):
         mark = "\ufeff"

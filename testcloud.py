@@ -10749,7 +10749,8 @@ Longest first
 The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME). It
 begins with those that it does not know, and then takes the longest. --timings takes the
 times of a joblog instead. If the input is slow to come, commands run in its order. With
--n the times are those of lines, and a line that it does not know has their mean.
+-n the times are those of lines and their files. A line that it does not know has the
+mean of the others.
 
 After a run of more than two seconds, the client says how many slots would have been of
 use, if slots were the bottleneck.
@@ -11940,16 +11941,14 @@ class Timings(Reporter):
     def ended(self, summary: Summary) -> None:
         if max(self.fresh.values(), default=0) < self.MIN_LONGEST:
             return
-        known = read_timings(self.path)  # again: other clients may have ended
-        fresh = self.learned(known)
-        for text in fresh:
-            known.pop(text, None)
-        rows = [*known.items(), *fresh.items()][-self.MAX_COMMANDS:]
-        write_cache(self.path, json.dumps(dict(rows)))
+        write_cache(self.path, json.dumps(self.learned()))
 
-    def learned(self, known: Dict[str, float]) -> Dict[str, float]:
-        """Return the new times, in seconds. `known` are those of earlier runs."""
-        return self.fresh
+    def learned(self) -> Dict[str, Any]:
+        """Return what to write: the times of earlier runs and the new ones."""
+        known = read_timings(self.path)  # again: other clients may have ended
+        for text in self.fresh:
+            known.pop(text, None)
+        return dict([*known.items(), *self.fresh.items()][-self.MAX_COMMANDS:])
 
 
 class LineTimings(Timings):
@@ -11969,37 +11968,119 @@ class LineTimings(Timings):
         if outcome.exitcode:
             self.failed.add(outcome.cmd)
 
-    def learned(self, known: Dict[str, float]) -> Dict[str, float]:
+    def learned(self) -> Dict[str, Any]:
         # a command's own report may have the times of its lines: these would be better than shares
-        return shared_times(known, [(self.lines_of(cmd), spent, cmd in self.failed)
-                                    for cmd, spent in [*self.fresh.items()][-self.most:]])
+        times = read_line_times(self.path)
+        times.learn([(self.lines_of(cmd), spent, cmd in self.failed)
+                     for cmd, spent in [*self.fresh.items()][-self.most:]])
+        return times.to_json(self.MAX_COMMANDS)
 
 
-SMOOTHING = 0.5  # weight of a batch's latest time; hosts differ
-LEAST_SHARE = 0.1  # of a batch's mean, for a line that was short: it may have changed
+def file_of(line: str) -> str:
+    """Return the file of a line, the text before its first "::"; "" if there is none."""
+    file, mark, _ = line.partition("::")
+    return file if mark else ""
 
 
-def shared_times(known: Dict[str, float],
-                 batches: Sequence[Tuple[Sequence[str], Seconds, bool]]) -> Dict[str, float]:
-    """Return the times of the lines in batches: rows of lines, seconds, whether it failed.
+def files_of(lines: Sequence[str]) -> List[str]:
+    """Return the distinct files of lines."""
+    return [*filter(None, dict.fromkeys(map(file_of, lines)))]
 
-    Only a batch's sum is measured. Its lines share it in proportion to their `known` times. Over
-    runs with different batches these come near the true ones (multiplicative algebraic
-    reconstruction; R. Gordon, R. Bender, G. T. Herman, 1970)."""
-    ran = [batch for batch in batches if batch[0]]
-    mean = mean_of([known[line] for lines, *_ in ran for line in lines if line in known])
-    found: Dict[str, float] = {}
-    for lines, spent, failed in ran:
-        if failed and spent < sum(known.get(line, 0.0) for line in lines):
-            continue  # it may have ended before its last line
-        expected = [known.get(line, mean) for line in lines]
-        least = max(1e-6, LEAST_SHARE * sum(expected) / len(lines))
-        shares = [max(seconds, least) for seconds in expected]
-        total = sum(shares)
-        for line, share in zip(lines, shares):
-            share *= spent / total
-            found[line] = known.get(line, share) * (1 - SMOOTHING) + share * SMOOTHING
-    return found
+
+class LineTimes:
+    """The times of the lines of batches, and of their files.
+
+    Only a batch's sum is measured: a time for each line, and one for each file that it has lines
+    of, however many (imports, fixtures). How often a file was cut tells the two apart. So the
+    latest batches of all lines are kept, and learn() fits the times to them and the new ones."""
+
+    PRIOR = 0.05  # a new file's own time, of that of its lines: the least that a fit can find
+    LEAST_SHARE = 0.1  # of a batch's mean, for a line that was short: it may have changed
+    RELAXATION = 0.5  # below 1, batches that contradict each other have a compromise
+    SWEEPS = 50  # by then, times are within some percent
+    MAX_STEPS = 2_000_000  # lines in all sweeps: about a second
+
+    def __init__(self) -> None:
+        self.lines: Dict[str, float] = {}  # seconds
+        self.files: Dict[str, float] = {}  # seconds of each batch with lines of the file
+        self.batches: List[Tuple[Seconds, List[str]]] = []  # no two have the same line
+
+    def seconds(self, lines: Sequence[str], mean: Seconds) -> Seconds:
+        """Return how long a batch takes. Unknown lines take `mean`."""
+        return sum(self.lines.get(line, mean) for line in lines) + sum(
+            self.files.get(file, 0.0) for file in files_of(lines))
+
+    def learn(self, batches: Sequence[Tuple[Sequence[str], Seconds, bool]]) -> None:
+        """Learn from batches: lines, seconds, whether it failed."""
+        ran = [(max(spent, 1e-6), [*dict.fromkeys(lines)]) for lines, spent, failed in batches
+               if lines and not (failed and spent < self.seconds(lines, 0.0))]  # it ended early
+        known = [self.lines[line] for _, lines in ran for line in lines if line in self.lines]
+        mean = mean_of(known)
+        for spent, lines in ran:
+            for line in lines:
+                self.lines.setdefault(line, mean if known else spent / len(lines))
+            new = {file: 0.0 for file in files_of(lines) if file not in self.files}
+            for line in lines:
+                if file_of(line) in new:
+                    new[file_of(line)] += self.PRIOR * self.lines[line]
+            self.files.update(new)
+        self.fit([*self.batches, *ran] if ran else [])
+        seen = {line for _, lines in ran for line in lines}
+        self.batches = [batch for batch in self.batches if seen.isdisjoint(batch[1])]
+        for spent, lines in ran:
+            fresh = [line for line in lines if line in seen]  # it may be in several batches
+            seen.difference_update(fresh)
+            self.batches += [(spent, fresh)] * bool(fresh)
+
+    def fit(self, batches: Sequence[Tuple[Seconds, List[str]]]) -> None:
+        """Scale the times in each batch towards its sum, by turns (multiplicative algebraic
+        reconstruction; R. Gordon, R. Bender, G. T. Herman, 1970)."""
+        times, costs = self.lines, self.files
+        rows = [(spent, lines, files_of(lines)) for spent, lines in batches]
+        steps = sum(len(lines) for _, lines in batches) or 1
+        for _ in range(max(2, min(self.SWEEPS, self.MAX_STEPS // steps))):
+            for spent, lines, files in rows:
+                found = [times[line] for line in lines]
+                least = max(1e-6, self.LEAST_SHARE * sum(found) / len(found))
+                found = [max(seconds, least) for seconds in found]
+                ratio = (spent / (sum(found) + sum(costs[file] for file in files))
+                         ) ** self.RELAXATION
+                for line, seconds in zip(lines, found):
+                    times[line] = seconds * ratio
+                for file in files:
+                    costs[file] = max(1e-6, costs[file] * ratio)
+
+    def to_json(self, most: int) -> Dict[str, Any]:
+        """Return what read_line_times() reads, with up to `most` lines. Those of the batches are
+        the last ones, in order, so that a batch is the number of its lines."""
+        lines = dict(self.lines)
+        for line in itertools.chain.from_iterable(lines for _, lines in self.batches):
+            lines[line] = lines.pop(line)
+        lines = {line: round(seconds, 6) for line, seconds in [*lines.items()][-most:]}
+        files = {file: round(self.files[file], 6) for file in map(file_of, lines) if file}
+        return {"files": files, "batches": [[spent, len(lines)] for spent, lines in self.batches],
+                "lines": lines}
+
+
+def read_line_times(path: str) -> LineTimes:
+    """Return the times in a file; none if it cannot be read."""
+    times = LineTimes()
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError, TypeError,
+                             KeyError):
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        lines, files, sizes = found["lines"], found["files"], found["batches"]
+        numbers = [*lines.values(), *files.values(), *itertools.chain.from_iterable(sizes)]
+        if {*map(type, numbers)} <= {int, float} and all(
+                is_time(number) and number >= 0 for number in numbers):
+            texts, batches = [*lines], []
+            for spent, size in reversed(sizes):
+                if 0 < size <= len(texts):
+                    batches.append((spent, texts[-size:]))
+                    del texts[-size:]
+            times.lines, times.batches = lines, batches[::-1]
+            times.files = {**dict.fromkeys(filter(None, map(file_of, lines)), 1e-6), **files}
+    return times
 
 
 def mean_of(times: Sequence[float]) -> Seconds:
@@ -16047,6 +16128,11 @@ The lines of a command are neighbours in the input, because they may need the sa
 fixtures. A line that takes longer than the other commands has a command of its own.
 Choose N so that there are several commands for each slot.
 
+The file of a line is the text before its first "::", as in tests/test_a.py::test_b. Each
+command with lines of a file takes the time of the file's imports and fixtures. The client
+learns these times: a later run cuts a slow file into a few more commands than before. If
+the file itself takes long, the next runs leave it whole. Else they cut it further.
+
 The client must know all lines for this. It waits up to 5 s for the end of the input. If
 there are more lines to come then, each command has N lines. The same holds with --serial
 and --lock, with placeholders other than {} and {#}, and if these touch each other.
@@ -16127,7 +16213,7 @@ a file skips itself: here that is a pass. The second command runs batches of 50 
 Files or batches
 
 Each command starts pytest and imports your code anew. So let it take some ten seconds:
-choose the N of -n by that. From the second run on, batches take equally long.
+choose the N of -n by that. After some runs, batches take equally long.
 
 Make the list of tests in pytest's rootdir, for their names begin there. If pytest cannot
 import a file, it lists none of its tests: with && nothing runs then. --disable-warnings
@@ -16470,7 +16556,7 @@ class Batches:
         self.size = size
         self.template = template
         self.pattern = batch_pattern(template) if size > 1 else None
-        self.times: Dict[str, float] = {}  # seconds by line
+        self.times = LineTimes()
         self.mean: Seconds = 1.0  # of unknown lines
         self.packed = False
         self.held: List[str] = []
@@ -16483,7 +16569,7 @@ class Batches:
 
     def seconds(self, row: Arguments) -> Seconds:
         """Return how long a row should take."""
-        return sum(self.times.get(line, self.mean) for line in row)
+        return self.times.seconds(row, self.mean)
 
     def take(self, row: Optional[Arguments], earlier: EarlierRun, now: Seconds) -> List[Arguments]:
         """Take a row of the input, None at its end. Return the rows that are complete."""
@@ -16496,7 +16582,7 @@ class Batches:
         if not self.held:
             self.give_up_at = now + PACK_WAIT
         self.held += row
-        if self.times:
+        if self.times.lines:
             return self.check(now)
         return self.cut(range(self.size, len(self.held) + 1, self.size))
 
@@ -16504,20 +16590,22 @@ class Batches:
         """Return rows of `size` lines if the input is too long, or takes too long."""
         if now < self.give_up_at and len(self.held) <= LineTimings.MAX_COMMANDS:
             return []
-        self.times, self.give_up_at = {}, math.inf
+        self.times, self.give_up_at = LineTimes(), math.inf
         return self.cut(range(self.size, len(self.held) + 1, self.size))
 
     def end(self) -> List[Arguments]:
         """Return the last rows."""
-        known = [self.times[line] for line in self.held if line in self.times]
+        times = self.times.lines
+        known = [times[line] for line in self.held if line in times]
         if not known:
             return self.cut([*range(self.size, len(self.held), self.size), len(self.held)])
         self.mean, self.packed = mean_of(known), True
         places = max(1, len(PLACEHOLDER.findall(self.template)))
         return self.cut(partition(
-            [self.seconds((line,)) for line in self.held],
+            [times.get(line, self.mean) for line in self.held],
             [places * len(to_bytes(shlex.quote(line) + " ")) for line in self.held],
-            math.ceil(len(self.held) / self.size), SHELL_TEXT - len(to_bytes(self.template))))
+            math.ceil(len(self.held) / self.size), SHELL_TEXT - len(to_bytes(self.template)),
+            [*map(file_of, self.held)], self.times))
 
     def cut(self, ends: Iterable[int]) -> List[Arguments]:
         """Return rows of the lines up to each of these ends. Hold the rest."""
@@ -16551,22 +16639,49 @@ def split_quoted(text: str) -> List[str]:
             for word in words]
 
 
-def partition(times: Sequence[Seconds], sizes: Sequence[int], count: int, most: int) -> List[int]:
+FULL = 2  # a part of a file has lines for so many times what the file itself takes
+
+
+def partition(times: Sequence[Seconds], sizes: Sequence[int], count: int, most: int,
+              files: Sequence[str], known: LineTimes) -> List[int]:
     """Return the ends of up to `count` parts of a sequence, of which the longest is short.
 
-    A part of several lines takes no longer than a limit, the lowest that suffices. A part has
+    A part of several lines takes no longer than a limit, the lowest that suffices. There are two
+    exceptions. A file that takes long itself is not cut into small parts, as each pays for that.
+    And a file gets few parts more than before: that shows what the file itself takes. A part has
     `most` bytes at most, though there are more parts then."""
+    parts = Counter(file for _, lines in known.batches for file in files_of(lines))
+    begins: List[int] = []  # of each line's file
+    wholes: List[int] = []  # its end
+    for file, group in itertools.groupby(files):
+        here, length = len(begins), len([*group])
+        for at in range(here, here + length):
+            begins.append(here if file else at)
+            wholes.append(here + length if file else at + 1)
     # integers: their sums are exact
-    time_sums = [0, *itertools.accumulate(max(1, round(seconds * 1e6)) for seconds in times)]
+    costs = [round(known.files.get(file, 0.0) * 1e6) for file in files]
+    line_sums = [0, *itertools.accumulate(max(1, round(seconds * 1e6)) for seconds in times)]
+    cost_sums = [0, *itertools.accumulate(
+        cost * (begin == at) for at, (cost, begin) in enumerate(zip(costs, begins)))]
+    time_sums = [line + cost for line, cost in zip(line_sums, cost_sums)]
     size_sums = [0, *itertools.accumulate(sizes)]
 
     def ends(limit: int) -> List[int]:
         found = [0]
         while found[-1] < len(times):
             start = found[-1]
-            found.append(max(start + 1, -1 + min(
-                bisect.bisect_right(time_sums, time_sums[start] + limit),
-                bisect.bisect_right(size_sums, size_sums[start] + most))))
+            begin, whole, before = begins[start], wholes[start], parts[files[start]]
+            again = costs[start] * (start > begin)
+            end = bisect.bisect_right(time_sums, time_sums[start] + limit - again) - 1
+            # one part tells less of a file than two: both may have had slow neighbours
+            allowed = (before + 1 if before < 3 else 2 * before) if before else len(times)
+            left = allowed - (len(found) - bisect.bisect_right(found, begin))
+            share = (line_sums[whole] - line_sums[start]) / max(1, left)
+            end = max(end, min(whole, max(
+                bisect.bisect_left(line_sums, line_sums[start] + share),
+                bisect.bisect_right(line_sums, line_sums[start] + FULL * costs[start]) - 1)))
+            found.append(max(start + 1, min(
+                end, bisect.bisect_right(size_sums, size_sums[start] + most) - 1)))
         return found[1:]
     low, high = 0, time_sums[-1]
     while high - low > 1:
@@ -16794,7 +16909,12 @@ def batches_of(settings: argparse.Namespace) -> Batches:
     """Return what makes batches of the input. Raises SetupError."""
     batches = Batches(settings.max_args, settings.template)
     if batches.pattern and not (settings.serial or settings.lock):  # there, order is all
-        batches.times = known_timings(settings, batches)
+        if not settings.timings:
+            batches.times = read_line_times(timings_path(batches))
+            return batches
+        with file_errors("read", settings.timings):
+            batches.times.learn([(batches.lines_of(row.command), row.seconds, row.failed)
+                                 for row in read_joblog(settings.timings)])
     return batches
 
 
@@ -16803,16 +16923,12 @@ def timings_path(batches: Batches) -> str:
     return cache_path("lines", batches.template) if batches.pattern else cache_path("timings.json")
 
 
-def known_timings(settings: argparse.Namespace, batches: Batches) -> Dict[str, float]:
-    """Return the seconds that commands, or lines of batches, took. Raises SetupError."""
+def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
+    """Return the seconds that commands took, each of a row of the input. Raises SetupError."""
     if not settings.timings:
-        return read_timings(timings_path(batches))
+        return read_timings(cache_path("timings.json"))
     with file_errors("read", settings.timings):
-        rows = read_joblog(settings.timings)
-    if batches.pattern:
-        return shared_times({}, [
-            (batches.lines_of(row.command), row.seconds, row.failed) for row in rows])
-    return {row.command: row.seconds for row in rows}
+        return {row.command: row.seconds for row in read_joblog(settings.timings)}
 
 
 # --- display and reports
@@ -17006,7 +17122,7 @@ class ClientRun:
         self.earlier = earlier_run(settings, self.batches)
         client.last_id = self.earlier.first_seq - 1
         if not self.batches.pattern:
-            client.timings = known_timings(settings, self.batches)
+            client.timings = known_timings(settings)
         times = timings_path(self.batches)
         store = ResultStore(client.options.split)
         self.display = Display(settings, store, self.output_failed, client)
@@ -17036,7 +17152,7 @@ class ClientRun:
         progress = progress_of(settings, client, self.display.out)
         client.transfers_shown = progress is not None and not progress.interval
         loop.each_round += [self.display.flush, *([progress.update] if progress else [])]
-        if self.batches.times:
+        if self.batches.times.lines:
             loop.every(MAX_POLL_TIME, self.check_batches)
 
     def take(self, row: Optional[Arguments], now: Seconds) -> None:
