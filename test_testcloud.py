@@ -19735,6 +19735,14 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.batches([], 5, times={"z": 9.0}), [])
         self.assertEqual(self.batches(rows[:1], 5, times=times), [("a",)])
 
+    def test_the_times_of_lines_are_those_of_one_project(self):
+        batches = [tc.Batches(2, words) for words in (["pytest"], ["pytest -q"])]
+        paths = set()
+        for folder in ("/a", "/b"):
+            with mock.patch.dict(os.environ, PWD=folder, XDG_CACHE_HOME="/c"):
+                paths.update(map(tc.timings_path, batches))
+        self.assertEqual(len(paths), 4)
+
     def test_batches_fit_into_a_command(self):
         lines = ["x" * 1000 + str(n % 7) for n in range(1000)]
         for template in ("echo", "echo {} > {}"):

@@ -16120,9 +16120,9 @@ program anew. So take whole files of tests, or some dozens of single tests with 
 Several lines for each command
 
 In the first run with -n N, each command has N lines. The client divides the time of a
-command among its lines, and remembers that. In later runs with the same template, N is a
-mean: a command has few slow lines or many fast ones. So each command takes about as long
-as the others. The longest start first. After some runs the times of lines are better.
+command among its lines, and remembers that. In later runs with the same template in the
+same directory, N is a mean: a command has few slow lines or many fast ones. So each
+command takes about as long as the others. The longest start first. After some runs the times of lines are better.
 
 The lines of a command are neighbours in the input, because they may need the same
 fixtures. A line that takes longer than the other commands has a command of its own.
@@ -16919,8 +16919,10 @@ def batches_of(settings: argparse.Namespace) -> Batches:
 
 
 def timings_path(batches: Batches) -> str:
-    """Return the file that remembers times: of commands, or of a template's lines."""
-    return cache_path("lines", batches.template) if batches.pattern else cache_path("timings.json")
+    """Return the file that remembers times: of commands, or of a template's lines here. Tests of
+    other projects may have the same names."""
+    about = os.environ.get("PWD", "") + "\n" + batches.template
+    return cache_path("lines", about) if batches.pattern else cache_path("timings.json")
 
 
 def known_timings(settings: argparse.Namespace) -> Dict[str, float]:
