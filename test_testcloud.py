@@ -19736,7 +19736,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.batches(rows[:1], 5, times=times), [("a",)])
 
     def test_the_times_of_lines_are_those_of_one_project(self):
-        batches = [tc.Batches(2, words) for words in (["pytest"], ["pytest -q"])]
+        batches = [tc.Batches(2, template) for template in ("pytest", "pytest -q")]
         paths = set()
         for folder in ("/a", "/b"):
             with mock.patch.dict(os.environ, PWD=folder, XDG_CACHE_HOME="/c"):

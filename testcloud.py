@@ -16122,7 +16122,8 @@ Several lines for each command
 In the first run with -n N, each command has N lines. The client divides the time of a
 command among its lines, and remembers that. In later runs with the same template in the
 same directory, N is a mean: a command has few slow lines or many fast ones. So each
-command takes about as long as the others. The longest start first. After some runs the times of lines are better.
+command takes about as long as the others. The longest start first. After some runs the
+times of lines are better.
 
 The lines of a command are neighbours in the input, because they may need the same
 fixtures. A line that takes longer than the other commands has a command of its own.
