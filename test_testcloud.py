@@ -13712,9 +13712,9 @@ class ReportingTest(unittest.TestCase):
             "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 2 on h, 0 on h",
             "FAILED ONLY ON i! b ⌚8.14ms",
             "testcloud: tried 3 times: 1 on i (2 times), 0 on h",
-            "FAIL(3) c ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 1 on j, 3 on h",
+            "FAIL(3) on h: c ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 1 on j, 3 on h",
             "Some commands failed :(",
-            "1 of 3 commands failed: 1 with exit code 3", "  FAIL(3) c",
+            "1 of 3 commands failed: 1 with exit code 3", "  FAIL(3) on h: c",
             "Flaky: 2 of 3 failed at first, and passed elsewhere or later: 1 FAILED ONLY ON i",
             "  FLAKY! a", "  FAILED ONLY ON i! b"])
 
@@ -24505,7 +24505,7 @@ class DocumentsTest(unittest.TestCase):
     # what commands of README and manual need that is not here, by what they have in them
     NEEDS = {r"^make |^hub\$|^mine\$|^scp |^ssh |@host ": "another host, or a checkout",
              r"^sudo ": "root", "docker ": "docker", "^uv ": "uv", "fish": "fish",
-             "^srun |^kubectl ": "a cluster", "unshare ": "user namespaces",
+             "unshare ": "user namespaces",
              r"testcloud\.py (worker|broker)|--watch": "they run until somebody stops them",
              r"cancel \d": "a client that runs"}
 

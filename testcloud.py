@@ -10399,7 +10399,9 @@ class Transcript(Reporter):
         if outcome.verdict == OK:
             style, words = "ok", "OK! "
         elif outcome.verdict == FAIL:
-            named = outcome.host and self.client.hosts > 1
+            several = self.client.hosts > 1 or any(  # a greeting tells it: a short run has none
+                one.host != outcome.host for one in outcome.tries)
+            named = several and outcome.host
             where = f" on {printable(outcome.host)}:" if named else ""
             style, words = "fail", f"FAIL({outcome.exitcode}){where} "
         else:
