@@ -693,13 +693,18 @@ def cut_mark(sent: int, size: int) -> str:
     return f"\n[testcloud: output cut after {sent} of {size} bytes]\n"
 
 
+def noun(number: float, what: str) -> str:
+    """Return the word for so many."""
+    return what if number == 1 else what + "s"
+
+
 def plural(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    return f"{number} {noun(number, what)}"
 
 
 def grouped(number: int, what: str) -> str:
     """The same with 1,234."""
-    return f"{number:,} {plural(number, what).partition(' ')[2]}"
+    return f"{number:,} {noun(number, what)}"
 
 
 def duration(seconds: Seconds, whole: bool = False) -> str:
@@ -5648,7 +5653,7 @@ class Worker(SessionMachine):
             return
         if job.killed and record.time >= job.timeout * 1000:  # else it ended just before
             job.record = record._replace(exitcode=TIMED_OUT, signal=0, reason=(
-                f"stopped after {job.timeout:g} second{'s' * (job.timeout != 1)} (see --timeout)"))
+                f"stopped after {job.timeout:g} {noun(job.timeout, 'second')} (see --timeout)"))
         job.state = DELIVERED
         if self.session.joined:  # else the next READY lists it
             self.report_result(job)
@@ -8889,8 +8894,12 @@ class Client(SessionMachine):
             command.reading = fields
             self.effects.append(ReadTests(command, fields))
         else:
-            self.fetcher.remove(command, self.now)
-            self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
+            self.conclude_fetched(command, fields)
+
+    def conclude_fetched(self, command: Command, fields: Fields) -> None:
+        """Conclude a try whose output and files need no more to be fetched."""
+        self.fetcher.remove(command, self.now)
+        self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
 
     def tests_read(self, command: Command, fields: Fields, fault: str) -> None:
         """Conclude a try. With a fault of its JUnit file it has failed."""
@@ -8899,8 +8908,7 @@ class Client(SessionMachine):
         if fault and not fields["exitcode"]:
             fields.update(exitcode=1, reason=fields.get("reason") or fault)
             self.keep_words(command, fields)
-        self.fetcher.remove(command, self.now)
-        self.conclude(command, fields, inline_output(fields), self.next_constraints(command))
+        self.conclude_fetched(command, fields)
         self.settle()
 
     def next_constraints(self, command: Command) -> Optional[Fields]:
@@ -10219,7 +10227,7 @@ class ReturnedFiles:
             if self.lacking <= NAMED_FAILURES:
                 names, host = printable(", ".join(missing), 300), printable(result.get("host", "?"))
                 self.tell(f"{printable(command.title)} brought no "
-                          f"file{'s' * (len(missing) > 1)} {names} from {host}"
+                          f"{noun(len(missing), 'file')} {names} from {host}"
                           + (f": {printable(reason, 300)}" if reason else ""), False)
         return written
 
@@ -16585,13 +16593,13 @@ class Batches:
         if not self.held:
             self.give_up_at = now + PACK_WAIT
         self.held += row
-        if self.times.lines:
-            return self.check(now)
-        return self.cut(range(self.size, len(self.held) + 1, self.size))
+        return self.check(now)
 
     def check(self, now: Seconds) -> List[Arguments]:
-        """Return rows of `size` lines if the input is too long, or takes too long."""
-        if now < self.give_up_at and len(self.held) <= LineTimings.MAX_COMMANDS:
+        """Return rows of `size` lines, unless it waits for the whole input. It gives that up if
+        the input is too long, or takes too long."""
+        if self.times.lines and now < self.give_up_at \
+                and len(self.held) <= LineTimings.MAX_COMMANDS:
             return []
         self.times, self.give_up_at = LineTimes(), math.inf
         return self.cut(range(self.size, len(self.held) + 1, self.size))
