@@ -10993,8 +10993,14 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, troub
         yield tail + "\n"
         return
     yield start + head
+    yield from own_cases(name, outcomes, output_of, trouble, tests.room if tests else JUNIT_SIZE)
+    yield f"{end}\n{tail}\n"
+
+
+def own_cases(name: str, outcomes: Sequence[Outcome], output_of: OutputOf, trouble: str,
+              room: int) -> Iterator[str]:
+    """Yield the test cases of commands, with outputs while there is room, and of `trouble`."""
     names = unique_names([*(outcome.title for outcome in outcomes), WHOLE_RUN])
-    room = tests.room if tests else JUNIT_SIZE
     for outcome, shown in zip(outcomes, names):
         case = xml_element("testcase", name=shown, classname=name,
                            time=in_seconds(own_time(outcome)))
@@ -11006,7 +11012,6 @@ def junit_xml(name: str, outcomes: Iterable[Outcome], output_of: OutputOf, troub
         error = xml_element("error", trouble, type="WholeRun", message=trouble)
         yield xml_text(xml_element("testcase", "", error, name=next(names), classname=name,
                                    time=in_seconds(0))) + "\n"
-    yield f"{end}\n{tail}\n"
 
 
 def suite_numbers(counts: Counter[str], spent: float) -> Dict[str, str]:
@@ -16653,6 +16658,18 @@ def split_quoted(text: str) -> List[str]:
 FULL = 2  # a part of a file has lines for so many times what the file itself takes
 
 
+def bounds_of(files: Sequence[str]) -> Tuple[List[int], List[int]]:
+    """Return where the file of each line begins, and where it ends. "" is a file of one line."""
+    begins: List[int] = []
+    ends: List[int] = []
+    for file, group in itertools.groupby(files):
+        here, length = len(begins), len([*group])
+        for at in range(here, here + length):
+            begins.append(here if file else at)
+            ends.append(here + length if file else at + 1)
+    return begins, ends
+
+
 def partition(times: Sequence[Seconds], sizes: Sequence[int], count: int, most: int,
               files: Sequence[str], known: LineTimes) -> List[int]:
     """Return the ends of up to `count` parts of a sequence, of which the longest is short.
@@ -16662,13 +16679,7 @@ def partition(times: Sequence[Seconds], sizes: Sequence[int], count: int, most: 
     And a file gets few parts more than before: that shows what the file itself takes. A part has
     `most` bytes at most, though there are more parts then."""
     parts = Counter(file for _, lines in known.batches for file in files_of(lines))
-    begins: List[int] = []  # of each line's file
-    wholes: List[int] = []  # its end
-    for file, group in itertools.groupby(files):
-        here, length = len(begins), len([*group])
-        for at in range(here, here + length):
-            begins.append(here if file else at)
-            wholes.append(here + length if file else at + 1)
+    begins, wholes = bounds_of(files)
     # integers: their sums are exact
     costs = [round(known.files.get(file, 0.0) * 1e6) for file in files]
     line_sums = [0, *itertools.accumulate(max(1, round(seconds * 1e6)) for seconds in times)]
