@@ -3842,6 +3842,20 @@ class LocksAndSlotsTest(unittest.TestCase):
             d.wait(1)
             self.assertEqual(len(d.given(b"v")), 1)
 
+    def test_a_command_that_has_ended_does_not_stand_for_who_has_the_lock_now(self):
+        self.desk = d = Desk()
+        self.worker(b"v")
+        d.hello(b"c", "r1", [1, 2])
+        d.submit(b"c", 1, lock="", again=True, had="w")
+        d.submit(b"c", 2, lock="", again=True, had="p")  # which is on its way back
+        self.worker(b"w", held=[["r1", 1, 1]])
+        d.ends(b"w", "r1", 1)
+        d.submit(b"c", 3, lock="")
+        self.assertEqual(d.given(b"v"), [])
+        d.wait(d.broker.times.worker_expiry)
+        self.worker(b"v")
+        self.assertEqual(d.given(b"v"), [3])
+
     def test_a_wide_command_takes_several_slots_of_one_worker(self):
         d = self.desk
         self.worker(b"w", slots=3)
@@ -7579,7 +7593,7 @@ class World:
 
 class SimulationTest(unittest.TestCase):
     SEEDS = int(os.environ.get("SIM_SEEDS", "150"))
-    FAILED_ONCE = [833129633]  # seeds of the mix of faults that found a bug
+    FAILED_ONCE = [833129633, 134386352]  # seeds of the mix of faults that found a bug
     ADVERSITY = ("crash", "cut_wire", "pause", "freeze")
     TREE_FAULTS = (*ADVERSITY, "swallow", "terminate", "interrupt", "edit", "edit", "pry")
     LOCK_FAULTS = (*ADVERSITY, "swallow", "terminate", "interrupt", "load")

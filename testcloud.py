@@ -3824,7 +3824,7 @@ class Dispatcher(Machine):
         recall, resend = [], []
         known = {*worker.tasks}
         for key in sorted(told):
-            adopted = self.adopt(worker, key, locks)
+            adopted = self.adopt(worker, key, locks, key in held)
             if adopted is None:
                 unwanted.setdefault(key[0], []).append([key[1], key[2]])
             elif key in held:
@@ -3857,8 +3857,8 @@ class Dispatcher(Machine):
                     f"a client of {printable(worker.name)}"))
         return found
 
-    def adopt(self, worker: WorkerRecord, key: TaskKey,
-              locks: Dict[TaskKey, Lock]) -> Optional[Task]:
+    def adopt(self, worker: WorkerRecord, key: TaskKey, locks: Dict[TaskKey, Lock],
+              has_ended: bool) -> Optional[Task]:
         """Take over an attempt that a worker reports. Return None if it is not wanted there."""
         run, id, attempt = key
         client = self.registry.clients.get(run)
@@ -3884,6 +3884,8 @@ class Dispatcher(Machine):
             return None
         if task.worker is worker and task.state == DELIVERED:
             return task
+        if has_ended:
+            task.lock = None  # it has it no more, and must not stand for whoever has it now
         is_news = task.state != RUNNING or task.preparing
         self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
         if task.preparing:  # the worker says so again, unless it has ended meanwhile
