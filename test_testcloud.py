@@ -7371,7 +7371,7 @@ class World:
         if actor.owner is not None and actor.stream is not None:
             self.seen["freeze stream"] += 1
             for way in self.r.choice([[0, 1], [0], [1]]):
-                actor.stream.dead[way] = self.r.random() < 0.3
+                actor.stream.dead[way] |= self.r.random() < 0.3  # none loses bytes and goes on
                 actor.stream.last[way] = max(actor.stream.last[way],
                                              self.now + self.r.random() * 60)
 
