@@ -9441,7 +9441,7 @@ class RunnerTest(unittest.TestCase):
         runner.free = 1
         for deadline, woken in ((math.inf, 0), (-math.inf, 1)):
             runner.start_deadline = deadline
-            with mock.patch.object(runner.lock, "wait", side_effect=InterruptedError), \
+            with mock.patch.object(runner.idle, "wait", side_effect=InterruptedError), \
                     self.assertRaises(InterruptedError):
                 runner.next_job()
             self.assertEqual(runner.wake.call_count, woken)
@@ -9537,8 +9537,8 @@ class RunnerTest(unittest.TestCase):
             time.sleep(0.001)
         self.runner.enqueue(jobs[0])
         self.runner.start_jobs(-math.inf)
-        with mock.patch.object(self.runner.lock, "wait",
-                               side_effect=self.runner.lock.wait) as waits:
+        with mock.patch.object(self.runner.idle, "wait",
+                               side_effect=self.runner.idle.wait) as waits:
             open(f"{self.dir}/end", "w").close()
             self.result(late)  # and its thread takes no other
             while not waits.called:
@@ -9575,7 +9575,7 @@ class RunnerTest(unittest.TestCase):
             self.runner.enqueue(job)
             with self.runner.lock:
                 self.runner.start_deadline = -math.inf
-                self.runner.lock.notify()
+                self.runner.idle.notify()
             end = time.monotonic() + PATIENCE
             while not calls and time.monotonic() < end:
                 time.sleep(0.001)
@@ -9697,24 +9697,55 @@ class RunnerTest(unittest.TestCase):
     @unittest.skipUnless(sys.platform == "linux", "not Linux")
     def test_the_quick_way_starts_programs_and_says_why_it_cannot(self):
         try:
-            spawner = tc.Spawner({b"A": b"a", b"Z": b"z"})
+            spawner = tc.Spawner()
         except AttributeError:
             self.skipTest("libc lacks what it takes")
         ours, theirs = os.pipe()
         for file in (ours, theirs):
             self.addCleanup(os.close, file)
-        for changed, expected in (({b"B": b"b", b"C": b"c"}, b"/\nabcz\n"), ({}, b"/\naz\n"),
-                                  ({b"A": b"x", b"B": b"b"}, b"/\nxbz\n")):
-            pid = spawner.spawn([b"/bin/sh", b"-c", b"pwd; echo $A$B$C$Z; exit 3"],
-                                changed, b"/", theirs, theirs)
+        setting = tc.Setting(spawner, b"/", {b"A": b"a", b"Z": b"z"})
+        self.addCleanup(setting.close)
+        for varying, expected in (((b"B=b", b"C=c", None), b"/\nabcz\n"),
+                                  ((None, None, None), b"/\naz\n"),
+                                  ((b"B=x", b"C=y", b"D=d"), b"/\naxyzd\n")):
+            pid = setting.spawn(b"/bin/sh", [b"sh", b"-c", b"pwd; echo $A$B$C$Z$D; exit 3"],
+                                varying, theirs, theirs)
             self.assertEqual(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 3)
             self.assertEqual(os.read(ours, 99), expected)
         for argv, cwd, number in (([b"/no/program"], None, errno.ENOENT),
                                   ([b"/bin/sh"], b"/no", errno.ENOENT),
                                   ([b"/bin/sh", b"x" * 10**7], None, errno.E2BIG)):
+            setting = tc.Setting(spawner, cwd, {})
+            self.addCleanup(setting.close)
             with self.assertRaises(OSError) as caught:
-                spawner.spawn(argv, {}, cwd, theirs, theirs)
+                setting.spawn(argv[0], argv, [None] * 3, theirs, theirs)
             self.assertEqual(caught.exception.errno, number)
+
+    def test_what_commands_find_is_made_once_while_it_is_the_same(self):
+        def output(id, run="r", **more):
+            job = tc.Job((run, id, 2), {"cmd": "echo $TESTCLOUD_RUN $TESTCLOUD_SEQ "
+                                        "$TESTCLOUD_ATTEMPT $TESTCLOUD_SLOTS $A $PWD", **more})
+            self.runner.processes[job.key] = tc.Process()
+            return self.runner.run(job, 1).output.read(0, 999).decode()
+        with mock.patch.object(tc, "CommandSetting", side_effect=tc.CommandSetting) as made:
+            for id in (1, 2, 3):
+                self.assertEqual(output(id, cwd="/"), f"r {id} 2 1 /\n")
+            self.assertEqual(made.call_count, 1)
+            self.assertEqual(output(4, cwd="/", env={"A": "a", "TESTCLOUD_SEQ": "x"}),
+                             "r 4 2 1 a /\n")
+            self.assertEqual(output(5, cwd="/tmp"), "r 5 2 1 /tmp\n")
+            self.assertEqual(output(6, "q", cwd="/tmp"), "q 6 2 1 /tmp\n")
+            self.assertEqual(made.call_count, 4)
+
+    def test_files_of_commands_that_never_come_again_are_forgotten(self):
+        spawner = mock.Mock()
+        setting = tc.Setting(spawner, None, {})
+        setting.array = [None] * setting.VARYING
+        for file in range(3 * setting.MAX_ACTIONS):
+            setting.spawn(b"/bin/sh", [b"sh"], [None] * setting.VARYING, file, file)
+        self.assertLessEqual(len(setting.actions), setting.MAX_ACTIONS)
+        setting.close()
+        self.assertEqual(spawner.free.call_count, spawner.actions.call_count)
 
     def test_an_orphan_belongs_to_one_attempt_of_one_command(self):
         mark = {"TESTCLOUD_WORKER": "w1", "TESTCLOUD_RUN": "r", "TESTCLOUD_SEQ": "5",
@@ -10045,7 +10076,7 @@ class RunnerTest(unittest.TestCase):
         self.addCleanup(child.wait)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         process = tc.Process(child.pid)
-        process.pipes = (pipe,)
+        process.pipes = [(pipe, os.open("/dev/null", os.O_WRONLY))]
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         return tc.OutputReader(self.runner, job, process, tc.Output(limit=10), time.monotonic())
 
@@ -10356,12 +10387,12 @@ class WithoutShellTest(unittest.TestCase):
         found = []
         spawn = self.launcher.spawner.spawn
 
-        def note(argv, *others, **named):
-            found.extend(others[4:5])
-            return spawn(argv, *others, **named)
+        def note(program, argv, *others):
+            found.extend([program] if argv[1:2] != [b"-c"] else [])
+            return spawn(program, argv, *others)
         with mock.patch.object(self.launcher.spawner, "spawn", note):
             self.run_one(cmd, True, **more)
-        return [program.decode() for program in found if program]
+        return [program.decode() for program in found]
 
     def test_only_plain_commands_of_known_programs_need_no_shell(self):
         here = os.path.join(self.dir, "bin")

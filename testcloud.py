@@ -5979,9 +5979,10 @@ def detach_terminal() -> None:
 
 def pidfd(pid: int) -> int:
     """Return a file descriptor that is readable when the process ends; -1 if there is none."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, an old kernel, or forbidden
+    try:
         return os.pidfd_open(pid)
-    return -1
+    except (AttributeError, OSError):  # not Linux, an old kernel, or forbidden
+        return -1
 
 
 def group_is_alive(leader: int) -> bool:
@@ -6115,7 +6116,7 @@ class Process:
 
     def __init__(self, pid: int = 0) -> None:
         self.pid = self.group = pid  # 0 while it is being started
-        self.pipes: Tuple[int, ...] = ()  # of its output; two if stdout and stderr are split
+        self.pipes: List[Tuple[int, int]] = []  # of its output; two if stdout and stderr are split
         self.signalled = 0  # the last signal sent, SIGTERM or SIGKILL
         self.status: Optional[int] = None  # once it is reaped
 
@@ -6184,15 +6185,17 @@ class Spawner:
 
     STRUCT = 1024  # bytes for a struct of libc; known ones need at most 350
 
-    def __init__(self, inherited: Dict[bytes, bytes]) -> None:
+    def __init__(self) -> None:
         import ctypes
         self.ctypes = ctypes
-        self.inherited = inherited
-        self.array = self.texts(inherited)
         self.libc = ctypes.CDLL(None)
         self.quick = ctypes.PyDLL(None)  # for calls that take less time than to share the GIL
         self.set_directory = self.quick.posix_spawn_file_actions_addchdir_np
         self.attributes: Dict[int, Any] = {}  # by process group; 0: of its own
+
+    def texts(self, rows: Sequence[Optional[bytes]]) -> Any:
+        """Return a C array of these texts, and a NULL."""
+        return (self.ctypes.c_char_p * (len(rows) + 1))(*rows)
 
     def attributes_of(self, group: int) -> Any:
         if group not in self.attributes:
@@ -6207,43 +6210,63 @@ class Spawner:
             self.attributes[group] = attributes
         return self.attributes[group]
 
-    def spawn(self, argv: List[bytes], changed: Dict[bytes, bytes], cwd: Optional[bytes],
-              stdout: int, stderr: int, program: bytes = b"", group: int = 0) -> int:
-        """Start a program with these variables and the inherited ones, in a process group. Return
-        its pid. Without its path it is that of the first word. No text may contain a NUL. Raises
-        OSError."""
-        variables = self.environment(changed)
-        quick, actions = self.quick, self.ctypes.create_string_buffer(self.STRUCT)
-        quick.posix_spawn_file_actions_init(actions)
-        try:
-            quick.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDWR, 0)
-            quick.posix_spawn_file_actions_adddup2(actions, stdout, 1)
-            quick.posix_spawn_file_actions_adddup2(actions, stderr, 2)
-            if cwd is not None:
-                self.set_directory(actions, cwd)
-            pid = self.ctypes.c_int()
-            words = (self.ctypes.c_char_p * (len(argv) + 1))(*argv)
-            error = self.libc.posix_spawn(self.ctypes.byref(pid), program or argv[0], actions,
-                                          self.attributes_of(group), words, variables)
-        finally:
-            quick.posix_spawn_file_actions_destroy(actions)
+    def actions(self, cwd: Optional[bytes], stdout: int, stderr: int) -> Any:
+        """Return what a new process does before its program begins. free() it."""
+        actions = self.ctypes.create_string_buffer(self.STRUCT)
+        self.quick.posix_spawn_file_actions_init(actions)
+        self.quick.posix_spawn_file_actions_addopen(actions, 0, b"/dev/null", os.O_RDWR, 0)
+        self.quick.posix_spawn_file_actions_adddup2(actions, stdout, 1)
+        self.quick.posix_spawn_file_actions_adddup2(actions, stderr, 2)
+        if cwd is not None:
+            self.set_directory(actions, cwd)
+        return actions
+
+    def free(self, actions: Any) -> None:
+        self.quick.posix_spawn_file_actions_destroy(actions)
+
+    def spawn(self, program: bytes, argv: Sequence[bytes], variables: Any, actions: Any,
+              group: int = 0) -> int:
+        """Start a program in a process group. Return its pid. `variables` are of texts(). No text
+        may contain a NUL. Raises OSError."""
+        pid = self.ctypes.c_int()
+        error = self.libc.posix_spawn(self.ctypes.byref(pid), program, actions,
+                                      self.attributes_of(group), self.texts(argv), variables)
         if error:
             raise OSError(error, os.strerror(error))
         return pid.value
 
-    def texts(self, variables: Dict[bytes, bytes], room: int = 0) -> Any:
-        """Return these variables as a C array, with NULLs in the room at its end."""
-        rows = [b"%s=%s" % row for row in variables.items()]
-        return (self.ctypes.c_char_p * (len(rows) + room + 1))(*rows)
 
-    def environment(self, changed: Dict[bytes, bytes]) -> Any:
-        """Return the inherited variables and these as a C array."""
-        if not changed.keys().isdisjoint(self.inherited):
-            return self.texts({**self.inherited, **changed})
-        variables = self.texts({}, len(self.inherited) + len(changed))
-        self.ctypes.memmove(variables, self.array, self.ctypes.sizeof(self.array))
-        variables[len(self.inherited):-1] = [b"%s=%s" % row for row in changed.items()]
-        return variables
+class Setting:
+    """What commands find: a directory and variables, as libc wants them. Made once for many
+    commands, all of one thread."""
+
+    VARYING = 3  # places for variables that differ from command to command
+    MAX_ACTIONS = 64  # the same files come again and again
+
+    def __init__(self, spawner: Optional[Spawner], cwd: Optional[bytes],
+                 variables: Dict[bytes, bytes]) -> None:
+        self.spawner, self.cwd, self.variables = spawner, cwd, variables
+        self.actions: Dict[Tuple[int, int], Any] = {}  # by stdout and stderr
+        rows = [b"%s=%s" % row for row in variables.items()]
+        self.varying = slice(len(rows), len(rows) + self.VARYING)
+        self.array: Any = spawner and spawner.texts([*rows, *[None] * self.VARYING])
+
+    def spawn(self, program: bytes, argv: Sequence[bytes], varying: Sequence[Optional[bytes]],
+              stdout: int, stderr: int, group: int = 0) -> int:
+        """Start a program with VARYING more variables, NAME=VALUE, in a process group. Return its
+        pid. No text may contain a NUL. Raises OSError."""
+        assert self.spawner is not None
+        actions = self.actions.get((stdout, stderr))
+        if actions is None:
+            if len(self.actions) == self.MAX_ACTIONS:
+                self.close()
+            actions = self.actions[stdout, stderr] = self.spawner.actions(self.cwd, stdout, stderr)
+        self.array[self.varying] = varying
+        return self.spawner.spawn(program, argv, self.array, actions, group)
+
+    def close(self) -> None:
+        while self.actions and self.spawner:
+            self.spawner.free(self.actions.popitem()[1])
 
 
 def is_transient(error: Exception) -> bool:
@@ -6435,9 +6458,9 @@ def told_by_sh(status: int) -> str:
     return f"{signal.strsignal(os.WTERMSIG(status))}{dumped}\n"
 
 
-def find_program(word: bytes, path: bytes, cwd: bytes) -> bytes:
+def find_program(word: bytes, path: List[bytes], cwd: bytes) -> bytes:
     """Return the path of a command's program, as every shell finds it; b"" if they may differ."""
-    for place in [cwd] if b"/" in word else path.split(b":"):
+    for place in [cwd] if b"/" in word else path:
         found = os.path.join(place, word)
         if not found.startswith(b"/"):
             return b""
@@ -6462,76 +6485,97 @@ class Launcher:
         self.sh_way: Optional[str] = None  # EXECS, WAITS, or "" for another; None: not tried yet
         self.sets_underscore = False  # sh sets $_ to the program's path
         self.groups: Dict[int, int] = {}  # by slot: see group_of()
+        self.settings: Dict[int, CommandSetting] = {}  # by slot: of its last command
         self.inherited = {name: value for name, value in os.environb.items()
                           if name not in COMMAND_VARIABLES}
         self.file_limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # before we raise ours
         self.spawner: Optional[Spawner] = None
         if not has_terminal():  # with a terminal, only Popen can start a session
             with contextlib.suppress(ImportError, OSError, AttributeError):
-                self.spawner = Spawner(self.inherited)
+                self.spawner = Spawner()
                 set_close_on_exec()
 
-    def start(self, job: Job, slot: int) -> Tuple[int, int, Tuple[int, ...]]:
+    def start(self, job: Job, slot: int) -> Tuple[int, int, List[Tuple[int, int]]]:
         """Start a job's command. Return its pid, its process group and its output pipes. Another
         group than its own means: it has no shell that WAITS for it. Raises OSError, ValueError."""
-        apart = b" " if job.cmd[:1] in ("-", "+") else b""  # else the shell reads an option
-        argv = [to_bytes(shell_path(job.shell)), b"-c", apart + to_bytes(job.cmd)]
-        if resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit:  # we have raised ours
-            argv = [b"/bin/sh", b"-c", b'ulimit -Sn "$0"; exec "$@"', b"%d" % self.file_limit[0],
-                    *argv]
+        setting = self.setting(job, slot)
         pipes: List[Tuple[int, int]] = []
-        ours: Tuple[int, ...] = ()
         try:
             for _ in range(1 + job.split):
                 pipes.append(os.pipe())
-            cwd = None if job.cwd is None else to_bytes(job.cwd)
-            variables, ends = self.variables(job, slot), (pipes[0][1], pipes[-1][1])
-            pid, group = 0, 0
-            if len(argv) == 3 and slot and self.spawner:
-                pid, group = self.spawn_without_shell(job, slot, variables, cwd, *ends)
-            if not pid:
-                pid = group = self.spawn(argv, variables, cwd, *ends)
-            ours = tuple(pipe for pipe, _ in pipes)
-            return pid, group, ours
-        finally:
-            for end in set(itertools.chain(*pipes)).difference(ours):
+            pid, group = self.start_in(setting, job, slot, pipes[0][1], pipes[-1][1])
+        except BaseException:
+            for end in itertools.chain(*pipes):
                 os.close(end)
+            raise
+        finally:
+            if not slot:
+                setting.close()
+        return pid, group, pipes
 
-    def spawn(self, argv: List[bytes], changed: Dict[bytes, bytes], cwd: Optional[bytes],
-              stdout: int, stderr: int) -> int:
-        """Start a program. Return its pid. Popen tries what Spawner cannot start: it says why."""
-        if self.spawner and b"\0" not in b"".join((*argv, cwd or b"")):
-            with contextlib.suppress(OSError):
-                return self.spawner.spawn(argv, changed, cwd, stdout, stderr)
+    def setting(self, job: Job, slot: int) -> CommandSetting:
+        """Return what a job's command finds in its slot: mostly the same as the one before."""
+        key = (job.key[0], job.cwd, job.env, job.shell, job.slots)
+        setting = self.settings.get(slot)
+        if setting is None or setting.key != key:
+            if setting is not None:
+                setting.close()
+            setting = CommandSetting(self, job, slot, key)
+            if slot:
+                self.settings[slot] = setting
+        return setting
+
+    def start_in(self, setting: CommandSetting, job: Job, slot: int, stdout: int,
+                 stderr: int) -> Tuple[int, int]:
+        """Start a job's command. Return its pid and process group. Raises OSError, ValueError."""
+        cmd, (_, id, attempt) = to_bytes(job.cmd), job.key
+        numbers = (b"TESTCLOUD_SEQ=%d" % id, b"TESTCLOUD_ATTEMPT=%d" % attempt)
+        # a shell that we give our limit is another
+        limited = resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit
+        if setting.may_lack_shell and not limited and self.sh_way != "" \
+                and PLAIN_WORDS.fullmatch(cmd):
+            pid, group = self.start_without_shell(setting, cmd, numbers, slot, stdout, stderr)
+            if pid:
+                return pid, group
+        apart = b" " if cmd[:1] in (b"-", b"+") else b""  # else the shell reads an option
+        argv = [setting.shell, b"-c", apart + cmd]
+        if limited:  # we have raised ours
+            argv = [b"/bin/sh", b"-c", b'ulimit -Sn "$0"; exec "$@"', b"%d" % self.file_limit[0],
+                    *argv]
+        pid = self.start_shell(setting, argv, (*numbers, setting.underscore), stdout, stderr)
+        return pid, pid
+
+    def start_shell(self, setting: CommandSetting, argv: List[bytes],
+                    varying: Sequence[Optional[bytes]], stdout: int, stderr: int) -> int:
+        """Start a shell. Return its pid. Popen tries what Spawner cannot start: it says why."""
+        if self.spawner and b"\0" not in b"".join((*argv, setting.cwd or b"")):
+            try:
+                return setting.spawn(argv[0], argv, varying, stdout, stderr)
+            except OSError:
+                pass
         import subprocess
+        more = dict(row.split(b"=", 1) for row in varying if row is not None)
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=cwd,
-            env={**self.inherited, **changed}, start_new_session=True)
+            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, cwd=setting.cwd,
+            env={**setting.variables, **more}, start_new_session=True)
         process.returncode = 0  # Process reaps it, not Popen
         return process.pid
 
-    def spawn_without_shell(self, job: Job, slot: int, changed: Dict[bytes, bytes],
-                            cwd: Optional[bytes], stdout: int, stderr: int) -> Tuple[int, int]:
-        """Start a command's program if it needs no shell. Return its pid and process group, or
-        zeros."""
-        cmd = to_bytes(job.cmd)
-        if self.sh_way == "" or job.shell != SH or not PLAIN_WORDS.fullmatch(cmd) \
-                or cwd is None or cwd != os.path.normpath(cwd) or cwd[:1] != b"/":
-            return 0, 0
+    def start_without_shell(self, setting: CommandSetting, cmd: bytes, numbers: Tuple[bytes, bytes],
+                            slot: int, stdout: int, stderr: int) -> Tuple[int, int]:
+        """Start the program of plain words if it needs no shell. Return its pid and process group,
+        or zeros."""
         argv = cmd.split()
-        if argv[0] in SHELL_WORDS or not all(map(PASSED_ON.fullmatch, job.env)):
+        if argv[0] in SHELL_WORDS:
             return 0, 0
-        path = changed.get(b"PATH", self.inherited.get(b"PATH", b""))
-        program = find_program(argv[0], path, cwd)
+        program = find_program(argv[0], setting.path, setting.cwd or b"")
         self.plain_commands += bool(program)
         if not program or self.plain_commands < TRY_SH_AFTER or not self.way_of_sh():
             return 0, 0
-        if self.sets_underscore:
-            changed = {**changed, b"_": program}
+        underscore = b"_=" + program if self.sets_underscore else setting.underscore
         try:
-            assert self.spawner is not None
             group = self.group_of(slot) if self.sh_way == WAITS else 0
-            pid = self.spawner.spawn(argv, changed, cwd, stdout, stderr, program, group)
+            pid = setting.spawn(program, argv, (*numbers, underscore), stdout, stderr, group)
             return pid, group or pid
         except OSError:  # the shell says why, or interprets a script without #!
             return 0, 0
@@ -6542,9 +6586,14 @@ class Launcher:
         Without a shell that WAITS, a program must not lead its group: setsid(1) and others do
         different things then. Only one that leads none can join it."""
         if slot not in self.groups:
-            assert self.spawner is not None
-            self.groups[slot] = self.spawner.spawn([SH.encode(), b"-c", b":"], {}, None, 2, 2)
+            self.groups[slot] = self.spawn([SH.encode(), b"-c", b":"], None, 2)
         return self.groups[slot]
+
+    def spawn(self, argv: List[bytes], cwd: Optional[bytes], stdout: int) -> int:
+        """Start a program that is no command. Return its pid. Raises OSError."""
+        variables = self.inherited if cwd is None else {**self.inherited, b"PWD": cwd}
+        with contextlib.closing(Setting(self.spawner, cwd, variables)) as setting:
+            return setting.spawn(argv[0], argv, [None] * Setting.VARYING, stdout, stdout)
 
     def close(self) -> None:
         """Reap the zombies. Those of threads that have ended may be gone: they became children of
@@ -6584,26 +6633,41 @@ class Launcher:
 
     def output_of(self, argv: List[bytes]) -> Tuple[Process, bytes]:
         """Return the ended process of a program, and its outputs."""
-        assert self.spawner is not None
         ours, theirs = os.pipe()
         with open(ours, "rb") as stream:
             try:
-                process = Process(self.spawner.spawn(argv, {b"PWD": b"/"}, b"/", theirs, theirs))
+                process = Process(self.spawn(argv, b"/", theirs))
             finally:
                 os.close(theirs)
             output = stream.read()
         process.wait()
         return process, output
 
-    def variables(self, job: Job, slot: int) -> Dict[bytes, bytes]:
-        """Return the variables that the client has set, and the command's own."""
-        run, id, attempt = job.key
+
+class CommandSetting(Setting):
+    """The Setting of a run's commands in a slot."""
+
+    def __init__(self, launcher: Launcher, job: Job, slot: int, key: Tuple[object, ...]) -> None:
+        """Raises FileNotFoundError: there is no such shell."""
+        self.key = key  # of all commands that find this
+        self.shell = to_bytes(shell_path(job.shell))
         pwd = job.env.get("PWD") or job.cwd or os.environ.get("PWD", "")
-        return {**{to_bytes(name): to_bytes(value) for name, value in job.env.items()},
-                b"TESTCLOUD_RUN": to_bytes(run), b"TESTCLOUD_SEQ": b"%d" % id,
-                b"TESTCLOUD_ATTEMPT": b"%d" % attempt, b"TESTCLOUD_SLOT": b"%d" % slot,
-                b"TESTCLOUD_SLOTS": b"%d" % job.slots, b"TESTCLOUD_WORKER": to_bytes(self.worker),
-                b"PWD": to_bytes(pwd)}
+        variables = {**launcher.inherited,
+                     **{to_bytes(name): to_bytes(value) for name, value in job.env.items()},
+                     b"TESTCLOUD_RUN": to_bytes(job.key[0]), b"TESTCLOUD_SLOT": b"%d" % slot,
+                     b"TESTCLOUD_SLOTS": b"%d" % job.slots,
+                     b"TESTCLOUD_WORKER": to_bytes(launcher.worker), b"PWD": to_bytes(pwd)}
+        for name in (b"TESTCLOUD_SEQ", b"TESTCLOUD_ATTEMPT"):  # those of --env do not count
+            variables.pop(name, None)
+        underscore = variables.pop(b"_", None)
+        self.underscore = None if underscore is None else b"_=" + underscore
+        self.path = variables.get(b"PATH", b"").split(b":")
+        super().__init__(launcher.spawner, None if job.cwd is None else to_bytes(job.cwd),
+                         variables)
+        self.may_lack_shell = bool(  # if the command's words may
+            slot and launcher.spawner and job.shell == SH and job.cwd
+            and job.cwd.startswith("/") and job.cwd == os.path.normpath(job.cwd)
+            and all(map(PASSED_ON.fullmatch, job.env)))
 
 
 def enlarge_pipe(pipe: int) -> None:
@@ -6613,37 +6677,50 @@ def enlarge_pipe(pipe: int) -> None:
 
 
 class OutputReader:
-    """Collects a command's output, in the thread of its slot."""
+    """Collects a command's output, in the thread of its slot.
+
+    Our copies of the pipes' other ends stay open until the command's first process has ended. So
+    the end of the output does not wake us just before that."""
 
     def __init__(self, runner: Runner, job: Job, process: Process, output: Output,
                  began: Seconds) -> None:
         self.runner, self.job, self.process = runner, job, process
         self.output, self.began = output, began
         self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # to report the start
-        self.streams = dict(zip(process.pipes, (1, 2)))
-        self.sizes = dict.fromkeys(process.pipes, PIPE_SIZE)  # by open pipe: bytes to read at once
+        self.sizes: Dict[int, int] = {}  # by open pipe: bytes to read at once
+        self.ends: List[int] = []  # our copies of the other ends
         self.poller = select.poll()
-        for pipe in process.pipes:
+        for pipe, end in process.pipes:
+            self.sizes[pipe] = PIPE_SIZE
+            self.ends.append(end)
             self.poller.register(pipe, select.POLLIN)
 
     def read_until_end(self) -> None:
         """Read until the leader ends, then OUTPUT_GRACE longer. After SIGTERM, read until the
         group is dead: its other members have until SIGKILL."""
         self.wait_for_leader()
+        self.close_ends()
         while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.group):
             self.poll(time.monotonic() + POLL_INTERVAL)
-        deadline = time.monotonic() + OUTPUT_GRACE  # e.g. tee may still write
-        while self.sizes and time.monotonic() < deadline:
-            self.poll(deadline)
+        if self.sizes:
+            deadline = time.monotonic() + OUTPUT_GRACE  # e.g. tee may still write
+            while self.sizes and time.monotonic() < deadline:
+                self.poll(deadline)
 
     def read_rest(self) -> None:
         """Read the rest of the pipes after the group is killed, and close them."""
-        deadline = time.monotonic() + OUTPUT_GRACE
-        for _ in range(MAX_LATE_READS):
-            if not self.sizes or not self.poll(deadline):
-                break
-        for pipe in self.process.pipes:
+        if self.sizes:
+            deadline = time.monotonic() + OUTPUT_GRACE
+            for _ in range(MAX_LATE_READS):
+                if not self.sizes or not self.poll(deadline):
+                    break
+        self.close_ends()
+        for pipe, _ in self.process.pipes:
             os.close(pipe)
+
+    def close_ends(self) -> None:
+        while self.ends:
+            os.close(self.ends.pop())
 
     def wait_for_leader(self) -> None:
         leader = pidfd(self.process.pid)
@@ -6669,8 +6746,9 @@ class OutputReader:
         until = min(until, self.report_at)
         patience = None if until == math.inf else max(0.0, until - now) * 1000
         ready = [file for file, _ in self.poller.poll(patience)]
-        for pipe in self.sizes.keys() & ready:
-            self.read(pipe)
+        for pipe in ready:
+            if pipe in self.sizes:
+                self.read(pipe)
         return ready
 
     def read(self, pipe: int) -> None:
@@ -6679,7 +6757,7 @@ class OutputReader:
             del self.sizes[pipe]
             self.poller.unregister(pipe)
             return
-        self.output.write(data, self.streams[pipe])
+        self.output.write(data, 1 if pipe == self.process.pipes[0][0] else 2)
         if len(data) == PIPE_SIZE:  # it was full
             self.sizes[pipe] = LARGE_PIPE // 4
             enlarge_pipe(pipe)
@@ -6745,8 +6823,8 @@ class Runner:
         self.events: Deque[Event] = deque()
         self.wake_at: Seconds = math.inf  # deadline of the next wake-up
         self.woken = False  # the loop was woken, and has not taken the events yet
-        # for the queue, and for signals only to processes not yet reaped; idle slots wait on it
-        self.lock = threading.Condition()
+        self.lock = threading.Lock()  # for the queue; signals go only to processes not yet reaped
+        self.idle = threading.Condition(self.lock)  # idle slots wait for it
         self.processes: Dict[TaskKey, Process] = {}  # of the commands that run
         self.closing = False  # no job starts any more
 
@@ -6762,7 +6840,7 @@ class Runner:
         """Start a job at once, in a thread of its own: it takes no slot."""
         with self.lock:
             self.processes[job.key] = Process()
-        thread = threading.Thread(target=self.work, args=(0, [job]), daemon=True, name="setup")
+        thread = threading.Thread(target=self.work_apart, args=(job,), daemon=True, name="setup")
         try:
             thread.start()
         except RuntimeError as error:  # the system has no more threads
@@ -6777,15 +6855,14 @@ class Runner:
             self.wake_loop()
         with self.lock:
             wanted = len(self.waiting) if now < until else 0
-            self.lock.notify(wanted)
+            self.idle.notify(wanted)
         self.add_threads(min(wanted, self.slots - len(self.threads)))
 
     def add_threads(self, count: int) -> None:
         """Start threads for slots. Without any thread, hand the queue back."""
         try:
             for slot in range(len(self.threads) + 1, len(self.threads) + 1 + count):
-                thread = threading.Thread(target=self.work, daemon=True, name="slot",
-                                          args=(slot, iter(self.next_job, None)))
+                thread = threading.Thread(target=self.work, args=(slot,), daemon=True, name="slot")
                 thread.start()
                 self.threads.append(thread)
         except RuntimeError as error:  # the system has no more threads
@@ -6819,7 +6896,7 @@ class Runner:
             self.closing = True
             for process in self.processes.values():
                 process.signal(signal.SIGKILL)
-            self.lock.notify_all()
+            self.idle.notify_all()
         for thread in self.threads:
             thread.join(1.0)
         self.launcher.close()
@@ -6846,25 +6923,29 @@ class Runner:
 
     # --- in the thread of a slot
 
-    def work(self, slot: int, jobs: Iterable[Job]) -> None:
-        """Run jobs in this slot, numbered from 1; 0: in no slot."""
+    def work(self, slot: int) -> None:
+        """Run jobs in this slot, numbered from 1."""
+        self.set_niceness()
+        job = self.next_job()
+        while job is not None:
+            self.report(job, self.record_of(job, slot))
+            job = self.next_job(job.slots)
+
+    def work_apart(self, job: Job) -> None:
+        """Run a job in no slot."""
+        self.set_niceness()
+        self.report(job, self.record_of(job, 0), urgent=True)
+
+    def set_niceness(self) -> None:
         if self.nice and sys.platform == "linux":  # a command inherits its thread's niceness
             with contextlib.suppress(OSError):
                 os.nice(self.nice)
-        for job in jobs:
-            try:
-                record = self.run(job, slot)
-            except Exception as error:  # a bug fails this command only
-                record = ExitRecord(NOT_RUN, 0.0, time.time(), Output(),
-                                    reason=f"testcloud failed to run it: {error!r}")
-            with self.lock:
-                self.processes.pop(job.key, None)  # still there if the start failed
-                self.free += job.slots if slot else 0
-            self.report(job, record._replace(slot=slot), urgent=not slot)
 
-    def next_job(self) -> Optional[Job]:
-        """Wait for a job that may be started. Return it, or None after close()."""
+    def next_job(self, freed: int = 0) -> Optional[Job]:
+        """Free so many slots. Wait for a job that may be started. Return it, or None after
+        close()."""
         with self.lock:
+            self.free += freed
             while not self.closing:
                 late = bool(self.waiting) and time.monotonic() >= self.start_deadline
                 first = next(iter(self.waiting.values()), None)
@@ -6873,25 +6954,37 @@ class Runner:
                     self.processes[first.key] = Process()
                     self.free -= first.slots
                     if self.waiting and self.free:  # a wide job has ended, or held others up
-                        self.lock.notify()
+                        self.idle.notify()
                     return first
                 if self.events or late:  # the loop waits for a new lease
                     self.wake_loop()
-                self.lock.wait()
+                self.idle.wait()
         return None
+
+    def record_of(self, job: Job, slot: int) -> ExitRecord:
+        """Run a job. Return its record, whatever happens: a bug fails this command only."""
+        try:
+            return self.run(job, slot)
+        except Exception as error:
+            return ExitRecord(NOT_RUN, 0.0, time.time(), Output(), slot=slot,
+                              reason=f"testcloud failed to run it: {error!r}")
+        finally:
+            if job.key in self.processes:  # the start failed
+                with self.lock:
+                    del self.processes[job.key]
 
     def run(self, job: Job, slot: int) -> ExitRecord:
         """Run a job's command to its end. Return its record."""
         job.output = output = Output(job.limit, job.split)
         job.cwd = job.cwd and os.path.expanduser(job.cwd)
-        returns = Returns(job)
+        returns = Returns(job) if job.returns else None
         wall, began = time.time(), time.monotonic()
         process = self.processes[job.key]
         try:
             self.start_process(job, slot, process)
         except (OSError, ValueError) as error:
             return ExitRecord(NOT_RUN, 0.0, wall, output, reason=reason_not_started(job, error),
-                              requeue=is_transient(error))
+                              slot=slot, requeue=is_transient(error))
         reader = OutputReader(self, job, process, output, began)
         try:
             reader.read_until_end()
@@ -6904,10 +6997,11 @@ class Runner:
             output.write(told_by_sh(process.status).encode(), 2)
             code = 128 - code
         output.end()
-        record = self.exit_record(code, output, wall, began)
-        return returns.append_to(record) if job.returns and not job.cancelled else record
+        record = self.exit_record(code, output, wall, began, slot)
+        return returns.append_to(record) if returns and not job.cancelled else record
 
-    def exit_record(self, code: int, output: Output, wall: Seconds, began: Seconds) -> ExitRecord:
+    def exit_record(self, code: int, output: Output, wall: Seconds, began: Seconds,
+                    slot: int) -> ExitRecord:
         """Return the record of an ended command. The code is that of Process.wait()."""
         spent, reason = (time.monotonic() - began) * 1000, ""
         if output.failure:
@@ -6915,8 +7009,8 @@ class Runner:
         elif code in (-signal.SIGKILL, 128 + signal.SIGKILL) and self.oom_killed_since(began):
             reason = OUT_OF_MEMORY
         if code < 0:
-            return ExitRecord(128 - code, spent, wall, output, signal=-code, reason=reason)
-        return ExitRecord(NOT_RUN if output.failure else code, spent, wall, output, reason=reason)
+            return ExitRecord(128 - code, spent, wall, output, -code, reason, slot)
+        return ExitRecord(NOT_RUN if output.failure else code, spent, wall, output, 0, reason, slot)
 
     def start_process(self, job: Job, slot: int, process: Process) -> None:
         """Start a job's command; retry if the machine lacks a resource. Raises as start()."""
@@ -6953,8 +7047,9 @@ class Runner:
             self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.group, signal.SIGKILL)
-        deadline = time.monotonic() + REAP_TIMEOUT
-        for killed in iter(self.kill_orphans, []):
+        deadline = 0.0
+        while killed := self.kill_orphans():
+            deadline = deadline or time.monotonic() + REAP_TIMEOUT
             if time.monotonic() >= deadline:
                 self.stuck.update(killed)
                 logging.warning("processes that cannot be killed: %s", killed)
@@ -6964,10 +7059,11 @@ class Runner:
     def kill_orphans(self) -> List[int]:
         """Reap ended orphans; kill those of ended commands. Return the pids of the latter, except
         `stuck`. They may leave orphans: call again until there are none."""
-        if self.children_file < 0:
+        children = read_children(self.children_file) if self.children_file >= 0 else []
+        if not children and not self.stuck:
             return []
         with self.lock:
-            orphans = [pid for pid in read_children(self.children_file) if not reaped(pid)]
+            orphans = [pid for pid in children if not reaped(pid)]
             self.stuck.intersection_update(orphans)
             killed = [pid for pid in orphans if self.command_has_ended(pid)]
             for pid in killed:
