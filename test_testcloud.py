@@ -9737,6 +9737,16 @@ class RunnerTest(unittest.TestCase):
             self.assertEqual(output(6, "q", cwd="/tmp"), "q 6 2 1 /tmp\n")
             self.assertEqual(made.call_count, 4)
 
+    def test_own_variables_beat_those_of_the_client_and_these_beat_ours(self):
+        with mock.patch.dict(os.environ, {"_": "ours", "A": "ours", "TESTCLOUD_SEQ": "ours"}):
+            runner = self.new_runner(1, "w1")
+        for env, expected in (({}, b"ours 6 1\n"), (dict.fromkeys(
+                ("_", "A", "TESTCLOUD_SEQ", "TESTCLOUD_ATTEMPT"), "x"), b"x 6 1\n")):
+            job = tc.Job(("r", 6, 1), {"cmd": "echo $A $TESTCLOUD_SEQ $TESTCLOUD_ATTEMPT",
+                                       "env": env})
+            runner.processes[job.key] = tc.Process()
+            self.assertEqual(runner.run(job, 1).output.read(0, 99), expected)
+
     def test_files_of_commands_that_never_come_again_are_forgotten(self):
         spawner = mock.Mock()
         setting = tc.Setting(spawner, None, {})
@@ -10423,6 +10433,16 @@ class WithoutShellTest(unittest.TestCase):
         with mock.patch.dict(os.environ, {"BASH_FUNC_shows%%": "() { echo; }"}):
             self.assertEqual(tc.Launcher("w").way_of_sh(), "")
         self.assertEqual(tc.Launcher("w").way_of_sh(), self.WAY)
+
+    def test_no_variable_is_there_twice(self):
+        names = [f"TESTCLOUD_{name}" for name in ("RUN", "SEQ", "ATTEMPT", "SLOT")]
+        for name in [*names, "PWD", "V"]:
+            env = {"PATH": self.path, name: "/"}
+            outputs = [self.run_one("env", directly, env=env)[3][1] for directly in (False, True)]
+            shell, direct = ([row.partition(b"=")[0] for row in output.split(b"\n")
+                              if not row.startswith(b"_=")] for output in outputs)
+            self.assertEqual(sorted(shell), sorted(direct), name)
+            self.assertEqual(direct.count(name.encode()), 1)
 
     def test_a_program_leads_its_process_group_as_with_a_shell(self):
         for directly in (False, True):
@@ -24729,6 +24749,46 @@ def memory(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", tc.read_text(f"/proc/{pid}/status"))[1])
 
 
+# Where the time of true goes: what two threads of Python need that only spawn, read and wait, and
+# what the part of a worker needs that runs commands. Both take their commands from stdin.
+SPAWNERS = """
+import os, sys, threading
+
+def work():
+    for command in commands:
+        ours, theirs = os.pipe()
+        pid = os.posix_spawn("/bin/sh", ["sh", "-c", command], os.environ, setpgroup=0,
+                             file_actions=[(os.POSIX_SPAWN_DUP2, theirs, n) for n in (1, 2)])
+        os.close(theirs)
+        while os.read(ours, 65536):
+            pass
+        os.close(ours)
+        os.waitpid(pid, 0)
+commands = iter(sys.stdin.read().splitlines())
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+RUNNER = """
+import math, sys, threading
+import testcloud as tc
+woken = threading.Event()
+runner = tc.Runner(2, woken.set, subreaper=True)
+commands = sys.stdin.read().splitlines()
+for id, command in enumerate(commands):
+    runner.enqueue(tc.Job(("r", id, 1), {"cmd": command, "cwd": "/"}))
+runner.start_jobs(math.inf)
+left = len(commands)
+while left:
+    woken.wait()
+    woken.clear()
+    left -= sum(isinstance(what, tc.ExitRecord) for _, what in runner.take_events())
+runner.close()
+"""
+
+
 class Speed:
     """The figures. Each yields rows."""
 
@@ -24782,6 +24842,13 @@ class Speed:
         for command, goal in (("true", 0.95), ("/bin/echo hello", 1.3)):
             yield from self.against(f"{command} with --local", command,
                                     self.client("--local", "-j", "2"), {"xargs -P2": goal})
+        lines, env = ["true"] * self.commands, {**os.environ, "PYTHONPATH": HERE}
+        for what, program in (("true without client and broker", RUNNER),
+                              ("true by threads that spawn, read and wait", SPAWNERS)):
+            yield self.ratio(
+                f"{what}, against xargs -P2",
+                lambda program=program: wall([sys.executable, "-c", program], lines, env=env),
+                lambda: wall(["xargs", "-P2", "-I{}", "sh", "-c", "{}"], lines), "", "xargs")
         yield self.ratio("one true with --local, against import zmq",
                          lambda: wall([sys.executable, "-c", "import zmq"]),
                          lambda: wall(self.client("--local"), ["true"]), "<= 2.2")

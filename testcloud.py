@@ -6530,8 +6530,7 @@ class Launcher:
         """Start a job's command. Return its pid and process group. Raises OSError, ValueError."""
         cmd, (_, id, attempt) = to_bytes(job.cmd), job.key
         numbers = (b"TESTCLOUD_SEQ=%d" % id, b"TESTCLOUD_ATTEMPT=%d" % attempt)
-        # a shell that we give our limit is another
-        limited = resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit
+        limited = resource.getrlimit(resource.RLIMIT_NOFILE) != self.file_limit  # we have raised it
         if setting.may_lack_shell and not limited and self.sh_way != "" \
                 and PLAIN_WORDS.fullmatch(cmd):
             pid, group = self.start_without_shell(setting, cmd, numbers, slot, stdout, stderr)
@@ -6539,7 +6538,7 @@ class Launcher:
                 return pid, group
         apart = b" " if cmd[:1] in (b"-", b"+") else b""  # else the shell reads an option
         argv = [setting.shell, b"-c", apart + cmd]
-        if limited:  # we have raised ours
+        if limited:  # a first shell lowers it again
             argv = [b"/bin/sh", b"-c", b'ulimit -Sn "$0"; exec "$@"', b"%d" % self.file_limit[0],
                     *argv]
         pid = self.start_shell(setting, argv, (*numbers, setting.underscore), stdout, stderr)
