@@ -7047,7 +7047,7 @@ class Runner:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.group, signal.SIGKILL)
         deadline = 0.0
-        while killed := self.kill_orphans():
+        for killed in iter(self.kill_orphans, []):
             deadline = deadline or time.monotonic() + REAP_TIMEOUT
             if time.monotonic() >= deadline:
                 self.stuck.update(killed)
