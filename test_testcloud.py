@@ -13692,7 +13692,7 @@ class ReportingTest(unittest.TestCase):
         self.report("y", 0, b"")
         self.report("z", 126, b"", reason="no such directory")
         self.end()
-        self.assertEqual(self.reports.times, [8.14, 10.0, 8.14, 8.14])
+        self.assertEqual([*self.reports.times], [8.14, 10.0, 8.14, 8.14])
         text = out.getvalue().decode()
         self.assertTrue(text.startswith(
             "Releasing the hounds: 5 commands to execute\n"
@@ -14441,8 +14441,18 @@ class ReportingTest(unittest.TestCase):
                 mock.patch.object(os.path, "expanduser", lambda path: path):
             self.assertEqual(tc.cache_path("timings.json"), "")
         timings = tc.Timings("")
-        timings.fresh = {"a": 1.0}
+        timings.fresh["a"] = 1.0, False
         timings.ended(None)
+
+    def test_no_more_times_are_held_than_are_kept(self):
+        self.text()
+        with mock.patch.object(tc.Timings, "MAX_COMMANDS", 3):
+            timings = tc.Timings("")
+        self.reports.reporters = [timings]
+        for cmd in "abcadefd":
+            self.report(cmd, time=70.0)
+            self.assertLessEqual(len(timings.fresh), 3)
+        self.assertEqual([*timings.fresh], [*"efd"])  # the latest last
 
     def test_timings_are_remembered(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -9656,7 +9656,7 @@ class Reports:
         self.passes: Counter[str] = Counter()  # passed commands by host
         self.fails: Counter[str] = Counter()  # failed commands by host
         self.write_failed = False  # a report could not be written
-        self.times: List[float] = []  # ms
+        self.times = array.array("d")  # ms; a list would take four times the memory
         self.began = time.monotonic()
 
     def expect(self, seq: int, line: str, occurrence: int = 0, name: str = "",
@@ -12062,23 +12062,29 @@ class Timings(Reporter):
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fresh: Dict[str, float] = {}
+        # of this run, by command, the latest last: seconds, and whether it failed
+        self.fresh: OrderedDict[str, Tuple[Seconds, bool]] = OrderedDict()
+        self.most = self.MAX_COMMANDS  # of these
 
     def result(self, outcome: Outcome) -> None:
         if outcome.host and not outcome.reason:
-            self.fresh[outcome.cmd] = outcome.spent / 1000
+            self.fresh[outcome.cmd] = outcome.spent / 1000, outcome.exitcode != 0
+            self.fresh.move_to_end(outcome.cmd)
+            if len(self.fresh) > self.most:
+                self.fresh.popitem(last=False)
 
     def ended(self, summary: Summary) -> None:
-        if max(self.fresh.values(), default=0) < self.MIN_LONGEST:
+        if max((spent for spent, _ in self.fresh.values()), default=0) < self.MIN_LONGEST:
             return
         write_cache(self.path, json.dumps(self.learned()))
 
     def learned(self) -> Dict[str, Any]:
         """Return what to write: the times of earlier runs and the new ones."""
         known = read_timings(self.path)  # again: other clients may have ended
-        for text in self.fresh:
-            known.pop(text, None)
-        return dict([*known.items(), *self.fresh.items()][-self.MAX_COMMANDS:])
+        for cmd, (spent, _) in self.fresh.items():
+            known.pop(cmd, None)
+            known[cmd] = spent
+        return dict([*known.items()][-self.MAX_COMMANDS:])
 
 
 class LineTimings(Timings):
@@ -12091,18 +12097,11 @@ class LineTimings(Timings):
         super().__init__(path)
         self.lines_of = lines_of
         self.most = math.ceil(self.MAX_COMMANDS / size)
-        self.failed: Set[str] = set()  # commands
-
-    def result(self, outcome: Outcome) -> None:
-        super().result(outcome)
-        if outcome.exitcode:
-            self.failed.add(outcome.cmd)
 
     def learned(self) -> Dict[str, Any]:
         # a command's own report may have the times of its lines: these would be better than shares
         times = read_line_times(self.path)
-        times.learn([(self.lines_of(cmd), spent, cmd in self.failed)
-                     for cmd, spent in [*self.fresh.items()][-self.most:]])
+        times.learn([(self.lines_of(cmd), *row) for cmd, row in self.fresh.items()])
         return times.to_json(self.MAX_COMMANDS)
 
 
