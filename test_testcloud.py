@@ -15170,12 +15170,8 @@ failures="0">
             "iso-8859-1" if "ISO-8859" in text else "utf-8")
         command = self.commands.setdefault(id, tc.Command(id, f"c{id}", "/d", ["f", "r.xml"]))
         command.tries[attempt] = tc.Try(0, host)
-        return self.read_file(command, {
+        return self.files.read(command, {
             "attempt": attempt, "returned": self.put(command, attempt, data, **more)})
-
-    def read_file(self, command, result):
-        file = self.files.file_of(command, result)
-        return self.files.keep(file, self.files.read(file))
 
     @property
     def commands(self):
@@ -15289,79 +15285,17 @@ failures="0">
                         command, 1, rows, at, whole[at:at + step]))
             for command in commands:
                 command.tries[1] = tc.Try(1, "h")
-            self.assertIn("2 of 4 tests failed", self.read_file(
+            self.assertIn("2 of 4 tests failed", self.files.read(
                 commands[1], {"attempt": 1, "returned": rows}))
             self.put(commands[2], 1, b" " * len(data))
             at = (len(whole) - 1) // step * step  # of the last part
             self.files.put_part(tc.ReturnedPart(commands[0], 1, rows, at, whole[at:]))
             for command, why in zip(commands[::2], ("2 of 4 tests failed", "no whole XML")):
-                self.assertIn(why, self.read_file(command, {"attempt": 1, "returned": rows}))
+                self.assertIn(why, self.files.read(command, {"attempt": 1, "returned": rows}))
             self.assertEqual((self.files.places, self.files.incoming_end), ({}, 0))
         self.put(commands[0], 2, b"x")  # a try that is lost
         self.files.finish(1, 1)
         self.assertEqual(self.files.places, {})
-
-    def reader(self, posted, client=None):
-        """Reads files in a thread; what it posts to its loop comes in this queue."""
-        return tc.TestsReader(mock.Mock(post=posted.put), client or mock.Mock(), self.files)
-
-    def effect(self, id, text):
-        data = text.encode()
-        command = self.commands[id] = tc.Command(id, f"c{id}", "/d", ["f", "r.xml"])
-        command.tries[1] = tc.Try(0, "h")
-        command.reading = {"attempt": 1, "returned": self.put(command, 1, data)}
-        return tc.ReadTests(command, command.reading)
-
-    def test_files_are_read_in_a_thread_one_at_a_time(self):
-        client, posted, may_read, busy = mock.Mock(), queue.Queue(), threading.Semaphore(0), set()
-        read = self.files.read
-
-        def read_late(file):
-            self.assertTrue(may_read.acquire(timeout=PATIENCE))
-            self.assertEqual(busy, set())
-            busy.add(file.command.id)
-            return read(file)
-        reader = self.reader(posted, client)
-        effects = [self.effect(id, "<testsuite><testcase/></testsuite>" if id != 3 else "x")
-                   for id in (1, 2, 3, 4)]
-        with mock.patch.object(self.files, "read", read_late):
-            for effect in effects:
-                reader.add(effect)  # which does not wait
-            self.assertTrue(posted.empty())
-            effects[1].command.reading = {}  # lost meanwhile
-            effects[3].command.reading = {}
-            for id in (1, 3):
-                may_read.release()
-                end = posted.get(timeout=PATIENCE)
-                self.assertEqual(busy, {id})
-                busy.clear()
-                end(7.0)
-        self.assertEqual([(call[0][0].id, call[0][1] is call[0][0].reading, bool(call[0][2]))
-                          for call in client.tests_read.call_args_list],
-                         [(1, True, False), (3, True, True)])
-        self.assertEqual((client.now, [*reader.line]), (7.0, []))
-        self.assertEqual({*self.files.tries}, {1, 3})
-        reader.add(self.effect(5, "<testsuite/>"))  # the next one finds an idle reader
-        posted.get(timeout=PATIENCE)(8.0)
-        self.assertEqual(client.now, 8.0)
-
-    def test_who_is_lost_while_its_file_is_read_does_not_count(self):
-        client, posted = mock.Mock(), queue.Queue()
-        effect = self.effect(1, "<testsuite/>")
-        self.reader(posted, client).add(effect)
-        end = posted.get(timeout=PATIENCE)
-        effect.command.reading = {}
-        self.files.finish(1, 1)
-        end(1.0)
-        self.assertEqual((client.tests_read.called, self.files.tries), (False, {}))
-
-    def test_a_bug_in_the_thread_ends_the_run(self):
-        client, posted = mock.Mock(left=False), queue.Queue()
-        with mock.patch.object(self.files, "read", side_effect=KeyError("bug")):
-            self.reader(posted, client).add(self.effect(1, "<testsuite/>"))
-            fail = posted.get(timeout=PATIENCE)
-        self.assertRaisesRegex(KeyError, "bug", fail, 1.0)
-        client.leave.assert_called_once_with(3)
 
     def test_a_file_that_is_of_no_use_is_a_failed_case(self):
         bomb = ("<!DOCTYPE a [<!ENTITY b 'x'><!ENTITY c '&b;&b;&b;'>]>"
@@ -15389,7 +15323,7 @@ failures="0">
         large = self.read(b"", size=tc.JUNIT_FILE_SIZE + 1)
         self.assertEqual(large, "its r.xml has 34 MB, more than 34 MB (--junit-from)")
         for rows in ([], [[0o644, 9]], [[], []], [[0o644, 3], []], [[], [], [0o644, 9]]):
-            self.assertEqual(self.read_file(self.commands[1], {"attempt": 1, "returned": rows}),
+            self.assertEqual(self.files.read(self.commands[1], {"attempt": 1, "returned": rows}),
                              "its r.xml is not there (--junit-from)")
         with mock.patch.object(tc, "write_all", side_effect=OSError(28, "No space left")):
             self.assertEqual(self.read(self.PYTEST, step=50),
@@ -15407,7 +15341,7 @@ failures="0">
                 if files is not self.files:
                     shutil.rmtree(files.top)
             command.tries[1] = tc.Try(0, "h")
-            self.assertIn(why, self.read_file(command, {"attempt": 1, "returned": rows}))
+            self.assertIn(why, self.files.read(command, {"attempt": 1, "returned": rows}))
 
     def test_no_more_failed_tests_are_kept_than_are_shown(self):
         self.read("<testsuite>" + "<testcase><failure/></testcase>" * 99 + "</testsuite>")
@@ -19664,7 +19598,7 @@ class WorkingTreeTest(unittest.TestCase):
             reader.tell_look(began + later)
         self.assertEqual(told, ["reading the working tree: 1 name, 2.5 MB"] * 2)
         for later in (50, 60):
-            reader.tell_left_out()
+            reader.tell_left_out(began + later)
             reader.tell_look(began + later)
         self.assertEqual(told[2:], ["x is left out: why"])
 

@@ -11399,20 +11399,8 @@ class JUnitParser:
             self.builder = None
 
 
-class TestFile(NamedTuple):
-    """The JUnit file of a try, which has come."""
-
-    command: Command
-    attempt: int
-    path: str  # for people
-    place: Union[int, OSError]  # among those that come, or why it is not there
-    size: int  # -1: the command has not written it
-    failed: Sequence[Tuple[str, FailedTest]]  # tests of earlier tries, each with its host
-
-
 class TestFiles:
-    """Reads the JUnit files of commands, and keeps their test cases for the report. read() may run
-    in a thread, one file at a time."""
+    """Reads the JUnit files of commands, and keeps their test cases for the report."""
 
     def __init__(self) -> None:
         self.incoming, self.spool = open_spool(), open_spool()
@@ -11432,7 +11420,7 @@ class TestFiles:
             f"{{#}}, the number of the command")
 
     def put_part(self, part: ReturnedPart) -> None:
-        """Store the next part of a file. read() tells an error."""
+        """Store the next part of a file. An error is told by read()."""
         key = part.command.id, part.attempt
         for index, offset, piece in part.pieces():
             size = part.rows[index][1]
@@ -11448,48 +11436,42 @@ class TestFiles:
             except OSError as error:
                 self.places[key] = error
 
-    def file_of(self, command: Command, result: Fields) -> TestFile:
-        """Return the file of a try."""
+    def read(self, command: Command, result: Fields) -> str:
+        """Read the file of a try. Return why the try has failed, if its exit code is 0."""
+        path = f"its {printable(command.returns[-1], 200)}"
         attempt, last = result["attempt"], len(command.returns) - 1
         row = (result.get("returned", [])[last:] or [[]])[0]
         earlier = self.tries.setdefault(command.id, {})
         earlier.pop(attempt, None)
-        return TestFile(
-            command, attempt, f"its {printable(command.returns[-1], 200)}",
-            self.places.pop((command.id, attempt), 0), row[1] if row else -1,
-            [(command.tries[number].host, test) for number, old in earlier.items()
-             for test in old.failed])
-
-    def read(self, file: TestFile) -> Tests:
-        """Return the tests in a file."""
+        tests = Tests()
         try:
-            tests = Tests()
-            self.parse(tests, file)
+            if not row:
+                raise ValueError("is not there")
+            self.parse(tests, self.places.pop((command.id, attempt), 0), row[1], [
+                (command.tries[number].host, test) for number, old in earlier.items()
+                for test in old.failed])
         except (OSError, SyntaxError, ValueError, LookupError) as error:
             why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
             if isinstance(error, SyntaxError):  # of XML
                 why = f"is no whole XML: {error}"
-            tests = Tests(f"{file.path} {why} (--junit-from)")
-        return tests
-
-    def keep(self, file: TestFile, tests: Tests) -> str:
-        """Keep the tests of a file. Return why the try has failed, if its exit code is 0."""
+            tests = Tests(f"{path} {why} (--junit-from)")
         if not self.places:
             self.incoming_end = 0
-        self.tries[file.command.id][file.attempt] = tests
+        earlier[attempt] = tests
         return tests.fault or (
-            f"{tests.describe()}, by {file.path} (--junit-from)" if tests.failures else "")
+            f"{tests.describe()}, by {path} (--junit-from)" if tests.failures else "")
 
-    def parse(self, tests: Tests, file: TestFile) -> None:
+    def parse(self, tests: Tests, place: Union[int, OSError], size: int,
+              earlier: Sequence[Tuple[str, FailedTest]]) -> None:
+        """Read a file. `earlier` has the failed tests of earlier tries, each with its host."""
         from xml.etree.ElementTree import XMLParser  # late
-        place, size = file.place, file.size
         if isinstance(place, OSError):
             raise place
-        if not 0 < size <= JUNIT_FILE_SIZE:
-            raise ValueError("is not there" if size < 0 else "is empty" if not size else
+        if not size or size > JUNIT_FILE_SIZE:
+            raise ValueError("is empty" if not size else
                              f"has {amount(size)}, more than {amount(JUNIT_FILE_SIZE)}")
         known: Dict[Tuple[str, str], List[Tuple[str, FailedTest]]] = {}
-        for host, test in file.failed:
+        for host, test in earlier:
             known.setdefault((test.classname, test.name), []).append((host, test))
 
         def take(suite: Suite, part: ET.Element) -> None:
@@ -17180,59 +17162,6 @@ def working_tree(settings: argparse.Namespace, top: str, cwd: str) -> WorkingTre
                         for path in settings.setup_once_for])
 
 
-def in_thread(loop: EventLoop, client: Client, name: str, work: Callable[[], Any],
-              then: Callable[[Any, Seconds], None]) -> None:
-    """Call work() in a thread, and then(its result, now) in the loop. Its error ends the run."""
-    def failed(error: Exception, now: Seconds) -> None:
-        if not client.left:
-            client.leave(3)
-        loop.flush()
-        raise error
-
-    def run() -> None:
-        try:
-            result = work()
-        except Exception as error:
-            loop.post(functools.partial(failed, error))
-        else:
-            loop.post(functools.partial(then, result))
-    threading.Thread(target=run, daemon=True, name=name).start()
-
-
-class TestsReader:
-    """Reads the JUnit files of a run in a thread, one at a time: a large one takes seconds."""
-
-    def __init__(self, loop: EventLoop, client: Client, files: TestFiles) -> None:
-        self.loop = loop
-        self.client = client
-        self.files = files
-        self.line: Deque[ReadTests] = deque()  # the first one is being read
-
-    def add(self, effect: ReadTests) -> None:
-        self.line.append(effect)
-        if len(self.line) == 1:
-            self.start()
-
-    def start(self) -> None:
-        """Read the first file in the line whose try still counts."""
-        while self.line and not self.counts(self.line[0]):
-            self.line.popleft()
-        if self.line:
-            file = self.files.file_of(self.line[0].command, self.line[0].result)
-            in_thread(self.loop, self.client, "tests", lambda: (file, self.files.read(file)),
-                      self.end)
-
-    def counts(self, effect: ReadTests) -> bool:
-        return effect.command.reading is effect.result
-
-    def end(self, found: Tuple[TestFile, Tests], now: Seconds) -> None:
-        effect = self.line.popleft()
-        if self.counts(effect):
-            self.client.now = now
-            self.client.tests_read(effect.command, effect.result, self.files.keep(*found))
-        self.start()
-
-
 class TreeReader:
     """Reads the working tree for a run: lists it in a thread, and parts of files in the loop."""
 
@@ -17250,11 +17179,22 @@ class TreeReader:
     def start(self, look: Callable[[], Tree]) -> None:
         """Let the client have the tree of look(), which takes its time."""
         self.notice_at = time.monotonic() + TRANSFER_NOTICE
-        in_thread(self.loop, self.client, "tree", look, self.take)
 
-    def take(self, tree: Tree, now: Seconds) -> None:
-        self.client.set_tree(tree, now)
-        self.tell_left_out()
+        def work() -> None:
+            try:
+                tree = look()
+            except Exception as error:
+                self.loop.post(functools.partial(self.failed, error))
+            else:
+                self.loop.post(lambda now: self.client.set_tree(tree, now))
+                self.loop.post(self.tell_left_out)
+        threading.Thread(target=work, daemon=True, name="tree").start()
+
+    def failed(self, error: Exception, now: Seconds) -> None:
+        if not self.client.left:
+            self.client.leave(3)
+        self.loop.flush()
+        raise error
 
     def tell_look(self, now: Seconds) -> None:
         if now >= self.notice_at:
@@ -17262,7 +17202,7 @@ class TreeReader:
             self.tell(f"reading the working tree: {plural(self.files.seen, 'name')}, "
                       f"{amount(self.files.hashed)}")
 
-    def tell_left_out(self) -> None:
+    def tell_left_out(self, now: Seconds) -> None:
         self.notice_at = math.inf
         for line in self.files.left_out:
             if line not in self.told:
@@ -17323,11 +17263,9 @@ class ClientRun:
         self.results = next((it for it in reports.reporters if isinstance(it, Results)), None)
         self.adapter = loop.add(client, {
             RunStarted: reports.started, FetchedOutput: store.put_part, LiveOutput: self.live,
-            ReturnedPart: self.put_part, ProvisionalResult: reports.keep,
-            FinalResult: reports.report,
+            ReturnedPart: self.put_part, ReadTests: self.read_tests,
+            ProvisionalResult: reports.keep, FinalResult: reports.report,
             Notice: lambda effect: self.tell(effect.text, effect.error)})
-        if self.tests:
-            self.adapter.effects[ReadTests] = TestsReader(loop, client, self.tests).add
         if top is not None:
             self.tree = TreeReader(
                 loop, client, working_tree(settings, top, self.maker.cwd), self.tell)
@@ -17391,6 +17329,11 @@ class ClientRun:
             self.reports.files.put_part(part)
         if self.tests:
             self.tests.put_part(part)
+
+    def read_tests(self, effect: ReadTests) -> None:
+        assert self.tests is not None
+        fault = self.tests.read(effect.command, effect.result)
+        self.client.tests_read(effect.command, effect.result, fault)
 
     def interrupt(self, status: int, now: Seconds) -> None:
         if self.client.left:  # only the display is still being written
