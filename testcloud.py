@@ -12496,16 +12496,15 @@ def venv_python() -> str:
 def use_venv_python() -> None:
     """If only .venv has pyzmq (as after `make demo`), import it from there, or restart with the
     python there if that is another one. This runs a program there: so .venv and its directory
-    must belong to this user, and others must not be able to write there."""
+    must belong to this user."""
     from importlib.machinery import PathFinder
     tried = os.environ.pop("TESTCLOUD_VENV_TRIED", "")
     if PathFinder.find_spec("zmq") is not None or tried:
         return
     python = venv_python()
     with contextlib.suppress(OSError):
-        places = [beside_script(name, True) for name in ("", ".venv")]
-        if not python or {os.lstat(place).st_uid for place in places} != {os.geteuid()} \
-                or any(os.stat(place).st_mode & stat.S_IWOTH for place in places):
+        owners = {os.lstat(beside_script(name, True)).st_uid for name in ("", ".venv")}
+        if not python or owners != {os.geteuid()}:
             return
         packages = os.path.join(beside_script(".venv", True), "lib",
                                 "python{}.{}".format(*sys.version_info), "site-packages")
@@ -17702,8 +17701,8 @@ A standing cloud needs pyzmq 24 or newer. Many systems refuse a plain `pip insta
     $ uv run testcloud.py status
 
 The first one is for Debian and Ubuntu. If python3 has no pyzmq, the program takes that of
-a .venv beside the script. Both must belong to you, and not be writable for everybody. uv
-fetches what the file says that it needs (PEP 723).
+a .venv beside the script: both must belong to you. uv fetches what the file says that it
+needs (PEP 723).
 
 Many short runs
 
