@@ -2906,6 +2906,30 @@ class BrokerTest(unittest.TestCase):
                 self.desk.broker.registry.stop(mock.Mock(run=run), "kim@vm1")
         self.assertEqual([*self.desk.broker.registry.stopped], ["r2", "r3"])
 
+    def test_a_cancelled_command_does_not_come_back_with_its_worker(self):
+        for rows in ("", ' {"tasks":[[1,1]]}'):
+            self.setUp()
+            d = self.desk
+            d.join(b"w")
+            d.hello(b"c", "r1")
+            d.submit(b"c", 1)
+            d.takes(b"w", "r1", 1)
+            d.gone(WORKERS, b"w")
+            d.letters.clear()
+            d.client(b"c", "CANCEL" + rows)
+            d.expect(b"c", "LOST")
+            d.gone(CLIENTS, b"c")  # that letter has not arrived
+            d.hello(b"e", "r1", [1])
+            d.letters.clear()
+            fields = {"name": "w", "slots": 1, "join": 9, "running": [["r1", 1, 1]], "held": []}
+            d.worker(b"x", tc.encode("READY", fields))
+            d.expect(b"x", "CANCEL", token="r1", tasks=[[1, 1]])
+            d.expect(b"x", "OK")
+            self.assertNotIn("QUEUED", [letter[3] for letter in d.letters])
+            d.letters.clear()
+            d.submit(b"e", 1, again=True, had="w")
+            d.expect(b"e", "LOST", tasks=[[1, 1]])
+
     def test_cancel_is_answered_when_the_worker_has_stopped(self):
         for below in ([], ["w"]):
             d = Desk()
@@ -3843,18 +3867,23 @@ class LocksAndSlotsTest(unittest.TestCase):
             self.assertEqual(len(d.given(b"v")), 1)
 
     def test_a_command_that_has_ended_does_not_stand_for_who_has_the_lock_now(self):
-        self.desk = d = Desk()
-        self.worker(b"v")
-        d.hello(b"c", "r1", [1, 2])
-        d.submit(b"c", 1, lock="", again=True, had="w")
-        d.submit(b"c", 2, lock="", again=True, had="p")  # which is on its way back
-        self.worker(b"w", held=[["r1", 1, 1]])
-        d.ends(b"w", "r1", 1)
-        d.submit(b"c", 3, lock="")
-        self.assertEqual(d.given(b"v"), [])
-        d.wait(d.broker.times.worker_expiry)
-        self.worker(b"v")
-        self.assertEqual(d.given(b"v"), [3])
+        for first in ("client", "worker"):
+            self.desk = d = Desk()
+            self.worker(b"v")
+            back = functools.partial(self.worker, b"w", held=[["r1", 1, 1]])
+            if first == "worker":
+                back()
+            d.hello(b"c", "r1", [1, 2])
+            d.submit(b"c", 1, lock="", again=True, had="w")
+            if first == "client":
+                back()
+            d.submit(b"c", 2, lock="", again=True, had="p")  # which is on its way back
+            d.ends(b"w", "r1", 1)
+            d.submit(b"c", 3, lock="")
+            self.assertEqual(d.given(b"v"), [], first)
+            d.wait(d.broker.times.worker_expiry)
+            self.worker(b"v")
+            self.assertEqual(d.given(b"v"), [3])
 
     def test_a_wide_command_takes_several_slots_of_one_worker(self):
         d = self.desk

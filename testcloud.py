@@ -1405,7 +1405,8 @@ class Task:
 
     __slots__ = ("client", "id", "attempt", "key", "state", "line", "worker", "avoid",
                  "constraints", "lock", "delay", "order", "since", "reserved_at", "reserved_since",
-                 "preparing", "told_above", "had", "careful", "faults", "cost", "result", "plain")
+                 "preparing", "told_above", "had", "careful", "faults", "cost", "result", "plain",
+                 "has_ended")
 
     def __init__(self, client: ClientRecord, id: int, attempt: int, line: bytes) -> None:
         self.client = client
@@ -1431,6 +1432,7 @@ class Task:
         self.cost = 0  # in DELIVERED: bytes that wait for its client
         self.result = b""  # RESULT of a plain worker, which does not keep it
         self.plain: Fields = {}  # cmd and cwd of a plain client's command
+        self.has_ended = False  # a worker has joined with its result: it has no lock any more
 
     @property
     def slots(self) -> int:
@@ -3438,7 +3440,7 @@ class Dispatcher(Machine):
         task.constraints = constraints_of(fields)
         worker.count(task, 1)
         self.scheduler.rank(worker)
-        lock = lock_of(fields, task.client.run)
+        lock = None if task.has_ended else lock_of(fields, task.client.run)
         if lock != task.lock:
             self.scheduler.release_lock(worker, task.key)
             task.lock = lock
@@ -3884,8 +3886,8 @@ class Dispatcher(Machine):
             return None
         if task.worker is worker and task.state == DELIVERED:
             return task
-        if has_ended:
-            task.lock = None  # it has it no more, and must not stand for whoever has it now
+        if has_ended:  # it must not stand for the task that has its lock now
+            task.has_ended, task.lock = True, None
         is_news = task.state != RUNNING or task.preparing
         self.move(task, DELIVERED if task.state == DELIVERED else RUNNING, worker)
         if task.preparing:  # the worker says so again, unless it has ended meanwhile
@@ -4602,6 +4604,8 @@ class Broker(Membership):
             if task.state in BUSY and worker and worker.peer is not None and not worker.plain:
                 stops.append(("CANCEL", task))
             else:
+                if worker is not None:  # what it says when it is back does not count
+                    task.client.lost[task.id] = (task.attempt, "")
                 self.say_lost(task.client, task.id, task.attempt, "cancelled",
                               may_run=worker is not None and task.key in worker.locks)
                 self.drop([task])
