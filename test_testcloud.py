@@ -10115,7 +10115,7 @@ class RunnerTest(unittest.TestCase):
         self.addCleanup(child.wait)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
         process = tc.Process(child.pid)
-        process.pipes = [(pipe, os.open("/dev/null", os.O_WRONLY))]
+        process.pipes = (pipe,)
         job = tc.Job(("r", 1, 1), {"cmd": "true"})
         return tc.OutputReader(self.runner, job, process, tc.Output(limit=10), time.monotonic())
 
@@ -14470,7 +14470,7 @@ class ReportingTest(unittest.TestCase):
                 mock.patch.object(os.path, "expanduser", lambda path: path):
             self.assertEqual(tc.cache_path("timings.json"), "")
         timings = tc.Timings("")
-        timings.fresh["a"] = 1.0, False
+        timings.fresh["a"], timings.longest = (1.0, False), 1.0
         timings.ended(None)
 
     def test_no_more_times_are_held_than_are_kept(self):
@@ -14482,6 +14482,11 @@ class ReportingTest(unittest.TestCase):
             self.report(cmd, time=70.0)
             self.assertLessEqual(len(timings.fresh), 3)
         self.assertEqual([*timings.fresh], [*"efd"])  # the latest last
+        with tempfile.TemporaryDirectory() as folder:
+            timings.path = os.path.join(folder, "timings.json")
+            timings.fresh = OrderedDict(dict.fromkeys("xyz", (0.01, False)))
+            timings.ended(None)  # a longer one is not among them any more
+            self.assertEqual(tc.read_timings(timings.path), dict.fromkeys("xyz", 0.01))
 
     def test_timings_are_remembered(self):
         with tempfile.TemporaryDirectory() as folder:

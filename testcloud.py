@@ -6120,7 +6120,7 @@ class Process:
 
     def __init__(self, pid: int = 0) -> None:
         self.pid = self.group = pid  # 0 while it is being started
-        self.pipes: List[Tuple[int, int]] = []  # of its output; two if stdout and stderr are split
+        self.pipes: Tuple[int, ...] = ()  # of its output; two if stdout and stderr are split
         self.signalled = 0  # the last signal sent, SIGTERM or SIGKILL
         self.status: Optional[int] = None  # once it is reaped
 
@@ -6241,8 +6241,8 @@ class Spawner:
 
 
 class Setting:
-    """What commands find: a directory and variables, as libc wants them. Made once for many
-    commands, all of one thread."""
+    """What commands find: a directory and variables, as libc wants them. It is made once for many
+    commands. Only one thread may use it: each spawn() changes the array of variables."""
 
     VARYING = 3  # places for variables that differ from command to command
     MAX_ACTIONS = 64  # the same files come again and again
@@ -6499,23 +6499,24 @@ class Launcher:
                 self.spawner = Spawner()
                 set_close_on_exec()
 
-    def start(self, job: Job, slot: int) -> Tuple[int, int, List[Tuple[int, int]]]:
+    def start(self, job: Job, slot: int) -> Tuple[int, int, Tuple[int, ...]]:
         """Start a job's command. Return its pid, its process group and its output pipes. Another
         group than its own means: it has no shell that WAITS for it. Raises OSError, ValueError."""
         setting = self.setting(job, slot)
         pipes: List[Tuple[int, int]] = []
+        pid = 0
         try:
             for _ in range(1 + job.split):
                 pipes.append(os.pipe())
             pid, group = self.start_in(setting, job, slot, pipes[0][1], pipes[-1][1])
-        except BaseException:
-            for end in itertools.chain(*pipes):
-                os.close(end)
-            raise
+            return pid, group, tuple([pipe for pipe, _ in pipes])
         finally:
+            for pipe, end in pipes:
+                os.close(end)
+                if not pid:
+                    os.close(pipe)
             if not slot:
                 setting.close()
-        return pid, group, pipes
 
     def setting(self, job: Job, slot: int) -> CommandSetting:
         """Return what a job's command finds in its slot: mostly the same as the one before."""
@@ -6667,7 +6668,7 @@ class CommandSetting(Setting):
         self.path = variables.get(b"PATH", b"").split(b":")
         super().__init__(launcher.spawner, None if job.cwd is None else to_bytes(job.cwd),
                          variables)
-        self.may_lack_shell = bool(  # if the command's words may
+        self.may_lack_shell = bool(  # a command of plain words
             slot and launcher.spawner and job.shell == SH and job.cwd
             and job.cwd.startswith("/") and job.cwd == os.path.normpath(job.cwd)
             and all(map(PASSED_ON.fullmatch, job.env)))
@@ -6680,29 +6681,22 @@ def enlarge_pipe(pipe: int) -> None:
 
 
 class OutputReader:
-    """Collects a command's output, in the thread of its slot.
-
-    Our copies of the pipes' other ends stay open until the command's first process has ended. So
-    the end of the output does not wake us just before that."""
+    """Collects a command's output, in the thread of its slot."""
 
     def __init__(self, runner: Runner, job: Job, process: Process, output: Output,
                  began: Seconds) -> None:
         self.runner, self.job, self.process = runner, job, process
         self.output, self.began = output, began
         self.report_at = min(began + REPORT_DELAY, runner.wake_at)  # to report the start
-        self.sizes: Dict[int, int] = {}  # by open pipe: bytes to read at once
-        self.ends: List[int] = []  # our copies of the other ends
+        self.sizes = dict.fromkeys(process.pipes, PIPE_SIZE)  # by open pipe: bytes to read at once
         self.poller = select.poll()
-        for pipe, end in process.pipes:
-            self.sizes[pipe] = PIPE_SIZE
-            self.ends.append(end)
+        for pipe in process.pipes:
             self.poller.register(pipe, select.POLLIN)
 
     def read_until_end(self) -> None:
         """Read until the leader ends, then OUTPUT_GRACE longer. After SIGTERM, read until the
         group is dead: its other members have until SIGKILL."""
         self.wait_for_leader()
-        self.close_ends()
         while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.group):
             self.poll(time.monotonic() + POLL_INTERVAL)
         if self.sizes:
@@ -6717,13 +6711,8 @@ class OutputReader:
             for _ in range(MAX_LATE_READS):
                 if not self.sizes or not self.poll(deadline):
                     break
-        self.close_ends()
-        for pipe, _ in self.process.pipes:
+        for pipe in self.process.pipes:
             os.close(pipe)
-
-    def close_ends(self) -> None:
-        while self.ends:
-            os.close(self.ends.pop())
 
     def wait_for_leader(self) -> None:
         leader = pidfd(self.process.pid)
@@ -6760,7 +6749,7 @@ class OutputReader:
             del self.sizes[pipe]
             self.poller.unregister(pipe)
             return
-        self.output.write(data, 1 if pipe == self.process.pipes[0][0] else 2)
+        self.output.write(data, 1 if pipe == self.process.pipes[0] else 2)
         if len(data) == PIPE_SIZE:  # it was full
             self.sizes[pipe] = LARGE_PIPE // 4
             enlarge_pipe(pipe)
@@ -6826,8 +6815,9 @@ class Runner:
         self.events: Deque[Event] = deque()
         self.wake_at: Seconds = math.inf  # deadline of the next wake-up
         self.woken = False  # the loop was woken, and has not taken the events yet
-        self.lock = threading.Lock()  # for the queue; signals go only to processes not yet reaped
-        self.idle = threading.Condition(self.lock)  # idle slots wait for it
+        # for the queue, and for signals only to processes not yet reaped; wake() must not take it
+        self.lock = threading.Lock()
+        self.idle = threading.Condition(self.lock)  # idle slots wait on it
         self.processes: Dict[TaskKey, Process] = {}  # of the commands that run
         self.closing = False  # no job starts any more
 
@@ -7062,11 +7052,10 @@ class Runner:
     def kill_orphans(self) -> List[int]:
         """Reap ended orphans; kill those of ended commands. Return the pids of the latter, except
         `stuck`. They may leave orphans: call again until there are none."""
-        children = read_children(self.children_file) if self.children_file >= 0 else []
-        if not children and not self.stuck:
+        if self.children_file < 0 or not (self.stuck or read_children(self.children_file)):
             return []
         with self.lock:
-            orphans = [pid for pid in children if not reaped(pid)]
+            orphans = [pid for pid in read_children(self.children_file) if not reaped(pid)]
             self.stuck.intersection_update(orphans)
             killed = [pid for pid in orphans if self.command_has_ended(pid)]
             for pid in killed:
@@ -12050,19 +12039,20 @@ class Timings(Reporter):
         self.path = path
         # of this run, by command, the latest last: seconds, and whether it failed
         self.fresh: OrderedDict[str, Tuple[Seconds, bool]] = OrderedDict()
-        self.most = self.MAX_COMMANDS  # of these
+        self.most = self.MAX_COMMANDS  # of these: older ones would not be written
+        self.longest: Seconds = 0.0  # of all
 
     def result(self, outcome: Outcome) -> None:
         if outcome.host and not outcome.reason:
+            self.longest = max(self.longest, outcome.spent / 1000)
             self.fresh[outcome.cmd] = outcome.spent / 1000, outcome.exitcode != 0
             self.fresh.move_to_end(outcome.cmd)
             if len(self.fresh) > self.most:
                 self.fresh.popitem(last=False)
 
     def ended(self, summary: Summary) -> None:
-        if max((spent for spent, _ in self.fresh.values()), default=0) < self.MIN_LONGEST:
-            return
-        write_cache(self.path, json.dumps(self.learned()))
+        if self.longest >= self.MIN_LONGEST:
+            write_cache(self.path, json.dumps(self.learned()))
 
     def learned(self) -> Dict[str, Any]:
         """Return what to write: the times of earlier runs and the new ones."""
