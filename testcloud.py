@@ -17844,6 +17844,7 @@ LIMITS: Tuple[Tuple[str, str], ...] = (
      f"over {INLINE // 1024} KiB"),
     ("commands sent ahead", f"{PREFETCH} for each slot, and {PREFETCH_TIME:.0f} ms of work"),
     ("slots of a worker", f"{2**20:,}"),
+    ("open files of a worker (ulimit -n)", "2 for each running command, 3 with --raw or --results"),
     ("the name of a lock", "200 characters"),
     ("the name of a command (--results)", f"{NAME_SIZE} bytes, {PART_SIZE} for each part"),
     ("brokers in a chain", str(MAX_DEPTH)),
