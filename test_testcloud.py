@@ -24866,13 +24866,14 @@ class Speed:
             return Row(what, note=f"{program} is not installed")
         return Row(what, self.each(lambda: 1 / ours() * theirs()), "x", goal)
 
-    def against(self, what, command, argv, goals):
+    def against(self, what, command, argv, goals, **more):
         """Rows of one way of ours to run a command very often, against the ways of others."""
         lines = [command] * self.commands
         for peer, goal in goals.items():
             theirs = shlex.split(peer) + ["-I{}", "sh", "-c", "{}"] * ("xargs" in peer)
-            yield self.ratio(f"{what}, against {peer}", lambda: wall(argv, lines),
-                             lambda theirs=theirs: wall(theirs, lines), f">= {goal}", theirs[0])
+            yield self.ratio(f"{what}, against {peer}", lambda: wall(argv, lines, **more),
+                             lambda theirs=theirs: wall(theirs, lines),
+                             goal and f">= {goal}", theirs[0])
 
     def cloud_against_others(self):
         broker = self.warm_cloud()
@@ -24886,13 +24887,10 @@ class Speed:
         for command, goal in (("true", 0.95), ("/bin/echo hello", 1.3)):
             yield from self.against(f"{command} with --local", command,
                                     self.client("--local", "-j", "2"), {"xargs -P2": goal})
-        lines, env = ["true"] * self.commands, {**os.environ, "PYTHONPATH": HERE}
         for what, program in (("true without client and broker", RUNNER),
                               ("true by threads that spawn, read and wait", SPAWNERS)):
-            yield self.ratio(
-                f"{what}, against xargs -P2",
-                lambda program=program: wall([sys.executable, "-c", program], lines, env=env),
-                lambda: wall(["xargs", "-P2", "-I{}", "sh", "-c", "{}"], lines), "", "xargs")
+            yield from self.against(what, "true", [sys.executable, "-c", program],
+                                    {"xargs -P2": ""}, env={**os.environ, "PYTHONPATH": HERE})
         yield self.ratio("one true with --local, against import zmq",
                          lambda: wall([sys.executable, "-c", "import zmq"]),
                          lambda: wall(self.client("--local"), ["true"]), "<= 2.2")

@@ -6699,18 +6699,16 @@ class OutputReader:
         self.wait_for_leader()
         while self.process.signalled == signal.SIGTERM and group_is_alive(self.process.group):
             self.poll(time.monotonic() + POLL_INTERVAL)
-        if self.sizes:
-            deadline = time.monotonic() + OUTPUT_GRACE  # e.g. tee may still write
-            while self.sizes and time.monotonic() < deadline:
-                self.poll(deadline)
+        deadline = time.monotonic() + OUTPUT_GRACE  # e.g. tee may still write
+        while self.sizes and time.monotonic() < deadline:
+            self.poll(deadline)
 
     def read_rest(self) -> None:
         """Read the rest of the pipes after the group is killed, and close them."""
-        if self.sizes:
-            deadline = time.monotonic() + OUTPUT_GRACE
-            for _ in range(MAX_LATE_READS):
-                if not self.sizes or not self.poll(deadline):
-                    break
+        deadline = time.monotonic() + OUTPUT_GRACE
+        for _ in range(MAX_LATE_READS):
+            if not self.sizes or not self.poll(deadline):
+                break
         for pipe in self.process.pipes:
             os.close(pipe)
 
@@ -7040,9 +7038,8 @@ class Runner:
             self.processes.pop(job.key, None)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.group, signal.SIGKILL)
-        deadline = 0.0
+        deadline = time.monotonic() + REAP_TIMEOUT
         for killed in iter(self.kill_orphans, []):
-            deadline = deadline or time.monotonic() + REAP_TIMEOUT
             if time.monotonic() >= deadline:
                 self.stuck.update(killed)
                 logging.warning("processes that cannot be killed: %s", killed)
@@ -7053,7 +7050,7 @@ class Runner:
         """Reap ended orphans; kill those of ended commands. Return the pids of the latter, except
         `stuck`. They may leave orphans: call again until there are none."""
         if self.children_file < 0 or not (self.stuck or read_children(self.children_file)):
-            return []
+            return []  # mostly: without the lock
         with self.lock:
             orphans = [pid for pid in read_children(self.children_file) if not reaped(pid)]
             self.stuck.intersection_update(orphans)
