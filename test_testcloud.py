@@ -24888,7 +24888,7 @@ class Speed:
             yield from self.against(f"{command} with --local", command,
                                     self.client("--local", "-j", "2"), {"xargs -P2": goal})
         for what, program in (("true without client and broker", RUNNER),
-                              ("true by threads that spawn, read and wait", SPAWNERS)):
+                              ("true by two bare threads", SPAWNERS)):
             yield from self.against(what, "true", [sys.executable, "-c", program],
                                     {"xargs -P2": ""}, env={**os.environ, "PYTHONPATH": HERE})
         yield self.ratio("one true with --local, against import zmq",
