@@ -12753,15 +12753,22 @@ class ClientTest(unittest.TestCase):
             self.assertEqual("".join(line[2]["cmd"] for line in self.bench.lines), order)
 
     def test_longest_first_only_where_it_may_help(self):
-        for options, slots in ((tc.RunOptions(lock=""), 2), (tc.RunOptions(lock="db"), 2),
-                               (tc.RunOptions(), 1)):
-            self.client = tc.Client("r1", options=options)
-            self.client.timings = {"a": 1, "b": 5}
-            self.bench = b = Bench(self.client)
-            b.answer(broker="b", slots=slots, workers=1, patience=30, resources=True)
-            self.add(*"ab", end=True)
-            commands = [line[2]["cmd"] for line in b.lines if line[1] == "{"]
-            self.assertEqual(commands, ["a", "b"])
+        for options, slots, most, order in (
+                (tc.RunOptions(lock=""), 2, 9, "ab"), (tc.RunOptions(lock="db"), 2, 9, "ab"),
+                (tc.RunOptions(), 1, 9, "ab"), (tc.RunOptions(), 0, 1, "ab"),
+                (tc.RunOptions(), 0, 2, "ba")):
+            for early in (False, True):  # before the broker says how many slots there are
+                client = self.client = tc.Client("r1", options=options)
+                client.timings = {"a": 1, "b": 5}
+                client.most_slots = most
+                self.bench = b = Bench(client)
+                if early:
+                    self.add(*"ab", end=True)
+                b.answer(broker="b", slots=slots, workers=1, patience=30, resources=True)
+                if not early:
+                    self.add(*"ab", end=True)
+                commands = [line[2]["cmd"] for line in b.lines if line[1] == "{"]
+                self.assertEqual("".join(commands), order)
 
     def test_one_at_a_time(self):
         """By the run's own lock. Only a failure that stops the run must be known here first."""

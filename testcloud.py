@@ -8659,6 +8659,7 @@ class Client(SessionMachine):
         self.total = self.reported = self.failed = self.flaky = 0
         self.stopped = self.never_ran = 0  # cancelled: they ran, or never ran
         self.workers = self.slots = self.hosts = 0  # of the cloud, as the broker says
+        self.most_slots = sys.maxsize  # that there will be
         self.wanted_hosts = 0  # of -S; 0 with a broker elsewhere
         self.connected_hosts: Optional[int] = None  # None: the first logins are under way
         self.expecting = False  # more hosts are about to connect
@@ -8736,7 +8737,7 @@ class Client(SessionMachine):
         if self.backlog and self.session.joined:
             self.announce_at = min(self.announce_at, self.now + ANNOUNCE_DELAY)
         if self.input_ended or self.announce_at <= self.now:
-            if self.timings and self.backlog:
+            if self.timings and self.backlog and self.session.joined:
                 self.sort_backlog()
             if self.announce_at < math.inf:
                 self.announce()
@@ -8759,9 +8760,11 @@ class Client(SessionMachine):
             self.submit(command)
 
     def sort_backlog(self) -> None:
-        """Put unknown commands first, then long ones, if the backlog is complete."""
+        """Put unknown commands first, then long ones, if the backlog is complete, and if more than
+        one can run at a time."""
         timings, self.timings = self.timings, {}
-        if self.input_ended and self.slots != 1 and self.options.lock is None:
+        if self.input_ended and 1 not in (self.slots, self.most_slots) \
+                and self.options.lock is None:
             self.backlog = deque(sorted(
                 self.backlog, key=lambda command: -timings.get(command.cmd, math.inf)))
 
@@ -10845,9 +10848,9 @@ Longest first
 
 The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME). It
 begins with those that it does not know, and then takes the longest. --timings takes the
-times of a joblog instead. If the input is slow to come, commands run in its order. With
--n the times are those of lines and their files. A line that it does not know has the
-mean of the others.
+times of a joblog instead. If the input is slow to come, or there is only one slot, commands
+start in the order of the input, as with --serial. With -n the times are those of lines
+and their files. A line that it does not know has the mean of the others.
 
 After a run of more than two seconds, the client says how many slots would have been of
 use, if slots were the bottleneck.
@@ -17239,7 +17242,8 @@ class ClientRun:
         self.display = Display(settings, store, self.output_failed, client)
         self.told_needs = False
         # no other worker will come with --local; elsewhere one may
-        self.most_slots = (settings.slots or usable_cpus()) if settings.local else sys.maxsize
+        if settings.local:
+            client.most_slots = settings.slots or usable_cpus()
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
         self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
@@ -17297,8 +17301,8 @@ class ClientRun:
         if self.tests and not wrong:
             wrong = self.tests.clash(client.last_id + 1, command)
         slots = command.own.get("slots", client.options.slots)
-        if slots > self.most_slots:
-            wrong = wrong or f"it takes {slots} slots, and this machine has {self.most_slots} (-j)"
+        if slots > client.most_slots:
+            wrong = wrong or f"it takes {slots} slots, and this machine has {client.most_slots} (-j)"
         occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
         if self.earlier.has_done(command.cmd, occurrence):
             client.skip()
@@ -17428,7 +17432,7 @@ def client_process(settings: argparse.Namespace, address: str, control: int) -> 
             if control >= 0 and not (sys.stdin and sys.stdin.isatty()):
                 detach_terminal()
             stack.callback(run_locally(
-                loop, client, client_run.most_slots, times_from(settings), control >= 0,
+                loop, client, client.most_slots, times_from(settings), control >= 0,
                 settings.cache))
         else:
             connect(loop, client_run.adapter, address, CLIENT_ROLE, keys, settings)
