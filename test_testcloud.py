@@ -11947,6 +11947,14 @@ class ClientTest(unittest.TestCase):
                        if type(effect) is tc.FinalResult]
             self.assertEqual(refused, [] if path == "f" else [
                 f"--junit-from {path} is no file below the directory of its command"])
+        self.begin(read_tests=True)
+        for files in (["/f", "g"], ["f", "/g"]):  # in a tree, with --return, too
+            self.client.add("a", "d", files)
+        self.client.end_input(0.0)
+        self.bench.collect()
+        words = [effect.result["reason"].split()[0] for effect in self.bench.effects
+                 if type(effect) is tc.FinalResult]
+        self.assertEqual(words, ["--return", "--junit-from"])
 
     def test_odd_files_of_a_worker_do_no_harm(self):
         for more in ({"returned": [[1, 2]]}, {"returned": [[1, 2]], "stdout": ""},
@@ -13810,10 +13818,11 @@ class ReportingTest(unittest.TestCase):
         self.client.flaky, self.client.retry_policy.failed_only_on = 2, {"i": 1}
         self.end()
         self.assertEqual(out.getvalue().decode().split("\n")[:-2], [
-            "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 2 on h, 0 on h",
+            "FLAKY! a ⌚8.14ms", "testcloud: tried 3 times: exit code 1 on i, 2 on h, 0 on h",
             "FAILED ONLY ON i! b ⌚8.14ms",
-            "testcloud: tried 3 times: 1 on i (2 times), 0 on h",
-            "FAIL(3) on h: c ⌚8.14ms", "testcloud: tried 3 times: 1 on i, 1 on j, 3 on h",
+            "testcloud: tried 3 times: exit code 1 on i (2 times), 0 on h",
+            "FAIL(3) on h: c ⌚8.14ms",
+            "testcloud: tried 3 times: exit code 1 on i, 1 on j, 3 on h",
             "Some commands failed :(",
             "1 of 3 commands failed: 1 with exit code 3", "  FAIL(3) on h: c",
             "Flaky: 2 of 3 failed at first, and passed elsewhere or later: 1 FAILED ONLY ON i",
@@ -13851,15 +13860,19 @@ class ReportingTest(unittest.TestCase):
             return found
         self.text("-b")
         rows = [outcome(1, "a", 1, tests=tests(9, 1)), outcome(2, "b", verdict="FLAKY",
-                tests=tests(0, 1)), outcome(3, "c", 1, tests=tests(2, 0)), outcome(4, "d", 1)]
+                tests=tests(0, 1)), outcome(3, "c", 1, tests=tests(2, 0)), outcome(4, "d", 1),
+                outcome(5, "e", 1, failed=True, tests=tc.Tests("no file"))]
+        rows[2].tests.failed[0] = rows[2].tests.failed[0]._replace(message="", text="")
         transcript = tc.Transcript(self.client, None)
-        self.assertEqual(list(transcript.named(rows, 9)), [
-            "  FAIL(1) a", *(f"    C f{n}\\x1b: why" for n in range(8)),
-            "    and 1 more failed test", "  FLAKY! b", "    C g0\\x1b: why",
-            "  FAIL(1) c", "    C f0\\x1b: why", "    and 1 more failed test", "  FAIL(1) d",
-            "  and 5 more"])
-        self.assertEqual(list(transcript.named(rows[:1] + rows[2:3] * 2, 3))[-2:],
-                         ["  FAIL(1) c", "    2 more failed tests"])
+        self.assertEqual(list(transcript.named(rows[1:], 9)), [
+            "  FLAKY! b", "    flaky: C g0\\x1b: why",
+            "  FAIL(1) c", "    failed: C f0\\x1b", "    failed: C f1\\x1b: why",
+            "  FAIL(1) d", "  FAIL(1) e", "    no file", "  and 5 more"])
+        self.assertEqual(list(transcript.named([rows[0], *rows[2:3] * 2], 3)), [
+            "  FAIL(1) a", *(f"    failed: C f{n}\\x1b: why" for n in range(8)),
+            "    and 1 more failed test", "    flaky: C g0\\x1b: why",
+            "  FAIL(1) c", "    failed: C f0\\x1b", "    and 1 more failed test",
+            "  FAIL(1) c", "    2 more failed tests"])
 
     def test_a_batch_has_a_short_title(self):
         self.text("-b")
@@ -13890,6 +13903,31 @@ class ReportingTest(unittest.TestCase):
             self.end()
             self.assertEqual(b"\n127: the shell did not find the program: " in out.getvalue(),
                              advised, codes)
+
+    def test_a_pytest_that_finds_no_test_gets_advice(self):
+        for cmd, exitcode, advised in (("pytest a.py", 5, True), ("pytest a.py", 1, False),
+                                       ("make test", 5, False)):
+            out = self.text("-b")
+            self.report(cmd, exitcode)
+            self.end()
+            self.assertEqual(b"\n5: pytest found no test; " in out.getvalue(), advised)
+
+    def test_the_end_names_hosts_that_were_given_up(self):
+        for names in ([], ["h", "i\x1b"]):
+            out = self.text("-b")
+            self.report("a")
+            self.end(unused_hosts=names)
+            self.assertEqual("\nHosts that could not be used: h, i\\x1b\n" in
+                             out.getvalue().decode(), bool(names))
+
+    def test_a_run_of_nothing_is_no_success(self):
+        for failed, first in ((0, "No commands to execute"), (1, "Some commands failed :(")):
+            out = self.text()
+            self.end(skipped=2, skipped_failed=failed)
+            lines = out.getvalue().decode().split("\n")
+            self.assertEqual(lines[0], first)
+            self.assertRegex(lines[1], "^Skipped 2 that an earlier run has done.*: they run again "
+                             "if you remove its joblog$")
 
     def test_only_a_host_where_nothing_passed_is_suspected(self):
         for results, retries, suspected in (
@@ -13929,8 +13967,7 @@ class ReportingTest(unittest.TestCase):
             out = self.text("-b")
             summary = self.end(**given)
             self.assertEqual((summary.empty, tc.exit_status(summary, False, 0)), (empty, 2 * empty))
-            said = "No commands to execute" in out.getvalue().decode()
-            self.assertEqual(said, "skipped" not in given)
+            self.assertIn("No commands to execute", out.getvalue().decode())
             self.assertEqual(list(tc.final_notices(summary, [], 1)), [tc.NO_COMMANDS] * empty)
             self.assertEqual(bool(summary.trouble()), empty)
 
@@ -14910,8 +14947,8 @@ class JUnitTest(unittest.TestCase):
             ["failure", "rerunFailure", "system-out"],
             ["failure", "rerunFailure", "rerunFailure", "system-out"]])
         self.assertEqual([case.find("failure").attrib for case in found], [
-            {"type": "Flaky", "message": "tried 3 times: 3 on h1, 0 on h1 (2 times)"},
-            {"type": "Only", "message": "tried 3 times: 3 on h1 (2 times), 0 on h3"}])
+            {"type": "Flaky", "message": "tried 3 times: exit code 3 on h1, 0 on h1 (2 times)"},
+            {"type": "Only", "message": "tried 3 times: exit code 3 on h1 (2 times), 0 on h3"}])
         row = outcome(verdict="FLAKY", tries=(
             tc.Try(2, "h0"), tc.Try(3, "h1", size=3, output=b"why"), tc.Try(0, "h")))
         case, = cases(*flaky_counts([row]), output=b"passed")
@@ -14958,11 +14995,11 @@ class JUnitTest(unittest.TestCase):
         found = cases(*EVERY_VERDICT[1:4], never(9))
         self.assertEqual([case.findtext("system-out") for case in found], [
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "FAIL: tried 3 times: 3 on h1, 1 on h2, 1 on h1",
+            "FAIL: tried 3 times: exit code 3 on h1, 1 on h2, 1 on h1",
             "ran on h1 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "FLAKY: tried 3 times: 3 on h1, 0 on h1 (2 times)",
+            "FLAKY: tried 3 times: exit code 3 on h1, 0 on h1 (2 times)",
             "ran on h3 (worker w1, slot 2) at 2023-11-14T22:13:20+00:00\n"
-            "ONLY: tried 3 times: 3 on h1 (2 times), 0 on h3\nfailed on h1 only", None])
+            "ONLY: tried 3 times: exit code 3 on h1 (2 times), 0 on h3\nfailed on h1 only", None])
 
     def test_cases_are_in_order_of_input_under_names_of_their_own(self):
         found = cases(outcome(3), outcome(1), outcome(4, "pi 2 [2]"), outcome(2),
@@ -15403,6 +15440,16 @@ failures="0">
                          [("t", ["failure", "system-out"]), (tc.WHOLE_RUN, ["error"])])
         self.check(root)
 
+    def test_failures_that_are_only_counted_are_a_fault(self):
+        for text, fault in (
+                ("<testsuite tests='3' failures='2'/>", True),
+                ("<testsuites><testsuite errors='1'></testsuite></testsuites>", True),
+                ("<testsuite tests='3' failures='0' errors=''/>", False),
+                ("<testsuite failures='1'><testcase name='a'/></testsuite>", False)):
+            self.assertEqual(self.read(text), "its r.xml counts failures, and has no test case "
+                             "(--junit-from)" if fault else "")
+            self.assertEqual(tc.case_counts(self.outcome(exitcode=int(fault)))["unknown"], fault)
+
     def test_half_a_file_leaves_no_tests(self):
         self.read(self.PYTEST[:-30])
         root = self.report(self.outcome(exitcode=1))
@@ -15431,7 +15478,7 @@ failures="0">
         self.read(passed)
         case = [*self.report(self.outcome(exitcode=3)).iter("testcase")][-1]
         self.assertEqual((case.get("time"), case.find("failure").get("message")),
-                         ("1.000", "exit code 3 on h1: its 1 test did not fail"))
+                         ("1.000", "exit code 3 on h1: no failure in its 1 test"))
         self.assertEqual(self.report(trouble="not all")[0][0].find("error").text, "not all")
 
     def test_failures_of_earlier_tries_are_told(self):
@@ -16209,11 +16256,11 @@ class PageTest(unittest.TestCase):
 
     def test_failures_and_flaky_need_no_script(self):
         text = rendered(MIXED_RUN).partition('<script type="application/json"')[0]
-        self.assertIn("exit code 137; killed by SIGKILL; tried 2 times: 1 on host2, 137 on host2; "
-                      "host2, slot 2 of host2-7-ab, 410.00 ms",
+        self.assertIn("exit code 137; killed by SIGKILL; tried 2 times: exit code 1 on host2, "
+                      "137 on host2; host2, slot 2 of host2-7-ab, 410.00 ms",
                       text)
         self.assertIn("exit code 126; No such file: &#x27;&lt;b&gt;&#x27;", text)
-        self.assertIn("failed only on host7; tried 3 times: 1 on host7 (2 times), 0 on ",
+        self.assertIn("failed only on host7; tried 3 times: exit code 1 on host7 (2 times), 0 on ",
                       text)
         self.assertIn(": 124 on host&lt;b&gt;", text)
         self.assertEqual(text.count("an output"), 7)
@@ -19404,6 +19451,43 @@ class WorkingTreeTest(unittest.TestCase):
         self.assertEqual(len(tree.left_out), tc.MAX_LEFT_OUT + 1)
         self.assertEqual(tree.left_out[-1], "4 others cannot go along, either")
 
+    def test_a_venv_that_goes_along_is_named(self):
+        for name in (".venv/pyvenv.cfg", "d/v/pyvenv.cfg", "pyvenv.cfg", "x.cfg"):
+            self.write(name)
+        tree = self.tree()
+        tree.look()
+        self.assertEqual([line.partition(" goes along, but no venv works elsewhere: ")[::2]
+                          for line in tree.left_out],
+                         [(name, f"let git ignore it, or say --exclude /{name}")
+                          for name in (".venv", "d/v")])
+
+    def test_a_home_directory_goes_along_only_if_it_is_named(self):
+        def top(given=""):
+            return tc.working_tree_top(given)
+        inside, before = self.path("h/p"), os.getcwd()
+        self.addCleanup(os.chdir, before)
+        os.makedirs(inside)
+        with mock.patch.dict(os.environ, HOME=self.path("h")):
+            for place in (self.path("h"), self.top):
+                os.chdir(place)
+                self.assertRaisesRegex(tc.UsageError, "^--sync would take all of /.* along: ", top)
+                self.assertEqual(top("."), place)
+            os.chdir(inside)
+            self.assertEqual(top(), inside)
+            os.chdir(self.path("h"))
+            os.mkdir(self.path("h/.git"))  # git knows what is to go along
+            self.assertEqual(top(), self.path("h"))
+
+    def test_a_file_of_the_setup_that_is_not_there(self):
+        self.write("a/f")
+        self.write("g")
+        for path, cwd, hint in (("a/g", "a", ": write ../g"), ("a/x", "a", ""), ("x", "", "")):
+            tree = tc.WorkingTree(self.top, head={"cwd": cwd}, setup_for=[path])
+            with self.assertRaises(tc.UsageError) as raised:
+                tree.look()
+            self.assertEqual(str(raised.exception), f"--setup-once-for {path}: there is no such "
+                             f"file in the tree of {self.top}{hint}")
+
     def test_what_cannot_be_read_is_left_out(self):
         for name in ("a", "gone", "d/b", "e/c"):
             self.write(name)
@@ -19793,8 +19877,9 @@ class CommandLineTest(unittest.TestCase):
                 ([r'echo "x\{}"'], "in quotes"), ([r"echo \{}"], "after a backslash"),
                 (["cat <<X\n{}\nX"], "in a here-document"), (["echo `basename {}`"], "in `...`"),
                 (['echo "a # b" "{}"'], "in quotes"), (['echo "a # {}"'], "in quotes"),
-                (["true # {}"], "in a comment"), (["true #"], "in a comment"),
-                (["(true)# it's {}"], "in a comment"), (["cat <<E\nx"], "in a here-document"),
+                (["true # {}"], "in a comment"), (["true #"], "stands in a comment there: "),
+                (["(true)# it's {}"], "in a comment"),
+                (["cat <<E\nx"], "without a {} the line comes"),
                 (["echo 'a"], "in quotes"), ([r"echo $'a\'{}'"], "in quotes"),
                 (["true # # {}"], "in a comment"), (['"$((1 + 2)) {}"'], "in quotes"),
                 (["'a' \"$(true) {}\""], "in quotes"), (["echo $'a$'\"{}\""], "in quotes")):
@@ -20085,7 +20170,7 @@ class CommandLineTest(unittest.TestCase):
                 ("--retry 2 x", "mean --retries?"),
                 ("-X x", "has no option -X: use -n N (see"), ("--silent x", "use --quiet"),
                 ("--sshdelay 1 x", "not needed: at most 8 logins"), ("-x x", "first failure"),
-                ("-n auto x", "invalid positive number (pytest-xdist's -n is -j here)"),
+                ("-n auto x", "auto is not a number from 1 (pytest-xdist's -n is -j here)"),
                 ("--maxfail=3 x", "--fail-fast N"), ("--dist load x", "loadfile"),
                 ("--lf x", "--joblog FILE --resume-failed"), ("--nonall x", "-S HOST"),
                 ("--nonsense", "client has no option --nonsense (see: testcloud.py client --help)"),
@@ -20434,6 +20519,9 @@ class CommandLineTest(unittest.TestCase):
                 ("-kj -2", "-kj-2"), ("--fail-fast -1", "--fail-fast=-1"),
                 ("--fail-fast -0", "--fail-fast=1 -0")):
             self.assertEqual(tc.separate_template(words.split()), marked.split())
+        for words in ("--joblog ::: a", "-kj :::: f"):
+            with self.assertRaisesRegex(tc.UsageError, "^-.* needs a value, before :::"):
+                tc.separate_template(words.split())
 
     def given_beats(self, own, words, **expected):
         """Parse a client's words with these options in $TESTCLOUD."""
@@ -20516,7 +20604,13 @@ class CommandLineTest(unittest.TestCase):
                 self.assertEqual((status, out), (2, ""))
                 self.assertIn("expected one argument", err)
         _, _, err = self.main("client", "--local", "-C", "", "echo")
-        self.assertIn("invalid directory value: ''", err)
+        self.assertIn("'' is not a directory", err)
+        for words, wrong in (("-j 50%", "50% is not a number of slots, from 1 (without it: a slot "
+                              "for each CPU)"), ("--colsep |", "columns (write '\\|' for a bar)"),
+                             ("--timeout 2x", "2x is not a time (such as 90 or "),
+                             ("--max-output x", "x is not a size (such as 64k, 10M, 2G)")):
+            status, _, err = self.main("client", *words.split())
+            self.assertIn(wrong, err)
 
     def test_wrong_usage_is_one_line_and_status_2(self):
         for argv in ([], ["nonsense"], ["client", "--nonsense"], ["worker", "-j", "0"],
@@ -21907,11 +22001,14 @@ exit $status
 
     def check(self, status, out):
         self.assertEqual(status, 1, out)
-        words = "4 of 14 tests failed in 4 of 7 commands, 1 skipped, 1 flaky"
+        words = ("4 of 14 tests failed in 4 of 7 commands, 1 skipped, 1 flaky; the tests of 1 "
+                 "command are not known")
         self.assertIn(f"\n{words}\n", out)
         self.assertIn("1 of 2 tests failed, by its reports/4.xml (--junit-from)\n", out)
-        self.assertRegex(out, r"\n  FAIL\(1\).* sh tool fails reports/2.xml\n    c fails: no\n")
-        self.assertRegex(out, r"\n  FLAKY! sh tool flaky reports/3.xml\n    c flaky: on .*: no\n")
+        self.assertRegex(out, r"\n  FAIL\(1\).* fails reports/2.xml\n    failed: c fails: no\n")
+        self.assertRegex(out, r"\n  FAIL\(3\).* reports/6.xml\n    its reports/6.xml is not there")
+        self.assertRegex(out, r"\n  FAIL\(4\).* reports/5.xml\n    no failure in its 2 tests\n")
+        self.assertRegex(out, r"\n  FLAKY! .* reports/3.xml\n    flaky: c flaky: on .*: no\n")
         self.assertIn("its reports/6.xml is not there (--junit-from)\n", out)
         self.assertIn(f"<h1>{words}</h1>", tc.read_text(f"{self.cloud.dir}/out.html"))
         root = ET.parse(os.path.join(self.cloud.dir, "out.xml")).getroot()
@@ -21926,7 +22023,7 @@ exit $status
                 "sh tool late reports/5.xml": ["failure", "rerunFailure", "system-out"],
                 "sh tool crash reports/6.xml": ["failure", "rerunFailure", "system-out"]})
         late, crash = root[-1]
-        self.assertIn("its 2 tests did not fail", late.find("failure").get("message"))
+        self.assertIn("no failure in its 2 tests", late.find("failure").get("message"))
         self.assertIn("is not there (--junit-from)\n\nit crashed", crash.findtext("failure"))
 
     def test_on_this_machine(self):
@@ -22211,9 +22308,9 @@ class LimitsTest(unittest.TestCase):
         one, two, three = tc.read_text(path).split()
         self.assertEqual(one, three)
         self.assertNotEqual(one, two)
-        self.assertRegex(out, r"FLAKY! echo .*\ntestcloud: tried 3 times: 1 on (\S+) "
+        self.assertRegex(out, r"FLAKY! echo .*\ntestcloud: tried 3 times: exit code 1 on (\S+) "
                               r"\(2 times\), 0 on \1\n")
-        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times: 7 on ")
+        self.assertRegex(out, r"FAIL\(7\) exit 7 .*\ntestcloud: tried 3 times: exit code 7 on ")
         self.assertRegex(out, r"OK! true ⌚[0-9.]+ms\n\n")
 
     def test_max_output(self):

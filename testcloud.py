@@ -8125,6 +8125,7 @@ TRY_OUTPUT = 4 * 1024  # bytes to keep of a failed try's inline output
 ALL_TRY_OUTPUTS = 16 * 1024 * 1024  # bytes to keep of all of these in a run
 EXCLUDE_AFTER = 3  # commands that fail only on one host: then it is excluded
 NOT_FOUND = 127
+NO_TESTS = 5  # pytest's exit code
 CANNOT_START = (126, NOT_FOUND)  # exit codes of sh: cannot execute, not found
 START_TIME = 1000.0  # ms; a command that took so long was started
 START_HOSTS = 8  # hosts to try for a command that cannot be started
@@ -8261,16 +8262,17 @@ class Command:
 TOO_LONG = f"a command is at most {MAX_COMMAND} bytes of JSON"
 
 
-def refusal(command: Command, line: bytes) -> str:
-    """Return why a command is not submitted, with this line; "" if it is."""
+def refusal(command: Command, line: bytes, read_tests: bool) -> str:
+    """Return why a command is not submitted, with this line; "" if it is. `read_tests`: the last
+    file that it returns is its JUnit file."""
     if command.wrong:
         return command.wrong
     in_tree = not command.cwd or command.cwd.split("/")[0] not in ("", "~")
-    for path in command.returns:
+    for at, path in enumerate(command.returns, 1):
         if not path_below(command.cwd if in_tree else "", path):
-            option, owner = ("return", "--sync") if in_tree else ("junit-from", "its command")
+            option = "junit-from" if read_tests and at == len(command.returns) else "return"
             return (f"--{option} {printable(path) or repr('')} is no file below the directory of "
-                    f"{owner}")
+                    f"{'--sync' if in_tree else 'its command'}")
     return TOO_LONG if len(line) > MAX_COMMAND - OTHER_FIELDS else ""
 
 
@@ -8793,7 +8795,7 @@ class Client(SessionMachine):
         line = encode(COMMAND, {**constraints, **given, **command.fields()})
         first = command.attempt == 1 and not command.submitted
         command.submitted = True
-        wrong = refusal(command, line) if first else ""
+        wrong = refusal(command, line, self.options.read_tests) if first else ""
         if wrong:
             self.fail(command, wrong)
         else:
@@ -9583,7 +9585,8 @@ class Summary(NamedTuple):
     bad_hosts: str = ""  # advice about hosts where everything failed
     rerun: str = ""  # command line that runs the failures again, if any
     empty: bool = False  # the input had no commands, and that is an error
-    tests: Counter[str] = Counter()  # test cases by kind, with --junit-from
+    tests: Optional[Counter[str]] = None  # test cases by kind, with --junit-from
+    unused_hosts: Sequence[str] = ()  # hosts that were given up
 
     def all_passed(self) -> bool:
         return self.complete and not (self.codes or self.skipped_failed or self.empty)
@@ -9603,7 +9606,7 @@ def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
              + ("" if one.did_start else " (not started)") for one in tries)
     runs = ((how, len([*equal])) for how, equal in itertools.groupby(words))
     shown = ", ".join(how if n == 1 else f"{how} ({n} times)" for how, n in runs)
-    return f"tried {len(tries)} times: {truncate_middle(shown)}"
+    return f"tried {len(tries)} times: exit code {truncate_middle(shown)}"
 
 
 class Reporter:
@@ -9745,7 +9748,8 @@ class Reports:
         return advice if bad else ""
 
     def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
-            expected: Optional[str] = None, rerun: str = "", may_be_empty: bool = True) -> Summary:
+            expected: Optional[str] = None, rerun: str = "", may_be_empty: bool = True,
+            unused_hosts: Sequence[str] = ()) -> Summary:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(
@@ -9757,7 +9761,7 @@ class Reports:
             flaky_ones=self.flaky_ones,
             bad_hosts="" if client.options.tries > 1 else self.bad_hosts(),
             empty=complete and not may_be_empty and not ran and not skipped,
-            tests=self.test_counts)
+            tests=self.test_counts if self.tests else None, unused_hosts=unused_hosts)
         self.tell_all(lambda reporter: reporter.ended(summary))
         return summary
 
@@ -10532,14 +10536,14 @@ class Transcript(Reporter):
     def ended(self, summary: Summary) -> None:
         if self.quiet and summary.all_passed():
             return
-        nothing = summary.complete and not summary.ran and not summary.skipped
+        nothing = summary.complete and not summary.ran and not summary.skipped_failed
         passed = summary.all_passed()
         self.line(self.paint("all ok" if passed else "some failed", (
             "No commands to execute" if nothing else
             "All commands successfully executed ☃" if passed else
             "Some commands failed :(" if summary.complete else
             "Not all commands were executed :(")))
-        if not nothing:
+        if summary.skipped or not nothing:
             for line in itertools.chain(self.failures(summary), self.totals(summary)):
                 self.line(line)
 
@@ -10555,7 +10559,9 @@ class Transcript(Reporter):
             yield summary.bad_hosts
         if summary.codes.keys() == {f"exit code {NOT_FOUND}"}:
             yield (f"{NOT_FOUND}: the shell did not find the program: name it by its path, or see "
-                   f"--env PATH=... and --setup (testcloud.py help hosts)")
+                   f"--env PATH=... and --setup (testcloud.py help hosts); bash needs --shell bash")
+        if any(one.exitcode == NO_TESTS and "pytest" in one.cmd for one in summary.failures):
+            yield f"{NO_TESTS}: pytest found no test; this may be right (testcloud.py help pytest)"
         if summary.rerun and (failed or summary.skipped_failed):
             yield f"To run just these again: {summary.rerun}"
         elif failed and summary.ran >= RERUN_WORTH and not (summary.rerun or self.quiet):
@@ -10567,19 +10573,24 @@ class Transcript(Reporter):
         room = NAMED_FAILURES
         for outcome in outcomes:
             yield "  " + self.headline(outcome).rstrip()
-            kind, tests = "failed" if outcome.verdict == FAIL else "flaky", outcome.tests or Tests()
-            found = (tests.failed if kind == "failed" else tests.flaky)[:room]
-            room -= len(found)
-            for test in found:
-                yield f"    {printable(test.title, 200)}: {printable(test.first_line, 200)}"
-            more = (tests.failures if kind == "failed" else tests.counts["flaky"]) - len(found)
-            if more > 0:
-                yield f"    {'and ' if found else ''}{plural(more, f'more {kind} test')}"
+            tests = outcome.tests or Tests()
+            if outcome.failed and outcome.tests and not tests.failures:
+                yield f"    {tests.describe()}"
+            for kind, those, count in (("failed", tests.failed, tests.failures),
+                                       ("flaky", tests.flaky, tests.counts["flaky"])):
+                found = those[:room]
+                room -= len(found)
+                for test in found:
+                    words = filter(None, (test.title, test.first_line))
+                    yield f"    {kind}: " + ": ".join(printable(text, 200) for text in words)
+                if count > len(found):
+                    more = plural(count - len(found), f"more {kind} test")
+                    yield f"    {'and ' if found else ''}{more}"
         if total > len(outcomes):
             yield f"  and {total - len(outcomes)} more"
 
     def totals(self, summary: Summary) -> Iterator[str]:
-        if summary.tests:
+        if summary.tests is not None and summary.ran:
             yield describe_tests(summary.tests, sum(summary.codes.values()), summary.ran)
         if summary.flaky:
             hosts = ", ".join(f"{n} FAILED ONLY ON {printable(host)}"
@@ -10593,7 +10604,10 @@ class Transcript(Reporter):
                    f"elsewhere")
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
-            yield f"Skipped {summary.skipped} that an earlier run has done{failed}"
+            again = "" if summary.ran else ": they run again if you remove its joblog"
+            yield f"Skipped {summary.skipped} that an earlier run has done{failed}{again}"
+        if summary.unused_hosts:
+            yield f"Hosts that could not be used: {printable(', '.join(summary.unused_hosts), 300)}"
         of_these = "" if summary.complete else "of these "
         yield (f"Ran {plural(summary.ran, 'command')} in ⌚{seed_duration(summary.spent)}"
                + (f", result hash {of_these}is {summary.hash}" if summary.ran else ""))
@@ -11323,13 +11337,14 @@ class Tests:
         total = grouped(self.counts["tests"], "test")
         return self.fault or (
             f"{self.failures:,} of {total} failed" if self.failures else
-            f"its {total} did not fail" if self.counts["tests"] else "it ran no tests")
+            f"no failure in its {total}" if self.counts["tests"] else "it ran no tests")
 
 
 def case_counts(outcome: Outcome) -> Counter[str]:
-    """Return the test cases that a report has of a command."""
+    """Return the test cases that a report has of a command, and whether its tests are unknown."""
+    tests = outcome.tests or Tests("none was to come")
     counts = own_counts(outcome) if has_own_case(outcome) else Counter()
-    counts.update(outcome.tests.counts if outcome.tests else {})
+    counts.update(tests.counts, unknown=int(bool(tests.fault)))
     return counts
 
 
@@ -11339,7 +11354,9 @@ def describe_tests(counts: Counter[str], failed_commands: int, commands: int) ->
     words = grouped(counts["tests"], "test")
     words = (f"{failed:,} of {words} failed in {failed_commands:,} of {among}" if failed else
              f"{words} in {among}: none failed")
-    return words + "".join(f", {counts[kind]:,} {kind}" for kind in TEST_COUNTS[3:] if counts[kind])
+    words += "".join(f", {counts[kind]:,} {kind}" for kind in TEST_COUNTS[3:] if counts[kind])
+    unknown = grouped(counts["unknown"], "command")
+    return words + f"; the tests of {unknown} are not known" * (counts["unknown"] > 0)
 
 
 class JUnitParser:
@@ -11350,6 +11367,7 @@ class JUnitParser:
         self.take = take
         self.open: List[Suite] = []
         self.path: List[str] = []  # tags of open elements
+        self.counts_failures = False  # a suite says that tests failed
         self.builder: Optional[ET.TreeBuilder] = None  # of a part
         self.level = self.size = 0  # of the part: its depth in the path, its elements
 
@@ -11370,6 +11388,8 @@ class JUnitParser:
                 raise ValueError(f"has a test case with more than {JUNIT_PARTS:,} elements")
         elif tag in ("testsuites", "testsuite"):
             self.open.append(Suite(attributes))
+            self.counts_failures |= any(
+                attributes.get(name, "").strip("0 ") for name in TEST_COUNTS[1:3])
             return
         elif tag in SUITE_PARTS:
             self.builder, self.level, self.size = TreeBuilder(), len(self.path), 1
@@ -11475,10 +11495,13 @@ class TestFiles:
                     self.put(suite.properties, self.copy(each))
             else:
                 self.put(suite.parts, self.copy(part))
-        parser = XMLParser(target=JUnitParser(take))
+        target = JUnitParser(take)
+        parser = XMLParser(target=target)
         for at in range(place, place + size, JUNIT_BLOCK):
             parser.feed(os.pread(self.incoming.fileno(), min(JUNIT_BLOCK, place + size - at), at))
         parser.close()
+        if target.counts_failures and not tests.counts["tests"]:
+            raise ValueError("counts failures, and has no test case")
 
     def test_case(self, tests: Tests, suite: Suite, case: ET.Element,
                   earlier: Dict[Tuple[str, str], List[Tuple[str, FailedTest]]]) -> ET.Element:
@@ -14087,14 +14110,13 @@ class Option(NamedTuple):
 
 def checked(kind: Callable[[str], Any], fits: Callable[[Any], bool],
             called: str) -> Callable[[str], Any]:
-    """Return a type for argparse: kind(text), if it fits. Errors call it by this name."""
+    """Return a type for argparse: kind(text), if it fits. Otherwise the text is not `called`."""
     def value_of(text: str) -> Any:
-        with contextlib.suppress(re.error):
+        with contextlib.suppress(ValueError, TypeError, re.error):
             value = kind(text)
             if fits(value):
                 return value
-        raise ValueError
-    value_of.__name__ = called
+        raise argparse.ArgumentTypeError(f"{printable(text) or repr(text)} is not {called}")
     return value_of
 
 
@@ -14118,33 +14140,37 @@ def parse_client(text: str) -> Tuple[int, str]:
 
 
 LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text
-         and text not in KNOWN_BY_LABEL, "label (of ASCII characters, without spaces)")
+         and text not in KNOWN_BY_LABEL, "a label (of ASCII characters, without spaces)")
+SLOTS = (int, width, "a number of slots, from 1")
 # checked()'s arguments, by the option's name or else by the word for its value. No text may be
 # empty: that comes from a variable of the shell that is not set.
 VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
-    "--slots": (int, width, "number of slots"), "--slots-each": (int, width, "number of slots"),
-    "--lock": (str, lambda text: text and lock_name(text), "name (up to 200 characters)"),
-    "--nice": (int, count, "number"), "--label": LABEL, "--need": LABEL,
+    "--slots": (*SLOTS[:2], f"{SLOTS[2]} (without it: a slot for each CPU)"), "--slots-each": SLOTS,
+    "--lock": (str, lambda text: text and lock_name(text), "a name (up to 200 characters)"),
+    "--nice": (int, count, "a number from 0"), "--label": LABEL, "--need": LABEL,
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
-               "host name (up to 64 characters, without spaces, / and ~)"),
-    "LOGIN": (str, str.strip, "login"),
+               "a host name (up to 64 characters, without spaces, / and ~)"),
+    "LOGIN": (str, str.strip, "a login"),
     "PID@HOST": (parse_client, lambda client: count(client[0]) and all(client),
-                 "client (such as 4711@vm2)"),
-    "--sync": (str, lambda text: True, "directory"),  # "" is the work tree around us
-    "--exclude": (lambda text: (True, text), lambda rule: rule[1], "pattern"),
-    "--include": (lambda text: (False, text), lambda rule: rule[1], "pattern"),
-    "COMMAND": (str, lambda text: text.strip() and "\n" not in text, "command"),
-    "ADDR": (str, bool, "address"), "DIR": (str, bool, "directory"),
-    "FILE": (str, bool, "file name"), "JOBLOG": (str, bool, "file name"),
-    "PATH": (str, lambda path: path and "\0" not in path, "path"),
-    "--max-args": (int, lambda n: n >= 1, "positive number (pytest-xdist's -n is -j here)"),
-    "NAME": (str, bool, "name"), "N": (int, lambda n: n >= 1, "positive number"),
-    "TIME": (parse_duration, lambda span: span > 0 and number(span), "number of seconds"),
-    "W": (int, integer, "weight"), "X": (float, lambda load: load > 0, "number"),
-    "MS": (float, lambda ms: ms >= 0, "number of milliseconds"),
-    "SIZE": (parse_size, lambda n: n >= 1 and count(n), "number of bytes"),
-    "HASH": (str.lower, lambda text: re.fullmatch("[0-9a-f]{40}", text), "result hash"),
-    "REGEX": (re.compile, lambda regex: not regex.match(""), "regular expression of something"),
+                 "a client (such as 4711@vm2)"),
+    "--sync": (str, lambda text: True, "a directory"),  # "" is the work tree around us
+    "--exclude": (lambda text: (True, text), lambda rule: rule[1], "a pattern"),
+    "--include": (lambda text: (False, text), lambda rule: rule[1], "a pattern"),
+    "COMMAND": (str, lambda text: text.strip() and "\n" not in text, "a command"),
+    "ADDR": (str, bool, "an address"), "DIR": (str, bool, "a directory"),
+    "FILE": (str, bool, "a file name"), "JOBLOG": (str, bool, "a file name"),
+    "PATH": (str, lambda path: path and "\0" not in path, "a path"),
+    "--max-args": (int, lambda n: n >= 1, "a number from 1 (pytest-xdist's -n is -j here)"),
+    "NAME": (str, bool, "a name"), "N": (int, lambda n: n >= 1, "a number from 1"),
+    "TIME": (parse_duration, lambda span: span > 0 and number(span),
+             "a time (such as 90 or 90s, 500ms, 5m, 2h, 1d)"),
+    "W": (int, integer, "a weight: a whole number"),
+    "X": (float, lambda load: load > 0, "a number over 0"),
+    "MS": (float, lambda ms: ms >= 0, "a number of milliseconds"),
+    "SIZE": (parse_size, lambda n: n >= 1 and count(n), "a size (such as 64k, 10M, 2G)"),
+    "HASH": (str.lower, lambda text: re.fullmatch("[0-9a-f]{40}", text), "a result hash"),
+    "REGEX": (re.compile, lambda regex: not regex.match(""),
+              "a regular expression of what separates columns (write '\\|' for a bar)"),
 }
 
 
@@ -15420,8 +15446,11 @@ class Hosts:
         """Return whether a host may still come up for the first time."""
         return any(not host.was_up and host.due < math.inf for host in self.hosts)
 
+    def given_up(self) -> List[str]:
+        return [host.login.name for host in self.hosts if host.due == math.inf]
+
     def failed(self, now: Seconds) -> None:
-        if all(host.due == math.inf for host in self.hosts):
+        if len(self.given_up()) == len(self.hosts):
             self.none_left(now)
 
     def stop(self, status: int, now: Seconds) -> None:
@@ -15758,7 +15787,12 @@ def working_tree_top(given: str) -> str:
         here = os.path.realpath(given or ".")
     except FileNotFoundError:
         raise UsageError("the current directory is gone: go to another one") from None
-    return here if given else git_top(here) or here
+    top = here if given else git_top(here)
+    home = os.path.realpath(os.path.expanduser("~"))
+    if not top and os.path.join(home, "").startswith(os.path.join(here, "")):
+        raise UsageError(f"--sync would take all of {printable(here)} along: go to a project's "
+                         f"directory, or name one with --sync=DIR")
+    return top or here
 
 
 def git_top(path: str) -> str:
@@ -15857,8 +15891,11 @@ class WorkingTree:
             hashed = hashlib.sha256()
             for path in self.setup_for:
                 if path not in self.entries:
+                    cwd = self.head.get("cwd") or "."
+                    meant = os.path.relpath(path, cwd)  # it was written as from the top
+                    hint = f": write {os.path.relpath(meant, cwd)}" if meant in self.entries else ""
                     raise UsageError(f"--setup-once-for {printable(path)}: there is no such file "
-                                     f"in the tree of {printable(self.top)}")
+                                     f"in the tree of {printable(self.top)}{printable(hint)}")
                 hashed.update(to_bytes(f"{path}\n{self.entries[path].content}\n"))
             self.head["setup_for"] = hashed.hexdigest()
         self.tree = make_tree(self.head, self.entries.values())
@@ -15896,6 +15933,10 @@ class WorkingTree:
         stack: List[Listed] = [(b"", 0, False, False)]
         while stack and len(self.entries) <= MAX_ENTRIES:
             stack += self.scan_directory(*stack.pop(), links)
+        for path in sorted(path for path in self.entries if path.endswith("/pyvenv.cfg")):
+            name = printable(path.rpartition("/")[0], 200)
+            self.notices.append(f"{name} goes along, but no venv works elsewhere: let git ignore "
+                                f"it, or say --exclude /{name}")
         for name in links:
             if leads_out(name, links):
                 del self.entries[name]
@@ -16413,9 +16454,12 @@ def check_template(words: List[str], most: float) -> str:
                          "template, with {} outside of its inner quotes, as in: "
                          "'rm -rf \"a b\"/{}'"
                          + (f"; options of ours stand before it: {late[0]}" if late else ""))
-    for place, context in placeholders(template if PLACEHOLDER.search(template)
-                                       else template + " {}"):
+    given = PLACEHOLDER.search(template)
+    for place, context in placeholders(template if given else template + " {}"):
         wrong = misuse(place, context, most)
+        if wrong and place == "{}" and not given:
+            raise UsageError(f"without a {{}} the line comes after the template, and stands "
+                             f"{CONTEXTS[context]} there: write {{}} where it goes")
         if wrong:
             quote = '"' if context == '"' else "'"
             raise UsageError(
@@ -17248,6 +17292,7 @@ class ClientRun:
         self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
         self.tests = TestFiles() if settings.junit_from else None
+        self.hosts: Optional[Hosts] = None
         returns = top is not None and (settings.returns or settings.jsonl or self.tests)
         self.reports = reports = Reports(client, store, [
             *self.display.reporters, *file_reporters(settings, store, self.earlier, self.tests),
@@ -17302,7 +17347,8 @@ class ClientRun:
             wrong = self.tests.clash(client.last_id + 1, command)
         slots = command.own.get("slots", client.options.slots)
         if slots > client.most_slots:
-            wrong = wrong or f"it takes {slots} slots, and this machine has {client.most_slots} (-j)"
+            wrong = wrong or (
+                f"it takes {slots} slots, and this machine has {client.most_slots} (-j)")
         occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
         if self.earlier.has_done(command.cmd, occurrence):
             client.skip()
@@ -17373,7 +17419,8 @@ class ClientRun:
             report_incomplete(client, status)
         summary = self.reports.end(
             complete, earlier.skipped, earlier.skipped_failed, settings.expect,
-            rerun_command(settings), settings.allow_empty)
+            rerun_command(settings), settings.allow_empty, [
+                *client.unfit, *(self.hosts.given_up() if self.hosts else ())])
         write_failed = self.reports.write_failed or self.files.unwritten > 0
         status = exit_status(summary, write_failed, status)
         if status > 128:
@@ -17488,7 +17535,7 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
         broker.expect_hosts(run.client.expecting, now)
     run.client.wanted_hosts = len(settings.logins)
     run.loop.every(HOST_INTERVAL, count_hosts)
-    hosts = Hosts(run.loop, settings, None, lambda login: BrokerUplink(
+    hosts = run.hosts = Hosts(run.loop, settings, None, lambda login: BrokerUplink(
         broker, links, login.peer), none_left, run.tell)
     return hosts
 
@@ -18021,8 +18068,10 @@ FOREIGN_OPTIONS = {
     "--csv": "use --colsep ,", "--header": "take that line off (tail -n +2), and use {1}",
     "--plus": "of its placeholders only {.}, {/}, {//} and {/.} are known",
     "--shuf": "pipe the input through shuf", "--group": "not needed: only --live mixes outputs",
-    "--load": "use --max-load X of the worker", "--memfree": "use --memfree SIZE of the worker",
-    "--nice": "use --nice N of the worker", "--sem --semaphore --id": "use --lock NAME",
+    "--load": "use --max-load X of a worker (none has it with --local and -S)",
+    "--memfree": "use --memfree SIZE of a worker (none has it with --local and -S)",
+    "--nice": "use --nice N of a worker; with --local and -S, write nice before each command",
+    "--sem --semaphore --id": "use --lock NAME",
     "-M --controlmaster": "not needed; see ControlMaster in ssh_config(5)",
     "--sshdelay": f"not needed: at most {MAX_LOGINS} logins are under way at once",
     "-t": "use --verbose", "--silent": "use --quiet", "--retry": "did you mean --retries?"}
@@ -18100,6 +18149,8 @@ def separate_template(argv: List[str]) -> List[str]:
         elif valued.get(name) and rest and re.fullmatch(r"-[1-9.].*", rest[0]):
             word += "=" * word.startswith("--") + rest.popleft()
         elif valued.get(name) and rest:
+            if rest[0].startswith(":::"):
+                raise UsageError(f"{word} needs a value, before {rest[0]}")
             separated.append(word)
             word = rest.popleft()
         separated.append(word)
