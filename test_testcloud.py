@@ -15295,7 +15295,8 @@ failures="0">
             "Jest": [2, 1, 0, 0, 0], "node": [2, 1, 0, 0, 0], "Surefire": [4, 0, 1, 1, 1]})
         self.assertEqual(suites, {
             "pytest": ["pytest"], "PHPUnit": ["Tests\\CalcTest", "Tests\\CalcTest::testSub"],
-            "gotestsum": ["example.com/m/calc"], "Jest": ["sum"], "node": ["c5", "sub"],
+            "gotestsum": ["example.com/m/calc", "example.com/m/none"], "Jest": ["sum"],
+            "node": ["c5", "sub"],
             "Surefire": ["org.example.CalcTest"]})
 
     def test_what_is_in_a_test_case_stays(self):
@@ -15386,7 +15387,8 @@ failures="0">
                 ("<!DOCTYPE html><html/>", "has a DOCTYPE, which may make it endless"),
                 (bomb, "has a DOCTYPE"),
                 (b"\xff\xfe" + bomb.encode("utf-16-le"), "has a DOCTYPE"),
-                ("<?xml version='1.0' encoding='x-none'?><testsuites/>", "unknown encoding"),
+                ("<?xml version='1.0' encoding='x-none'?><testsuites/>",
+                 "cannot be read: unknown encoding"),
                 ("<testsuites>" * 51, "has more than 50 elements within each other"),
                 ("<testsuite><testcase>" + "<a/>" * tc.JUNIT_PARTS + "</testcase></testsuite>",
                  "has a test case with more than 10,000 elements")):
@@ -15399,10 +15401,10 @@ failures="0">
             self.assertIn(why, case.find("failure").get("message"))
             self.assertIn("\ncrashed", case.find("failure").text)
         large = self.read(b"", size=tc.JUNIT_FILE_SIZE + 1)
-        self.assertEqual(large, "its r.xml has 34 MB, more than 34 MB (--junit-from)")
+        self.assertEqual(large, "its r.xml has more than 32 MiB (--junit-from)")
         for rows in ([], [[0o644, 9]], [[], []], [[0o644, 3], []], [[], [], [0o644, 9]]):
             self.assertEqual(self.files.read(self.commands[1], {"attempt": 1, "returned": rows}),
-                             "its r.xml is not there (--junit-from)")
+                             "its r.xml was not written (--junit-from)")
         with mock.patch.object(tc, "write_all", side_effect=OSError(28, "No space left")):
             self.assertEqual(self.read(self.PYTEST, step=50),
                              "its r.xml cannot be read: No space left (--junit-from)")
@@ -15411,8 +15413,9 @@ failures="0">
         text = b"<testsuite><testcase/></testsuite>"
         command = self.commands.setdefault(1, tc.Command(1, "c", "/d", ["f", "r.xml"]))
         for rows, why in (
-                ([[1, 0], [1, len(text)], [1, 5]], ""), ([[1, len(text)]], "is not there"),
-                ([[1, 2**53], [1, 5]], "is no whole XML"), ([[1, 0], [1, 2**53]], "has 90"),
+                ([[1, 0], [1, len(text)], [1, 5]], ""), ([[1, len(text)]], "was not written"),
+                ([[1, 2**53], [1, 5]], "is no whole XML"),
+                ([[1, 0], [1, 2**53]], "has more than 32 MiB"),
                 ([[1, 0], [1, 5]], "is no whole XML")):
             for files in (self.files, tc.ReturnedFiles(tempfile.mkdtemp(), None)):
                 files.put_part(tc.ReturnedPart(command, 1, rows, 0, text + b"x" * 99))
@@ -15429,7 +15432,8 @@ failures="0">
 
     def test_times_namespaces_and_files_that_come_twice(self):
         for text, seconds in (("1,234.5", 1234.5), ("", 0), ("x", 0), ("-1", 0), ("nan", 0),
-                              ("inf", 0), ("1e3", 1000)):
+                              ("inf", 0), ("1e3", 1000), ("0,125", 0.125), ("12,5", 12.5),
+                              ("1,234", 1234), ("1,2,3", 0)):
             self.assertEqual(tc.parse_seconds(text), seconds)
         for _ in range(2):
             self.read("<testsuite xmlns='urn:x' name='s'><testcase name='t'><failure/>"
@@ -15440,15 +15444,65 @@ failures="0">
                          [("t", ["failure", "system-out"]), (tc.WHOLE_RUN, ["error"])])
         self.check(root)
 
+    def test_a_command_that_its_tests_failed_has_ended_itself(self):
+        """So its time is remembered, and a batch of them learned."""
+        for text in (self.PYTEST, "<testsuite/>", ""):
+            why = self.read(text)
+            row = self.outcome(exitcode=1, reason=why)
+            self.assertTrue(row.ended_itself, text)
+            self.assertFalse(row._replace(reason="timed out").ended_itself)
+            self.assertFalse(row._replace(host="").ended_itself)
+        for row, ended in ((outcome(1, "a", 1), True), (outcome(1, "a", 126, reason="no"), False)):
+            self.assertEqual(row.ended_itself, ended)
+
     def test_failures_that_are_only_counted_are_a_fault(self):
         for text, fault in (
                 ("<testsuite tests='3' failures='2'/>", True),
                 ("<testsuites><testsuite errors='1'></testsuite></testsuites>", True),
                 ("<testsuite tests='3' failures='0' errors=''/>", False),
-                ("<testsuite failures='1'><testcase name='a'/></testsuite>", False)):
-            self.assertEqual(self.read(text), "its r.xml counts failures, and has no test case "
-                             "(--junit-from)" if fault else "")
+                ("<testsuites><testsuite name='a'><testcase/></testsuite>"
+                 "<testsuite name='b' failures='1'/></testsuites>", True),
+                ("<testsuite failures='1'><testcase name='a'/></testsuite>", False),
+                ("<testsuites failures='1'><testsuite failures='1'><testcase/></testsuite>"
+                 "<testsuite/></testsuites>", False)):
+            self.assertEqual(self.read(text), "its r.xml counts failures, and has no test case for "
+                             "them (--junit-from)" if fault else "")
             self.assertEqual(tc.case_counts(self.outcome(exitcode=int(fault)))["unknown"], fault)
+
+    def test_a_failure_of_a_suite_is_a_fault(self):
+        for text in ("<testsuite><testcase/><error message='no'/></testsuite>",
+                     "<testsuites><testsuite><failure>x</failure></testsuite></testsuites>"):
+            self.assertRegex(self.read(text), "^its r.xml has a <(error|failure)> outside of a "
+                             "test case ")
+
+    def test_what_a_suite_without_tests_says_is_in_the_report(self):
+        self.read("<testsuites><properties><property name='p' value='1'/></properties>"
+                  "<testsuite name='outer'><testsuite name='inner'><testcase name='t'/></testsuite>"
+                  "<system-out>o</system-out></testsuite><testsuite name='none'/></testsuites>")
+        root = self.report(self.outcome())
+        self.check(root)
+        self.assertEqual([(suite.get("name"), suite.get("tests")) for suite in root],
+                         [("c1", "0"), ("inner", "1"), ("outer", "0")])
+        self.assertEqual(root[0].find("properties/property[@name='p']").get("value"), "1")
+        self.assertEqual(root[2].findtext("system-out"), "o")
+
+    def test_tests_of_one_name_are_told_apart(self):
+        """By suite, file, and their order: tries must not be taken for those of another one."""
+        fail = "<failure message='no'/>"
+        for first in (
+                (f"<testsuite name='A'><testcase name='t'>{fail}</testcase></testsuite>"
+                 "<testsuite name='B'><testcase name='t'/></testsuite>"),
+                (f"<testsuite name='A'><testcase name='t' file='a'>{fail}</testcase>"
+                 "<testcase name='t' file='b'/></testsuite>"),
+                (f"<testsuite name='A'><testcase name='t'>{fail}</testcase>"
+                 "<testcase name='t'/></testsuite>")):
+            self.setUp()
+            self.read(f"<testsuites>{first}</testsuites>")
+            self.read(f"<testsuites>{first.replace(fail, '')}</testsuites>", attempt=2)
+            row = self.outcome(1, 2, verdict="FLAKY", tries=PASSED_TOO)
+            self.assertEqual(row.tests.counts["flaky"], 1)
+            found = [[part.tag for part in case] for case in self.report(row).iter("testcase")]
+            self.assertEqual(found, [["flakyFailure"], []])
 
     def test_half_a_file_leaves_no_tests(self):
         self.read(self.PYTEST[:-30])
@@ -22006,10 +22060,10 @@ exit $status
         self.assertIn(f"\n{words}\n", out)
         self.assertIn("1 of 2 tests failed, by its reports/4.xml (--junit-from)\n", out)
         self.assertRegex(out, r"\n  FAIL\(1\).* fails reports/2.xml\n    failed: c fails: no\n")
-        self.assertRegex(out, r"\n  FAIL\(3\).* reports/6.xml\n    its reports/6.xml is not there")
+        self.assertRegex(out, r"\n  FAIL\(3\).* reports/6.xml\n    its reports/6.xml was not w")
         self.assertRegex(out, r"\n  FAIL\(4\).* reports/5.xml\n    no failure in its 2 tests\n")
         self.assertRegex(out, r"\n  FLAKY! .* reports/3.xml\n    flaky: c flaky: on .*: no\n")
-        self.assertIn("its reports/6.xml is not there (--junit-from)\n", out)
+        self.assertIn("its reports/6.xml was not written (--junit-from)\n", out)
         self.assertIn(f"<h1>{words}</h1>", tc.read_text(f"{self.cloud.dir}/out.html"))
         root = ET.parse(os.path.join(self.cloud.dir, "out.xml")).getroot()
         self.assertEqual({name: root.get(name) for name in ("tests", "failures", "errors")},
@@ -22024,7 +22078,7 @@ exit $status
                 "sh tool crash reports/6.xml": ["failure", "rerunFailure", "system-out"]})
         late, crash = root[-1]
         self.assertIn("no failure in its 2 tests", late.find("failure").get("message"))
-        self.assertIn("is not there (--junit-from)\n\nit crashed", crash.findtext("failure"))
+        self.assertIn("was not written (--junit-from)\n\nit crashed", crash.findtext("failure"))
 
     def test_on_this_machine(self):
         self.check(*self.run_client("--local"))
@@ -22033,7 +22087,7 @@ exit $status
         for test, template in (("crash", "sh tool {} reports/{#}.xml"), ("passes", "true {}")):
             status, out = self.run_client("--local", tests=[test], template=template)
             self.assertEqual(status, 1)
-            self.assertIn("its reports/1.xml is not there", out)  # the old one does not count
+            self.assertIn("its reports/1.xml was not written", out)  # the old one does not count
 
     def test_on_hosts(self):
         self.check(*self.run_client("-S", "2/:"))
@@ -22063,7 +22117,7 @@ exit $status
             self.assertEqual((status, len(rows)), (int(not made), 2), out)
             counts = {"tests": 2 * made, "failures": 0, "errors": 0, "skipped": 0, "flaky": 0}
             for row, name in zip(rows, ("passes-1", "late-2")):
-                wrong = f"its r/{name}.xml is not there (--junit-from)"
+                wrong = f"its r/{name}.xml was not written (--junit-from)"
                 self.assertEqual(row["tests"], counts if made else {**counts, "fault": wrong})
                 self.assertEqual((row["exitcode"], row["reason"]), (
                     (0, "") if made else (1, wrong)))

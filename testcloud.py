@@ -9478,20 +9478,22 @@ has a case for each test, and --html and the summary count tests:
 
     2 of 64,204 tests failed in 1 of 18 commands
 
-The summary also names the first 10 failed tests and the first 10 flaky ones.
+Below the first 10 failed commands, the summary names up to 10 of their tests. It does the
+same for flaky commands.
 
 Each suite of a file is a suite of the report. Its hostname is the host, and it has the
-command as a property. Suites within a suite are put after it, on the same level.
+command as a property. A suite within a suite is put beside it.
 
 If the file says that tests failed, the command has failed: with exit code 1, if its own
 is 0. The same holds for a file that cannot be used:
 
-    it is missing, or the command did not write it
+    the command did not write it: an old file does not count
     it is no JUnit, or no whole XML
-    it has a DOCTYPE, or more than 32 MiB
+    it has a DOCTYPE, or is too large (see `help limits`)
+    it counts failures, or has one, and no test case for it
     another command has the same file: then the second command does not run
 
-A command is one more test case, in the suite testcloud, if no test shows how it ended:
+A command is a test case of its own, in the suite testcloud, if no test shows how it ended:
 
     its file cannot be used
     it failed, and no test did (a crash after the tests, a coverage threshold)
@@ -9501,11 +9503,12 @@ This case has the output of the command.
 
 With --retries the file of the reported try counts. A test that failed in an earlier try
 gets the elements flakyFailure or flakyError, if it passed in the end. Otherwise it gets
-rerunFailure or rerunError. Maven's surefire does the same.
+rerunFailure or rerunError. Maven's surefire does the same. A test is known by its suite,
+class, name and file.
 
 With --sync the files come back into the tree, as those of --return. Without --sync the
-client writes them nowhere. Long texts lose their middle. When all texts have 16 MiB, each
-further one is cut to 100 characters.
+client writes them nowhere. Long texts lose their middle. When all texts together have
+16 MiB, each further one is cut to 100 characters.
 
 Result hash
 
@@ -9565,6 +9568,12 @@ class Outcome(NamedTuple):
             return self.tests.describe()
         return self.reason
 
+    @property
+    def ended_itself(self) -> bool:
+        """Return whether its time tells how long it takes, though it may have failed."""
+        tests_failed = self.tests is not None and self.reason == self.tests.why
+        return bool(self.host) and (not self.reason or tests_failed)
+
 
 class Summary(NamedTuple):
     """The end of a run."""
@@ -9595,6 +9604,8 @@ class Summary(NamedTuple):
         """Return the fault of the whole run, or ""."""
         if not self.complete:
             return "not all commands were executed"
+        if self.skipped_failed and not self.ran:
+            return f"{plural(self.skipped_failed, 'command')} failed in an earlier run"
         return "the input had no commands" if self.empty else self.wrong_hash
 
 
@@ -11135,7 +11146,8 @@ def has_own_case(outcome: Outcome) -> bool:
 def own_counts(outcome: Outcome) -> Counter[str]:
     """Return what a command adds to a report as a test case."""
     kind = "errors" if could_not_run(outcome) else "failures"
-    return Counter({"tests": 1, kind: int(outcome.failed)})
+    flaky = outcome.verdict in (FLAKY, ONLY) and not outcome.failed
+    return Counter({"tests": 1, kind: int(outcome.failed), "flaky": int(flaky)})
 
 
 def own_time(outcome: Outcome) -> float:
@@ -11282,6 +11294,12 @@ FLAKY_PARTS = ("flakyFailure", "flakyError")
 INNER_PARTS = ("property", "stackTrace", "system-out", "system-err")
 PART_ATTRIBUTES = ("message", "type", "name", "value")
 SUITE_PARTS = ("testcase", "properties", "system-out", "system-err")
+# which test a test case is: suite, class, name, file, and how many such were before it
+TestKey = Tuple[str, str, str, str, int]
+
+
+class JUnitError(ValueError):
+    """A command's JUnit file is of no use; the text says why."""
 
 
 class FailedTest(NamedTuple):
@@ -11293,6 +11311,7 @@ class FailedTest(NamedTuple):
     type: str
     message: str
     text: str
+    key: TestKey = ("", "", "", "", 0)
 
     @property
     def title(self) -> str:
@@ -11307,8 +11326,11 @@ class FailedTest(NamedTuple):
 class Suite:
     """A suite of a command's JUnit file."""
 
-    def __init__(self, attributes: Dict[str, str]) -> None:
+    def __init__(self, attributes: Dict[str, str], cases_before: int = 0) -> None:
         self.name = attributes.get("name", "")
+        self.counts_failures = any(
+            attributes.get(name, "").strip("0 ") for name in TEST_COUNTS[1:3])
+        self.cases_before = cases_before  # in its file
         self.attributes = {name: attributes[name] for name in ("timestamp", "package", "file")
                            if attributes.get(name)}
         self.counts: Counter[str] = Counter()
@@ -11323,6 +11345,7 @@ class Tests:
 
     def __init__(self, fault: str = "") -> None:
         self.fault = fault  # why the file is of no use
+        self.why = fault  # the try has failed, if its exit code is 0
         self.suites: List[Suite] = []
         self.counts: Counter[str] = Counter()
         self.failed: List[FailedTest] = []  # the first NAMED_TESTS, when it is reported
@@ -11361,36 +11384,36 @@ def describe_tests(counts: Counter[str], failed_commands: int, commands: int) ->
 
 class JUnitParser:
     """Target of an XMLParser. `take(suite, element)` gets the parts of each suite. Raises
-    ValueError if the file is not JUnit."""
+    JUnitError if the file is not JUnit, or tells of failures that no test case has."""
 
     def __init__(self, take: Callable[[Suite, ET.Element], None]) -> None:
         self.take = take
         self.open: List[Suite] = []
         self.path: List[str] = []  # tags of open elements
-        self.counts_failures = False  # a suite says that tests failed
+        self.cases = 0  # of all suites
         self.builder: Optional[ET.TreeBuilder] = None  # of a part
         self.level = self.size = 0  # of the part: its depth in the path, its elements
 
     def doctype(self, *_: object) -> None:
-        raise ValueError("has a DOCTYPE, which may make it endless")
+        raise JUnitError("has a DOCTYPE, which may make it endless")
 
     def start(self, tag: str, attributes: Dict[str, str]) -> None:
         from xml.etree.ElementTree import TreeBuilder
         tag = tag.rpartition("}")[2]  # without a namespace
         if not self.path and tag not in ("testsuites", "testsuite"):
-            raise ValueError(f"is not JUnit: it begins with <{printable(tag)}>")
+            raise JUnitError(f"is not JUnit: it begins with <{printable(tag)}>")
         self.path.append(tag)
         if len(self.path) > JUNIT_DEPTH:
-            raise ValueError(f"has more than {JUNIT_DEPTH} elements within each other")
+            raise JUnitError(f"has more than {JUNIT_DEPTH} elements within each other")
         if self.builder is not None:
             self.size += 1
             if self.size > JUNIT_PARTS:
-                raise ValueError(f"has a test case with more than {JUNIT_PARTS:,} elements")
+                raise JUnitError(f"has a test case with more than {JUNIT_PARTS:,} elements")
         elif tag in ("testsuites", "testsuite"):
-            self.open.append(Suite(attributes))
-            self.counts_failures |= any(
-                attributes.get(name, "").strip("0 ") for name in TEST_COUNTS[1:3])
+            self.open.append(Suite(attributes, self.cases))
             return
+        elif tag in ("failure", "error"):
+            raise JUnitError(f"has a <{tag}> outside of a test case")
         elif tag in SUITE_PARTS:
             self.builder, self.level, self.size = TreeBuilder(), len(self.path), 1
         if self.builder is not None:
@@ -11404,10 +11427,13 @@ class JUnitParser:
         tag = self.path.pop()
         if self.builder is None:
             if tag in ("testsuites", "testsuite"):
-                self.open.pop()
+                suite = self.open.pop()
+                if suite.counts_failures and self.cases == suite.cases_before:
+                    raise JUnitError("counts failures, and has no test case for them")
             return
         self.builder.end(tag)
         if len(self.path) < self.level:
+            self.cases += tag == "testcase"
             self.take(self.open[-1], self.builder.close())
             self.builder = None
 
@@ -11459,20 +11485,23 @@ class TestFiles:
         tests = Tests()
         try:
             if not row:
-                raise ValueError("is not there")
+                raise JUnitError("was not written")
             self.parse(tests, self.places.pop((command.id, attempt), 0), row[1], [
                 (command.tries[number].host, test) for number, old in earlier.items()
                 for test in old.failed])
         except (OSError, SyntaxError, ValueError, LookupError) as error:
-            why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            why = str(error)
             if isinstance(error, SyntaxError):  # of XML
                 why = f"is no whole XML: {error}"
+            elif not isinstance(error, JUnitError):  # such as an unknown encoding
+                why = f"cannot be read: {getattr(error, 'strerror', error)}"
             tests = Tests(f"{path} {why} (--junit-from)")
         if not self.places:
             self.incoming_end = 0
         earlier[attempt] = tests
-        return tests.fault or (
-            f"{tests.describe()}, by {path} (--junit-from)" if tests.failures else "")
+        if tests.failures:
+            tests.why = f"{tests.describe()}, by {path} (--junit-from)"
+        return tests.why
 
     def parse(self, tests: Tests, place: Union[int, OSError], size: int,
               earlier: Sequence[Tuple[str, FailedTest]]) -> None:
@@ -11481,36 +11510,39 @@ class TestFiles:
         if isinstance(place, OSError):
             raise place
         if not size or size > JUNIT_FILE_SIZE:
-            raise ValueError("is empty" if not size else
-                             f"has {amount(size)}, more than {amount(JUNIT_FILE_SIZE)}")
-        known: Dict[Tuple[str, str], List[Tuple[str, FailedTest]]] = {}
+            raise JUnitError("is empty" if not size else
+                             f"has more than {JUNIT_FILE_SIZE // 2**20} MiB")
+        known: Dict[TestKey, List[Tuple[str, FailedTest]]] = {}
         for host, test in earlier:
-            known.setdefault((test.classname, test.name), []).append((host, test))
+            known.setdefault(test.key, []).append((host, test))
+        seen: Counter[int] = Counter()  # hashes of the names of tests
 
         def take(suite: Suite, part: ET.Element) -> None:
+            if not (suite.parts or suite.properties):
+                tests.suites.append(suite)
             if part.tag == "testcase":
-                self.put(suite.parts, self.test_case(tests, suite, part, known))
+                names = suite.name, *test_names(part), part.attrib.get("file", "")
+                key = (*names, seen[hash(names)])
+                seen[hash(names)] += 1
+                self.put(suite.parts, self.test_case(tests, suite, part, key, known.get(key, ())))
             elif part.tag == "properties":
                 for each in part.iter("property"):
                     self.put(suite.properties, self.copy(each))
             else:
                 self.put(suite.parts, self.copy(part))
-        target = JUnitParser(take)
-        parser = XMLParser(target=target)
+        parser = XMLParser(target=JUnitParser(take))
         for at in range(place, place + size, JUNIT_BLOCK):
             parser.feed(os.pread(self.incoming.fileno(), min(JUNIT_BLOCK, place + size - at), at))
         parser.close()
-        if target.counts_failures and not tests.counts["tests"]:
-            raise ValueError("counts failures, and has no test case")
 
-    def test_case(self, tests: Tests, suite: Suite, case: ET.Element,
-                  earlier: Dict[Tuple[str, str], List[Tuple[str, FailedTest]]]) -> ET.Element:
-        """Return the test case for the report, and count it."""
-        given = case.attrib
-        name, classname = given.get("name", ""), given.get("classname") or given.get("class", "")
+    def test_case(self, tests: Tests, suite: Suite, case: ET.Element, key: TestKey,
+                  earlier: Sequence[Tuple[str, FailedTest]]) -> ET.Element:
+        """Return the test case for the report, and count it. `earlier` has its failures in earlier
+        tries, each with its host."""
+        given, (classname, name) = case.attrib, test_names(case)
         parts = [self.copy(part) for part in case if part.tag in CASE_PARTS]
         bad = next((part for part in parts if part.tag in ("failure", "error")), None)
-        for host, test in earlier.get((classname, name), ()):
+        for host, test in earlier:
             where = f"on {truncate(host)}"
             parts.append(xml_element(
                 ("flaky" if bad is None else "rerun") + test.kind, "",
@@ -11519,7 +11551,7 @@ class TestFiles:
         if bad is not None:
             tests.failed.append(FailedTest(
                 classname, name, bad.tag.title(), bad.attrib.get("type") or bad.tag.title(),
-                bad.attrib.get("message", ""), bad.text or ""))
+                bad.attrib.get("message", ""), bad.text or "", key))
         tags = {part.tag for part in parts}
         kind = (bad.tag + "s").replace("ss", "s") if bad is not None else (
             "skipped" if "skipped" in tags else "flaky" if tags & {*FLAKY_PARTS} else "")
@@ -11529,8 +11561,6 @@ class TestFiles:
                               first.text or "")
             tests.flaky.append(test._replace(text="", message=test.first_line))
         spent = parse_seconds(given.get("time", ""))
-        if not suite.counts["tests"]:
-            tests.suites.append(suite)
         for counts in (tests.counts, suite.counts):
             counts["tests"] += 1
             counts[kind] += 1
@@ -11596,8 +11626,17 @@ class TestFiles:
         return codecs.iterdecode(blocks, "utf-8")
 
 
+def test_names(case: ET.Element) -> Tuple[str, str]:
+    """Return the class and the name of a test case."""
+    given = case.attrib
+    return given.get("classname") or given.get("class", ""), given.get("name", "")
+
+
 def parse_seconds(text: str) -> Seconds:
-    """Return the time of a test case; surefire may write 1,234.5. What is no time counts as 0."""
+    """Return the time of a test case; surefire may write 1,234.5, others 0,125. What is no time
+    counts as 0."""
+    if "." not in text and not re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", text):
+        text = text.replace(",", ".")
     with contextlib.suppress(ValueError):
         seconds = float(text.replace(",", ""))
         return seconds if 0 <= seconds < 1e9 else 0.0
@@ -12066,7 +12105,7 @@ class Timings(Reporter):
         self.longest: Seconds = 0.0  # of all
 
     def result(self, outcome: Outcome) -> None:
-        if outcome.host and not outcome.reason:
+        if outcome.ended_itself:
             self.longest = max(self.longest, outcome.spent / 1000)
             self.fresh[outcome.cmd] = outcome.spent / 1000, outcome.exitcode != 0
             self.fresh.move_to_end(outcome.cmd)
@@ -16370,6 +16409,9 @@ keeps names in warnings out of the list. If your addopts have -v or -q, write
 Each command is a process of its own. A test that needs what earlier tests did may fail
 there. `pytest FILE` fails in the same way.
 
+With --retries the whole command runs again, and its last try counts for all of its tests.
+So let a command with flaky tests be short.
+
 What a host needs
 
 It needs pytest and what your code imports. --setup installs them in a .venv (see `help
@@ -17900,6 +17942,8 @@ LIMITS: Tuple[Tuple[str, str], ...] = (
     ("a tree (--sync)", f"{MAX_ENTRIES:,} files and directories; --sync-max"),
     ("an output in --junit", f"its first {JUNIT_HEAD // 1024} and last {JUNIT_TAIL // 1024} KiB; "
      f"all outputs {JUNIT_SIZE // 2**20} MiB"),
+    ("a file of --junit-from", f"{JUNIT_FILE_SIZE // 2**20} MiB; {JUNIT_DEPTH} elements within each "
+     f"other, {JUNIT_PARTS:,} in a test case"),
     ("an output in --html", f"its first and last {HTML_OUTPUT // 1024} KiB; all outputs "
      f"{HTML_OUTPUTS // 2**20} MiB, of {HTML_ENTRIES:,} failures"),
 )
