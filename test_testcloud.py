@@ -20000,15 +20000,18 @@ class CommandLineTest(unittest.TestCase):
 
     def test_batches_fit_into_a_command(self):
         lines = ["x" * 1000 + str(n % 7) for n in range(1000)]
-        for template in ("echo", "echo {} > {}"):
-            found = self.batches([(line,) for line in lines], 500, template, {lines[0]: 1.0})
+        for template, times in itertools.product(("echo", "echo {} > {}"), ({lines[0]: 1.0}, {})):
+            found = self.batches([(line,) for line in lines], 500, template, times)
             self.assertEqual([line for row in found for line in row], lines)
             longest = max(len(tc.fill_template(template, row, 1)) for row in found)
             self.assertLessEqual(longest, tc.SHELL_TEXT)
             self.assertGreater(longest, tc.SHELL_TEXT - 3000)
-        self.assertEqual(len(self.batches([("x" * tc.SHELL_TEXT,)] * 2, 2, "echo", {"": 1.0})), 1)
-        found = self.batches([("x" * tc.SHELL_TEXT,)] * 2, 2, "echo", {"x" * tc.SHELL_TEXT: 1.0})
-        self.assertEqual(len(found), 2)
+        long = "x" * tc.SHELL_TEXT
+        for times in ({long: 1.0}, {"": 1.0}, {}):
+            found = self.batches([("a",), (long,), (long,), ("b",)], 3, "echo", times)
+            self.assertEqual([*map(len, found)], [1, 1, 1, 1])
+        found = self.batches([(long,)] * 2, 2, "echo {1} {2}")  # none can be left out there
+        self.assertEqual([*map(len, found)], [2])
 
     def test_batches_of_a_slow_or_endless_input_have_the_same_number_of_lines(self):
         rows = [(line,) for line in "abcdefg"]

@@ -9517,7 +9517,8 @@ Result hash
 The hash tells whether two runs gave the same results, whoever ran what when. It takes the
 commands in byte order, equal ones by exit code and then output. It starts from the text
 Array. Each step is sha1(previous + command + exitcode + output), in lower-case hex.
---expect counts for --junit and --html, too.
+--expect counts for --junit and --html, too. With -n, later runs may have other commands,
+and so another hash.
 
 With --results and --raw, stdout and stderr come apart. So the hash of commands that write
 to both may differ from that of other runs, and so may their order in the transcript.
@@ -16266,7 +16267,7 @@ MANUAL["commands"] = """\
     $ testcloud.py client 'convert {} {.}.jpg && rm {}' ::: *.png
     $ testcloud.py client --env A=1 make {1} CC={2} ::: debug release ::: gcc clang
     $ find . -type f -print0 | testcloud.py client -0 gzip
-    $ pytest --collect-only -q | grep :: | testcloud.py client -n 50 pytest -q
+    $ pytest --collect-only -q > list && grep :: list | testcloud.py client -n 50 pytest -q
 
 In the first line each line of the input is a command. The others have a template, which
 makes a command of each line (see `help environment` for what a command finds).
@@ -16286,7 +16287,7 @@ of GNU parallel:
     {/.}        without directory and extension
     {1}, {2/}   one column (--colsep), one line (-n) or one source
     {#}         the number of the command, from 1
-    {''1}       {1} as it is; in double quotes: {""1}
+    {''1}       the text {1} itself; in double quotes: {""1}
     ::: A B     these arguments, instead of the input
     :::: F G    the lines of these files; - is the input
     :::+ A B    linked to the arguments before, one to one; files: ::::+
@@ -16304,11 +16305,11 @@ program anew. So take whole files of tests, or some dozens of single tests with 
 
 Several lines for each command
 
-In the first run with -n N, each command has N lines. The client divides the time of a
-command among its lines, and remembers that. In later runs with the same template in the
-same directory, N is a mean: a command has few slow lines or many fast ones. So each
-command takes about as long as the others. The longest start first. After some runs the
-times of lines are better.
+In the first run with -n N, each command has N lines, or fewer if it would be longer than
+120 KiB. The client divides the time of a command among its lines, and remembers that if
+any command took 50 ms. In later runs with the same template in the same directory, N is a
+mean: a command has few slow lines or many fast ones. So each command takes about as long
+as the others. The longest start first. After some runs the times of lines are better.
 
 The lines of a command are neighbours in the input, because they may need the same
 fixtures. A line that takes longer than the other commands has a command of its own.
@@ -16738,7 +16739,8 @@ PACK_WAIT: Seconds = 5.0  # for the end of the input: a program may have to find
 
 
 class Batches:
-    """Puts `size` lines of the input into each row of arguments.
+    """Puts `size` lines of the input into each row of arguments, or fewer, if a command of so many
+    would be too long.
 
     If times of lines are known, it waits for the whole input. Then `size` is a mean, and each row
     should take as long as the others. A row has neighbours, in order: they may share what is set
@@ -16752,6 +16754,9 @@ class Batches:
         self.mean: Seconds = 1.0  # of unknown lines
         self.packed = False
         self.held: List[str] = []
+        self.places = max(1, len(PLACEHOLDER.findall(template)))  # of each line in a command
+        self.room = SHELL_TEXT - len(to_bytes(template))  # bytes for lines in a command
+        self.length = 0  # bytes of the held lines
         self.give_up_at: Seconds = math.inf
 
     def lines_of(self, command: str) -> List[str]:
@@ -16774,6 +16779,7 @@ class Batches:
         if not self.held:
             self.give_up_at = now + PACK_WAIT
         self.held += row
+        self.length += self.length_of(row[0])
         return self.check(now)
 
     def check(self, now: Seconds) -> List[Arguments]:
@@ -16783,27 +16789,45 @@ class Batches:
                 and len(self.held) <= LineTimings.MAX_COMMANDS:
             return []
         self.times, self.give_up_at = LineTimes(), math.inf
-        return self.cut(range(self.size, len(self.held) + 1, self.size))
+        full = len(self.held) >= self.size or self.length > self.room
+        return self.cut(self.full_rows()) if full else []
+
+    def length_of(self, line: str) -> int:
+        """Return the bytes that a line takes in a command; 0 if all must be there, as {1} {2}."""
+        return self.places * len(to_bytes(shlex.quote(line) + " ")) if self.pattern else 0
+
+    def full_rows(self) -> List[int]:
+        """Return the ends of the rows to which no more lines can come."""
+        ends, start, length = [], 0, 0
+        for at, line in enumerate(self.held):
+            added = self.length_of(line)
+            if at > start and length + added > self.room:
+                ends.append(at)
+                start, length = at, 0
+            length += added
+            if at + 1 - start == self.size:
+                ends.append(at + 1)
+                start, length = at + 1, 0
+        return ends
 
     def end(self) -> List[Arguments]:
         """Return the last rows."""
         times = self.times.lines
         known = [times[line] for line in self.held if line in times]
         if not known:
-            return self.cut([*range(self.size, len(self.held), self.size), len(self.held)])
+            return self.cut([*self.full_rows(), len(self.held)])
         self.mean, self.packed = mean_of(known), True
-        places = max(1, len(PLACEHOLDER.findall(self.template)))
         return self.cut(partition(
-            [times.get(line, self.mean) for line in self.held],
-            [places * len(to_bytes(shlex.quote(line) + " ")) for line in self.held],
-            math.ceil(len(self.held) / self.size), SHELL_TEXT - len(to_bytes(self.template)),
-            [*map(file_of, self.held)], self.times))
+            [times.get(line, self.mean) for line in self.held], [*map(self.length_of, self.held)],
+            math.ceil(len(self.held) / self.size), self.room, [*map(file_of, self.held)],
+            self.times))
 
     def cut(self, ends: Iterable[int]) -> List[Arguments]:
         """Return rows of the lines up to each of these ends. Hold the rest."""
         bounds = [0, *ends]
         rows = [tuple(self.held[start:end]) for start, end in zip(bounds, bounds[1:])]
         del self.held[:bounds[-1]]
+        self.length = sum(map(self.length_of, self.held))
         return [row for row in rows if row]
 
 
@@ -17928,8 +17952,8 @@ LIMITS: Tuple[Tuple[str, str], ...] = (
     ("an output within its result", f"{INLINE // 1024} KiB; a larger one waits on its worker's "
      "disk until it is fetched"),
     ("commands of a client at its broker", f"{WINDOW:,}; the client keeps the others"),
-    ("lines for -n by their times", f"{LineTimings.MAX_COMMANDS:,} within {PACK_WAIT:g} s; "
-     f"{SHELL_TEXT // 1024} KiB for a command"),
+    ("lines for -n by their times", f"{LineTimings.MAX_COMMANDS:,} within {PACK_WAIT:g} s"),
+    ("a command of -n", f"{SHELL_TEXT // 1024} KiB: then it has fewer lines"),
     ("results that wait for a client", f"{CREDIT // 2**20} MiB, or {CREDIT // SPOOL_COST} outputs "
      f"over {INLINE // 1024} KiB"),
     ("commands sent ahead", f"{PREFETCH} for each slot, and {PREFETCH_TIME:.0f} ms of work"),
@@ -17942,8 +17966,8 @@ LIMITS: Tuple[Tuple[str, str], ...] = (
     ("a tree (--sync)", f"{MAX_ENTRIES:,} files and directories; --sync-max"),
     ("an output in --junit", f"its first {JUNIT_HEAD // 1024} and last {JUNIT_TAIL // 1024} KiB; "
      f"all outputs {JUNIT_SIZE // 2**20} MiB"),
-    ("a file of --junit-from", f"{JUNIT_FILE_SIZE // 2**20} MiB; {JUNIT_DEPTH} elements within each "
-     f"other, {JUNIT_PARTS:,} in a test case"),
+    ("a file of --junit-from", f"{JUNIT_FILE_SIZE // 2**20} MiB; {JUNIT_DEPTH} elements within "
+     f"each other, {JUNIT_PARTS:,} in a test case"),
     ("an output in --html", f"its first and last {HTML_OUTPUT // 1024} KiB; all outputs "
      f"{HTML_OUTPUTS // 2**20} MiB, of {HTML_ENTRIES:,} failures"),
 )
