@@ -14,6 +14,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
 
 # ruff: noqa: E402
 import argparse
+import ast
 import base64
 import builtins
 import concurrent.futures
@@ -20759,21 +20760,29 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.main("help", "client"), self.main("client", "--help"))
 
     def test_help_knows_what_a_misspelt_topic_means(self):
-        for topic, near in (("tree", "trees"), ("joblogs", "joblog"), ("cleint", "client")):
+        for topic, near in (("tree", "trees"), ("joblogs", "joblog"), ("cleint", "client"),
+                            ("JSON", "json"), ("sync", "trees"), ("ssh", "hosts"),
+                            ("retries", "failures"), ("coverage", "pytest"), ("jun", "json")):
             self.assertEqual(self.main("help", topic), (2, "", (
                 f"testcloud: no topic '{topic}': did you mean {near}? (see: testcloud.py help)\n")))
         self.assertEqual(self.main("help", "\x1b7")[2],
                          "testcloud: no topic '\\x1b7' (see: testcloud.py help)\n")
 
-    def help_on_a_terminal(self, pager, term):
+    def test_help_without_a_stdout(self):
+        done = subprocess.run(f"{sys.executable} {SCRIPT} help status >&-", shell=True,
+                              stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    def help_on_a_terminal(self, pager, term, manpager="", said=b""):
         """Return what `help status` shows."""
         master, ours = os.openpty()
         self.addCleanup(os.close, master)
         with contextlib.closing(os.fdopen(ours)) as terminal:
             done = subprocess.run([sys.executable, SCRIPT, "help", "status"], stdin=terminal,
                                   stdout=terminal, stderr=subprocess.PIPE, timeout=PATIENCE,
-                                  env={**os.environ, "MANPAGER": "", "PAGER": pager, "TERM": term})
-            self.assertEqual((done.returncode, done.stderr), (0, b""))
+                                  env={**os.environ, "MANPAGER": manpager, "PAGER": pager,
+                                       "TERM": term})
+            self.assertEqual((done.returncode, done.stderr), (0, said))
             shown, end = b"", b"(end of what it shows)"
             os.write(terminal.fileno(), end)
             while not shown.endswith(end):
@@ -20784,6 +20793,11 @@ class CommandLineTest(unittest.TestCase):
         text = tc.topic_text("status") + "\n"
         self.assertEqual(self.help_on_a_terminal("head -1", "xterm"), text.splitlines(True)[0])
         self.assertEqual(self.help_on_a_terminal("", "dumb"), text)
+        self.assertEqual(self.help_on_a_terminal("false", "xterm", "A=1 head -1"),
+                         text.splitlines(True)[0])
+        self.assertEqual(self.help_on_a_terminal(
+            "/no/such -R", "xterm", "",
+            b"testcloud: there is no /no/such: correct $MANPAGER or $PAGER\n"), text)
         self.help_on_a_terminal("read line; kill -INT $PPID", "xterm")  # as by Ctrl-C
 
     def test_colour(self):
@@ -24706,22 +24720,38 @@ class DocumentsTest(unittest.TestCase):
         self.assertIn(" cancel PID@HOST the client, as ", self.words_of("status"))
 
     def test_the_manual_has_every_exit_status(self):
-        text, source = self.words_of("failures"), tc.read_text(SCRIPT)
+        """The program has no numbers for them but those of the table."""
+        text, tree = self.words_of("failures"), ast.parse(tc.read_text(SCRIPT))
         for row in tc.EXIT_STATUSES:
             self.assertIn(" ".join(filter(None, row)), text)
-        documented = " ".join(status for _, status, _ in tc.EXIT_STATUSES)
-        used = (re.findall(r"\b(?:exit|Exit|cancel)\((\d+)\b", source)
-                + re.findall(r"\breturn (\d+)$", source[source.index("\ndef main("):], re.M))
-        self.assertGreater(len(used), 10)
-        for status in used:
-            self.assertIn("128 + N" if status == "128" else status, documented)
+        values = []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args:
+                called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if called in ("exit", "_exit", "SystemExit", "Exit", "leave", "cancel"):
+                    values.append(node.args[0])
+            elif isinstance(node, ast.FunctionDef) and re.match(
+                    "main$|run_|exit_status$|dry_run", node.name):
+                values += [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Return)]
+        found = Counter(inner.value for value in values if value and not isinstance(value, ast.Call)
+                        for inner in ast.walk(value) if type(inner) is ast.Constant)
+        self.assertGreater(found[0], 5)
+        # that of an old Python comes before there are names
+        self.assertEqual({*found} - {0, 128, None}, {tc.UNABLE})
+        self.assertEqual(found[tc.UNABLE], 1)
 
     def test_the_manual_has_every_variable(self):
-        source = tc.read_text(SCRIPT)
-        read = (set(re.findall(r'environ(?:\.get|\.pop)?[\[(]"(\w+)"', source))
-                | set(re.findall(r'"(\w+)" (?:not )?in os\.environ', source))
-                | set(re.findall(r'"(TESTCLOUD_\w+)"', source)))
-        self.assertEqual(read - {"TESTCLOUD_VENV_TRIED"} | {"TMPDIR", "PAGER"}, {*tc.VARIABLES})
+        tree = ast.parse(tc.read_text(SCRIPT))
+        read = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
+                and re.fullmatch("TESTCLOUD_[A-Z_]+", str(node.value))}
+        for node in ast.walk(tree):
+            parts = [*ast.walk(node)] if isinstance(node, (ast.Call, ast.Subscript, ast.Compare)) \
+                else []
+            places = {getattr(part, "attr", "") for part in parts}
+            names = [part.value for part in parts if isinstance(part, ast.Constant)]
+            if places & {"environ", "environb", "getenv"} and len(parts) < 12:
+                read.update(name for name in names if re.fullmatch("[A-Z_]{2,}", str(name)))
+        self.assertEqual(read - {"TESTCLOUD_VENV_TRIED"} | {"TMPDIR"}, {*tc.VARIABLES})
         for name, row in tc.VARIABLES.items():
             self.assertIn(" ".join([name, *row]), self.words_of("environment"))
 
@@ -24844,6 +24874,29 @@ class DocumentsTest(unittest.TestCase):
                       "python3 -m venv .venv", "pip install -q pytest -e .", "npm ci --silent",
                       "node --test test/a.test.js"):
             self.assertIn("/" + words, called)
+
+    def test_every_mention_of_a_role_has_options_that_exist(self):
+        """Also those that do not run here, and those within a sentence."""
+        mentions = re.findall(r"`([^`\n]+)`", self.readme())
+        for text in (self.readme(), *tc.MANUAL.values()):
+            mentions += text.replace("\\\n", " ").splitlines()
+        calls = []
+        for mention in mentions:
+            calls += re.findall(r"\btestcloud\.py ([a-z]+\b.*)|^(client .*)", mention)
+            calls += [("client " + words, "") for words in re.findall("(?:^| )tc (.*)", mention)]
+        checked = Counter()
+        for call in map("".join, calls):
+            with contextlib.suppress(ValueError):  # half a quoted text
+                role, *words = shlex.split(re.split("[|;&<>`]", call)[0])
+                if role not in tc.OPTIONS:
+                    continue
+                checked[role] += 1
+                try:
+                    tc.parse([role, *(tc.separate_template(words) if role == "client" else words)])
+                except tc.UsageError as error:  # a value may be a mere name, as PID@HOST
+                    self.assertNotRegex(str(error), "has no (option|argument)", call)
+        self.assertGreater(checked["client"], 60)
+        self.assertGreaterEqual({*checked}, {"broker", "worker", "status", "cancel", "keygen"})
 
     def test_sentences_are_short(self):
         """At most 25 words. Blocks, tables and headings are none."""

@@ -185,6 +185,9 @@ BROKER = "broker"  # the link of a client, a worker or a chained broker to its b
 BROKER_ROLE, CLIENT_ROLE, WORKER_ROLE = "broker", "client", "worker"
 ROLE_OF = {CLIENTS: CLIENT_ROLE, WORKERS: WORKER_ROLE}  # of the peers on a broker's link
 
+# exit statuses of ours; a signal's is 128 and its number
+SOME_FAILED, WRONG_USAGE, UNABLE = 1, 2, 3
+
 CLIENT_PORT = 2224
 WORKER_PORT = 2225
 PLAIN = "plain."  # prefix of a plain client's run, which ends with its broker
@@ -4816,7 +4819,7 @@ class Broker(Membership):
         if self.name in self.upstream.above:
             self.log(logging.ERROR, "this broker is chained to itself in a loop of brokers: "
                                     "correct --upstream")
-            self.effects.append(Exit(2))
+            self.effects.append(Exit(WRONG_USAGE))
             return
         self.upstream.on_ok(message.fields)
         for client in self.registry.clients.values():
@@ -6166,6 +6169,7 @@ VARIABLES: Dict[str, Tuple[str, str]] = {
     "TMPDIR": (ALL, "where unlinked files for outputs are (default: /tmp)"),
     "NO_COLOR": (CLIENT_ROLE, "with any value: no colours with --color auto"),
     "TERM": (CLIENT_ROLE, "dumb: no colours, and no line at the bottom"),
+    "MANPAGER": ("help", "shows a topic on a terminal, in place of PAGER"),
     "PAGER": ("help", "shows a topic on a terminal (default: less)"),
     "SSH_CONNECTION": (WORKER_ROLE, "from sshd: the worker ends with that connection"),
     "PWD": (COMMANDS, "its directory"),
@@ -8723,7 +8727,7 @@ class Client(SessionMachine):
             self.stop_early()
             self.check_wait(self.wait_reason())
         if self.input_ended and not self.backlog and not self.window and not self.left:
-            self.leave(1 if self.failures else 0)
+            self.leave(SOME_FAILED if self.failures else 0)
 
     def check_wait(self, reason: str) -> None:
         """Tell what we wait for; but first ask the broker for the reason, if it may know more."""
@@ -8875,7 +8879,7 @@ class Client(SessionMachine):
             self.effects.append(Notice(
                 f"the broker at {self.address}, or one above it, is older than this program, and "
                 f"knows no {KNOWN_BY_LABEL[min(self.asks - self.known)]}: update it", True))
-            self.leave(3)
+            self.leave(UNABLE)
 
     def tell_old_hosts(self, hosts: Iterable[str]) -> None:
         """Tell once which hosts have workers that are too old for our commands."""
@@ -9122,7 +9126,7 @@ class Client(SessionMachine):
             self.give_up(command, reason, may_have_run)
         elif fault == NOWHERE and not command.provisional and self.unfit:
             self.effects.append(Notice(NONE_LEFT, True))
-            self.cancel(3, self.now)
+            self.cancel(UNABLE, self.now)
             self.give_up(command, "", may_have_run)
         elif fault != NOWHERE or not command.provisional:
             self.next_attempt(command, fields.get("worker", ""))
@@ -9213,7 +9217,7 @@ class Client(SessionMachine):
         if not self.left and (timed_out or self.leave_at <= now):
             if timed_out:
                 self.effects.append(Notice("gave up " + self.wait.cause, True))
-            self.leave(3)
+            self.leave(UNABLE)
 
     def deadline(self) -> Seconds:
         """Return when tick() is due. The end of a HostWait may wait for the next heartbeat."""
@@ -9237,7 +9241,7 @@ class Client(SessionMachine):
             have = "has" if self.failures == 1 else "have"
             self.effects.append(Notice(
                 f"stopping: {plural(self.failures, 'command')} {have} failed (--fail-fast)"))
-            self.cancel(1, self.now)
+            self.cancel(SOME_FAILED, self.now)
 
     def on_stop(self, message: Message) -> None:
         """A user stops this run with `testcloud.py cancel`. It is told again when we join."""
@@ -9371,7 +9375,7 @@ class StatusClient(Machine):
             self.ask_at = now + self.interval
         self.settle()
         if self.wait.timed_out(now):
-            self.effects += [Notice("gave up " + self.wait.cause, True), Exit(3)]
+            self.effects += [Notice("gave up " + self.wait.cause, True), Exit(UNABLE)]
 
     def deadline(self) -> Seconds:
         return min(self.ask_at, self.wait.deadline())
@@ -9394,14 +9398,15 @@ class Canceller(StatusClient):
         stops = "stops when it is back: its connection is broken" \
             if message.fields.get("away") else "has been told to stop"
         self.effects += [Notice(f"cannot stop {self.client}: {why}" if why else
-                                f"{self.client} {stops}", bool(why)), Exit(1 if why else 0)]
+                                f"{self.client} {stops}", bool(why)),
+                         Exit(SOME_FAILED if why else 0)]
 
     def on_error(self, message: Message) -> None:
         """The broker does not understand us: only an older one knows no STOP."""
         reason = printable(message.fields.get("reason", ""), 200)
         self.effects += [Notice(
             f"the broker at {self.address} cannot stop clients ({reason}): update it, or stop "
-            f"{self.client} on its own machine", True), Exit(3)]
+            f"{self.client} on its own machine", True), Exit(UNABLE)]
 
     HANDLERS = {(BROKER, "STOP"): "on_stop", (BROKER, "ERROR"): "on_error"}
 
@@ -15319,7 +15324,7 @@ class Host:
         if was_up and now > self.opened_at + RETRY_DELAYS[1]:
             self.delay = RETRY_DELAYS[0]
         cause, final = self.cause(status, was_up)
-        if final and not self.was_up or status == 3:  # its worker gave up: --wait
+        if final and not self.was_up or status == UNABLE:  # its worker gave up: --wait
             self.fail(cause, now)
             return
         self.try_later(f"lost: {cause}" if was_up else cause, now)
@@ -15536,7 +15541,7 @@ def run_relays(settings: argparse.Namespace, logins: List[Login], address: str,
 
         def none_left(now: Seconds) -> None:
             print_notice(NONE_LEFT)
-            loop.exit(3)
+            loop.exit(UNABLE)
         with contextlib.closing(Hosts(loop, settings, address, uplink, none_left,
                                       lambda text, error: print_notice(text))) as hosts:
             loop.on_signals(hosts.stop)
@@ -16934,7 +16939,7 @@ class InputReader:
                     time.sleep(0.05)  # the client needs longer for READ_AHEAD commands
         except OSError as error:
             print_notice(f"cannot read the input: {error.strerror}")
-            self.loop.post(lambda now: self.client.cancel(3, now))
+            self.loop.post(lambda now: self.client.cancel(UNABLE, now))
         self.hand_over(None)
 
     def hand_over(self, row: Optional[Arguments]) -> None:
@@ -17056,14 +17061,14 @@ def print_commands(settings: argparse.Namespace) -> int:
                 continue
             if command.wrong:
                 print_notice(command.wrong)
-                status = 1
+                status = SOME_FAILED
             elif not earlier.has_done(command.cmd, earlier.next_occurrence(command.cmd)):
                 out.write((maker.line_of(command) if settings.jsonl else to_bytes(command.cmd))
                           + b"\n")
     if found or earlier.skipped or settings.allow_empty:
         return status
     print_notice(NO_COMMANDS)
-    return 2
+    return WRONG_USAGE
 
 
 def print_tree(settings: argparse.Namespace) -> int:
@@ -17295,7 +17300,7 @@ class TreeReader:
 
     def failed(self, error: Exception, now: Seconds) -> None:
         if not self.client.left:
-            self.client.leave(3)
+            self.client.leave(UNABLE)
         self.loop.flush()
         raise error
 
@@ -17469,7 +17474,7 @@ class ClientRun:
             return self.end(self.loop.run())
         except OSError as error:
             if not self.client.left:
-                self.client.leave(3)
+                self.client.leave(UNABLE)
             self.loop.flush()
             if isinstance(error, BrokenPipeError):
                 raise
@@ -17480,7 +17485,8 @@ class ClientRun:
         """Report a run that ended with this status; return the client's exit status."""
         settings, client, earlier = self.settings, self.client, self.earlier
         remove_progress_line()
-        complete = status in (0, 1) and client.reported == client.total and not client.cut_short
+        complete = status in (0, SOME_FAILED) and client.reported == client.total \
+            and not client.cut_short
         if not complete:
             report_incomplete(client, status)
         summary = self.reports.end(
@@ -17589,7 +17595,7 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
 
     def none_left(now: Seconds) -> None:
         run.tell(NONE_LEFT, True)
-        run.client.cancel(3, now)
+        run.client.cancel(UNABLE, now)
 
     began = time.monotonic()
 
@@ -17611,7 +17617,7 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
 
 def report_incomplete(client: Client, status: int) -> None:
     """Tell how much was done of a run that ended early."""
-    how = "interrupted" if status > 128 else "gave up" if status > 1 else "stopped early"
+    how = "interrupted" if status > 128 else "gave up" if status > SOME_FAILED else "stopped early"
     unknown = len(client.window) + len(client.backlog)
     more = f", {unknown} not run or unknown" if unknown else ""
     print_notice(f"{how}: {plural(client.reported, 'command')} reported, {client.stopped} stopped, "
@@ -17633,11 +17639,12 @@ def rerun_command(settings: argparse.Namespace) -> str:
 def exit_status(summary: Summary, write_failed: bool, status: int) -> int:
     """Return a client's exit status; status is that of its run without reports and hash."""
     if write_failed:
-        status = max(status, 3)
+        status = max(status, UNABLE)
     if summary.empty:
-        return status or 2
+        return status or WRONG_USAGE
     # codes: of outputs without room, too
-    return status or int(bool(summary.codes or summary.skipped_failed or summary.wrong_hash))
+    failed = summary.codes or summary.skipped_failed or summary.wrong_hash
+    return status or (SOME_FAILED if failed else 0)
 
 
 # a run gets advice about slots only if each of these is reached:
@@ -17688,7 +17695,7 @@ def run_status(settings: argparse.Namespace) -> int:
         connect(loop, loop.add(machine, effects), address, CLIENT_ROLE, keys, settings)
         loop.post(machine.tick)
         status = loop.run()
-    if screen and status == 3:
+    if screen and status == UNABLE:
         print_notice(screen.notice)  # it was on the other screen
     return status
 
@@ -17908,10 +17915,10 @@ TOPICS: Dict[str, Topic] = {  # in the order in which a new user needs them
     "start": Topic("this machine, several hosts, a standing cloud; how to stop it", ALL_ROLES),
     "commands": Topic("what runs: lines, templates, JSON, slots, locks", ("client",)),
     "hosts": Topic("run on hosts that you reach by ssh, or another way", ("client", "worker")),
-    "trees": Topic("take the files of your working tree along (--sync)", ("client",)),
+    "trees": Topic("take the files of your working tree along (--sync)", ("client", "worker")),
     "keys": Topic("who may take part, and how a worker is confined",
                   (*CLOUD, "status", "cancel", "keygen")),
-    "failures": Topic("retries, timeouts, flaky commands, bad hosts, exit statuses", ("client",)),
+    "failures": Topic("retries, timeouts, flaky commands, bad hosts, exit statuses", ALL_ROLES),
     "reports": Topic("what to show, JUnit, the HTML page, outputs in files", ("client",)),
     "pytest": Topic("files or batches of tests, hosts, locks, coverage", ("client",)),
     "joblog": Topic("a line for each result; resume, and longest first", ("client",)),
@@ -17921,8 +17928,7 @@ TOPICS: Dict[str, Topic] = {  # in the order in which a new user needs them
     "promises": Topic("what holds when machines and connections are lost", CLOUD),
     "protocol": Topic("the messages, for peers in other languages", ("broker", "worker")),
     "limits": Topic("how much of what: sizes, counts, memory", CLOUD),
-    "environment": Topic("variables, and what a command finds when it starts",
-                         ("client", "worker")),
+    "environment": Topic("variables, and what a command finds when it starts", ALL_ROLES),
 }
 MANUAL_WIDTH = 92  # columns of a topic: two windows fit beside each other on a large screen
 
@@ -17930,22 +17936,21 @@ MANUAL_WIDTH = 92  # columns of a topic: two windows fit beside each other on a 
 # --- tables
 
 EXIT_STATUSES: Tuple[Tuple[str, str, str], ...] = (  # role, status, meaning
-    ("all roles", "2", "wrong usage"),
+    ("all roles", f"{WRONG_USAGE}", "wrong usage"),
+    ("", f"{UNABLE}", "something is missing: pyzmq, a file, a usable key, room on a disk"),
     ("", "128 + N", "signal N ended it: 130 by Ctrl-C, 143 by SIGTERM"),
-    ("", "141", "the reader of its stdout closed it (SIGPIPE)"),
+    ("", f"{128 + signal.SIGPIPE}", "the reader of its stdout closed it (SIGPIPE)"),
     ("client", "0", "every command was run and exited with 0, in the end (--retries)"),
-    ("", "1", "a command failed, was flaky (--fail-on-flaky) or made no file (--fail-on-missing); "
-     "or the result hash differs (--expect)"),
-    ("", "2", "no commands at all (--allow-empty)"),
-    ("", "3", "not everything could be run or written: no broker, worker, host or pyzmq; a full "
-     "disk"),
+    ("", f"{SOME_FAILED}", "a command failed, was flaky (--fail-on-flaky) or made no file "
+     "(--fail-on-missing); or the result hash differs (--expect)"),
+    ("", f"{WRONG_USAGE}", "no commands at all (--allow-empty)"),
+    ("", f"{UNABLE}", "not everything could be run or written: no broker, worker or host"),
     ("", "129, 143", "its terminal was closed; `cancel` stopped it"),
-    ("broker, worker", "2", "a loop of brokers"),
-    ("", "3", "it cannot listen, has no usable key, or (--wait) found no broker"),
-    ("status", "3", "it found no broker (--wait), or has no usable key"),
-    ("cancel", "1", "there is no such client, or it may not be stopped"),
-    ("", "3", "as with status"),
-    ("keygen", "3", "it cannot read or write a key"),
+    ("broker, worker", f"{WRONG_USAGE}", "a loop of brokers"),
+    ("", f"{UNABLE}", "it cannot listen, or (--wait) found no broker"),
+    ("status", f"{UNABLE}", "it found no broker (--wait)"),
+    ("cancel", f"{SOME_FAILED}", "there is no such client, or it may not be stopped"),
+    ("", f"{UNABLE}", "it found no broker (--wait), or none that knows `cancel`"),
 )
 LIMITS: Tuple[Tuple[str, str], ...] = (
     ("a command", f"{MAX_COMMAND // 1024} KiB of JSON; Linux takes 128 KiB of shell text"),
@@ -18024,22 +18029,50 @@ def topic_text(name: str) -> str:
     return "\n".join([f"{name}: {TOPICS[name].summary}", "", *fill_topic(MANUAL[name])])
 
 
+def nearest_topic(word: str) -> str:
+    """Return the topic or role that is spelt like this, else the topic that has the word most
+    often; "" if there is none."""
+    import difflib  # late: it is rarely needed
+    names, word = [*TOPICS, *OPTIONS], word.lower()
+    near = difflib.get_close_matches(word, names, 1, 0.75)
+    if not near:
+        texts = {topic: re.findall(r"[a-z][a-z-]+", topic_text(topic).lower()) for topic in TOPICS}
+        counts = {topic: sum(found.strip("-") == word for found in texts[topic])
+                  for topic in TOPICS}
+        near = [topic for topic in TOPICS if counts[topic] == max(counts.values()) > 0]
+    return [*near, *difflib.get_close_matches(word, names, 1, 0.5), ""][0]
+
+
+def missing_pager() -> str:
+    """Return the name of the user's pager if it does not exist, else ""."""
+    words = (os.environ.get("MANPAGER") or os.environ.get("PAGER") or "").split()
+    if not words or not re.fullmatch(r"[\w./+-]+", words[0]):
+        return ""
+    import subprocess  # late
+    there = subprocess.run(["/bin/sh", "-c", 'command -v "$1"', "sh", words[0]],
+                           stdout=subprocess.DEVNULL)
+    return words[0] if there.returncode else ""
+
+
 def run_help(settings: argparse.Namespace) -> int:
     """Show a topic, the help of a role, or the topics."""
     topic = settings.topic
     if topic is None:
         print_line("\n".join(["testcloud.py help TOPIC shows one of", "", *(
             f"    {name:13}{summary}" for name, (summary, _) in TOPICS.items()), "",
-            "testcloud.py ROLE --help shows the options of a role: " + ", ".join(OPTIONS)]))
+            "testcloud.py ROLE --help shows the options of a role. The roles:",
+            "    " + ", ".join(OPTIONS)]))
     elif topic not in TOPICS:
         if topic in OPTIONS:
             parse([topic, "--help"])  # it exits
-        import difflib  # late: it is rarely needed
-        near = difflib.get_close_matches(topic, [*TOPICS, *OPTIONS], 1, 0.5)
-        hint = f": did you mean {near[0]}?" if near else ""
+        near = nearest_topic(topic)
+        hint = f": did you mean {near}?" if near else ""
         raise UsageError(f"no topic '{printable(topic)}'{hint} (see: testcloud.py help)")
-    elif not sys.stdout.isatty():
+    elif sys.stdout is None or not sys.stdout.isatty():
         print_line(topic_text(topic))
+    elif missing_pager():
+        print_line(topic_text(topic))
+        print_notice(f"there is no {missing_pager()}: correct $MANPAGER or $PAGER")
     else:
         import pydoc  # late: it is slow to import
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is for the pager
@@ -18261,7 +18294,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run the program; return its exit status."""
     if os.name != "posix":
         print_notice("needs Linux, macOS or another POSIX system; on Windows use it inside WSL")
-        return 3
+        return UNABLE
     make_blocking("stdout")
     make_blocking("stderr")
     try:
@@ -18280,12 +18313,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         return RUN[settings.subcommand](settings)
     except UsageError as error:
         print_notice(str(error))
-        return 2
+        return WRONG_USAGE
     except SetupError as error:
         print_notice(str(error))
-        return 3
+        return UNABLE
     except BrokenPipeError:  # the reader of our stdout has closed it, as if SIGPIPE had ended us
-        return 141
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":
