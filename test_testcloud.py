@@ -19901,7 +19901,8 @@ class CommandLineTest(unittest.TestCase):
         for file, why in (("{3}", "{3} is an argument that no command has"),
                           ("x{%}", "{%} is known only where it runs"), ("{##}", "no meaning"),
                           (".cov.*", ".cov.* would be a pattern: name one file for each command, "
-                           "with {#} for its number, as in .cov.{#}")):
+                           "with {#} for its number, as in .cov.{#}"),
+                          ("/tmp/{#}", "/tmp/{#} begins with /: write it as from the directory")):
             with self.assertRaisesRegex(tc.UsageError, "^--return: .*" + re.escape(why)):
                 tc.check_returns("--return", ["{}", file], 2)
 

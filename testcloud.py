@@ -9463,8 +9463,8 @@ stdout, stderr, cmd and exitcode. It is named by the command's name (--jsonl) or
 and a / makes subdirectories. A name that clashes, or leads out of DIR, fails its command
 before it runs.
 
-DIR must be empty, but with --resume or --force. --force replaces what commands left
-there, and keeps the rest.
+DIR must be empty, but with --resume or --force. --force replaces the files of commands
+that run again. All else stays, also what other commands left there.
 
 If a report cannot be written any more (a full disk), the client names it. The run goes
 on, and ends with status 3.
@@ -10854,8 +10854,8 @@ The joblog
     Seq Host Starttime JobRuntime Send Receive Exitval Signal Command
 
 It has a line for each result, with these nine columns of GNU parallel. The client writes
-it as results come. One client at a time writes a joblog. FLAKY and ONLY ON stand behind
-the host.
+it as results come. One client at a time writes a joblog. Behind the host stands (flaky) or
+(only on HOST).
 
 Resume
 
@@ -16518,6 +16518,9 @@ def check_template(words: List[str], most: float) -> str:
 def check_returns(option: str, files: List[str], most: float) -> None:
     """Raise UsageError if an option's file is a pattern, or commands cannot fill a placeholder."""
     for file in files:
+        if os.path.isabs(file):
+            raise UsageError(f"{option}: {printable(file, 300)} begins with /: write it as from the "
+                             f"directory of the command, as in reports/{{#}}.xml")
         if "*" in file:  # commands of a host share a workspace: it may match files of others
             raise UsageError(f"{option}: {printable(file, 300)} would be a pattern: name one file "
                              f"for each command, with {{#}} for its number, as in "
