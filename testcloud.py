@@ -12,7 +12,7 @@ On this machine, as many commands at once as it has CPUs:
 On hosts that you reach by ssh, and on this one (:). Nothing must be installed there, and
 the files of your working tree go along (--sync):
 
-    ls tests/*.py | python testcloud.py client -S alpha,4/beta,: --sync pytest -q {}
+    ls tests/test_*.py | python testcloud.py client -S alpha,4/beta,: --sync pytest -q {}
 
 In a standing cloud. Each of its three commands may run on a machine of its own:
 
@@ -8061,7 +8061,7 @@ class Workspaces:
 # These four send nothing and read no clock. The Client calls them.
 
 MANUAL["failures"] = """\
-    $ ls tests/*.py | testcloud.py client --retries 3 --timeout 5m pytest -q {}
+    $ ls tests/test_*.py | testcloud.py client --retries 3 --timeout 5m pytest -q {}
 
 The client tries a command that fails up to three times, and stops one that runs for more
 than five minutes.
@@ -9419,7 +9419,7 @@ class Canceller(StatusClient):
 # format, and the result hash is the same.
 
 MANUAL["reports"] = """\
-    $ ls tests/*.py | testcloud.py client --junit a.xml --html a.html pytest -q {}
+    $ ls tests/test_*.py | testcloud.py client --junit a.xml --html a.html pytest -q {}
     $ git ls-files '*.sh' | testcloud.py client --raw -f --quiet shellcheck {}
 
 The first line writes two reports beside the usual output. The second one prints the
@@ -9471,8 +9471,8 @@ on, and ends with status 3.
 
 Tests
 
-    $ ls tests/*.py | testcloud.py client --junit out.xml --junit-from 'reports/{#}.xml' \\
-        pytest -q --junitxml=reports/{#}.xml {}
+    $ ls tests/test_*.py | testcloud.py client --junit out.xml \\
+          --junit-from 'reports/{#}.xml' pytest -q --junitxml=reports/{#}.xml {}
 
 @options client --junit-from
 
@@ -9502,7 +9502,7 @@ A command is a test case of its own, in the suite testcloud, if no test shows ho
 
     its file cannot be used
     it failed, and no test did (a crash after the tests, a coverage threshold)
-    it is FLAKY or ONLY ON, and no test is flaky
+    it is FLAKY or ONLY ON (see `help failures`), and no test is flaky
 
 This case has the output of the command.
 
@@ -10842,8 +10842,8 @@ def in_base64(data: bytes) -> str:
 # survive a crash. --resume reads it and skips the commands that an earlier run has done.
 
 MANUAL["joblog"] = """\
-    $ ls tests/*.py | testcloud.py client --joblog log pytest -q {}
-    $ ls tests/*.py | testcloud.py client --joblog log --resume-failed pytest -q {}
+    $ ls tests/test_*.py | testcloud.py client --joblog log pytest -q {}
+    $ ls tests/test_*.py | testcloud.py client --joblog log --resume-failed pytest -q {}
 
 The second line runs only what failed in the first run, or did not run.
 
@@ -14821,7 +14821,7 @@ here, which must exist there. --cwd names another one.
 
 Their environment is that of a login without a terminal: `ssh HOST env` shows it. It often
 lacks what .bashrc or .profile add to the PATH. So name a program by its path, as in
-`.venv/bin/pytest -q {}`. Or set the variable: --env PATH=$PWD/.venv/bin:/usr/bin:/bin
+`.venv/bin/pytest -q {}`. Or set the variable: --env PATH=.venv/bin:/usr/bin:/bin
 
 A host that cannot be used
 
@@ -16268,7 +16268,7 @@ def read_hashes(path: str) -> Dict[str, List[Any]]:
 
 MANUAL["commands"] = """\
     $ testcloud.py client --local < commands
-    $ ls tests/*.py | testcloud.py client pytest -q {}
+    $ ls tests/test_*.py | testcloud.py client pytest -q {}
     $ testcloud.py client 'convert {} {.}.jpg && rm {}' ::: *.png
     $ testcloud.py client --env A=1 make {1} CC={2} ::: debug release ::: gcc clang
     $ find . -type f -print0 | testcloud.py client -0 gzip
@@ -16405,55 +16405,56 @@ a file skips itself: here that is a pass. The second command runs batches of 50 
 Files or batches
 
 Each command starts pytest and imports your code anew. So let it take some ten seconds:
-choose the N of -n by that. After some runs, batches take equally long.
+choose the N of -n by that. From the second run on, batches take about equally long.
 
 Make the list of tests in pytest's rootdir, for their names begin there. If pytest cannot
-import a file, it lists none of its tests: with && nothing runs then. --disable-warnings
-keeps names in warnings out of the list. If your addopts have -v or -q, write
---verbosity=-1 instead of -q.
+import a file, its tests are not in the list. But pytest says why there and fails, so that
+after && nothing runs. --disable-warnings keeps names in warnings out of the list. If your
+addopts have -v or -q, write --verbosity=-1 instead of -q.
 
 Each command is a process of its own. A test that needs what earlier tests did may fail
 there. `pytest FILE` fails in the same way.
 
 With --retries the whole command runs again, and its last try counts for all of its tests.
-So let a command with flaky tests be short.
+So let a command with flaky tests be short. Of a command that hangs (--timeout), -v shows
+which test did.
 
 What a host needs
 
 It needs pytest and what your code imports. --setup installs them in a .venv (see `help
 trees`). Without it, name where they are: --env PATH=/opt/venv/bin:/usr/bin:/bin
 
-If your code is in src, and not installed from the workspace, say --env PYTHONPATH=src.
+If your code is in src, and --setup does not install it, say --env PYTHONPATH=src.
 
 Tests that disturb each other
 
 If tests use the same port, give each host one slot: -S 1/alpha,1/beta. If they use the
 same database, give them a lock. Here those that have the word db:
 
-    $ { grep -L db tests/*.py | sed 's/.*/{"cmd": "pytest -q &"}/'; \\
-        grep -l db tests/*.py | sed 's/.*/{"cmd": "pytest -q &", "lock": "db"}/'; } | \\
+    $ { grep -L db tests/test_*.py | sed 's/.*/{"cmd": "pytest -q &"}/'; \\
+        grep -l db tests/test_*.py | sed 's/.*/{"cmd": "pytest -q &", "lock": "db"}/'; } | \\
         testcloud.py client --local --jsonl
 
 On Linux, each command can have a network of its own, with only localhost in it:
 
-    $ ls tests/*.py | testcloud.py client --local \\
+    $ ls tests/test_*.py | testcloud.py client --local \\
           "unshare -rn sh -c 'ip link set lo up; pytest -q \\$0' {}"
 
 Coverage
 
-    $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
+    $ ls tests/test_*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
           'COVERAGE_FILE=.coverage.{#} coverage run -m pytest -q {}'
     $ coverage combine && coverage report
 
-Set relative_files = true for coverage, because each workspace has another path. Do not
-set parallel = true: it changes the names of the files. With pytest-cov:
+Set relative_files = true for coverage, because each copy of the tree has another path.
+Do not set parallel = true: it changes the names of the files. With pytest-cov:
 
-    $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
+    $ ls tests/test_*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
           'COVERAGE_FILE=.coverage.{#} pytest -q --cov --cov-report= {}'
 
 If tests start processes that are measured, too, combine their files in the command:
 
-    $ ls tests/*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
+    $ ls tests/test_*.py | testcloud.py client --local --sync --return '.coverage.{#}' \\
           'export COVERAGE_FILE=.coverage.{#}; coverage run -p -m pytest -q {}; \\
           s=$?; coverage combine -q; exit $s'
 
@@ -16519,8 +16520,8 @@ def check_returns(option: str, files: List[str], most: float) -> None:
     """Raise UsageError if an option's file is a pattern, or commands cannot fill a placeholder."""
     for file in files:
         if os.path.isabs(file):
-            raise UsageError(f"{option}: {printable(file, 300)} begins with /: write it as from the "
-                             f"directory of the command, as in reports/{{#}}.xml")
+            raise UsageError(f"{option}: {printable(file, 300)} begins with /: write it as from "
+                             f"the directory of the command, as in reports/{{#}}.xml")
         if "*" in file:  # commands of a host share a workspace: it may match files of others
             raise UsageError(f"{option}: {printable(file, 300)} would be a pattern: name one file "
                              f"for each command, with {{#}} for its number, as in "
@@ -17790,8 +17791,8 @@ MANUAL["start"] = """\
 
 The client runs a command for each line of its input, here on this machine. As many run at
 once as there are CPUs. `testcloud.py` stands for `python3 testcloud.py`, or for the
-script in a directory of your PATH. It needs Python 3.9 or newer (2.7 to 3.6 say so in a
-SyntaxError), on Linux, macOS or another POSIX system. On Windows, use it inside WSL.
+script in a directory of your PATH. It needs Python 3.9 or newer, on Linux, macOS or
+another POSIX system. On Windows, use it inside WSL.
 
 Hosts
 
@@ -17819,8 +17820,8 @@ A standing cloud needs pyzmq 24 or newer. Many systems refuse a plain `pip insta
     $ uv run testcloud.py status
 
 The first one is for Debian and Ubuntu. If python3 has no pyzmq, the program takes that of
-a .venv beside the script: both must belong to you. uv fetches what the file says that it
-needs (PEP 723).
+a .venv beside the script. The script and the .venv must belong to you. uv fetches what
+the file says that it needs (PEP 723).
 
 Many short runs
 
@@ -17837,11 +17838,19 @@ A standing cloud on several machines
     hub$    scp testcloud.py testcloud.key other:
     other$  python3 testcloud.py worker --connect hub
     mine$   scp hub:testcloud.py hub:testcloud.key .
-    mine$   ls tests/*.py | python3 testcloud.py client --connect hub pytest -q {}
+    mine$   ls tests/test_*.py | python3 testcloud.py client --connect hub pytest -q {}
 
 Each machine needs the script, pyzmq and a key (see `help keys`). A broker that was started
 before keygen has no key: stop it first. Firewalls must let TCP through to the broker's
 machine. Clients connect to port 2224, and workers to port 2225.
+
+The client, and where its commands run
+
+@options client --local --slots --need
+
+--local and -S need no broker and no pyzmq. Without them the client connects to --connect,
+else to $TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait
+the client waits for ever, and says what for.
 
 The broker
 
@@ -17855,10 +17864,10 @@ which the line names. An IPv6 address stands in brackets.
 Clients share the slots fairly, in turns of one command. A command of four slots costs its
 client four turns.
 
-With --upstream the broker joins another broker as a worker, with the slots of all its
-workers and the highest of their weights. It may have clients of its own. To join a cloud
-of other people it needs a worker's key of theirs (--upstream-key). In a loop of brokers,
-one of them ends with status 2.
+With --upstream the broker joins another broker as a worker. It has the slots of all its
+workers, and their highest --weight. It may have clients of its own. To join a cloud of
+other people it needs a worker's key of theirs (--upstream-key). In a loop of brokers, one
+of them ends with status 2.
 
 The worker
 
@@ -17874,8 +17883,8 @@ each restart. What it runs goes on. Each start gives the worker a new name.
 
 Ctrl-C, SIGTERM and other signals that end a process stop a worker. It takes no more
 commands, and hands back those that have not started. The others have --drain to end. Then
-it stops them, and they run elsewhere. A second signal ends the worker immediately. The
-locks of its commands are then free when the broker has missed it for --lost-grace.
+it stops them, and they run elsewhere. A second signal ends the worker immediately. Then
+its commands keep their locks (--lock) for --lost-grace.
 
 A worker that was started by `ssh HOST`, without a terminal and without nohup, stops when
 that connection ends. To keep it, redirect its outputs.
@@ -17883,14 +17892,6 @@ that connection ends. To keep it, redirect its outputs.
 A second worker of the same user on a host gets a notice, and the broker logs it. Hosts
 are told apart by machine id and boot id. The broker calls a second host of one name vm~2.
 --host gives a better name. Two names on one machine count as two hosts.
-
-The client, and where its commands run
-
-@options client --local --slots --need
-
---local and -S need no broker and no pyzmq. Without them the client connects to --connect,
-else to $TESTCLOUD_BROKER, else to this machine. --need may be repeated. Without --wait
-the client waits for ever, and says what for.
 
 Other roles
 
