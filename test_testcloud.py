@@ -24805,6 +24805,7 @@ class DocumentsTest(unittest.TestCase):
 
     # what commands of README and manual need that is not here, by what they have in them
     NEEDS = {r"^make |^hub\$|^mine\$|^scp |^ssh |@host ": "another host, or a checkout",
+             "--connect hub": "a cloud",
              r"^sudo ": "root", "docker ": "docker", "^uv ": "uv", "fish": "fish",
              "unshare ": "user namespaces",
              r"testcloud\.py (worker|broker)|--watch": "they run until somebody stops them",

@@ -10518,7 +10518,8 @@ class Transcript(Reporter):
         if outcome.verdict == OK:
             style, words = "ok", "OK! "
         elif outcome.verdict == FAIL:
-            several = self.client.hosts > 1 or any(  # a greeting tells it: a short run has none
+            # a greeting tells of hosts, but a short run has none
+            several = max(self.client.hosts, self.client.wanted_hosts) > 1 or any(
                 one.host != outcome.host for one in outcome.tries)
             named = several and outcome.host
             where = f" on {printable(outcome.host)}:" if named else ""
@@ -14849,6 +14850,26 @@ Names of hosts in results
 Results name a host as -S does, without the user. With --via, with : and with worker -S,
 it has the name that `hostname` prints there. With client -S all hosts run everything:
 labels (--need) are for a standing cloud.
+
+Slurm and Kubernetes
+
+    $ srun -N 8 python3 testcloud.py worker --connect hub --drain 20
+
+This runs eight workers of a standing cloud. scancel ends them: Slurm gives them 30 s. On
+Kubernetes, a Job does the same. Its image has Python, pyzmq, the script and its key:
+
+    apiVersion: batch/v1
+    kind: Job
+    metadata: {name: workers}
+    spec:
+      parallelism: 8
+      template:
+        spec:
+          restartPolicy: Never
+          containers:
+          - name: worker
+            image: IMAGE
+            command: [python3, testcloud.py, worker, --connect, hub, --drain, "20"]
 """
 
 # A login shell may be csh or fish, which read quotes, ! and \ in their own ways. So what it sees
@@ -17495,8 +17516,8 @@ class ClientRun:
             report_incomplete(client, status)
         summary = self.reports.end(
             complete, earlier.skipped, earlier.skipped_failed, settings.expect,
-            rerun_command(settings), settings.allow_empty, [
-                *client.unfit, *(self.hosts.given_up() if self.hosts else ())])
+            rerun_command(settings), settings.allow_empty, [*dict.fromkeys([
+                *client.unfit, *(self.hosts.given_up() if self.hosts else ())])])
         write_failed = self.reports.write_failed or self.files.unwritten > 0
         status = exit_status(summary, write_failed, status)
         if status > 128:
