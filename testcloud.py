@@ -8750,9 +8750,9 @@ class Client(SessionMachine):
 
     @property
     def window_size(self) -> int:
-        """Return how many commands the broker may have. With --serial and --fail-fast it is one:
-        after a failure the next command must not start."""
-        return 1 if self.options.lock == "" and self.options.fail_fast else WINDOW
+        """Return how many commands the broker may have. With --serial it is one: the next command
+        must not start if this one fails, is tried again, or is lost, also with its tree."""
+        return 1 if self.options.lock == "" else WINDOW
 
     def fill_window(self) -> None:
         """Submit commands if enough of the window is free."""
@@ -9495,7 +9495,7 @@ is 0. The same holds for a file that cannot be used:
     the command did not write it: an old file does not count
     it is no JUnit, or no whole XML
     it has a DOCTYPE, or is too large (see `help limits`)
-    it counts failures, or has one, and no test case for it
+    it counts failures, but no test case has one; or a failure is outside of test cases
     another command has the same file: then the second command does not run
 
 A command is a test case of its own, in the suite testcloud, if no test shows how it ended:
@@ -9509,7 +9509,7 @@ This case has the output of the command.
 With --retries the file of the reported try counts. A test that failed in an earlier try
 gets the elements flakyFailure or flakyError, if it passed in the end. Otherwise it gets
 rerunFailure or rerunError. Maven's surefire does the same. A test is known by its suite,
-class, name and file.
+class, name and file. The summary counts tests only, not commands that are test cases.
 
 With --sync the files come back into the tree, as those of --return. Without --sync the
 client writes them nowhere. Long texts lose their middle. When all texts together have
@@ -10622,7 +10622,8 @@ class Transcript(Reporter):
                    f"elsewhere")
         if summary.skipped:
             failed = f", {summary.skipped_failed} of which failed" if summary.skipped_failed else ""
-            again = "" if summary.ran else ": they run again if you remove its joblog"
+            again = ": they run again if you remove its joblog" * (
+                not summary.ran and not summary.skipped_failed)
             yield f"Skipped {summary.skipped} that an earlier run has done{failed}{again}"
         if summary.unused_hosts:
             yield f"Hosts that could not be used: {printable(', '.join(summary.unused_hosts), 300)}"
@@ -10870,8 +10871,9 @@ failures. Summary, hash and reports are of what ran this time.
 
 After a run with -n, --resume runs the lines of the input that no command in the joblog
 had. With --resume-failed it also runs all lines of failed commands. A smaller N than
-before, or none, shows which of them fail. The template must be the same. New commands get
-new numbers.
+before, or none, shows which of them fail. The template must be the same, with {} and not
+{1}. New commands get new numbers. A template with {#} makes other commands if lines come
+before the old ones.
 
 After a `kill -9` of the client, only what was under way is lost. With -k the joblog may
 have results that were not shown yet. --resume-failed shows failures again.
@@ -10880,9 +10882,10 @@ Longest first
 
 The client remembers how long commands took, in ~/.cache/testcloud ($XDG_CACHE_HOME). It
 begins with those that it does not know, and then takes the longest. --timings takes the
-times of a joblog instead. If the input is slow to come, or there is only one slot, commands
-start in the order of the input, as with --serial. With -n the times are those of lines
-and their files. A line that it does not know has the mean of the others.
+times of a joblog instead. If the input is slow to come, or there is one slot (--local -j1,
+-S 1/HOST), commands start in the order of the input. --serial keeps it in all cases. With
+-n the times are those of lines and their files. A line that it does not know has the mean
+of the others.
 
 After a run of more than two seconds, the client says how many slots would have been of
 use, if slots were the bottleneck.
@@ -11153,8 +11156,7 @@ def has_own_case(outcome: Outcome) -> bool:
 def own_counts(outcome: Outcome) -> Counter[str]:
     """Return what a command adds to a report as a test case."""
     kind = "errors" if could_not_run(outcome) else "failures"
-    flaky = outcome.verdict in (FLAKY, ONLY) and not outcome.failed
-    return Counter({"tests": 1, kind: int(outcome.failed), "flaky": int(flaky)})
+    return Counter({"tests": 1, kind: int(outcome.failed)})
 
 
 def own_time(outcome: Outcome) -> float:
@@ -11333,11 +11335,11 @@ class FailedTest(NamedTuple):
 class Suite:
     """A suite of a command's JUnit file."""
 
-    def __init__(self, attributes: Dict[str, str], cases_before: int = 0) -> None:
+    def __init__(self, attributes: Dict[str, str], failures_before: int = 0) -> None:
         self.name = attributes.get("name", "")
         self.counts_failures = any(
             attributes.get(name, "").strip("0 ") for name in TEST_COUNTS[1:3])
-        self.cases_before = cases_before  # in its file
+        self.failures_before = failures_before  # in its file
         self.attributes = {name: attributes[name] for name in ("timestamp", "package", "file")
                            if attributes.get(name)}
         self.counts: Counter[str] = Counter()
@@ -11371,22 +11373,21 @@ class Tests:
 
 
 def case_counts(outcome: Outcome) -> Counter[str]:
-    """Return the test cases that a report has of a command, and whether its tests are unknown."""
-    tests = outcome.tests or Tests("none was to come")
-    counts = own_counts(outcome) if has_own_case(outcome) else Counter()
-    counts.update(tests.counts, unknown=int(bool(tests.fault)))
+    """Return the tests of a command, and whether it failed and none of them shows why."""
+    counts = Counter(outcome.tests.counts if outcome.tests else {})
+    counts.update(unexplained=int(outcome.failed and has_own_case(outcome)))
     return counts
 
 
 def describe_tests(counts: Counter[str], failed_commands: int, commands: int) -> str:
-    """Return the test cases of a run in words."""
+    """Return the tests of a run in words."""
     failed, among = counts["failures"] + counts["errors"], grouped(commands, "command")
     words = grouped(counts["tests"], "test")
     words = (f"{failed:,} of {words} failed in {failed_commands:,} of {among}" if failed else
              f"{words} in {among}: none failed")
     words += "".join(f", {counts[kind]:,} {kind}" for kind in TEST_COUNTS[3:] if counts[kind])
-    unknown = grouped(counts["unknown"], "command")
-    return words + f"; the tests of {unknown} are not known" * (counts["unknown"] > 0)
+    unexplained = grouped(counts["unexplained"], "command")
+    return words + f"; no test shows why {unexplained} failed" * (counts["unexplained"] > 0)
 
 
 class JUnitParser:
@@ -11397,7 +11398,7 @@ class JUnitParser:
         self.take = take
         self.open: List[Suite] = []
         self.path: List[str] = []  # tags of open elements
-        self.cases = 0  # of all suites
+        self.failures = 0  # test cases of all suites that failed
         self.builder: Optional[ET.TreeBuilder] = None  # of a part
         self.level = self.size = 0  # of the part: its depth in the path, its elements
 
@@ -11417,10 +11418,10 @@ class JUnitParser:
             if self.size > JUNIT_PARTS:
                 raise JUnitError(f"has a test case with more than {JUNIT_PARTS:,} elements")
         elif tag in ("testsuites", "testsuite"):
-            self.open.append(Suite(attributes, self.cases))
+            self.open.append(Suite(attributes, self.failures))
             return
         elif tag in ("failure", "error"):
-            raise JUnitError(f"has a <{tag}> outside of a test case")
+            raise JUnitError(f"has <{tag}> outside of a test case")
         elif tag in SUITE_PARTS:
             self.builder, self.level, self.size = TreeBuilder(), len(self.path), 1
         if self.builder is not None:
@@ -11435,13 +11436,14 @@ class JUnitParser:
         if self.builder is None:
             if tag in ("testsuites", "testsuite"):
                 suite = self.open.pop()
-                if suite.counts_failures and self.cases == suite.cases_before:
-                    raise JUnitError("counts failures, and has no test case for them")
+                if suite.counts_failures and self.failures == suite.failures_before:
+                    raise JUnitError("counts failures, and has no test case that failed")
             return
         self.builder.end(tag)
         if len(self.path) < self.level:
-            self.cases += tag == "testcase"
-            self.take(self.open[-1], self.builder.close())
+            part = self.builder.close()
+            self.failures += any(child.tag in ("failure", "error") for child in part)
+            self.take(self.open[-1], part)
             self.builder = None
 
 
@@ -12291,7 +12293,7 @@ def advice_on_slots(times: Sequence[float], slots: int) -> str:
         return (f"longest command {duration(longest)}: more slots than {enough} do not help, only "
                 f"shorter commands")
     return (f"longest command {duration(longest)}; with {enough} slots this run would take "
-            f"{duration(max(best, makespan(times, enough)))}; more slots would not help")
+            f"{duration(max(best, makespan(times, enough)))}; more would not help")
 
 
 def makespan(times: Sequence[float], slots: int) -> float:
@@ -12405,8 +12407,7 @@ below. It needs a client's key, and shows no commands.
 --watch goes on until q, also while there is no broker.
 
 What is done counts from the start of the broker. A client with more than 4,096 commands,
-or with --serial --fail-fast, keeps some for later. It tells the broker every two seconds
-how many.
+or with --serial, keeps some for later. It tells the broker every two seconds how many.
 
 Cancel
 
@@ -16397,8 +16398,9 @@ Locks
 @options client --lock --serial --delay
 
 Of all commands in the cloud with a lock, one runs at a time, whosever it is. --serial is
-a lock of this run alone: other clients' commands go on. With --local and -S each run has
-its own broker, so --lock counts in this run only.
+a lock of this run alone: other clients' commands go on. It also keeps the order of the
+input: the next command starts when this one has been reported, with all its retries. With
+--local and -S each run has its own broker, so --lock counts in this run only.
 
 A lock is free when its command has ended, not when it is only told to stop. It is also
 free when its worker is given up. If that worker is only cut off, the command may still
@@ -17382,8 +17384,11 @@ class ClientRun:
         self.display = Display(settings, store, self.output_failed, client)
         self.told_needs = False
         # no other worker will come with --local; elsewhere one may
+        logins = settings.logins or ()
         if settings.local:
             client.most_slots = settings.slots or usable_cpus()
+        elif logins and all(login.slots for login in logins):
+            client.most_slots = sum(login.slots for login in logins)
         self.display.out.caught_up = lambda: loop.post(lambda now: client.set_live(True))
         self.files = ReturnedFiles(top or "", self.tell, not settings.fail_on_missing,
                                    lambda path: self.tree.keep(path))
@@ -17442,7 +17447,7 @@ class ClientRun:
         if self.tests and not wrong:
             wrong = self.tests.clash(client.last_id + 1, command)
         slots = command.own.get("slots", client.options.slots)
-        if slots > client.most_slots:
+        if settings.local and slots > client.most_slots:
             wrong = wrong or (
                 f"it takes {slots} slots, and this machine has {client.most_slots} (-j)")
         occurrence = self.earlier.next_occurrence(command.cmd) if settings.joblog else 0
