@@ -24844,9 +24844,9 @@ class DocumentsTest(unittest.TestCase):
         """Return the commands of README and manual that need nothing that is not here. Blocks with
         & have a test of their own. Those that make keys come last: our broker has none."""
         blocks = re.findall(r"^```sh\n(.*?)^```", self.readme(), re.M | re.S)
-        ours = re.findall(r"^\|.*\| `((?:[^`]*\W)?tc .*)` \|$", self.readme(), re.M)
+        ours = re.findall(r"^\|.*\| `((?:[^`]*\W)?cl .*)` \|$", self.readme(), re.M)
         self.assertGreater(len(ours), 18)
-        blocks += [re.sub(r"\btc ", "testcloud.py client ", line.replace(r"\|", "|"))
+        blocks += [re.sub(r"\bcl ", "testcloud.py client ", line.replace(r"\|", "|"))
                    for line in ours]
         for text in tc.MANUAL.values():
             for block in re.findall(r"(?:^    \$ .*\n(?:^ {6}.*\n)*)+", text, re.M):
@@ -24910,7 +24910,7 @@ class DocumentsTest(unittest.TestCase):
         calls = []
         for mention in mentions:
             calls += re.findall(r"\btestcloud\.py ([a-z]+\b.*)|^(client .*)", mention)
-            calls += [("client " + words, "") for words in re.findall("(?:^| )tc (.*)", mention)]
+            calls += [("client " + words, "") for words in re.findall("(?:^| )cl (.*)", mention)]
         checked = Counter()
         for call in map("".join, calls):
             with contextlib.suppress(ValueError):  # half a quoted text

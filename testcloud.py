@@ -9507,12 +9507,13 @@ A command is a test case of its own, in the suite testcloud, if no test shows ho
 This case has the output of the command.
 
 With --retries the file of the reported try counts. A test that failed in an earlier try
-gets the elements flakyFailure or flakyError, if it passed in the end. Otherwise it gets
-rerunFailure or rerunError. Maven's surefire does the same. A test is known by its suite,
-class, name and file. The summary counts tests only, not commands that are test cases.
+gets the elements flakyFailure or flakyError, if it did not fail in the end. Otherwise it
+gets rerunFailure or rerunError. Maven's surefire does the same. A test is known by its
+suite, class, name and file. The summary counts tests only, not commands that are test
+cases.
 
-With --sync the files come back into the tree, as those of --return. Without --sync the
-client writes them nowhere. Long texts lose their middle. When all texts together have
+With --sync the files come back into the tree, as those of --return. Without it they stay
+where the command wrote them. Long texts lose their middle. When all texts together have
 16 MiB, each further one is cut to 100 characters.
 
 Result hash
@@ -16303,9 +16304,9 @@ Input and template
 
 @options client TEMPLATE --null --max-args --colsep --dry-run
 
-Blank lines are skipped, and so is a byte order mark. The first command starts before the
-last line has arrived; with -n that may be different, as told below. Templates are those
-of GNU parallel:
+Blank lines are skipped, and so are a byte order mark and a CR at the end. The first
+command starts before the last line has arrived; with -n that may be different, as told
+below. A template has these places, as in GNU parallel:
 
     {}          the line, quoted for the shell; with -n all lines of the command
     {.}         without extension
@@ -16428,7 +16429,8 @@ a file skips itself: here that is a pass. The second command runs batches of 50 
 Files or batches
 
 Each command starts pytest and imports your code anew. So let it take some ten seconds:
-choose the N of -n by that. From the second run on, batches take about equally long.
+choose the N of -n by that. From the second run on, batches take about equally long. A file
+that skips itself has no name in the list, and pytest also takes files named *_test.py.
 
 Make the list of tests in pytest's rootdir, for their names begin there. If pytest cannot
 import a file, its tests are not in the list. But pytest says why there and fails, so that
@@ -16436,7 +16438,8 @@ after && nothing runs. --disable-warnings keeps names in warnings out of the lis
 addopts have -v or -q, write --verbosity=-1 instead of -q.
 
 Each command is a process of its own. A test that needs what earlier tests did may fail
-there. `pytest FILE` fails in the same way.
+there. `pytest FILE` alone fails in the same way. xdist's worker_id is master in all of
+them: take $TESTCLOUD_SLOT.
 
 With --retries the whole command runs again, and its last try counts for all of its tests.
 So let a command with flaky tests be short. Of a command that hangs (--timeout), -v shows
@@ -16447,7 +16450,9 @@ What a host needs
 It needs pytest and what your code imports. --setup installs them in a .venv (see `help
 trees`). Without it, name where they are: --env PATH=/opt/venv/bin:/usr/bin:/bin
 
-If your code is in src, and --setup does not install it, say --env PYTHONPATH=src.
+If your code is in src, and --setup does not install it, say --env PYTHONPATH=src. So do
+with : and --local --sync, if your own python has it by `pip install -e`: that is not the
+copy, and has no coverage.
 
 Tests that disturb each other
 
