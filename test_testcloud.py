@@ -12763,7 +12763,7 @@ class ClientTest(unittest.TestCase):
 
     def test_longest_first_only_where_it_may_help(self):
         for options, slots, most, order in (
-                (tc.RunOptions(lock=""), 2, 9, "ab"), (tc.RunOptions(lock="db"), 2, 9, "ab"),
+                (tc.RunOptions(lock=""), 2, 9, "a"), (tc.RunOptions(lock="db"), 2, 9, "ab"),
                 (tc.RunOptions(), 1, 9, "ab"), (tc.RunOptions(), 0, 1, "ab"),
                 (tc.RunOptions(), 0, 2, "ba")):
             for early in (False, True):  # before the broker says how many slots there are
@@ -13926,9 +13926,10 @@ class ReportingTest(unittest.TestCase):
     def test_a_run_of_nothing_is_no_success(self):
         for failed, first in ((0, "No commands to execute"), (1, "Some commands failed :(")):
             out = self.text()
-            self.end(skipped=2, skipped_failed=failed)
+            summary = self.end(skipped=2, skipped_failed=failed)
             lines = out.getvalue().decode().split("\n")
             self.assertEqual(lines[0], first)
+            self.assertEqual(summary.trouble(), "1 command failed in an earlier run" * failed)
             self.assertEqual(lines[1], "Skipped 2 that an earlier run has done" + (
                 ", 1 of which failed" if failed else
                 ": they run again if you remove its joblog"))
@@ -15405,7 +15406,7 @@ failures="0">
             self.assertIn(why, case.find("failure").get("message"))
             self.assertIn("\ncrashed", case.find("failure").text)
         large = self.read(b"", size=tc.JUNIT_FILE_SIZE + 1)
-        self.assertEqual(large, "its r.xml has more than 32 MiB (--junit-from)")
+        self.assertEqual(large, "its r.xml has more than 16 MiB (--junit-from)")
         for rows in ([], [[0o644, 9]], [[], []], [[0o644, 3], []], [[], [], [0o644, 9]]):
             self.assertEqual(self.files.read(self.commands[1], {"attempt": 1, "returned": rows}),
                              "its r.xml was not written (--junit-from)")
@@ -15419,7 +15420,7 @@ failures="0">
         for rows, why in (
                 ([[1, 0], [1, len(text)], [1, 5]], ""), ([[1, len(text)]], "was not written"),
                 ([[1, 2**53], [1, 5]], "is no whole XML"),
-                ([[1, 0], [1, 2**53]], "has more than 32 MiB"),
+                ([[1, 0], [1, 2**53]], "has more than 16 MiB"),
                 ([[1, 0], [1, 5]], "is no whole XML")):
             for files in (self.files, tc.ReturnedFiles(tempfile.mkdtemp(), None)):
                 files.put_part(tc.ReturnedPart(command, 1, rows, 0, text + b"x" * 99))
@@ -15437,7 +15438,7 @@ failures="0">
     def test_times_namespaces_and_files_that_come_twice(self):
         for text, seconds in (("1,234.5", 1234.5), ("", 0), ("x", 0), ("-1", 0), ("nan", 0),
                               ("inf", 0), ("1e3", 1000), ("0,125", 0.125), ("12,5", 12.5),
-                              ("1,234", 1234), ("1,2,3", 0)):
+                              ("1,234", 1.234), ("1,234,567", 1234567)):
             self.assertEqual(tc.parse_seconds(text), seconds)
         for _ in range(2):
             self.read("<testsuite xmlns='urn:x' name='s'><testcase name='t'><failure/>"
@@ -15466,6 +15467,7 @@ failures="0">
                 ("<testsuite tests='3' failures='0' errors=''/>", False),
                 ("<testsuites><testsuite name='a'><testcase/></testsuite>"
                  "<testsuite name='b' failures='1'/></testsuites>", True),
+                ("<testsuite failures='0.0' errors='None'/>", False),
                 ("<testsuite failures='1'><testcase name='a'/></testsuite>", True),
                 ("<testsuites failures='1,000'><testsuite><testcase/></testsuite></testsuites>",
                  True),
@@ -15480,6 +15482,7 @@ failures="0">
             self.assertEqual(tc.case_counts(row)["unexplained"], fault)
 
     def test_a_failure_of_a_suite_is_a_fault(self):
+        self.assertEqual(self.read("<testsuite><x><error>0</error></x><testcase/></testsuite>"), "")
         for text in ("<testsuite><testcase/><error message='no'/></testsuite>",
                      "<testsuites><testsuite><failure>x</failure></testsuite></testsuites>"):
             self.assertRegex(self.read(text), "^its r.xml has <(error|failure)> outside of a "
@@ -15497,22 +15500,32 @@ failures="0">
         self.assertEqual(root[2].findtext("system-out"), "o")
 
     def test_tests_of_one_name_are_told_apart(self):
-        """By suite, file, and their order: tries must not be taken for those of another one."""
-        fail = "<failure message='no'/>"
-        for first in (
-                (f"<testsuite name='A'><testcase name='t'>{fail}</testcase></testsuite>"
-                 "<testsuite name='B'><testcase name='t'/></testsuite>"),
-                (f"<testsuite name='A'><testcase name='t' file='a'>{fail}</testcase>"
-                 "<testcase name='t' file='b'/></testsuite>"),
-                (f"<testsuite name='A'><testcase name='t'>{fail}</testcase>"
-                 "<testcase name='t'/></testsuite>")):
+        """By suite, and their order: tries must not be taken for those of another one. Not by
+        file: its path is another one on each host."""
+        case = "<testcase name='t' file='{}'>{}</testcase>".format
+        fail, a, b = "<failure message='no'/>", "<testsuite name='A'>", "<testsuite name='B'>"
+        end = "</testsuite>"
+        for first, again, flaky in (
+                (a + case("f", fail) + end + b + case("f", "") + end,
+                 b + case("f", "") + end + a + case("f", "") + end, [0, 1]),
+                (a + case("f", fail) + end, a + case("/x/f", "") + end, [1]),
+                (a + case("f", fail) + case("f", "") + end, a + 2 * case("f", "") + end, [1, 0]),
+                (a + case("f", "") + case("f", fail) + end, a + 2 * case("f", "") + end, [0, 1])):
             self.setUp()
             self.read(f"<testsuites>{first}</testsuites>")
-            self.read(f"<testsuites>{first.replace(fail, '')}</testsuites>", attempt=2)
+            self.read(f"<testsuites>{again}</testsuites>", attempt=2)
             row = self.outcome(1, 2, verdict="FLAKY", tries=PASSED_TOO)
             self.assertEqual(row.tests.counts["flaky"], 1)
-            found = [[part.tag for part in case] for case in self.report(row).iter("testcase")]
-            self.assertEqual(found, [["flakyFailure"], []])
+            found = [len(case) for case in self.report(row).iter("testcase")]
+            self.assertEqual(found, flaky)
+
+    def test_a_suite_is_in_the_report_once(self):
+        for inside in ("<properties/><testcase name='t'/>", "<testcase name='t'/><properties/>",
+                       "<properties/><system-out/><properties/>"):
+            self.read(f"<testsuite name='s'>{inside}</testsuite>")
+            root = self.report(self.outcome())
+            self.check(root)
+            self.assertEqual([suite.get("name") for suite in root], ["s"])
 
     def test_half_a_file_leaves_no_tests(self):
         self.read(self.PYTEST[:-30])
@@ -19522,11 +19535,12 @@ class WorkingTreeTest(unittest.TestCase):
     def test_a_venv_that_goes_along_is_named(self):
         for name in (".venv/pyvenv.cfg", "d/v/pyvenv.cfg", "pyvenv.cfg", "x.cfg"):
             self.write(name)
+        os.symlink("/usr/bin/python3", self.path(".venv/python"))  # it goes without saying
         tree = self.tree()
         tree.look()
         self.assertEqual([line.partition(" goes along, but no venv works elsewhere: ")[::2]
                           for line in tree.left_out],
-                         [(name, f"let git ignore it, or say --exclude /{name}")
+                         [(name, f"let git ignore it, or say --exclude /{name}/")
                           for name in (".venv", "d/v")])
 
     def test_a_home_directory_goes_along_only_if_it_is_named(self):
@@ -19544,6 +19558,9 @@ class WorkingTreeTest(unittest.TestCase):
             self.assertEqual(top(), inside)
             os.chdir(self.path("h"))
             os.mkdir(self.path("h/.git"))  # git knows what is to go along
+            self.assertEqual(top(), self.path("h"))
+        os.rmdir(self.path("h/.git"))
+        with mock.patch.object(os.path, "expanduser", str):  # a user without a home
             self.assertEqual(top(), self.path("h"))
 
     def test_a_file_of_the_setup_that_is_not_there(self):
@@ -20025,8 +20042,10 @@ class CommandLineTest(unittest.TestCase):
         for times in ({long: 1.0}, {"": 1.0}, {}):
             found = self.batches([("a",), (long,), (long,), ("b",)], 3, "echo", times)
             self.assertEqual([*map(len, found)], [1, 1, 1, 1])
-        found = self.batches([(long,)] * 2, 2, "echo {1} {2}")  # none can be left out there
-        self.assertEqual([*map(len, found)], [2])
+        for template, rows in (("echo {1} {2}", [2]),  # none can be left out there
+                               ("echo {/}", [1, 1]), ("echo {}{#}", [1, 1])):
+            found = self.batches([(long,)] * 2, 2, template)
+            self.assertEqual([*map(len, found)], rows)
 
     def test_batches_of_a_slow_or_endless_input_have_the_same_number_of_lines(self):
         rows = [(line,) for line in "abcdefg"]
@@ -20776,6 +20795,7 @@ class CommandLineTest(unittest.TestCase):
     def test_help_knows_what_a_misspelt_topic_means(self):
         for topic, near in (("tree", "trees"), ("joblogs", "joblog"), ("cleint", "client"),
                             ("JSON", "json"), ("sync", "trees"), ("ssh", "hosts"),
+                            ("kill-grace", "times"),
                             ("retries", "failures"), ("coverage", "pytest"), ("jun", "json")):
             self.assertEqual(self.main("help", topic), (2, "", (
                 f"testcloud: no topic '{topic}': did you mean {near}? (see: testcloud.py help)\n")))
@@ -20809,9 +20829,11 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(self.help_on_a_terminal("", "dumb"), text)
         self.assertEqual(self.help_on_a_terminal("false", "xterm", "A=1 head -1"),
                          text.splitlines(True)[0])
-        self.assertEqual(self.help_on_a_terminal(
-            "/no/such -R", "xterm", "",
-            b"testcloud: there is no /no/such: correct $MANPAGER or $PAGER\n"), text)
+        for pager in ("/no/such -R", "/tmp"):
+            shown = self.help_on_a_terminal(pager + " 2> /dev/null", "xterm", " ", (
+                f"testcloud: cannot run {pager} 2> /dev/null: correct $MANPAGER or $PAGER\n"
+            ).encode())
+            self.assertEqual(shown, text)
         self.help_on_a_terminal("read line; kill -INT $PPID", "xterm")  # as by Ctrl-C
 
     def test_colour(self):
@@ -23503,6 +23525,17 @@ class ViaTest(OverHosts, unittest.TestCase):
             logins = self.hosts.logins(name)
             self.assertEqual(len(logins), name != "nowhere")
             self.assertTrue(all("BatchMode=yes" in argv for argv in logins))
+
+    def test_the_summary_names_hosts_that_were_not_used(self):
+        """A failure has its host from the first one on."""
+        self.hosts.add("denied", refusal=self.REFUSALS["denied"][0])
+        client = self.client("alpha,denied", [], keep=True, wait=False)
+        self.cloud.wait_for_log(client, "testcloud: denied: ")
+        client.stdin.write(b"exit 3\n")
+        status, out = self.cloud.finish(client)
+        self.assertEqual(status, 1)
+        self.assertIn("\nFAIL(3) on alpha: exit 3 ", out)
+        self.assertIn("\nHosts that could not be used: denied\n", out)
 
     def test_without_any_usable_host(self):
         self.hosts.add("denied", refusal=self.REFUSALS["denied"][0])

@@ -9509,8 +9509,8 @@ This case has the output of the command.
 With --retries the file of the reported try counts. A test that failed in an earlier try
 gets the elements flakyFailure or flakyError, if it did not fail in the end. Otherwise it
 gets rerunFailure or rerunError. Maven's surefire does the same. A test is known by its
-suite, class, name and file. The summary counts tests only, not commands that are test
-cases.
+suite, class and name; of equal ones, the first is the first of another try. The summary
+counts tests only, not commands that are test cases.
 
 With --sync the files come back into the tree, as those of --return. Without it they stay
 where the command wrote them. Long texts lose their middle. When all texts together have
@@ -9578,7 +9578,7 @@ class Outcome(NamedTuple):
     @property
     def ended_itself(self) -> bool:
         """Return whether its time tells how long it takes, though it may have failed."""
-        tests_failed = self.tests is not None and self.reason == self.tests.why
+        tests_failed = self.tests is not None and self.reason == self.tests.failure_reason
         return bool(self.host) and (not self.reason or tests_failed)
 
 
@@ -9611,7 +9611,7 @@ class Summary(NamedTuple):
         """Return the fault of the whole run, or ""."""
         if not self.complete:
             return "not all commands were executed"
-        if self.skipped_failed and not self.ran:
+        if self.skipped_failed:
             return f"{plural(self.skipped_failed, 'command')} failed in an earlier run"
         return "the input had no commands" if self.empty else self.wrong_hash
 
@@ -10868,7 +10868,8 @@ text came before it in the input. The column Send has this number, as a negative
 parallel has bytes there.
 
 --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON are
-failures. Summary, hash and reports are of what ran this time.
+failures. Summary, hash and reports are of what ran this time. A failure that is skipped
+is one failed test case of --junit.
 
 After a run with -n, --resume runs the lines of the input that no command in the joblog
 had. With --resume-failed it also runs all lines of failed commands. A smaller N than
@@ -11291,8 +11292,8 @@ def xml_text(element: ET.Element) -> str:
 # from there to the report. A suite of the report is a suite of a file with test cases of its
 # own: most readers know no suites within suites.
 
-JUNIT_FILE_SIZE = 32 * 1024 * 1024  # bytes of a file: no reader takes a longer report, and it
-#   holds up the loop for 10 s if it is all test cases: less than a lease
+JUNIT_FILE_SIZE = 16 * 1024 * 1024  # bytes of a file: it holds up the loop for 15 s if it is all
+#   short test cases, half a lease
 JUNIT_DEPTH = 50  # elements within each other
 JUNIT_PARTS = 10_000  # elements in a test case: they are in memory
 JUNIT_BLOCK = 256 * 1024  # bytes read at once
@@ -11304,8 +11305,9 @@ FLAKY_PARTS = ("flakyFailure", "flakyError")
 INNER_PARTS = ("property", "stackTrace", "system-out", "system-err")
 PART_ATTRIBUTES = ("message", "type", "name", "value")
 SUITE_PARTS = ("testcase", "properties", "system-out", "system-err")
-# which test a test case is: suite, class, name, file, and how many such were before it
-TestKey = Tuple[str, str, str, str, int]
+# which test a test case is: suite, class, name, and how many such were before it. Not by file:
+# each host has another path
+TestKey = Tuple[str, str, str, int]
 
 
 class JUnitError(ValueError):
@@ -11321,7 +11323,7 @@ class FailedTest(NamedTuple):
     type: str
     message: str
     text: str
-    key: TestKey = ("", "", "", "", 0)
+    key: TestKey = ("", "", "", 0)
 
     @property
     def title(self) -> str:
@@ -11338,8 +11340,10 @@ class Suite:
 
     def __init__(self, attributes: Dict[str, str], failures_before: int = 0) -> None:
         self.name = attributes.get("name", "")
+        self.listed = False  # among those of its file
         self.counts_failures = any(
-            attributes.get(name, "").strip("0 ") for name in TEST_COUNTS[1:3])
+            re.fullmatch("[0-9,]*[1-9][0-9,]*", attributes.get(name, "").strip())
+            for name in TEST_COUNTS[1:3])
         self.failures_before = failures_before  # in its file
         self.attributes = {name: attributes[name] for name in ("timestamp", "package", "file")
                            if attributes.get(name)}
@@ -11355,7 +11359,7 @@ class Tests:
 
     def __init__(self, fault: str = "") -> None:
         self.fault = fault  # why the file is of no use
-        self.why = fault  # the try has failed, if its exit code is 0
+        self.failure_reason = fault  # of the try, if its exit code is 0
         self.suites: List[Suite] = []
         self.counts: Counter[str] = Counter()
         self.failed: List[FailedTest] = []  # the first NAMED_TESTS, when it is reported
@@ -11421,7 +11425,7 @@ class JUnitParser:
         elif tag in ("testsuites", "testsuite"):
             self.open.append(Suite(attributes, self.failures))
             return
-        elif tag in ("failure", "error"):
+        elif tag in ("failure", "error") and self.path[-2].startswith("testsuite"):
             raise JUnitError(f"has <{tag}> outside of a test case")
         elif tag in SUITE_PARTS:
             self.builder, self.level, self.size = TreeBuilder(), len(self.path), 1
@@ -11510,8 +11514,8 @@ class TestFiles:
             self.incoming_end = 0
         earlier[attempt] = tests
         if tests.failures:
-            tests.why = f"{tests.describe()}, by {path} (--junit-from)"
-        return tests.why
+            tests.failure_reason = f"{tests.describe()}, by {path} (--junit-from)"
+        return tests.failure_reason
 
     def parse(self, tests: Tests, place: Union[int, OSError], size: int,
               earlier: Sequence[Tuple[str, FailedTest]]) -> None:
@@ -11528,10 +11532,13 @@ class TestFiles:
         seen: Counter[int] = Counter()  # hashes of the names of tests
 
         def take(suite: Suite, part: ET.Element) -> None:
-            if not (suite.parts or suite.properties):
+            if not suite.listed:
                 tests.suites.append(suite)
+                suite.listed = True
             if part.tag == "testcase":
-                names = suite.name, *test_names(part), part.attrib.get("file", "")
+                given = part.attrib
+                names = (suite.name, given.get("classname") or given.get("class", ""),
+                         given.get("name", ""))
                 key = (*names, seen[hash(names)])
                 seen[hash(names)] += 1
                 self.put(suite.parts, self.test_case(tests, suite, part, key, known.get(key, ())))
@@ -11549,7 +11556,7 @@ class TestFiles:
                   earlier: Sequence[Tuple[str, FailedTest]]) -> ET.Element:
         """Return the test case for the report, and count it. `earlier` has its failures in earlier
         tries, each with its host."""
-        given, (classname, name) = case.attrib, test_names(case)
+        given, (_, classname, name, _) = case.attrib, key
         parts = [self.copy(part) for part in case if part.tag in CASE_PARTS]
         bad = next((part for part in parts if part.tag in ("failure", "error")), None)
         for host, test in earlier:
@@ -11636,16 +11643,10 @@ class TestFiles:
         return codecs.iterdecode(blocks, "utf-8")
 
 
-def test_names(case: ET.Element) -> Tuple[str, str]:
-    """Return the class and the name of a test case."""
-    given = case.attrib
-    return given.get("classname") or given.get("class", ""), given.get("name", "")
-
-
 def parse_seconds(text: str) -> Seconds:
     """Return the time of a test case; surefire may write 1,234.5, others 0,125. What is no time
     counts as 0."""
-    if "." not in text and not re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", text):
+    if text.count(",") == 1 and "." not in text:
         text = text.replace(",", ".")
     with contextlib.suppress(ValueError):
         seconds = float(text.replace(",", ""))
@@ -14189,11 +14190,11 @@ def parse_client(text: str) -> Tuple[int, str]:
 
 LABEL = (str, lambda text: name(text) and text.isprintable() and " " not in text
          and text not in KNOWN_BY_LABEL, "a label (of ASCII characters, without spaces)")
-SLOTS = (int, width, "a number of slots, from 1")
 # checked()'s arguments, by the option's name or else by the word for its value. No text may be
 # empty: that comes from a variable of the shell that is not set.
 VALUE_TYPES: Dict[str, Tuple[Callable[[str], Any], Callable[[Any], Any], str]] = {
-    "--slots": (*SLOTS[:2], f"{SLOTS[2]} (without it: a slot for each CPU)"), "--slots-each": SLOTS,
+    "--slots": (int, width, "a number of slots, from 1 (without it: a slot for each CPU)"),
+    "--slots-each": (int, width, "a number of slots, from 1"),
     "--lock": (str, lambda text: text and lock_name(text), "a name (up to 200 characters)"),
     "--nice": (int, count, "a number from 0"), "--label": LABEL, "--need": LABEL,
     "--host": (str, lambda text: text.isprintable() and re.fullmatch("[^/~ ]{1,64}", text),
@@ -15856,8 +15857,9 @@ def working_tree_top(given: str) -> str:
     except FileNotFoundError:
         raise UsageError("the current directory is gone: go to another one") from None
     top = here if given else git_top(here)
-    home = os.path.realpath(os.path.expanduser("~"))
-    if not top and os.path.join(home, "").startswith(os.path.join(here, "")):
+    home = os.path.expanduser("~")  # as it is if the user has none
+    if not top and os.path.isabs(home) and os.path.join(
+            os.path.realpath(home), "").startswith(os.path.join(here, "")):
         raise UsageError(f"--sync would take all of {printable(here)} along: go to a project's "
                          f"directory, or name one with --sync=DIR")
     return top or here
@@ -16001,13 +16003,16 @@ class WorkingTree:
         stack: List[Listed] = [(b"", 0, False, False)]
         while stack and len(self.entries) <= MAX_ENTRIES:
             stack += self.scan_directory(*stack.pop(), links)
-        for path in sorted(path for path in self.entries if path.endswith("/pyvenv.cfg")):
-            name = printable(path.rpartition("/")[0], 200)
-            self.notices.append(f"{name} goes along, but no venv works elsewhere: let git ignore "
-                                f"it, or say --exclude /{name}")
+        venvs = sorted(path[:-len("pyvenv.cfg")] for path in self.entries
+                       if path.endswith("/pyvenv.cfg"))
+        self.notices += [f"{printable(venv[:-1], 200)} goes along, but no venv works elsewhere: "
+                         f"let git ignore it, or say --exclude /{printable(venv, 200)}"
+                         for venv in venvs]
         for name in links:
             if leads_out(name, links):
                 del self.entries[name]
+                if name.startswith(tuple(venvs)):
+                    continue
                 self.missing[name] = "this link leads out of the tree"
 
     def scan_directory(self, path: bytes, mode: int, ignored: bool, included: bool,
@@ -16793,7 +16798,8 @@ class Batches:
         self.held: List[str] = []
         self.places = max(1, len(PLACEHOLDER.findall(template)))  # of each line in a command
         self.room = SHELL_TEXT - len(to_bytes(template))  # bytes for lines in a command
-        self.length = 0  # bytes of the held lines
+        # a command must have all its lines: the template names them, as {1} {2}
+        self.needs_all = any(place[1] for place in PLACEHOLDER.finditer(template))
         self.give_up_at: Seconds = math.inf
 
     def lines_of(self, command: str) -> List[str]:
@@ -16816,7 +16822,6 @@ class Batches:
         if not self.held:
             self.give_up_at = now + PACK_WAIT
         self.held += row
-        self.length += self.length_of(row[0])
         return self.check(now)
 
     def check(self, now: Seconds) -> List[Arguments]:
@@ -16826,12 +16831,11 @@ class Batches:
                 and len(self.held) <= LineTimings.MAX_COMMANDS:
             return []
         self.times, self.give_up_at = LineTimes(), math.inf
-        full = len(self.held) >= self.size or self.length > self.room
-        return self.cut(self.full_rows()) if full else []
+        return self.cut(self.full_rows()) if len(self.held) >= self.size else []
 
     def length_of(self, line: str) -> int:
-        """Return the bytes that a line takes in a command; 0 if all must be there, as {1} {2}."""
-        return self.places * len(to_bytes(shlex.quote(line) + " ")) if self.pattern else 0
+        """Return the bytes that a line takes in a command at most, as far as they matter."""
+        return 0 if self.needs_all else self.places * len(to_bytes(shlex.quote(line) + " "))
 
     def full_rows(self) -> List[int]:
         """Return the ends of the rows to which no more lines can come."""
@@ -16864,7 +16868,6 @@ class Batches:
         bounds = [0, *ends]
         rows = [tuple(self.held[start:end]) for start, end in zip(bounds, bounds[1:])]
         del self.held[:bounds[-1]]
-        self.length = sum(map(self.length_of, self.held))
         return [row for row in rows if row]
 
 
@@ -18068,25 +18071,29 @@ def nearest_topic(word: str) -> str:
     """Return the topic or role that is spelt like this, else the topic that has the word most
     often; "" if there is none."""
     import difflib  # late: it is rarely needed
-    names, word = [*TOPICS, *OPTIONS], word.lower()
+    names, word = [*TOPICS, *OPTIONS], word.lower().strip("-")
     near = difflib.get_close_matches(word, names, 1, 0.75)
     if not near:
-        texts = {topic: re.findall(r"[a-z][a-z-]+", topic_text(topic).lower()) for topic in TOPICS}
-        counts = {topic: sum(found.strip("-") == word for found in texts[topic])
+        counts = {topic: re.findall("[a-z]+(?:-[a-z]+)*", topic_text(topic).lower()).count(word)
                   for topic in TOPICS}
         near = [topic for topic in TOPICS if counts[topic] == max(counts.values()) > 0]
     return [*near, *difflib.get_close_matches(word, names, 1, 0.5), ""][0]
 
 
-def missing_pager() -> str:
-    """Return the name of the user's pager if it does not exist, else ""."""
-    words = (os.environ.get("MANPAGER") or os.environ.get("PAGER") or "").split()
-    if not words or not re.fullmatch(r"[\w./+-]+", words[0]):
-        return ""
+def show_in_pager(text: str) -> None:
+    """Show a text in the user's pager, or the system's. Ctrl-C is for the pager."""
+    signal.signal(signal.SIGINT, lambda number, frame: None)
+    pagers = os.environ.pop("MANPAGER", ""), os.environ.pop("PAGER", "")
+    pager = next(filter(str.strip, pagers), "")
+    if not pager:
+        import pydoc  # late: it is slow to import
+        pydoc.pager(text + "\n")
+        return
     import subprocess  # late
-    there = subprocess.run(["/bin/sh", "-c", 'command -v "$1"', "sh", words[0]],
-                           stdout=subprocess.DEVNULL)
-    return words[0] if there.returncode else ""
+    status = subprocess.run(pager, shell=True, input=to_bytes(text + "\n")).returncode
+    if status in (NOT_RUN, NOT_FOUND):
+        print_line(text)
+        print_notice(f"cannot run {printable(pager)}: correct $MANPAGER or $PAGER")
 
 
 def run_help(settings: argparse.Namespace) -> int:
@@ -18105,14 +18112,8 @@ def run_help(settings: argparse.Namespace) -> int:
         raise UsageError(f"no topic '{printable(topic)}'{hint} (see: testcloud.py help)")
     elif sys.stdout is None or not sys.stdout.isatty():
         print_line(topic_text(topic))
-    elif missing_pager():
-        print_line(topic_text(topic))
-        print_notice(f"there is no {missing_pager()}: correct $MANPAGER or $PAGER")
     else:
-        import pydoc  # late: it is slow to import
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is for the pager
-        with contextlib.suppress(KeyboardInterrupt):
-            pydoc.pager(topic_text(topic) + "\n")
+        show_in_pager(topic_text(topic))
     return 0
 
 
@@ -18285,7 +18286,7 @@ def separate_template(argv: List[str]) -> List[str]:
         elif valued.get(name) and rest and re.fullmatch(r"-[1-9.].*", rest[0]):
             word += "=" * word.startswith("--") + rest.popleft()
         elif valued.get(name) and rest:
-            if rest[0].startswith(":::"):
+            if rest[0] in SOURCE_MARKS:
                 raise UsageError(f"{word} needs a value, before {rest[0]}")
             separated.append(word)
             word = rest.popleft()
