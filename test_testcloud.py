@@ -20610,6 +20610,11 @@ class CommandLineTest(unittest.TestCase):
                 ("-kj -2", "-kj-2"), ("--fail-fast -1", "--fail-fast=-1"),
                 ("--fail-fast -0", "--fail-fast=1 -0")):
             self.assertEqual(tc.separate_template(words.split()), marked.split())
+        status, _, err = self.main("client", "--local", "-n", "2", "echo {#}", ":::", "a", "b")
+        self.assertEqual((status, err.count("write {} where they go")), (2, 1))
+        for template, told in (("echo {#}", 1), ("echo {#} {}", 0), ("echo", 0)):
+            _, _, err = self.main("client", "--dry-run", template, ":::", "a")
+            self.assertEqual(err.count("no command has its line of the input"), told)
         for words in ("--joblog ::: a", "-kj :::: f"):
             with self.assertRaisesRegex(tc.UsageError, "^-.* needs a value, before :::"):
                 tc.separate_template(words.split())

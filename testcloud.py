@@ -9510,7 +9510,8 @@ With --retries the file of the reported try counts. A test that failed in an ear
 gets the elements flakyFailure or flakyError, if it did not fail in the end. Otherwise it
 gets rerunFailure or rerunError. Maven's surefire does the same. A test is known by its
 suite, class and name; of equal ones, the first is the first of another try. The summary
-counts tests only, not commands that are test cases.
+counts tests only, not commands that are test cases. What the last try did not run is not
+in the report.
 
 With --sync the files come back into the tree, as those of --return. Without it they stay
 where the command wrote them. Long texts lose their middle. When all texts together have
@@ -16300,7 +16301,8 @@ MANUAL["commands"] = """\
     $ testcloud.py client 'convert {} {.}.jpg && rm {}' ::: *.png
     $ testcloud.py client --env A=1 make {1} CC={2} ::: debug release ::: gcc clang
     $ find . -type f -print0 | testcloud.py client -0 gzip
-    $ pytest --collect-only -q > list && grep :: list | testcloud.py client -n 50 pytest -q
+    $ pytest --collect-only -q --disable-warnings > list && \\
+          grep :: list | testcloud.py client -n 50 pytest -q
 
 In the first line each line of the input is a command. The others have a template, which
 makes a command of each line (see `help environment` for what a command finds).
@@ -16325,7 +16327,8 @@ below. A template has these places, as in GNU parallel:
     :::: F G    the lines of these files; - is the input
     :::+ A B    linked to the arguments before, one to one; files: ::::+
 
-A template without a placeholder gets the line appended. Several sources are combined in
+A template without a placeholder gets the line appended. {#} alone is one: then no command
+has its line, which the client tells. Several sources are combined in
 all ways, but for linked ones.
 
 The words of a template are joined with spaces, and the shell reads the result. So a word
@@ -17006,6 +17009,12 @@ def run_client(settings: argparse.Namespace) -> int:
         return print_tree(settings)
     most = math.inf if settings.colsep else max(settings.max_args, columns(settings.sources))
     settings.template = check_template(words, most)
+    if {place[0] for place in PLACEHOLDER.finditer(settings.template)} == {"{#}"}:
+        if settings.max_args > 1:
+            raise UsageError("-n gives each command several lines, and the template has no place "
+                             "for them: write {} where they go")
+        if settings.verbose is not None:
+            print_notice("no command has its line of the input: the template has {#}, but no {}")
     check_returns("--return", settings.returns, most)
     check_returns("--junit-from", [settings.junit_from or ""], most)
     if sys.stdout is None:
