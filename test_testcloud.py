@@ -20042,6 +20042,9 @@ class CommandLineTest(unittest.TestCase):
         for times in ({long: 1.0}, {"": 1.0}, {}):
             found = self.batches([("a",), (long,), (long,), ("b",)], 3, "echo", times)
             self.assertEqual([*map(len, found)], [1, 1, 1, 1])
+        names = [(f"d{n}/" + "x" * 1000,) for n in range(100)]
+        for template, rows in (("{}{#}{#}", 1), ("{//}{//}{//}", 1), ("{/}", 1), ("{} {}", 2)):
+            self.assertEqual(len(self.batches(names, 100, template)), rows, template)
         for template, rows in (("echo {1} {2}", [2]),  # none can be left out there
                                ("echo {/}", [1, 1]), ("echo {}{#}", [1, 1])):
             found = self.batches([(long,)] * 2, 2, template)

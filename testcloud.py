@@ -16408,8 +16408,9 @@ Locks
 
 Of all commands in the cloud with a lock, one runs at a time, whosever it is. --serial is
 a lock of this run alone: other clients' commands go on. It also keeps the order of the
-input: the next command starts when this one has been reported, with all its retries. With
---local and -S each run has its own broker, so --lock counts in this run only.
+input: the next command starts when this one has been reported, with all its retries. But
+it may run on another host, in another copy of the tree (--sync). With --local and -S each
+run has its own broker, so --lock counts in this run only.
 
 A lock is free when its command has ended, not when it is only told to stop. It is also
 free when its worker is given up. If that worker is only cut off, the command may still
@@ -16799,7 +16800,9 @@ class Batches:
         self.mean: Seconds = 1.0  # of unknown lines
         self.packed = False
         self.held: List[str] = []
-        self.places = max(1, len(PLACEHOLDER.findall(template)))  # of each line in a command
+        # what a command has of each line: keys of MODIFIERS
+        self.places = [place[2] or "" for place in PLACEHOLDER.finditer(template)
+                       if place[0] != "{#}"] or [""]
         self.room = SHELL_TEXT - len(to_bytes(template))  # bytes for lines in a command
         # a command must have all its lines: the template names them, as {1} {2}
         self.needs_all = any(place[1] for place in PLACEHOLDER.finditer(template))
@@ -16837,8 +16840,9 @@ class Batches:
         return self.cut(self.full_rows()) if len(self.held) >= self.size else []
 
     def length_of(self, line: str) -> int:
-        """Return the bytes that a line takes in a command at most, as far as they matter."""
-        return 0 if self.needs_all else self.places * len(to_bytes(shlex.quote(line) + " "))
+        """Return the bytes that a line takes in a command, as far as they matter."""
+        return 0 if self.needs_all else sum(
+            len(to_bytes(shlex.quote(MODIFIERS[place](line)) + " ")) for place in self.places)
 
     def full_rows(self) -> List[int]:
         """Return the ends of the rows to which no more lines can come."""
