@@ -8760,7 +8760,9 @@ class Client(SessionMachine):
         count = min(size - len(self.window), len(self.backlog))
         if self.timings or count < min(REFILL_FRACTION * size, len(self.backlog)):
             return
-        for _ in range(count):
+        stop_at = self.options.fail_fast or math.inf
+        # one that is refused leaves the window at once
+        while self.backlog and len(self.window) < size and self.failures < stop_at:
             command = self.backlog.popleft()
             self.window[command.id] = command
             self.submit(command)
@@ -9502,7 +9504,7 @@ A command is a test case of its own, in the suite testcloud, if no test shows ho
 
     its file cannot be used
     it failed, and no test did (a crash after the tests, a coverage threshold)
-    it is FLAKY or ONLY ON (see `help failures`), and no test is flaky
+    it is FLAKY or ONLY ON (see `help failures`), and no test is flaky or that is a failure
 
 This case has the output of the command.
 
@@ -9612,9 +9614,9 @@ class Summary(NamedTuple):
         """Return the fault of the whole run, or ""."""
         if not self.complete:
             return "not all commands were executed"
-        if self.skipped_failed:
-            return f"{plural(self.skipped_failed, 'command')} failed in an earlier run"
-        return "the input had no commands" if self.empty else self.wrong_hash
+        earlier = f"{plural(self.skipped_failed, 'command')} failed in an earlier run"
+        return "the input had no commands" if self.empty else "; ".join(
+            filter(None, (self.wrong_hash, earlier * bool(self.skipped_failed))))
 
 
 def describe_tries(outcome: Outcome, escape: Callable[[str], str]) -> str:
@@ -10869,8 +10871,8 @@ text came before it in the input. The column Send has this number, as a negative
 parallel has bytes there.
 
 --resume-failed also runs the failures again. With --fail-on-flaky, FLAKY and ONLY ON are
-failures. Summary, hash and reports are of what ran this time. A failure that is skipped
-is one failed test case of --junit.
+failures. Summary, hash and reports are of what ran this time. Failures that are skipped
+are one failed test case of --junit.
 
 After a run with -n, --resume runs the lines of the input that no command in the joblog
 had. With --resume-failed it also runs all lines of failed commands. A smaller N than
@@ -11293,8 +11295,8 @@ def xml_text(element: ET.Element) -> str:
 # from there to the report. A suite of the report is a suite of a file with test cases of its
 # own: most readers know no suites within suites.
 
-JUNIT_FILE_SIZE = 16 * 1024 * 1024  # bytes of a file: it holds up the loop for 15 s if it is all
-#   short test cases, half a lease
+JUNIT_FILE_SIZE = 16 * 1024 * 1024  # bytes of a file
+JUNIT_ELEMENTS = 500_000  # in a file: so many hold up the loop for 10 s, a third of a lease
 JUNIT_DEPTH = 50  # elements within each other
 JUNIT_PARTS = 10_000  # elements in a test case: they are in memory
 JUNIT_BLOCK = 256 * 1024  # bytes read at once
@@ -11381,16 +11383,17 @@ class Tests:
 def case_counts(outcome: Outcome) -> Counter[str]:
     """Return the tests of a command, and whether it failed and none of them shows why."""
     counts = Counter(outcome.tests.counts if outcome.tests else {})
-    counts.update(unexplained=int(outcome.failed and has_own_case(outcome)))
+    shown = outcome.verdict in (FLAKY, ONLY) and counts["flaky"]  # with --fail-on-flaky
+    counts.update(unexplained=int(outcome.failed and has_own_case(outcome) and not shown))
     return counts
 
 
 def describe_tests(counts: Counter[str], failed_commands: int, commands: int) -> str:
     """Return the tests of a run in words."""
     failed, among = counts["failures"] + counts["errors"], grouped(commands, "command")
-    words = grouped(counts["tests"], "test")
-    words = (f"{failed:,} of {words} failed in {failed_commands:,} of {among}" if failed else
-             f"{words} in {among}: none failed")
+    words, shown = grouped(counts["tests"], "test"), failed_commands - counts["unexplained"]
+    words = (f"{failed:,} of {words} failed in {shown:,} of {among}" if failed else
+             f"{words} in {among}: no test failed")
     words += "".join(f", {counts[kind]:,} {kind}" for kind in TEST_COUNTS[3:] if counts[kind])
     unexplained = grouped(counts["unexplained"], "command")
     return words + f"; no test shows why {unexplained} failed" * (counts["unexplained"] > 0)
@@ -11404,6 +11407,7 @@ class JUnitParser:
         self.take = take
         self.open: List[Suite] = []
         self.path: List[str] = []  # tags of open elements
+        self.elements = 0
         self.failures = 0  # test cases of all suites that failed
         self.builder: Optional[ET.TreeBuilder] = None  # of a part
         self.level = self.size = 0  # of the part: its depth in the path, its elements
@@ -11417,6 +11421,9 @@ class JUnitParser:
         if not self.path and tag not in ("testsuites", "testsuite"):
             raise JUnitError(f"is not JUnit: it begins with <{printable(tag)}>")
         self.path.append(tag)
+        self.elements += 1
+        if self.elements > JUNIT_ELEMENTS:
+            raise JUnitError(f"has more than {JUNIT_ELEMENTS:,} elements")
         if len(self.path) > JUNIT_DEPTH:
             raise JUnitError(f"has more than {JUNIT_DEPTH} elements within each other")
         if self.builder is not None:
@@ -11448,7 +11455,8 @@ class JUnitParser:
         self.builder.end(tag)
         if len(self.path) < self.level:
             part = self.builder.close()
-            self.failures += any(child.tag in ("failure", "error") for child in part)
+            self.failures += part.tag == "testcase" and any(
+                child.tag in ("failure", "error") for child in part)
             self.take(self.open[-1], part)
             self.builder = None
 
@@ -16804,6 +16812,7 @@ class Batches:
         self.places = [place[2] or "" for place in PLACEHOLDER.finditer(template)
                        if place[0] != "{#}"] or [""]
         self.room = SHELL_TEXT - len(to_bytes(template))  # bytes for lines in a command
+        self.length = 0  # bytes of the held lines in a command
         # a command must have all its lines: the template names them, as {1} {2}
         self.needs_all = any(place[1] for place in PLACEHOLDER.finditer(template))
         self.give_up_at: Seconds = math.inf
@@ -16828,6 +16837,7 @@ class Batches:
         if not self.held:
             self.give_up_at = now + PACK_WAIT
         self.held += row
+        self.length += self.length_of(row[0])
         return self.check(now)
 
     def check(self, now: Seconds) -> List[Arguments]:
@@ -16837,7 +16847,8 @@ class Batches:
                 and len(self.held) <= LineTimings.MAX_COMMANDS:
             return []
         self.times, self.give_up_at = LineTimes(), math.inf
-        return self.cut(self.full_rows()) if len(self.held) >= self.size else []
+        full = len(self.held) >= self.size or self.length > self.room
+        return self.cut(self.full_rows()) if full else []
 
     def length_of(self, line: str) -> int:
         """Return the bytes that a line takes in a command, as far as they matter."""
@@ -16875,6 +16886,7 @@ class Batches:
         bounds = [0, *ends]
         rows = [tuple(self.held[start:end]) for start, end in zip(bounds, bounds[1:])]
         del self.held[:bounds[-1]]
+        self.length = sum(map(self.length_of, self.held))
         return [row for row in rows if row]
 
 
@@ -18022,8 +18034,8 @@ LIMITS: Tuple[Tuple[str, str], ...] = (
     ("a tree (--sync)", f"{MAX_ENTRIES:,} files and directories; --sync-max"),
     ("an output in --junit", f"its first {JUNIT_HEAD // 1024} and last {JUNIT_TAIL // 1024} KiB; "
      f"all outputs {JUNIT_SIZE // 2**20} MiB"),
-    ("a file of --junit-from", f"{JUNIT_FILE_SIZE // 2**20} MiB; {JUNIT_DEPTH} elements within "
-     f"each other, {JUNIT_PARTS:,} in a test case"),
+    ("a file of --junit-from", f"{JUNIT_FILE_SIZE // 2**20} MiB; {JUNIT_ELEMENTS:,} elements, "
+     f"{JUNIT_PARTS:,} in a test case, {JUNIT_DEPTH} within each other"),
     ("an output in --html", f"its first and last {HTML_OUTPUT // 1024} KiB; all outputs "
      f"{HTML_OUTPUTS // 2**20} MiB, of {HTML_ENTRIES:,} failures"),
 )
@@ -18084,7 +18096,7 @@ def nearest_topic(word: str) -> str:
     """Return the topic or role that is spelt like this, else the topic that has the word most
     often; "" if there is none."""
     import difflib  # late: it is rarely needed
-    names, word = [*TOPICS, *OPTIONS], word.lower().strip("-")
+    names, word = [*TOPICS, *OPTIONS], word.lower()
     near = difflib.get_close_matches(word, names, 1, 0.75)
     if not near:
         counts = {topic: re.findall("[a-z]+(?:-[a-z]+)*", topic_text(topic).lower()).count(word)
