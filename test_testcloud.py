@@ -14058,16 +14058,27 @@ class ReportingTest(unittest.TestCase):
             self.end(skipped=skipped_failed, skipped_failed=skipped_failed)
             self.assertEqual(out.getvalue().decode()[:len(said) or None], said)
 
+    def test_failures_of_an_earlier_run_are_named(self):
+        rows = [tc.joblog_row(f"{n}\t:\t0\t1\t{-n}\t0\t{n % 2}\t0\tc{n}", False)
+                for n in range(1, 30)]
+        earlier = tc.EarlierRun([row._replace(occurrence=0) for row in rows], False)
+        for n in range(1, 30):
+            self.assertTrue(earlier.has_done(f"c{n}", 0))
+        self.assertEqual(earlier.failures, [f"c{n}" for n in range(1, 20, 2)])
+        self.assertEqual((earlier.skipped, earlier.skipped_failed), (29, 15))
+
     def test_failures_of_an_earlier_run_count(self):
         for failed, words in ((0, "All commands success"), (1, "Some commands failed")):
             out = self.text("-b")
             self.report("a")
-            self.end(skipped=3, skipped_failed=failed, rerun="do it again")
+            self.end(skipped=3, skipped_failed=failed, rerun="do it again",
+                     skipped_failures=["fal\x1bse"] * failed)
             lines = out.getvalue().decode().split("\n")
             self.assertEqual(lines[1][:20], words)
             self.assertEqual("To run just these again: do it again" in lines, bool(failed))
-            self.assertIn("Skipped 3 that an earlier run has done" + ", 1 of which failed" * failed,
-                          lines)
+            which = ", 1 of which failed" * failed
+            at = lines.index("Skipped 3 that an earlier run has done" + which)
+            self.assertEqual(lines[at + 1] == "  fal\\x1bse", bool(failed))
 
     def test_the_hash_of_a_part_of_the_run_is_called_so(self):
         for complete in (True, False):

@@ -9606,6 +9606,7 @@ class Summary(NamedTuple):
     empty: bool = False  # the input had no commands, and that is an error
     tests: Optional[Counter[str]] = None  # test cases by kind, with --junit-from
     unused_hosts: Sequence[str] = ()  # hosts that were given up
+    skipped_failures: Sequence[str] = ()  # the first NAMED_FAILURES skipped commands that failed
 
     def all_passed(self) -> bool:
         return self.complete and not (self.codes or self.skipped_failed or self.empty)
@@ -9770,13 +9771,14 @@ class Reports:
 
     def end(self, complete: bool, skipped: int = 0, skipped_failed: int = 0,
             expected: Optional[str] = None, rerun: str = "", may_be_empty: bool = True,
-            unused_hosts: Sequence[str] = ()) -> Summary:
+            unused_hosts: Sequence[str] = (), skipped_failures: Sequence[str] = ()) -> Summary:
         client, found, ran = self.client, self.store.hash(), len(self.store.results)
         wrong = f"the result hash is {found}, and not {expected} as expected"
         summary = Summary(
             complete, ran, client.flaky, only_on=dict(client.retry_policy.failed_only_on),
             started_elsewhere=dict(client.retry_policy.started_elsewhere),
-            skipped=skipped, skipped_failed=skipped_failed, spent=time.monotonic() - self.began,
+            skipped=skipped, skipped_failed=skipped_failed, skipped_failures=skipped_failures,
+            spent=time.monotonic() - self.began,
             hash=found, wrong_hash=wrong if expected and expected != found else "",
             codes=dict(self.codes), failures=self.failures, rerun=rerun,
             flaky_ones=self.flaky_ones,
@@ -10629,6 +10631,8 @@ class Transcript(Reporter):
             again = ": they run again if you remove its joblog" * (
                 not summary.ran and not summary.skipped_failed)
             yield f"Skipped {summary.skipped} that an earlier run has done{failed}{again}"
+            for command in summary.skipped_failures:
+                yield "  " + truncate_middle(escape_command(command))
         if summary.unused_hosts:
             yield f"Hosts that could not be used: {printable(', '.join(summary.unused_hosts), 300)}"
         of_these = "" if summary.complete else "of these "
@@ -11032,6 +11036,7 @@ class EarlierRun:
         self.seen: Counter[str] = Counter()  # commands or lines of the input
         self.counted: Set[int] = set()  # the rows in these counts, by id()
         self.skipped = self.skipped_failed = 0
+        self.failures: List[str] = []  # the first NAMED_FAILURES commands of these
 
     def next_occurrence(self, command: str) -> int:
         """Return the number of equal commands before this one of the input, and count it."""
@@ -11048,6 +11053,8 @@ class EarlierRun:
             self.counted.add(id(row))
             self.skipped += 1
             self.skipped_failed += row.failed
+            if row.failed and len(self.failures) < NAMED_FAILURES:
+                self.failures.append(row.command)
         return row is not None
 
 
@@ -17555,7 +17562,7 @@ class ClientRun:
         summary = self.reports.end(
             complete, earlier.skipped, earlier.skipped_failed, settings.expect,
             rerun_command(settings), settings.allow_empty, [*dict.fromkeys([
-                *client.unfit, *(self.hosts.given_up() if self.hosts else ())])])
+                *client.unfit, *(self.hosts.given_up() if self.hosts else ())])], earlier.failures)
         write_failed = self.reports.write_failed or self.files.unwritten > 0
         status = exit_status(summary, write_failed, status)
         if status > 128:
@@ -17681,10 +17688,10 @@ def run_on_hosts(settings: argparse.Namespace, run: ClientRun) -> Hosts:
 def report_incomplete(client: Client, status: int) -> None:
     """Tell how much was done of a run that ended early."""
     how = "interrupted" if status > 128 else "gave up" if status > SOME_FAILED else "stopped early"
-    unknown = len(client.window) + len(client.backlog)
+    unknown = len(client.window)
     more = f", {unknown} not run or unknown" if unknown else ""
     print_notice(f"{how}: {plural(client.reported, 'command')} reported, {client.stopped} stopped, "
-                 f"{client.never_ran} never ran{more}")
+                 f"{client.never_ran + len(client.backlog)} never ran{more}")
 
 
 def rerun_command(settings: argparse.Namespace) -> str:
