@@ -15545,6 +15545,20 @@ failures="0">
             found = [len(case) for case in self.report(row).iter("testcase")]
             self.assertEqual(found, flaky)
 
+    def test_a_failure_of_a_test_that_had_passed_says_where(self):
+        def suite(a, b):
+            return f"<testsuite name='s'><testcase name='a'>{a}</testcase><testcase name='b'>{b}" \
+                "</testcase></testsuite>"
+        fail = "<failure message='no'>why</failure>"
+        self.read(suite(fail, ""), host="h1")
+        self.read(suite("<skipped/>", fail), attempt=2, host="h2")
+        self.read(suite(fail, fail), attempt=3, host="h3")
+        row = self.outcome(1, 3, exitcode=1)
+        self.assertEqual([test.title for test in row.tests.failed], ["a", "b (passed on h1)"])
+        self.assertEqual(row.tests.passed, set())
+        texts = [case.findtext("failure") for case in self.report(row).iter("testcase")]
+        self.assertEqual(texts, ["why", "why\n\nIt passed on h1."])
+
     def test_a_suite_is_in_the_report_once(self):
         for inside in ("<properties/><testcase name='t'/>", "<testcase name='t'/><properties/>",
                        "<properties/><system-out/><properties/>"):

@@ -11334,11 +11334,13 @@ class FailedTest(NamedTuple):
     message: str
     text: str
     key: TestKey = ("", "", "", 0)
+    passed_on: str = ""  # the host, if it passed in an earlier try
 
     @property
     def title(self) -> str:
-        return self.name if self.name.startswith(self.classname) else \
+        name = self.name if self.name.startswith(self.classname) else \
             f"{self.classname} {self.name}"
+        return name + f" (passed on {self.passed_on})" * bool(self.passed_on)
 
     @property
     def first_line(self) -> str:
@@ -11373,6 +11375,7 @@ class Tests:
         self.suites: List[Suite] = []
         self.counts: Counter[str] = Counter()
         self.failed: List[FailedTest] = []  # the first NAMED_TESTS, when it is reported
+        self.passed: Set[int] = set()  # hashes of TestKeys, until it is reported
         self.flaky: List[FailedTest] = []  # the first NAMED_FAILURES; without text
 
     @property
@@ -11516,9 +11519,12 @@ class TestFiles:
         try:
             if not row:
                 raise JUnitError("was not written")
-            self.parse(tests, self.places.pop((command.id, attempt), 0), row[1], [
-                (command.tries[number].host, test) for number, old in earlier.items()
-                for test in old.failed])
+            hosts = {number: command.tries[number].host for number in earlier}
+            self.parse(tests, self.places.pop((command.id, attempt), 0), row[1],
+                       [(hosts[number], test) for number, old in earlier.items()
+                        for test in old.failed],
+                       {test: hosts[number] for number, old in earlier.items()
+                        for test in old.passed})
         except (OSError, SyntaxError, ValueError, LookupError) as error:
             why = str(error)
             if isinstance(error, SyntaxError):  # of XML
@@ -11534,8 +11540,9 @@ class TestFiles:
         return tests.failure_reason
 
     def parse(self, tests: Tests, place: Union[int, OSError], size: int,
-              earlier: Sequence[Tuple[str, FailedTest]]) -> None:
-        """Read a file. `earlier` has the failed tests of earlier tries, each with its host."""
+              earlier: Sequence[Tuple[str, FailedTest]], passed: Dict[int, str]) -> None:
+        """Read a file. `earlier` has the failed tests of earlier tries, each with its host, and
+        `passed` the hosts of passed ones, by the hashes of their keys."""
         from xml.etree.ElementTree import XMLParser  # late
         if isinstance(place, OSError):
             raise place
@@ -11557,7 +11564,8 @@ class TestFiles:
                          given.get("name", ""))
                 key = (*names, seen[hash(names)])
                 seen[hash(names)] += 1
-                self.put(suite.parts, self.test_case(tests, suite, part, key, known.get(key, ())))
+                self.put(suite.parts, self.test_case(
+                    tests, suite, part, key, known.get(key, ()), passed.get(hash(key), "")))
             elif part.tag == "properties":
                 for each in part.iter("property"):
                     self.put(suite.properties, self.copy(each))
@@ -11569,9 +11577,9 @@ class TestFiles:
         parser.close()
 
     def test_case(self, tests: Tests, suite: Suite, case: ET.Element, key: TestKey,
-                  earlier: Sequence[Tuple[str, FailedTest]]) -> ET.Element:
+                  earlier: Sequence[Tuple[str, FailedTest]], passed_on: str) -> ET.Element:
         """Return the test case for the report, and count it. `earlier` has its failures in earlier
-        tries, each with its host."""
+        tries, each with its host. `passed_on` is the host of one that it passed."""
         given, (_, classname, name, _) = case.attrib, key
         parts = [self.copy(part) for part in case if part.tag in CASE_PARTS]
         bad = next((part for part in parts if part.tag in ("failure", "error")), None)
@@ -11584,7 +11592,9 @@ class TestFiles:
         if bad is not None:
             tests.failed.append(FailedTest(
                 classname, name, bad.tag.title(), bad.attrib.get("type") or bad.tag.title(),
-                bad.attrib.get("message", ""), bad.text or "", key))
+                bad.attrib.get("message", ""), bad.text or "", key, passed_on))
+            if passed_on:
+                bad.text = f"{bad.text or ''}\n\nIt passed on {truncate(passed_on)}."
         tags = {part.tag for part in parts}
         kind = (bad.tag + "s").replace("ss", "s") if bad is not None else (
             "skipped" if "skipped" in tags else "flaky" if tags & {*FLAKY_PARTS} else "")
@@ -11593,6 +11603,8 @@ class TestFiles:
             test = FailedTest(classname, name, "", "", first.attrib.get("message", ""),
                               first.text or "")
             tests.flaky.append(test._replace(text="", message=test.first_line))
+        if bad is None and kind != "skipped":
+            tests.passed.add(hash(key))
         spent = parse_seconds(given.get("time", ""))
         for counts in (tests.counts, suite.counts):
             counts["tests"] += 1
@@ -11635,6 +11647,7 @@ class TestFiles:
             del self.places[key]
         tests = self.tries.pop(id, {}).get(attempt)
         if tests is not None:  # no more is shown
+            tests.passed.clear()
             tests.failed = [test._replace(text="", message=test.first_line)
                             for test in tests.failed[:NAMED_TESTS]]
         return tests
@@ -16466,7 +16479,8 @@ there. `pytest FILE` alone fails in the same way. xdist's worker_id is master in
 them: take $TESTCLOUD_SLOT.
 
 With --retries the whole command runs again, and its last try counts for all of its tests.
-So let a command with flaky tests be short. Of a command that hangs (--timeout), -v shows
+If a test had passed before, its failure says where. So let a command with flaky tests be
+short. Of a command that hangs (--timeout), -v shows
 which test did.
 
 What a host needs
