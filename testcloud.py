@@ -9504,7 +9504,8 @@ A command is a test case of its own, in the suite testcloud, if no test shows ho
 
     its file cannot be used
     it failed, and no test did (a crash after the tests, a coverage threshold)
-    it is FLAKY or ONLY ON (see `help failures`), and no test is flaky or that is a failure
+    it is FLAKY or ONLY ON (see `help failures`), and no test is flaky
+    it is FLAKY or ONLY ON, and --fail-on-flaky makes that a failure
 
 This case has the output of the command.
 
@@ -11562,8 +11563,9 @@ class TestFiles:
                 given = part.attrib
                 names = (suite.name, given.get("classname") or given.get("class", ""),
                          given.get("name", ""))
-                key = (*names, seen[hash(names)])
-                seen[hash(names)] += 1
+                hashed = hash(names)
+                key = (*names, seen[hashed])
+                seen[hashed] += 1
                 self.put(suite.parts, self.test_case(
                     tests, suite, part, key, known.get(key, ()), passed.get(hash(key), "")))
             elif part.tag == "properties":
